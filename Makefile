@@ -1,0 +1,68 @@
+# make demo   trains OneR on real pictures and writes a page that shows what it learned
+# make test   runs the tests
+# Both install what they need first, into $(VENV): the active virtual environment, or .venv here.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint docs clean
+
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= python3
+EXTRAS ?= train
+# TORCH is what pip installs where torch is missing (TORCH=torch takes the default build, with CUDA on Linux).
+TORCH ?=
+TORCH_CPU ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+RUN ?= runs/demo
+PYTEST ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+STAMP = $(VENV)/.oner-fast-installed
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The tools of the build come before torch and torch before the package, which is built without isolation against it.
+$(STAMP)-tools: | $(BIN)/python
+	$(PIP) install --quiet 'setuptools>=77' wheel 'cmake>=3.22' ninja 'pybind11>=2.13'
+	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo 'torch is there already'; \
+	elif [ -n '$(TORCH)' ]; then $(PIP) install '$(TORCH)'; \
+	else $(PIP) install --quiet '$(TORCH_CPU)' 2>/dev/null \
+	  || $(PIP) install --index-url '$(TORCH_INDEX)' 'torch>=2.10' \
+	  || $(PIP) install 'torch>=2.10'; fi
+	@touch $@
+
+$(STAMP)-%: $(SOURCES) | $(STAMP)-tools
+	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
+	@touch $@
+
+install: $(STAMP)-$(EXTRAS) ## install the package (EXTRAS=train by default) and build its C++ extension
+	@echo "installed; '$(BIN)/oner-fast doctor' shows what serves each op"
+
+demo: $(STAMP)-demo ## train OneR on pictograms, evaluate it on unseen captions, write report.html
+	$(BIN)/oner-fast data pictograms
+	$(BIN)/oner-fast train oner --recipe oner_tiny_pictograms_cpu --run-dir $(RUN) --resume latest
+	$(BIN)/oner-fast eval $(RUN)
+	$(BIN)/oner-fast report $(RUN)
+	@echo "The page: $(abspath $(RUN))/report.html"
+
+test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
+	$(BIN)/pytest -ra $(PYTEST)
+
+lint: $(STAMP)-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(STAMP)-docs ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+
+clean: ## remove what builds and runs of the tools left (data, runs and environments stay)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f oner_fast/*.so oner_fast/_build.json $(STAMP)-*
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks of ops, steps and loaders; imported as ``oner_fast.benchmarks``."""

@@ -1,0 +1,68 @@
+#include "common/kept.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+
+namespace oner_fast {
+
+Kept::Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tensor>& cu_seqlens, int64_t samples,
+           int64_t cells)
+    : holder_(kept.contiguous()), samples_(samples), total_(kept.numel()) {
+  TORCH_CHECK_TYPE(kept.scalar_type() == at::kLong, op, ": kept must be int64, got ", kept.scalar_type());
+  values_ = holder_.const_data_ptr<int64_t>();
+  if (cu_seqlens.has_value()) {
+    TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kInt, op, ": cu_seqlens must be int32, got ", cu_seqlens->scalar_type());
+    TORCH_CHECK_VALUE(kept.dim() == 1, op, ": kept must have shape (T,) beside cu_seqlens, got ", kept.sizes());
+    TORCH_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) == samples + 1, op,
+                      ": cu_seqlens must have shape (B + 1,) = (", samples + 1, ",), got ", cu_seqlens->sizes());
+    starts_holder_ = cu_seqlens->contiguous();
+    starts_ = starts_holder_.const_data_ptr<int32_t>();
+    TORCH_CHECK_VALUE(starts_[0] == 0 && starts_[samples] == total_, op, ": cu_seqlens must begin with 0 and end with ", total_,
+                      ", got ", starts_[0], " and ", starts_[samples]);
+    TORCH_CHECK_VALUE(std::is_sorted(starts_, starts_ + samples + 1), op, ": cu_seqlens must never decrease");
+  } else {
+    TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(0) == samples, op, ": kept must have shape (B, K) with B = ", samples,
+                      ", got ", kept.sizes());
+    per_sample_ = kept.size(1);
+  }
+  bool inside = true;
+  for (int64_t i = 0; i < total_; ++i) inside &= static_cast<uint64_t>(values_[i]) < static_cast<uint64_t>(cells);
+  if (!inside) {
+    const int64_t* bad = std::find_if(values_, values_ + total_, [cells](int64_t v) { return v < 0 || v >= cells; });
+    TORCH_CHECK_INDEX(false, op, ": kept must hold values in [0, ", cells, "), found ", *bad);
+  }
+}
+
+int64_t Kept::sample_of_row(int64_t row, int64_t prefix) const {
+  int64_t low = 0, high = samples_;  // the last sample whose first row is not behind `row`
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (begin(middle) + middle * prefix <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+Inverse::Inverse(const Kept& kept, int64_t cells)
+    : cells_(cells), offsets_(static_cast<size_t>(kept.samples() * cells + 1)), entries_(static_cast<size_t>(kept.total())) {
+  at::parallel_for(0, kept.samples(), 16, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> cursor(static_cast<size_t>(cells));
+    for (int64_t b = first; b < last; ++b) {
+      std::fill(cursor.begin(), cursor.end(), 0);
+      for (int64_t i = kept.begin(b); i < kept.begin(b + 1); ++i) ++cursor[static_cast<size_t>(kept[i])];
+      int64_t offset = kept.begin(b);
+      for (int64_t n = 0; n < cells; ++n) {
+        const int64_t count = cursor[static_cast<size_t>(n)];
+        cursor[static_cast<size_t>(n)] = offset;
+        offsets_[index(b, n)] = offset;
+        offset += count;
+      }
+      for (int64_t i = kept.begin(b); i < kept.begin(b + 1); ++i)
+        entries_[static_cast<size_t>(cursor[static_cast<size_t>(kept[i])]++)] = i;
+    }
+  });
+  offsets_.back() = kept.total();
+}
+
+}  // namespace oner_fast

@@ -1,0 +1,33 @@
+// The compiled ops. Their schemas are defined in Python (oner_fast/ops), so that an op exists even where this library was not built.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace oner_fast {
+
+at::Tensor masked_gather(const at::Tensor& tokens, const at::Tensor& kept, const std::optional<at::Tensor>& positions,
+                         const std::optional<at::Tensor>& prefix, const std::optional<at::Tensor>& cu_seqlens);
+
+// Gradients to tokens, positions and prefix; one that is not needed comes back empty.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::Tensor& grad, const at::Tensor& kept,
+                                                                      const std::optional<at::Tensor>& cu_seqlens,
+                                                                      int64_t samples, int64_t tokens, int64_t prefix,
+                                                                      bool need_tokens, bool need_positions,
+                                                                      bool need_prefix);
+
+at::Tensor gather_patches(const at::Tensor& images, const at::Tensor& kept, int64_t patch_size,
+                          const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
+                          at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
+
+at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kept, int64_t patch_size,
+                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
+                                   const std::optional<at::Tensor>& cu_seqlens);
+
+// The instruction set whose kernels are in use: "avx512", "avx2" or "portable".
+std::string cpu_capability();
+
+}  // namespace oner_fast

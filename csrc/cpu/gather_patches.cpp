@@ -1,0 +1,132 @@
+// gather_patches: only the kept patches of an image are read, normalised, cast and laid out as rows.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "common/kept.h"
+#include "common/ops.h"
+#include "cpu/kinds.h"
+#include "cpu/rows.h"
+
+namespace oner_fast {
+namespace {
+
+constexpr const char* kOp = "gather_patches";
+constexpr int64_t kGrain = 1 << 15;  // pixels: less is not worth another thread
+
+std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels, double otherwise) {
+  if (!values.has_value()) return std::vector<double>(static_cast<size_t>(channels), otherwise);
+  TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == channels, kOp, ": ", name, " must have shape (", channels,
+                    ",), got ", values->sizes());
+  const at::Tensor dense = values->to(at::kDouble).contiguous();
+  const double* first = dense.const_data_ptr<double>();
+  return {first, first + channels};
+}
+
+Kind pixel_kind(const at::Tensor& images) {
+  return images.scalar_type() == at::kByte ? kU8 : kind_of(kOp, "images", images.scalar_type());
+}
+
+void check_sides(int64_t height, int64_t width, int64_t patch) {
+  TORCH_CHECK_VALUE(patch > 0 && height % patch == 0 && width % patch == 0, kOp,
+                    ": the sides of images must be multiples of patch_size ", patch, ", got ", height, " x ", width);
+}
+
+}  // namespace
+
+at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in, int64_t patch,
+                          const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std, at::ScalarType dtype,
+                          const std::optional<at::Tensor>& cu_seqlens) {
+  TORCH_CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
+  const Kind in = pixel_kind(images_in), out_kind = kind_of(kOp, "dtype", dtype);
+  const at::Tensor images = images_in.stride(3) == 1 ? images_in : images_in.contiguous();
+  const int64_t samples = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
+  check_sides(height, width, patch);
+  const int64_t across = width / patch, cells = (height / patch) * across;
+  const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
+  std::vector<double> shift = per_channel("mean", mean, channels, 0.0), divisor = per_channel("std", std, channels, 1.0);
+  if (in == kU8) {  // (x / 255 - mean) / std = (x - 255 mean) / (255 std)
+    for (double& value : shift) value *= 255.0;
+    for (double& value : divisor) value *= 255.0;
+  }
+
+  const int64_t square = patch * patch, row_width = channels * square;
+  const auto options = images.options().dtype(dtype);
+  at::Tensor out = kept.ragged() ? at::empty({kept.total(), row_width}, options)
+                                 : at::empty({samples, kept_in.size(1), row_width}, options);
+  if (out.numel() == 0) return out;
+
+  const auto normalise = row_kernels().normalise[in][out_kind];
+  const int64_t in_size = images.element_size(), out_size = out.element_size();
+  const char* from = static_cast<const char*>(images.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  at::parallel_for(0, kept.total(), std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
+    int64_t b = kept.sample_of_row(first, 0);
+    for (int64_t i = first; i < last; ++i) {
+      while (i >= kept.begin(b + 1)) ++b;
+      const int64_t y = kept[i] / across * patch, x = kept[i] % across * patch;
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t corner = b * images.stride(0) + c * images.stride(1) + y * images.stride(2) + x;
+        normalise(to + (i * row_width + c * square) * out_size, from + corner * in_size, images.stride(2), patch,
+                  shift[static_cast<size_t>(c)], divisor[static_cast<size_t>(c)]);
+      }
+    }
+  });
+  return out;
+}
+
+at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch,
+                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
+                                   const std::optional<at::Tensor>& cu_seqlens) {
+  TORCH_CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
+  const Kind grad_kind = kind_of(kOp, "the gradient", grad_in.scalar_type()), out_kind = kind_of(kOp, "images", dtype);
+  const int64_t samples = image_shape[0], channels = image_shape[1], height = image_shape[2], width = image_shape[3];
+  check_sides(height, width, patch);
+  const int64_t across = width / patch, cells = (height / patch) * across;
+  const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
+  const int64_t square = patch * patch, row_width = channels * square;
+  const at::Tensor grad = grad_in.contiguous();
+  TORCH_CHECK_VALUE(grad.numel() == kept.total() * row_width, kOp, ": the gradient has shape ", grad.sizes(), ", needed ",
+                    kept.total(), " rows of ", row_width);
+  const std::vector<double> divisor = per_channel("std", std, channels, 1.0);
+  at::Tensor out = at::empty(image_shape, grad.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+
+  const RowKernels& row = row_kernels();
+  const Inverse inverse(kept, cells);
+  const bool is_double = grad_kind == kF64 || out_kind == kF64;
+  const char* from = static_cast<const char*>(grad.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t grad_size = grad.element_size(), out_size = out.element_size(), wide = is_double ? 8 : 4;
+  // Every patch of the image, kept or not, is written by the thread that owns it.
+  at::parallel_for(0, samples * cells, std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
+    std::vector<double> room(static_cast<size_t>(row_width));
+    char* sums = reinterpret_cast<char*>(room.data());
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / cells, n = i % cells, y = n / across * patch, x = n % across * patch;
+      std::memset(sums, 0, static_cast<size_t>(row_width * wide));
+      for (const int64_t* entry = inverse.begin(b, n); entry != inverse.end(b, n); ++entry)
+        row.accumulate[grad_kind][is_double](sums, from + *entry * row_width * grad_size, row_width);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double d = divisor[static_cast<size_t>(c)];
+        char* part = sums + c * square * wide;
+        if (is_double) {
+          for (int64_t j = 0; j < square; ++j) reinterpret_cast<double*>(part)[j] /= d;
+        } else {
+          for (int64_t j = 0; j < square; ++j) reinterpret_cast<float*>(part)[j] /= static_cast<float>(d);
+        }
+        for (int64_t line = 0; line < patch; ++line) {
+          const int64_t target = ((b * channels + c) * height + y + line) * width + x;
+          row.store[out_kind][is_double](to + target * out_size, part + line * patch * wide, patch);
+        }
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace oner_fast

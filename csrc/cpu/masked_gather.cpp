@@ -1,0 +1,204 @@
+// masked_gather: a copy of the kept rows, with the position added on the way and the prefix placed in front. Bound by memory.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/kept.h"
+#include "common/ops.h"
+#include "cpu/kinds.h"
+#include "cpu/rows.h"
+
+namespace oner_fast {
+namespace {
+
+constexpr const char* kOp = "masked_gather";
+constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
+constexpr int64_t kLine = 64;             // elements: threads never share a cache line of a row
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+
+const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
+
+void check_rows(const char* name, const std::optional<at::Tensor>& rows, const at::Tensor& tokens) {
+  if (!rows.has_value()) return;
+  TORCH_CHECK_TYPE(rows->scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have dtype ", tokens.scalar_type(),
+                   " like tokens, got ", rows->scalar_type());
+  TORCH_CHECK_VALUE(rows->dim() == 2 && rows->size(1) == tokens.size(2), kOp, ": ", name, " must have ", tokens.size(2),
+                    " columns, got ", rows->sizes());
+}
+
+// The gradients' common view of the incoming gradient: output row of kept entry i of sample b is i + (b + 1) * prefix.
+struct Gradient {
+  const char* rows;
+  int64_t width, size, prefix;
+  const char* of_entry(int64_t sample, int64_t entry, int64_t column) const {
+    return rows + ((entry + (sample + 1) * prefix) * width + column) * size;
+  }
+  const char* of_prefix(const Kept& kept, int64_t sample, int64_t row, int64_t column) const {
+    return rows + ((kept.begin(sample) + sample * prefix + row) * width + column) * size;
+  }
+};
+
+// Sums of several rows of one (sample, cell): float32 unless the rows are float64, in ascending order of entry.
+void sum_entries(char* out, char* scratch, const Gradient& grad, const int64_t* first, const int64_t* last, int64_t sample,
+                 int64_t column, int64_t columns, Kind kind, const RowKernels& row) {
+  const int64_t bytes_out = columns * grad.size;
+  if (first == last) {
+    std::memset(out, 0, static_cast<size_t>(bytes_out));
+    return;
+  }
+  if (last - first == 1) {
+    std::memcpy(out, grad.of_entry(sample, *first, column), static_cast<size_t>(bytes_out));
+    return;
+  }
+  const bool is_double = kind == kF64;
+  std::memset(scratch, 0, static_cast<size_t>(columns * (is_double ? 8 : 4)));
+  for (const int64_t* entry = first; entry != last; ++entry)
+    row.accumulate[kind][is_double](scratch, grad.of_entry(sample, *entry, column), columns);
+  row.store[kind][is_double](out, scratch, columns);
+}
+
+}  // namespace
+
+at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in, const std::optional<at::Tensor>& positions_in,
+                         const std::optional<at::Tensor>& prefix_in, const std::optional<at::Tensor>& cu_seqlens) {
+  TORCH_CHECK_VALUE(tokens_in.dim() == 3, kOp, ": tokens must have shape (B, N, D), got ", tokens_in.sizes());
+  const Kind kind = kind_of(kOp, "tokens", tokens_in.scalar_type());
+  const at::Tensor tokens = with_dense_rows(tokens_in);
+  const int64_t samples = tokens.size(0), cells = tokens.size(1), width = tokens.size(2), size = tokens.element_size();
+  check_rows("positions", positions_in, tokens);
+  check_rows("prefix", prefix_in, tokens);
+  TORCH_CHECK_VALUE(!positions_in.has_value() || positions_in->size(0) == cells, kOp, ": positions must have ", cells,
+                    " rows, got ", positions_in->sizes());
+  const at::Tensor positions = positions_in.has_value() ? with_dense_rows(*positions_in) : at::Tensor();
+  const at::Tensor prefix = prefix_in.has_value() ? with_dense_rows(*prefix_in) : at::Tensor();
+  const int64_t length = prefix.defined() ? prefix.size(0) : 0;
+  const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
+
+  const int64_t rows = kept.total() + samples * length;
+  at::Tensor out = kept.ragged() ? at::empty({rows, width}, tokens.options())
+                                 : at::empty({samples, kept_in.size(1) + length, width}, tokens.options());
+  if (out.numel() == 0) return out;
+
+  const RowKernels& row = row_kernels();
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const char* from = bytes(tokens);
+  const char* place = positions.defined() ? bytes(positions) : nullptr;
+  const char* front = length ? bytes(prefix) : nullptr;
+  const int64_t sample_stride = tokens.stride(0) * size, token_stride = tokens.stride(1) * size;
+  const int64_t place_stride = place ? positions.stride(0) * size : 0, front_stride = front ? prefix.stride(0) * size : 0;
+  const size_t row_bytes = static_cast<size_t>(width * size);
+
+  at::parallel_for(0, rows, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
+    int64_t b = kept.sample_of_row(first, length);
+    for (int64_t r = first; r < last; ++r) {
+      while (r >= kept.begin(b + 1) + (b + 1) * length) ++b;
+      const int64_t within = r - kept.begin(b) - b * length;
+      char* target = to + r * width * size;
+      if (within < length) {
+        std::memcpy(target, front + within * front_stride, row_bytes);
+        continue;
+      }
+      const int64_t n = kept[kept.begin(b) + within - length];
+      const char* source = from + b * sample_stride + n * token_stride;
+      if (place == nullptr)
+        std::memcpy(target, source, row_bytes);
+      else
+        row.add[kind](target, source, place + n * place_stride, width);
+    }
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::Tensor& grad_in, const at::Tensor& kept_in,
+                                                                      const std::optional<at::Tensor>& cu_seqlens,
+                                                                      int64_t samples, int64_t cells, int64_t length,
+                                                                      bool need_tokens, bool need_positions,
+                                                                      bool need_prefix) {
+  const Kind kind = kind_of(kOp, "the gradient", grad_in.scalar_type());
+  TORCH_CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ", grad_in.sizes());
+  const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
+  const at::Tensor grad = grad_in.contiguous();
+  const int64_t width = grad.size(-1), size = grad.element_size();
+  TORCH_CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ", grad.sizes(),
+                    ", needed ", kept.total() + samples * length, " rows");
+  const auto options = grad.options();
+  at::Tensor to_tokens = need_tokens ? at::empty({samples, cells, width}, options) : at::empty({0}, options);
+  at::Tensor to_positions = need_positions ? at::zeros({cells, width}, options) : at::empty({0}, options);
+  at::Tensor to_prefix = need_prefix ? at::zeros({length, width}, options) : at::empty({0}, options);
+
+  const RowKernels& row = row_kernels();
+  const Gradient view{bytes(grad), width, size, length};
+  const bool is_double = kind == kF64;
+  const int64_t wide = is_double ? 8 : 4;
+  const int64_t threads = at::get_num_threads();
+
+  if ((need_tokens || need_positions) && samples > 0 && cells > 0 && width > 0) {
+    const Inverse inverse(kept, cells);
+    char* tokens_out = need_tokens ? static_cast<char*>(to_tokens.mutable_data_ptr()) : nullptr;
+    if (!need_positions) {
+      at::parallel_for(0, samples * cells, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
+        std::vector<char> scratch(static_cast<size_t>(width * wide));
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t b = i / cells, n = i % cells;
+          sum_entries(tokens_out + i * width * size, scratch.data(), view, inverse.begin(b, n), inverse.end(b, n), b, 0, width,
+                      kind, row);
+        }
+      });
+    } else {
+      // A thread owns a range of cells (and of columns where the cells are few) in all samples, so that the sum over
+      // samples has one owner and one order, whatever the number of threads, and the gradient is read once for both.
+      const int64_t cell_parts = std::min(cells, threads);
+      const int64_t column_parts = std::min(ceil_div(threads, cell_parts), ceil_div(width, kLine));
+      const int64_t columns_each = ceil_div(ceil_div(width, column_parts), kLine) * kLine;
+      char* positions_out = static_cast<char*>(to_positions.mutable_data_ptr());
+      at::parallel_for(0, cell_parts * column_parts, 1, [&](int64_t first_part, int64_t last_part) {
+        for (int64_t part = first_part; part < last_part; ++part) {
+          const int64_t low = cells * (part % cell_parts) / cell_parts, high = cells * (part % cell_parts + 1) / cell_parts;
+          const int64_t column = (part / cell_parts) * columns_each;
+          const int64_t columns = std::min(columns_each, width - column);
+          if (columns <= 0) continue;
+          std::vector<char> scratch(static_cast<size_t>(columns * wide));
+          std::vector<char> sums(static_cast<size_t>((high - low) * columns * wide));
+          for (int64_t b = 0; b < samples; ++b) {
+            for (int64_t n = low; n < high; ++n) {
+              const int64_t *from = inverse.begin(b, n), *until = inverse.end(b, n);
+              for (const int64_t* entry = from; entry != until; ++entry)
+                row.accumulate[kind][is_double](sums.data() + (n - low) * columns * wide, view.of_entry(b, *entry, column),
+                                                columns);
+              if (tokens_out != nullptr)
+                sum_entries(tokens_out + ((b * cells + n) * width + column) * size, scratch.data(), view, from, until, b, column,
+                            columns, kind, row);
+            }
+          }
+          for (int64_t n = low; n < high; ++n)
+            row.store[kind][is_double](positions_out + (n * width + column) * size, sums.data() + (n - low) * columns * wide,
+                                       columns);
+        }
+      });
+    }
+  }
+
+  if (need_prefix && length > 0 && width > 0 && samples > 0) {
+    char* prefix_out = static_cast<char*>(to_prefix.mutable_data_ptr());
+    const int64_t blocks = ceil_div(width, kLine);
+    at::parallel_for(0, length * blocks, ceil_div(kGrainBytes, samples * kLine * size), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t p = i / blocks, column = (i % blocks) * kLine, columns = std::min(kLine, width - column);
+        double sums[kLine] = {};  // room for either accumulator
+        for (int64_t b = 0; b < samples; ++b)
+          row.accumulate[kind][is_double](sums, view.of_prefix(kept, b, p, column), columns);
+        row.store[kind][is_double](prefix_out + (p * width + column) * size, sums, columns);
+      }
+    });
+  }
+  return {to_tokens, to_positions, to_prefix};
+}
+
+}  // namespace oner_fast

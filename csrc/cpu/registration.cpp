@@ -1,0 +1,24 @@
+// Registers the compiled ops with PyTorch's dispatcher.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "common/ops.h"
+
+TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
+  m.impl("masked_gather", TORCH_FN(oner_fast::masked_gather));
+  m.impl("masked_gather_backward", TORCH_FN(oner_fast::masked_gather_backward));
+  m.impl("gather_patches", TORCH_FN(oner_fast::gather_patches));
+  m.impl("gather_patches_backward", TORCH_FN(oner_fast::gather_patches_backward));
+}
+
+TORCH_LIBRARY_IMPL(oner_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_FN(oner_fast::cpu_capability));
+}
+
+// The public functions in oner_fast.ops carry the gradients; a raw op says so instead of returning a wrong one.
+TORCH_LIBRARY_IMPL(oner_fast, Autograd, m) {
+  m.impl("masked_gather", torch::autograd::autogradNotImplementedFallback());
+  m.impl("masked_gather_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gather_patches", torch::autograd::autogradNotImplementedFallback());
+  m.impl("gather_patches_backward", torch::autograd::autogradNotImplementedFallback());
+}

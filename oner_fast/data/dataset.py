@@ -1,0 +1,256 @@
+"""Image-text pairs at random access in webdataset-format tars, those that img2dataset writes included."""
+
+import glob
+import json
+import logging
+import os
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
+
+logger = logging.getLogger("oner_fast.data")
+
+_OPEN_FILES = 256
+
+
+class CorruptSample(Exception):
+    """A sample that cannot be read: `name` says which, `why` says why."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, why)
+        self.name = name
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
+
+
+@dataclass(frozen=True)
+class RawPair:
+    """A pair as it lies on disk: the encoded picture, its caption, and the metadata of its json member."""
+
+    key: str
+    image: bytes
+    caption: str
+    meta: dict[str, Any]
+
+
+class PairDataset:
+    """The pairs of a split, numbered from 0 in the order of the shards' names and of the samples in them.
+
+    `path` is a dataset folder, a tar, a glob or brace pattern, or a list of those. In a folder, `split` chooses the
+    shards: those that `dataset.json` lists, else `<split>-*.tar`, else, for "train", every tar. Files are opened when
+    first read, in each process anew. `damage` lists what the index found broken, each entry also logged once; the
+    samples it hit keep their numbers and raise CorruptSample when read.
+
+    Raises ValueError where nothing matches, or the split is unknown.
+    """
+
+    def __init__(self, path: str | Path | Sequence[str | Path], split: str = "train") -> None:
+        self.path = path
+        self.split = split
+        shards = _shards(path, split)
+        self._shards: list[TarIndex] = []
+        self._first: list[int] = []
+        self.damage: list[str] = []
+        total = 0
+        for tar, expected in shards:
+            index = load_index(tar)
+            found = len(index)
+            self._shards.append(index)
+            self._first.append(total)
+            self.damage += index.damage
+            if expected is not None and found < expected:  # lost samples keep their numbers, so that no other moves
+                self.damage.append(f"{tar.name}: {found} samples of the {expected} that dataset.json lists")
+                found = expected
+            total += found
+        self._length = total
+        self._reset()
+        for sentence in self.damage:
+            logger.warning("damaged data: %s", sentence)
+        if total == 0:
+            raise ValueError(f"no samples in {path}: the tars hold no picture or caption members")
+
+    def _reset(self) -> None:
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; they open again when read."""
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+        self._files = OrderedDict()
+
+    @property
+    def shards(self) -> list[Path]:
+        """The tars, in order."""
+        return [shard.path for shard in self._shards]
+
+    def name(self, i: int) -> str:
+        """What sample `i` is called in messages: the tar and the key. Raises IndexError outside the dataset."""
+        shard, row = self._locate(i)
+        index = self._shards[shard]
+        return f"{index.path.name}:{index.key(row)}" if row < len(index) else f"{index.path.name}:sample {row}"
+
+    def read(self, i: int, meta: bool = True) -> RawPair:
+        """Sample `i`. Without `meta` its json member is read only where the caption is in it, and left empty.
+
+        Raises CorruptSample where a member is missing, cut off or not what it should be, or the caption is empty;
+        IndexError outside the dataset.
+        """
+        shard, row = self._locate(i)
+        if row >= len(self._shards[shard]):
+            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+        text = self._member(i, shard, row, TEXT)
+        fields = self._fields(i, shard, row) if meta or text is None else {}
+        image = self._member(i, shard, row, IMAGE)
+        if image is None:
+            raise CorruptSample(self.name(i), "it has no picture")
+        caption = caption_of(self.name(i), text, fields)
+        return RawPair(self._shards[shard].key(row), image, caption, fields if meta else {})
+
+    def caption(self, i: int) -> str:
+        """The caption of sample `i` without its picture. Raises as `read` does."""
+        shard, row = self._locate(i)
+        if row >= len(self._shards[shard]):
+            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+        text = self._member(i, shard, row, TEXT)
+        return caption_of(self.name(i), text, self._fields(i, shard, row) if text is None else {})
+
+    def captions(self) -> Iterator[str]:
+        """Every readable caption, in order; corrupt ones are left out."""
+        for i in range(len(self)):
+            try:
+                yield self.caption(i)
+            except CorruptSample:
+                continue
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < self._length:
+            raise IndexError(f"sample {i} is not in a dataset of {self._length}")
+        shard = bisect_right(self._first, i) - 1
+        return shard, i - self._first[shard]
+
+    def _fields(self, i: int, shard: int, row: int) -> dict[str, Any]:
+        data = self._member(i, shard, row, META)
+        return fields_of(self.name(i), data) if data is not None else {}
+
+    def _member(self, i: int, shard: int, row: int, kind: int) -> bytes | None:
+        index = self._shards[shard]
+        offset, size = int(index.offsets[row, kind]), int(index.sizes[row, kind])
+        if offset < 0:
+            return None
+        try:
+            with self._lock:
+                data = os.pread(self._open(shard), size, offset)
+        except OSError as error:
+            raise CorruptSample(self.name(i), f"cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise CorruptSample(self.name(i), f"cut off: {len(data)} of {size} bytes at byte {offset}")
+        return data
+
+    def _open(self, shard: int) -> int:
+        descriptor = self._files.get(shard)
+        if descriptor is None:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            descriptor = os.open(self._shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
+            self._files[shard] = descriptor
+        self._files.move_to_end(shard)
+        return descriptor
+
+
+def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
+    """The caption in a text member, or else in the metadata, without white space around it.
+
+    Raises CorruptSample(name, why) where there is none, it is empty, or it is not UTF-8.
+    """
+    if text is None:
+        caption = fields.get("caption")
+        if not isinstance(caption, str):
+            raise CorruptSample(name, "it has no caption")
+    else:
+        try:
+            caption = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptSample(name, f"its caption is not UTF-8 ({error.reason})") from error
+    caption = caption.strip()
+    if not caption:
+        raise CorruptSample(name, "its caption is empty")
+    return caption
+
+
+def fields_of(name: str, data: bytes) -> dict[str, Any]:
+    """The fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object."""
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise CorruptSample(name, f"its json cannot be read ({error})") from error
+    if not isinstance(fields, dict):
+        raise CorruptSample(name, f"its json is a {type(fields).__name__}, not an object")
+    return fields
+
+
+def _shards(path: str | Path | Sequence[str | Path], split: str) -> list[tuple[Path, int | None]]:
+    """The tars that a path names, each with its number of samples where dataset.json tells."""
+    if not isinstance(path, (str, Path)):
+        return [shard for one in path for shard in _shards(one, split)]
+    place = Path(path)
+    if place.is_dir():
+        return _folder(place, split)
+    if place.is_file():
+        return [(place, None)]
+    found = sorted(Path(match) for pattern in _braces(str(path)) for match in glob.glob(pattern, recursive=True))
+    if not found:
+        raise ValueError(f"no dataset at {str(path)!r}: no such folder or tar, and as a pattern it matches no file")
+    return [(tar, None) for tar in found]
+
+
+def _folder(folder: Path, split: str) -> list[tuple[Path, int | None]]:
+    listing = folder / "dataset.json"
+    if listing.is_file():
+        splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+        if split not in splits:
+            raise ValueError(f"unknown split {split!r} in {folder}; it has {', '.join(splits)}")
+        shards = [(folder / shard["file"], int(shard["samples"])) for shard in splits[split]["shards"]]
+        missing = [tar.name for tar, _ in shards if not tar.is_file()]
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}, which its dataset.json lists; build the data again")
+        return list(shards)
+    tars = sorted(folder.glob("*.tar"))
+    chosen = [tar for tar in tars if tar.name.startswith(f"{split}-")]
+    named = sorted({tar.name.rsplit("-", 1)[0] for tar in tars if "-" in tar.name})
+    if not chosen and split == "train" and not named:
+        chosen = tars
+    if not chosen:
+        known = f"splits found: {', '.join(named)}" if named else f"{len(tars)} tars found, none named by a split"
+        raise ValueError(f"no tar of split {split!r} in {folder}; {known}")
+    return [(tar, None) for tar in chosen]
+
+
+def _braces(pattern: str) -> list[str]:
+    """Expands webdataset's brace ranges, as in shard-{00000..00009}.tar."""
+    if "{" not in pattern:
+        return [pattern]
+    import braceexpand  # installed with webdataset; needed for such patterns alone
+
+    return list(braceexpand.braceexpand(pattern))

@@ -1,0 +1,202 @@
+"""Batches of image-text pairs whose order and bytes are a pure function of (seed, step)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.dataset import CorruptSample, PairDataset
+from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
+from oner_fast.data.permutation import Permutation
+from oner_fast.data.philox import AUGMENT, random_u32
+from oner_fast.data.substitution import CANDIDATES, substitutes
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.data.workers import Batches, in_workers
+
+
+class PairSource(Dataset[PairBatch]):
+    """Makes the batch of any step: `source[step]`. It holds no state that a batch depends on."""
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        transform: ImageTransform | EvalTransform,
+        rank: int,
+        world_size: int,
+        max_tokens: int,
+    ) -> None:
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.seed = seed
+        self.transform = transform
+        self.max_tokens = max_tokens
+        self.steps_per_epoch = len(dataset) // batch_size
+        share = batch_size // world_size
+        self.places = np.arange(rank * share, (rank + 1) * share)
+        self._order = Permutation(len(dataset), seed, 0)
+        self._epoch = 0
+
+    def __getitem__(self, step: int) -> PairBatch:
+        """This rank's part of the batch of `step`, whichever process asks."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        slots = within * self.batch_size + self.places
+        if epoch != self._epoch:
+            self._order, self._epoch = Permutation(len(self.dataset), self.seed, epoch), epoch
+        samples = torch.from_numpy(self.places.copy())
+        randoms = random_u32(self.seed, AUGMENT, step, samples, RANDOMS).numpy()
+        size = self.transform.size
+        images = torch.empty((len(slots), 3, size, size), dtype=torch.uint8)
+        captions: list[str] = []
+        corrupt: list[str] = []
+        for row, (slot, first) in enumerate(zip(slots.tolist(), self._order.take(slots).tolist(), strict=True)):
+            names, caption = self._fill(images[row], randoms[row], epoch, slot, first)
+            captions.append(caption)
+            corrupt += names
+        text = self.tokenizer(captions, self.max_tokens)
+        return PairBatch(images, text, samples, captions, step, epoch, len(corrupt), corrupt)
+
+    def _fill(
+        self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int
+    ) -> tuple[list[str], str]:
+        """Puts a slot's picture in its place; returns the samples that proved corrupt, and the caption."""
+        try:
+            return [], self._read(place, randoms, first)
+        except CorruptSample as error:
+            corrupt = [str(error)]
+        for candidate in substitutes(self.seed, epoch, slot, len(self.dataset)):
+            try:
+                return corrupt, self._read(place, randoms, candidate)
+            except CorruptSample as error:
+                corrupt.append(str(error))
+        raise RuntimeError(
+            f"slot {slot} of epoch {epoch}: its sample and all {CANDIDATES} substitutes are corrupt; the last is "
+            f"{corrupt[-1]}. Is the dataset whole?"
+        )
+
+    def _read(self, place: Tensor, randoms: NDArray[np.int64], i: int) -> str:
+        pair = self.dataset.read(i, meta=False)
+        image = decode(pair.image, self.dataset.name(i), self.transform.decode_side)
+        place.copy_(self.transform(image, randoms))
+        return pair.caption
+
+
+class _Steps(Sampler[int]):
+    """start, start + 1, ... for ever."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.start
+        while True:
+            yield step
+            step += 1
+
+
+class PairLoader(Batches):
+    """Endless batches from `start_step` on; the batch of a step is a pure function of (seed, step).
+
+    Step s is batch k = s mod steps_per_epoch of epoch s // steps_per_epoch, where steps_per_epoch is
+    len(dataset) // batch_size; its global batch holds the slots [k * batch_size, (k + 1) * batch_size) of that epoch's
+    permutation, and rank r the r-th contiguous part of it. Neither the number of workers, nor the world size, nor the
+    step begun at changes any byte. A sample that cannot be read is counted in `corrupt`, named once in the log
+    "oner_fast.data", and replaced by a substitute that depends on (seed, epoch, slot) alone.
+
+    `batch_size` is global. `transform` defaults to ImageTransform(image_size). With `workers` > 0 batches are made in
+    as many processes, `prefetch` batches ahead in each; they leave Ctrl-C and SIGTERM to the training process, and end
+    when it does, however it ends. `state_dict` names the step that comes next.
+
+    Raises ValueError where the batch does not divide among the ranks, exceeds the dataset, or image_size is not the
+    transform's.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        image_size: int,
+        transform: ImageTransform | EvalTransform | None = None,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        max_tokens: int = 78,
+        prefetch: int = 4,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+            workers=workers,
+        )
+        if batch_size > len(dataset):
+            raise ValueError(f"batch_size {batch_size} exceeds the dataset's {len(dataset)} samples")
+        transform = transform or ImageTransform(image_size)
+        if transform.size != image_size:
+            raise ValueError(f"the transform makes {transform.size} px, but image_size is {image_size}")
+        self.source = PairSource(
+            dataset,
+            tokenizer,
+            batch_size=batch_size,
+            seed=seed,
+            transform=transform,
+            rank=rank,
+            world_size=world_size,
+            max_tokens=max_tokens,
+        )
+        self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch; what is left over of the permutation waits for another epoch's."""
+        return self.source.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the step that comes next."""
+        return self.step // self.steps_per_epoch
+
+    def _start(self) -> Iterator[PairBatch]:
+        steps = _Steps(self.step)
+        if self._workers == 0:
+            batches = map(self.source.__getitem__, steps)
+            return (batch.pin_memory() for batch in batches) if self._pin_memory else batches
+        return in_workers(self.source, steps, self._workers, self._prefetch, self._pin_memory)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the data stands: the seed, the step that comes next, its epoch, and its first slot in that epoch."""
+        return {
+            "seed": self.seed,
+            "step": self.step,
+            "epoch": self.epoch,
+            "position": self.step % self.steps_per_epoch * self.batch_size,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken. Raises ValueError where this loader's order is another one."""
+        if state["seed"] != self.seed:
+            raise ValueError(f"the state was taken with seed {state['seed']}, this loader has seed {self.seed}")
+        self.close()
+        before, self.step = self.step, int(state["step"])
+        if self.state_dict() != dict(state):
+            mine, self.step = self.state_dict(), before
+            raise ValueError(
+                f"the state stands at epoch {state['epoch']}, slot {state['position']}, but step {state['step']} is at "
+                f"epoch {mine['epoch']}, slot {mine['position']} here: the batch size or the dataset has changed"
+            )

@@ -1,0 +1,65 @@
+"""Counter-based randomness: Philox4x32-10 (Salmon et al., SC 2011) in int64 tensor arithmetic.
+
+A draw is a function of (seed, stream, step, sample) and of nothing else, so that workers, ranks, a restart and the
+device change nothing. Only integers take part: no float rounding can move a mask or a crop.
+"""
+
+import torch
+from torch import Tensor
+
+# Streams keep the draws of different purposes apart. A masking pass adds its own index to its stream.
+PERMUTE = 1
+AUGMENT = 2
+SUBSTITUTE = 3
+MASK_PATCH = 4
+MASK_TEXT = 16
+
+MASK_PASSES = 12  # how many passes fit between MASK_PATCH and MASK_TEXT
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+def philox4x32(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of four 32-bit counter words under a key of two.
+
+    `counter`: ints or int64 tensors of values in [0, 2^32) that broadcast together; `key`: two ints in [0, 2^32).
+    Returns four int64 tensors of the broadcast shape, each value in [0, 2^32).
+    """
+    device = next((word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu"))
+    words = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter))
+    even, odd = torch.stack((words[0], words[2])), torch.stack((words[1], words[3]))
+    column = (2,) + (1,) * words[0].dim()
+    # A 64-bit product wraps into the sign; the shift and the mask still give its exact upper half.
+    multipliers = torch.tensor((_MULTIPLIER_0, _MULTIPLIER_1), dtype=torch.int64, device=device).view(column)
+    schedule = [((key[0] + r * _WEYL_0) & _WORD, (key[1] + r * _WEYL_1) & _WORD) for r in range(_ROUNDS)]
+    keys = torch.tensor(schedule, dtype=torch.int64, device=device).view(_ROUNDS, *column)
+    for round_key in keys:
+        product = (even * multipliers).flip(0)
+        even = (product >> 32).bitwise_and_(_WORD).bitwise_xor_(odd).bitwise_xor_(round_key)
+        odd = product.bitwise_and_(_WORD)
+    return even[0], odd[0], even[1], odd[1]
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """The two key words (low, high) of a seed in [0, 2^64). Raises ValueError outside that range."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"a seed must be in [0, 2^64), not {seed}")
+    return seed & _WORD, seed >> 32
+
+
+def random_u32(seed: int, stream: int, step: int, sample: Tensor, count: int) -> Tensor:
+    """`count` random 32-bit integers for each sample: an int64 tensor (B, count) of values in [0, 2^32).
+
+    The counter is (block of four draws, sample, step, stream), the key is the seed. `sample`: (B,) int64.
+    Raises ValueError where the seed or the step does not fit.
+    """
+    if not 0 <= step <= _WORD:
+        raise ValueError(f"a step must be in [0, 2^32), not {step}")
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample.device)
+    words = philox4x32((blocks, sample.unsqueeze(1), step, stream), split_seed(seed))  # four of (B, blocks)
+    return torch.stack(words, dim=2).flatten(1)[:, :count]

@@ -1,0 +1,185 @@
+"""What every builder needs: a folder that knows which build it holds, work that survives an interruption, a pool."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from oner_fast.data.sources.progress import progress, say
+from oner_fast.data.sources.writer import FORMAT, write_json
+from oner_fast.data.tar_index import build_index
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+_OURS = re.compile(r"\.?(train|val|style)-\d{6}\.tar(\.index\.npz)?(\.\d+(\.tmp)?)?|\.?dataset\.json(\.\d+\.tmp)?")
+
+
+class Build:
+    """A dataset folder under construction.
+
+    `options`: everything the bytes depend on. It is kept in the folder, so that a second run goes on only with its own
+    build. Raises ValueError where the folder holds another one and `overwrite` is false.
+    """
+
+    def __init__(self, output: str | Path, name: str, options: dict[str, Any], overwrite: bool = False) -> None:
+        self.output = Path(output)
+        self.name = name
+        self.options = {"source": name, **options}
+        self.work = self.output / ".build"
+        if self.output.exists() and not self.output.is_dir():
+            raise ValueError(f"{self.output} is a file; --output needs a folder")
+        found = self._found()
+        if found is not None and found != self.options:
+            if not overwrite:
+                raise ValueError(
+                    f"{self.output} holds another build ({_differences(found, self.options)}); "
+                    "choose another --output, or replace it with --overwrite"
+                )
+            self._clear()
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.finished = self._is_finished()
+
+    def begin(self) -> None:
+        """Marks the folder as being built, and removes what an interrupted run left half written."""
+        self.work.mkdir(exist_ok=True)
+        if not (self.work / "options.json").exists():
+            write_json(self.work / "options.json", self.options)
+        for leftover in (*self.output.glob(".*"), *self.work.glob(".*.tmp")):
+            if leftover.parent == self.work or _OURS.fullmatch(leftover.name):
+                leftover.unlink()
+        for shard in self._recorded():
+            path = self.output / shard["file"]
+            if path.exists() and path.stat().st_size != shard["bytes"]:
+                path.unlink()
+
+    def finish(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Indexes every shard `record` lists, writes `dataset.json` last, and drops the working files."""
+        shards = [shard["file"] for split in record["splits"].values() for shard in split["shards"]]
+        with progress("indexing shards", len(shards)) as advance:
+            for file in shards:
+                build_index(self.output / file).save()
+                advance()
+        listed = set(shards)
+        for stale in self.output.glob("*.tar"):
+            if _OURS.fullmatch(stale.name) and stale.name not in listed:
+                stale.unlink()
+        content = {"name": self.name, "format": FORMAT, **record, "build": self.options}
+        write_json(self.output / "dataset.json", content)
+        shutil.rmtree(self.work)
+        self.finished = True
+        return content
+
+    def dataset(self) -> dict[str, Any]:
+        """The folder's `dataset.json`."""
+        content: dict[str, Any] = json.loads((self.output / "dataset.json").read_text(encoding="utf-8"))
+        return content
+
+    def _found(self) -> dict[str, Any] | None:
+        try:
+            if (self.work / "options.json").exists():
+                found: dict[str, Any] = json.loads((self.work / "options.json").read_text(encoding="utf-8"))
+                return found
+            if (self.output / "dataset.json").exists():
+                return self.dataset().get("build", {"source": "an unknown builder"})
+        except (ValueError, AttributeError) as error:
+            return {"source": f"unreadable: {error}"}
+        if self.output.is_dir() and any(self.output.glob("*.tar")):
+            return {"source": "tars without a dataset.json"}
+        return None
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        if not (self.output / "dataset.json").exists():
+            return []
+        return [shard for split in self.dataset()["splits"].values() for shard in split["shards"]]
+
+    def _is_finished(self) -> bool:
+        if not (self.output / "dataset.json").exists():
+            return False
+        paths = [(self.output / shard["file"], shard["bytes"]) for shard in self._recorded()]
+        whole = all(path.exists() and path.stat().st_size == size for path, size in paths)
+        if whole and self.work.exists():
+            shutil.rmtree(self.work)
+        return whole and all(path.with_name(path.name + ".index.npz").exists() for path, _ in paths)
+
+    def _clear(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        for path in self.output.iterdir():
+            if _OURS.fullmatch(path.name):
+                path.unlink()
+
+
+def index_tars(tars: Sequence[Path]) -> None:
+    """Builds the index of each tar (or of each in a folder) beside it, and names the damage found.
+
+    Raises ValueError without a tar to index, or where one does not exist.
+    """
+    tars = [tar for path in tars for tar in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
+    if not tars:
+        raise ValueError("no tar to index; name one or more .tar files, or a folder that holds some")
+    absent = [str(tar) for tar in tars if not tar.is_file()]
+    if absent:
+        raise ValueError(f"no such file: {', '.join(absent)}")
+    for tar in tars:
+        index = build_index(tar)
+        index.save()
+        say(f"{tar}: {len(index):,} samples")
+        for line in index.damage:
+            say(f"  damaged: {line}")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The installed versions of `packages`; they decide the bytes of a build."""
+    return {package: version(package) for package in packages}
+
+
+def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
+    """`work(job)` for every job, in order, by `workers` processes (1: in this one). Leaving the loop stops them."""
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1")
+    if workers == 1 or len(jobs) <= 1:
+        yield from map(work, jobs)
+        return
+    # fork starts at once but is safe only without other threads
+    method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
+    with multiprocessing.get_context(method).Pool(min(workers, len(jobs)), _ignore_interrupts) as pool:
+        yield from pool.imap(work, jobs)
+
+
+def default_workers() -> int:
+    """One for each processor this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def report(content: dict[str, Any], output: Path, verdict: str = "is complete") -> None:
+    """Says what a dataset holds, and the `verdict` on it."""
+    for name, split in content["splits"].items():
+        size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
+        say(f"  {name}: {split['samples']:,} pictures, {split['captions']:,} captions, {size:.1f} MB")
+    for reason, count in content.get("dropped", {}).items():
+        if isinstance(count, int) and count:
+            say(f"  left out, {reason}: {count:,}")
+    say(f"{content['name']} {verdict} in {output}")
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    found, wanted = _flat(found), _flat(wanted)
+    keys = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if "source" in keys:
+        return f"of {found.get('source')}, not of {wanted['source']}"
+    return "; ".join(f"{key} {found.get(key)} there, {wanted.get(key)} asked for" for key in keys)
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "packages"} | dict(options.get("packages", {}))

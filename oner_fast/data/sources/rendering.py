@@ -1,0 +1,55 @@
+"""SVG to PNG on white, and what tells equal and blank pictures."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import resvg_py
+from PIL import Image
+
+WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A rendered picture. `digest`: sha1 of its pixels, hex; equal pixels have equal digests. Blank: one flat colour.
+
+    A drawing that cannot be rendered has `error` set and no bytes.
+    """
+
+    png: bytes
+    digest: str
+    blank: bool = False
+    error: str = ""
+
+
+def render(svg: str | Path, size: int) -> Picture:
+    """Draws `svg` (markup, or the path of a file) centred on a white square of `size` x `size` pixels.
+
+    Shapes without a colour come out black. Pictures without colour are stored as 8-bit grey, others as RGB.
+    """
+    try:
+        markup = svg if isinstance(svg, str) else svg.read_text(encoding="utf-8")
+        drawn = resvg_py.svg_to_bytes(
+            svg_string=markup, width=size, height=size, background="white", skip_system_fonts=True
+        )
+    except (ValueError, OSError) as error:
+        return Picture(b"", "", error=str(error))
+    with Image.open(io.BytesIO(drawn)) as opened:
+        image = opened.convert("RGB")
+    if image.size != (size, size):
+        square = Image.new("RGB", (size, size), WHITE)
+        square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        image = square
+    pixels = image.tobytes()
+    blank = len(image.getcolors(maxcolors=size * size) or ()) == 1
+    return Picture(_png(image, pixels), hashlib.sha1(pixels).hexdigest(), blank)
+
+
+def _png(image: Image.Image, pixels: bytes) -> bytes:
+    grey = image.convert("L")
+    stored = grey if grey.convert("RGB").tobytes() == pixels else image
+    buffer = io.BytesIO()
+    stored.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()

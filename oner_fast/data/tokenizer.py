@@ -1,0 +1,189 @@
+"""Captions to word-piece ids: lower-cased BERT WordPiece, trained here or loaded from a path or a package."""
+
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from oner_fast.data.batch import TokenizedText
+from oner_fast.data.packing import pack
+
+PAD, UNK, MASK = "[PAD]", "[UNK]", "[MASK]"
+_SPECIAL = (PAD, UNK, "[CLS]", "[SEP]", MASK)
+_UNUSED = re.compile(r"\[unused\d+\]")
+_INNER = "##"
+_FILES = ("tokenizer.json", "vocab.txt")
+
+
+class Tokenizer:
+    """WordPiece without the specials of BERT: the model brings its own [CLS].
+
+    `vocab_size`, `pad_id`, `unk_id`, `mask_id`; ids below `first_word_id` are special and stand for no word.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], normalizer: normalizers.Normalizer | None = None) -> None:
+        """`vocabulary`: piece to id, pieces inside a word with "##" before them; `normalizer`: BERT's, lower-casing.
+
+        Raises ValueError where [PAD], [UNK] or [MASK] is missing, or where specials stand amid the words.
+        """
+        missing = [token for token in (PAD, UNK, MASK) if token not in vocabulary]
+        if missing:
+            raise ValueError(f"the vocabulary has no {', '.join(missing)}; a BERT WordPiece vocabulary is needed")
+        # No special is registered as such: "[MASK]" written in a caption is text like any other.
+        self._backend = _word_piece(vocabulary, normalizer)
+        self.pad_id, self.unk_id, self.mask_id = vocabulary[PAD], vocabulary[UNK], vocabulary[MASK]
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.first_word_id = _first_word_id(vocabulary)
+        self._begins_word = torch.ones(self.vocab_size, dtype=torch.bool)
+        self._begins_word[[number for token, number in vocabulary.items() if token.startswith(_INNER)]] = False
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Trains a vocabulary of at most `vocab_size` pieces; the same captions, in any order, give the same bytes.
+
+        Raises ValueError where `vocab_size` does not hold the specials and every character.
+        """
+        captions = list(captions)
+        backend = _word_piece({PAD: 0, UNK: 1, MASK: 2}, None)
+        words = sorted(_words(backend, captions))
+        firsts = sorted({word[0] for word in words})
+        inner = sorted({_INNER + character for word in words for character in word[1:]})
+        # The trainer numbers inner characters in the order of a randomly seeded hash map, and breaks ties by number.
+        # Given as reserved tokens they have fixed numbers, and the outcome is a function of the captions.
+        reserved = [PAD, UNK, MASK, *firsts, *inner]
+        if vocab_size < len(reserved):
+            raise ValueError(f"vocab_size must be at least {len(reserved)} to hold every character, not {vocab_size}")
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size, min_frequency=2, special_tokens=reserved, show_progress=False
+        )
+        backend.train_from_iterator(captions, trainer)
+        return cls(backend.get_vocab(with_added_tokens=True))
+
+    @classmethod
+    def load(cls, source: str | Path) -> "Tokenizer":
+        """Reads a tokenizer.json or a vocab.txt: that file, a folder holding one, or an installed package holding one.
+
+        A package is named as it is imported or as it is installed; it is searched, not imported. Raises ValueError
+        naming what was looked for.
+        """
+        file = _find(source)
+        if file.suffix == ".json":
+            return cls._from_json(file.read_text(encoding="utf-8"), str(file))
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return cls({token.rstrip("\r"): number for number, token in enumerate(lines)})
+
+    @classmethod
+    def _from_json(cls, text: str, name: str) -> "Tokenizer":
+        model = json.loads(text).get("model", {})
+        if model.get("type") != "WordPiece" or model.get("continuing_subword_prefix") != _INNER:
+            raise ValueError(f"{name} holds a {model.get('type')} model; a WordPiece with {_INNER} is needed")
+        return cls(model["vocab"], tokenizers.Tokenizer.from_str(text).normalizer)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a tokenizer.json; equal tokenizers give equal bytes."""
+        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The whole tokenizer as text, for a file that holds more than it."""
+        return self._backend.to_str()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """Reads what `to_json` gave."""
+        return cls._from_json(text, "the text")
+
+    def __call__(self, captions: list[str], max_tokens: int = 78) -> TokenizedText:
+        """Packs the captions' ids; a longer caption keeps its first `max_tokens`, an empty one becomes one [UNK].
+
+        Raises TypeError where one string is given instead of a list, ValueError where max_tokens < 1.
+        """
+        if isinstance(captions, str):
+            raise TypeError("captions must be a list of strings, not one string")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+        encodings = self._backend.encode_batch_fast(captions, add_special_tokens=False)
+        input_ids, cu_seqlens = pack([encoding.ids[:max_tokens] or [self.unk_id] for encoding in encodings])
+        words = self._begins_word[input_ids].cumsum(0)
+        firsts = cu_seqlens[:-1].long()
+        word_ids = words - words[firsts].repeat_interleave(cu_seqlens.diff(), output_size=input_ids.numel())
+        return TokenizedText(input_ids, cu_seqlens, word_ids.int())
+
+    def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
+        """The text of ids, pieces joined to words; specials are written out."""
+        numbers = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        return self._backend.decode(numbers, skip_special_tokens=False)
+
+    def __getstate__(self) -> str:
+        return self._backend.to_str()
+
+    def __setstate__(self, state: str) -> None:
+        self.__dict__.update(self._from_json(state, "the pickled tokenizer").__dict__)
+
+
+def _word_piece(vocabulary: dict[str, int], normalizer: normalizers.Normalizer | None) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=UNK, max_input_chars_per_word=100))
+    backend.normalizer = normalizer or normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    return backend
+
+
+def _first_word_id(ids: dict[str, int]) -> int:
+    first = 1 + max(ids[token] for token in _SPECIAL if token in ids)
+    early = [token for token, number in ids.items() if number < first and not _is_reserved(token)]
+    if early:
+        raise ValueError(f"special tokens must stand before the words, but {early[0]!r} stands before the last of them")
+    unused = {number for token, number in ids.items() if _UNUSED.fullmatch(token)}
+    while first in unused:
+        first += 1
+    if first > max(ids.values()):
+        raise ValueError("the vocabulary has special tokens and no word")
+    return first
+
+
+def _is_reserved(token: str) -> bool:
+    return token in _SPECIAL or _UNUSED.fullmatch(token) is not None
+
+
+def _words(backend: tokenizers.Tokenizer, captions: Iterable[str]) -> set[str]:
+    """The distinct words of captions, as the trainer will see them."""
+    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
+    return {word for caption in set(captions) for word, _ in split(normalize(caption))}
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    name = str(source)
+    roots = [path] if path.is_dir() else _package_folders(name)
+    for root in roots:
+        for wanted in _FILES:
+            found = sorted(root.rglob(wanted), key=lambda file: (len(file.parts), file))
+            if found:
+                return found[0]
+    looked = f"nothing like that in {', '.join(map(str, roots))}" if roots else "no such file, folder or package"
+    raise ValueError(f"no {' or '.join(_FILES)} found for {name!r}: {looked}")
+
+
+def _package_folders(name: str) -> list[Path]:
+    """The folders of an installed package, looked up without importing it."""
+    folders: list[Path] = []
+    module = name.replace("-", "_")
+    if module.isidentifier():
+        spec = importlib.util.find_spec(module)
+        if spec is not None:
+            folders += map(Path, spec.submodule_search_locations or [])
+    if not folders and re.fullmatch(r"[\w.-]+", name):
+        try:
+            files = importlib.metadata.files(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            files = []
+        folders += sorted({Path(str(file.locate())).parent for file in files if file.name in _FILES})
+    return folders

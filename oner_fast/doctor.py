@@ -1,0 +1,167 @@
+"""``oner-fast doctor``: what is installed, what the machine can do, and which implementation serves each op and why.
+
+Needs the standard library and torch alone. Optional peers are looked up without importing them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import oner_fast
+from oner_fast import _extension
+
+# As Linux names them in /proc/cpuinfo, x86 and ARM.
+INSTRUCTION_SETS = (
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512_vnni", "avx512_bf16", "asimd", "sve"),
+)
+# Packages that a part of oner_fast can use, the distribution that ships each, and how to get it.
+PEERS = {
+    "triton": ("triton", "pip install 'oner_fast[triton]' (GPU kernels; CUDA builds of torch bring it)"),
+    "flash_attn": ("flash-attn", "pip install 'oner_fast[flash-attn]' (a CUDA GPU and its toolkit)"),
+    "xformers": ("xformers", "pip install 'oner_fast[xformers]' (a CUDA GPU)"),
+}
+
+
+def find_peer(module: str, distribution: str) -> str | None:
+    """The version of an optional package that is installed ("?" if it does not say), or None. Imports nothing."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except (ImportError, ValueError):
+        return None
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "?"
+
+
+def find_apex() -> tuple[str | None, str]:
+    """NVIDIA's apex by its folders: the package named apex on PyPI is something else."""
+    remedy = "build it from github.com/NVIDIA/apex; 'pip install apex' is an unrelated package"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return None, remedy
+    folders = [Path(place) for place in spec.submodule_search_locations or []]
+    if any((folder / name).is_dir() for folder in folders for name in ("normalization", "multi_tensor_apply")):
+        return find_peer("apex", "apex"), ""
+    return None, f"a package named apex is installed, but it is not NVIDIA's; {remedy}"
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets that matter here, by the compiled module or else by the kernel's list."""
+    try:
+        return list(importlib.import_module("oner_fast._native").cpu_features())
+    except ImportError:
+        pass
+    flags = (_cpu_info("flags") or _cpu_info("Features")).split()
+    return [name for name in INSTRUCTION_SETS if name in flags]
+
+
+def _cpu_info(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "oner_fast", f"{oner_fast.__version__} in {Path(oner_fast.__file__).parent}"
+    yield "Python", f"{platform.python_version()} ({sys.executable})"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
+    yield "system", platform.platform()
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    name = _cpu_info("model name") or platform.machine()
+    yield "CPU", f"{name}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield "instruction sets", ", ".join(cpu_features()) or "none that matter here"
+    if not torch.cuda.is_available():
+        yield "GPU", "none that torch can use" if torch.version.cuda else "none: this torch is a CPU build"
+    else:
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            yield f"GPU {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+
+
+def _peers() -> Iterator[tuple[str, str]]:
+    for module, (distribution, remedy) in PEERS.items():
+        version = find_peer(module, distribution)
+        yield distribution, version if version else f"not found: {remedy}"
+    apex, remedy = find_apex()
+    yield "apex", apex if apex else f"not found: {remedy}"
+
+
+def _extension_facts() -> Iterator[tuple[str, str]]:
+    importlib.import_module("oner_fast.ops")
+    state, report = _extension.status(), _extension.build_report()
+    if state.loaded:
+        capability = torch.ops.oner_fast.cpu_capability()
+        yield "compiled ops", f"loaded; {capability} kernels in use; {report.get('compiler', 'compiler unknown')}"
+    else:
+        yield "compiled ops", f"not in use: {state.reason}"
+        yield "remedy", state.remedy
+    if importlib.util.find_spec("oner_fast._native") is not None:
+        yield "packer", "compiled"
+    else:
+        native = report.get("native", {})
+        yield "packer", f"plain Python: {native.get('reason') or 'the package was never built'}"
+        if native.get("remedy") and native["remedy"] != state.remedy:
+            yield "remedy", native["remedy"]
+    if reason := report.get("cuda", {}).get("reason"):
+        yield "CUDA C++", f"not built: {reason}"
+
+
+def _ops() -> Iterator[tuple[str, str]]:
+    from oner_fast.ops.implementations import explain
+
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for choice in explain(device):
+            yield f"{choice.op} ({device})", f"{choice.serves or 'NOTHING'}: {choice.why}"
+            for name, reasons in choice.others.items():
+                yield "", f"not {name}: {'; '.join(reasons)}"
+
+
+SECTIONS = {
+    "Versions": _versions,
+    "Machine": _machine,
+    "Optional packages": _peers,
+    "C++ extension": _extension_facts,
+    "Who serves each op": _ops,
+}
+
+
+def report() -> str:
+    """Everything, as plain text."""
+    lines = []
+    for title, rows in SECTIONS.items():
+        lines.append(title)
+        for name, value in rows():
+            lines.extend(textwrap.wrap(value, 110, initial_indent=f"  {name:<24} ", subsequent_indent=" " * 29))
+        lines.append("")
+    lines.append("Force an implementation with implementation=NAME in a call, or with the environment variables")
+    lines.append("ONER_FAST_IMPLEMENTATION (all ops) and ONER_FAST_<OP>_IMPLEMENTATION (one).")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """``oner-fast doctor``; takes no arguments."""
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(f"usage: oner-fast doctor\n\n{(__doc__ or '').strip()}")
+        return 0
+    if argv:
+        print(f"oner-fast doctor takes no arguments, got {' '.join(argv)!r}", file=sys.stderr)
+        return 2
+    print(report())
+    return 0

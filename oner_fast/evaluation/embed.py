@@ -1,0 +1,173 @@
+"""Embed pictures and captions with a loaded model, batch by batch; a damaged picture is left out and named."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from oner_fast.data.dataset import CorruptSample, PairDataset
+from oner_fast.data.images import decode
+from oner_fast.evaluation.coco import CaptionedImage
+from oner_fast.evaluation.retrieval import CaptionGallery, caption_gallery
+
+
+class Encoder(Protocol):
+    """What evaluation needs of a model; `oner_fast.load` gives one."""
+
+    def preprocess(self, image: Image.Image, /) -> Tensor:
+        """A picture as (3, S, S) uint8."""
+
+    def encode_image(self, images: Any, /) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, E) float32, L2-normalised."""
+
+    def encode_text(self, texts: list[str], /) -> Tensor:
+        """B captions -> (B, E) float32, L2-normalised."""
+
+    def encode_image_text(self, images: Any, texts: list[str], /) -> Tensor:
+        """B pairs -> (B, E) float32, L2-normalised."""
+
+    def encode_patches(self, images: Any, /) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, N, E) float32, L2-normalised, row by row."""
+
+
+@dataclass(frozen=True)
+class SplitEmbeddings:
+    """A split, embedded: `image` (N, E), `text` (M, E), the gallery of captions and how they match the images.
+
+    `captions` are the captions of each image, `rows` its place in the data, `damaged` names what was left out.
+    """
+
+    image: Tensor
+    text: Tensor
+    gallery: CaptionGallery
+    captions: list[list[str]]
+    rows: list[int]
+    damaged: list[str]
+
+
+def embed_split(
+    loaded: Encoder, dataset: PairDataset, *, batch_size: int = 64, limit: int | None = None, label: str = "pictures"
+) -> SplitEmbeddings:
+    """Embed a split of a data set; equal captions become one row of the gallery.
+
+    A sample's `also` (in its json) lists captions of pictures with the same pixels: they are right answers too.
+
+    Args:
+        limit: embed this many samples only, evenly spaced.
+
+    Raises:
+        ValueError: the split has no readable sample.
+    """
+    rows = spaced(len(dataset), limit)
+
+    def read(row: int) -> tuple[bytes, list[str]]:
+        pair = dataset.read(row)
+        return pair.image, [pair.caption, *pair.meta.get("also", [])]
+
+    image, kept, named, damaged = _embed_pictures(loaded, rows, read, batch_size, label)
+    captions = [several[:1] for several in named]
+    gallery = caption_gallery(captions, also=[several[1:] for several in named])
+    text = embed_texts(loaded, gallery.texts, batch_size=batch_size)
+    return SplitEmbeddings(image, text, gallery, captions, kept, damaged)
+
+
+def embed_captioned(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int = 64) -> SplitEmbeddings:
+    """Embed image files with several captions each; every caption stays a row of its own and matches its own image,
+    as in the published COCO protocol.
+    """
+
+    def read(row: int) -> tuple[bytes, list[str]]:
+        return images[row].path.read_bytes(), images[row].captions
+
+    rows = list(range(len(images)))
+    image, kept, captions, damaged = _embed_pictures(loaded, rows, read, batch_size, "images")
+    gallery = caption_gallery(captions, distinct=False, equal_captions_match=False)
+    text = embed_texts(loaded, gallery.texts, batch_size=batch_size)
+    return SplitEmbeddings(image, text, gallery, captions, kept, damaged)
+
+
+def embed_files(loaded: Encoder, files: Sequence[Any], *, batch_size: int = 64) -> tuple[Tensor, list[int], list[str]]:
+    """Embed image files (paths): (N, E) embeddings, the rows that could be read, and the names of the others."""
+
+    def read(row: int) -> tuple[bytes, list[str]]:
+        return files[row].read_bytes(), []
+
+    image, kept, _, damaged = _embed_pictures(loaded, list(range(len(files))), read, batch_size, "images")
+    return image, kept, damaged
+
+
+def embed_texts(loaded: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
+    """Embed captions: (M, E) float32 on the CPU. Batches are cut in the order given."""
+    with torch.inference_mode():
+        parts = [
+            loaded.encode_text(list(texts[start : start + batch_size])).float().cpu()
+            for start in range(0, len(texts), batch_size)
+        ]
+    return torch.cat(parts)
+
+
+def spaced(count: int, limit: int | None) -> list[int]:
+    """Rows 0 to count - 1, or `limit` of them evenly spaced."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit needs to be at least 1, got {limit}")
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [i * count // limit for i in range(limit)]
+
+
+def _embed_pictures(
+    loaded: Encoder, rows: list[int], read: Callable[[int], tuple[bytes, list[str]]], batch_size: int, label: str
+) -> tuple[Tensor, list[int], list[list[str]], list[str]]:
+    """Embeddings, the rows kept, their captions, and the names of what could not be read."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size needs to be at least 1, got {batch_size}")
+
+    def prepare(row: int) -> tuple[int, Tensor, list[str]] | str:
+        try:
+            content, captions = read(row)
+            return row, loaded.preprocess(decode(content, f"picture {row}")), captions
+        except (CorruptSample, OSError, ValueError) as error:
+            return str(error)
+
+    parts, kept, captions, damaged = [], [], [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.inference_mode():
+        # The next batch is decoded while this one is embedded.
+        waiting: list[list[Future[tuple[int, Tensor, list[str]] | str]]] = []
+        starts = list(range(0, len(rows), batch_size))
+        for number in _shown(range(len(starts) + 1), label):
+            if number < len(starts):
+                chunk = rows[starts[number] : starts[number] + batch_size]
+                waiting.append([pool.submit(prepare, row) for row in chunk])
+            if number == 0:
+                continue
+            results = [future.result() for future in waiting.pop(0)]
+            good = [result for result in results if not isinstance(result, str)]
+            damaged += [result for result in results if isinstance(result, str)]
+            if good:
+                parts.append(loaded.encode_image(torch.stack([pixels for _, pixels, _ in good])).float().cpu())
+                kept += [row for row, _, _ in good]
+                captions += [several for _, _, several in good]
+    if not parts:
+        raise ValueError(f"none of {len(rows)} pictures could be read" + (f"; first: {damaged[0]}" if damaged else ""))
+    return torch.cat(parts), kept, captions, damaged
+
+
+def _shown(steps: range, label: str) -> Iterator[int]:
+    """Show progress on a terminal; a line every quarter elsewhere, once the work is long enough to wait for."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import track
+
+        console = Console(stderr=True)
+        yield from track(steps, description=f"Embedding {label}", console=console, transient=True)
+        return
+    for number in steps:
+        if len(steps) >= 100 and number and number % (len(steps) // 4) == 0:
+            print(f"embedding {label}: batch {number} of {len(steps) - 1}", file=sys.stderr, flush=True)
+        yield number

@@ -1,0 +1,78 @@
+"""What a run folder holds, found and checked: a clear message where something is missing."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def check_run(run: Path) -> None:
+    """Raise FileNotFoundError unless `run` is a run folder with a model in it."""
+    if not run.is_dir():
+        raise FileNotFoundError(f"no run folder {run}; `oner-fast train oner` makes one")
+    if not (run / "model.safetensors").is_file() and not any((run / "checkpoints").glob("step-*.pt")):
+        raise FileNotFoundError(
+            f"{run} holds no model: neither model.safetensors nor a checkpoint in checkpoints/; has its training begun?"
+        )
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The run's resolved configuration; empty where there is none."""
+    path = run / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} needs a JSON object, got {type(content).__name__}")
+    return content
+
+
+def find_data(run: Path, given: Path | None) -> Path:
+    """The data to evaluate on: the path given, else the one in the run's configuration.
+
+    Raises:
+        FileNotFoundError: neither names data that exists; the text says what to give.
+    """
+    if given is not None:
+        if not given.exists():
+            raise FileNotFoundError(f"no data at {given} (given with --data)")
+        return given
+    named = read_config(run).get("data")
+    if isinstance(named, dict):
+        named = next((named[key] for key in ("train_data", "path") if isinstance(named.get(key), str)), None)
+    if not isinstance(named, str) or not named:
+        raise FileNotFoundError(f"{run / 'config.json'} names no data; give its folder with --data")
+    for path in (Path(named), run / named):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"the data that {run} was trained on is not at {named}; give its folder with --data")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of metrics.jsonl, by step; where a resumed run logged a step again, the later line counts."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            lines[entry["step"]] = entry
+    return [lines[step] for step in sorted(lines)]
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

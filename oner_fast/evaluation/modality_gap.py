@@ -1,0 +1,96 @@
+"""The modality gap: how far apart images and texts lie in the shared space, and a flat map of both.
+
+The gap is the distance between the centroids of the L2-normalised image and text embeddings (OneR, section 1,
+"The modality gap"). It only means something beside the spread of each: where everything has collapsed to a point,
+the gap is small too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def modality_gap(image: Tensor, text: Tensor) -> float:
+    """Euclidean distance, in [0, 2], between the centroids of the normalised (N, E) images and (M, E) texts."""
+    return float((_centroid(image) - _centroid(text)).norm())
+
+
+def spread(embeddings: Tensor) -> float:
+    """Root mean square distance, in [0, 1], of the normalised (N, E) rows to their centroid; 0 is total collapse."""
+    rows = _normalised(embeddings)
+    return float((rows - rows.mean(0)).square().sum(1).mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Embeddings of a fixed validation subset at one step of training: `image` (n, E) and `text` (n, E) float32."""
+
+    step: int
+    image: Tensor
+    text: Tensor
+
+
+def load_snapshots(folder: Path) -> list[Snapshot]:
+    """Every `step-*.npz` in a folder (arrays `image`, `text`, scalar `step`), by step; empty where there are none.
+
+    Raises:
+        ValueError: a file that does not hold those arrays.
+    """
+    import numpy
+
+    found = []
+    for path in sorted(folder.glob("step-*.npz")):
+        try:
+            with numpy.load(path) as arrays:
+                image, text = (torch.from_numpy(arrays[name].astype("float32")) for name in ("image", "text"))
+                found.append(Snapshot(int(arrays["step"]), image, text))
+        except (KeyError, OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no snapshot (arrays image, text and step): {error}") from error
+    return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+@dataclass(frozen=True)
+class PcaBasis:
+    """Two principal axes: `mean` (E,), `axes` (2, E) orthonormal, `explained` the share of variance of each."""
+
+    mean: Tensor
+    axes: Tensor
+    explained: tuple[float, float]
+
+    def project(self, embeddings: Tensor) -> Tensor:
+        """Coordinates (N, 2) float64 of (N, E) embeddings, L2-normalised first."""
+        return (_normalised(embeddings) - self.mean) @ self.axes.T
+
+
+def fit_basis(snapshots: Sequence[Snapshot]) -> PcaBasis:
+    """One basis for all the given snapshots, images and texts together, so that their maps share axes.
+
+    The sign of each axis is fixed by its largest component (positive), so that the map is the same every time.
+    """
+    if not snapshots:
+        raise ValueError("a basis needs at least one snapshot")
+    rows = torch.cat([_normalised(part) for snapshot in snapshots for part in (snapshot.image, snapshot.text)])
+    if rows.shape[1] < 2:
+        raise ValueError(f"a map in two dimensions needs embeddings of width 2 or more, got {rows.shape[1]}")
+    mean = rows.mean(0)
+    centred = rows - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    axes = vectors.flip(1)[:, :2].T
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
+    total = float(values.clamp_min(0).sum()) or 1.0
+    first, second = (float(values[-1 - i].clamp_min(0)) / total for i in range(2))
+    return PcaBasis(mean, axes * torch.sign(largest), (first, second))
+
+
+def _normalised(rows: Tensor) -> Tensor:
+    if rows.dim() != 2 or not len(rows):
+        raise ValueError(f"embeddings need shape (N, E) with N > 0, got {tuple(rows.shape)}")
+    return F.normalize(rows.detach().cpu().double(), dim=1)
+
+
+def _centroid(rows: Tensor) -> Tensor:
+    return _normalised(rows).mean(0)

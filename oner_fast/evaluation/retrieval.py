@@ -1,0 +1,227 @@
+"""Retrieval between images and captions: R@k in both directions, beside what chance would give.
+
+An image may have several captions and a caption several images; a query counts as a hit when any of its matches is
+among the top k. Scores are cosines (dot products of L2-normalised embeddings) in float64. A tie is lost: a match that
+scores the same as a wrong item ranks behind it, so that a collapsed model, whose embeddings are all equal, gets zero.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TIE = 1e-9  # scores this close are equal: far above float64 rounding, far below any difference that means something
+CHUNK_SCORES = 1 << 22  # scores held at once (32 MiB of float64)
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which captions belong to which images, as pairs of rows.
+
+    `image` and `text` are (P,) int64 rows, each pair once; `images` and `texts` are the sizes of the two sets.
+    """
+
+    image: Tensor
+    text: Tensor
+    images: int
+    texts: int
+
+    def __post_init__(self) -> None:
+        if self.image.shape != self.text.shape or self.image.dim() != 1:
+            raise ValueError(
+                f"image and text rows need one shape (P,), got {tuple(self.image.shape)} and {tuple(self.text.shape)}"
+            )
+        for name, rows, size in (("image", self.image, self.images), ("text", self.text, self.texts)):
+            if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= size):
+                raise ValueError(f"{name} rows need to be in [0, {size}), got {int(rows.min())} to {int(rows.max())}")
+
+
+@dataclass(frozen=True)
+class CaptionGallery:
+    """The captions that are searched (`texts`) and how they match the images they were written for."""
+
+    texts: list[str]
+    matches: Matches
+
+
+def caption_gallery(
+    captions: Sequence[Sequence[str]],
+    *,
+    also: Sequence[Sequence[str]] | None = None,
+    distinct: bool = True,
+    equal_captions_match: bool = True,
+) -> CaptionGallery:
+    """Build the gallery of captions from the captions of each image.
+
+    Args:
+        captions: for each image, its captions (at least one).
+        also: for each image, further captions that are right for it where the gallery has them; they add no row.
+        distinct: list captions that are equal once case is folded a single time. Otherwise every caption stays a row
+            of its own, as in the published COCO protocol.
+        equal_captions_match: an image also matches a caption written for another image when the two are equal once
+            case is folded. Needed by `distinct`.
+
+    Raises:
+        ValueError: an image without a caption, or `distinct` without `equal_captions_match`.
+    """
+    if distinct and not equal_captions_match:
+        raise ValueError("distinct=True needs equal_captions_match=True: one row stands for all equal captions")
+    texts: list[str] = []
+    rows_of: dict[str, list[int]] = {}
+    own: list[list[int]] = []
+    for number, several in enumerate(captions):
+        if not several:
+            raise ValueError(f"image {number} has no caption; each image needs at least one")
+        rows = []
+        for caption in several:
+            known = rows_of.setdefault(_fold(caption), [])
+            if not (distinct and known):
+                known.append(len(texts))
+                texts.append(caption)
+            rows.append(known[-1])
+        own.append(rows)
+    if equal_captions_match:
+        more = also or [()] * len(captions)
+        own = [
+            [row for caption in (*several, *others) for row in rows_of.get(_fold(caption), [])]
+            for several, others in zip(captions, more, strict=True)
+        ]
+    pairs = [(image, text) for image, rows in enumerate(own) for text in dict.fromkeys(rows)]
+    table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return CaptionGallery(texts, Matches(table[:, 0].clone(), table[:, 1].clone(), len(own), len(texts)))
+
+
+def match_ranks(query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: Tensor) -> Tensor:
+    """The place of each query's best match: how many items that do not match score at least as high.
+
+    Args:
+        query: (Q, E) L2-normalised embeddings; gallery: (G, E) likewise.
+        query_row, gallery_row: (P,) int64, the matching pairs.
+
+    Returns:
+        (Q,) int64 in [0, G); 0 means that a match comes first. Only a chunk of the (Q, G) scores is held at a time.
+
+    Raises:
+        ValueError: unequal widths, embeddings that are not finite, or a query without a match.
+    """
+    _check(query, gallery)
+    order = torch.argsort(query_row, stable=True)
+    query_row, gallery_row = query_row[order].to(query.device), gallery_row[order].to(query.device)
+    counts = torch.bincount(query_row, minlength=len(query))
+    if len(query) and int(counts.min()) == 0:
+        raise ValueError(f"query {int(counts.argmin())} has no match in the gallery; leave such queries out")
+    ends = torch.cumsum(counts, 0).tolist()
+    targets = gallery.double().T
+    ranks = torch.empty(len(query), dtype=torch.int64)
+    for start, stop in _chunks(len(query), len(gallery)):
+        scores = query[start:stop].double() @ targets
+        pairs = slice(ends[start - 1] if start else 0, ends[stop - 1])
+        rows, columns = query_row[pairs] - start, gallery_row[pairs]
+        best = torch.full((stop - start,), -math.inf, dtype=torch.float64, device=query.device)
+        best = best.scatter_reduce(0, rows, scores[rows, columns], "amax")
+        scores[rows, columns] = -math.inf
+        ranks[start:stop] = (scores >= best[:, None] - TIE).sum(1).cpu()
+    return ranks
+
+
+def top_matches(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best gallery items of each query: (Q, k) float64 cosines and (Q, k) int64 rows; ties by lower row."""
+    _check(query, gallery)
+    k = min(k, len(gallery))
+    targets = gallery.double().T
+    scores, rows = [], []
+    for start, stop in _chunks(len(query), len(gallery)):
+        ordered = torch.sort(query[start:stop].double() @ targets, dim=1, descending=True, stable=True)
+        scores.append(ordered.values[:, :k].cpu())
+        rows.append(ordered.indices[:, :k].cpu())
+    if not scores:
+        return torch.empty(0, k, dtype=torch.float64), torch.empty(0, k, dtype=torch.int64)
+    return torch.cat(scores), torch.cat(rows)
+
+
+def chance(positives: Tensor, gallery: int, k: int) -> float:
+    """What a random order would score: the mean over queries of 1 - C(G-p, k) / C(G, k), exactly (hypergeometric).
+
+    `positives` is (Q,) the number p of matches of each query; `gallery` is G.
+    """
+    if not positives.numel():
+        raise ValueError("chance needs at least one query")
+    values, counts = torch.unique(positives, return_counts=True)
+    total = 0.0
+    for p, count in zip(values.tolist(), counts.tolist(), strict=True):
+        missed = math.prod(max(gallery - p - j, 0) / (gallery - j) for j in range(min(k, gallery)))
+        total += count * (1.0 - missed)
+    return total / int(counts.sum())
+
+
+def recall(
+    query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: Tensor, *, ks: Sequence[int] = KS
+) -> dict[str, float | int]:
+    """R@k of one direction: {"R@1", ..., "chance@1", ..., "median_rank", "queries", "gallery"}; shares, not per cent.
+
+    Arguments as in `match_ranks`. The median rank counts from 1.
+    """
+    ranks = match_ranks(query, gallery, query_row, gallery_row)
+    if not len(ranks):
+        raise ValueError("recall needs at least one query")
+    positives = torch.bincount(query_row.cpu(), minlength=len(query))
+    result: dict[str, float | int] = {f"R@{k}": int((ranks < k).sum()) / len(ranks) for k in ks}
+    result |= {f"chance@{k}": chance(positives, len(gallery), k) for k in ks}
+    return result | {"median_rank": int(ranks.median()) + 1, "queries": len(query), "gallery": len(gallery)}
+
+
+def retrieval(
+    image: Tensor,
+    text: Tensor,
+    matches: Matches,
+    *,
+    ks: Sequence[int] = KS,
+    image_queries: Tensor | None = None,
+    text_queries: Tensor | None = None,
+) -> dict[str, dict[str, float | int]]:
+    """R@k in both directions: {"image_to_text": ..., "text_to_image": ...}, each as `recall` gives it.
+
+    Args:
+        image: (N, E) L2-normalised; text: (M, E) likewise; matches: their pairs.
+        image_queries, text_queries: int64 rows that ask; the whole other side stays the gallery. All by default.
+    """
+    if len(image) != matches.images or len(text) != matches.texts:
+        raise ValueError(
+            f"matches are for {matches.images} images and {matches.texts} texts, got {len(image)} and {len(text)}"
+        )
+    asked_image, image_pairs = _restrict(image_queries, matches.image, matches.images)
+    asked_text, text_pairs = _restrict(text_queries, matches.text, matches.texts)
+    return {
+        "image_to_text": recall(image[asked_image], text, image_pairs[0], matches.text[image_pairs[1]], ks=ks),
+        "text_to_image": recall(text[asked_text], image, text_pairs[0], matches.image[text_pairs[1]], ks=ks),
+    }
+
+
+def _restrict(queries: Tensor | None, rows: Tensor, size: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The rows that ask, and for the pairs they keep: their new row and their place among the pairs."""
+    asked = torch.arange(size) if queries is None else queries.cpu()
+    place = torch.full((size,), -1, dtype=torch.int64)
+    place[asked] = torch.arange(len(asked))
+    new = place[rows.cpu()]
+    kept = (new >= 0).nonzero().flatten()
+    return asked, (new[kept], kept)
+
+
+def _chunks(queries: int, gallery: int) -> list[tuple[int, int]]:
+    size = max(1, CHUNK_SCORES // max(1, gallery))
+    return [(start, min(start + size, queries)) for start in range(0, queries, size)]
+
+
+def _check(query: Tensor, gallery: Tensor) -> None:
+    if query.dim() != 2 or gallery.dim() != 2 or query.shape[1] != gallery.shape[1]:
+        raise ValueError(f"embeddings need shapes (Q, E) and (G, E), got {tuple(query.shape)}, {tuple(gallery.shape)}")
+    for name, rows in (("query", query), ("gallery", gallery)):
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"{name} embeddings hold NaN or infinity; they need to be finite")
+
+
+def _fold(caption: str) -> str:
+    return " ".join(caption.casefold().split())

@@ -1,0 +1,161 @@
+"""Evaluate a trained run on data: every held-out split, and apart by whether its captions hold a new word."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oner_fast.data.dataset import PairDataset
+from oner_fast.evaluation.coco import CaptionedImage
+from oner_fast.evaluation.composed import composed_queries, composed_recall
+from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_captioned, embed_files, embed_split, embed_texts
+from oner_fast.evaluation.modality_gap import modality_gap, spread
+from oner_fast.evaluation.retrieval import retrieval
+from oner_fast.evaluation.splits import split_by_words, vocabulary
+from oner_fast.evaluation.zero_shot import TEMPLATES, accuracy, class_embeddings, read_image_folder
+
+
+def held_out_splits(data: Path) -> list[str]:
+    """The splits of a data set other than `train`; `["val"]` for a bare tar.
+
+    Raises:
+        FileNotFoundError: there is no such data. ValueError: it has no split to evaluate on.
+    """
+    if not data.exists():
+        raise FileNotFoundError(f"no data at {data}; give its folder with --data")
+    listing = data / "dataset.json"
+    if not data.is_dir():
+        return ["val"]
+    if not listing.is_file():
+        raise FileNotFoundError(f"{data} has no dataset.json; give a folder that `oner-fast data` made, or a tar")
+    splits = [name for name in json.loads(listing.read_text(encoding="utf-8"))["splits"] if name != "train"]
+    if not splits:
+        raise ValueError(f"{data} has only a train split; there is nothing held out to evaluate on")
+    return splits
+
+
+def training_words(data: Path) -> set[str] | None:
+    """Every word of the training captions of a data set, or None where it has no train split."""
+    listing = data / "dataset.json"
+    if not listing.is_file() or "train" not in json.loads(listing.read_text(encoding="utf-8"))["splits"]:
+        return None
+    return vocabulary(PairDataset(data, split="train").captions())
+
+
+def evaluate_split(
+    loaded: Encoder, dataset: PairDataset, name: str, seen: set[str] | None, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """The entries of one split: its own, and those of its captions of seen words and with a new word.
+
+    In the two parts only the queries are fewer; the gallery stays the whole split, so that the figures compare.
+    """
+    embedded = embed_split(loaded, dataset, label=name, **options)
+    composed = _composed(loaded, dataset, embedded) if has_joint_pass(loaded) else {}
+    entries = {name: _entry(embedded) | composed}
+    if seen is not None:
+        texts = embedded.gallery.texts
+        for part, rows in zip(("seen_words", "new_words"), split_by_words(texts, seen), strict=True):
+            if rows:
+                entries[f"{name}_{part}"] = _entry(embedded, rows)
+    return entries
+
+
+def has_joint_pass(loaded: Any) -> bool:
+    """Whether the model reads a picture and words in one pass; two trunks do not."""
+    return bool(getattr(getattr(loaded, "config", None), "shared_trunk", True))
+
+
+def evaluate_retrieval(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int) -> dict[str, Any]:
+    """Retrieval among image files with several captions each (COCO's protocol)."""
+    return _entry(embed_captioned(loaded, images, batch_size=batch_size))
+
+
+def evaluate_zero_shot(
+    loaded: Encoder,
+    folder: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Zero-shot accuracy on an ImageFolder.
+
+    Args:
+        classes: a name for each sub-folder, in their sorted order; the sub-folders' own names by default.
+    """
+    files, labels, folders = read_image_folder(folder)
+    names = list(classes) if classes is not None else [name.replace("_", " ") for name in folders]
+    if len(names) != len(folders):
+        raise ValueError(f"{folder} has {len(folders)} sub-folders but {len(names)} class names were given")
+    described = class_embeddings(lambda prompts: embed_texts(loaded, prompts, batch_size=batch_size), names, templates)
+    image, kept, damaged = embed_files(loaded, files, batch_size=batch_size)
+    return accuracy(image, labels[kept], described) | {"templates": len(templates), "damaged": len(damaged)}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write through a temporary file, so that the old content stays until the new one is whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dict[str, Any]:
+    """Figures of a split, or of the part of it that the given captions and their images make."""
+    matches = embedded.gallery.matches
+    image_rows = None
+    image, text = embedded.image, embedded.text
+    if text_rows is not None:
+        asked = torch.tensor(text_rows, dtype=torch.int64)
+        image_rows = torch.unique(matches.image[torch.isin(matches.text, asked)])
+        scores = retrieval(image, text, matches, image_queries=image_rows, text_queries=asked)
+        image, text = image[image_rows], text[asked]
+    else:
+        scores = retrieval(image, text, matches)
+    return {
+        "pairs": len(image),
+        "captions": len(text),
+        **scores,
+        "modality_gap": modality_gap(image, text),
+        "spread": {"image": spread(image), "text": spread(text)},
+        "damaged": len(embedded.damaged),
+    }
+
+
+def _composed(loaded: Encoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
+    """Figures of queries with a picture and a word, beside the picture alone and the word alone."""
+    queries = composed_queries([several[0] for several in embedded.captions])
+    if not queries:
+        return {}
+    both = embed_composed(loaded, dataset, embedded, [(one.image, one.word) for one in queries])
+    word = embed_texts(loaded, [one.word for one in queries])
+    picture = embedded.image[[one.image for one in queries]]
+    together = composed_recall(both, embedded.image, queries)
+    together |= {"image_only": composed_recall(picture, embedded.image, queries)}  # type: ignore[dict-item]
+    together |= {"text_only": composed_recall(word, embedded.image, queries)}  # type: ignore[dict-item]
+    return {"image_text_to_image": together}
+
+
+def embed_composed(
+    loaded: Encoder, dataset: PairDataset, embedded: SplitEmbeddings, queries: Sequence[tuple[int, str]]
+) -> torch.Tensor:
+    """F(I,T) of (row of the split, words) queries: (Q, E) float32."""
+    from oner_fast.data.images import decode
+
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(queries), 64):
+            chunk = queries[start : start + 64]
+            pictures = [loaded.preprocess(decode(dataset.read(embedded.rows[row]).image)) for row, _ in chunk]
+            parts.append(loaded.encode_image_text(torch.stack(pictures), [word for _, word in chunk]).float().cpu())
+    return torch.cat(parts)

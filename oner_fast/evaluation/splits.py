@@ -1,0 +1,25 @@
+"""Validation captions apart by vocabulary: those made of words seen in training, and those with a word never seen."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+
+def words(caption: str) -> list[str]:
+    """The words of a caption, lower-cased, in order: runs of letters and digits, an apostrophe inside kept."""
+    return _WORD.findall(caption.lower())
+
+
+def vocabulary(captions: Iterable[str]) -> set[str]:
+    """Every word of the given captions."""
+    return {word for caption in captions for word in words(caption)}
+
+
+def split_by_words(captions: Sequence[str], seen: set[str]) -> tuple[list[int], list[int]]:
+    """Rows of the captions all of whose words are in `seen`, and rows of those with at least one that is not."""
+    known: list[int] = []
+    new: list[int] = []
+    for row, caption in enumerate(captions):
+        (known if all(word in seen for word in words(caption)) else new).append(row)
+    return known, new

@@ -1,0 +1,105 @@
+"""The figures of evaluation.json as a table: rich on a terminal, aligned plain text elsewhere."""
+
+from collections.abc import Iterator
+from typing import Any
+
+DIRECTIONS = {
+    "image_to_text": "image → text",
+    "text_to_image": "text → image",
+    "image_text_to_image": "image + text → image",
+}
+KS = (1, 5, 10)
+
+
+def split_title(name: str) -> str:
+    """`val_new_words` -> `val, new words`."""
+    for part in ("_seen_words", "_new_words"):
+        if name.endswith(part):
+            return f"{name.removesuffix(part)},{part.replace('_', ' ')}"
+    return name
+
+
+def percent(share: float) -> str:
+    """A share in per cent, with the decimals it deserves."""
+    value = 100 * share
+    return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 1 or value == 0 else f"{value:.2f} %"
+
+
+def times(share: float, by_chance: float) -> str:
+    """How many times chance a share is."""
+    ratio = share / by_chance if by_chance else 0.0
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
+
+
+def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(split, direction, figures) of every retrieval in the evaluation."""
+    for split, entry in evaluation.items():
+        for direction in DIRECTIONS:
+            if isinstance(entry, dict) and direction in entry:
+                yield split, direction, entry[direction]
+
+
+def show(evaluation: dict[str, Any]) -> None:
+    """Print the figures to standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        print("\n".join(plain_lines(evaluation)))
+        return
+    table = Table(title="Retrieval (in brackets: chance, and the multiple of it)", title_justify="left")
+    for heading in ("split", "query → gallery"):
+        table.add_column(heading)
+    for heading in ("queries", *(f"R@{k}" for k in KS)):
+        table.add_column(heading, justify="right")
+    last = None
+    for split, direction, figures in rows(evaluation):
+        if last not in (None, split):
+            table.add_section()
+        cells = [
+            f"[bold]{percent(figures[f'R@{k}'])}[/] [dim]({_beside(figures, k)})[/]" for k in KS if f"R@{k}" in figures
+        ]
+        table.add_row(
+            split_title(split) if split != last else "", DIRECTIONS[direction], str(figures["queries"]), *cells
+        )
+        last = split
+    console.print(table)
+    for line in _other_lines(evaluation):
+        console.print(line, highlight=False)
+
+
+def plain_lines(evaluation: dict[str, Any]) -> list[str]:
+    """The same as lines of text."""
+    headings = "".join(f"{f'R@{k} (chance, times)':>26}" for k in KS)
+    lines = [f"{'split':<18}{'query → gallery':<23}{'queries':>8}{headings}"]
+    for split, direction, figures in rows(evaluation):
+        cells = [f"{percent(figures[f'R@{k}'])} ({_beside(figures, k)})" for k in KS if f"R@{k}" in figures]
+        lines.append(
+            f"{split_title(split):<18}{DIRECTIONS[direction]:<23}{figures['queries']:>8}"
+            + "".join(f"{cell:>26}" for cell in cells)
+        )
+    return lines + _other_lines(evaluation)
+
+
+def _beside(figures: dict[str, Any], k: int) -> str:
+    return f"{percent(figures[f'chance@{k}'])}, {times(figures[f'R@{k}'], figures[f'chance@{k}'])}"
+
+
+def _other_lines(evaluation: dict[str, Any]) -> list[str]:
+    lines = []
+    for split, entry in evaluation.items():
+        if isinstance(entry, dict) and "modality_gap" in entry:
+            spread = entry.get("spread", {})
+            beside = f" (spread of images {spread['image']:.3f}, of texts {spread['text']:.3f})" if spread else ""
+            lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
+        if isinstance(entry, dict) and entry.get("damaged"):
+            lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged pictures")
+        if isinstance(entry, dict) and "top1" in entry:
+            cells = [
+                f"top-{k} {percent(entry[f'top{k}'])}"
+                f" ({percent(entry[f'chance@{k}'])}, {times(entry[f'top{k}'], entry[f'chance@{k}'])})"
+                for k in (1, 5)
+            ]
+            lines.append(f"zero-shot, {entry['classes']} classes, {entry['images']} images: {', '.join(cells)}")
+    return lines

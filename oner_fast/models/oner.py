@@ -1,0 +1,256 @@
+"""OneR: one transformer tower for images, text and image+text (Jang et al., AAAI 2023, arXiv 2211.11153, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from oner_fast.nn import packing
+from oner_fast.nn.embeddings import PatchEmbedding, WordEmbedding
+from oner_fast.nn.heads import Projector
+from oner_fast.nn.transformer import Sequences, Trunk
+
+PassName = Literal["image", "text", "image_text", "image_given_text", "text_given_image"]
+_CONTEXT: dict[PassName, PassName] = {"image_given_text": "text_given_image", "text_given_image": "image_given_text"}
+
+
+@dataclass(frozen=True)
+class OneRConfig:
+    """Sizes of the tower. The defaults are ViT-B/16 at 224 px with BERT's vocabulary (a choice, as the paper's trunk
+    is)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    vocab_size: int = 30522
+    max_text_tokens: int = 78
+    embed_dim: int = 256
+    projector_hidden: int = 4096
+    shared_trunk: bool = True
+    """False: one trunk for each modality, the two-tower comparison row (no image+text pass)."""
+    shared_head: bool = True
+    """False: one projection head for each modality, the comparison row "one trunk, two heads"."""
+    grad_checkpointing: bool = False
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """images (B, 3, S, S) uint8 or floating; cells (B, M) int64, the patches that take part (None: all), and masked
+    (B, M) bool, those of them shown as the mask token (None: none; else the same number in each image)."""
+
+    images: Tensor
+    cells: Tensor | None = None
+    masked: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """input_ids (T,) int64 of packed captions without specials, cu_seqlens (B + 1,) int32."""
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of the frame: F(I), F(T), F(I,T), F(I|T) or F(T|I); the last two run in lock step, so both are
+    given."""
+
+    name: PassName
+    image: ImageInput | None = None
+    text: TextInput | None = None
+
+    def shown(self) -> tuple[ImageInput | None, TextInput | None]:
+        """What this pass itself puts into its sequences; a context pass may hold the other modality besides."""
+        image = self.image if self.name in ("image", "image_text", "image_given_text") else None
+        return image, self.text if self.name in ("text", "image_text", "text_given_image") else None
+
+
+class PassOutput(NamedTuple):
+    """Outputs of the trunk after the final norm: [CLS] (B, D), patches (B, M, D) or None, words (T, D) or None."""
+
+    cls: Tensor
+    patches: Tensor | None
+    words: Tensor | None
+
+
+class OneR(nn.Module):
+    """The unified tower: input maps, one trunk, one projection head. No modality-specific block, token or type
+    embedding."""
+
+    def __init__(self, config: OneRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = PatchEmbedding(
+            config.image_size, config.patch_size, config.width, config.image_mean, config.image_std
+        )
+        self.word_embedding = WordEmbedding(config.vocab_size, config.max_text_tokens, config.width)
+        self.cls_token = nn.Parameter(torch.empty(config.width))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.trunk = self._trunk()
+        self.text_trunk = None if config.shared_trunk else self._trunk()
+        self.head = self._head()
+        self.text_head = None if config.shared_head else self._head()
+
+    def _trunk(self) -> Trunk:
+        c = self.config
+        return Trunk(c.width, c.depth, c.heads, c.mlp_ratio, c.grad_checkpointing)
+
+    def _head(self) -> Projector:
+        return Projector(self.config.width, self.config.projector_hidden, self.config.embed_dim)
+
+    def forward(self, passes: Sequence[Pass]) -> dict[PassName, PassOutput]:
+        """All ``passes`` as one packed variable-length batch (one for each trunk where there are two)."""
+        _check(passes)
+        if self.text_trunk is None:
+            return self._run(self.trunk, passes)
+        texts = [each for each in passes if each.name == "text"]
+        images = [each for each in passes if each.name == "image"]
+        if len(texts) + len(images) != len(passes):
+            raise ValueError("two trunks know the passes image and text only; set shared_trunk=True for the others")
+        outputs: dict[PassName, PassOutput] = {}
+        for trunk, part in ((self.trunk, images), (self.text_trunk, texts)):
+            if part:
+                outputs |= self._run(trunk, part)
+        return outputs
+
+    def _run(self, trunk: Trunk, passes: Sequence[Pass]) -> dict[PassName, PassOutput]:
+        table = _RowTable(self)
+        packed = [table.pack(each) for each in passes]
+        lengths = torch.cat([each.lengths for each in packed])
+        cu_seqlens = packing.cumulative(lengths)
+        rows = torch.cat([each.rows for each in packed])
+        tokens = table.rows().index_select(0, rows)
+        hidden = trunk(tokens, _sequences(passes, packed, cu_seqlens, rows.shape[0]))
+        outputs: dict[PassName, PassOutput] = {}
+        for each, part in zip(passes, hidden.split([each.rows.shape[0] for each in packed]), strict=True):
+            outputs[each.name] = _unpack(each, part)
+        return outputs
+
+    def project(self, cls: Tensor, name: PassName) -> Tensor:
+        """Outputs (..., D) of the named pass through the projection head; (..., embed_dim), not normalised."""
+        head = self.text_head if self.text_head is not None and name == "text" else self.head
+        return head(cls)
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """images (B, 3, S, S), uint8 or floats in [0, 1]; the projected F(I) (B, embed_dim), not normalised."""
+        return self._encode(Pass("image", image=ImageInput(images)))
+
+    def encode_text(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Packed captions (T,), (B + 1,); the projected F(T) (B, embed_dim), not normalised."""
+        return self._encode(Pass("text", text=TextInput(input_ids, cu_seqlens)))
+
+    def encode_image_text(self, images: Tensor, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The projected F(I,T) (B, embed_dim), not normalised."""
+        return self._encode(Pass("image_text", ImageInput(images), TextInput(input_ids, cu_seqlens)))
+
+    def encode_patches(self, images: Tensor) -> Tensor:
+        """Every patch output of F(I) through the projection head: (B, N, embed_dim), row-major, not normalised."""
+        patches = self([Pass("image", image=ImageInput(images))])["image"].patches
+        assert patches is not None
+        return self.project(patches, "image")
+
+    def _encode(self, single: Pass) -> Tensor:
+        return self.project(self([single])[single.name].cls, single.name)
+
+
+class _RowTable:
+    """The embedded rows of a step: [CLS] in row 0, then each distinct image or text input once."""
+
+    def __init__(self, tower: OneR) -> None:
+        self.tower = tower
+        self.parts = [tower.cls_token.unsqueeze(0)]
+        self.count = 1
+        self.first: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def pack(self, each: Pass) -> packing.Packed:
+        image, text = each.shown()
+        if image is not None:
+            first_patch, (count, tokens) = self._image(image)
+            if text is None:
+                return packing.pack_images(count, tokens, first_patch, self.parts[0].device)
+        if text is None:
+            raise ValueError(f"pass {each.name} has neither image nor text")
+        first_word, (words,) = self._text(text)
+        if image is None:
+            return packing.pack_texts(text.cu_seqlens, words, first_word)
+        return packing.pack_pairs(text.cu_seqlens, words, tokens, first_patch, first_word)
+
+    def rows(self) -> Tensor:
+        return torch.cat(self.parts)
+
+    def _image(self, image: ImageInput) -> tuple[int, tuple[int, ...]]:
+        if id(image) not in self.first:
+            tokens = self.tower.patch_embedding(image.images, image.cells, image.masked)
+            self._add(id(image), tokens.flatten(0, 1), (tokens.shape[0], tokens.shape[1]))
+        return self.first[id(image)]
+
+    def _text(self, text: TextInput) -> tuple[int, tuple[int, ...]]:
+        if id(text) not in self.first:
+            tokens = self.tower.word_embedding(text.input_ids, text.cu_seqlens)
+            self._add(id(text), tokens, (tokens.shape[0],))
+        return self.first[id(text)]
+
+    def _add(self, key: int, rows: Tensor, shape: tuple[int, ...]) -> None:
+        self.first[key] = (self.count, shape)
+        self.parts.append(rows)
+        self.count += rows.shape[0]
+
+
+def _sequences(passes: Sequence[Pass], packed: Sequence[packing.Packed], cu_seqlens: Tensor, total: int) -> Sequences:
+    """Context passes take their keys from each other's sequences, all others from their own."""
+    names = [each.name for each in passes]
+    if not any(name in _CONTEXT for name in names):
+        return Sequences(cu_seqlens)
+    counts = [each.lengths.shape[0] for each in packed]
+    starts = [sum(counts[:index]) for index in range(len(counts))]
+    device = cu_seqlens.device
+    sources = [names.index(_CONTEXT.get(name, name)) for name in names]
+    order = torch.cat(
+        [torch.arange(starts[source], starts[source] + counts[source], device=device) for source in sources]
+    )
+    cu_seqlens_k = packing.cumulative(cu_seqlens.diff().long().index_select(0, order))
+    return Sequences(cu_seqlens, packing.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
+
+
+def _unpack(each: Pass, hidden: Tensor) -> PassOutput:
+    """``hidden`` (T, D): the packed outputs of one pass."""
+    image, text = each.shown()
+    if text is None:
+        tokens = hidden.unflatten(0, (0 if image is None else image.images.shape[0], -1))
+        return PassOutput(tokens[:, 0], tokens[:, 1:], None)
+    count, words = text.cu_seqlens.shape[0] - 1, text.input_ids.shape[0]
+    head = (hidden.shape[0] - words) // count
+    starts = text.cu_seqlens[:-1].long() + torch.arange(count, device=hidden.device) * head
+    word = torch.arange(words, device=hidden.device)
+    words_out = hidden.index_select(0, word + (packing.sample_of_word(text.cu_seqlens, words) + 1) * head)
+    cls = hidden.index_select(0, starts)
+    if head == 1:
+        return PassOutput(cls, None, words_out)
+    places = (starts.unsqueeze(1) + torch.arange(1, head, device=hidden.device)).flatten()
+    return PassOutput(cls, hidden.index_select(0, places).unflatten(0, (count, head - 1)), words_out)
+
+
+def _check(passes: Sequence[Pass]) -> None:
+    if not passes:
+        raise ValueError("passes must hold at least one pass")
+    names = [each.name for each in passes]
+    if len(set(names)) != len(names):
+        raise ValueError(f"each pass may be given once, got {names}")
+    for each in passes:
+        image, text = each.shown()
+        lacks_image = image is None and each.name in ("image", "image_text", "image_given_text")
+        if lacks_image or (text is None and each.name in ("text", "image_text", "text_given_image")):
+            raise ValueError(f"pass {each.name} needs {'an image' if lacks_image else 'a text'} input, got None")
+        other = _CONTEXT.get(each.name)
+        if other is not None and other not in names:
+            raise ValueError(f"pass {each.name} runs in lock step with {other}; give both")

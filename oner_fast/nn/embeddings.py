@@ -1,0 +1,95 @@
+"""The only modality-specific maps of the tower: pixels to tokens and word ids to tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from oner_fast import ops
+from oner_fast.nn.packing import place_in_caption
+
+
+class PatchEmbedding(nn.Module):
+    """Patches to tokens with learned absolute positions; a masked patch's pixels are never read or embedded.
+
+    A masked cell is the mask token with its position and keeps its place in the sequence; a dropped cell (patch
+    dropout) is absent altogether.
+    """
+
+    def __init__(
+        self, image_size: int, patch_size: int, width: int, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"image_size must be a multiple of patch_size {patch_size}, got {image_size}")
+        self.image_size, self.patch_size = image_size, patch_size
+        self.grid = image_size // patch_size
+        self.mean, self.std = mean, std
+        self.project = nn.Linear(len(mean) * patch_size**2, width)
+        self.positions = nn.Parameter(torch.empty(self.grid**2, width))
+        self.mask_token = nn.Parameter(torch.empty(width))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, images: Tensor, cells: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+        """images (B, C, S, S) uint8 or floating; cells (B, M) int64, all by default; masked (B, M) bool; -> (B, M, D).
+
+        Every row of ``masked`` holds the same number of True.
+        """
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"images must have shape (B, C, {size}, {size}), got {tuple(images.shape)}")
+        batch, count = images.shape[0], self.grid**2
+        if cells is None:
+            cells = torch.arange(count, device=images.device).expand(batch, count)
+        if masked is None:
+            return self._embed(images, cells) + self.positions.index_select(0, cells.flatten()).view(
+                batch, -1, self.width
+            )
+        order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible first, each part in place order
+        visible = order[:, : masked.shape[1] - self.masked_count(masked)]
+        tokens = self._embed(images, cells.gather(1, visible))  # [B, V, D]
+        # Slot b V + v is the v-th visible patch of image b, slot B V the mask token.
+        slots = torch.full_like(cells, batch * visible.shape[1])
+        slots.scatter_(1, visible, torch.arange(visible.numel(), device=cells.device).view_as(visible))
+        table = torch.cat([tokens.flatten(0, 1), self.mask_token.to(tokens.dtype).unsqueeze(0)])
+        placed = table.index_select(0, slots.flatten()) + self.positions.index_select(0, cells.flatten())
+        return placed.view(batch, -1, self.width)
+
+    @property
+    def width(self) -> int:
+        return self.positions.shape[1]
+
+    @staticmethod
+    def masked_count(masked: Tensor) -> int:
+        """How many cells of each image are masked; a ValueError where images differ (checked on the CPU)."""
+        counts = masked.sum(dim=1)
+        if masked.device.type == "cpu" and bool((counts != counts[:1]).any()):
+            raise ValueError(
+                f"masked must hide the same number of patches in every image, got {counts.unique().tolist()}"
+            )
+        return int(counts[0])
+
+    def _embed(self, images: Tensor, kept: Tensor) -> Tensor:
+        device = images.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.project.weight.dtype
+        return self.project(ops.gather_patches(images, kept, self.patch_size, self.mean, self.std, dtype))
+
+
+class WordEmbedding(nn.Module):
+    """Word ids of packed captions to tokens, with learned absolute positions within the caption."""
+
+    def __init__(self, vocab_size: int, max_tokens: int, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.empty(max_tokens, width))
+        nn.init.trunc_normal_(self.words.weight, std=0.02)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """input_ids (T,) int64 of packed captions, cu_seqlens (B + 1,) int32; -> (T, D)."""
+        places = place_in_caption(cu_seqlens, input_ids.shape[0])
+        limit = self.positions.shape[0]
+        if places.device.type == "cpu" and places.numel() and int(places.max()) >= limit:
+            raise ValueError(f"captions may hold {limit} tokens, got one of {int(places.max()) + 1}; truncate them")
+        return self.words.weight.index_select(0, input_ids) + self.positions.index_select(0, places)

@@ -1,0 +1,104 @@
+"""The packed pre-norm transformer: every sequence of a step in one (T, D) tensor, no padding anywhere."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from oner_fast import ops
+
+
+class Sequences(NamedTuple):
+    """How a packed (T, D) tensor divides into sequences, and where each takes its keys from.
+
+    ``key_rows`` (T,) int64 and ``cu_seqlens_k`` (S + 1,): sequence i attends to the rows
+    ``key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`` of the same layer's input. None: each attends to itself.
+    """
+
+    cu_seqlens: Tensor
+    key_rows: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention within packed sequences; (T, D) -> (T, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        if sequences.key_rows is not None:
+            key, value = key.index_select(0, sequences.key_rows), value.index_select(0, sequences.key_rows)
+        mixed = ops.varlen_attention(query, key, value, sequences.cu_seqlens, sequences.cu_seqlens_k)
+        return self.out(mixed.flatten(1))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden)
+        self.activation = nn.GELU()
+        self.out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    """x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        x = x + self.attention(self.norm_attention(x), sequences)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Trunk(nn.Module):
+    """The one trunk: ``depth`` blocks and a final LayerNorm, for packed tokens (T, D) of any modality."""
+
+    def __init__(
+        self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, grad_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.grad_checkpointing = grad_checkpointing
+        self.apply(init_weights)
+        # Residual branches start small, so that the sum over 2 x depth of them keeps the scale of the input.
+        for module in self.modules():
+            if isinstance(module, (Attention, Mlp)):
+                nn.init.trunc_normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, sequences, use_reentrant=False)
+            else:
+                x = block(x, sequences)
+        return self.norm(x)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal 0.02 for linear and embedding weights, zero biases."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

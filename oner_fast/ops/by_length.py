@@ -1,0 +1,92 @@
+"""Attention over packed sequences with dense kernels: sequences of equal length are computed together, without
+padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Rows(NamedTuple):
+    """The rows of one side, sorted by group; None where they lie in that order already."""
+
+    order: Tensor | None
+    inverse: Tensor | None
+    sizes: tuple[int, ...]
+
+
+class _Group(NamedTuple):
+    samples: int
+    length_q: int
+    length_k: int
+
+
+def attend_by_length(
+    attend: Attend, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None
+) -> Tensor:
+    """Call ``attend(q (n, H, Lq, Dh), k (n, Hk, Lk, Dh), v) -> (n, H, Lq, Dh)`` once for each pair of lengths; (T,
+    H, Dh).
+
+    Reads the lengths on the host, so on CUDA it synchronises.
+    """
+    lengths_q = tuple(cu_seqlens_q.diff().tolist())
+    lengths_k = lengths_q if cu_seqlens_k is None else tuple(cu_seqlens_k.diff().tolist())
+    groups, rows_q, rows_k = _plan(lengths_q, lengths_k)
+    outputs = []
+    parts = zip(groups, _parts(query, rows_q), _parts(key, rows_k), _parts(value, rows_k), strict=True)
+    for group, q, k, v in parts:
+        if group.length_q == 0:
+            continue
+        if group.length_k == 0:
+            # Zeros that still take part in the graph: their gradient is 0, not missing.
+            outputs.append(q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0))
+            continue
+        result = attend(
+            q.unflatten(0, (group.samples, group.length_q)).transpose(1, 2),
+            k.unflatten(0, (group.samples, group.length_k)).transpose(1, 2),
+            v.unflatten(0, (group.samples, group.length_k)).transpose(1, 2),
+        )
+        outputs.append(result.transpose(1, 2).flatten(0, 1))
+    if not outputs:
+        return query.clone()
+    packed = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return packed if rows_q.inverse is None else packed.index_select(0, rows_q.inverse.to(packed.device))
+
+
+def _parts(packed: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
+    # One selection and one split: their backward is one addition and one concatenation, however many groups there are.
+    ordered = packed if rows.order is None else packed.index_select(0, rows.order.to(packed.device))
+    return ordered.split(list(rows.sizes)) if rows.sizes else ()
+
+
+@lru_cache(maxsize=32)
+def _plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> tuple[tuple[_Group, ...], _Rows, _Rows]:
+    members: dict[tuple[int, int], list[int]] = {}
+    for sample, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        members.setdefault(lengths, []).append(sample)
+    groups = tuple(_Group(len(samples), *lengths) for lengths, samples in members.items())
+    samples_in_order = [sample for samples in members.values() for sample in samples]
+    rows_q = _rows(lengths_q, samples_in_order, tuple(group.samples * group.length_q for group in groups))
+    rows_k = _rows(lengths_k, samples_in_order, tuple(group.samples * group.length_k for group in groups))
+    return groups, rows_q, rows_k
+
+
+def _rows(lengths: tuple[int, ...], samples: list[int], sizes: tuple[int, ...]) -> _Rows:
+    if samples == sorted(samples):
+        return _Rows(None, None, sizes)
+    begins, sizes_in_order = torch.tensor(list(accumulate(lengths, initial=0))[:-1]), torch.tensor(lengths)[samples]
+    ends = sizes_in_order.cumsum(0)
+    # Row r of the sorted rows lies as far behind its sequence's begin as r does behind the sequence's place in the
+    # order.
+    shift = begins[samples] - (ends - sizes_in_order)
+    order = torch.arange(int(ends[-1])) + shift.repeat_interleave(sizes_in_order)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0])
+    return _Rows(order, inverse, sizes)

@@ -1,0 +1,68 @@
+"""Differentiable exchanges between the ranks of a process group (gloo or NCCL)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return gather_rows_without_gradient(rows, sizes, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gradient = grads[0].contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        rank = dist.get_rank(ctx.group)
+        start = sum(ctx.sizes[:rank])
+        return gradient[start : start + ctx.sizes[rank]].clone(), None, None
+
+
+class _SumLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.world = dist.get_world_size(group)
+        total = share.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # DDP divides by the number of ranks: each rank hands back W times its share.
+        return grads[0] * ctx.world, None
+
+
+def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, ...]:
+    """How many rows each rank of ``group`` holds."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device), group=group)
+    return tuple(int(count) for count in counts)
+
+
+def gather_rows_without_gradient(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+    """Concatenate the ranks' (n_r, ...) tensors in rank order; local sizes may differ."""
+    largest = max(sizes)
+    padded = rows.new_zeros((largest, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_rows(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
+    """As :func:`gather_rows_without_gradient`; the gradient of a rank's rows is the sum over the ranks that used
+    them."""
+    gathered: Tensor = _GatherRows.apply(rows, sizes, group)
+    return gathered
+
+
+def sum_loss(share: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum of the ranks' shares of a loss; the gradient is W times that of the share (W ranks), as DDP's mean needs."""
+    total: Tensor = _SumLoss.apply(share, group)
+    return total

@@ -1,0 +1,162 @@
+"""gather_patches: only the kept patches of an image are read, normalised, cast and laid out as rows for a Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from oner_fast.ops import checks, reference
+from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.library import define
+
+
+@define(
+    "gather_patches(Tensor images, Tensor kept, SymInt patch_size, Tensor? mean, Tensor? std, ScalarType dtype, "
+    "Tensor? cu_seqlens) -> Tensor"
+)
+def _forward_shape(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return images.new_empty((*kept.shape, images.shape[1] * patch_size * patch_size), dtype=dtype)
+
+
+@define(
+    "gather_patches_backward(Tensor grad, Tensor kept, SymInt patch_size, Tensor? std, SymInt[] image_shape, "
+    "ScalarType dtype, Tensor? cu_seqlens) -> Tensor"
+)
+def _backward_shape(
+    grad: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    std: Tensor | None,
+    image_shape: Sequence[int],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return grad.new_empty(image_shape, dtype=dtype)
+
+
+class _GatherPatches(torch.autograd.Function):
+    """Saves the indices and the per-channel divisor alone."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        images: Tensor,
+        kept: Tensor,
+        patch_size: int,
+        mean: Tensor | None,
+        std: Tensor | None,
+        dtype: torch.dtype,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(kept, std, cu_seqlens)
+        ctx.patch_size, ctx.image_shape, ctx.image_dtype = patch_size, images.shape, images.dtype
+        return torch.ops.oner_fast.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept, std, cu_seqlens = ctx.saved_tensors
+        images = torch.ops.oner_fast.gather_patches_backward(
+            grad, kept, ctx.patch_size, std, ctx.image_shape, ctx.image_dtype, cu_seqlens
+        )
+        return images, None, None, None, None, None, None
+
+
+def _per_channel(values: Tensor | Sequence[float] | None, device: torch.device) -> Tensor | None:
+    if values is None:
+        return None
+    return torch.as_tensor(values, dtype=torch.float64, device=device).detach().reshape(-1)
+
+
+def _compiled(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | Sequence[float] | None,
+    std: Tensor | Sequence[float] | None,
+    dtype: torch.dtype | None,
+    *,
+    cu_seqlens: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    shift, divisor = _per_channel(mean, images.device), _per_channel(std, images.device)
+    packed = _GatherPatches.apply(images, kept, patch_size, shift, divisor, result, cu_seqlens)
+    return packed if cu_seqlens is None else (packed, cu_seqlens.clone())
+
+
+register("gather_patches", "reference", reference.gather_patches)
+register("gather_patches", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+
+
+@overload
+def gather_patches(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    cu_seqlens: None = None,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def gather_patches(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    cu_seqlens: Tensor,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def gather_patches(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The kept patches of each image, normalised and flattened: no other is read. A Linear then embeds them alone.
+
+    Args:
+        images: (B, C, H, W), uint8 (scaled to [0, 1]) or floating (taken as it is); patch_size must divide H and W.
+        kept: (B, K) int64 with values in [0, N), N = (H / patch_size) * (W / patch_size) in row-major order; repeats
+            allowed. With `cu_seqlens`: flat, (T,).
+        patch_size: the side of a patch in pixels.
+        mean, std: one number a channel; (x - mean) / std after the scaling. Constants: they take no gradient.
+        dtype: of the result; float32 by default for uint8 images, the images' own for floating ones.
+        cu_seqlens: (B + 1,) int32, the boundaries of the samples in a flat `kept`.
+        implementation: force one by name; see `oner_fast.ops.implementations`.
+
+    Returns:
+        (B, K, C * patch_size**2), laid out as the weight of a patch convolution, flattened; with `cu_seqlens` the pair
+        ``(packed (T, C * patch_size**2), cu_seqlens_out)``. Floating images take a (deterministic) gradient.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, device or side that does not fit, or wrong `cu_seqlens`.
+        IndexError: a value of `kept` outside [0, N) (values are read on the CPU; on CUDA only with ONER_FAST_DEBUG=1).
+    """
+    checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
+    serving = choose("gather_patches", images.device.type, implementation, dtype=images.dtype)
+    return serving.function(images, kept, patch_size, mean, std, dtype, cu_seqlens=cu_seqlens)

@@ -1,0 +1,148 @@
+"""masked_gather: keep chosen tokens of each sample, add their positions, put a prefix in front, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from oner_fast.ops import checks, reference
+from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.library import define
+
+
+@define("masked_gather(Tensor tokens, Tensor kept, Tensor? positions, Tensor? prefix, Tensor? cu_seqlens) -> Tensor")
+def _forward_shape(
+    tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    length = 0 if prefix is None else prefix.shape[0]
+    if cu_seqlens is None:
+        return tokens.new_empty(tokens.shape[0], kept.shape[1] + length, tokens.shape[2])
+    return tokens.new_empty(kept.shape[0] + tokens.shape[0] * length, tokens.shape[2])
+
+
+@define(
+    "masked_gather_backward(Tensor grad, Tensor kept, Tensor? cu_seqlens, SymInt samples, SymInt tokens, "
+    "SymInt prefix, bool need_tokens, bool need_positions, bool need_prefix) -> (Tensor, Tensor, Tensor)"
+)
+def _backward_shape(
+    grad: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+    samples: int,
+    tokens: int,
+    prefix: int,
+    need_tokens: bool,
+    need_positions: bool,
+    need_prefix: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = grad.shape[-1]
+    return (
+        grad.new_empty((samples, tokens, width) if need_tokens else (0,)),
+        grad.new_empty((tokens, width) if need_positions else (0,)),
+        grad.new_empty((prefix, width) if need_prefix else (0,)),
+    )
+
+
+class _MaskedGather(torch.autograd.Function):
+    """Saves the indices alone."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        tokens: Tensor,
+        kept: Tensor,
+        positions: Tensor | None,
+        prefix: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(kept, cu_seqlens)
+        ctx.sizes = (tokens.shape[0], tokens.shape[1], 0 if prefix is None else prefix.shape[0])
+        return torch.ops.oner_fast.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept, cu_seqlens = ctx.saved_tensors
+        need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        tokens, positions, prefix = torch.ops.oner_fast.masked_gather_backward(
+            grad, kept, cu_seqlens, *ctx.sizes, *need
+        )
+        return tokens if need[0] else None, None, positions if need[1] else None, prefix if need[2] else None, None
+
+
+def _compiled(
+    tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, *, cu_seqlens: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    packed = _MaskedGather.apply(tokens, kept, positions, prefix, cu_seqlens)
+    if cu_seqlens is None:
+        return packed
+    return packed, ragged_boundaries(cu_seqlens, 0 if prefix is None else prefix.shape[0])
+
+
+def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
+    """cu_seqlens (B + 1,) int32 after every sample grew by `prefix` rows, computed on its device."""
+    if prefix == 0:
+        return cu_seqlens.clone()
+    return cu_seqlens + prefix * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+
+
+register("masked_gather", "reference", reference.masked_gather)
+register("masked_gather", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+
+
+@overload
+def masked_gather(
+    tokens: Tensor,
+    kept: Tensor,
+    positions: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    cu_seqlens: None = None,
+    implementation: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def masked_gather(
+    tokens: Tensor,
+    kept: Tensor,
+    positions: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def masked_gather(
+    tokens: Tensor,
+    kept: Tensor,
+    positions: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Keep ``tokens[b, kept[b, k]]``, with its position added, behind the prefix.
+
+    Args:
+        tokens: (B, N, D), float32, float16, bfloat16 or float64; any strides.
+        kept: (B, K) int64 with values in [0, N), in any order, repeats allowed. With `cu_seqlens`: flat, (T,).
+        positions: (N, D) of the tokens' dtype, added to a token before it is kept (half types are rounded once).
+        prefix: (P, D) of the tokens' dtype, placed in front of every sample as it is (for example [CLS]).
+        cu_seqlens: (B + 1,) int32, the boundaries of the samples in a flat `kept`.
+        implementation: force one by name; see `oner_fast.ops.implementations`.
+
+    Returns:
+        (B, P + K, D) in the tokens' dtype; with `cu_seqlens` the pair ``(packed, cu_seqlens_out)``: (T + B * P, D) and
+        (B + 1,) int32, where ``cu_seqlens_out[b] = cu_seqlens[b] + b * P``. Gradients reach tokens, positions and
+        prefix; they are deterministic, with float32 sums for half types, and only the indices are saved for them.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or device that does not fit, or `cu_seqlens` that do not describe `kept`.
+        IndexError: a value of `kept` outside [0, N) (values are read on the CPU; on CUDA only with ONER_FAST_DEBUG=1).
+    """
+    checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
+    serving = choose("masked_gather", tokens.device.type, implementation, dtype=tokens.dtype)
+    return serving.function(tokens, kept, positions, prefix, cu_seqlens=cu_seqlens)

@@ -1,0 +1,231 @@
+"""The definition of every op, in plain PyTorch: the specification of the library on one page.
+
+These functions are the oracle of every test (run in float64), and what serves where nothing faster is built. The faster
+implementations have the same names, arguments and errors and live beside this file, one op a file.
+``implementation`` is accepted so that the signatures agree; a definition has only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from oner_fast.ops import checks
+from oner_fast.ops.by_length import attend_by_length
+from oner_fast.ops.collectives import gather_rows, gather_rows_without_gradient, row_counts, sum_loss
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Statistics are float32 at least, whatever the inputs are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def masked_gather(
+    tokens: Tensor,
+    kept: Tensor,
+    positions: Tensor | None = None,
+    prefix: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """tokens (B, N, D)[b, kept[b, k]] + positions (N, D)[kept[b, k]], behind prefix (P, D): (B, P + K, D).
+
+    With ``cu_seqlens`` (B + 1,) int32, ``kept`` is flat (T,) and the result is ``(packed (T + B P, D),
+    cu_seqlens_out)``.
+    """
+    checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
+    batch, cells, width = tokens.shape
+    placed = tokens if positions is None else tokens + positions
+    if cu_seqlens is None:
+        visible = placed.gather(1, kept.unsqueeze(-1).expand(-1, -1, width))
+        return visible if prefix is None else torch.cat([prefix.expand(batch, -1, -1), visible], dim=1)
+    sample = _sample_of_row(cu_seqlens, kept.shape[0])
+    rows = placed.reshape(batch * cells, width).index_select(0, sample * cells + kept)
+    if prefix is None or prefix.shape[0] == 0:
+        return rows, cu_seqlens.clone()
+    length = prefix.shape[0]
+    arange = torch.arange(batch, device=kept.device)
+    # Row t of sample b moves to t + (b + 1) P, behind the prefix rows of the samples up to its own.
+    target_rows = torch.arange(kept.shape[0], device=kept.device) + (sample + 1) * length
+    target_prefix = (cu_seqlens[:-1] + arange * length).unsqueeze(1) + torch.arange(length, device=kept.device)
+    order = torch.cat([target_prefix.flatten(), target_rows])
+    source = torch.cat([prefix.repeat(batch, 1), rows])
+    cu_seqlens_out = cu_seqlens + torch.arange(batch + 1, device=kept.device, dtype=torch.int32) * length
+    return source.index_select(0, torch.argsort(order)), cu_seqlens_out
+
+
+def gather_patches(
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | Sequence[float] | None = None,
+    std: Tensor | Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The kept patches of images (B, C, H, W), normalised: (B, K, C * patch_size**2), laid out as a patch
+    convolution's weight.
+
+    uint8 is scaled to [0, 1], floats are not; then (x - mean) / std per channel. Ragged as in :func:`masked_gather`
+    (P = 0).
+    """
+    checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
+    result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    wide = torch.float64 if torch.float64 in (images.dtype, result) else torch.float32
+    pixels = images.to(wide) / 255 if images.dtype == torch.uint8 else images.to(wide)
+    if mean is not None:
+        pixels = pixels - torch.as_tensor(mean, dtype=wide, device=images.device).view(-1, 1, 1)
+    if std is not None:
+        pixels = pixels / torch.as_tensor(std, dtype=wide, device=images.device).view(-1, 1, 1)
+    patches = F.unfold(pixels, patch_size, stride=patch_size).transpose(1, 2).to(result)
+    return masked_gather(patches, kept, cu_seqlens=cu_seqlens)
+
+
+def _sample_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """(T,) int64: which sample each packed row belongs to."""
+    index = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+
+
+def _mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
+    """normalise((1 - mix) first + mix other), float32 or float64; normalise(x) = x / max(|x|, 1e-12)."""
+    mixed = _wide(first)
+    if other is not None:
+        weight = (
+            mix.to(mixed.dtype)
+            if isinstance(mix, Tensor)
+            else torch.tensor(mix, dtype=mixed.dtype, device=first.device)
+        )
+        weight = weight.unsqueeze(-1) if weight.ndim else weight
+        mixed = (1 - weight) * mixed + weight * _wide(other)
+    return F.normalize(mixed, dim=-1, eps=1e-12)
+
+
+def mixup_info_nce(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    query_other: Tensor | None = None,
+    key_other: Tensor | None = None,
+    mix: Tensor | float = 0.5,
+    partner: Tensor | None = None,
+    partner_weight: Tensor | None = None,
+    symmetric: bool = True,
+    group: dist.ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Cross-entropy of logit_scale * q @ k.T (N x N), q and k mixed and normalised, over rows and (symmetric)
+    columns; 0-d.
+
+    Target of row i: P[i, i] += 1 - w_i, P[i, partner_i] += w_i; of column j: P[:, j] / sum_i P[i, j], skipped where
+    that sum is 0. Both means divide by N. With ``group`` the batch is that of all ranks, concatenated in rank order.
+    """
+    sizes = None if group is None else row_counts(query.shape[0], query.device, group)
+    total = None if sizes is None else sum(sizes)
+    checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = _mixed(query, query_other, mix), _mixed(key, key_other, mix)
+        scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else logit_scale
+        rows = q.shape[0]
+        weight = torch.full_like(q[:, 0], 0.5) if partner_weight is None else partner_weight.to(q.dtype)
+        if group is None or sizes is None:
+            start, all_partner, all_weight = 0, partner, weight
+            logits = scale * (q @ k.T)  # [N, N]
+            transposed = logits.T
+        else:
+            start = sum(sizes[: dist.get_rank(group)])
+            all_partner = None if partner is None else gather_rows_without_gradient(partner, sizes, group)
+            all_weight = weight if partner is None else gather_rows_without_gradient(weight, sizes, group)
+            logits = scale * (q @ gather_rows(k, sizes, group).T)  # [n, N]
+            transposed = scale * (k @ gather_rows(q, sizes, group).T) if symmetric else logits  # [n, N]
+        own = torch.arange(rows, device=q.device)
+        loss = _row_entropy(logits, own, start, partner, weight).sum()
+        if symmetric:
+            loss = (loss + _column_entropy(transposed, own, start, all_partner, all_weight).sum()) / 2
+        loss = loss / (rows if total is None else total)
+        return loss if group is None else sum_loss(loss, group)
+
+
+def _row_entropy(logits: Tensor, own: Tensor, start: int, partner: Tensor | None, weight: Tensor) -> Tensor:
+    target = logits.gather(1, (own + start).unsqueeze(1)).squeeze(1)
+    if partner is not None:
+        target = (1 - weight) * target + weight * logits.gather(1, partner.unsqueeze(1)).squeeze(1)
+    return logits.logsumexp(dim=1) - target
+
+
+def _column_entropy(transposed: Tensor, own: Tensor, start: int, partner: Tensor | None, weight: Tensor) -> Tensor:
+    """``transposed`` [n, N]: the n local columns of the logits; ``partner`` and ``weight`` (N,) are those of all
+    rows."""
+    total = transposed.logsumexp(dim=1)
+    target = transposed.gather(1, (own + start).unsqueeze(1)).squeeze(1)
+    if partner is None:
+        return total - target
+    mine = ((partner >= start) & (partner < start + own.shape[0])).nonzero().squeeze(1)
+    column, share = partner.index_select(0, mine) - start, weight.index_select(0, mine)
+    own_share = 1 - weight[start : start + own.shape[0]]
+    mass = own_share.index_add(0, column, share)
+    chosen = transposed.flatten().gather(0, column * transposed.shape[1] + mine)
+    target = (own_share * target).index_add(0, column, share * chosen)
+    empty = mass == 0
+    return torch.where(empty, 0.0, total - target / torch.where(empty, 1.0, mass))
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """softmax(scale Q K^T) V within each packed sequence; (T, H, Dh). Sequence i of query attends to sequence i of key.
+
+    ``causal`` is aligned bottom-right. A query that sees no key gives 0 and takes no gradient.
+    """
+    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    repeats = query.shape[1] // key.shape[1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Sequences of one length together: q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh)."""
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scores = (q * scale) @ k.transpose(-1, -2)  # [n, H, Lq, Lk]
+        if causal:
+            lq, lk = scores.shape[-2:]
+            seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
+            blind = ~seen.any(dim=-1, keepdim=True)
+            scores = scores.masked_fill(~(seen | blind), float("-inf"))
+            return (scores.softmax(dim=-1) @ v).masked_fill(blind, 0.0)
+        return scores.softmax(dim=-1) @ v
+
+    with torch.autocast(query.device.type, enabled=False):
+        result = attend_by_length(attend, _wide(query), _wide(key), _wide(value), cu_seqlens_q, cu_seqlens_k)
+    return result.to(query.dtype)
+
+
+def token_alignment(
+    student: Tensor, teacher: Tensor, kept: Tensor | None = None, *, implementation: str | None = None
+) -> Tensor:
+    """Minus the mean over (B, K) of the cosine of student (B, K, D) and teacher (B, N, D) at kept (B, K); 0-d, no
+    gradient to teacher."""
+    checks.token_alignment(student, teacher, kept)
+    with torch.autocast(student.device.type, enabled=False):
+        target = teacher.detach()
+        if kept is not None:
+            target = target.gather(1, kept.unsqueeze(-1).expand(-1, -1, student.shape[-1]))
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        student, target = student.to(wide), target.to(wide)
+        return -(F.normalize(student, dim=-1, eps=1e-12) * F.normalize(target, dim=-1, eps=1e-12)).sum(-1).mean()

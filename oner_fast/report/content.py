@@ -1,0 +1,224 @@
+"""Everything that a report shows, gathered from a run folder, its data and its model."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from oner_fast.data.dataset import PairDataset
+from oner_fast.data.images import decode
+from oner_fast.evaluation.composed import composed_queries
+from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_split
+from oner_fast.evaluation.folder import processor, read_config, read_metrics
+from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
+from oner_fast.evaluation.run import embed_composed, has_joint_pass
+from oner_fast.evaluation.table import DIRECTIONS, KS, percent, rows, split_title, times
+from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
+from oner_fast.report.examples import composed_examples, image_examples, text_examples
+from oner_fast.report.gap_map import map_charts, shown_snapshots
+from oner_fast.report.heat import heat_rows
+from oner_fast.report.pictures import tile
+
+LICENCE_PAGES = {
+    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+    "MIT": "https://opensource.org/license/mit",
+}
+PACKAGES = ("oner-fast", "torch", "numpy", "tokenizers", "webdataset", "Pillow")
+EXAMPLE_PICTURES = 4096  # a larger split is thinned to this many for the examples
+BANNER = 40
+
+
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """The content of evaluation.json; empty where the run was not evaluated."""
+    path = run / "evaluation.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON; run `oner-fast eval` again: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def training_content(run: Path, figures: Path) -> dict[str, Any]:
+    """Charts of the training and facts about it."""
+    metrics = read_metrics(run)
+    snapshots = load_snapshots(run / "snapshots")
+    total, parts = loss_charts(metrics, figures)
+    _, speed = series(metrics, "samples_per_second")
+    last = metrics[-1] if metrics else {}
+    return {
+        "loss": total,
+        "loss_parts": parts,
+        "speed": speed_charts(metrics, figures),
+        "gap": [gap_chart(snapshots, figures)] if snapshots else [],
+        "maps": map_charts(snapshots, figures),
+        "map_steps": [snapshot.step for snapshot in shown_snapshots(snapshots)],
+        "steps": last.get("step"),
+        "minutes": _elapsed(series(metrics, "seconds")[1]),
+        "gap_facts": [_gap_facts(snapshots[0]), _gap_facts(snapshots[-1])] if snapshots else [],
+        "pairs_a_second": sorted(speed)[len(speed) // 2] if speed else None,
+        "skipped_steps": last.get("skipped_steps"),
+        "corrupt_samples": last.get("corrupt_samples"),
+    }
+
+
+def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The table of figures, and the first split's figures for the summary."""
+    table: dict[str, list[dict[str, Any]]] = {}
+    for split, direction, figures in rows(evaluation):
+        table.setdefault(split_title(split), []).append(
+            {
+                "direction": DIRECTIONS[direction],
+                "kind": direction,
+                "queries": figures["queries"],
+                "cells": [_cell(figures, k) for k in KS],
+            }
+        )
+    main = "val" if "val" in evaluation else next((row for row, _, _ in rows(evaluation)), None)
+    figures = evaluation.get(main, {}) if main else {}
+    composed = figures.get("image_text_to_image")
+    return {
+        "table": table,
+        "main": figures,
+        "headline": {name: _cell(figures[name], 10) for name in DIRECTIONS if name in figures},
+        "composed": composed
+        and {
+            name: _cell(part, 10)
+            for name, part in (
+                ("both", composed),
+                ("image", composed["image_only"]),
+                ("text", composed["text_only"]),
+            )
+        },
+        "zero_shot": evaluation.get("zero_shot"),
+        "about": evaluation.get("about", {}),
+    }
+
+
+def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict[str, Any]:
+    """Retrieval examples, heat-maps, and queries of a picture with a word, from one split."""
+    embedded = embed_split(loaded, dataset, limit=EXAMPLE_PICTURES)
+    picture = _pictures(dataset, embedded)
+
+    def open_picture(row: int) -> Image.Image:
+        return decode(dataset.read(embedded.rows[row]).image)
+
+    captions = [several[0] for several in embedded.captions]
+    queries = composed_queries(captions, seed=seed) if has_joint_pass(loaded) else []
+    composed = None
+    if queries:
+        asked = embed_composed(loaded, dataset, embedded, [(one.image, one.word) for one in queries])
+        composed = composed_examples(embedded, queries, asked, picture, seed=seed)
+    every = max(1, len(embedded.rows) // BANNER)
+    return {
+        "to_text": image_examples(embedded, picture, seed=seed),
+        "to_image": text_examples(embedded, picture, seed=seed),
+        "composed_examples": composed,
+        "heat": heat_rows(loaded, embedded, open_picture, seed=seed),
+        "banner": [(picture(row), embedded.captions[row][0]) for row in range(0, len(embedded.rows), every)][:BANNER],
+    }
+
+
+def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]:
+    """Configuration, commands, versions, machine, and the data's attribution."""
+    listing = data / "dataset.json" if data else None
+    described = json.loads(listing.read_text(encoding="utf-8")) if listing and listing.is_file() else {}
+    config = read_config(run)
+    return {
+        "config": list(flattened(config)),
+        "recipe": _recipe(config),
+        "data_name": described.get("name"),
+        "splits": {
+            name: {key: split.get(key) for key in ("samples", "captions")}
+            for name, split in described.get("splits", {}).items()
+        },
+        "attribution": [
+            entry | {"licence_page": LICENCE_PAGES.get(entry.get("licence", ""))}
+            for entry in described.get("attribution", [])
+        ],
+        "commands": _commands(described, config, shown_as),
+        "versions": versions(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _recipe(config: dict[str, Any]) -> str | None:
+    run = config.get("run")
+    named = config.get("recipe") or (run.get("recipe") if isinstance(run, dict) else None)
+    return named if isinstance(named, str) else None
+
+
+def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
+    source, recipe = (described.get("build") or {}).get("source"), _recipe(config)
+    made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
+    trained = [f"oner-fast train oner --recipe {recipe} --run.run-dir {shown_as}"] if recipe else []
+    return [*made, *trained, f"oner-fast eval {shown_as}", f"oner-fast report {shown_as}"]
+
+
+def versions() -> list[tuple[str, str]]:
+    """Python and the packages that matter, with their versions; those installed."""
+    found = [("Python", platform.python_version())]
+    for name in PACKAGES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def flattened(config: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
+    """A nested configuration as (dotted name, value) lines."""
+    lines: list[tuple[str, str]] = []
+    for name, value in config.items():
+        if isinstance(value, dict):
+            lines += flattened(value, f"{prefix}{name}.")
+        else:
+            lines.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
+    return lines
+
+
+def _elapsed(seconds: Sequence[float]) -> float | None:
+    """Minutes of the whole training; the clock of a resumed run starts anew."""
+    if not seconds:
+        return None
+    ends = [now for now, after in zip(seconds, [*seconds[1:], 0.0], strict=True) if after < now]
+    return sum(ends) / 60
+
+
+def _gap_facts(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "step": snapshot.step,
+        "gap": modality_gap(snapshot.image, snapshot.text),
+        "image": spread(snapshot.image),
+        "text": spread(snapshot.text),
+    }
+
+
+def _cell(figures: dict[str, Any], k: int) -> dict[str, Any]:
+    share, by_chance = figures[f"R@{k}"], figures[f"chance@{k}"]
+    return {
+        "k": k,
+        "share": share,
+        "chance_share": by_chance,
+        "value": percent(share),
+        "chance": percent(by_chance),
+        "times": times(share, by_chance),
+    }
+
+
+def _pictures(dataset: PairDataset, embedded: SplitEmbeddings) -> Callable[[int], str]:
+    @cache
+    def picture(row: int) -> str:
+        return tile(dataset.read(embedded.rows[row]).image)
+
+    return picture

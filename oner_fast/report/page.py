@@ -1,0 +1,21 @@
+"""The report as one HTML file with nothing outside it."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from oner_fast.evaluation.table import percent
+
+
+def render(content: dict[str, Any]) -> str:
+    """Fill the template; a value that is missing is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html", "html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "thousands": lambda number: f"{number:,}"}
+    return environment.get_template("template.html.j2").render(content)

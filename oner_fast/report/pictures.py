@@ -1,0 +1,41 @@
+"""Pictures for the page: small, on white, as data addresses."""
+
+import base64
+import io
+
+from PIL import Image
+from torch import Tensor
+
+from oner_fast.data.images import decode
+
+LARGEST = 192  # px on the longer side, enough for a tile at twice the pixel density
+
+
+def data_uri(content: bytes, kind: str = "png") -> str:
+    """Bytes of an image file as a data address."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def tile(content: bytes) -> str:
+    """An image file as a data address; PNG as it is where it is small, otherwise shrunk and drawn on white."""
+    small = content.startswith(b"\x89PNG") and len(content) <= 16_384
+    if small:
+        return data_uri(content)
+    picture = decode(content)
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return _encoded(picture)
+
+
+def from_pixels(pixels: Tensor) -> str:
+    """(3, H, W) uint8 pixels as a data address."""
+    return _encoded(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()))
+
+
+def _encoded(picture: Image.Image) -> str:
+    out = io.BytesIO()
+    if picture.getcolors(256):
+        picture.save(out, "png", optimize=True)
+        return data_uri(out.getvalue())
+    # Full colour resolution: the edges of a drawing would smear otherwise.
+    picture.save(out, "jpeg", quality=90, subsampling=0)
+    return data_uri(out.getvalue(), "jpeg")

@@ -1,0 +1,107 @@
+"""How the charts look, and how they become SVG that follows the page's colours and PNG files beside it."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Name of the CSS variable -> its colour on a light page, in which charts are drawn.
+COLOURS = {
+    "ink": "#1f2023",
+    "muted": "#74716b",
+    "rule": "#dedad1",
+    "paper": "#fbfaf6",
+    "image": "#17708f",
+    "text": "#d0583a",
+    "joint": "#6a4fa8",
+    "right": "#2c7f53",
+}
+_FAMILIES = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
+
+
+def style() -> Any:
+    """matplotlib settings of every chart, a dict for `matplotlib.rc_context`."""
+    present = {font.name for font in font_manager.fontManager.ttflist}
+    return {
+        "font.family": [name for name in _FAMILIES if name in present] or ["sans-serif"],
+        "font.size": 9.5,
+        "text.color": COLOURS["ink"],
+        "axes.edgecolor": COLOURS["rule"],
+        "axes.labelcolor": COLOURS["muted"],
+        "axes.labelsize": 9,
+        "axes.linewidth": 1.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.axisbelow": True,
+        "grid.color": COLOURS["rule"],
+        "grid.linewidth": 0.7,
+        "xtick.color": COLOURS["rule"],
+        "ytick.color": COLOURS["rule"],
+        "xtick.labelcolor": COLOURS["muted"],
+        "ytick.labelcolor": COLOURS["muted"],
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "ytick.major.size": 0,
+        "xtick.major.size": 3,
+        "lines.solid_capstyle": "round",
+        "lines.solid_joinstyle": "round",
+        "figure.facecolor": COLOURS["paper"],
+        "axes.facecolor": "none",
+        "svg.fonttype": "none",
+        "axes.unicode_minus": True,
+        "path.simplify": True,
+        "path.simplify_threshold": 0.4,
+    }
+
+
+def chart(
+    name: str,
+    draw: Callable[[Axes], None],
+    folder: Path,
+    *,
+    size: tuple[float, float],
+    left: float = 0.4,
+    right: float = 0.45,
+    top: float = 0.34,
+    bottom: float = 0.4,
+) -> dict[str, str]:
+    """Draw one chart: write FOLDER/NAME.png and give {"name", "svg"}, the SVG to be put into the page.
+
+    Args:
+        draw: fills the axes. Colours of `COLOURS` become the page's own, light or dark.
+        size: width and height in inches; a page shows 96 px to the inch.
+        left, right, top, bottom: margins in inches, the same for charts side by side so that they line up.
+    """
+    with matplotlib.rc_context(style() | {"svg.hashsalt": name}):
+        figure = Figure(figsize=size)
+        width, height = size
+        inside = ((width - left - right) / width, (height - top - bottom) / height)
+        draw(figure.add_axes((left / width, bottom / height, *inside)))
+        figure.savefig(folder / f"{name}.png", dpi=200)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return {"name": name, "svg": page_svg(text.getvalue(), name)}
+
+
+def page_svg(svg: str, name: str) -> str:
+    """An SVG file as an element of a page: no header, no foreign address, ids of its own, the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg class="chart" viewBox="\1" role="img">', svg, count=1)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r'\sid="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", svg)
+    for variable, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return re.sub(r">\s+<", "><", svg).strip()

@@ -1,0 +1,260 @@
+"""Builds the C++ extension with CMake and ninja, and never fails for want of them.
+
+Whatever stands in the way is written, with its remedy, to ``oner_fast/_build.json``, and the pure-Python package is
+installed; ``oner_fast`` says so at the first call that the extension would have served, ``oner-fast doctor`` always.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps"
+AGAIN = "then install oner_fast again with --no-build-isolation"
+EDITABLE = "editable_wheel" in sys.argv
+
+
+class Missing(Exception):
+    """What the build lacks, and how to get it."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
+
+
+def find_torch() -> dict[str, Any]:
+    """Where torch is and how it was built."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except Exception as error:
+        raise Missing(
+            f"torch could not be imported while the package was built ({error}); an isolated build never sees it",
+            f"install torch, setuptools, wheel, cmake, ninja and pybind11, {AGAIN}",
+        ) from error
+    return {
+        "version": str(torch.__version__),
+        "include": cpp_extension.include_paths(),
+        "library": cpp_extension.library_paths()[0],
+        "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
+        "cuda": torch.version.cuda,
+    }
+
+
+def find_tool(name: str, package: str) -> str:
+    """A build tool, first in the environment that builds, then on PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise Missing(f"{name} was not found", f"pip install {package}, {AGAIN}")
+    return found
+
+
+def find_compiler() -> tuple[str, str]:
+    """The C++ compiler (CXX, or c++, g++, clang++) and what it says it is."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["c++", "g++", "clang++"]:
+        path = shutil.which(name)
+        if path:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            if said.returncode == 0 and said.stdout:
+                return path, said.stdout.splitlines()[0]
+    what = f"the C++ compiler CXX={asked} was not found" if asked else "no C++ compiler was found"
+    raise Missing(what, f"install one (for example: apt install g++), {AGAIN}")
+
+
+def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
+    """nvcc and, where it is not used, why."""
+    if not torch_info["cuda"]:
+        return None, "this torch is a CPU build"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if nvcc is None:
+        return None, f"nvcc was not found (torch has CUDA {torch_info['cuda']}); install that toolkit or set CUDA_HOME"
+    sources = [*ROOT.glob("csrc/cuda/*.cu")]
+    return (nvcc, "") if sources else (None, "no CUDA C++ source is part of this version")
+
+
+def find_pybind11() -> list[str]:
+    """Header folders of Python and pybind11."""
+    include = sysconfig.get_path("include")
+    if not (Path(include) / "Python.h").exists():
+        raise Missing(
+            f"Python.h was not found in {include}",
+            "install Python's development headers (for example: apt install python3-dev)",
+        )
+    if importlib.util.find_spec("pybind11") is None:
+        raise Missing("pybind11 was not found", f"pip install pybind11, {AGAIN}")
+    import pybind11
+
+    return [include, pybind11.get_include()]
+
+
+class CMakeBuild(build_ext):
+    """Both libraries by one CMake project; on failure neither, and the reason in _build.json."""
+
+    def run(self) -> None:
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        self.package = ROOT / "oner_fast" if in_place else Path(self.build_lib).resolve() / "oner_fast"
+        self.package.mkdir(parents=True, exist_ok=True)
+        for old in self.built():
+            old.unlink()
+        report: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
+        try:
+            self.build_all(report)
+        except Missing as missing:
+            report["extension"] = {"built": False, "reason": missing.reason, "remedy": missing.remedy}
+        except Exception as error:  # a build must never stop an install
+            report["extension"] = {
+                "built": False,
+                "reason": f"{type(error).__name__}: {error}",
+                "remedy": f"{INSTALL} -v . shows the build",
+            }
+        if not report["extension"]["built"]:
+            report["native"] = dict(report["extension"])
+            self.distribution.ext_modules = []
+        for part in ("extension", "native"):
+            if not report[part]["built"]:
+                print(f"oner_fast: {part} not built: {report[part]['reason']}", file=sys.stderr)
+                print(f"oner_fast: remedy: {report[part]['remedy']}", file=sys.stderr)
+        (self.package / "_build.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    def build_all(self, report: dict[str, Any]) -> None:
+        torch_info = find_torch()
+        compiler, compiler_version = find_compiler()
+        cmake, ninja = find_tool("cmake", "cmake"), find_tool("ninja", "ninja")
+        nvcc, no_cuda = find_cuda(torch_info)
+        report.update(
+            torch=torch_info["version"], compiler=compiler_version, cuda={"built": nvcc is not None, "reason": no_cuda}
+        )
+        native: dict[str, Any] = {"built": True, "reason": "", "remedy": ""}
+        headers: list[str] = []
+        try:
+            headers = find_pybind11()
+        except Missing as missing:
+            native = {"built": False, "reason": missing.reason, "remedy": missing.remedy}
+        settings = {
+            "CMAKE_CXX_COMPILER": compiler,
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "TORCH_INCLUDE_DIRS": ";".join(torch_info["include"]),
+            "TORCH_LIBRARY_DIR": torch_info["library"],
+            "TORCH_CXX11_ABI": str(torch_info["cxx11_abi"]),
+            "PYTHON_INCLUDE_DIRS": ";".join(headers),
+            "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX") or ".so",
+            "ONER_FAST_NATIVE": "ON" if native["built"] else "OFF",
+            "ONER_FAST_CUDA": "ON" if nvcc else "OFF",
+            "ONER_FAST_WERROR": "ON" if os.environ.get("ONER_FAST_WERROR", "0") == "1" else "OFF",
+        }
+        if nvcc:
+            settings["CMAKE_CUDA_COMPILER"] = nvcc
+        # A cache made with another torch, Python or compiler is worth nothing: the folder belongs to one set of facts.
+        facts = json.dumps([settings, report["torch"], compiler_version, sys.version], sort_keys=True)
+        folder = ROOT / "build" / "cmake"
+        key = folder / "facts.sha256"
+        digest = hashlib.sha256(facts.encode()).hexdigest()
+        if not key.exists() or key.read_text() != digest:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        output = folder / "out"
+        arguments = [f"-D{name}={value}" for name, value in {**settings, "ONER_FAST_OUTPUT": str(output)}.items()]
+        configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments]
+        try:
+            self.call(configure)
+        except Missing:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.call(configure)
+        key.write_text(digest)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        self.call([cmake, "--build", str(folder), "--parallel", jobs])
+        for library in [output / "_C.so", *(output.glob("_native*") if native["built"] else [])]:
+            # Written beside and renamed: a process that has the old file mapped keeps it.
+            partial = self.package / f".{library.name}.partial"
+            shutil.copy2(library, partial)
+            partial.replace(self.package / library.name)
+        report["extension"] = {"built": True, "reason": "", "remedy": ""}
+        report["native"] = native
+
+    def call(self, command: list[str]) -> None:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        )
+        print(done.stdout, flush=True)
+        if done.returncode:
+            errors = [line for line in done.stdout.splitlines() if "error" in line.lower()] or done.stdout.splitlines()[
+                -3:
+            ]
+            step = "compiling" if "--build" in command else "configuring with CMake"
+            raise Missing(
+                f"{step} failed: {' | '.join(line.strip() for line in errors[:3])}",
+                f"{INSTALL} -v . shows the whole build",
+            )
+
+    def built(self) -> list[Path]:
+        return [
+            path
+            for pattern in ("_C.so", "_native*.so", "_native*.pyd", "_build.json")
+            for path in self.package.glob(pattern)
+        ]
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self.built()] if hasattr(self, "package") else []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return [
+            str(path.relative_to(ROOT))
+            for pattern in ("CMakeLists.txt", "csrc/**/*.*")
+            for path in sorted(ROOT.glob(pattern))
+        ]
+
+
+class Wheel(bdist_wheel):
+    """A platform wheel when the extension is in it, py3-none-any when it is not."""
+
+    def run(self) -> None:
+        build_lib = self.get_finalized_command("build").build_lib
+        shutil.rmtree(build_lib, ignore_errors=True)  # files of an earlier build would be packed too
+        self.run_command("build_ext")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+def package_root() -> str:
+    """Where packages are looked for: the repository root; for an editable install a folder that holds only the package.
+
+    That folder goes on the path, so type checkers follow it, and neither `kernels` nor `train` is importable by itself.
+    """
+    if not EDITABLE:
+        return "."
+    folder = ROOT / ".editable"
+    folder.mkdir(exist_ok=True)
+    link = folder / "oner_fast"
+    if not link.is_symlink():
+        link.symlink_to(Path("..") / "oner_fast", target_is_directory=True)
+    return folder.name
+
+
+where = package_root()
+setup(
+    packages=find_packages(where, include=["oner_fast*"]),
+    package_dir={"": where} if where != "." else {},
+    package_data={"oner_fast": ["py.typed"], "oner_fast.report": ["*.j2"]},
+    ext_modules=[Extension("oner_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

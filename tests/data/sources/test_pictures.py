@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+
+for package in ("resvg_py", "PIL", "webdataset", "rich"):
+    pytest.importorskip(package, reason="needs the demo extra")
+
+from oner_fast.data.dataset import PairDataset  # noqa: E402
+from oner_fast.data.sources.building import Build  # noqa: E402
+from oner_fast.data.sources.pictures import Drawing, IconSet, build_pictures  # noqa: E402
+
+ONE = IconSet("one", "Set One", "Ann", "MIT", "https://example.org")
+TWO = IconSet("two", "Set Two", "Bob", "CC-BY-4.0", "https://example.org")
+
+
+def square(x: int, colour: str = "#000") -> str:
+    path = f'<path fill="{colour}" d="M{x} {x}h4v4h-4z"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{path}</svg>'
+
+
+DRAWINGS = [
+    Drawing(ONE, "cat", square(1), "cat", ("pet",)),
+    Drawing(ONE, "kitten", square(1), "kitten"),
+    Drawing(TWO, "puss", square(1), "puss"),
+    Drawing(ONE, "nothing", square(1, "#fff"), "nothing"),
+    Drawing(ONE, "broken", "<svg", "broken"),
+    Drawing(ONE, "dog.v2", square(5), "dog"),
+    Drawing(TWO, "dog", square(5, "#00f"), "dog"),
+]
+
+
+def test_blank_equal_and_broken_drawings_are_dropped_and_counted(tmp_path: Path) -> None:
+    content = build_pictures(Build(tmp_path, "test", {}), DRAWINGS, 16, 1)
+    assert content["dropped"] | {"failed": 0} == {"blank": 1, "equal pixels": 2, "not drawable": 1, "failed": 0}
+    assert content["dropped"]["failed"][0].startswith("one broken: ")
+    assert [(entry["set"], entry["samples"]) for entry in content["attribution"]] == [("one", 2), ("two", 1)]
+    data = PairDataset(tmp_path, "train")
+    metas = {data.read(i).key: data.read(i).meta for i in range(len(data))}
+    assert metas.keys() == {"one-cat", "one-dog-v2", "two-dog"}
+    assert metas["one-cat"]["also"] == ["kitten", "puss"] and metas["one-cat"]["tags"] == ["pet"]
+    assert metas["two-dog"]["licence"] == "CC-BY-4.0" and metas["two-dog"]["author"] == "Bob"
+
+
+def test_a_style_set_is_a_split_of_its_own(tmp_path: Path) -> None:
+    content = build_pictures(Build(tmp_path, "test", {}), DRAWINGS, 16, 1, frozenset({"two"}))
+    style = PairDataset(tmp_path, "style")
+    assert content["splits"]["style"]["samples"] == len(style) == 1
+    assert style.read(0).meta["set"] == "two"
+
+
+def test_nothing_drawable_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none of 1 drawings gave a picture: one broken"):
+        build_pictures(Build(tmp_path, "test", {}), [DRAWINGS[4]], 16, 1)

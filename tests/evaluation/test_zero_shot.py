@@ -1,0 +1,135 @@
+"""Class embeddings, accuracy, and the layouts that images come in."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from oner_fast.evaluation.coco import read_captions
+from oner_fast.evaluation.run import evaluate_retrieval, evaluate_zero_shot
+from oner_fast.evaluation.zero_shot import TEMPLATES, accuracy, class_embeddings, read_image_folder, read_lines
+
+Draw = Callable[[int], bytes]
+
+
+def encode(texts: list[str]) -> torch.Tensor:
+    """An embedding of each text's own, of various lengths."""
+    rows = [torch.randn(8, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]
+    return torch.stack(rows) * torch.arange(1, len(texts) + 1)[:, None]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_class_embedding_is_the_normalised_mean_of_normalised_prompts(batch_size: int) -> None:
+    templates = ["{}", "a {} here", "the {} of {}"]
+    found = class_embeddings(encode, ["cat", "dog"], templates, batch_size=batch_size)
+    for row, name in zip(found, ["cat", "dog"], strict=True):
+        prompts = [name, f"a {name} here", f"the {name} of {name}"]
+        mean = F.normalize(encode(prompts).double(), dim=1).mean(0)
+        torch.testing.assert_close(row.double(), mean / mean.norm(), atol=1e-6, rtol=0)
+    assert all("{}" in template for template in TEMPLATES)
+
+
+def test_accuracy_with_chance_and_ties_lost() -> None:
+    classes = torch.eye(8)
+    image = torch.eye(8)[[0, 1, 2, 2]]
+    result = accuracy(image, torch.tensor([0, 1, 2, 3]), classes)
+    assert result["top1"] == 0.75
+    assert result["chance@1"] == pytest.approx(1 / 8)
+    assert result["chance@5"] == pytest.approx(5 / 8)
+    same = accuracy(torch.ones(4, 8), torch.arange(4), torch.ones(8, 8))
+    assert same["top5"] == 0.0
+    with pytest.raises(ValueError, match=r"\[0, 8\)"):
+        accuracy(image, torch.tensor([0, 1, 2, 8]), classes)
+
+
+def test_bad_prompts_are_named() -> None:
+    with pytest.raises(ValueError, match="'a photo'"):
+        class_embeddings(encode, ["cat"], ["a photo"])
+    with pytest.raises(ValueError, match="at least one class"):
+        class_embeddings(encode, [])
+
+
+def make_folder(root: Path, draw: Draw) -> Path:
+    for name, numbers in {"blue_circle": (100,), "arrow_up": (103, 102)}.items():
+        (root / name).mkdir(parents=True)
+        for number in numbers:
+            (root / name / f"{number}.png").write_bytes(draw(number))
+    (root / "arrow_up" / "notes.txt").write_text("no picture")
+    return root
+
+
+def test_image_folder(tmp_path: Path, draw: Draw, reader: Any) -> None:
+    folder = make_folder(tmp_path / "images", draw)
+    files, labels, names = read_image_folder(folder)
+    assert names == ["arrow_up", "blue_circle"]
+    assert [path.name for path in files] == ["102.png", "103.png", "100.png"]
+    assert labels.tolist() == [0, 0, 1]
+    result = evaluate_zero_shot(reader, folder)
+    assert result["top1"] == 1.0
+    assert result["classes"] == 2
+    (folder / "blue_circle" / "bad.png").write_bytes(b"no picture")
+    assert evaluate_zero_shot(reader, folder)["damaged"] == 1
+    with pytest.raises(ValueError, match="2 sub-folders but 1 class names"):
+        evaluate_zero_shot(reader, folder, classes=["one"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_image_folder(tmp_path / "nowhere")
+
+
+def test_lines(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("cat\n\n a dog \n", encoding="utf-8")
+    assert read_lines(path) == ["cat", "a dog"]
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no lines"):
+        read_lines(path)
+
+
+def test_karpathy_and_coco_json_give_the_same_retrieval(tmp_path: Path, draw: Draw, reader: Any) -> None:
+    images = tmp_path / "images"
+    (images / "val2014").mkdir(parents=True)
+    captions = {100: ["blue circle", "circle blue"], 102: ["arrow", " arrow arrow"], 104: ["square left"]}
+    for number in captions:
+        (images / "val2014" / f"{number}.png").write_bytes(draw(number))
+    karpathy = {
+        "images": [
+            {
+                "filename": f"{n}.png",
+                "filepath": "val2014",
+                "split": "test",
+                "sentences": [{"raw": text} for text in texts],
+            }
+            for n, texts in captions.items()
+        ]
+        + [{"filename": "other.png", "filepath": "val2014", "split": "train", "sentences": [{"raw": "other"}]}]
+    }
+    coco = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in captions],
+        "annotations": [{"image_id": n, "caption": text} for n, texts in captions.items() for text in texts],
+    }
+    results = []
+    for name, content, folder in (("karpathy", karpathy, images), ("coco", coco, images / "val2014")):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        found = read_captions(path, folder)
+        assert [one.captions for one in found] == [
+            ["blue circle", "circle blue"],
+            ["arrow", "arrow arrow"],
+            ["square left"],
+        ]
+        results.append(evaluate_retrieval(reader, found, batch_size=2))
+    assert results[0] == results[1]
+    assert results[0]["captions"] == 5
+    assert results[0]["image_to_text"]["R@1"] == 1.0
+    assert results[0]["text_to_image"]["R@1"] == 1.0
+    with pytest.raises(ValueError, match="it has test, train"):
+        read_captions(tmp_path / "karpathy.json", images, split="val")
+    (images / "val2014" / "104.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"104\.png"):
+        read_captions(tmp_path / "coco.json", images / "val2014")
+    (tmp_path / "odd.json").write_text("{}")
+    with pytest.raises(ValueError, match="lists no images"):
+        read_captions(tmp_path / "odd.json", images)

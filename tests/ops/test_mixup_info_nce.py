@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from oner_fast.ops import mixup_info_nce, reference
+from oner_fast.ops.implementations import implementations
+
+EVERY = [name for name, one in implementations("mixup_info_nce").items() if not one.reasons_against("cpu")]
+
+
+def normalised(x: Tensor) -> Tensor:
+    return torch.stack([row / row.norm().clamp(min=1e-12) for row in x])
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    query_other: Tensor | None = None,
+    key_other: Tensor | None = None,
+    mix: Tensor | float = 0.5,
+    partner: Tensor | None = None,
+    partner_weight: Tensor | None = None,
+    symmetric: bool = True,
+) -> Tensor:
+    """The contract, with the N x N targets written out."""
+    rows = query.shape[0]
+    share = torch.as_tensor(mix, dtype=query.dtype).expand(rows).unsqueeze(1)
+    q = normalised(query if query_other is None else (1 - share) * query + share * query_other)
+    k = normalised(key if key_other is None else (1 - share) * key + share * key_other)
+    logits = logit_scale * q @ k.T
+    target = torch.zeros(rows, rows, dtype=query.dtype)
+    for i in range(rows):
+        weight = 0.0 if partner is None else 0.5 if partner_weight is None else float(partner_weight[i])
+        target[i, i] += 1 - weight
+        if partner is not None:
+            target[i, int(partner[i])] += weight
+    loss = -(target * logits.log_softmax(1)).sum() / rows
+    if not symmetric:
+        return loss
+    columns = logits.log_softmax(0)
+    for j in range(rows):
+        mass = target[:, j].sum()
+        if mass > 0:
+            loss = loss - (target[:, j] / mass * columns[:, j]).sum() / rows
+    return loss / 2
+
+
+@dataclasses.dataclass
+class Case:
+    """Inputs of one call; all that can ask for a gradient do."""
+
+    positional: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (*self.positional, *self.options.values()) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def make(rows: int, width: int, *, others: str, mix: str, partner: str, symmetric: bool, scale: str) -> Case:
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64).requires_grad_()
+
+    options: dict[str, Any] = {"symmetric": symmetric}
+    if "q" in others:
+        options["query_other"] = numbers(rows, width)
+    if "k" in others:
+        options["key_other"] = numbers(rows, width)
+    if others:
+        mixes = {"scalar": 0.3, "0-d": torch.tensor(0.4, dtype=torch.float64), "each": torch.rand(rows).double()}
+        chosen = mixes[mix]
+        options["mix"] = chosen.requires_grad_() if isinstance(chosen, Tensor) else chosen
+    if partner != "none":
+        options["partner"] = torch.randint(rows, (rows,))
+    if partner == "weighted":
+        # Whole weights leave some columns without any mass.
+        weights = torch.rand(rows, dtype=torch.float64)
+        options["partner_weight"] = torch.where(weights < 0.4, 1.0, weights)
+        options["partner"][0] = 0
+    logit_scale = torch.tensor(5.0, dtype=torch.float64).requires_grad_() if scale == "tensor" else 5.0
+    return Case((numbers(rows, width), numbers(rows, width), logit_scale), options)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@given(
+    rows=st.integers(1, 9),
+    width=st.integers(1, 5),
+    others=st.sampled_from(["", "q", "k", "qk"]),
+    mix=st.sampled_from(["scalar", "0-d", "each"]),
+    partner=st.sampled_from(["none", "half", "weighted"]),
+    symmetric=st.booleans(),
+    scale=st.sampled_from(["number", "tensor"]),
+)
+def test_is_the_formula(implementation: str, **drawn: Any) -> None:
+    case = make(**drawn)
+    ours = mixup_info_nce(*case.positional, **case.options, implementation=implementation)
+    exact = formula(*case.positional, **case.options)
+    assert ours.shape == () and ours.dtype == torch.float64
+    torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-11)
+    mine, theirs = torch.autograd.grad(ours, case.leaves), torch.autograd.grad(exact, case.leaves)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("mix", "partner"), [("each", "none"), ("0-d", "weighted")])
+def test_gradcheck(implementation: str, symmetric: bool, mix: str, partner: str) -> None:
+    case = make(4, 3, others="qk", mix=mix, partner=partner, symmetric=symmetric, scale="tensor")
+    query, key, scale = case.positional
+    fixed = {name: case.options[name] for name in ("partner", "partner_weight") if name in case.options}
+
+    def call(*x: Tensor) -> Tensor:
+        options = {"query_other": x[3], "key_other": x[4], "mix": x[5], "symmetric": symmetric, **fixed}
+        return mixup_info_nce(x[0], x[1], x[2], **options, implementation=implementation)
+
+    inputs = (query, key, scale, case.options["query_other"], case.options["key_other"], case.options["mix"])
+    assert torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_column_without_mass_adds_nothing(implementation: str, dtype: torch.dtype) -> None:
+    """All rows point at row 0 with their whole weight: columns 1 and 2 have no target at all."""
+    query, key = torch.eye(3, dtype=dtype).requires_grad_(), torch.eye(3, dtype=dtype).requires_grad_()
+    partner, weight = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=dtype)
+    loss = mixup_info_nce(
+        query, key, 2.0, partner=partner, partner_weight=weight, implementation=implementation
+    )
+    total = math.log(math.exp(2) + 2)  # of every row and column
+    rows = (3 * total - 2) / 3  # only row 0 has a logit of 2 at its target
+    columns = (total - 2 / 3) / 3  # column 0 alone, with a third of its mass on each row
+    torch.testing.assert_close(loss, torch.tensor((rows + columns) / 2, dtype=dtype), rtol=1e-6, atol=0)
+    for gradient in torch.autograd.grad(loss, (query, key)):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_pair_has_no_loss(implementation: str, symmetric: bool) -> None:
+    query = torch.randn(1, 8, requires_grad=True)
+    loss = mixup_info_nce(query, torch.randn(1, 8), 7.0, symmetric=symmetric, implementation=implementation)
+    assert abs(loss.item()) < 1e-6 and loss.dtype == torch.float32
+    assert torch.autograd.grad(loss, query)[0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scale_100_is_exact_where_all_is_wrong(implementation: str, dtype: torch.dtype) -> None:
+    """Every pair is opposite, every other pair equal: logits of -100 and 100, where exp overflows in float32."""
+    query = torch.zeros(4, 2, dtype=dtype)
+    query[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    key = -query
+    query.requires_grad_()
+    loss = mixup_info_nce(query, key, 100.0, implementation=implementation)
+    torch.testing.assert_close(loss, torch.tensor(200 + math.log(2)), rtol=1e-6, atol=0)
+    assert torch.autograd.grad(loss, query)[0].isfinite().all()
+    right = mixup_info_nce(torch.eye(4, dtype=dtype), torch.eye(4, dtype=dtype), 1e4, implementation=implementation)
+    assert right.item() == 0.0
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_scale_100_of_random_numbers(implementation: str) -> None:
+    case = make(16, 4, others="qk", mix="each", partner="half", symmetric=True, scale="number")
+    exact = formula(*case.positional[:2], 100.0, **case.options)
+    ours = mixup_info_nce(*case.positional[:2], 100.0, **case.options, implementation=implementation)
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(ours, case.leaves), torch.autograd.grad(exact, case.leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_a_row_of_zeros_is_no_division_by_zero(implementation: str) -> None:
+    query, key = torch.randn(3, 4), torch.randn(3, 4)
+    query[1] = 0
+    query.requires_grad_()
+    loss = mixup_info_nce(query, key, 1.0, implementation=implementation)
+    torch.testing.assert_close(loss.double(), formula(query.double(), key.double(), 1.0), rtol=1e-6, atol=0)
+    gradient = torch.autograd.grad(loss, query)[0]
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows(implementation: str, bad: float) -> None:
+    query = torch.randn(3, 4)
+    query[2, 1] = bad
+    assert not mixup_info_nce(query, torch.randn(3, 4), 1.0, implementation=implementation).isfinite()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype: torch.dtype) -> None:
+    """The only error is float32's in the loss, and one rounding to ``dtype`` in each gradient."""
+    wide = [torch.randn(24, 16, dtype=torch.float64).to(dtype).double().requires_grad_() for _ in range(4)]
+    narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
+    exact = formula(wide[0], wide[1], 14.0, query_other=wide[2], key_other=wide[3])
+    ours = mixup_info_nce(
+        narrow[0], narrow[1], 14.0, query_other=narrow[2], key_other=narrow[3], implementation=implementation
+    )
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    for one, other in zip(torch.autograd.grad(ours, narrow), torch.autograd.grad(exact, wide), strict=True):
+        assert one.dtype == dtype
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(one.double(), other, rtol=max(unit, 1e-4), atol=unit * float(other.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_autocast_changes_nothing(implementation: str) -> None:
+    query, key = torch.randn(8, 16), torch.randn(8, 16)
+    plain = mixup_info_nce(query, key, 10.0, implementation=implementation)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = mixup_info_nce(query, key, 10.0, implementation=implementation)
+    assert torch.equal(plain, inside)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_non_contiguous_inputs(implementation: str) -> None:
+    query, key = torch.randn(6, 10)[:, ::2].t().contiguous().t(), torch.randn(12, 5)[::2]
+    assert not query.is_contiguous() and not key.is_contiguous()
+    ours = mixup_info_nce(query, key, 3.0, implementation=implementation)
+    plain = mixup_info_nce(query.contiguous(), key.contiguous(), 3.0, implementation=implementation)
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
+
+
+def test_the_definition_is_public_with_the_same_arguments() -> None:
+    case = make(5, 4, others="qk", mix="each", partner="half", symmetric=True, scale="tensor")
+    served = mixup_info_nce(*case.positional, **case.options, implementation="reference")
+    defined = reference.mixup_info_nce(*case.positional, **case.options, group=None, implementation=None)
+    assert torch.equal(served, defined)
+
+
+X = torch.zeros(3, 4)
+PARTNER = torch.zeros(3, dtype=torch.int64)
+WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (TypeError, "query must be float32, float16, bfloat16 or float64, got torch.int64", {"query": X.long()}),
+    (ValueError, r"query must have shape \(N, D\) = \(\*, \*\), got \(4,\)", {"query": X[0]}),
+    (ValueError, r"query must hold at least one row, got shape \(0, 4\)", {"query": X[:0], "key": X[:0]}),
+    (TypeError, "key must be a torch.Tensor, got NoneType", {"key": None}),
+    (TypeError, "key must have dtype torch.float32.*got torch.float16", {"key": X.half()}),
+    (ValueError, r"key must have shape \(N, D\) = \(3, 4\), got \(2, 4\)", {"key": X[:2]}),
+    (TypeError, "query_other must be a torch.Tensor, got list", {"query_other": [0.0]}),
+    (ValueError, r"query_other must have shape.*got \(3, 2\)", {"query_other": X[:, :2]}),
+    (TypeError, "key_other must have dtype torch.float32", {"key_other": X.double()}),
+    (TypeError, "logit_scale must be a number or a 0-d tensor, got str", {"logit_scale": "10"}),
+    (TypeError, "logit_scale must be a number or a 0-d tensor, got bool", {"logit_scale": True}),
+    (TypeError, "logit_scale must be a number or a floating 0-d tensor, got torch.int64", {"logit_scale": PARTNER[0]}),
+    (ValueError, r"logit_scale must have shape \(\) = \(\), got \(1,\)", {"logit_scale": torch.ones(1)}),
+    (TypeError, r"mix must be a number or a \(N,\) tensor, got NoneType", {"mix": None}),
+    (TypeError, "mix must be a number or a floating tensor, got torch.int64", {"mix": PARTNER}),
+    (ValueError, r"mix must have shape \(N,\) = \(3,\), got \(2,\)", {"mix": torch.ones(2)}),
+    (TypeError, "partner must be a torch.Tensor, got list", {"partner": [0, 1, 2]}),
+    (TypeError, "partner must be int64, got torch.int32", {"partner": PARTNER.int()}),
+    (ValueError, r"partner must have shape \(N,\) = \(3,\), got \(3, 1\)", {"partner": PARTNER.unsqueeze(1)}),
+    (IndexError, r"partner must hold values in \[0, 3\), found 3", {"partner": PARTNER + 3}),
+    (IndexError, r"partner must hold values in \[0, 3\), found -1", {"partner": PARTNER - 1}),
+    (ValueError, "partner_weight was given without partner", {"partner_weight": torch.ones(3)}),
+    (TypeError, "partner_weight must be floating, got torch.int64", {"partner": PARTNER, "partner_weight": PARTNER}),
+    (ValueError, r"partner_weight must have shape.*got \(1,\)", {"partner": PARTNER, "partner_weight": X[0, :1]}),
+    (ValueError, "key is on meta but query is on cpu", {"key": X.to("meta")}),
+    (ValueError, "no implementation 'fast'", {"implementation": "fast"}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), WRONG)
+def test_bad_arguments_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        mixup_info_nce(**{"query": X, "key": X, "logit_scale": 1.0, **arguments})
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    with pytest.raises(TypeError, match=r"query must be a torch\.Tensor, got list"):
+        mixup_info_nce([[0.0]], X, 1.0)  # type: ignore[arg-type]
+
+
+# Several processes: unequal parts of one batch, one of them empty, in groups of two and of three.
+SHARES = {2: (7, 2), 3: (4, 0, 5)}
+RANK_CASES = {
+    "plain": {"others": "", "mix": "scalar", "partner": "none", "symmetric": True, "scale": "tensor"},
+    "rows only": {"others": "qk", "mix": "0-d", "partner": "none", "symmetric": False, "scale": "tensor"},
+    "partner": {"others": "qk", "mix": "each", "partner": "weighted", "symmetric": True, "scale": "tensor"},
+    "partner, rows only": {"others": "k", "mix": "scalar", "partner": "half", "symmetric": False, "scale": "tensor"},
+}
+
+
+def rank_case(name: str) -> Case:
+    torch.manual_seed(5)
+    return make(9, 4, **RANK_CASES[name])  # type: ignore[arg-type]
+
+
+def rank_slice(value: Any, part: slice) -> Any:
+    """This rank's rows, as a leaf; what has no rows is every rank's own copy."""
+    if not isinstance(value, Tensor):
+        return value
+    mine = (value[part] if value.ndim else value).detach().clone()
+    return mine.requires_grad_(value.requires_grad)
+
+
+def run_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
+    results: dict[str, Any] = {}
+    for implementation in EVERY:
+        for size in SHARES:
+            group = dist.new_group(list(range(size)))
+            if rank >= size:
+                continue
+            start = sum(SHARES[size][:rank])
+            part = slice(start, start + SHARES[size][rank])
+            for name in RANK_CASES:
+                whole = rank_case(name)
+                case = Case(
+                    tuple(rank_slice(x, part) for x in whole.positional),
+                    {key: rank_slice(x, part) for key, x in whole.options.items()},
+                )
+                loss = mixup_info_nce(*case.positional, **case.options, group=group, implementation=implementation)
+                gradients = torch.autograd.grad(loss, case.leaves)
+                results[f"{implementation} {size} {name}"] = (loss.detach(), list(gradients))
+            mine = torch.zeros(max(SHARES[size][rank], 1), 4)
+            for error, message, rows, options in (
+                (IndexError, r"\[0, \d+\), found 99", mine, {"partner": torch.full((mine.shape[0],), 99)}),
+                (ValueError, "at least one row", mine[:0], {}),
+            ):
+                with pytest.raises(error, match=message):
+                    mixup_info_nce(rows, rows, 1.0, group=group, implementation=implementation, **options)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of three processes found for every case."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    # This file as a program: pytest imports it under a name that a child could not import.
+    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(3)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    children = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for c in commands
+    ]
+    try:
+        outputs = [child.communicate(timeout=120)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0, 0], "\n".join(outputs)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", list(RANK_CASES))
+def test_processes_equal_one(ranks: list[dict[str, Any]], implementation: str, size: int, name: str) -> None:
+    """The loss on every rank, and the mean over ranks of every gradient as DDP takes it."""
+    whole = rank_case(name)
+    exact = formula(*whole.positional, **whole.options)
+    expected = torch.autograd.grad(exact, whole.leaves)
+    found = [each[f"{implementation} {size} {name}"] for each in ranks[:size]]
+    for loss, _ in found:
+        torch.testing.assert_close(loss, exact.detach(), rtol=1e-12, atol=0)
+    for index, wanted in enumerate(expected):
+        parts = [gradients[index] for _, gradients in found]
+        mean = torch.cat(parts) / size if wanted.ndim else torch.stack(parts).mean()
+        torch.testing.assert_close(mean, wanted, rtol=1e-10, atol=1e-12)
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), sys.argv[2])

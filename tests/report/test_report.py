@@ -1,0 +1,207 @@
+"""The report of a small run with a real, untrained tower: it renders, holds all it shows, and fetches nothing."""
+
+import base64
+import io
+import json
+import re
+import tarfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+import oner_fast
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.evaluation.cli import main as evaluate
+from oner_fast.models.files import save_model
+from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.report.cli import main
+
+CAPTIONS = ["arrow", "arrow up", "arrow down", "red cat", "cat", "bold arrow", "big red cat", "sun & moon <b>", "sun"]
+
+
+def drawing(number: int) -> bytes:
+    out = io.BytesIO()
+    pixels = numpy.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=numpy.uint8)
+    Image.fromarray(pixels).resize((24, 24)).save(out, "png")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with every part, and the data beside it."""
+    root = tmp_path_factory.mktemp("report")
+    data, folder = root / "data", root / "tiny"
+    data.mkdir()
+    (folder / "snapshots").mkdir(parents=True)
+    splits = {}
+    for name in ("train", "val"):
+        with tarfile.open(data / f"{name}-000000.tar", "w") as tar:
+            for number, caption in enumerate(CAPTIONS):
+                members = {"png": drawing(number), "txt": caption.encode(), "json": b"{}"}
+                for extension, content in members.items():
+                    info = tarfile.TarInfo(f"{number:04d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        shard = {"file": f"{name}-000000.tar", "samples": len(CAPTIONS)}
+        splits[name] = {"samples": len(CAPTIONS), "captions": len(CAPTIONS), "shards": [shard]}
+    credit = {"set": "drawn", "title": "Drawn", "author": "A <Author>", "licence": "CC-BY-SA-4.0", "samples": 9}
+    listing = {"name": "tiny", "format": 1, "splits": splits, "attribution": [credit | {"url": "https://example.org"}]}
+    (data / "dataset.json").write_text(json.dumps(listing))
+    tokenizer = Tokenizer.train(CAPTIONS, 64)
+    tokenizer.save(root / "tokenizer.json")
+    torch.manual_seed(0)
+    config = OneRConfig(
+        image_size=16,
+        patch_size=4,
+        width=16,
+        depth=1,
+        heads=2,
+        vocab_size=tokenizer.vocab_size,
+        max_text_tokens=16,
+        embed_dim=8,
+        projector_hidden=16,
+    )
+    save_model(folder / "model.safetensors", OneR(config), (root / "tokenizer.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"data": {"train_data": str(data)}, "optim": {"lr": 1e-3}}))
+    lines = []
+    for step in range(10, 210, 10):
+        line = {"step": step, "loss": 9 / step, "loss/itc": 5 / step, "loss/mlm": None, "seconds": step % 110}
+        lines.append(json.dumps(line | {"samples_per_second": 99.0, "mfu": 0.3, "data_wait": 0.01, "skipped_steps": 0}))
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    for step in (0, 100, 150, 200):
+        image, text = numpy.random.default_rng(step).normal(size=(2, 12, 8)).astype(numpy.float16)
+        numpy.savez(folder / "snapshots" / f"step-{step:08d}.npz", image=image, text=text, step=step)
+    assert evaluate([str(folder)]) == 0
+    assert main([str(folder)]) == 0
+    return folder
+
+
+class Outside(HTMLParser):
+    """Collects every address that a browser would fetch, every link, and all text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name in ("src", "srcset", "data", "poster") or (name == "href" and tag not in ("a",)):
+                self.fetched.append(value or "")
+            elif name == "href":
+                self.links.append(value or "")
+            elif name == "id":
+                self.ids.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Outside:
+    parser = Outside()
+    parser.feed((run / "report.html").read_text(encoding="utf-8"))
+    return parser
+
+
+def test_nothing_is_fetched_from_outside(page: Outside, run: Path) -> None:
+    assert page.fetched
+    assert all(address.startswith(("data:", "#")) for address in page.fetched)
+    assert not page.tags & {"script", "iframe", "object", "embed"}
+    html = (run / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"@import|@font-face|url\((?!#)", html)
+    outside = re.findall(r'https?://[^\s"<]+', html)
+    assert sorted(set(outside)) == sorted(link for link in set(page.links) if link.startswith("http"))
+    assert set(outside) == {"https://example.org", "https://creativecommons.org/licenses/by-sa/4.0/"}
+
+
+def test_links_within_the_page_lead_somewhere(page: Outside) -> None:
+    inner = {link[1:] for link in page.links if link.startswith("#")}
+    assert {"figures", "examples", "heat", "composed", "gap", "training", "made"} == inner
+    assert inner <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))  # of the charts too
+
+
+def test_pictures_are_pictures(page: Outside) -> None:
+    inline = {address for address in page.fetched if address.startswith("data:image")}
+    assert len(inline) >= len(CAPTIONS)
+    for address in inline:
+        Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).verify()
+
+
+def test_what_the_page_says(page: Outside, run: Path) -> None:
+    for words in ("Retrieval on what it has never seen", "Drawn by seed", "a right answer", "optim.lr"):
+        assert words in page.text
+    assert "A <Author>" in page.text  # escaped in the source, whole when read
+    assert "sun & moon <b>" in page.text
+    assert "b" not in {tag for tag in page.tags if tag == "script"}
+    figures = json.loads((run / "evaluation.json").read_text())["val"]
+    share = f"{100 * figures['image_to_text']['R@10']:.0f} %"
+    assert share in page.text
+    assert "undefined" not in page.text.lower()
+    assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
+
+
+def test_charts_follow_the_pages_colours(run: Path) -> None:
+    html = (run / "report.html").read_text(encoding="utf-8")
+    charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.DOTALL)
+    assert len(charts) == 9  # loss, one part, speed, mfu, waiting, gap, three maps
+    for chart in charts:
+        assert "var(--" in chart
+        assert not re.search(r"(?:fill|stroke): #", chart)
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_figures_are_written(run: Path) -> None:
+    names = {path.name for path in (run / "figures").glob("*.png")}
+    assert {"loss.png", "modality-gap.png", "map-1.png", "map-3.png", "text-to-image.png", "heat-maps.png"} <= names
+    for name in names:
+        assert Image.open(run / "figures" / name).width > 300
+
+
+def test_the_same_page_twice(run: Path) -> None:
+    before = (run / "report.html").read_bytes()
+    assert main([str(run)]) == 0
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_run_that_was_not_evaluated_and_logged_nothing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    assert main([str(tmp_path), "--data", str(run.parent / "data")]) == 0
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "It has not been evaluated yet" in html
+    assert 'id="training"' not in html
+    assert 'id="gap"' not in html
+    assert 'id="examples"' in html
+
+
+def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(argv) == 2
+    return capsys.readouterr().err
+
+
+def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no run folder" in fails([str(tmp_path / "none")], capsys)
+    assert "neither model.safetensors nor a checkpoint" in fails([str(tmp_path)], capsys)
+    assert "no data at" in fails([str(run), "--data", str(tmp_path / "gone")], capsys)
+    assert "unknown split 'style'" in fails([str(run), "--split", "style"], capsys)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "give its folder with --data" in fails([str(tmp_path)], capsys)
+    assert "not a safetensors file" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)
+
+
+def test_interrupted(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(oner_fast, "load", stop, raising=False)
+    assert main([str(run)]) == 130
+    assert "was not written" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import oner_fast
+from oner_fast import cli
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"oner-fast {oner_fast.__version__}"
+
+
+def test_python_m_and_the_script_are_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "oner_fast", "--version"], capture_output=True, text=True, cwd="/", check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip() == f"oner-fast {oner_fast.__version__}"
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "train oner",
+        "eval",
+        "data pictograms",
+        "data icons",
+        "data pairs",
+        "data index",
+        "report",
+        "doctor",
+    ):
+        assert words in said
+    assert cli.main([]) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "unknown command 'trian'; known: train, eval, data, report, doctor"),
+        (["train", "onre"], "unknown name after 'train' 'onre'; known: oner"),
+        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.strip() == f"oner-fast: {message}"
+
+
+@pytest.mark.parametrize("argv", [["train"], ["data"]])
+def test_a_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    assert f"usage: oner-fast {argv[0]} {{" in capsys.readouterr().err
+    assert cli.main([*argv, "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "rest"),
+    [
+        (["train", "oner", "--lr", "1"], "oner_fast.train.oner", ["--lr", "1"]),
+        (["eval", "runs/x"], "oner_fast.evaluation.cli", ["runs/x"]),
+        (["data", "pairs", "my.csv"], "oner_fast.data.sources.cli", ["pairs", "my.csv"]),
+        (["report", "runs/x"], "oner_fast.report.cli", ["runs/x"]),
+        (["doctor", "--help"], "oner_fast.doctor", ["--help"]),
+    ],
+)
+def test_dispatch(argv: list[str], module: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def find(name: str) -> SimpleNamespace:
+        return SimpleNamespace(main=lambda arguments: seen.append((name, arguments)) or 7)
+
+    monkeypatch.setattr(cli.importlib, "import_module", find)
+    assert cli.main(argv) == 7
+    assert seen == [(module, rest)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "module"),
+    [
+        (["train", "oner"], "oner_fast.train.oner"),
+        (["eval"], "oner_fast.evaluation.cli"),
+        (["data", "pictograms"], "oner_fast.data.sources.cli"),
+        (["report"], "oner_fast.report.cli"),
+        (["doctor"], "oner_fast.doctor"),
+    ],
+)
+def test_every_command_is_there(argv: list[str], module: str) -> None:
+    assert callable(importlib.import_module(module).main)
+
+
+@pytest.mark.parametrize(
+    ("argv", "package", "extra"),
+    [(["train", "oner"], "tyro", "train"), (["eval", "x"], "tyro", "train"), (["report", "x"], "jinja2", "demo")],
+)
+def test_a_missing_extra_is_named(
+    argv: list[str], package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named '{package}.sub'", name=f"{package}.sub")
+
+    monkeypatch.setattr(cli.importlib, "import_module", fail)
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert repr(package) in said and f"pip install 'oner_fast[{extra}]'" in said
+
+
+def test_a_missing_module_of_ours_is_an_error_not_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'oner_fast.nothing'", name="oner_fast.nothing")
+
+    monkeypatch.setattr(cli.importlib, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["eval", "x"])
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=interrupted))
+    assert cli.main(["eval", "x"]) == 130

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import oner_fast
+from oner_fast import _extension, doctor
+
+
+def test_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([]) == 0
+    said = capsys.readouterr().out
+    for word in (
+        oner_fast.__version__,
+        str(torch.__version__),
+        "instruction sets",
+        "GPU",
+        "xformers",
+        "flash-attn",
+        "apex",
+        "triton",
+    ):
+        assert word in said
+    for op in ("masked_gather", "gather_patches", "mixup_info_nce", "varlen_attention", "token_alignment"):
+        assert f"{op} (cpu)" in said
+
+
+def test_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _extension.Status(False, "the C++ extension is not built: ninja was not found", "pip install ninja")
+    monkeypatch.setattr(_extension, "_status", missing)
+    said = " ".join(doctor.report().split())
+    assert "not in use: the C++ extension is not built: ninja was not found" in said
+    assert "remedy pip install ninja" in said
+    assert "masked_gather (cpu) reference" in said
+    assert "not cpp: the C++ extension is not built" in said
+
+
+def test_imports_no_peer_and_needs_no_extra() -> None:
+    program = """
+import sys
+import oner_fast.doctor as doctor
+doctor.report()
+print([m for m in ("flash_attn", "xformers", "apex", "tyro", "rich", "PIL", "matplotlib") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/", check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def make_apex(folder: Path, *inside: str) -> None:
+    for name in ("", *inside):
+        (folder / "apex" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "apex" / name / "__init__.py").write_text("raise ImportError('the doctor must not import this')")
+
+
+def test_apex_of_nvidia_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make_apex(tmp_path)
+    version, why = doctor.find_apex()
+    assert version is None and "not NVIDIA's" in why
+    make_apex(tmp_path, "normalization", "multi_tensor_apply")
+    version, why = doctor.find_apex()
+    assert version == "?" and why == ""
+
+
+def test_a_peer_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.find_peer("no_such_peer_of_ours", "no-such-peer") is None
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "some_peer_of_ours.py").write_text("raise SystemExit('imported')")
+    assert doctor.find_peer("some_peer_of_ours", "some-peer-of-ours") == "?"
+    assert doctor.find_peer("torch", "torch") == str(torch.__version__)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's list of CPU flags")
+def test_cpu_features_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    spelled = {"sse4.2": "sse4_2", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
+    compiled = {spelled.get(name, name) for name in doctor.cpu_features()}
+    monkeypatch.setitem(sys.modules, "oner_fast._native", None)
+    assert compiled == set(doctor.cpu_features())
+
+
+def test_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--fast"]) == 2
+    assert "'--fast'" in capsys.readouterr().err
+    assert doctor.main(["--help"]) == 0

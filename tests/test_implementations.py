@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from oner_fast import _extension, ops
+from oner_fast.ops import implementations
+from oner_fast.ops.implementations import choose, explain, register
+
+PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONER_FAST_IMPLEMENTATION", raising=False)
+    for name in [*PUBLIC, "toy"]:
+        monkeypatch.delenv(f"ONER_FAST_{name.upper()}_IMPLEMENTATION", raising=False)
+
+
+@pytest.fixture
+def toy() -> Iterator[str]:
+    """An op with three implementations: one for CUDA, one that is picky about dtypes, and the definition."""
+
+    def picky(device: str, dtype: torch.dtype | None = None, **facts: Any) -> list[str]:
+        return [] if dtype in (None, torch.float32) else [f"takes float32, not {dtype}", "is in a bad mood"]
+
+    register("toy", "reference", lambda: "reference")
+    register("toy", "gpu", lambda: "gpu", devices=("cuda",), preference=100)
+    register("toy", "picky", lambda: "picky", devices=("cpu", "cuda"), preference=50, reasons=picky)
+    yield "toy"
+    del implementations._registry["toy"]
+
+
+def test_every_public_op_has_its_definition() -> None:
+    assert implementations.ops() == PUBLIC
+    assert all("reference" in implementations.implementations(op) for op in PUBLIC)
+
+
+def test_best_that_can_serve(toy: str) -> None:
+    assert choose(toy, "cuda").name == "gpu"
+    assert choose(toy, "cpu").name == "picky"
+    assert choose(toy, "cpu", dtype=torch.float32).function() == "picky"
+    assert choose(toy, "cpu", dtype=torch.float16).name == "reference"
+    assert choose(toy, "meta").name == "reference"
+
+
+def test_argument_wins_over_the_ops_variable_over_the_one_for_all(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "reference")
+    assert choose(toy, "cuda").name == "reference"
+    monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "picky")
+    assert choose(toy, "cuda").name == "picky"
+    assert choose(toy, "cuda", "gpu").name == "gpu"
+
+
+def test_unknown_name_lists_the_known_ones(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'fast' \(asked for by the argument.*known ones: gpu, picky, reference"):
+        choose(toy, "cpu", "fast")
+    monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "fast")
+    with pytest.raises(ValueError, match="environment variable ONER_FAST_TOY_IMPLEMENTATION"):
+        choose(toy, "cpu")
+    with pytest.raises(ValueError, match="unknown op 'tyo'; known ops: .*masked_gather"):
+        choose("tyo", "cpu")
+
+
+def test_one_that_cannot_serve_lists_every_reason(toy: str) -> None:
+    with pytest.raises(
+        RuntimeError, match="runs on cpu and cuda, not on xpu; takes float32, not torch.float16; is in a bad"
+    ):
+        choose(toy, "xpu", "picky", dtype=torch.float16)
+
+
+def test_nothing_can_serve(toy: str) -> None:
+    register(toy, "reference", lambda: None, devices=("cpu",))
+    with pytest.raises(RuntimeError, match="nothing can serve.*gpu: runs on cuda.*reference: runs on cpu"):
+        choose(toy, "xpu")
+
+
+def test_explain(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_toy() -> implementations.Choice:
+        return next(choice for choice in explain("cpu") if choice.op == toy)
+
+    free = of_toy()
+    assert free.serves == "picky" and free.others["gpu"] == ["runs on cuda, not on cpu"]
+    assert free.others["reference"] == ["can serve, but stands lower in the order"]
+    monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "gpu")
+    assert of_toy().serves is None and "cannot serve" in of_toy().why
+    monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "nonsense")
+    assert of_toy().serves is None and "known: gpu, picky, reference" in of_toy().why
+
+
+def test_the_variable_reaches_a_public_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONER_FAST_MASKED_GATHER_IMPLEMENTATION", "nonsense")
+    with pytest.raises(ValueError, match="masked_gather has no implementation 'nonsense'"):
+        ops.masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_a_missing_extension_is_said_once_and_the_definition_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _extension.Status(False, "the C++ extension is not built: no C++ compiler was found", "install g++")
+    monkeypatch.setattr(_extension, "_status", missing)
+    monkeypatch.setattr(_extension, "_warned", False)
+    tokens, kept = torch.randn(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.warns(RuntimeWarning, match="no C.. compiler was found. Remedy: install g..") as caught:
+        result = ops.masked_gather(tokens, kept)
+    assert len(caught) == 1 and torch.equal(result, tokens[:, :1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.masked_gather(tokens, kept)
+    with pytest.raises(RuntimeError, match="'cpp'.*cannot serve this call: the C.. extension is not built"):
+        ops.masked_gather(tokens, kept, implementation="cpp")

@@ -1,0 +1,251 @@
+"""Real installs into throw-away virtual environments, which see this one's torch and build tools by a .pth file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.install, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTER = Path(sysconfig.get_path("purelib"))
+PARTS = (
+    "csrc",
+    "kernels",
+    "train",
+    "benchmarks",
+    "oner_fast",
+    "setup.py",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
+
+CHECK = """
+import importlib.util, torch, warnings
+import oner_fast, oner_fast.kernels, oner_fast.train, oner_fast.benchmarks
+from oner_fast import _extension
+from oner_fast.ops import masked_gather
+from oner_fast.data.packing import pack, pack_python
+for name in ("kernels", "train", "benchmarks"):
+    spec = importlib.util.find_spec(name)
+    assert spec is None or "oner" not in (spec.origin or ""), spec
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    out = masked_gather(torch.arange(6.0).view(1, 2, 3), torch.tensor([[1, 1]]))
+assert out.tolist() == [[[3.0, 4.0, 5.0]] * 2], out
+told = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+assert len(told) == (0 if _extension.status().loaded else 1), told
+print(oner_fast.__file__, _extension.status().loaded, pack is not pack_python)
+"""
+
+CLIENT = """
+import oner_fast.kernels
+import torch
+from oner_fast.ops import masked_gather
+from oner_fast.train import signals
+
+out: torch.Tensor = masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
+wrong: int = masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
+"""
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV", "CXX")
+    }
+    environment["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), environment["PATH"]])
+    environment.update(env or {})
+    return subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, cwd="/", check=False
+    )
+
+
+def ok(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@dataclass
+class Environment:
+    """A virtual environment without pip; this one's pip installs into it."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def install(self, *arguments: str | Path, env: dict[str, str] | None = None) -> None:
+        pip = (sys.executable, "-m", "pip", "--python", self.python, "install", "--no-deps", "--ignore-installed")
+        ok(run(*pip, "--no-index", "--no-build-isolation", *arguments, env=env))
+
+    def check(self) -> list[str]:
+        return ok(run(self.python, "-c", CHECK)).split()
+
+    def doctor(self) -> str:
+        return " ".join(ok(run(self.folder / "bin" / "oner-fast", "doctor")).split())
+
+    def type_check(self, client: Path, cache: Path) -> str:
+        client.write_text(CLIENT)
+        done = run(sys.executable, "-m", "mypy", "--python-executable", self.python, "--cache-dir", cache, client)
+        return done.stdout
+
+
+def environment(folder: Path) -> Environment:
+    ok(run(sys.executable, "-m", "venv", "--without-pip", folder))
+    made = Environment(folder)
+    inner = ok(run(made.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")).strip()
+    (Path(inner) / "outer.pth").write_text(f"{OUTER}\n")
+    return made
+
+
+def checkout(folder: Path) -> Path:
+    """What a clone holds, with nothing built."""
+    folder.mkdir(parents=True)
+    ignored = shutil.ignore_patterns("_C.so", "_native*.so", "_build.json", "__pycache__")
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy2(source, folder / part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkout for the tests that build it with success, so that they share CMake's work."""
+    return checkout(tmp_path_factory.mktemp("source") / "clone")
+
+
+@pytest.fixture(scope="module")
+def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, since most of the work is torch's."""
+    return tmp_path_factory.mktemp("mypy")
+
+
+def wheel(source: Path, into: Path, python: Path | str = sys.executable, env: dict[str, str] | None = None) -> Path:
+    pip = (sys.executable, "-m", "pip", "--python", python, "wheel", "--no-deps", "--no-index", "--no-build-isolation")
+    ok(run(*pip, "--wheel-dir", into, source, env=env))
+    (made,) = into.glob("*.whl")
+    return made
+
+
+def test_wheel(source: Path, tmp_path: Path, mypy_cache: Path) -> None:
+    made = wheel(source, tmp_path / "dist")
+    assert not made.name.endswith("none-any.whl"), made.name
+    with zipfile.ZipFile(made) as archive:
+        names = archive.namelist()
+    assert {"oner_fast/_C.so", "oner_fast/_build.json", "oner_fast/py.typed", "oner_fast/kernels/__init__.py"} <= set(
+        names
+    )
+    assert {"oner_fast/train/__init__.py", "oner_fast/benchmarks/__init__.py"} <= set(names)
+    assert any(name.startswith("oner_fast/_native.") for name in names)
+    assert any(name.startswith("oner_fast/report/") and name.endswith(".html.j2") for name in names)
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"oner_fast"}
+    inside = environment(tmp_path / "venv")
+    inside.install(made)
+    file, loaded, packer = inside.check()
+    assert Path(file).is_relative_to(inside.folder) and (loaded, packer) == ("True", "True")
+    assert "masked_gather (cpu) cpp" in inside.doctor()
+    assert ok(run(inside.folder / "bin" / "oner-fast", "--version")).startswith("oner-fast ")
+    said = inside.type_check(tmp_path / "client.py", mypy_cache)
+    assert 'expression has type "Tensor", variable has type "int"' in said and "Found 1 error" in said, said
+
+
+def test_editable(source: Path, tmp_path: Path, mypy_cache: Path) -> None:
+    inside = environment(tmp_path / "venv")
+    inside.install("-e", source)
+    file, loaded, packer = inside.check()
+    assert Path(file).resolve() == source / "oner_fast" / "__init__.py" and (loaded, packer) == ("True", "True")
+    new = source / "kernels" / "new_kernel.py"
+    new.write_text("answer = 42\n")
+    assert (
+        ok(run(inside.python, "-c", "from oner_fast.kernels.new_kernel import answer; print(answer)")).strip() == "42"
+    )
+    new.unlink()
+    said = inside.type_check(tmp_path / "client.py", mypy_cache)
+    assert 'expression has type "Tensor", variable has type "int"' in said and "Found 1 error" in said, said
+
+
+def installs_all_the_same(
+    source: Path, tmp_path: Path, inside: Environment, env: dict[str, str], *reasons: str
+) -> None:
+    made = wheel(source, tmp_path / "dist", inside.python, env=env)
+    assert made.name.endswith("-py3-none-any.whl")
+    inside.install(made)
+    file, loaded, packer = inside.check()
+    assert Path(file).is_relative_to(inside.folder) and (loaded, packer) == ("False", "False")
+    said = inside.doctor()
+    for reason in (*reasons, "masked_gather (cpu) reference", "not cpp: the C++ extension is not built"):
+        assert reason in said, said
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    source, inside = checkout(tmp_path / "clone"), environment(tmp_path / "venv")
+    env = {"CXX": "/nonexistent/c++"}
+    installs_all_the_same(source, tmp_path, inside, env, "CXX=/nonexistent/c++ was not found", "apt install g++")
+    other = environment(tmp_path / "other")
+    other.install("-e", source, env=env)
+    file, loaded, _ = other.check()
+    assert Path(file).resolve() == source / "oner_fast" / "__init__.py" and loaded == "False"
+
+
+def test_without_cmake(tmp_path: Path) -> None:
+    source, inside = checkout(tmp_path / "clone"), environment(tmp_path / "venv")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("this machine has no C++ compiler")
+    (tools / "c++").symlink_to(compiler)
+    installs_all_the_same(source, tmp_path, inside, {"PATH": str(tools)}, "cmake was not found", "pip install cmake")
+
+
+def test_with_sources_that_do_not_compile(tmp_path: Path) -> None:
+    source, inside = checkout(tmp_path / "clone"), environment(tmp_path / "venv")
+    for path in source.glob("csrc/*/*.cpp"):
+        path.write_text("#error broken on purpose\n")
+    stale = source / "build" / "cmake" / "CMakeCache.txt"  # as a build in another folder left it: thrown away
+    stale.parent.mkdir(parents=True)
+    stale.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/somewhere/else\n")
+    installs_all_the_same(source, tmp_path, inside, {}, "compiling failed", "broken on purpose")
+
+
+def test_isolated_gives_the_pure_package(tmp_path: Path) -> None:
+    source, inside = checkout(tmp_path / "clone"), environment(tmp_path / "venv")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        inside.python,
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        tmp_path / "dist",
+    )
+    done = run(*pip, source)
+    if (
+        done.returncode
+        and "Could not find a version that satisfies the requirement setuptools" in done.stdout + done.stderr
+    ):
+        pytest.skip("no package index can be reached")
+    ok(done)
+    (made,) = (tmp_path / "dist").glob("*.whl")
+    assert made.name.endswith("-py3-none-any.whl")
+    inside.install(made)
+    assert inside.check()[1:] == ["False", "False"]
+    said = inside.doctor()
+    assert "torch could not be imported while the package was built" in said and "--no-build-isolation" in said

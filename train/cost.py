@@ -1,0 +1,51 @@
+"""The floating-point operations that a training step's definition needs: what MFU is a share of."""
+
+from __future__ import annotations
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.models import flops
+from oner_fast.train.inputs import student_passes
+from oner_fast.train.settings import OneRTraining
+
+_BACKWARD = 3  # forward, and a backward of twice its operations
+
+
+def step_flops(config: OneRTraining, batch: PairBatch) -> float:
+    """Operations of one step on ``batch``, the local part of it: student forward and backward, teacher forward,
+    contrast.
+
+    Recomputation (accumulation's first forward, checkpointing) is not counted, and nothing is ever padded.
+    """
+    model, objectives = config.model, config.objectives
+    pairs, words = len(batch), batch.text.lengths.tolist()
+    cells = (model.image_size // model.patch_size) ** 2
+    kept = cells - int(objectives.force_patch_dropout * cells)
+    hidden = int(objectives.mask_patch_ratio * kept) if objectives.mim else 0
+    names = student_passes(objectives, model.shared_trunk)
+    lengths: list[int] = []
+    for name in names:
+        if name in ("image", "image_given_text"):
+            lengths += [1 + kept] * pairs
+        elif name == "image_text":
+            lengths += [1 + kept + length for length in words]
+        else:
+            lengths += [1 + length for length in words]
+    images = 2 if "image_text" in names else 1
+    student = flops.trunk_flops(model, lengths) + flops.embedding_flops(model, images * pairs * (kept - hidden))
+    teacher = 0.0
+    if objectives.contrastive:
+        predictor = objectives.predictor_hidden if objectives.momentum_teacher else 0
+        student += flops.head_flops(model, len(names) * pairs, predictor)
+        contrasts = 2 * bool(objectives.itc) + sum(map(bool, (objectives.xmc, objectives.cic, objectives.cmc)))
+        student += (
+            flops.contrast_flops(config.optim.batch_size, model.embed_dim, contrasts) * pairs / config.optim.batch_size
+        )
+        if objectives.momentum_teacher:
+            teacher = flops.trunk_flops(model, [1 + cells] * pairs + [1 + length for length in words])
+            teacher += flops.embedding_flops(model, pairs * cells) + flops.head_flops(model, 2 * pairs)
+    if objectives.mlm:
+        expected = objectives.mask_word_ratio * sum(words) * (2 if "image_text" in names else 1)
+        student += 2 * expected * model.width * (model.width + model.vocab_size)
+    if objectives.mim:
+        student += flops.embedding_flops(model, images * pairs * hidden)
+    return _BACKWARD * student + teacher

@@ -1,0 +1,251 @@
+"""The training of a tower: resumable at any step, the same bits whether interrupted or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.dataset import PairDataset
+from oner_fast.data.images import ImageTransform
+from oner_fast.data.loader import PairLoader
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.models.files import save_model
+from oner_fast.models.oner import OneR
+from oner_fast.train import checkpoint
+from oner_fast.train import config as configuration
+from oner_fast.train.cost import step_flops
+from oner_fast.train.distributed import World, barrier
+from oner_fast.train.ema import build_teacher, update_teacher
+from oner_fast.train.flops import ThroughputMeter, gemm_rate, mfu
+from oner_fast.train.metrics import MetricLog
+from oner_fast.train.nonfinite import NonFiniteGuard
+from oner_fast.train.optim import build_adamw, clip_grad_norm, set_lr
+from oner_fast.train.precision import autocast_dtype
+from oner_fast.train.progress import Progress
+from oner_fast.train.schedule import cosine_lr, teacher_momentum
+from oner_fast.train.settings import OneRTraining
+from oner_fast.train.signals import StopRequest
+from oner_fast.train.snapshots import Snapshots
+from oner_fast.train.step import StepResult, TrainingStep
+from oner_fast.train.student import Student
+
+_log = logging.getLogger(__name__)
+
+
+class Training:
+    """Everything a run holds, built from its configuration; :meth:`run` trains from the last checkpoint to the end."""
+
+    def __init__(self, config: OneRTraining, world: World) -> None:
+        self.world, self.folder = world, Path(config.run.run_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        if config.optim.batch_size % (world.size * config.optim.accum_freq):
+            raise ValueError(
+                f"batch_size must be a multiple of ranks x accum_freq, got {config.optim.batch_size} for "
+                f"{world.size} ranks and accum_freq {config.optim.accum_freq}"
+            )
+        self.dataset = PairDataset(config.data.train_data, config.data.train_split)
+        start = checkpoint.resolve(self.checkpoints, config.run.resume)
+        _refuse_to_overwrite(self.checkpoints, config.run.resume)
+        self.tokenizer = self._tokenizer(config, resuming=start is not None)
+        self.config = replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
+        if start is not None:
+            _refuse_other_configuration(self.folder / "config.json", self.config)
+        torch.manual_seed(config.run.seed)
+        student = Student(self.config.model, config.objectives)
+        self.student = student.to(world.device).train()
+        self.teacher = build_teacher(self.student.tower) if config.objectives.momentum_teacher else None
+        self.optimizer = build_adamw(
+            self.student, config.optim.lr, (config.optim.beta1, config.optim.beta2), config.optim.eps, config.optim.wd
+        )
+        self.guard = NonFiniteGuard(config.run.max_skipped_steps)
+        self.dtype = autocast_dtype(config.run.precision, world.device)
+        self.steps_done = 0
+        if start is not None:
+            self._restore(checkpoint.load(start, world.device))
+        self.loader = PairLoader(
+            self.dataset,
+            self.tokenizer,
+            batch_size=config.optim.batch_size,
+            seed=config.run.seed,
+            image_size=config.model.image_size,
+            transform=ImageTransform(config.model.image_size, (config.data.aug_scale, 1.0), flip=config.data.aug_flip),
+            workers=config.data.workers,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=self.steps_done,
+            max_tokens=config.model.max_text_tokens,
+        )
+        self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, world, self.dtype)
+
+    @property
+    def exported(self) -> OneR:
+        """The tower that is evaluated and saved: the teacher's, or the student's where there is none."""
+        return self.student.tower if self.teacher is None else self.teacher
+
+    def run(self, stop: StopRequest) -> str | None:
+        """Train to the last step. Returns None when done, or the name of the signal that ended the run early."""
+        c, total = self.config, self.config.optim.steps
+        if self.world.is_main:
+            configuration.save_json(c, self.folder / "config.json")
+            checkpoint.prepare(self.checkpoints)
+        snapshots = Snapshots(c, self.folder, self.tokenizer, self.exported) if self.world.is_main else None
+        meter, began = ThroughputMeter(), time.perf_counter()
+        rate = gemm_rate(self.world.device, self.dtype or torch.float32)
+        main = self.world.is_main
+        batches = iter(self.loader)
+        with (
+            MetricLog(self.folder, resume_step=self.steps_done, enabled=main) as log,
+            Progress(
+                total, start=self.steps_done, every=c.run.log_every_n_steps, title="oner", enabled=main
+            ) as progress,
+        ):
+            if main and self.steps_done:
+                progress.note(f"resumed after step {self.steps_done}")
+            if snapshots is not None and self.steps_done == 0:
+                snapshots.take(0)
+            corrupt = 0
+            flops: list[float] = []
+            while self.steps_done < total:
+                with meter.waiting():
+                    batch = next(batches)
+                result, norm, lr, momentum = self._step(batch)
+                self.steps_done += 1
+                meter.step(len(batch) * self.world.size)
+                flops.append(step_flops(c, batch))
+                corrupt += batch.corrupt
+                done = self.steps_done
+                if done % c.run.log_every_n_steps == 0 or done == total:
+                    pace = meter.read()
+                    metrics = _metrics(result, norm, lr, momentum)
+                    if pace is not None:
+                        metrics |= {
+                            "samples_per_second": pace.samples_per_second,
+                            "data_wait": pace.data_wait,
+                            "mfu": mfu(sum(flops[-pace.steps :]), pace.seconds, rate),
+                        }
+                    flops.clear()
+                    metrics |= {
+                        "epoch": batch.epoch,
+                        "skipped_steps": self.guard.skipped,
+                        "corrupt_samples": corrupt,
+                        "seconds": time.perf_counter() - began,
+                    }
+                    log.write(done, metrics)
+                    progress.update(done, metrics)
+                else:
+                    progress.update(done, {})
+                with meter.excluded():
+                    asked = stop.agree(self.world)
+                    if (
+                        snapshots is not None
+                        and c.run.snapshot_every
+                        and (done % c.run.snapshot_every == 0 or done == total)
+                    ):
+                        snapshots.take(done)
+                    if done == total or done % c.run.save_every == 0 or asked:
+                        self._save()
+                if asked and done < total:
+                    progress.note(f"{asked}: saved step {done}; the same command goes on from there")
+                    return asked
+        if main:
+            save_model(self.folder / "model.safetensors", self.exported, self.tokenizer.to_json())
+        barrier()
+        return None
+
+    def _step(self, batch: PairBatch) -> tuple[StepResult, torch.Tensor, float, float]:
+        o = self.config.optim
+        lr = cosine_lr(self.steps_done, peak=o.lr, total_steps=o.steps, warmup_steps=o.warmup, floor=o.min_lr)
+        momentum = teacher_momentum(self.steps_done, total_steps=o.steps, start=self.config.objectives.momentum)
+        set_lr(self.optimizer, lr)
+        result = self.step(batch)
+        norm = clip_grad_norm(self.student.parameters(), o.grad_clip_norm)
+        if self.guard.check(result.loss, norm):
+            self.optimizer.step()
+            if self.teacher is not None:
+                update_teacher(self.teacher, self.student.tower, momentum)
+        self.optimizer.zero_grad(set_to_none=True)
+        return result, norm, lr, momentum
+
+    def _tokenizer(self, config: OneRTraining, resuming: bool) -> Tokenizer:
+        """The run's own tokenizer.json where it is resumed; else learnt or loaded, and saved there, by rank 0 alone."""
+        path = self.folder / "tokenizer.json"
+        if self.world.is_main and not (resuming and path.is_file()):
+            if config.data.tokenizer == "train":
+                tokenizer = Tokenizer.train(self.dataset.captions(), config.data.tokenizer_vocab)
+            else:
+                tokenizer = Tokenizer.load(config.data.tokenizer)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(path)
+        barrier()
+        return Tokenizer.load(path)
+
+    def _save(self) -> None:
+        """Rank 0 writes; what differs between ranks is a pure function of the step."""
+        if self.world.is_main:
+            state: dict[str, Any] = {
+                "student": self.student.state_dict(),
+                "teacher": None if self.teacher is None else self.teacher.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
+                "data": {"seed": self.config.run.seed, "step": self.steps_done},
+                "random": checkpoint.random_state(),
+                "model_config": json.dumps(asdict(self.config.model)),
+                "tokenizer": self.tokenizer.to_json(),
+            }
+            checkpoint.save(self.checkpoints, self.steps_done, state, self.config.run.keep_checkpoints)
+        barrier()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state["guard"])
+        checkpoint.set_random_state(state["random"])
+        self.steps_done = int(state["step"])
+
+
+def _metrics(result: StepResult, norm: torch.Tensor, lr: float, momentum: float) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"loss": result.loss}
+    metrics |= {f"loss/{name}": value for name, value in result.parts.items()}
+    metrics |= {"lr": lr, "grad_norm": norm, "momentum": momentum}
+    if result.modality_gap is not None:
+        metrics["modality_gap"] = result.modality_gap
+    return metrics
+
+
+def _refuse_to_overwrite(checkpoints: Path, resume: str) -> None:
+    if resume == "none" and (existing := checkpoint.saved(checkpoints)):
+        raise ValueError(
+            f"{checkpoints} holds {len(existing)} checkpoints and resume is none; "
+            "resume with --resume latest, or give another --run-dir"
+        )
+
+
+def _refuse_other_configuration(path: Path, config: OneRTraining) -> None:
+    """A resumed run must learn the same thing: everything but the place, the pace and the bookkeeping has to agree."""
+    if not path.is_file():
+        return
+    saved = configuration.load_json(OneRTraining, path)
+    differences = []
+    for part in dataclasses.fields(OneRTraining):
+        before, now = getattr(saved, part.name), getattr(config, part.name)
+        for field in dataclasses.fields(before):
+            if part.name == "run" and field.name not in ("seed", "precision"):
+                continue
+            if part.name == "data" and field.name in ("workers", "train_data", "tokenizer"):
+                continue
+            if getattr(before, field.name) != getattr(now, field.name):
+                differences.append(f"{field.name} {getattr(before, field.name)!r} -> {getattr(now, field.name)!r}")
+    if differences:
+        raise ValueError(
+            f"{path.parent} was trained with other settings ({'; '.join(differences)}); give another --run-dir"
+        )

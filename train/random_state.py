@@ -1,0 +1,43 @@
+"""Every random generator's state as plain values that a checkpoint can hold."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+import torch
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the generators of torch (CPU), torch (the current CUDA device, where CUDA is in use),
+    numpy (where imported) and Python; plain values that ``torch.load(weights_only=True)`` reads back.
+
+    It is this process's state: with several ranks, gather one from each
+    (:func:`oner_fast.train.distributed.gather_objects`).
+    """
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    # Asking an idle CUDA runtime for its state would start it.
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+        state["numpy"] = (str(name), keys.tolist(), int(position), int(has_gauss), float(gauss))
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`random_state` returned; a generator that this process has not is passed over."""
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "numpy" in state:
+        try:
+            import numpy
+        except ImportError:
+            return
+        name, keys, position, has_gauss, gauss = state["numpy"]
+        numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), position, has_gauss, gauss))

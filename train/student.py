@@ -1,0 +1,94 @@
+"""The student: the tower with what only training needs (predictor, masked-word and masked-patch heads, temperature)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oner_fast import ops
+from oner_fast.models.oner import OneR, OneRConfig, PassName, PassOutput
+from oner_fast.nn.embeddings import PatchEmbedding
+from oner_fast.nn.heads import MaskedPatchHead, MaskedWordHead, Predictor, normalised_pixels
+from oner_fast.train.inputs import StudentInput
+from oner_fast.train.settings import Objectives
+
+_MAX_LOGIT_SCALE = 100.0
+
+
+class StudentOutput(NamedTuple):
+    """embeddings (B, E) of each pass, not normalised; logit_scale 0-d; sums of the masked losses over the
+    micro-batch, 0-d."""
+
+    embeddings: dict[PassName, Tensor]
+    logit_scale: Tensor
+    mlm_sum: Tensor
+    mim_sum: Tensor
+
+
+class Student(nn.Module):
+    """``forward(StudentInput) -> StudentOutput``: all passes as one packed batch."""
+
+    def __init__(self, config: OneRConfig, objectives: Objectives) -> None:
+        super().__init__()
+        self.tower = OneR(config)
+        self.predictor = (
+            Predictor(config.embed_dim, objectives.predictor_hidden)
+            if objectives.contrastive and objectives.momentum_teacher
+            else None
+        )
+        self.word_head = MaskedWordHead(config.width, config.vocab_size) if objectives.mlm else None
+        patch_pixels = len(config.image_mean) * config.patch_size**2
+        self.patch_head = MaskedPatchHead(config.width, patch_pixels) if objectives.mim else None
+        self.log_logit_scale = nn.Parameter(
+            torch.tensor(math.log(1 / objectives.temperature)), requires_grad=objectives.learnable_temperature
+        )
+        self.contrastive = objectives.contrastive
+
+    def forward(self, inputs: StudentInput) -> StudentOutput:
+        outputs = self.tower(inputs.passes)
+        embeddings: dict[PassName, Tensor] = {}
+        if self.contrastive:
+            for name, output in outputs.items():
+                projected = self.tower.project(output.cls, name)
+                embeddings[name] = projected if self.predictor is None else self.predictor(projected)
+        scale = self.log_logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE)
+        return StudentOutput(embeddings, scale, self._mlm(inputs, outputs), self._mim(inputs, outputs))
+
+    def _mlm(self, inputs: StudentInput, outputs: dict[PassName, PassOutput]) -> Tensor:
+        """Sum of the cross-entropies of the masked words."""
+        if self.word_head is None:
+            return torch.zeros((), device=self.log_logit_scale.device)
+        hidden = [_rows(outputs[name].words, each.rows) for name, each in inputs.words.items()]
+        ids = torch.cat([each.ids for each in inputs.words.values()])
+        logits = self.word_head(torch.cat(hidden), self.tower.word_embedding.words.weight)
+        return F.cross_entropy(logits.float(), ids, reduction="sum")
+
+    def _mim(self, inputs: StudentInput, outputs: dict[PassName, PassOutput]) -> Tensor:
+        """Sum over masked patches of the mean absolute error of their normalised pixels."""
+        if self.patch_head is None:
+            return torch.zeros((), device=self.log_logit_scale.device)
+        sums = []
+        images = {each.name: each.image for each in inputs.passes}
+        for name, masked in inputs.patches.items():
+            image, count = images[name], PatchEmbedding.masked_count(masked)
+            if image is None:
+                raise ValueError(f"pass {name} has masked patches but no image")
+            places = torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, :count]  # [B, masked]
+            cells = places if image.cells is None else image.cells.gather(1, places)
+            rows = places + torch.arange(masked.shape[0], device=masked.device).unsqueeze(1) * masked.shape[1]
+            hidden = _rows(outputs[name].patches, rows.flatten())
+            patches = ops.gather_patches(image.images, cells, self.tower.config.patch_size, dtype=torch.float32)
+            target = normalised_pixels(patches).flatten(0, 1)
+            sums.append((self.patch_head(hidden).float() - target).abs().mean(dim=1).sum())
+        return torch.stack(sums).sum()
+
+
+def _rows(tokens: Tensor | None, rows: Tensor) -> Tensor:
+    """Chosen rows of a pass's patches (B, M, D) or words (T, D), counted through the batch."""
+    if tokens is None:
+        raise ValueError("the pass has no such tokens to predict")
+    return tokens.flatten(0, -2).index_select(0, rows)
