@@ -60,7 +60,7 @@ lint: $(STAMP)-dev ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(STAMP)-docs ## build the documentation into build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
 
 clean: ## remove what builds and runs of the tools left (data, runs and environments stay)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -62,6 +62,10 @@ class Loaded:
         return _normalise(self.model.encode_patches(self._images(images)))
 
     def _images(self, images: Images) -> Tensor:
+        if isinstance(images, Image.Image):
+            raise TypeError("images must be a list of pictures or a tensor, got one picture")
+        if len(images) == 0:
+            raise ValueError("images must hold at least one picture, got none")
         pixels = images if isinstance(images, Tensor) else torch.stack([self.preprocess(image) for image in images])
         return pixels.to(self._device)
 

@@ -7,10 +7,12 @@ the rows of its ablation (CC3M, 40 epochs) differ in the weights of the contrast
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 from oner_fast.models.oner import OneRConfig
-from oner_fast.train.config import recipe
+from oner_fast.train import config
 from oner_fast.train.settings import Data, Objectives, OneRTraining, Optimisation, Run
 
 DEFAULT = "oner_tiny_pictograms_cpu"
@@ -27,6 +29,17 @@ _CLIP = {
     "learnable_temperature": True,
     "temperature": 0.07,
 }
+
+
+def recipe(function: Callable[[], OneRTraining]) -> Callable[[], OneRTraining]:
+    """Register a recipe, whose configuration carries its name."""
+
+    @functools.wraps(function)
+    def named() -> OneRTraining:
+        settings = function()
+        return replace(settings, run=replace(settings.run, recipe=function.__name__))
+
+    return config.recipe(named)
 
 
 def _row(base: OneRTraining, name: str, objectives: dict[str, float | bool], **model: bool) -> OneRTraining:

@@ -104,6 +104,8 @@ class Run:
     """How and where the run is carried out; nothing here changes what is learnt, but precision, seed and threads."""
 
     run_dir: str = "runs/oner"
+    recipe: str = ""
+    """The recipe that the settings began from; the recipe itself writes it."""
     seed: int = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
@@ -140,5 +142,10 @@ class OneRTraining:
             raise ValueError(
                 f"batch_size must be a multiple of accum_freq, got {self.optim.batch_size} and {self.optim.accum_freq}"
             )
+        cells = (self.model.image_size // self.model.patch_size) ** 2
+        cells -= int(self.objectives.force_patch_dropout * cells)
+        if self.objectives.mim and int(self.objectives.mask_patch_ratio * cells) == 0:
+            ratio = self.objectives.mask_patch_ratio
+            raise ValueError(f"mim is above 0 but mask_patch_ratio {ratio} of {cells} patches masks none")
         if not self.model.shared_trunk and any((self.objectives.xmc, self.objectives.cic, self.objectives.cmc)):
             raise ValueError("two trunks (shared_trunk=False) have no joint pass: set xmc, cic and cmc to 0")

@@ -43,10 +43,16 @@ class Student(nn.Module):
         self.word_head = MaskedWordHead(config.width, config.vocab_size) if objectives.mlm else None
         patch_pixels = len(config.image_mean) * config.patch_size**2
         self.patch_head = MaskedPatchHead(config.width, patch_pixels) if objectives.mim else None
-        self.log_logit_scale = nn.Parameter(
-            torch.tensor(math.log(1 / objectives.temperature)), requires_grad=objectives.learnable_temperature
-        )
         self.contrastive = objectives.contrastive
+        self.log_logit_scale = nn.Parameter(
+            torch.tensor(math.log(1 / objectives.temperature)),
+            requires_grad=objectives.learnable_temperature and self.contrastive,
+        )
+        # What no loss reaches takes no gradient: the other ranks would wait for it.
+        self.tower.patch_embedding.mask_token.requires_grad_(self.patch_head is not None)
+        for head in (self.tower.head, self.tower.text_head):
+            if head is not None:
+                head.requires_grad_(self.contrastive)
 
     def forward(self, inputs: StudentInput) -> StudentOutput:
         outputs = self.tower(inputs.passes)

@@ -4,7 +4,6 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <string>
 #include <tuple>
 
 namespace oner_fast {
@@ -26,8 +25,5 @@ at::Tensor gather_patches(const at::Tensor& images, const at::Tensor& kept, int6
 at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kept, int64_t patch_size,
                                    const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
                                    const std::optional<at::Tensor>& cu_seqlens);
-
-// The instruction set whose kernels are in use: "avx512", "avx2" or "portable".
-std::string cpu_capability();
 
 }  // namespace oner_fast

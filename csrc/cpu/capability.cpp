@@ -1,11 +1,12 @@
 // Which instruction set's kernels are used: decided once, here.
-#include "common/ops.h"
-#include "cpu/rows.h"
+#include "cpu/capability.h"
 
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
 #include <string>
+
+#include "cpu/rows.h"
 
 namespace oner_fast {
 namespace {

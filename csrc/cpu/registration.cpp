@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "common/ops.h"
+#include "cpu/capability.h"
 
 TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
   m.impl("masked_gather", TORCH_FN(oner_fast::masked_gather));

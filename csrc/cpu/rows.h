@@ -27,7 +27,7 @@ const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();
 #endif
 
-// The best set this processor runs; ONER_FAST_CPU_CAPABILITY=portable|avx2|avx512 asks for another, read once.
+// Those of cpu_capability().
 const RowKernels& row_kernels();
 
 }  // namespace oner_fast

@@ -21,8 +21,18 @@ def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(save(tensors, metadata))
+    temporary.write_bytes(_ordered(save(tensors, metadata)))
     temporary.replace(path)
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same file with its metadata sorted: safetensors writes a hash map, whose order differs each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def load_model(path: Path | str) -> tuple[OneR, str]:

@@ -254,3 +254,16 @@ def _check(passes: Sequence[Pass]) -> None:
         other = _CONTEXT.get(each.name)
         if other is not None and other not in names:
             raise ValueError(f"pass {each.name} runs in lock step with {other}; give both")
+        counts = {count for one in passes if one.name in (each.name, other) for count in _sample_counts(one)}
+        if len(counts) > 1:
+            together = each.name if other is None else f"{each.name} and {other}"
+            raise ValueError(f"{together} must have one caption an image, got {' and '.join(map(str, sorted(counts)))}")
+        if counts == {0}:
+            raise ValueError(f"pass {each.name} must hold at least one sample, got 0")
+
+
+def _sample_counts(each: Pass) -> list[int]:
+    """The numbers of images and of captions that a pass shows."""
+    image, text = each.shown()
+    images = [] if image is None else [image.images.shape[0]]
+    return images if text is None else [*images, text.cu_seqlens.shape[0] - 1]

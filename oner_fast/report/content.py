@@ -161,7 +161,8 @@ def _recipe(config: dict[str, Any]) -> str | None:
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
     source, recipe = (described.get("build") or {}).get("source"), _recipe(config)
     made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
-    trained = [f"oner-fast train oner --recipe {recipe} --run.run-dir {shown_as}"] if recipe else []
+    chosen = f" --recipe {recipe}" if recipe else ""
+    trained = [f"oner-fast train oner{chosen} --run.run-dir {shown_as}"] if config else []
     return [*made, *trained, f"oner-fast eval {shown_as}", f"oner-fast report {shown_as}"]
 
 

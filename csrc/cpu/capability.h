@@ -1,0 +1,11 @@
+// The instruction set whose kernels are in use.
+#pragma once
+
+#include <string>
+
+namespace oner_fast {
+
+// "avx512", "avx2" or "portable"; ONER_FAST_CPU_CAPABILITY asks for one, and it is decided once.
+std::string cpu_capability();
+
+}  // namespace oner_fast

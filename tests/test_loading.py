@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import oner_fast
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.models.files import save_model
+from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.train import checkpoint
+from oner_fast.train.settings import Objectives
+from oner_fast.train.student import Student
+
+CAPTIONS = ["a red square", "a green circle above a blue square", "blue"]
+TOKENIZER = Tokenizer.train(CAPTIONS, 60)
+SMALL = OneRConfig(
+    image_size=16, patch_size=8, width=8, depth=1, heads=2, vocab_size=TOKENIZER.vocab_size, max_text_tokens=6,
+    embed_dim=5, projector_hidden=7,
+)  # fmt: skip
+
+
+def picture(width: int = 30, height: int = 20, mode: str = "RGB") -> Image.Image:
+    pixels = torch.randint(256, (height, width, len(mode)), dtype=torch.uint8).numpy()
+    return Image.fromarray(pixels if len(mode) > 1 else pixels[..., 0])
+
+
+@pytest.fixture
+def tower() -> OneR:
+    return OneR(SMALL)
+
+
+@pytest.fixture
+def file(tmp_path: Path, tower: OneR) -> Path:
+    path = tmp_path / "run" / "model.safetensors"
+    save_model(path, tower, TOKENIZER.to_json())
+    return path
+
+
+def save_checkpoint(run: Path, step: int, student: Student, teacher: OneR | None) -> Path:
+    state = {
+        "student": student.state_dict(),
+        "teacher": None if teacher is None else teacher.state_dict(),
+        "model_config": json.dumps(asdict(SMALL)),
+        "tokenizer": TOKENIZER.to_json(),
+    }
+    return checkpoint.save(run / "checkpoints", step, state, keep=0)
+
+
+def same(model: OneR, tower: OneR) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(model.parameters(), tower.parameters(), strict=True))
+
+
+def test_a_run_folder_and_its_file_are_the_same_model(file: Path, tower: OneR) -> None:
+    for source in (file, str(file), file.parent, str(file.parent)):
+        loaded = oner_fast.load(source)
+        assert same(loaded.model, tower) and loaded.config == SMALL
+        assert not loaded.model.training and not any(one.requires_grad for one in loaded.model.parameters())
+        assert torch.equal(loaded.tokenizer(CAPTIONS).input_ids, TOKENIZER(CAPTIONS).input_ids)
+
+
+def test_embeddings_are_normalised_passes(file: Path, tower: OneR) -> None:
+    loaded, pictures = oner_fast.load(file), [picture(), picture(16, 16), picture(20, 50, "L")]
+    pixels = torch.stack([loaded.preprocess(one) for one in pictures])
+    text = TOKENIZER(CAPTIONS, 6)
+    assert pixels.shape == (3, 3, 16, 16) and pixels.dtype == torch.uint8
+    assert max(text.cu_seqlens.diff()) == 6 < len(TOKENIZER(CAPTIONS[1:2]).input_ids)
+    ids = text.input_ids, text.cu_seqlens
+    with torch.no_grad():
+        for found, raw in (
+            (loaded.encode_image(pictures), tower.encode_image(pixels)),
+            (loaded.encode_image(pixels), tower.encode_image(pixels)),
+            (loaded.encode_text(CAPTIONS), tower.encode_text(*ids)),
+            (loaded.encode_image_text(pictures, CAPTIONS), tower.encode_image_text(pixels, *ids)),
+            (loaded.encode_patches(pictures), tower.encode_patches(pixels)),
+        ):
+            assert found.dtype == torch.float32 and not found.requires_grad
+            torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
+            torch.testing.assert_close(found, F.normalize(raw, dim=-1))
+
+
+def test_preprocessing_is_the_centre_on_white(file: Path) -> None:
+    loaded = oner_fast.load(file)
+    wide = Image.new("RGB", (48, 16), (255, 0, 0))
+    wide.paste((0, 0, 255), (16, 0, 32, 16))
+    assert loaded.preprocess(wide).flatten(1).unique(dim=1).tolist() == [[0], [0], [255]]
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    assert loaded.preprocess(clear).unique().tolist() == [255]
+
+
+def test_a_run_that_still_trains_gives_its_newest_teacher(tmp_path: Path) -> None:
+    student, older, newer = Student(SMALL, Objectives(predictor_hidden=8)), OneR(SMALL), OneR(SMALL)
+    first = save_checkpoint(tmp_path, 5, student, older)
+    save_checkpoint(tmp_path, 10, student, newer)
+    assert same(oner_fast.load(tmp_path).model, newer)
+    assert same(oner_fast.load(first).model, older)
+    save_model(tmp_path / "model.safetensors", older, TOKENIZER.to_json())
+    assert same(oner_fast.load(tmp_path).model, older)
+
+
+def test_without_teacher_the_student_is_the_model(tmp_path: Path) -> None:
+    student = Student(SMALL, Objectives(momentum_teacher=False))
+    path = save_checkpoint(tmp_path, 5, student, None)
+    assert same(oner_fast.load(path).model, student.tower)
+
+
+def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no run folder or model file .*nowhere"):
+        oner_fast.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor a checkpoint; train it first"):
+        oner_fast.load(tmp_path)
+    other = checkpoint.save(tmp_path / "checkpoints", 1, {"weights": 1}, keep=0)
+    with pytest.raises(ValueError, match="is not a checkpoint of a tower: it holds step, weights"):
+        oner_fast.load(other)
+    (tmp_path / "notes.txt").write_text("no model")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        oner_fast.load(tmp_path / "notes.txt")
+
+
+def test_bad_inputs_are_named(file: Path) -> None:
+    loaded = oner_fast.load(file)
+    with pytest.raises(TypeError, match="texts must be a list of strings, got one string"):
+        loaded.encode_text("a red square")
+    with pytest.raises(TypeError, match="images must be a list of pictures or a tensor, got one picture"):
+        loaded.encode_image(picture())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one text an image, got 1 images and 3 texts"):
+        loaded.encode_image_text([picture()], CAPTIONS)
+    with pytest.raises(ValueError, match="images must hold at least one picture"):
+        loaded.encode_image([])
+    with pytest.raises(ValueError, match="at least one sample"):
+        loaded.encode_text([])
+    with pytest.raises(ValueError, match=r"images must have shape \(B, C, 16, 16\)"):
+        loaded.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

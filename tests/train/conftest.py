@@ -1,0 +1,108 @@
+"""A tiny training whose every part is random, for the tests of the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from oner_fast.data.batch import PairBatch, TokenizedText
+from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.train.distributed import World
+from oner_fast.train.ema import build_teacher
+from oner_fast.train.settings import Objectives, OneRTraining, Optimisation, Run
+from oner_fast.train.step import TrainingStep
+from oner_fast.train.student import Student
+
+
+@dataclass(frozen=True)
+class Words:
+    """What masking needs to know of a tokenizer."""
+
+    mask_id: int = 2
+    first_word_id: int = 3
+    vocab_size: int = 29
+
+
+class Small:
+    """Makers of configurations, batches and steps."""
+
+    vocabulary = Words()
+    world = World(0, 1, 0, torch.device("cpu"))
+
+    @staticmethod
+    def config(accum_freq: int = 1, seed: int = 7, model: dict[str, Any] | None = None, **objectives: Any) -> OneRTraining:
+        """A model of nine patches; `objectives` are Objectives' fields."""
+        sizes: dict[str, Any] = {
+            "image_size": 12, "patch_size": 4, "width": 8, "depth": 2, "heads": 2, "vocab_size": 29,
+            "max_text_tokens": 9, "embed_dim": 5, "projector_hidden": 7,
+        }  # fmt: skip
+        return OneRTraining(
+            model=OneRConfig(**{**sizes, **(model or {})}),
+            objectives=Objectives(**{"predictor_hidden": 6, "mask_word_ratio": 0.4, **objectives}),
+            optim=Optimisation(batch_size=8, accum_freq=accum_freq),
+            run=Run(seed=seed),
+        )
+
+    @staticmethod
+    def batch(count: int = 8, step: int = 3) -> PairBatch:
+        """Pairs with captions of 1 to 9 tokens, some words of two."""
+        draw = torch.Generator().manual_seed(count + step)
+        lengths = torch.randint(1, 10, (count,), generator=draw)
+        total = int(lengths.sum())
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+        word_ids = torch.cat([torch.arange(int(length)) // 2 for length in lengths]).int()
+        text = TokenizedText(torch.randint(3, 29, (total,), generator=draw), ends, word_ids)
+        images = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw)
+        return PairBatch(images, text, torch.arange(count), ["a caption"] * count, step, 0)
+
+    @staticmethod
+    def shake(module: torch.nn.Module, seed: int) -> None:
+        """Every parameter far from zero, so that each counts; the temperature stays."""
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name != "log_logit_scale":
+                    noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+                    parameter.copy_(0.3 * noise + (1.0 if "norm" in name and "weight" in name else 0.0))
+
+    @classmethod
+    def student(cls, config: OneRTraining, dtype: torch.dtype = torch.float64) -> Student:
+        """The same weights each time."""
+        student = Student(config.model, config.objectives).to(dtype)
+        cls.shake(student, 1)
+        return student
+
+    @classmethod
+    def teacher(cls, config: OneRTraining, student: Student) -> OneR | None:
+        """A teacher of other weights than the student's, where the configuration has one."""
+        if not config.objectives.momentum_teacher:
+            return None
+        teacher = build_teacher(student.tower)
+        cls.shake(teacher, 2)
+        return teacher
+
+    @classmethod
+    def step(cls, config: OneRTraining, dtype: torch.dtype = torch.float64) -> tuple[TrainingStep, Student]:
+        """A step of one process, and its student."""
+        student = cls.student(config, dtype)
+        return cls.step_of(config, student), student
+
+    @classmethod
+    def step_of(cls, config: OneRTraining, student: Student, world: World | None = None) -> TrainingStep:
+        """A step that trains `student`."""
+        teacher = cls.teacher(config, student)
+        return TrainingStep(config, student, teacher, cls.vocabulary, world or cls.world, None)
+
+    @staticmethod
+    def part(batch: PairBatch, rank: int, size: int) -> PairBatch:
+        """The pairs of one rank."""
+        return replace(batch.split(size)[rank])
+
+
+@pytest.fixture
+def small() -> type[Small]:
+    """The makers above."""
+    return Small
