@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import oner_fast
+
+# Before torch loads OpenMP: a thread that waits for another sleeps after some microseconds instead of milliseconds.
+# Where other processes share the cores, spinning threads make a step many times slower.
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _from_checkpoint(path: Path) -> tuple[OneR, str]:
     if "model_config" not in state:
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
     tower = OneR(config_from_dict(json.loads(state["model_config"])))
-    tower.load_state_dict(state["teacher"] if state["teacher"] is not None else tower_of(state["student"]))
+    tower.load_state_dict(tower_of(state["student"]))
     return tower, state["tokenizer"]
 
 

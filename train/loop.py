@@ -30,6 +30,7 @@ from oner_fast.train.nonfinite import NonFiniteGuard
 from oner_fast.train.optim import build_adamw, clip_grad_norm, set_lr
 from oner_fast.train.precision import autocast_dtype
 from oner_fast.train.progress import Progress
+from oner_fast.train.random_state import seed_generators
 from oner_fast.train.schedule import cosine_lr, teacher_momentum
 from oner_fast.train.settings import OneRTraining
 from oner_fast.train.signals import StopRequest
@@ -58,7 +59,7 @@ class Training:
         self.config = replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
         if start is not None:
             _refuse_other_configuration(self.folder / "config.json", self.config)
-        torch.manual_seed(config.run.seed)
+        seed_generators(config.run.seed)
         student = Student(self.config.model, config.objectives)
         self.student = student.to(world.device).train()
         self.teacher = build_teacher(self.student.tower) if config.objectives.momentum_teacher else None
@@ -87,8 +88,8 @@ class Training:
 
     @property
     def exported(self) -> OneR:
-        """The tower that is evaluated and saved: the teacher's, or the student's where there is none."""
-        return self.student.tower if self.teacher is None else self.teacher
+        """The tower that is evaluated and saved: the student's, as MoCo keeps its query encoder."""
+        return self.student.tower
 
     def run(self, stop: StopRequest) -> str | None:
         """Train to the last step. Returns None when done, or the name of the signal that ended the run early."""

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
-
-# Packed batches have a length of their own each step, and oneDNN compiles a kernel for each: keep them all, or every
-# step compiles.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 import torch
 

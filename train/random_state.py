@@ -9,6 +9,15 @@ from typing import Any
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Seed every generator that :func:`random_state` knows, so that equal runs have equal states from the start."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
 def random_state() -> dict[str, Any]:
     """The state of the generators of torch (CPU), torch (the current CUDA device, where CUDA is in use),
     numpy (where imported) and Python; plain values that ``torch.load(weights_only=True)`` reads back.

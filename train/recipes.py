@@ -58,18 +58,18 @@ def oner_tiny_pictograms_cpu() -> OneRTraining:
     return OneRTraining(
         model=OneRConfig(
             image_size=48,
-            patch_size=12,
-            width=192,
-            depth=6,
-            heads=3,
+            patch_size=16,
+            width=256,
+            depth=4,
+            heads=4,
             embed_dim=128,
             projector_hidden=768,
             max_text_tokens=24,
         ),
-        objectives=Objectives(predictor_hidden=512, momentum=0.99),
+        objectives=Objectives(predictor_hidden=512, momentum=0.95, mlm=0.2, mask_patch_ratio=0.25),
         data=Data(train_data="data/pictograms"),
-        optim=Optimisation(steps=1500, batch_size=128, lr=1e-3, warmup=100, wd=0.05),
-        run=Run(run_dir="runs/demo", threads=2, save_every=250, snapshot_every=125),
+        optim=Optimisation(steps=360, batch_size=128, lr=1e-3, warmup=40, wd=0.05),
+        run=Run(run_dir="runs/demo", threads=2, save_every=90, snapshot_every=40),
     )
 
 
@@ -81,16 +81,16 @@ def oner_small_icons_cpu() -> OneRTraining:
             image_size=64,
             patch_size=16,
             width=256,
-            depth=8,
+            depth=5,
             heads=4,
             embed_dim=256,
             projector_hidden=1024,
             max_text_tokens=24,
         ),
-        objectives=Objectives(predictor_hidden=1024, momentum=0.99),
+        objectives=Objectives(predictor_hidden=768, momentum=0.98, mlm=0.2, mask_patch_ratio=0.25),
         data=Data(train_data="data/icons"),
-        optim=Optimisation(steps=6000, batch_size=256, lr=1e-3, warmup=300, wd=0.05),
-        run=Run(run_dir="runs/icons", threads=2, save_every=500, snapshot_every=500),
+        optim=Optimisation(steps=600, batch_size=192, lr=1e-3, warmup=60, wd=0.05),
+        run=Run(run_dir="runs/icons", threads=2, save_every=100, snapshot_every=60),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oner_fast.nn.linear import Linear, packed_linear
 from oner_fast.nn.transformer import init_weights
 
 
@@ -38,14 +39,14 @@ class MaskedWordHead(nn.Module):
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
-        self.transform = nn.Linear(width, width)
+        self.transform = Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(init_weights)
 
     def forward(self, tokens: Tensor, words: Tensor) -> Tensor:
         """tokens (M, D), words (V, D) the embedding's weight; -> (M, V)."""
-        return F.linear(self.norm(F.gelu(self.transform(tokens))), words, self.bias)
+        return packed_linear(self.norm(F.gelu(self.transform(tokens))), words, self.bias)
 
 
 class MaskedPatchHead(nn.Linear):

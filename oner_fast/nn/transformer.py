@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oner_fast import ops
+from oner_fast.nn.linear import Linear
 
 
 class Sequences(NamedTuple):
@@ -32,8 +33,8 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
@@ -48,9 +49,9 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
+        self.up = Linear(width, hidden)
         self.activation = nn.GELU()
-        self.out = nn.Linear(hidden, width)
+        self.out = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.activation(self.up(x)))

@@ -28,9 +28,7 @@ def test_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
     again, tokenizer = load_model(str(path))
     assert again.config == tower.config and isinstance(again.config.image_mean, tuple)
     assert tokenizer == '{"a tokenizer": 1}' and not again.training
-    for (name, one), (other_name, other) in zip(
-        tower.state_dict().items(), again.state_dict().items(), strict=True
-    ):
+    for (name, one), (other_name, other) in zip(tower.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other_name and torch.equal(one, other)
     before = path.read_bytes()
     for _ in range(4):

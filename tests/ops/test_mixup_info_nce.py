@@ -138,9 +138,7 @@ def test_a_column_without_mass_adds_nothing(implementation: str, dtype: torch.dt
     """All rows point at row 0 with their whole weight: columns 1 and 2 have no target at all."""
     query, key = torch.eye(3, dtype=dtype).requires_grad_(), torch.eye(3, dtype=dtype).requires_grad_()
     partner, weight = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=dtype)
-    loss = mixup_info_nce(
-        query, key, 2.0, partner=partner, partner_weight=weight, implementation=implementation
-    )
+    loss = mixup_info_nce(query, key, 2.0, partner=partner, partner_weight=weight, implementation=implementation)
     total = math.log(math.exp(2) + 2)  # of every row and column
     rows = (3 * total - 2) / 3  # only row 0 has a logit of 2 at its target
     columns = (total - 2 / 3) / 3  # column 0 alone, with a third of its mass on each row
@@ -179,9 +177,7 @@ def test_scale_100_of_random_numbers(implementation: str) -> None:
     exact = formula(*case.positional[:2], 100.0, **case.options)
     ours = mixup_info_nce(*case.positional[:2], 100.0, **case.options, implementation=implementation)
     torch.testing.assert_close(ours, exact, rtol=1e-12, atol=0)
-    for one, other in zip(
-        torch.autograd.grad(ours, case.leaves), torch.autograd.grad(exact, case.leaves), strict=True
-    ):
+    for one, other in zip(torch.autograd.grad(ours, case.leaves), torch.autograd.grad(exact, case.leaves), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
@@ -219,7 +215,9 @@ def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype
     for one, other in zip(torch.autograd.grad(ours, narrow), torch.autograd.grad(exact, wide), strict=True):
         assert one.dtype == dtype
         unit = torch.finfo(dtype).eps
-        torch.testing.assert_close(one.double(), other, rtol=max(unit, 1e-4), atol=unit * float(other.abs().max()) + 1e-6)
+        torch.testing.assert_close(
+            one.double(), other, rtol=max(unit, 1e-4), atol=unit * float(other.abs().max()) + 1e-6
+        )
 
 
 @pytest.mark.parametrize("implementation", EVERY)

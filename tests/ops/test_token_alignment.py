@@ -102,6 +102,13 @@ def test_a_double_teacher_is_read_in_the_students_precision(implementation: str)
     torch.testing.assert_close(loss.double(), plain(student.double(), teacher, None), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("implementation", EVERY)
+def test_a_teacher_of_higher_precision_is_not_rounded_to_the_students(implementation: str) -> None:
+    student, teacher = torch.randn(4, 8, 16).bfloat16(), torch.randn(4, 8, 16)
+    loss = token_alignment(student, teacher, implementation=implementation)
+    torch.testing.assert_close(loss.double(), plain(student.double(), teacher.double(), None), rtol=0, atol=1e-7)
+
+
 def test_the_definition_is_public_with_the_same_arguments() -> None:
     student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     served = token_alignment(student, teacher, None, implementation="reference")

@@ -82,13 +82,17 @@ def test_own_keys(implementation: str, lengths_q: list[int], heads: int, groups:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-@given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=6), groups=st.integers(1, 2))
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=6), groups=st.integers(1, 2)
+)
 def test_other_keys(implementation: str, pairs: list[tuple[int, int]], groups: int) -> None:
     check(implementation, [q for q, _ in pairs], [k for _, k in pairs], 2, groups, scale=0.7)
 
 
 @pytest.mark.parametrize("implementation", CAUSAL)
-@given(pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5), groups=st.integers(1, 2))
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5), groups=st.integers(1, 2)
+)
 def test_causal_is_aligned_bottom_right(implementation: str, pairs: list[tuple[int, int]], groups: int) -> None:
     check(implementation, [q for q, _ in pairs], [k for _, k in pairs], 1, groups, causal=True)
 
@@ -250,7 +254,11 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"key must have shape \(Tk, Hk, Dh\) = \(\*, \*, 8\), got \(5, 2, 4\)", {"key": KV[..., :4]}),
     (TypeError, "value must have dtype torch.float32", {"value": KV.double()}),
     (ValueError, r"value must have shape.*= \(5, 2, 8\), got \(4, 2, 8\)", {"value": KV[:4]}),
-    (ValueError, "must divide the 4 heads of query, got 3", {"key": torch.zeros(5, 3, 8), "value": torch.zeros(5, 3, 8)}),
+    (
+        ValueError,
+        "must divide the 4 heads of query, got 3",
+        {"key": torch.zeros(5, 3, 8), "value": torch.zeros(5, 3, 8)},
+    ),
     (ValueError, "must divide the 4 heads of query, got 0", {"key": KV[:, :0], "value": KV[:, :0]}),
     (TypeError, "scale must be a number, got str", {"scale": "1"}),
     (TypeError, "cu_seqlens_q must be a torch.Tensor, got list", {"cu_seqlens_q": [0, 6]}),

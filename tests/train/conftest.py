@@ -33,7 +33,9 @@ class Small:
     world = World(0, 1, 0, torch.device("cpu"))
 
     @staticmethod
-    def config(accum_freq: int = 1, seed: int = 7, model: dict[str, Any] | None = None, **objectives: Any) -> OneRTraining:
+    def config(
+        accum_freq: int = 1, seed: int = 7, model: dict[str, Any] | None = None, **objectives: Any
+    ) -> OneRTraining:
         """A model of nine patches; `objectives` are Objectives' fields."""
         sizes: dict[str, Any] = {
             "image_size": 12, "patch_size": 4, "width": 8, "depth": 2, "heads": 2, "vocab_size": 29,

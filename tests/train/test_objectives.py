@@ -25,7 +25,9 @@ def info_nce(query: Tensor, key: Tensor, scale: Tensor | float, symmetric: bool 
     return (rows + columns) / 2 if symmetric else rows
 
 
-def frame(student: dict[Any, Tensor], teacher: dict[Any, Tensor], scale: Tensor | float, symmetric: bool) -> dict[str, Tensor]:
+def frame(
+    student: dict[Any, Tensor], teacher: dict[Any, Tensor], scale: Tensor | float, symmetric: bool
+) -> dict[str, Tensor]:
     """The table of the contrastive frame."""
     mixed = (teacher["image"] + teacher["text"]) / 2
 
@@ -51,7 +53,9 @@ def test_contrasts_are_the_table(names: list[str], teacher: bool, symmetric: boo
     weights: dict[str, Any] = {name: 0.7 if name in names else 0.0 for name in ("itc", "xmc", "cic", "cmc")}
     objectives = Objectives(**weights, mlm=0, mim=0, symmetric=symmetric, momentum_teacher=teacher)
     query: dict[Any, Tensor] = {name: torch.randn(6, 4, dtype=torch.float64).requires_grad_() for name in PASSES}
-    key: dict[Any, Tensor] = {name: torch.randn(6, 4, dtype=torch.float64) for name in ("image", "text")} if teacher else query
+    key: dict[Any, Tensor] = (
+        {name: torch.randn(6, 4, dtype=torch.float64) for name in ("image", "text")} if teacher else query
+    )
     scale = torch.tensor(8.0, dtype=torch.float64).requires_grad_()
     ours = contrastive_losses(query, key, scale, objectives)
     plain = frame(query, key, scale, symmetric)
@@ -102,9 +106,14 @@ def hidden_patches(student: Student, inputs: StudentInput, name: Any, tokens: Te
     return losses
 
 
-def plain_step(config: OneRTraining, student: Student, teacher: OneR | None, batch: Any, vocabulary: Any) -> dict[str, Tensor]:
+def plain_step(
+    config: OneRTraining, student: Student, teacher: OneR | None, batch: Any, vocabulary: Any
+) -> dict[str, Tensor]:
     """Every part of the loss of a batch, unweighted, and their weighted sum under "loss"."""
-    objectives, inputs = config.objectives, student_input(batch, config.objectives, config.model, config.run.seed, vocabulary)
+    objectives, inputs = (
+        config.objectives,
+        student_input(batch, config.objectives, config.model, config.run.seed, vocabulary),
+    )
     outputs = student.tower(inputs.passes)
     query: dict[Any, Tensor] = {name: student.tower.project(output.cls, name) for name, output in outputs.items()}
     key = query

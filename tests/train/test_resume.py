@@ -83,6 +83,7 @@ def command(data: Path, run: Path, **changes: Any) -> list[str]:
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment["OMP_WAIT_POLICY"] = "passive"  # three runs share the processor
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
@@ -155,7 +156,7 @@ def test_the_last_checkpoint_is_the_same_state(runs: Runs, name: str) -> None:
     """Student, teacher, optimiser, generators, guard and place in the data."""
     one, other = (checkpoint.load(run / "checkpoints/step-00000010.pt") for run in (runs.straight, getattr(runs, name)))
     assert set(one) == set(other) and one["data"]["step"] == 10
-    assert one["optimizer"]["state"] and one["student"].keys() > one["teacher"].keys() - {"never"} or one["teacher"]
+    assert one["optimizer"]["state"] and one["student"] and one["teacher"]
     pairs = [("", one, other)]
     compared = 0
     while pairs:

@@ -34,7 +34,7 @@ def percentile(text: str) -> int:
 
 
 def split_of(caption: str, percent: int = VALIDATION_PERCENT) -> str:
-    """"val" where sha1(concept of the caption) mod 100 < `percent`, else "train"."""
+    """ "val" where sha1(concept of the caption) mod 100 < `percent`, else "train"."""
     return "val" if percentile(concept(caption)) < percent else "train"
 
 

@@ -94,9 +94,7 @@ def build_icons(
     if limit is not None:
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
     say(f"icons: {len(drawings):,} drawings at {size} pixels into {build.output}")
-    return build_pictures(
-        build, drawings, size, default_workers() if workers is None else workers, frozenset({style})
-    )
+    return build_pictures(build, drawings, size, default_workers() if workers is None else workers, frozenset({style}))
 
 
 def icon_drawings(tarballs: Mapping[str, Path]) -> Iterator[Drawing]:

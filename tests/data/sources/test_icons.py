@@ -21,9 +21,7 @@ EMOJI = [
 ]
 
 
-def package(
-    cache: Path, name: str, drawings: dict[str, dict[str, Any]], licence: str = "MIT", **more: Any
-) -> None:
+def package(cache: Path, name: str, drawings: dict[str, dict[str, Any]], licence: str = "MIT", **more: Any) -> None:
     info = {"name": name.title(), "author": {"name": "Ann", "url": "https://example.org"}, "license": {"spdx": licence}}
     tar(
         cache / npm.tarball(f"@iconify-json/{name}", icons.SETS[name]),
