@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from oner_fast.train.atomic import remove_leftovers, sync_directory, write_atomic
+from oner_fast.atomic import remove_leftovers, sync_directory, write_atomic
 from oner_fast.train.random_state import random_state, set_random_state
 
 __all__ = [

@@ -30,7 +30,7 @@ def step_flops(config: OneRTraining, batch: PairBatch) -> float:
             lengths += [1 + kept + length for length in words]
         else:
             lengths += [1 + length for length in words]
-    images = 2 if "image_text" in names else 1
+    images = ("image_text" in names) + bool({"image", "image_given_text"} & set(names))
     student = flops.trunk_flops(model, lengths) + flops.embedding_flops(model, images * pairs * (kept - hidden))
     teacher = 0.0
     if objectives.contrastive:

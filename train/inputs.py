@@ -64,9 +64,14 @@ class StudentInput:
 
 
 def student_passes(objectives: Objectives, shared_trunk: bool) -> tuple[PassName, ...]:
-    """The passes that the weights ask for: I and T always, (I,T) for CMC and for masked multimodal modelling, F(.|.)
-    for CIC."""
-    passes: tuple[PassName, ...] = ("image", "text")
+    """The passes that the weights ask for: I and T for ITC, XMC and their masked objective (and as keys, where there
+    is no teacher), (I,T) for CMC and for masked multimodal modelling, F(.|.) for CIC."""
+    both = bool(objectives.itc or objectives.xmc or (objectives.contrastive and not objectives.momentum_teacher))
+    passes: tuple[PassName, ...] = ()
+    if both or objectives.mim:
+        passes += ("image",)
+    if both or objectives.mlm:
+        passes += ("text",)
     if shared_trunk and (objectives.cmc or objectives.mlm or objectives.mim):
         passes += ("image_text",)
     if objectives.cic:

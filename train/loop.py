@@ -13,9 +13,6 @@ from typing import Any
 import torch
 
 from oner_fast.data.batch import PairBatch
-from oner_fast.data.dataset import PairDataset
-from oner_fast.data.images import ImageTransform
-from oner_fast.data.loader import PairLoader
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR
@@ -24,6 +21,7 @@ from oner_fast.train import config as configuration
 from oner_fast.train.cost import step_flops
 from oner_fast.train.distributed import World, barrier
 from oner_fast.train.ema import build_teacher, update_teacher
+from oner_fast.train.feed import build_tokenizer, open_batches
 from oner_fast.train.flops import ThroughputMeter, gemm_rate, mfu
 from oner_fast.train.metrics import MetricLog
 from oner_fast.train.nonfinite import NonFiniteGuard
@@ -52,13 +50,18 @@ class Training:
                 f"batch_size must be a multiple of ranks x accum_freq, got {config.optim.batch_size} for "
                 f"{world.size} ranks and accum_freq {config.optim.accum_freq}"
             )
-        self.dataset = PairDataset(config.data.train_data, config.data.train_split)
         start = checkpoint.resolve(self.checkpoints, config.run.resume)
         _refuse_to_overwrite(self.checkpoints, config.run.resume)
-        self.tokenizer = self._tokenizer(config, resuming=start is not None)
-        self.config = replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
-        if start is not None:
-            _refuse_other_configuration(self.folder / "config.json", self.config)
+        state = None if start is None else checkpoint.load(start, world.device)
+        self.tokenizer = self._tokenizer(config, None if state is None else state["tokenizer"])
+        self.dtype = autocast_dtype(config.run.precision, world.device)
+        self.config = replace(
+            config,
+            model=replace(config.model, vocab_size=self.tokenizer.vocab_size),
+            run=replace(config.run, precision="fp32" if self.dtype is None else "amp_bf16"),
+        )
+        if state is not None:
+            _refuse_other_configuration(str(start), state["config"], self.config)
         seed_generators(config.run.seed)
         student = Student(self.config.model, config.objectives)
         self.student = student.to(world.device).train()
@@ -67,23 +70,10 @@ class Training:
             self.student, config.optim.lr, (config.optim.beta1, config.optim.beta2), config.optim.eps, config.optim.wd
         )
         self.guard = NonFiniteGuard(config.run.max_skipped_steps)
-        self.dtype = autocast_dtype(config.run.precision, world.device)
         self.steps_done = 0
-        if start is not None:
-            self._restore(checkpoint.load(start, world.device))
-        self.loader = PairLoader(
-            self.dataset,
-            self.tokenizer,
-            batch_size=config.optim.batch_size,
-            seed=config.run.seed,
-            image_size=config.model.image_size,
-            transform=ImageTransform(config.model.image_size, (config.data.aug_scale, 1.0), flip=config.data.aug_flip),
-            workers=config.data.workers,
-            rank=world.rank,
-            world_size=world.size,
-            start_step=self.steps_done,
-            max_tokens=config.model.max_text_tokens,
-        )
+        if state is not None:
+            self._restore(state)
+        self.batches = open_batches(self.config, self.tokenizer, world, self.steps_done)
         self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, world, self.dtype)
 
     @property
@@ -101,7 +91,6 @@ class Training:
         meter, began = ThroughputMeter(), time.perf_counter()
         rate = gemm_rate(self.world.device, self.dtype or torch.float32)
         main = self.world.is_main
-        batches = iter(self.loader)
         with (
             MetricLog(self.folder, resume_step=self.steps_done, enabled=main) as log,
             Progress(
@@ -116,7 +105,7 @@ class Training:
             flops: list[float] = []
             while self.steps_done < total:
                 with meter.waiting():
-                    batch = next(batches)
+                    batch = next(self.batches)
                 result, norm, lr, momentum = self._step(batch)
                 self.steps_done += 1
                 meter.step(len(batch) * self.world.size)
@@ -175,14 +164,11 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return result, norm, lr, momentum
 
-    def _tokenizer(self, config: OneRTraining, resuming: bool) -> Tokenizer:
-        """The run's own tokenizer.json where it is resumed; else learnt or loaded, and saved there, by rank 0 alone."""
+    def _tokenizer(self, config: OneRTraining, saved: str | None) -> Tokenizer:
+        """The checkpoint's where the run is resumed; else learnt or loaded, by rank 0 alone. Saved beside the run."""
         path = self.folder / "tokenizer.json"
-        if self.world.is_main and not (resuming and path.is_file()):
-            if config.data.tokenizer == "train":
-                tokenizer = Tokenizer.train(self.dataset.captions(), config.data.tokenizer_vocab)
-            else:
-                tokenizer = Tokenizer.load(config.data.tokenizer)
+        if self.world.is_main:
+            tokenizer = build_tokenizer(config.data) if saved is None else Tokenizer.from_json(saved)
             self.folder.mkdir(parents=True, exist_ok=True)
             tokenizer.save(path)
         barrier()
@@ -196,7 +182,7 @@ class Training:
                 "teacher": None if self.teacher is None else self.teacher.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "guard": self.guard.state_dict(),
-                "data": {"seed": self.config.run.seed, "step": self.steps_done},
+                "config": json.dumps(configuration.to_dict(self.config)),
                 "random": checkpoint.random_state(),
                 "model_config": json.dumps(asdict(self.config.model)),
                 "tokenizer": self.tokenizer.to_json(),
@@ -231,14 +217,12 @@ def _refuse_to_overwrite(checkpoints: Path, resume: str) -> None:
         )
 
 
-def _refuse_other_configuration(path: Path, config: OneRTraining) -> None:
+def _refuse_other_configuration(name: str, saved: str, config: OneRTraining) -> None:
     """A resumed run must learn the same thing: everything but the place, the pace and the bookkeeping has to agree."""
-    if not path.is_file():
-        return
-    saved = configuration.load_json(OneRTraining, path)
+    before_all = configuration.from_dict(OneRTraining, json.loads(saved))
     differences = []
     for part in dataclasses.fields(OneRTraining):
-        before, now = getattr(saved, part.name), getattr(config, part.name)
+        before, now = getattr(before_all, part.name), getattr(config, part.name)
         for field in dataclasses.fields(before):
             if part.name == "run" and field.name not in ("seed", "precision"):
                 continue
@@ -247,6 +231,4 @@ def _refuse_other_configuration(path: Path, config: OneRTraining) -> None:
             if getattr(before, field.name) != getattr(now, field.name):
                 differences.append(f"{field.name} {getattr(before, field.name)!r} -> {getattr(now, field.name)!r}")
     if differences:
-        raise ValueError(
-            f"{path.parent} was trained with other settings ({'; '.join(differences)}); give another --run-dir"
-        )
+        raise ValueError(f"{name} was trained with other settings ({'; '.join(differences)}); give another --run-dir")

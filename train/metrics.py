@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from oner_fast.train.atomic import write_atomic
+from oner_fast.atomic import write_atomic
 
 _log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"

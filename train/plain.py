@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from oner_fast.train.atomic import write_atomic
+from oner_fast.atomic import write_atomic
 
 C = TypeVar("C")
 

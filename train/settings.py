@@ -63,7 +63,7 @@ class Data:
     """Where the pairs come from and how they are read."""
 
     train_data: str = "data/pictograms"
-    """A dataset folder, a tar, a glob of tars; img2dataset's are read as they are."""
+    """A dataset folder, a tar, a glob of tars (img2dataset's are read as they are), or a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
     val_split: str = "val"
     """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
@@ -142,6 +142,11 @@ class OneRTraining:
             raise ValueError(
                 f"batch_size must be a multiple of accum_freq, got {self.optim.batch_size} and {self.optim.accum_freq}"
             )
+        objectives, ratio = self.objectives, self.objectives.mask_word_ratio
+        if objectives.mlm and ratio == 0:
+            raise ValueError("mlm is above 0 but mask_word_ratio is 0: no word is masked")
+        if objectives.contrastive and not objectives.itc and not self.model.shared_head:
+            raise ValueError("two heads (shared_head=False) need itc above 0: the other contrasts do not reach both")
         cells = (self.model.image_size // self.model.patch_size) ** 2
         cells -= int(self.objectives.force_patch_dropout * cells)
         if self.objectives.mim and int(self.objectives.mask_patch_ratio * cells) == 0:

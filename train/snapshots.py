@@ -13,6 +13,7 @@ from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import decode, eval_transform
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.oner import OneR
+from oner_fast.train.feed import is_stream
 from oner_fast.train.settings import OneRTraining
 
 _log = logging.getLogger(__name__)
@@ -24,7 +25,8 @@ class Snapshots:
 
     def __init__(self, config: OneRTraining, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
         self.folder, self.tower = folder / "snapshots", tower
-        images, captions = _pairs(config) if config.run.snapshot_every else ([], [])
+        wanted = config.run.snapshot_every and not is_stream(config.data.train_data)
+        images, captions = _pairs(config) if wanted else ([], [])
         self.images = torch.stack(images) if images else None
         self.text = tokenizer(captions, config.model.max_text_tokens) if captions else None
 

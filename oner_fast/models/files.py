@@ -9,20 +9,20 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from oner_fast.atomic import write_atomic
 from oner_fast.models.oner import OneR, OneRConfig
 
 FORMAT = "oner_fast.oner"
 
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
-    """Write ``tower`` and its tokenizer to ``path`` through a temporary file."""
+    """Write ``tower`` and its tokenizer to ``path``, which is whole at any moment."""
     path = Path(path)
     metadata = {"format": FORMAT, "config": json.dumps(asdict(tower.config)), "tokenizer": tokenizer_json}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(_ordered(save(tensors, metadata)))
-    temporary.replace(path)
+    data = _ordered(save(tensors, metadata))
+    write_atomic(path, lambda file: file.write(data))
 
 
 def _ordered(data: bytes) -> bytes:

@@ -169,7 +169,7 @@ def test_resolve(tmp_path):
 CHILD = """
 import os, sys, time
 import torch
-from oner_fast.train import atomic, checkpoint
+from oner_fast import atomic, checkpoint
 
 folder, stage = sys.argv[1:]
 state = {"x": torch.arange(1000)}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from oner_fast.train.atomic import remove_leftovers, write_atomic
+from oner_fast.atomic import remove_leftovers, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_only_dead_writers_files_are_removed(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from oner_fast.train.atomic import write_atomic\n"
+        "import sys, time; from pathlib import Path; from oner_fast.atomic import write_atomic\n"
         "def slow(file):\n"
         "    file.write(b'half'); file.flush(); print('writing', flush=True); time.sleep(60)\n"
         "write_atomic(Path(sys.argv[1]) / 'a.bin', slow)\n"

@@ -1,0 +1,70 @@
+"""Where a training's batches come from: tars on disk, read in an exactly reproducible order, or streams."""
+
+from __future__ import annotations
+
+from oner_fast.data.dataset import PairDataset
+from oner_fast.data.images import ImageTransform
+from oner_fast.data.loader import PairLoader
+from oner_fast.data.streaming import StreamedPairs
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.data.workers import Batches
+from oner_fast.train.distributed import World
+from oner_fast.train.settings import Data, OneRTraining
+
+
+def is_stream(address: str) -> bool:
+    """Whether ``train_data`` names streams: ``pipe:COMMAND`` or an address with a scheme, such as ``https://``."""
+    return address.startswith("pipe:") or "://" in address
+
+
+def build_tokenizer(data: Data) -> Tokenizer:
+    """Learn the vocabulary from the training captions, or load the one that ``data.tokenizer`` names.
+
+    Raises:
+        ValueError: the captions are streamed, so that there are none to learn from before the training.
+    """
+    if data.tokenizer != "train":
+        return Tokenizer.load(data.tokenizer)
+    if is_stream(data.train_data):
+        raise ValueError("streamed train_data needs --tokenizer PATH: a vocabulary is learnt from tars on disk only")
+    return Tokenizer.train(PairDataset(data.train_data, data.train_split).captions(), data.tokenizer_vocab)
+
+
+def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World, start_step: int) -> Batches:
+    """This rank's batches from ``start_step`` on.
+
+    Raises:
+        ValueError: there is no such data, or fewer samples than a batch needs.
+    """
+    data, model, optim = config.data, config.model, config.optim
+    address = data.train_data
+    transform = ImageTransform(model.image_size, (data.aug_scale, 1.0), flip=data.aug_flip)
+    if is_stream(address):
+        return StreamedPairs(
+            address,
+            tokenizer,
+            batch_size=optim.batch_size,
+            seed=config.run.seed,
+            image_size=model.image_size,
+            transform=transform,
+            workers=data.workers,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=start_step,
+            max_tokens=model.max_text_tokens,
+            pin_memory=world.device.type == "cuda",
+        )
+    return PairLoader(
+        PairDataset(address, data.train_split),
+        tokenizer,
+        batch_size=optim.batch_size,
+        seed=config.run.seed,
+        image_size=model.image_size,
+        transform=transform,
+        workers=data.workers,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start_step,
+        max_tokens=model.max_text_tokens,
+        pin_memory=world.device.type == "cuda",
+    )
