@@ -63,7 +63,7 @@ class Data:
     """Where the pairs come from and how they are read."""
 
     train_data: str = "data/pictograms"
-    """A dataset folder, a tar, a glob of tars (img2dataset's are read as they are), or a stream (pipe:COMMAND, a URL)."""
+    """A dataset folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
     val_split: str = "val"
     """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
