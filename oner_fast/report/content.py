@@ -142,7 +142,7 @@ def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]
             for name, split in described.get("splits", {}).items()
         },
         "attribution": [
-            entry | {"licence_page": LICENCE_PAGES.get(entry.get("licence", ""))}
+            {"url": None, **entry, "licence_page": LICENCE_PAGES.get(entry.get("licence", ""))}
             for entry in described.get("attribution", [])
         ],
         "commands": _commands(described, config, shown_as),
