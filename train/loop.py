@@ -19,7 +19,7 @@ from oner_fast.models.oner import OneR
 from oner_fast.train import checkpoint
 from oner_fast.train import config as configuration
 from oner_fast.train.cost import step_flops
-from oner_fast.train.distributed import World, barrier
+from oner_fast.train.distributed import World, barrier, sum_over_ranks
 from oner_fast.train.ema import build_teacher, update_teacher
 from oner_fast.train.feed import build_tokenizer, open_batches
 from oner_fast.train.flops import ThroughputMeter, gemm_rate, mfu
@@ -33,7 +33,7 @@ from oner_fast.train.schedule import cosine_lr, teacher_momentum
 from oner_fast.train.settings import OneRTraining
 from oner_fast.train.signals import StopRequest
 from oner_fast.train.snapshots import Snapshots
-from oner_fast.train.step import StepResult, TrainingStep
+from oner_fast.train.step import TrainingStep
 from oner_fast.train.student import Student
 
 _log = logging.getLogger(__name__)
@@ -87,70 +87,55 @@ class Training:
         if self.world.is_main:
             configuration.save_json(c, self.folder / "config.json")
             checkpoint.prepare(self.checkpoints)
-        snapshots = Snapshots(c, self.folder, self.tokenizer, self.exported) if self.world.is_main else None
+        main = self.world.is_main
+        snapshots = Snapshots(c, self.folder, self.tokenizer, self.exported) if main else None
         meter, began = ThroughputMeter(), time.perf_counter()
         rate = gemm_rate(self.world.device, self.dtype or torch.float32)
-        main = self.world.is_main
+        every, flops = c.run.log_every_n_steps, list[float]()
         with (
             MetricLog(self.folder, resume_step=self.steps_done, enabled=main) as log,
-            Progress(
-                total, start=self.steps_done, every=c.run.log_every_n_steps, title="oner", enabled=main
-            ) as progress,
+            Progress(total, start=self.steps_done, every=every, title="oner", enabled=main) as progress,
+            self.batches,
         ):
             if main and self.steps_done:
                 progress.note(f"resumed after step {self.steps_done}")
             if snapshots is not None and self.steps_done == 0:
                 snapshots.take(0)
-            corrupt = 0
-            flops: list[float] = []
             while self.steps_done < total:
                 with meter.waiting():
                     batch = next(self.batches)
-                result, norm, lr, momentum = self._step(batch)
+                metrics = self._step(batch)
                 self.steps_done += 1
                 meter.step(len(batch) * self.world.size)
                 flops.append(step_flops(c, batch))
-                corrupt += batch.corrupt
-                done = self.steps_done
-                if done % c.run.log_every_n_steps == 0 or done == total:
-                    pace = meter.read()
-                    metrics = _metrics(result, norm, lr, momentum)
-                    if pace is not None:
-                        metrics |= {
-                            "samples_per_second": pace.samples_per_second,
-                            "data_wait": pace.data_wait,
-                            "mfu": mfu(sum(flops[-pace.steps :]), pace.seconds, rate),
-                        }
+                if self._due(every):
+                    shown = _plain(metrics) | _pace(meter, flops, rate) | self._counts(batch)
+                    shown["seconds"] = time.perf_counter() - began
                     flops.clear()
-                    metrics |= {
-                        "epoch": batch.epoch,
-                        "skipped_steps": self.guard.skipped,
-                        "corrupt_samples": corrupt,
-                        "seconds": time.perf_counter() - began,
-                    }
-                    log.write(done, metrics)
-                    progress.update(done, metrics)
+                    log.write(self.steps_done, shown)
+                    progress.update(self.steps_done, shown)
                 else:
-                    progress.update(done, {})
+                    progress.update(self.steps_done, {})
                 with meter.excluded():
                     asked = stop.agree(self.world)
-                    if (
-                        snapshots is not None
-                        and c.run.snapshot_every
-                        and (done % c.run.snapshot_every == 0 or done == total)
-                    ):
-                        snapshots.take(done)
-                    if done == total or done % c.run.save_every == 0 or asked:
+                    if snapshots is not None and self._due(c.run.snapshot_every):
+                        snapshots.take(self.steps_done)
+                    if asked or self._due(c.run.save_every):
                         self._save()
-                if asked and done < total:
-                    progress.note(f"{asked}: saved step {done}; the same command goes on from there")
+                if asked and self.steps_done < total:
+                    progress.note(f"{asked}: saved step {self.steps_done}; the same command goes on from there")
                     return asked
         if main:
             save_model(self.folder / "model.safetensors", self.exported, self.tokenizer.to_json())
         barrier()
         return None
 
-    def _step(self, batch: PairBatch) -> tuple[StepResult, torch.Tensor, float, float]:
+    def _due(self, every: int) -> bool:
+        """Whether what happens ``every`` so many steps (0: never), and at the end, happens now."""
+        return every > 0 and (self.steps_done % every == 0 or self.steps_done == self.config.optim.steps)
+
+    def _step(self, batch: PairBatch) -> dict[str, torch.Tensor | float]:
+        """One optimisation step; its metrics, still on the device."""
         o = self.config.optim
         lr = cosine_lr(self.steps_done, peak=o.lr, total_steps=o.steps, warmup_steps=o.warmup, floor=o.min_lr)
         momentum = teacher_momentum(self.steps_done, total_steps=o.steps, start=self.config.objectives.momentum)
@@ -162,7 +147,17 @@ class Training:
             if self.teacher is not None:
                 update_teacher(self.teacher, self.student.tower, momentum)
         self.optimizer.zero_grad(set_to_none=True)
-        return result, norm, lr, momentum
+        metrics: dict[str, torch.Tensor | float] = {"loss": result.loss}
+        metrics |= {f"loss/{name}": value for name, value in result.parts.items()}
+        metrics |= {"lr": lr, "grad_norm": norm, "momentum": momentum}
+        if result.modality_gap is not None:
+            metrics["modality_gap"] = result.modality_gap
+        return metrics
+
+    def _counts(self, batch: PairBatch) -> dict[str, float]:
+        """Epoch, steps skipped so far, and corrupt samples that all ranks have met since the run was started."""
+        corrupt = sum_over_ranks(torch.tensor(self.batches.corrupt))
+        return {"epoch": batch.epoch, "skipped_steps": self.guard.skipped, "corrupt_samples": int(corrupt)}
 
     def _tokenizer(self, config: OneRTraining, saved: str | None) -> Tokenizer:
         """The checkpoint's where the run is resumed; else learnt or loaded, by rank 0 alone. Saved beside the run."""
@@ -200,13 +195,20 @@ class Training:
         self.steps_done = int(state["step"])
 
 
-def _metrics(result: StepResult, norm: torch.Tensor, lr: float, momentum: float) -> dict[str, Any]:
-    metrics: dict[str, Any] = {"loss": result.loss}
-    metrics |= {f"loss/{name}": value for name, value in result.parts.items()}
-    metrics |= {"lr": lr, "grad_norm": norm, "momentum": momentum}
-    if result.modality_gap is not None:
-        metrics["modality_gap"] = result.modality_gap
-    return metrics
+def _plain(metrics: dict[str, torch.Tensor | float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, float]:
+    """Samples a second, data wait and MFU since the last reading; nothing where no step has counted yet."""
+    pace = meter.read()
+    if pace is None:
+        return {}
+    return {
+        "samples_per_second": pace.samples_per_second,
+        "data_wait": pace.data_wait,
+        "mfu": mfu(sum(flops[-pace.steps :]), pace.seconds, rate),
+    }
 
 
 def _refuse_to_overwrite(checkpoints: Path, resume: str) -> None:
