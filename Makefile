@@ -32,7 +32,7 @@ $(STAMP)-tools: | $(BIN)/python
 	$(PIP) install --quiet 'setuptools>=77' wheel 'cmake>=3.22' ninja 'pybind11>=2.13'
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo 'torch is there already'; \
 	elif [ -n '$(TORCH)' ]; then $(PIP) install '$(TORCH)'; \
-	else $(PIP) install --quiet '$(TORCH_CPU)' 2>/dev/null \
+	else $(PIP) install --quiet --no-compile '$(TORCH_CPU)' 2>/dev/null \
 	  || $(PIP) install --index-url '$(TORCH_INDEX)' 'torch>=2.10' \
 	  || $(PIP) install 'torch>=2.10'; fi
 	@touch $@
