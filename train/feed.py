@@ -30,8 +30,8 @@ def build_tokenizer(data: Data) -> Tokenizer:
     return Tokenizer.train(PairDataset(data.train_data, data.train_split).captions(), data.tokenizer_vocab)
 
 
-def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World, start_step: int) -> Batches:
-    """This rank's batches from ``start_step`` on.
+def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World) -> Batches:
+    """This rank's batches from step 0 on; ``load_state_dict`` goes on elsewhere.
 
     Raises:
         ValueError: there is no such data, or fewer samples than a batch needs.
@@ -50,7 +50,6 @@ def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World, start
             workers=data.workers,
             rank=world.rank,
             world_size=world.size,
-            start_step=start_step,
             max_tokens=model.max_text_tokens,
             pin_memory=world.device.type == "cuda",
         )
@@ -64,7 +63,6 @@ def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World, start
         workers=data.workers,
         rank=world.rank,
         world_size=world.size,
-        start_step=start_step,
         max_tokens=model.max_text_tokens,
         pin_memory=world.device.type == "cuda",
     )

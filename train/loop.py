@@ -51,7 +51,7 @@ class Training:
                 f"{world.size} ranks and accum_freq {config.optim.accum_freq}"
             )
         start = checkpoint.resolve(self.checkpoints, config.run.resume)
-        _refuse_to_overwrite(self.checkpoints, config.run.resume)
+        _refuse_to_overwrite(self.checkpoints, start)
         state = None if start is None else checkpoint.load(start, world.device)
         self.tokenizer = self._tokenizer(config, None if state is None else state["tokenizer"])
         self.dtype = autocast_dtype(config.run.precision, world.device)
@@ -73,7 +73,9 @@ class Training:
         self.steps_done = 0
         if state is not None:
             self._restore(state)
-        self.batches = open_batches(self.config, self.tokenizer, world, self.steps_done)
+        self.batches = open_batches(self.config, self.tokenizer, world)
+        if state is not None:
+            self.batches.load_state_dict(state["data"])
         self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, world, self.dtype)
 
     @property
@@ -144,6 +146,7 @@ class Training:
         norm = clip_grad_norm(self.student.parameters(), o.grad_clip_norm)
         if self.guard.check(result.loss, norm):
             self.optimizer.step()
+            self.student.clamp_temperature()
             if self.teacher is not None:
                 update_teacher(self.teacher, self.student.tower, momentum)
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,6 +180,7 @@ class Training:
                 "teacher": None if self.teacher is None else self.teacher.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "guard": self.guard.state_dict(),
+                "data": self.batches.state_dict(),
                 "config": json.dumps(configuration.to_dict(self.config)),
                 "random": checkpoint.random_state(),
                 "model_config": json.dumps(asdict(self.config.model)),
@@ -211,10 +215,12 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
     }
 
 
-def _refuse_to_overwrite(checkpoints: Path, resume: str) -> None:
-    if resume == "none" and (existing := checkpoint.saved(checkpoints)):
+def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
+    """A folder with checkpoints goes on from its newest or not at all: later ones would be taken for this run's."""
+    existing = checkpoint.saved(checkpoints)
+    if existing and (start is None or start.resolve() != existing[-1].resolve()):
         raise ValueError(
-            f"{checkpoints} holds {len(existing)} checkpoints and resume is none; "
+            f"{checkpoints} holds {len(existing)} checkpoints up to {existing[-1].name}; "
             "resume with --resume latest, or give another --run-dir"
         )
 

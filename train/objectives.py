@@ -10,6 +10,7 @@ from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.models.oner import PassName
+from oner_fast.train.distributed import sum_over_ranks
 from oner_fast.train.settings import Objectives
 
 
@@ -62,6 +63,9 @@ def contrastive_losses(
 
 
 def modality_gap(image: Tensor, text: Tensor) -> Tensor:
-    """Distance between the centroids of the L2-normalised embeddings (N, E) of images and of texts; 0-d."""
-    centroids = [torch.nn.functional.normalize(each.float(), dim=-1).mean(dim=0) for each in (image, text)]
-    return (centroids[0] - centroids[1]).norm()
+    """Distance between the centroids of the L2-normalised embeddings (N, E) of images and of texts, over all ranks;
+    0-d, without gradient."""
+    unit = [torch.nn.functional.normalize(each.detach().float(), dim=-1) for each in (image, text)]
+    difference = sum_over_ranks((unit[0] - unit[1]).sum(dim=0))
+    count = sum_over_ranks(torch.tensor(image.shape[0], device=image.device))
+    return (difference / count).norm()

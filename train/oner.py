@@ -1,4 +1,4 @@
-"""Train OneR: ``oner-fast train oner``, or ``torchrun -m oner_fast.train.oner`` for several processes."""
+"""Train OneR: ``oner-fast train oner``; several processes: ``PYTHONSAFEPATH=1 torchrun -m oner_fast.train.oner``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(config: OneRTraining) -> int:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)
-    # Filling every fresh tensor costs a seventh of a step here, and no op of the step reads memory it has not written.
+    # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     world = distributed.setup(config.run.device)
     try:

@@ -22,8 +22,7 @@ def random_state() -> dict[str, Any]:
     """The state of the generators of torch (CPU), torch (the current CUDA device, where CUDA is in use),
     numpy (where imported) and Python; plain values that ``torch.load(weights_only=True)`` reads back.
 
-    It is this process's state: with several ranks, gather one from each
-    (:func:`oner_fast.train.distributed.gather_objects`).
+    It is this process's state. Ranks have equal ones, as every draw of a training is a function of (seed, step).
     """
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     # Asking an idle CUDA runtime for its state would start it.

@@ -54,7 +54,7 @@ def _row(base: OneRTraining, name: str, objectives: dict[str, float | bool], **m
 
 @recipe
 def oner_tiny_pictograms_cpu() -> OneRTraining:
-    """The demo: the whole of OneR on 11,000 pictograms, under six minutes on two CPU cores."""
+    """The demo: the whole of OneR on 10,500 pictograms (some minutes on two CPU cores)."""
     return OneRTraining(
         model=OneRConfig(
             image_size=48,
@@ -75,13 +75,13 @@ def oner_tiny_pictograms_cpu() -> OneRTraining:
 
 @recipe
 def oner_small_icons_cpu() -> OneRTraining:
-    """The whole of OneR on 28,000 icons, within 90 minutes on two CPU cores."""
+    """The whole of OneR on 28,000 icons (half an hour to an hour on two CPU cores)."""
     return OneRTraining(
         model=OneRConfig(
-            image_size=64,
+            image_size=48,
             patch_size=16,
             width=256,
-            depth=5,
+            depth=4,
             heads=4,
             embed_dim=256,
             projector_hidden=1024,
@@ -89,8 +89,8 @@ def oner_small_icons_cpu() -> OneRTraining:
         ),
         objectives=Objectives(predictor_hidden=768, momentum=0.98, mlm=0.2, mask_patch_ratio=0.25),
         data=Data(train_data="data/icons"),
-        optim=Optimisation(steps=600, batch_size=192, lr=1e-3, warmup=60, wd=0.05),
-        run=Run(run_dir="runs/icons", threads=2, save_every=100, snapshot_every=60),
+        optim=Optimisation(steps=1400, batch_size=128, lr=1e-3, warmup=100, wd=0.05),
+        run=Run(run_dir="runs/icons", threads=2, save_every=200, snapshot_every=140),
     )
 
 
@@ -149,8 +149,8 @@ def oner_vitb16_cc3m_a100x8() -> OneRTraining:
     return replace(
         base,
         data=replace(base.data, train_data="data/cc3m"),
-        # 2.9 M pairs that can still be fetched, 40 epochs of 708 steps; four micro-batches of 128 pairs a GPU.
-        optim=replace(base.optim, steps=28_000, accum_freq=4),
+        # 40 epochs of 708 steps, if 2.9 M of the pairs can be fetched; four micro-batches of 128 pairs a GPU.
+        optim=replace(base.optim, steps=28_320, accum_freq=4),
         run=replace(base.run, run_dir="runs/oner_vitb16_cc3m"),
     )
 

@@ -3,10 +3,13 @@ has one."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from oner_fast.models.oner import OneRConfig
+
+MIN_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,14 @@ class Objectives:
 
     def __post_init__(self) -> None:
         weights = (self.itc, self.xmc, self.cic, self.cmc, self.mlm, self.mim)
-        if min(weights) < 0 or not any(weights):
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(f"weights of the objectives must not be negative, and one must be above 0, got {weights}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not self.temperature >= MIN_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be at least {MIN_TEMPERATURE} (logit_scale 100), got {self.temperature}"
+            )
+        if not 0.0 <= self.momentum <= 1.0:
+            raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
         for name in ("mask_patch_ratio", "mask_word_ratio", "force_patch_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -98,6 +105,15 @@ class Optimisation:
     wd: float = 0.1
     grad_clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accum_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"needs 0 <= warmup < steps, got warmup {self.warmup} and steps {self.steps}")
+        if not 0.0 <= self.min_lr <= self.lr < math.inf:
+            raise ValueError(f"needs 0 <= min_lr <= lr, got min_lr {self.min_lr} and lr {self.lr}")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -138,11 +154,17 @@ class OneRTraining:
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
+        objectives, ratio = self.objectives, self.objectives.mask_word_ratio
+        if self.model.patch_size < 1 or self.model.image_size % self.model.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {self.model.image_size} and {self.model.patch_size}"
+            )
+        if not self.model.shared_trunk and not objectives.itc:
+            raise ValueError("two trunks (shared_trunk=False) need itc above 0: nothing else trains both")
         if self.optim.batch_size % self.optim.accum_freq:
             raise ValueError(
                 f"batch_size must be a multiple of accum_freq, got {self.optim.batch_size} and {self.optim.accum_freq}"
             )
-        objectives, ratio = self.objectives, self.objectives.mask_word_ratio
         if objectives.mlm and ratio == 0:
             raise ValueError("mlm is above 0 but mask_word_ratio is 0: no word is masked")
         if objectives.contrastive and not objectives.itc and not self.model.shared_head:

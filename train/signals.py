@@ -41,7 +41,10 @@ class StopRequest:
             votes = torch.tensor([self.requested == name for name in _NAMES], dtype=torch.int32)
             # On the CPU, so that no GPU is waited for.
             counts = sum_over_ranks(votes).tolist()
-            self.requested = next((name for name, count in zip(_NAMES, counts, strict=True) if count), None)
+            agreed = next((name for name, count in zip(_NAMES, counts, strict=True) if count), None)
+            # A signal that came during the vote is put to the next one.
+            self.requested = agreed or self.requested
+            return agreed
         return self.requested
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

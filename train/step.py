@@ -24,7 +24,7 @@ from oner_fast.train.student import Student, StudentOutput
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss and its parts by name (0-d, over all ranks, unweighted parts), and the modality gap of this rank's keys
+    """loss and its parts by name (0-d, over all ranks, unweighted parts), and the modality gap of all ranks' keys
     (0-d)."""
 
     loss: Tensor
@@ -88,7 +88,7 @@ class TrainingStep:
         losses |= {name: value for name, value in masked_parts.items() if weights[name]}
         loss = contrast.detach() + sum(weights[name] * value for name, value in masked_parts.items())
         shown = keys or embeddings
-        gap = modality_gap(shown["image"], shown["text"]).detach() if c.objectives.contrastive else None
+        gap = modality_gap(shown["image"], shown["text"]) if c.objectives.contrastive else None
         return StepResult(loss, {name: value.detach() for name, value in losses.items()}, gap)
 
     def _accumulate(

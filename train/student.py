@@ -14,9 +14,7 @@ from oner_fast.models.oner import OneR, OneRConfig, PassName, PassOutput
 from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.nn.heads import MaskedPatchHead, MaskedWordHead, Predictor, normalised_pixels
 from oner_fast.train.inputs import StudentInput
-from oner_fast.train.settings import Objectives
-
-_MAX_LOGIT_SCALE = 100.0
+from oner_fast.train.settings import MIN_TEMPERATURE, Objectives
 
 
 class StudentOutput(NamedTuple):
@@ -61,8 +59,13 @@ class Student(nn.Module):
             for name, output in outputs.items():
                 projected = self.tower.project(output.cls, name)
                 embeddings[name] = projected if self.predictor is None else self.predictor(projected)
-        scale = self.log_logit_scale.exp().clamp(max=_MAX_LOGIT_SCALE)
+        scale = self.log_logit_scale.exp()
         return StudentOutput(embeddings, scale, self._mlm(inputs, outputs), self._mim(inputs, outputs))
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep a learnt logit_scale at 100 at most, as CLIP does; call it after the optimiser's step."""
+        self.log_logit_scale.clamp_(max=math.log(1 / MIN_TEMPERATURE))
 
     def _mlm(self, inputs: StudentInput, outputs: dict[PassName, PassOutput]) -> Tensor:
         """Sum of the cross-entropies of the masked words."""

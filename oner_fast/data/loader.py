@@ -180,12 +180,14 @@ class PairLoader(Batches):
         return in_workers(self.source, steps, self._workers, self._prefetch, self._pin_memory)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the data stands: the seed, the step that comes next, its epoch, and its first slot in that epoch."""
+        """Where the data stands: the seed, the step that comes next, its epoch, its first slot in that epoch, and the
+        samples of the dataset."""
         return {
             "seed": self.seed,
             "step": self.step,
             "epoch": self.epoch,
             "position": self.step % self.steps_per_epoch * self.batch_size,
+            "samples": len(self.source.dataset),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,6 +199,7 @@ class PairLoader(Batches):
         if self.state_dict() != dict(state):
             mine, self.step = self.state_dict(), before
             raise ValueError(
-                f"the state stands at epoch {state['epoch']}, slot {state['position']}, but step {state['step']} is at "
-                f"epoch {mine['epoch']}, slot {mine['position']} here: the batch size or the dataset has changed"
+                f"the state stands at epoch {state['epoch']}, slot {state['position']} of {state['samples']} samples, "
+                f"but step {state['step']} is at epoch {mine['epoch']}, slot {mine['position']} of {mine['samples']} "
+                "here: the batch size or the dataset has changed"
             )

@@ -47,6 +47,14 @@ class Batches(Iterator[PairBatch]):
     def _start(self) -> Iterator[PairBatch]:
         """Batches from `step` on."""
 
+    @abstractmethod
+    def state_dict(self) -> dict[str, int]:
+        """The place, for a checkpoint."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a place. Raises ValueError where it is not one of these data."""
+
     def __next__(self) -> PairBatch:
         """The batch of the next step."""
         if self._batches is None:

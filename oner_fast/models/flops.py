@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from oner_fast.models.oner import OneRConfig
 
 
-def trunk_flops(config: OneRConfig, lengths: Iterable[int]) -> float:
-    """One forward of the trunk over packed sequences of ``lengths`` tokens."""
-    tokens, pairs = 0, 0
-    for length in lengths:
-        tokens += length
-        pairs += length * length
+def trunk_flops(config: OneRConfig, lengths: Iterable[int], key_lengths: Iterable[int] | None = None) -> float:
+    """One forward of the trunk over packed sequences of ``lengths`` tokens, which attend to ``key_lengths`` (their
+    own where None)."""
+    lengths = list(lengths)
+    tokens = sum(lengths)
+    pairs = sum(q * k for q, k in zip(lengths, lengths if key_lengths is None else key_lengths, strict=True))
     linear = 2 * config.width**2 * (4 + 2 * config.mlp_ratio)
     return config.depth * (linear * tokens + 4 * config.width * pairs)
 

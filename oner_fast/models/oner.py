@@ -129,7 +129,7 @@ class OneR(nn.Module):
         lengths = torch.cat([each.lengths for each in packed])
         cu_seqlens = packing.cumulative(lengths)
         rows = torch.cat([each.rows for each in packed])
-        tokens = table.rows().index_select(0, rows)
+        tokens = packing.select_rows(table.rows(), rows)
         hidden = trunk(tokens, _sequences(passes, packed, cu_seqlens, rows.shape[0]))
         outputs: dict[PassName, PassOutput] = {}
         for each, part in zip(passes, hidden.split([each.rows.shape[0] for each in packed]), strict=True):

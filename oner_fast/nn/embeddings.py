@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from oner_fast import ops
-from oner_fast.nn.packing import place_in_caption
+from oner_fast.nn.packing import place_in_caption, select_rows
 
 
 class PatchEmbedding(nn.Module):
@@ -43,9 +43,7 @@ class PatchEmbedding(nn.Module):
         if cells is None:
             cells = torch.arange(count, device=images.device).expand(batch, count)
         if masked is None:
-            return self._embed(images, cells) + self.positions.index_select(0, cells.flatten()).view(
-                batch, -1, self.width
-            )
+            return self._embed(images, cells) + select_rows(self.positions, cells.flatten()).view(batch, -1, self.width)
         order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible first, each part in place order
         visible = order[:, : masked.shape[1] - self.masked_count(masked)]
         tokens = self._embed(images, cells.gather(1, visible))  # [B, V, D]
@@ -53,7 +51,7 @@ class PatchEmbedding(nn.Module):
         slots = torch.full_like(cells, batch * visible.shape[1])
         slots.scatter_(1, visible, torch.arange(visible.numel(), device=cells.device).view_as(visible))
         table = torch.cat([tokens.flatten(0, 1), self.mask_token.to(tokens.dtype).unsqueeze(0)])
-        placed = table.index_select(0, slots.flatten()) + self.positions.index_select(0, cells.flatten())
+        placed = table.index_select(0, slots.flatten()) + select_rows(self.positions, cells.flatten())
         return placed.view(batch, -1, self.width)
 
     @property
@@ -92,4 +90,4 @@ class WordEmbedding(nn.Module):
         limit = self.positions.shape[0]
         if places.device.type == "cpu" and places.numel() and int(places.max()) >= limit:
             raise ValueError(f"captions may hold {limit} tokens, got one of {int(places.max()) + 1}; truncate them")
-        return self.words.weight.index_select(0, input_ids) + self.positions.index_select(0, places)
+        return select_rows(self.words.weight, input_ids) + select_rows(self.positions, places)

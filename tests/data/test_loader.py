@@ -113,7 +113,7 @@ def test_state_goes_on_where_it_was_taken(make, expected, workers):
     first = make(workers=workers)
     steps_of([first], 7)
     state = first.state_dict()
-    assert state == {"seed": SEED, "step": 7, "epoch": 1, "position": 16}
+    assert state == {"seed": SEED, "step": 7, "epoch": 1, "position": 16, "samples": 42}
     first.close()
     second = make(workers=workers)
     next(second)

@@ -120,7 +120,9 @@ def plain_step(
     if teacher is not None and student.predictor is not None:
         key = {name: teacher.project(output.cls, name) for name, output in teacher(teacher_input(batch)).items()}
         query = {name: student.predictor(each) for name, each in query.items()}
-    parts = frame(query, key, student.log_logit_scale.exp(), objectives.symmetric)
+    parts = {}
+    if objectives.contrastive:
+        parts = frame(query, key, student.log_logit_scale.exp(), objectives.symmetric)
     if objectives.mlm:
         words = [hidden_words(student, inputs, name, outputs[name].words) for name in inputs.words]
         parts["mlm"] = torch.stack([one for each in words for one in each]).mean()
@@ -188,7 +190,9 @@ def test_normalised_pixels() -> None:
     [
         ({"itc": -1.0}, "must not be negative"),
         ({"itc": 0, "cmc": 0, "mlm": 0, "mim": 0}, "one must be above 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"itc": float("nan")}, "weights of the objectives must not be negative"),
+        ({"momentum": 2.0}, r"momentum must be in \[0, 1\], got 2.0"),
+        ({"temperature": 0.0}, r"temperature must be at least 0.01 \(logit_scale 100\), got 0.0"),
         ({"mask_patch_ratio": 1.0}, r"mask_patch_ratio must be in \[0, 1\), got 1.0"),
         ({"mask_word_ratio": -0.1}, r"mask_word_ratio must be in \[0, 1\)"),
         ({"force_patch_dropout": 1.0}, r"force_patch_dropout must be in \[0, 1\)"),

@@ -214,7 +214,7 @@ def test_a_finished_run_is_left_as_it_is_and_loads(runs: Runs, capfd: pytest.Cap
         ({"steps": 20}, "(steps 10 -> 20)"),
         ({"width": 32}, "(width 16 -> 32)"),
         ({"aug_scale": 0.9}, "(aug_scale 0.6 -> 0.9)"),
-        ({"resume": "none"}, "holds 3 checkpoints and resume is none; resume with --resume latest"),
+        ({"resume": "none"}, "holds 3 checkpoints up to step-00000010.pt; resume with --resume latest"),
         ({"resume": "step-7.pt"}, "give latest, none, or the path of a step-*.pt file or a run"),
         ({"train_data": "/nowhere"}, "no dataset at '/nowhere'"),
         ({"batch_size": 64}, "64"),

@@ -38,7 +38,7 @@ def _run(argv: list[str]) -> int:
         limit: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        """About 12,000 captioned pictures out of PyPI packages: emoji in colour and one-colour icons.
+        """About 11,000 captioned pictures out of PyPI packages: emoji in colour and one-colour icons.
 
         Args:
             output: The dataset's folder.
@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> int:
         limit: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        """About 28,000 captioned pictures out of npm packages; needs npm on the PATH.
+        """About 30,000 captioned pictures out of npm packages; needs npm on the PATH.
 
         Args:
             output: The dataset's folder.
