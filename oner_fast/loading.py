@@ -31,6 +31,7 @@ class Loaded:
 
     @property
     def config(self) -> OneRConfig:
+        """The tower's sizes."""
         return self.model.config
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -9,6 +9,9 @@ import hypothesis
 import pytest
 import torch
 
+# Programs that tests start with -c or -m must not find the folder the tests are run from on their path.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 hypothesis.settings.register_profile("oner_fast", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("oner_fast")
 

@@ -41,10 +41,12 @@ class StudentInput:
 
     @property
     def word_count(self) -> int:
+        """Masked words of all passes."""
         return sum(targets.rows.shape[0] for targets in self.words.values())
 
     @property
     def patch_count(self) -> int:
+        """Masked patches of all passes."""
         return sum(int(masked.sum()) for masked in self.patches.values())
 
     def to(self, device: torch.device) -> StudentInput:

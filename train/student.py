@@ -53,6 +53,7 @@ class Student(nn.Module):
                 head.requires_grad_(self.contrastive)
 
     def forward(self, inputs: StudentInput) -> StudentOutput:
+        """Embeddings (B, embed_dim) of each pass, and the sums of the masked losses."""
         outputs = self.tower(inputs.passes)
         embeddings: dict[PassName, Tensor] = {}
         if self.contrastive:

@@ -109,7 +109,12 @@ class OneR(nn.Module):
         return Projector(self.config.width, self.config.projector_hidden, self.config.embed_dim)
 
     def forward(self, passes: Sequence[Pass]) -> dict[PassName, PassOutput]:
-        """All ``passes`` as one packed variable-length batch (one for each trunk where there are two)."""
+        """All ``passes`` as one packed variable-length batch (one for each trunk where there are two), by name.
+
+        Raises:
+            ValueError: a pass twice or without its input, a context pass without its twin, other numbers of images and
+                captions, or a pass that two trunks do not know.
+        """
         _check(passes)
         if self.text_trunk is None:
             return self._run(self.trunk, passes)

@@ -34,7 +34,8 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor, cells: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """images (B, C, S, S) uint8 or floating; cells (B, M) int64, all by default; masked (B, M) bool; -> (B, M, D).
 
-        Every row of ``masked`` holds the same number of True.
+        Every row of ``masked`` holds the same number of True. ValueError where it does not, or the images have another
+        size than the embedding's.
         """
         if images.shape[-2:] != (self.image_size, self.image_size):
             size = self.image_size
@@ -56,6 +57,7 @@ class PatchEmbedding(nn.Module):
 
     @property
     def width(self) -> int:
+        """Numbers of a token."""
         return self.positions.shape[1]
 
     @staticmethod
@@ -85,7 +87,10 @@ class WordEmbedding(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """input_ids (T,) int64 of packed captions, cu_seqlens (B + 1,) int32; -> (T, D)."""
+        """input_ids (T,) int64 of packed captions, cu_seqlens (B + 1,) int32; -> (T, D).
+
+        ValueError where a caption is longer than the positions reach (checked on the CPU).
+        """
         places = place_in_caption(cu_seqlens, input_ids.shape[0])
         limit = self.positions.shape[0]
         if places.device.type == "cpu" and places.numel() and int(places.max()) >= limit:

@@ -37,6 +37,7 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """x (T, D); -> (T, D). Each sequence attends to the keys that ``sequences`` gives it."""
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         if sequences.key_rows is not None:
             key, value = key.index_select(0, sequences.key_rows), value.index_select(0, sequences.key_rows)
@@ -54,6 +55,7 @@ class Mlp(nn.Module):
         self.out = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, D)."""
         return self.out(self.activation(self.up(x)))
 
 
@@ -68,6 +70,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """(T, D) -> (T, D)."""
         x = x + self.attention(self.norm_attention(x), sequences)
         return x + self.mlp(self.norm_mlp(x))
 
@@ -89,6 +92,7 @@ class Trunk(nn.Module):
                 nn.init.trunc_normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm."""
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, sequences, use_reentrant=False)
