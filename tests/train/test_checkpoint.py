@@ -169,7 +169,8 @@ def test_resolve(tmp_path):
 CHILD = """
 import os, sys, time
 import torch
-from oner_fast import atomic, checkpoint
+from oner_fast import atomic
+from oner_fast.train import checkpoint
 
 folder, stage = sys.argv[1:]
 state = {"x": torch.arange(1000)}
