@@ -68,8 +68,8 @@ def oner_tiny_pictograms_cpu() -> OneRTraining:
         ),
         objectives=Objectives(predictor_hidden=512, momentum=0.95, mlm=0.2, mask_patch_ratio=0.25),
         data=Data(train_data="data/pictograms"),
-        optim=Optimisation(steps=360, batch_size=128, lr=1e-3, warmup=40, wd=0.05),
-        run=Run(run_dir="runs/demo", threads=2, save_every=90, snapshot_every=40),
+        optim=Optimisation(steps=600, batch_size=128, lr=1e-3, warmup=50, wd=0.05),
+        run=Run(run_dir="runs/demo", threads=2, save_every=150, snapshot_every=60),
     )
 
 
