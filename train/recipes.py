@@ -54,7 +54,7 @@ def _row(base: OneRTraining, name: str, objectives: dict[str, float | bool], **m
 
 @recipe
 def oner_tiny_pictograms_cpu() -> OneRTraining:
-    """The demo: the whole of OneR on 10,500 pictograms (some minutes on two CPU cores)."""
+    """The demo: the whole of OneR on 10,500 pictograms (about five minutes on two CPU cores)."""
     return OneRTraining(
         model=OneRConfig(
             image_size=48,
@@ -75,7 +75,7 @@ def oner_tiny_pictograms_cpu() -> OneRTraining:
 
 @recipe
 def oner_small_icons_cpu() -> OneRTraining:
-    """The whole of OneR on 28,000 icons (half an hour to an hour on two CPU cores)."""
+    """The whole of OneR on 28,000 icons (about 25 minutes on two CPU cores)."""
     return OneRTraining(
         model=OneRConfig(
             image_size=48,
