@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import ImageTransform
 from oner_fast.data.loader import PairLoader
@@ -36,33 +38,18 @@ def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World) -> Ba
     Raises:
         ValueError: there is no such data, or fewer samples than a batch needs.
     """
-    data, model, optim = config.data, config.model, config.optim
-    address = data.train_data
-    transform = ImageTransform(model.image_size, (data.aug_scale, 1.0), flip=data.aug_flip)
-    if is_stream(address):
-        return StreamedPairs(
-            address,
-            tokenizer,
-            batch_size=optim.batch_size,
-            seed=config.run.seed,
-            image_size=model.image_size,
-            transform=transform,
-            workers=data.workers,
-            rank=world.rank,
-            world_size=world.size,
-            max_tokens=model.max_text_tokens,
-            pin_memory=world.device.type == "cuda",
-        )
-    return PairLoader(
-        PairDataset(address, data.train_split),
-        tokenizer,
-        batch_size=optim.batch_size,
-        seed=config.run.seed,
-        image_size=model.image_size,
-        transform=transform,
-        workers=data.workers,
-        rank=world.rank,
-        world_size=world.size,
-        max_tokens=model.max_text_tokens,
-        pin_memory=world.device.type == "cuda",
-    )
+    data, model = config.data, config.model
+    common: dict[str, Any] = {
+        "batch_size": config.optim.batch_size,
+        "seed": config.run.seed,
+        "image_size": model.image_size,
+        "transform": ImageTransform(model.image_size, (data.aug_scale, 1.0), flip=data.aug_flip),
+        "workers": data.workers,
+        "rank": world.rank,
+        "world_size": world.size,
+        "max_tokens": model.max_text_tokens,
+        "pin_memory": world.device.type == "cuda",
+    }
+    if is_stream(data.train_data):
+        return StreamedPairs(data.train_data, tokenizer, **common)
+    return PairLoader(PairDataset(data.train_data, data.train_split), tokenizer, **common)
