@@ -3,52 +3,64 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <string>
 
-#include "cpu/rows.h"
+#include "cpu/isa/rows.h"
 
 namespace oner_fast {
 namespace {
 
-std::string best() {
+constexpr std::array<const char*, 4> kNames = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+int best() {
 #ifdef ONER_FAST_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return "avx512";
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return "avx2";
+    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
-  return "portable";
+  return 0;
 }
 
-std::string decide() {
+int decide() {
   const char* asked = std::getenv("ONER_FAST_CPU_CAPABILITY");
-  const std::string able = best();
+  const int able = best();
   if (asked == nullptr || *asked == '\0') return able;
-  const std::string name = asked;
-  TORCH_CHECK_VALUE(name == "portable" || name == "avx2" || name == "avx512", "ONER_FAST_CPU_CAPABILITY is '", name,
-                    "'; known ones: portable, avx2, avx512");
-  TORCH_CHECK_VALUE(name == "portable" || name == able || able == "avx512", "ONER_FAST_CPU_CAPABILITY asks for ", name,
-                    ", but this processor runs ", able, " at most");
-  return name;
+  const auto found = std::find(kNames.begin(), kNames.end(), std::string(asked));
+  TORCH_CHECK_VALUE(found != kNames.end(), "ONER_FAST_CPU_CAPABILITY is '", asked,
+                    "'; known ones: portable, avx2, avx512, avx512_bf16");
+  const int level = static_cast<int>(found - kNames.begin());
+  TORCH_CHECK_VALUE(level <= able, "ONER_FAST_CPU_CAPABILITY asks for ", asked, ", but this processor runs ",
+                    kNames[static_cast<size_t>(able)], " at most");
+  return level;
+}
+
+int level() {
+  static const int decided = decide();
+  return decided;
 }
 
 }  // namespace
 
-std::string cpu_capability() {
-  static const std::string name = decide();
-  return name;
-}
+std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 
-const RowKernels& row_kernels() {
 #ifdef ONER_FAST_X86
-  static const RowKernels& table = cpu_capability() == "avx512" ? row_kernels_avx512()
-                                   : cpu_capability() == "avx2" ? row_kernels_avx2()
-                                                                : row_kernels_portable();
-  return table;
+#define ONER_FAST_CHOOSE_KERNELS(Table, name)                                                               \
+  const Table& name() {                                                                                     \
+    static const Table& table = level() == 3 ? name##_avx512_bf16()                                         \
+                                : level() == 2 ? name##_avx512()                                            \
+                                : level() == 1 ? name##_avx2()                                              \
+                                             : name##_portable();                                           \
+    return table;                                                                                           \
+  }
 #else
-  return row_kernels_portable();
+#define ONER_FAST_CHOOSE_KERNELS(Table, name) \
+  const Table& name() { return name##_portable(); }
 #endif
-}
+
+ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
 
 }  // namespace oner_fast

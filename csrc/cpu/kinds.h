@@ -4,7 +4,7 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
-#include "cpu/rows.h"
+#include "cpu/isa/rows.h"
 
 namespace oner_fast {
 

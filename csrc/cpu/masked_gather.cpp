@@ -11,7 +11,7 @@
 #include "common/kept.h"
 #include "common/ops.h"
 #include "cpu/kinds.h"
-#include "cpu/rows.h"
+#include "cpu/isa/rows.h"
 
 namespace oner_fast {
 namespace {

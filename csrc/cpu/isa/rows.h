@@ -1,9 +1,10 @@
-// Kernels over one row of numbers, compiled once for each instruction set (rows.cpp) and chosen at run time (capability.cpp).
-// Only plain types here: an inline function of a library header, compiled for a newer instruction set, could be linked in for all.
+// Kernels over one row of numbers.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "cpu/isa/isa.h"
 
 namespace oner_fast {
 
@@ -21,13 +22,6 @@ struct RowKernels {
                                          double divisor);
 };
 
-const RowKernels& row_kernels_portable();
-#ifdef ONER_FAST_X86
-const RowKernels& row_kernels_avx2();
-const RowKernels& row_kernels_avx512();
-#endif
-
-// Those of cpu_capability().
-const RowKernels& row_kernels();
+ONER_FAST_DECLARE_KERNELS(RowKernels, row_kernels)
 
 }  // namespace oner_fast

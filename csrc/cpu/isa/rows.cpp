@@ -1,5 +1,5 @@
-// Compiled once for each instruction set, with ONER_FAST_ISA naming it. Everything but the table has internal linkage.
-#include "cpu/rows.h"
+// Conversions and sums over rows. Built without contraction into FMA: every instruction set gives the same bits.
+#include "cpu/isa/rows.h"
 
 #include <cstring>
 
@@ -197,12 +197,6 @@ RowKernels make_table() {
 
 }  // namespace
 
-#define ONER_FAST_JOIN_(a, b) a##b
-#define ONER_FAST_JOIN(a, b) ONER_FAST_JOIN_(a, b)
-
-const RowKernels& ONER_FAST_JOIN(row_kernels_, ONER_FAST_ISA)() {
-  static const RowKernels table = make_table();
-  return table;
-}
+ONER_FAST_DEFINE_KERNELS(RowKernels, row_kernels, make_table)
 
 }  // namespace oner_fast

@@ -1,0 +1,28 @@
+// What a source of this folder owes: it is compiled once for each instruction set, with ONER_FAST_ISA naming it, and its kernels
+// are reached through a table. It includes no library header with code in it (an inline function compiled for a newer
+// instruction set could be linked in for all), and everything but the table has internal linkage.
+#pragma once
+
+#define ONER_FAST_JOIN_(a, b) a##b
+#define ONER_FAST_JOIN(a, b) ONER_FAST_JOIN_(a, b)
+
+// Declares `const Table& name()`, the kernels for this processor, and one function a set that capability.cpp chooses from.
+#ifdef ONER_FAST_X86
+#define ONER_FAST_DECLARE_KERNELS(Table, name) \
+  const Table& name##_portable();              \
+  const Table& name##_avx2();                  \
+  const Table& name##_avx512();                \
+  const Table& name##_avx512_bf16();           \
+  const Table& name();
+#else
+#define ONER_FAST_DECLARE_KERNELS(Table, name) \
+  const Table& name##_portable();              \
+  const Table& name();
+#endif
+
+// Defines this instruction set's `name`.
+#define ONER_FAST_DEFINE_KERNELS(Table, name, make)  \
+  const Table& ONER_FAST_JOIN(name##_, ONER_FAST_ISA)() { \
+    static const Table table = make();               \
+    return table;                                    \
+  }
