@@ -8,18 +8,41 @@
 #include <cstdlib>
 #include <string>
 
+#ifdef ONER_FAST_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "cpu/isa/rows.h"
 
 namespace oner_fast {
 namespace {
 
-constexpr std::array<const char*, 4> kNames = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr std::array<const char*, 5> kNames = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#ifdef ONER_FAST_X86
+// Tiles need the processor, and the kernel's permission to have their state saved.
+bool has_amx() {
+#ifdef __linux__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, ARCH_REQ_XCOMP_PERM
+  return (d & kBf16) != 0 && (d & kTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 int best() {
 #ifdef ONER_FAST_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    return !__builtin_cpu_supports("avx512bf16") ? 2 : has_amx() ? 4 : 3;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
   return 0;
@@ -31,7 +54,7 @@ int decide() {
   if (asked == nullptr || *asked == '\0') return able;
   const auto found = std::find(kNames.begin(), kNames.end(), std::string(asked));
   TORCH_CHECK_VALUE(found != kNames.end(), "ONER_FAST_CPU_CAPABILITY is '", asked,
-                    "'; known ones: portable, avx2, avx512, avx512_bf16");
+                    "'; known ones: portable, avx2, avx512, avx512_bf16, amx");
   const int level = static_cast<int>(found - kNames.begin());
   TORCH_CHECK_VALUE(level <= able, "ONER_FAST_CPU_CAPABILITY asks for ", asked, ", but this processor runs ",
                     kNames[static_cast<size_t>(able)], " at most");
@@ -50,10 +73,11 @@ std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 #ifdef ONER_FAST_X86
 #define ONER_FAST_CHOOSE_KERNELS(Table, name)                                                               \
   const Table& name() {                                                                                     \
-    static const Table& table = level() == 3 ? name##_avx512_bf16()                                         \
+    static const Table& table = level() == 4   ? name##_amx()                                               \
+                                : level() == 3 ? name##_avx512_bf16()                                       \
                                 : level() == 2 ? name##_avx512()                                            \
                                 : level() == 1 ? name##_avx2()                                              \
-                                             : name##_portable();                                           \
+                                               : name##_portable();                                           \
     return table;                                                                                           \
   }
 #else

@@ -45,7 +45,7 @@ def test_same_bits_on_every_instruction_set() -> None:
     best = run("")
     assert best.returncode == 0, best.stderr
     name, digest = best.stdout.split()
-    known = ["portable", "avx2", "avx512", "avx512_bf16"]
+    known = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     for other in known[: known.index(name)]:
         assert run(other).stdout.split() == [other, digest]
 
@@ -53,4 +53,4 @@ def test_same_bits_on_every_instruction_set() -> None:
 def test_unknown_name_lists_the_known_ones() -> None:
     wrong = run("sse9")
     assert wrong.returncode != 0
-    assert "'sse9'; known ones: portable, avx2, avx512, avx512_bf16" in wrong.stderr
+    assert "'sse9'; known ones: portable, avx2, avx512, avx512_bf16, amx" in wrong.stderr

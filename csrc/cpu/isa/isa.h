@@ -13,6 +13,7 @@
   const Table& name##_avx2();                  \
   const Table& name##_avx512();                \
   const Table& name##_avx512_bf16();           \
+  const Table& name##_amx();                   \
   const Table& name();
 #else
 #define ONER_FAST_DECLARE_KERNELS(Table, name) \
