@@ -16,6 +16,7 @@
 #endif
 #endif
 
+#include "cpu/isa/mixup_info_nce.h"
 #include "cpu/isa/rows.h"
 
 namespace oner_fast {
@@ -86,5 +87,6 @@ std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 #endif
 
 ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
+ONER_FAST_CHOOSE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels)
 
 }  // namespace oner_fast

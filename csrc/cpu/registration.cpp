@@ -10,6 +10,9 @@ TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
   m.impl("masked_gather_backward", TORCH_FN(oner_fast::masked_gather_backward));
   m.impl("gather_patches", TORCH_FN(oner_fast::gather_patches));
   m.impl("gather_patches_backward", TORCH_FN(oner_fast::gather_patches_backward));
+  m.impl("mixup_inverse_norms", TORCH_FN(oner_fast::mixup_inverse_norms));
+  m.impl("mixup_info_nce_statistics", TORCH_FN(oner_fast::mixup_info_nce_statistics));
+  m.impl("mixup_info_nce_backward", TORCH_FN(oner_fast::mixup_info_nce_backward));
 }
 
 TORCH_LIBRARY_IMPL(oner_fast, CompositeExplicitAutograd, m) {
@@ -22,4 +25,7 @@ TORCH_LIBRARY_IMPL(oner_fast, Autograd, m) {
   m.impl("masked_gather_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gather_patches", torch::autograd::autogradNotImplementedFallback());
   m.impl("gather_patches_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mixup_inverse_norms", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mixup_info_nce_statistics", torch::autograd::autogradNotImplementedFallback());
+  m.impl("mixup_info_nce_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -94,18 +94,19 @@ def _sample_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
 
-def _mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
-    """normalise((1 - mix) first + mix other), float32 or float64; normalise(x) = x / max(|x|, 1e-12)."""
-    mixed = _wide(first)
-    if other is not None:
-        weight = (
-            mix.to(mixed.dtype)
-            if isinstance(mix, Tensor)
-            else torch.tensor(mix, dtype=mixed.dtype, device=first.device)
-        )
-        weight = weight.unsqueeze(-1) if weight.ndim else weight
-        mixed = (1 - weight) * mixed + weight * _wide(other)
-    return F.normalize(mixed, dim=-1, eps=1e-12)
+def mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
+    """(1 - mix) first + mix other (N, D), mix a number or (N,); float32 or float64."""
+    wide = _wide(first)
+    if other is None:
+        return wide
+    weight = mix.to(wide.dtype) if isinstance(mix, Tensor) else torch.tensor(mix, dtype=wide.dtype, device=first.device)
+    weight = weight.unsqueeze(-1) if weight.ndim else weight
+    return (1 - weight) * wide + weight * _wide(other)
+
+
+def _unit(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
+    """normalise(x) = x / max(|x|, 1e-12) of the mixed rows."""
+    return F.normalize(mixed(first, other, mix), dim=-1, eps=1e-12)
 
 
 def mixup_info_nce(
@@ -132,7 +133,7 @@ def mixup_info_nce(
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _mixed(query, query_other, mix), _mixed(key, key_other, mix)
+        q, k = _unit(query, query_other, mix), _unit(key, key_other, mix)
         scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else logit_scale
         rows = q.shape[0]
         weight = torch.full_like(q[:, 0], 0.5) if partner_weight is None else partner_weight.to(q.dtype)

@@ -95,11 +95,23 @@ inline void last_rows(int64_t rows, int64_t k, const typename P::Element* a, int
 }
 
 template <typename P, int V, bool kAdd>
-void panel(int64_t m, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
-           const typename P::Element* b, typename P::Out* c, int64_t c_row) {
+void panel_part(int64_t m, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
+                const typename P::Element* b, typename P::Out* c, int64_t c_row) {
   int64_t i = 0;
   for (; i + kRows <= m; i += kRows) tile<P, kRows, V, kAdd>(k, a + i * a_row, a_row, a_step, b, c + i * c_row, c_row);
   last_rows<P, V, kAdd, kRows - 1>(m - i, k, a + i * a_row, a_row, a_step, b, c + i * c_row, c_row);
+}
+
+// As many rows of a panel as leave room for A in the first-level cache.
+constexpr int64_t kPanelPart = 128;
+
+template <typename P, int V, bool kAdd>
+void panel(int64_t m, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
+           const typename P::Element* b, typename P::Out* c, int64_t c_row) {
+  constexpr int64_t width = V * kLanes<typename P::Out>;
+  panel_part<P, V, kAdd>(m, k < kPanelPart ? k : kPanelPart, a, a_row, a_step, b, c, c_row);
+  for (int64_t i = kPanelPart; i < k; i += kPanelPart)
+    panel_part<P, V, true>(m, k - i < kPanelPart ? k - i : kPanelPart, a + i * a_step, a_row, a_step, b + i * width, c, c_row);
 }
 
 #if defined(__AMX_BF16__)
@@ -156,34 +168,38 @@ inline void tiles(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b
   if constexpr (kTwoRows && kTwoColumns) _tile_stored(3, c + 16 * c_row + 16, c_bytes);
 }
 
+// At most 32 rows.
 template <bool kAdd, bool kTwoColumns>
-void tile_column(int64_t m, int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
-                 int64_t c_row) {
-  int64_t i = 0;
-  for (; i + 32 <= m; i += 32) tiles<kAdd, true, kTwoColumns>(k, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
-  if (i + 16 <= m) {
-    tiles<kAdd, false, kTwoColumns>(k, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row);
-    i += 16;
+void tile_rows(int64_t rows, int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
+               int64_t c_row) {
+  if (rows == 32) return tiles<kAdd, true, kTwoColumns>(k, a, a_row, b, b_row, c, c_row);
+  if (rows >= 16) {
+    tiles<kAdd, false, kTwoColumns>(k, a, a_row, b, b_row, c, c_row);
+    rows -= 16;
+    a += 16 * a_row;
+    c += 16 * c_row;
   }
-  if (i < m) {  // the last rows go through a buffer: a tile is written whole
-    alignas(64) float part[16 * 32];
-    constexpr size_t bytes = kTwoColumns ? 128 : 64;
-    if constexpr (kAdd)
-      for (int64_t r = i; r < m; ++r) std::memcpy(part + (r - i) * 32, c + r * c_row, bytes);
-    tiles<kAdd, false, kTwoColumns>(k, a + i * a_row, a_row, b, b_row, part, 32);
-    for (int64_t r = i; r < m; ++r) std::memcpy(c + r * c_row, part + (r - i) * 32, bytes);
-  }
+  if (rows == 0) return;
+  alignas(64) float part[16 * 32];  // the last rows go through a buffer: a tile is written whole
+  constexpr size_t bytes = kTwoColumns ? 128 : 64;
+  if constexpr (kAdd)
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(part + r * 32, c + r * c_row, bytes);
+  tiles<kAdd, false, kTwoColumns>(k, a, a_row, b, b_row, part, 32);
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(c + r * c_row, part + r * 32, bytes);
 }
 
+// 32 rows of A stay in the first-level cache while B passes.
 template <bool kAdd>
 void multiply_tiles(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, float* c,
                     int64_t c_row) {
-  const int64_t columns = padded<float>(n);
-  for (int64_t j = 0; j < columns; j += 32) {
-    if (columns - j >= 32)
-      tile_column<kAdd, true>(m, k, a, a_row, b + j * k, 32, c + j, c_row);
-    else
-      tile_column<kAdd, false>(m, k, a, a_row, b + j * k, 16, c + j, c_row);
+  for (int64_t i = 0; i < m; i += 32) {
+    const int64_t rows = m - i < 32 ? m - i : 32;
+    for (int64_t j = 0; j < n; j += 32) {
+      if (n - j > 16)
+        tile_rows<kAdd, true>(rows, k, a + i * a_row, a_row, b + j * k, 32, c + i * c_row + j, c_row);
+      else
+        tile_rows<kAdd, false>(rows, k, a + i * a_row, a_row, b + j * k, 16, c + i * c_row + j, c_row);
+    }
   }
 }
 #else

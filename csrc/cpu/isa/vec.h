@@ -32,6 +32,10 @@ struct IntegerOf<float> {
   using type = int32_t;
 };
 template <>
+struct IntegerOf<uint32_t> {
+  using type = int32_t;
+};
+template <>
 struct IntegerOf<double> {
   using type = int64_t;
 };

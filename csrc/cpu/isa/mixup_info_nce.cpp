@@ -1,0 +1,367 @@
+// One block of the logits: its statistics (forward), and what it adds to both sides' gradients (backward).
+#include "cpu/isa/mixup_info_nce.h"
+
+#include "cpu/isa/mixed_rows.h"
+
+namespace oner_fast {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 128;  // rows of logits that are in the second-level cache together
+constexpr int64_t kSkew = 16;         // added to a row of logits, so that a column does not fall on a few cache sets
+constexpr double kNear = 40;          // logits this near share one exponential: exp(-40) keeps 17 digits of the sum
+
+// Scratch memory in 64-byte steps; with `base` null it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <typename T>
+  T* take(int64_t count) {
+    T* at = reinterpret_cast<T*>(base + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return at;
+  }
+};
+
+template <typename P>
+struct Scratch {
+  using T = typename P::Out;
+  using E = typename P::Element;
+  int64_t length, logits_row;
+  E *row_elements, *column_elements, *column_transposed;  // packed rows; their transpose in panels
+  E *column_panels, *row_panels;                          // backward: panels along the columns, along the rows of a part
+  T *logits, *row_rest, *column_rest, *column_buffer, *column_more, *row_buffer;
+  E *gradient_rows, *gradient_transposed;  // Pairs: G and its transpose
+  int64_t gradient_row, gradient_column;
+
+  Scratch(Arena& arena, int64_t rows, int64_t columns, int64_t width, bool backward) {
+    constexpr int64_t kDepth = P::kDepth;
+    length = packed_length<P>(width);
+    const int64_t wide = padded<T>(columns), part = rows < kRowsAtOnce ? rows : kRowsAtOnce;
+    logits_row = wide + kSkew;
+    row_elements = arena.take<E>(round_up(rows, P::kRowsRead) * length);
+    column_elements = arena.take<E>(columns * length);
+    column_transposed = arena.take<E>(wide * length);
+    logits = arena.take<T>(part * logits_row);
+    row_rest = arena.take<T>(rows);
+    column_rest = arena.take<T>(wide);
+    column_buffer = arena.take<T>(wide);
+    column_more = arena.take<T>(wide);
+    row_buffer = arena.take<T>(part);
+    column_panels = row_panels = gradient_rows = gradient_transposed = nullptr;
+    gradient_row = gradient_column = 0;
+    if (!backward) return;
+    const int64_t column_steps = round_up((columns + kDepth - 1) / kDepth, P::kSteps);
+    const int64_t part_steps = round_up((part + kDepth - 1) / kDepth, P::kSteps);
+    column_panels = arena.take<E>(column_steps * padded<T>(width));
+    row_panels = arena.take<E>(part_steps * padded<T>(width));
+    if constexpr (kDepth == 2) {
+      gradient_row = column_steps + kSkew;
+      gradient_column = part_steps + kSkew;
+      gradient_rows = arena.take<E>(round_up(part, P::kRowsRead) * gradient_row);
+      gradient_transposed = arena.take<E>(round_up(columns, P::kRowsRead) * gradient_column);
+    }
+  }
+};
+
+template <typename P>
+int64_t scratch_bytes(int64_t rows, int64_t columns, int64_t width, bool backward) {
+  Arena arena{nullptr};
+  const Scratch<P> counted(arena, rows, columns, width, backward);
+  static_cast<void>(counted);
+  return arena.used;
+}
+
+template <typename P>
+void pack_block(const ContrastBlock& block, const Scratch<P>& s) {
+  using T = typename P::Out;
+  const int64_t width = block.columns.width;
+  pack_mixed<P>(block.rows, block.row_first, block.row_count, s.row_elements, s.row_rest);
+  pack_mixed<P>(block.columns, block.column_first, block.column_count, s.column_elements, s.column_rest);
+  for (int64_t j = block.column_count; j < padded<T>(block.column_count); ++j) s.column_rest[j] = 0;
+  const int64_t k = round_up((width + P::kDepth - 1) / P::kDepth, P::kSteps);
+  pack_transposed<P>(s.column_elements, s.length, block.column_count, k, s.column_transposed);
+}
+
+// The logits of `count` rows from `first` on (of the block), -inf behind the last column.
+template <typename P>
+void logits_of(const ContrastBlock& block, const Scratch<P>& s, int64_t first, int64_t count) {
+  using T = typename P::Out;
+  constexpr int W = kLanes<T>;
+  const int64_t k = round_up((block.columns.width + P::kDepth - 1) / P::kDepth, P::kSteps);
+  multiply<P, false>(count, block.column_count, k, s.row_elements + first * s.length, s.length, 1, s.column_transposed,
+                     s.logits, s.logits_row);
+  const int64_t whole = block.column_count / W * W, all = padded<T>(block.column_count);
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = s.logits + i * s.logits_row;
+    const Vec<T> factor = broadcast(static_cast<T>(block.scale) * s.row_rest[first + i]);
+    for (int64_t j = 0; j < all; j += W) {
+      if constexpr (P::kDepth == 1)
+        store(row + j, load(row + j) * factor);
+      else
+        store(row + j, load(row + j) * (factor * load(s.column_rest + j)));
+    }
+    if (whole < all) store(row + whole, load_part(row + whole, block.column_count - whole, -static_cast<T>(INFINITY)));
+  }
+}
+
+// (max, sum) of exp(x - max) takes in another pair; a NaN in either sum stays.
+template <typename T>
+void merge(T& max, T& sum, T other_max, T other_sum) {
+  const T high = other_max > max ? other_max : max;
+  sum = sum * std::exp(max - high) + other_sum * std::exp(other_max - high);
+  max = high;
+}
+
+template <typename T>
+Vec<T> merge_columns(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum) {
+  const Vec<T> old = load(max), high = larger<T>(old, other_max);
+  store(sum, load(sum) * exp_of(old - high) + other_sum * exp_of(other_max - high));
+  store(max, high);
+  return high;
+}
+
+template <typename T>
+void merge_part(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum, int64_t count) {
+  T full_max[kLanes<T>], full_sum[kLanes<T>];
+  store(full_max, load_part<T>(max, count, 0));
+  store(full_sum, load_part<T>(sum, count, 0));
+  merge_columns<T>(full_max, full_sum, other_max, other_sum);
+  std::memcpy(max, full_max, static_cast<size_t>(count) * sizeof(T));
+  std::memcpy(sum, full_sum, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <typename P>
+void forward(const ContrastBlock& block, const ContrastStatistics& out, void* memory) {
+  using T = typename P::Out;
+  constexpr int W = kLanes<T>;
+  Arena arena{static_cast<char*>(memory)};
+  const Scratch<P> s(arena, block.row_count, block.column_count, block.columns.width, false);
+  const Tiles tiles;
+  pack_block<P>(block, s);
+  T* row_max = static_cast<T*>(out.row_max) + block.row_first;
+  T* row_sum = static_cast<T*>(out.row_sum) + block.row_first;
+  const bool both = out.column_max != nullptr;
+  T* column_max = both ? static_cast<T*>(out.column_max) + block.column_first : nullptr;
+  T* column_sum = both ? static_cast<T*>(out.column_sum) + block.column_first : nullptr;
+  const int64_t n = block.column_count, all = padded<T>(n);
+  const T infinity = static_cast<T>(INFINITY);
+
+  for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce) {
+    const int64_t count = block.row_count - first < kRowsAtOnce ? block.row_count - first : kRowsAtOnce;
+    logits_of<P>(block, s, first, count);
+    T* highest = s.column_buffer;
+    T* sums = s.column_more;
+    for (int64_t j = 0; j < all; ++j) highest[j] = -infinity, sums[j] = 0;
+    T top = -infinity, lowest = infinity;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = s.logits + i * s.logits_row;
+      Vec<T> high = broadcast(-infinity);
+      for (int64_t j = 0; j < all; j += W) {
+        const Vec<T> l = load(row + j);
+        high = larger<T>(l, high);
+        if (both) store(highest + j, larger<T>(l, load(highest + j)));
+      }
+      const T best = max_of<T>(high);
+      s.row_buffer[i] = best;
+      top = best > top ? best : top;
+      lowest = best < lowest ? best : lowest;
+      const int64_t row_index = block.row_first + first + i;
+      const int64_t own = block.own + row_index - block.column_first;
+      if (own >= 0 && own < n) static_cast<T*>(out.own_logit)[row_index] = row[own];
+      if (block.partner == nullptr) continue;
+      const int64_t partner = block.partner[row_index] - block.column_first;
+      if (partner >= 0 && partner < n) static_cast<T*>(out.partner_logit)[row_index] = row[partner];
+    }
+    for (int64_t j = 0; both && j < n; ++j) lowest = highest[j] < lowest ? highest[j] : lowest;
+    // One exponential serves a row and a column where no maximum is far below that of the part.
+    const bool shared = both && lowest > top - static_cast<T>(kNear);
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = s.logits + i * s.logits_row;
+      const T reference = shared ? top : s.row_buffer[i];
+      const Vec<T> from = broadcast(reference);
+      Vec<T> total{};
+      for (int64_t j = 0; j < all; j += W) {
+        const Vec<T> e = exp_of(load(row + j) - from);
+        total += e;
+        if (shared)
+          store(sums + j, load(sums + j) + e);
+        else if (both)
+          store(sums + j, load(sums + j) + exp_of(load(row + j) - load(highest + j)));
+      }
+      merge<T>(row_max[first + i], row_sum[first + i], reference, sum_of<T>(total));
+    }
+    for (int64_t j = 0; both && j < n; j += W) {
+      const Vec<T> high = shared ? broadcast(top) : load(highest + j);
+      if (j + W <= n)
+        merge_columns<T>(column_max + j, column_sum + j, high, load(sums + j));
+      else
+        merge_part<T>(column_max + j, column_sum + j, high, load(sums + j), n - j);
+    }
+  }
+}
+
+// Logits become G, the gradient of the loss with respect to them; 0 behind the last column.
+template <typename P>
+void gradient_of(const ContrastBlock& block, const ContrastGradient& gradient, const Scratch<P>& s, int64_t first,
+                 int64_t count) {
+  using T = typename P::Out;
+  constexpr int W = kLanes<T>;
+  const int64_t n = block.column_count, all = padded<T>(n);
+  const T* row_lse = static_cast<const T*>(gradient.row_lse) + block.row_first + first;
+  const bool both = gradient.column_lse != nullptr;
+  const T* column_lse = both ? static_cast<const T*>(gradient.column_lse) + block.column_first : nullptr;
+  const T* weights = both ? static_cast<const T*>(gradient.column_weight) + block.column_first : nullptr;
+  const Vec<T> row_weight = broadcast(static_cast<T>(gradient.row_weight));
+
+  T high = row_lse[0], low = row_lse[0];
+  for (int64_t i = 1; i < count; ++i) {
+    high = row_lse[i] > high ? row_lse[i] : high;
+    low = row_lse[i] < low ? row_lse[i] : low;
+  }
+  for (int64_t j = 0; both && j < n; ++j) {
+    high = column_lse[j] > high ? column_lse[j] : high;
+    low = column_lse[j] < low ? column_lse[j] : low;
+  }
+  // exp(l - column_lse) = exp(l - row_lse) exp(row_lse - high) exp(high - column_lse) where all of them are near.
+  const bool shared = both && high - low < static_cast<T>(kNear);
+  T* lse = s.column_buffer;
+  T* weight = s.column_more;
+  for (int64_t j = 0; both && j < all; ++j) {
+    lse[j] = j < n ? column_lse[j] : T(0);
+    weight[j] = j < n ? weights[j] : T(0);
+  }
+  for (int64_t j = 0; shared && j < n; ++j) weight[j] *= std::exp(high - lse[j]);
+
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = s.logits + i * s.logits_row;
+    const Vec<T> own = broadcast(row_lse[i]);
+    if (!both) {
+      for (int64_t j = 0; j < all; j += W) store(row + j, exp_of(load(row + j) - own) * row_weight);
+    } else if (shared) {
+      const Vec<T> ratio = broadcast(std::exp(row_lse[i] - high));
+      for (int64_t j = 0; j < all; j += W)
+        store(row + j, exp_of(load(row + j) - own) * (row_weight + ratio * load(weight + j)));
+    } else {
+      for (int64_t j = 0; j < all; j += W) {
+        const Vec<T> l = load(row + j);
+        store(row + j, exp_of(l - own) * row_weight + exp_of(l - load(lse + j)) * load(weight + j));
+      }
+    }
+    const int64_t row_index = block.row_first + first + i;
+    const int64_t target = block.own + row_index - block.column_first;
+    if (target >= 0 && target < n) row[target] -= static_cast<const T*>(gradient.own_weight)[row_index];
+    if (block.partner == nullptr) continue;
+    const int64_t partner = block.partner[row_index] - block.column_first;
+    if (partner >= 0 && partner < n) row[partner] -= static_cast<const T*>(gradient.partner_weight)[row_index];
+  }
+}
+
+#if defined(__AVX512BF16__)
+// G in bfloat16, times what is left of the unit vectors it will meet: rows of pairs along the columns, and the transpose.
+void narrow_gradient(const Scratch<Pairs>& s, int64_t first, int64_t count, int64_t columns, bool rows, bool transposed) {
+  const int64_t all = padded<float>(columns);
+  if (rows) {
+    for (int64_t i = 0; i < count; ++i) {
+      BFloat* to = reinterpret_cast<BFloat*>(s.gradient_rows + i * s.gradient_row);
+      for (int64_t j = 0; j < all; j += 16) {
+        const Vec<float> g = load(s.logits + i * s.logits_row + j) * load(s.column_rest + j);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
+                            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(g))));
+      }
+      std::memset(to + all, 0, static_cast<size_t>(2 * pair_steps(columns) - all) * sizeof *to);
+    }
+  }
+  if (!transposed) return;
+  for (int64_t i = 0; i < count; i += 32) {
+    for (int64_t j = 0; j < all; j += 16) {
+      Vec<uint32_t> block[16];
+      for (int64_t r = 0; r < 16; ++r) {
+        const int64_t low = i + 2 * r, high = low + 1;
+        const auto at = [&](int64_t x) {
+          return x < count ? load(s.logits + x * s.logits_row + j) * s.row_rest[first + x] : Vec<float>{};
+        };
+        block[r] = pairs_of(at(low), at(high));
+      }
+      transpose<uint32_t>(block);
+      for (int64_t r = 0; r < 16; ++r) store(s.gradient_transposed + (j + r) * s.gradient_column + i / 2, block[r]);
+    }
+  }
+}
+#endif
+
+template <typename P>
+void backward(const ContrastBlock& block, const ContrastGradient& gradient, void* memory) {
+  using T = typename P::Out;
+  using E = typename P::Element;
+  Arena arena{static_cast<char*>(memory)};
+  const Scratch<P> s(arena, block.row_count, block.column_count, block.columns.width, true);
+  const Tiles tiles;
+  pack_block<P>(block, s);
+  const int64_t n = block.column_count, width = block.columns.width;
+  T* to_rows = static_cast<T*>(gradient.to_rows);
+  T* to_columns = static_cast<T*>(gradient.to_columns);
+  if constexpr (P::kDepth == 1) {
+    if (to_rows != nullptr) pack_plain<T>(s.column_elements, s.length, n, width, s.column_panels);
+  }
+#if defined(__AVX512BF16__)
+  if constexpr (P::kDepth == 2) {
+    if (to_rows != nullptr)
+      pack_pairs(reinterpret_cast<const BFloat*>(s.column_elements), 2 * s.length, n, width, s.column_panels);
+  }
+#endif
+
+  for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce) {
+    const int64_t count = block.row_count - first < kRowsAtOnce ? block.row_count - first : kRowsAtOnce;
+    logits_of<P>(block, s, first, count);
+    gradient_of<P>(block, gradient, s, first, count);
+    T* rows_out = to_rows + (block.row_first + first) * gradient.to_rows_stride;
+    T* columns_out = to_columns + block.column_first * gradient.to_columns_stride;
+    const E* part = s.row_elements + first * s.length;
+    if constexpr (P::kDepth == 1) {
+      if (to_rows != nullptr)
+        multiply<P, true>(count, width, n, s.logits, s.logits_row, 1, s.column_panels, rows_out, gradient.to_rows_stride);
+      if (to_columns != nullptr) {
+        pack_plain<T>(part, s.length, count, width, s.row_panels);
+        multiply<P, true>(n, width, count, s.logits, 1, s.logits_row, s.row_panels, columns_out, gradient.to_columns_stride);
+      }
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (P::kDepth == 2) {
+      narrow_gradient(s, first, count, n, to_rows != nullptr, to_columns != nullptr);
+      if (to_rows != nullptr)
+        multiply<P, true>(count, width, pair_steps(n), s.gradient_rows, s.gradient_row, 1, s.column_panels, rows_out,
+                          gradient.to_rows_stride);
+      if (to_columns != nullptr) {
+        pack_pairs(reinterpret_cast<const BFloat*>(part), 2 * s.length, count, width, s.row_panels);
+        multiply<P, true>(n, width, pair_steps(count), s.gradient_transposed, s.gradient_column, 1, s.row_panels,
+                          columns_out, gradient.to_columns_stride);
+      }
+    }
+#endif
+  }
+}
+
+template <typename P>
+constexpr ContrastKernels kernels_of() {
+  return {scratch_bytes<P>, forward<P>, backward<P>};
+}
+
+MixupInfoNceKernels make_table() {
+  MixupInfoNceKernels table{};
+  table.contrast[kContrastF32] = kernels_of<Plain<float>>();
+  table.contrast[kContrastF64] = kernels_of<Plain<double>>();
+#if defined(__AVX512BF16__)
+  table.contrast[kContrastBF16] = kernels_of<Pairs>();
+#endif
+  table.inverse_norms[0] = inverse_norms<float>;
+  table.inverse_norms[1] = inverse_norms<double>;
+  table.finish[0] = finish<float>;
+  table.finish[1] = finish<double>;
+  return table;
+}
+
+}  // namespace
+
+ONER_FAST_DEFINE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels, make_table)
+
+}  // namespace oner_fast

@@ -1,0 +1,71 @@
+// The tiles of mixup_info_nce. q is `rows`, k is `columns`; logits (M x N) exist one block at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa/isa.h"
+#include "cpu/isa/rows.h"
+
+namespace oner_fast {
+
+// Unit vectors: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i); statistics are float, or double for float64.
+struct MixedRows {
+  const void* x;
+  int64_t stride;
+  const void* other;  // or null
+  int64_t other_stride;
+  const void* mix;   // with `other`
+  int64_t mix_step;  // 0: one for all rows
+  const void* inverse_norm;  // or null: the rows are unit vectors already
+  Kind kind;
+  int64_t width;
+};
+
+// One block of rows against one block of columns.
+struct ContrastBlock {
+  MixedRows rows, columns;
+  int64_t row_first, row_count, column_first, column_count;
+  int64_t own;             // the column of row 0's own pair
+  const int64_t* partner;  // the other target of each row, or null
+  double scale;
+};
+
+// Sums are of exp(logit - max); `column_*` are null where only rows count.
+struct ContrastStatistics {
+  void *row_max, *row_sum, *column_max, *column_sum, *own_logit, *partner_logit;
+};
+
+// G[i, j] = row_weight exp(l - row_lse[i]) + column_weight[j] exp(l - column_lse[j]) - targets.
+struct ContrastGradient {
+  const void *row_lse, *column_lse, *column_weight, *own_weight, *partner_weight;
+  double row_weight;
+  void *to_rows, *to_columns;  // sums of G times the unit vectors of the other side; null where not needed
+  int64_t to_rows_stride, to_columns_stride;
+};
+
+// What a row's gradient becomes: of x, of other, of mix, and <unit vector, sum>.
+struct MixedRowsGradient {
+  void *to_x, *to_other, *to_mix, *dot;
+  int64_t to_x_stride, to_other_stride;
+};
+
+struct ContrastKernels {
+  int64_t (*scratch_bytes)(int64_t rows, int64_t columns, int64_t width, bool backward);
+  void (*forward)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);
+  void (*backward)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
+};
+
+enum ContrastKind { kContrastF32 = 0, kContrastF64, kContrastBF16, kContrastKinds };
+
+struct MixupInfoNceKernels {
+  // [kContrastBF16] is empty where the instruction set has no products of bfloat16: float32 serves.
+  ContrastKernels contrast[kContrastKinds];
+  // inverse_norm = 1 / max(norm, 1e-12) of rows first..last, and the way back; [0] float, [1] double statistics.
+  void (*inverse_norms[2])(const MixedRows& rows, int64_t first, int64_t last, void* out);
+  void (*finish[2])(const MixedRows& rows, int64_t first, int64_t last, const void* sums, int64_t stride, double scale,
+                    const MixedRowsGradient& out);
+};
+
+ONER_FAST_DECLARE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels)
+
+}  // namespace oner_fast
