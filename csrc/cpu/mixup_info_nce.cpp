@@ -147,7 +147,7 @@ at::Tensor mixup_inverse_norms(const at::Tensor& x, const OptionalTensor& other,
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
@@ -180,15 +180,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_inf
       kernels.forward(block_of(rows, columns, scale, first_pair, indices(partner), r, c, i, j), out, scratch);
     });
   }
-  return {row_max.add(row_sum.log()), column_max, column_sum, own, shared};
+  return {row_max, row_sum, column_max, column_sum, own, shared};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_backward(
     const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
-    const OptionalTensor& partner_in, int64_t first_pair, const at::Tensor& row_lse_in, const OptionalTensor& column_lse_in,
-    const at::Tensor& row_weight, const OptionalTensor& column_weight_in, const at::Tensor& own_weight_in,
+    const OptionalTensor& partner_in, int64_t first_pair, const at::Tensor& row_max_in, const at::Tensor& row_weight_in,
+    const OptionalTensor& column_max_in, const OptionalTensor& column_weight_in, const at::Tensor& own_weight_in,
     const OptionalTensor& partner_weight_in, bool need_key) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
@@ -200,19 +200,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const auto vector = [&](const OptionalTensor& x, int64_t count, const char* what) {
     return x.has_value() ? Side::vector(*x, count, wide, what) : at::Tensor();
   };
-  const at::Tensor row_lse = vector(row_lse_in, m, "row_lse"), column_lse = vector(column_lse_in, n, "column_lse");
+  const at::Tensor row_max = vector(row_max_in, m, "row_max"), column_max = vector(column_max_in, n, "column_max");
+  const at::Tensor row_weight = vector(row_weight_in, m, "row_weight");
   const at::Tensor column_weight = vector(column_weight_in, n, "column_weight");
   const at::Tensor own_weight = vector(own_weight_in, m, "own_weight");
   const at::Tensor partner_weight = vector(partner_weight_in, m, "partner_weight");
-  TORCH_CHECK_VALUE(column_lse.defined() == column_weight.defined() && partner.defined() == partner_weight.defined(), kOp,
+  TORCH_CHECK_VALUE(column_max.defined() == column_weight.defined() && partner.defined() == partner_weight.defined(), kOp,
                     ": statistics and weights of columns, and partners and their weights, come together");
 
   // The sums become the gradients where they have their dtype and width.
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const at::Tensor row_sums = at::zeros({m, padded}, options);
   const at::Tensor column_sums = need_key ? at::zeros({n, padded}, options) : at::Tensor();
-  const ContrastGradient gradient{data(row_lse), data(column_lse), data(column_weight), data(own_weight), data(partner_weight),
-                                  row_weight.item<double>(), data(row_sums), data(column_sums), padded, padded};
+  const ContrastGradient gradient{data(row_max),    data(row_weight),     data(column_max), data(column_weight),
+                                  data(own_weight), data(partner_weight), data(row_sums),   data(column_sums),
+                                  padded,           padded};
   const double scale = logit_scale.item<double>();
   const Stripes r = Stripes::of(m, width), c = Stripes::of(n, width);
   if (m > 0) {

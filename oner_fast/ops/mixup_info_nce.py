@@ -32,7 +32,7 @@ def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) ->
     + "Tensor query_inverse_norm, "
     + _SIDE.format("key")
     + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, bool columns_too) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _statistics_shape(
     query: Tensor,
@@ -49,7 +49,7 @@ def _statistics_shape(
     columns_too: bool,
 ) -> tuple[Tensor, ...]:
     rows, columns = query.shape[0], key.shape[0] if columns_too else 0
-    sizes = (rows, columns, columns, rows, 0 if partner is None else rows)
+    sizes = (rows, rows, columns, columns, rows, 0 if partner is None else rows)
     return tuple(query.new_empty(size, dtype=_statistics_dtype(query)) for size in sizes)
 
 
@@ -58,8 +58,8 @@ def _statistics_shape(
     + _SIDE.format("query")
     + "Tensor query_inverse_norm, "
     + _SIDE.format("key")
-    + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, Tensor row_lse, "
-    "Tensor? column_lse, Tensor row_weight, Tensor? column_weight, Tensor own_weight, Tensor? partner_weight, "
+    + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, Tensor row_max, "
+    "Tensor row_weight, Tensor? column_max, Tensor? column_weight, Tensor own_weight, Tensor? partner_weight, "
     "bool need_key) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _backward_shape(
@@ -74,9 +74,9 @@ def _backward_shape(
     logit_scale: Tensor,
     partner: Tensor | None,
     first_pair: int,
-    row_lse: Tensor,
-    column_lse: Tensor | None,
+    row_max: Tensor,
     row_weight: Tensor,
+    column_max: Tensor | None,
     column_weight: Tensor | None,
     own_weight: Tensor,
     partner_weight: Tensor | None,
@@ -143,13 +143,13 @@ def _targets(
 
 def _columns_of_all_ranks(
     maximum: Tensor, total: Tensor, target: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and mean target logit of each column over the rows of all ranks."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum, sum of exp(logit - maximum) and mean target logit of each column over the rows of all ranks."""
     highest = maximum.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     sums = torch.stack([total * (maximum - highest).exp(), target])
     dist.all_reduce(sums, group=group)
-    return highest + sums[0].log(), sums[1]
+    return highest, sums[0], sums[1]
 
 
 class _MixupInfoNce(torch.autograd.Function):
@@ -178,28 +178,27 @@ class _MixupInfoNce(torch.autograd.Function):
         key_side: tuple[Tensor | None, ...] = (key, key_other, mix, key_norm)
         if group is not None and sizes is not None:
             key_side = (_all_unit_keys(key, key_other, mix, key_norm, sizes, group), None, None, None)
-        row_lse, column_max, column_sum, own, shared = torch.ops.oner_fast.mixup_info_nce_statistics(
+        row_max, row_sum, column_max, column_sum, own, shared = torch.ops.oner_fast.mixup_info_nce_statistics(
             *query_side, *key_side, logit_scale, partner, first, symmetric
         )
         targets = _targets(partner, partner_weight, dtype, rows, sizes, group, first)
         # Summed in float64, so that no order of the sum shows in float32.
-        loss = (row_lse - targets.of_rows(own, shared)).sum(dtype=torch.float64)
-        column_lse = None
+        loss = (row_max - targets.of_rows(own, shared) + row_sum.log()).sum(dtype=torch.float64)
         if symmetric:
             target = targets.of_columns(own, shared, partner, first, total)
-            if group is None:
-                column_lse = column_max + column_sum.log()
-            else:
-                column_lse, target = _columns_of_all_ranks(column_max, column_sum, target, group)
-            entropy = column_lse - target
+            if group is not None:
+                column_max, column_sum, target = _columns_of_all_ranks(column_max, column_sum, target, group)
+            entropy = column_max - target + column_sum.log()
             if targets.mass is not None:
                 entropy = torch.where(targets.mass == 0, 0.0, entropy)
             loss = (loss + entropy[first : first + rows].sum(dtype=torch.float64)) / 2
         if group is not None:
             dist.all_reduce(loss, group=group)
+        columns = (column_max, column_sum) if symmetric else (None, None)
         ctx.save_for_backward(
-            *query_side, key, key_other, key_norm, logit_scale, partner, row_lse, column_lse, targets.weight, targets.mass
-        )
+            *query_side, key, key_other, key_norm, logit_scale, partner, row_max, row_sum, *columns,
+            targets.weight, targets.mass,
+        )  # fmt: skip
         ctx.sizes, ctx.group, ctx.first, ctx.total = sizes, group, first, total
         return (loss / total).to(dtype)
 
@@ -207,8 +206,8 @@ class _MixupInfoNce(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (
-            query, query_other, mix, query_norm, key, key_other, key_norm, logit_scale, partner, row_lse, column_lse,
-            weight, mass,
+            query, query_other, mix, query_norm, key, key_other, key_norm, logit_scale, partner, row_max, row_sum,
+            column_max, column_sum, weight, mass,
         ) = ctx.saved_tensors  # fmt: skip
         sizes, group, first, total = ctx.sizes, ctx.group, ctx.first, ctx.total
         need_key = any(ctx.needs_input_grad[i] for i in (1, 4)) or (ctx.needs_input_grad[5] and key_other is not None)
@@ -218,14 +217,14 @@ class _MixupInfoNce(torch.autograd.Function):
             key_side = (_all_unit_keys(key, key_other, mix, key_norm, sizes, group), None, None, None)
             need_unit_keys = True  # other ranks may need them: all take part in the exchange
         world = 1 if group is None else dist.get_world_size(group)
-        each = (grad.to(row_lse.dtype) * world / (total if column_lse is None else 2 * total)).detach()
+        each = grad.to(row_sum.dtype) * world / (total if column_sum is None else 2 * total)
         own_weight, partner_weight, column_weight = _weights(
-            each, _Targets(weight, mass), partner, column_lse, first, query.shape[0]
+            each, _Targets(weight, mass), partner, column_sum, first, query.shape[0]
         )
         to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale = (
             torch.ops.oner_fast.mixup_info_nce_backward(
                 query, query_other, mix, query_norm, *key_side, logit_scale, partner, first,
-                row_lse, column_lse, each, column_weight, own_weight, partner_weight, need_unit_keys,
+                row_max, each / row_sum, column_max, column_weight, own_weight, partner_weight, need_unit_keys,
             )
         )  # fmt: skip
         if group is not None:
@@ -252,15 +251,15 @@ class _MixupInfoNce(torch.autograd.Function):
 
 
 def _weights(
-    each: Tensor, targets: _Targets, partner: Tensor | None, column_lse: Tensor | None, first: int, rows: int
+    each: Tensor, targets: _Targets, partner: Tensor | None, column_sum: Tensor | None, first: int, rows: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the gradient with respect to the logits takes from targets, and the weight of each column's softmax."""
+    """What the gradient with respect to the logits takes from targets, and the weight of a column's exponentials."""
     share = None
-    column_weight = None if column_lse is None else each.expand_as(column_lse).contiguous()
+    column_weight = None if column_sum is None else each / column_sum
     if targets.mass is not None and column_weight is not None:
         column_weight = torch.where(targets.mass == 0, 0.0, column_weight)
         share = targets.share_of_column()
-    both = 1.0 if column_lse is None else 2.0
+    both = 1.0 if column_sum is None else 2.0
     if targets.weight is None or partner is None:
         return (each * both).expand(rows).contiguous(), None, column_weight
     own_share = 1.0 if share is None else 1 + share[first : first + rows]

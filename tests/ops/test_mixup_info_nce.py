@@ -203,7 +203,8 @@ def test_what_is_not_finite_shows(implementation: str, bad: float) -> None:
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype: torch.dtype) -> None:
-    """The only error is float32's in the loss, and one rounding to ``dtype`` in each gradient."""
+    """The only error is float32's in the loss, and one rounding to ``dtype`` in each gradient; where products are of
+    bfloat16, mixed rows are rounded once more."""
     wide = [torch.randn(24, 16, dtype=torch.float64).to(dtype).double().requires_grad_() for _ in range(4)]
     narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
     exact = formula(wide[0], wide[1], 14.0, query_other=wide[2], key_other=wide[3])
@@ -211,10 +212,11 @@ def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype
         narrow[0], narrow[1], 14.0, query_other=narrow[2], key_other=narrow[3], implementation=implementation
     )
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    rounded = implementation == "cpp" and dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-3 if rounded else 1e-5, atol=1e-6)
     for one, other in zip(torch.autograd.grad(ours, narrow), torch.autograd.grad(exact, wide), strict=True):
         assert one.dtype == dtype
-        unit = torch.finfo(dtype).eps
+        unit = torch.finfo(dtype).eps * (3 if rounded else 1)
         torch.testing.assert_close(
             one.double(), other, rtol=max(unit, 1e-4), atol=unit * float(other.abs().max()) + 1e-6
         )

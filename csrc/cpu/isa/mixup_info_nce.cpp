@@ -8,7 +8,6 @@ namespace {
 
 constexpr int64_t kRowsAtOnce = 128;  // rows of logits that are in the second-level cache together
 constexpr int64_t kSkew = 16;         // added to a row of logits, so that a column does not fall on a few cache sets
-constexpr double kNear = 40;          // logits this near share one exponential: exp(-40) keeps 17 digits of the sum
 
 // Scratch memory in 64-byte steps; with `base` null it only counts.
 struct Arena {
@@ -113,11 +112,10 @@ void merge(T& max, T& sum, T other_max, T other_sum) {
 }
 
 template <typename T>
-Vec<T> merge_columns(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum) {
+void merge_columns(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum) {
   const Vec<T> old = load(max), high = larger<T>(old, other_max);
   store(sum, load(sum) * exp_of(old - high) + other_sum * exp_of(other_max - high));
   store(max, high);
-  return high;
 }
 
 template <typename T>
@@ -152,7 +150,6 @@ void forward(const ContrastBlock& block, const ContrastStatistics& out, void* me
     T* highest = s.column_buffer;
     T* sums = s.column_more;
     for (int64_t j = 0; j < all; ++j) highest[j] = -infinity, sums[j] = 0;
-    T top = -infinity, lowest = infinity;
     for (int64_t i = 0; i < count; ++i) {
       const T* row = s.logits + i * s.logits_row;
       Vec<T> high = broadcast(-infinity);
@@ -161,10 +158,7 @@ void forward(const ContrastBlock& block, const ContrastStatistics& out, void* me
         high = larger<T>(l, high);
         if (both) store(highest + j, larger<T>(l, load(highest + j)));
       }
-      const T best = max_of<T>(high);
-      s.row_buffer[i] = best;
-      top = best > top ? best : top;
-      lowest = best < lowest ? best : lowest;
+      s.row_buffer[i] = max_of<T>(high);
       const int64_t row_index = block.row_first + first + i;
       const int64_t own = block.own + row_index - block.column_first;
       if (own >= 0 && own < n) static_cast<T*>(out.own_logit)[row_index] = row[own];
@@ -172,30 +166,22 @@ void forward(const ContrastBlock& block, const ContrastStatistics& out, void* me
       const int64_t partner = block.partner[row_index] - block.column_first;
       if (partner >= 0 && partner < n) static_cast<T*>(out.partner_logit)[row_index] = row[partner];
     }
-    for (int64_t j = 0; both && j < n; ++j) lowest = highest[j] < lowest ? highest[j] : lowest;
-    // One exponential serves a row and a column where no maximum is far below that of the part.
-    const bool shared = both && lowest > top - static_cast<T>(kNear);
     for (int64_t i = 0; i < count; ++i) {
       const T* row = s.logits + i * s.logits_row;
-      const T reference = shared ? top : s.row_buffer[i];
-      const Vec<T> from = broadcast(reference);
+      const Vec<T> from = broadcast(s.row_buffer[i]);
       Vec<T> total{};
       for (int64_t j = 0; j < all; j += W) {
-        const Vec<T> e = exp_of(load(row + j) - from);
-        total += e;
-        if (shared)
-          store(sums + j, load(sums + j) + e);
-        else if (both)
-          store(sums + j, load(sums + j) + exp_of(load(row + j) - load(highest + j)));
+        const Vec<T> l = load(row + j);
+        total += exp_of(l - from);
+        if (both) store(sums + j, load(sums + j) + exp_of(l - load(highest + j)));
       }
-      merge<T>(row_max[first + i], row_sum[first + i], reference, sum_of<T>(total));
+      merge<T>(row_max[first + i], row_sum[first + i], s.row_buffer[i], sum_of<T>(total));
     }
     for (int64_t j = 0; both && j < n; j += W) {
-      const Vec<T> high = shared ? broadcast(top) : load(highest + j);
       if (j + W <= n)
-        merge_columns<T>(column_max + j, column_sum + j, high, load(sums + j));
+        merge_columns<T>(column_max + j, column_sum + j, load(highest + j), load(sums + j));
       else
-        merge_part<T>(column_max + j, column_sum + j, high, load(sums + j), n - j);
+        merge_part<T>(column_max + j, column_sum + j, load(highest + j), load(sums + j), n - j);
     }
   }
 }
@@ -207,45 +193,23 @@ void gradient_of(const ContrastBlock& block, const ContrastGradient& gradient, c
   using T = typename P::Out;
   constexpr int W = kLanes<T>;
   const int64_t n = block.column_count, all = padded<T>(n);
-  const T* row_lse = static_cast<const T*>(gradient.row_lse) + block.row_first + first;
-  const bool both = gradient.column_lse != nullptr;
-  const T* column_lse = both ? static_cast<const T*>(gradient.column_lse) + block.column_first : nullptr;
-  const T* weights = both ? static_cast<const T*>(gradient.column_weight) + block.column_first : nullptr;
-  const Vec<T> row_weight = broadcast(static_cast<T>(gradient.row_weight));
-
-  T high = row_lse[0], low = row_lse[0];
-  for (int64_t i = 1; i < count; ++i) {
-    high = row_lse[i] > high ? row_lse[i] : high;
-    low = row_lse[i] < low ? row_lse[i] : low;
-  }
-  for (int64_t j = 0; both && j < n; ++j) {
-    high = column_lse[j] > high ? column_lse[j] : high;
-    low = column_lse[j] < low ? column_lse[j] : low;
-  }
-  // exp(l - column_lse) = exp(l - row_lse) exp(row_lse - high) exp(high - column_lse) where all of them are near.
-  const bool shared = both && high - low < static_cast<T>(kNear);
-  T* lse = s.column_buffer;
-  T* weight = s.column_more;
+  const T* row_max = static_cast<const T*>(gradient.row_max) + block.row_first + first;
+  const T* row_weight = static_cast<const T*>(gradient.row_weight) + block.row_first + first;
+  const bool both = gradient.column_max != nullptr;
+  T* column_max = s.column_buffer;
+  T* column_weight = s.column_more;
   for (int64_t j = 0; both && j < all; ++j) {
-    lse[j] = j < n ? column_lse[j] : T(0);
-    weight[j] = j < n ? weights[j] : T(0);
+    column_max[j] = j < n ? static_cast<const T*>(gradient.column_max)[block.column_first + j] : T(0);
+    column_weight[j] = j < n ? static_cast<const T*>(gradient.column_weight)[block.column_first + j] : T(0);
   }
-  for (int64_t j = 0; shared && j < n; ++j) weight[j] *= std::exp(high - lse[j]);
-
   for (int64_t i = 0; i < count; ++i) {
     T* row = s.logits + i * s.logits_row;
-    const Vec<T> own = broadcast(row_lse[i]);
-    if (!both) {
-      for (int64_t j = 0; j < all; j += W) store(row + j, exp_of(load(row + j) - own) * row_weight);
-    } else if (shared) {
-      const Vec<T> ratio = broadcast(std::exp(row_lse[i] - high));
-      for (int64_t j = 0; j < all; j += W)
-        store(row + j, exp_of(load(row + j) - own) * (row_weight + ratio * load(weight + j)));
-    } else {
-      for (int64_t j = 0; j < all; j += W) {
-        const Vec<T> l = load(row + j);
-        store(row + j, exp_of(l - own) * row_weight + exp_of(l - load(lse + j)) * load(weight + j));
-      }
+    const Vec<T> from = broadcast(row_max[i]), weight = broadcast(row_weight[i]);
+    for (int64_t j = 0; j < all; j += W) {
+      const Vec<T> l = load(row + j);
+      Vec<T> g = exp_of(l - from) * weight;
+      if (both) g += exp_of(l - load(column_max + j)) * load(column_weight + j);
+      store(row + j, g);
     }
     const int64_t row_index = block.row_first + first + i;
     const int64_t target = block.own + row_index - block.column_first;

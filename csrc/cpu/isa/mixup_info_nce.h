@@ -35,10 +35,10 @@ struct ContrastStatistics {
   void *row_max, *row_sum, *column_max, *column_sum, *own_logit, *partner_logit;
 };
 
-// G[i, j] = row_weight exp(l - row_lse[i]) + column_weight[j] exp(l - column_lse[j]) - targets.
+// G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - targets. Maxima apart from sums: a
+// logit that is the maximum has exactly 1, and what is left of 1 minus its target is exact.
 struct ContrastGradient {
-  const void *row_lse, *column_lse, *column_weight, *own_weight, *partner_weight;
-  double row_weight;
+  const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
   void *to_rows, *to_columns;  // sums of G times the unit vectors of the other side; null where not needed
   int64_t to_rows_stride, to_columns_stride;
 };

@@ -1,0 +1,260 @@
+"""The compiled mixup_info_nce at sizes of several blocks: precision, memory, threads, graphs, instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oner_fast import _extension
+from oner_fast.ops import mixup_info_nce, reference
+
+pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def inputs(rows: int, width: int, dtype: torch.dtype, *, noise: float = 1.0) -> dict[str, Tensor]:
+    """Pairs that resemble each other, so that logits of all sizes occur."""
+    generator = torch.Generator().manual_seed(rows * 1000 + width)
+
+    def numbers() -> Tensor:
+        return torch.randn(rows, width, generator=generator)
+
+    query = numbers()
+    found = {
+        "query": query, "key": query + noise * numbers(), "query_other": numbers(), "key_other": query + numbers(),
+    }  # fmt: skip
+    return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
+
+
+def plain(query: Tensor, key: Tensor, scale: Tensor, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """What anybody writes, in the inputs' dtype."""
+    if other is not None:
+        query, key = 0.5 * query + 0.5 * other[0], 0.5 * key + 0.5 * other[1]
+    logits = scale * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
+    target = torch.arange(logits.shape[0])
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("rows", "width", "scale"), [(33, 24, 14.0), (301, 80, 20.0), (530, 64, 100.0)])
+def test_error_against_float64_is_near_that_of_plain_pytorch(
+    rows: int, width: int, scale: float, mixed: bool, dtype: torch.dtype
+) -> None:
+    given = inputs(rows, width, dtype, noise=0.5)
+    if not mixed:
+        given = {name: given[name] for name in ("query", "key")}
+    leaves = list(given.values())
+    logit_scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
+    ours = mixup_info_nce(**given, logit_scale=logit_scale, implementation="cpp")
+    wide = [x.detach().double().requires_grad_() for x in (*leaves, logit_scale)]
+
+    def others(x: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        return (x[2], x[3]) if mixed else None
+
+    exact = plain(wide[0], wide[1], wide[-1], others(wide))
+    theirs = plain(leaves[0], leaves[1], logit_scale, others(leaves))
+    step = torch.finfo(dtype).eps
+    # A single number of plain PyTorch may be right by chance; a row's entropy is a difference of numbers of size 1.
+    bound = 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps * (1 + abs(exact))
+    if mixed and dtype == torch.bfloat16:
+        bound = bound + 1e-3 * abs(exact)
+    assert abs(ours.double() - exact) <= bound
+    mine = torch.autograd.grad(ours, [*leaves, logit_scale])
+    plains = torch.autograd.grad(theirs, [*leaves, logit_scale])
+    for one, other, right in zip(mine, plains, torch.autograd.grad(exact, wide), strict=True):
+        unit = step * right.abs().max() * (1 if right.ndim else 8)
+        assert (one.double() - right).abs().max() <= 3 * (other.double() - right).abs().max() + unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (31, 7), (257, 48), (300, 520)])
+@pytest.mark.parametrize("scale", [-3.0, 0.0, 30.0])
+def test_is_the_definition_at_any_size(
+    rows: int, width: int, scale: float, symmetric: bool, dtype: torch.dtype
+) -> None:
+    given = inputs(rows, width, dtype)
+    generator = torch.Generator().manual_seed(1)
+    logit_scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
+    options: dict[str, Any] = {
+        "mix": torch.rand(rows, generator=generator, dtype=dtype).requires_grad_(),
+        "partner": torch.randint(rows, (rows,), generator=generator),
+        "partner_weight": torch.rand(rows, generator=generator, dtype=dtype).round(decimals=1),
+        "symmetric": symmetric,
+    }
+    leaves = [*given.values(), logit_scale, options["mix"]]
+    ours = mixup_info_nce(**given, logit_scale=logit_scale, **options, implementation="cpp")
+    exact = reference.mixup_info_nce(**given, logit_scale=logit_scale, **options)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
+    for one, other in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(exact, leaves), strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        largest = max(float(other.abs().max()), 1e-2)
+        torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=tolerance * largest)
+
+
+def test_the_same_bits_for_any_number_of_threads(threads: Callable[[int], None]) -> None:
+    given = inputs(700, 40, torch.float32)
+
+    def run() -> list[Tensor]:
+        loss = mixup_info_nce(**given, logit_scale=20.0, implementation="cpp")
+        return [loss, *torch.autograd.grad(loss, list(given.values()))]
+
+    threads(1)
+    one = run()
+    for count in (2, 5):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(one, run(), strict=True))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_logit_far_below_all_others_still_counts(scale: float) -> None:
+    """Rows and columns whose largest logit is far below the block's: one exponential cannot serve both."""
+    given = {name: x.detach() for name, x in inputs(96, 8, torch.float64).items()}
+    given["query"][5] = -10 * given["key"].mean(0)
+    given["key"][7] = -given["query"].mean(0)
+    wide = {name: given[name].clone().requires_grad_() for name in ("query", "key")}
+    narrow = {name: given[name].float().requires_grad_() for name in ("query", "key")}
+    exact = reference.mixup_info_nce(**wide, logit_scale=scale)
+    ours = mixup_info_nce(**narrow, logit_scale=scale, implementation="cpp")
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
+    gradients = zip(
+        torch.autograd.grad(ours, list(narrow.values())), torch.autograd.grad(exact, list(wide.values())), strict=True
+    )
+    for one, other in gradients:
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+def test_one_bad_row_spoils_what_depends_on_it_alone() -> None:
+    given = {name: x.detach() for name, x in inputs(70, 16, torch.float32).items() if "other" not in name}
+    given["query"][3, 2] = float("nan")
+    leaves = [x.requires_grad_() for x in given.values()]
+    loss = mixup_info_nce(**given, logit_scale=5.0, symmetric=False, implementation="cpp")
+    assert loss.isnan()
+    to_query, to_key = torch.autograd.grad(loss, leaves)
+    bad = to_query.isnan().any(1)
+    assert bad[3] and bad.sum() == 1 and to_key.isnan().all()
+
+
+def test_misaligned_and_strided_rows() -> None:
+    storage = torch.randn(2, 50, 45)
+    query, key = storage[0, :, 1:34], storage[1, ::2, 3:36].repeat(2, 1)
+    whole = mixup_info_nce(query.contiguous(), key.contiguous(), 9.0, implementation="cpp")
+    assert torch.equal(mixup_info_nce(query, key, 9.0, implementation="cpp"), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saves_its_inputs_and_a_few_numbers_a_row(dtype: torch.dtype) -> None:
+    given = inputs(512, 32, dtype)
+    saved: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        mixup_info_nce(**given, logit_scale=10.0, implementation="cpp")
+    of_inputs = sum(x.numel() * x.element_size() for x in given.values())
+    # Two inverse norms, maximum and sum of rows and columns; the scale and the mix, once each.
+    assert sum(saved.values()) == of_inputs + 6 * 4 * 512 + 8 + 4
+
+
+def test_compiles_to_one_graph() -> None:
+    given = inputs(40, 16, torch.float32)
+    scale = torch.tensor(10.0, requires_grad=True)
+
+    def call(query: Tensor, key: Tensor, query_other: Tensor, key_other: Tensor, scale: Tensor) -> Tensor:
+        return mixup_info_nce(query, key, scale, query_other=query_other, key_other=key_other) * 2
+
+    leaves = [*given.values(), scale]
+    eager = call(*leaves)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(compiled, eager)
+    for one, other in zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def raw_arguments(dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    given = {name: x.detach() for name, x in inputs(20, 12, dtype).items()}
+    mix, scale, partner = torch.tensor(0.3, dtype=wide), torch.tensor(5.0), torch.randint(20, (20,))
+    query_norm = torch.ops.oner_fast.mixup_inverse_norms(given["query"], None, None)
+    key_norm = torch.ops.oner_fast.mixup_inverse_norms(given["key"], given["key_other"], mix)
+    sides = (given["query"], None, None, query_norm, given["key"], given["key_other"], mix, key_norm)
+    forward = (*sides, scale, partner, 0, True)
+    row_max, row_sum, column_max, column_sum, *_ = torch.ops.oner_fast.mixup_info_nce_statistics(*forward)
+    weight = torch.full((20,), 0.1, dtype=wide)
+    rows, columns = (row_max, weight / row_sum), (column_max, weight / column_sum)
+    return forward, (*forward[:-1], *rows, *columns, weight, weight, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(dtype: torch.dtype) -> None:
+    forward, backward = raw_arguments(dtype)
+    torch.library.opcheck(torch.ops.oner_fast.mixup_inverse_norms.default, (forward[4], forward[5], forward[6]))
+    torch.library.opcheck(torch.ops.oner_fast.mixup_info_nce_statistics.default, forward)
+    torch.library.opcheck(torch.ops.oner_fast.mixup_info_nce_backward.default, backward)
+
+
+def test_raw_ops_refuse_what_would_leave_their_tensors() -> None:
+    forward, backward = raw_arguments(torch.float32)
+    for place, value, error in (
+        (9, torch.full((20,), 20), IndexError),
+        (10, 1, ValueError),
+        (4, torch.randn(20, 11), ValueError),
+        (7, torch.ones(3), ValueError),
+    ):
+        wrong = (*forward[:place], value, *forward[place + 1 :])
+        with pytest.raises(error):
+            torch.ops.oner_fast.mixup_info_nce_statistics(*wrong)
+    with pytest.raises(ValueError, match="row_max must be"):
+        torch.ops.oner_fast.mixup_info_nce_backward(*backward[:11], torch.ones(19), *backward[12:])
+    with pytest.raises(RuntimeError, match="derivative"):
+        torch.ops.oner_fast.mixup_inverse_norms(torch.ones(2, 2, requires_grad=True), None, None).sum().backward()
+
+
+PROGRAM = """
+import torch
+from oner_fast.ops import mixup_info_nce
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+    for rows, width in ((9, 5), (300, 72)):
+        given = [torch.randn(rows, width, dtype=torch.float64) for _ in range(4)]
+        results = []
+        for name, kind in (("cpp", dtype), ("reference", torch.float64)):
+            # Both start from the numbers as the narrow dtype holds them.
+            x = [one.to(dtype).to(kind).requires_grad_() for one in given]
+            loss = mixup_info_nce(x[0], x[1], 12.0, query_other=x[2], key_other=x[3], implementation=name)
+            results.append([loss, *torch.autograd.grad(loss, x)])
+        for one, other in zip(*results):
+            error = float((one.double() - other).abs().max() / other.abs().max())
+            assert error < tolerance, (dtype, rows, error)
+print(torch.ops.oner_fast.cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_every_instruction_set(capability: str) -> None:
+    env = {**os.environ, "ONER_FAST_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
+    if "but this processor runs" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == capability
