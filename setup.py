@@ -157,13 +157,14 @@ class CMakeBuild(build_ext):
             "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX") or ".so",
             "ONER_FAST_NATIVE": "ON" if native["built"] else "OFF",
             "ONER_FAST_CUDA": "ON" if nvcc else "OFF",
+            "ONER_FAST_SANITIZE": os.environ.get("ONER_FAST_SANITIZE", ""),
             "ONER_FAST_WERROR": "ON" if os.environ.get("ONER_FAST_WERROR", "0") == "1" else "OFF",
         }
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
         # A cache made with another torch, Python or compiler is worth nothing: the folder belongs to one set of facts.
         facts = json.dumps([settings, report["torch"], compiler_version, sys.version], sort_keys=True)
-        folder = ROOT / "build" / "cmake"
+        folder = ROOT / "build" / ("sanitize" if settings["ONER_FAST_SANITIZE"] else "cmake")
         key = folder / "facts.sha256"
         digest = hashlib.sha256(facts.encode()).hexdigest()
         if not key.exists() or key.read_text() != digest:

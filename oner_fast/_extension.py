@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,15 @@ class Status:
     remedy: str = ""
 
 
+def library_path() -> Path:
+    """Where the extension is: in the package, or, for another build of it, where ONER_FAST_LIBRARY says."""
+    return Path(os.environ.get("ONER_FAST_LIBRARY") or _FOLDER / "_C.so")
+
+
 def build_report() -> dict[str, Any]:
-    """What the build wrote about itself (oner_fast/_build.json); empty where nothing was built."""
+    """What the build wrote about itself (_build.json beside the library); empty where nothing was built."""
     try:
-        report = json.loads((_FOLDER / "_build.json").read_text(encoding="utf-8"))
+        report = json.loads((library_path().parent / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
@@ -49,7 +55,7 @@ def status() -> Status:
 
 def _load() -> Status:
     report = build_report()
-    library = _FOLDER / "_C.so"
+    library = library_path()
     if not library.exists():
         built = report.get("extension", {})
         reason = built.get("reason") or "the package was never built (it is used from its source folder)"
