@@ -35,12 +35,14 @@ class Settings:
     Args:
         seconds: of interleaved rounds for each case.
         device: "cpu" or "cuda".
-        quick: the small cases; memory is measured where a target speaks of it, and of ours.
+        quick: the small cases; memory of baselines is measured only where a target speaks of it.
+        memory: False measures no memory, which takes processes of its own.
     """
 
     seconds: float = 12.0
     device: str = "cpu"
     quick: bool = False
+    memory: bool = True
 
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
@@ -74,7 +76,8 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
         progress("graph breaks")
         ours = case.contender(OURS)
         row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    _memory(case, settings, row, progress)
+    if settings.memory:
+        _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row
 

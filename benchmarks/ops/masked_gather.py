@@ -74,7 +74,6 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
         bytes=float(moved),
         limit="copy",
         target=target,
-        saved_bytes=indices,
     )
 
 

@@ -77,6 +77,8 @@ def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool 
         limit="gemm",
         target=target,
         timed=timed,
+        # The normalised vectors in float32, and statistics of rows and columns.
+        saved_at_most=2 * rows * width * 4 + 16 * rows * 4,
         counted=6.0 * rows * rows * width if timed else None,
     )
 

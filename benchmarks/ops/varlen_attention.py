@@ -191,6 +191,8 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
         bytes=float(12 * total * HEADS * WIDTH * size),
         limit="gemm",
         target=target,
+        # The output and a log-sum-exp for each query and head.
+        saved_at_most=total * HEADS * WIDTH * size + total * HEADS * 4,
         counted=12.0 * squares * HEADS * WIDTH,
         notes=("torch.nn.attention.varlen has no CPU kernel", f"inputs and results are {name_of(dtype)}"),
     )
