@@ -57,6 +57,7 @@ class Contender:
         layout: from the case's call to the layout this one likes best, outside the clock.
         restore: from (outputs..., gradients...) back to the case's layout, for the comparison with float64.
         compiled: the forward is compiled by torch.compile, whole and for static shapes.
+        quick: takes part in a quick run; where another of its kind is known to be faster it need not.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Contender:
     layout: Layout = as_given
     restore: Callable[[Result], Result] = _unchanged
     compiled: bool = False
+    quick: bool = True
 
     def function(self) -> Forward:
         """The forward that is timed."""
@@ -178,9 +180,11 @@ def exact_by(definition: Forward) -> Callable[[Call], Result]:
     return compute
 
 
-def both(name: str, forward: Forward, **options: Any) -> list[Contender]:
-    """A baseline in eager PyTorch and the same under torch.compile."""
+def both(
+    name: str, forward: Forward, quick: tuple[str, ...] = ("eager", "compiled"), **options: Any
+) -> list[Contender]:
+    """A baseline in eager PyTorch and the same under torch.compile; `quick` says which of them a quick run has."""
     return [
-        Contender(f"eager {name}", forward, **options),
-        Contender(f"compiled {name}", forward, compiled=True, **options),
+        Contender(f"eager {name}", forward, quick="eager" in quick, **options),
+        Contender(f"compiled {name}", forward, compiled=True, quick="compiled" in quick, **options),
     ]

@@ -68,7 +68,8 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     target = {name: value for name, value in asdict(case.target).items() if value is not None}
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
-    row.served = choose(case.op, settings.device, dtype=first.arguments[0].dtype).name
+    serving = choose(case.op, settings.device, dtype=first.arguments[0].dtype)
+    row.served = serving.name
     if case.timed:
         forwards = {one.name: one.function() for one in case.contenders}
         setup = check(case, forwards, first, row, progress)
@@ -76,7 +77,9 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
         progress("graph breaks")
         ours = case.contender(OURS)
         row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    if settings.memory:
+    if not case.timed and not serving.compiled:
+        row.notes.append(f"{serving.name!r} would need all that memory: not run")
+    elif settings.memory:
         _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row

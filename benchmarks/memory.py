@@ -150,6 +150,11 @@ def _main(argument: str) -> None:
     from oner_fast.benchmarks.ops import cases
 
     task: dict[str, Any] = json.loads(argument)
+    try:
+        # Where memory runs out, this process ends, and no other.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    except OSError:
+        pass
     torch.set_num_threads(task["threads"])
     case = next(one for one in cases(task["quick"], [task["op"]]) if one.key == task["key"])
     memory = of_contender(case, case.contender(task["contender"]), task["device"])

@@ -105,11 +105,8 @@ def verdict(row: Row) -> str:
         return "REFUSED"
     if not row.target:
         return "no target"
-    parts = [
-        f"{CRITERIA[name](value)}: {'met' if row.met[name] else 'MISSED' if name in row.met else 'not measured'}"
-        for name, value in row.target.items()
-    ]
-    return "; ".join(parts)
+    words = {True: "met", False: "MISSED", None: "not measured"}
+    return "; ".join(f"{CRITERIA[name](value)}: {words[row.met.get(name)]}" for name, value in row.target.items())
 
 
 def _ours(row: Row) -> str:

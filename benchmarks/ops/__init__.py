@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 from oner_fast.benchmarks.cases import Case
 
@@ -22,4 +23,6 @@ def cases(quick: bool = False, ops: Sequence[str] = OPS) -> list[Case]:
     for name in OPS:
         if name in ops:
             found += importlib.import_module(f"oner_fast.benchmarks.ops.{name}").cases(quick)
+    if quick:
+        found = [replace(case, contenders=[one for one in case.contenders if one.quick]) for case in found]
     return found

@@ -75,7 +75,7 @@ def case(batch: int, side: int, patch: int, share: float, target: Target) -> Cas
         make=make,
         contenders=[
             Contender(OURS, gather_patches),
-            *both("normalise, unfold, gather", normalise_then_gather, layout=with_constants),
+            *both("normalise, unfold, gather", normalise_then_gather, quick=("eager",), layout=with_constants),
             *both("reshape, gather, normalise", view_then_gather, layout=with_constants),
             *both("index, normalise", index_the_view, layout=with_constants),
         ],

@@ -65,9 +65,9 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
         contenders=[
             Contender(OURS, masked_gather),
             *both("add, gather", add_then_gather),
-            *both("gather, add", gather_then_add),
-            *both("index_select", index_select, layout=flat, restore=restore),
-            *both("embedding", embedding, layout=flat, restore=restore),
+            *both("gather, add", gather_then_add, quick=()),
+            *both("index_select", index_select, quick=(), layout=flat, restore=restore),
+            *both("embedding", embedding, quick=("eager",), layout=flat, restore=restore),
         ],
         exact=exact_by(reference.masked_gather),
         flops=2.0 * batch * kept * width,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Result, Target, exact_by, name_of
+from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Result, Target, exact_by
 from oner_fast.ops import reference, varlen_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -142,23 +142,25 @@ def from_jagged(results: Result) -> Result:
 def baselines(lengths: list[int], dtype: torch.dtype) -> list[Contender]:
     found = []
 
-    def add(name: str, forward: Callable[..., object], layout: Dense | Padded, compiled: bool = False) -> None:
+    def add(
+        name: str, forward: Callable[..., object], layout: Dense | Padded, compiled: bool = False, quick: bool = True
+    ) -> None:
         kind = "compiled" if compiled else "eager"
-        found.append(Contender(f"{kind} {name}", forward, layout.layout, layout.restore, compiled))
+        found.append(Contender(f"{kind} {name}", forward, layout.layout, layout.restore, compiled, quick))
 
     grouped, alone = Dense(lengths, True), Dense(lengths, False)
     add("SDPA by length", each(fused), grouped)
     add("softmax by length", each(explicit), grouped)
     add("softmax by length", each(explicit), grouped, compiled=True)
-    add("SDPA in a loop", each(fused), alone)
+    add("SDPA in a loop", each(fused), alone, quick=False)
     add("SDPA padded, mask", padded, Padded(lengths, additive=False))
-    add("SDPA padded, additive mask", padded, Padded(lengths, additive=True))
-    found.append(Contender("eager SDPA nested", attend_nested, jagged, from_jagged))
+    add("SDPA padded, additive mask", padded, Padded(lengths, additive=True), quick=False)
+    found.append(Contender("eager SDPA nested", attend_nested, jagged, from_jagged, quick=False))
     if dtype != torch.float32:
         add("SDPA by length in float32", each(in_float32(fused)), grouped)
-        add("SDPA by length in float32", each(in_float32(fused)), grouped, compiled=True)
-        add("SDPA in a loop in float32", each(in_float32(fused)), alone)
-        add("SDPA padded in float32, mask", padded_in_float32, Padded(lengths, additive=False))
+        add("SDPA by length in float32", each(in_float32(fused)), grouped, compiled=True, quick=False)
+        add("SDPA in a loop in float32", each(in_float32(fused)), alone, quick=False)
+        add("SDPA padded in float32, mask", padded_in_float32, Padded(lengths, additive=False), quick=False)
     return found
 
 
@@ -194,7 +196,7 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
         # The output and a log-sum-exp for each query and head.
         saved_at_most=total * HEADS * WIDTH * size + total * HEADS * 4,
         counted=12.0 * squares * HEADS * WIDTH,
-        notes=("torch.nn.attention.varlen has no CPU kernel", f"inputs and results are {name_of(dtype)}"),
+        notes=("torch.nn.attention.varlen has no CPU kernel, and flex_attention no backward there",),
     )
 
 

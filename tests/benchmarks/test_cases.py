@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -96,6 +99,8 @@ def test_quick_and_full_have_every_op_with_unique_keys() -> None:
         assert list(dict.fromkeys(case.op for case in found)) == list(OPS)
         assert len({case.key for case in found}) == len(found)
         assert all(case.contenders[0].name == OURS for case in found)
+    assert all(one.quick for case in QUICK for one in case.contenders)
+    assert all(any(one.compiled for one in case.contenders) for case in QUICK)
     assert [case.op for case in cases(True, ["token_alignment"])] == ["token_alignment"]
     with pytest.raises(ValueError, match="unknown op 'gather'; known: masked_gather"):
         cases(True, ["gather"])
@@ -112,12 +117,16 @@ def test_the_promised_targets_are_those_of_the_full_run() -> None:
     assert promised["token_alignment", "float32"] == Target(speedup=2.0)
 
 
+# Small cases as their files give them, with the baselines that a quick run leaves out.
+EVERY_BASELINE = [case for op in OPS for case in importlib.import_module(f"oner_fast.benchmarks.ops.{op}").cases(True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: case.key)
+@pytest.mark.parametrize("case", EVERY_BASELINE, ids=lambda case: case.key)
 def test_every_baseline_is_right(case: Case) -> None:
     """The eager ones and ours; the compiled ones are the same functions."""
     row = Row(case.op, case.shape, name_of(case.dtype))
-    eager = Case(**{**case.__dict__, "contenders": [one for one in case.contenders if not one.compiled]})
+    eager = replace(case, contenders=[one for one in case.contenders if not one.compiled])
     check(eager, {one.name: one.forward for one in eager.contenders}, case.make(1, "cpu"), row, lambda text: None)
     assert not row.refused and not row.unavailable
 

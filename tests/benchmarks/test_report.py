@@ -42,6 +42,16 @@ def test_ratios_and_shares() -> None:
     assert verdict(made) == "1.5x of the best: met; memory at most 1/10 of compiled: MISSED"
 
 
+def test_verdicts() -> None:
+    made = Row("masked_gather", "tiny", "float32", target={"memory_bytes": 3e8, "share": 0.5})
+    assert verdict(made) == "memory at most 300 MB: not measured; 50% of the limit: not measured"
+    made.memory = {OURS: {"peak": 3 * 10**8 + 1, "saved": 0, "saved_beyond_inputs": 0}}
+    made.judge([])
+    assert verdict(made).startswith("memory at most 300 MB: MISSED")
+    assert verdict(Row("masked_gather", "tiny", "float32")) == "no target"
+    assert verdict(Row("masked_gather", "tiny", "float32", refused={OURS: "wrong"})) == "REFUSED"
+
+
 def test_the_report_is_the_same_from_its_json(tmp_path: Path) -> None:
     report = Report("oner-fast bench ops", "a machine", {"threads": 2}, [row()], finished=True)
     data, page = report.write(tmp_path)
