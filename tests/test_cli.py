@@ -35,6 +35,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "data pairs",
         "data index",
         "report",
+        "bench ops",
         "doctor",
     ):
         assert words in said
@@ -45,9 +46,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown command 'trian'; known: train, eval, data, report, doctor"),
+        (["trian"], "unknown command 'trian'; known: train, eval, data, report, bench, doctor"),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner"),
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index"),
+        (["bench", "op"], "unknown name after 'bench' 'op'; known: ops"),
     ],
 )
 def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +57,7 @@ def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys
     assert capsys.readouterr().err.strip() == f"oner-fast: {message}"
 
 
-@pytest.mark.parametrize("argv", [["train"], ["data"]])
+@pytest.mark.parametrize("argv", [["train"], ["data"], ["bench"]])
 def test_a_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert f"usage: oner-fast {argv[0]} {{" in capsys.readouterr().err
@@ -69,6 +71,7 @@ def test_a_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]
         (["eval", "runs/x"], "oner_fast.evaluation.cli", ["runs/x"]),
         (["data", "pairs", "my.csv"], "oner_fast.data.sources.cli", ["pairs", "my.csv"]),
         (["report", "runs/x"], "oner_fast.report.cli", ["runs/x"]),
+        (["bench", "ops", "--quick"], "oner_fast.benchmarks.cli", ["ops", "--quick"]),
         (["doctor", "--help"], "oner_fast.doctor", ["--help"]),
     ],
 )
@@ -90,6 +93,7 @@ def test_dispatch(argv: list[str], module: str, rest: list[str], monkeypatch: py
         (["eval"], "oner_fast.evaluation.cli"),
         (["data", "pictograms"], "oner_fast.data.sources.cli"),
         (["report"], "oner_fast.report.cli"),
+        (["bench", "ops"], "oner_fast.benchmarks.cli"),
         (["doctor"], "oner_fast.doctor"),
     ],
 )

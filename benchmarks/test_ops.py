@@ -1,0 +1,64 @@
+"""The gates of continuous integration, by pytest-benchmark: `pytest benchmarks`.
+
+Counts are gated exactly (bytes kept for backward, graph breaks, FLOPs), wall-clock ratios loosely: a shared machine
+may cost half of a target before a gate fails. Where an op has no compiled implementation here, the promises are not
+its own and the test is skipped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from oner_fast.benchmarks.cases import OURS, Case, step
+from oner_fast.benchmarks.counts import counted_flops, graph_breaks
+from oner_fast.benchmarks.measure import Settings, measure
+from oner_fast.benchmarks.memory import saved_bytes
+from oner_fast.benchmarks.ops import cases
+from oner_fast.ops.implementations import choose
+
+LOOSE = 0.5
+SECONDS = 1.5
+every_case = pytest.mark.parametrize("case", cases(quick=True), ids=lambda case: case.key)
+
+
+def skip_unless_compiled(case: Case) -> None:
+    serving = choose(case.op, "cpu", dtype=case.make(0, "cpu").arguments[0].dtype)
+    if not serving.compiled:
+        pytest.skip(f"{case.op} is served by {serving.name!r}, which promises nothing")
+
+
+@every_case
+def test_saved_bytes(case: Case) -> None:
+    skip_unless_compiled(case)
+    ours = case.contender(OURS)
+    beyond_inputs = saved_bytes(ours.forward, ours.layout(case.make(0, "cpu")))[1]
+    assert beyond_inputs <= case.saved_at_most
+
+
+@every_case
+def test_graph_breaks(case: Case) -> None:
+    skip_unless_compiled(case)
+    ours = case.contender(OURS)
+    assert graph_breaks(ours.forward, ours.layout(case.make(0, "cpu"))) == 0
+
+
+@pytest.mark.parametrize("case", [one for one in cases(True) if one.counted is not None], ids=lambda case: case.key)
+def test_flops(case: Case) -> None:
+    """Of the first eager baseline that has products of its own, not a fused op's."""
+    name = next(one.name for one in case.contenders if one.eager and "SDPA" not in one.name)
+    assert counted_flops(case, name) == case.counted
+
+
+@every_case
+def test_speed(case: Case, benchmark: Any) -> None:
+    ours = case.contender(OURS)
+    call = ours.layout(case.make(0, "cpu"))
+    benchmark.pedantic(step, (ours.forward, call), rounds=5, warmup_rounds=1)
+    skip_unless_compiled(case)
+    row = measure(case, Settings(SECONDS, memory=False))
+    assert not row.refused and row.speedup is not None
+    benchmark.extra_info.update(ratio=row.speedup.p50, against=row.best)
+    if case.target.speedup is not None:
+        assert row.speedup.p50 >= LOOSE * case.target.speedup, f"{row.speedup.p50:.2f}x of {row.best}"

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from oner_fast.benchmarks import memory
+from oner_fast.benchmarks.cases import Call
+from oner_fast.benchmarks.memory import saved_bytes
+from oner_fast.benchmarks.ops import cases
+
+MIB = 2**20
+linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
+
+
+@linux
+def test_the_peak_sees_what_is_allocated_and_freed_within_a_call() -> None:
+    """64 MiB live at once beside 8 MiB that come back, though only 8 MiB are left: 72."""
+    program = """
+import json, torch
+from oner_fast.benchmarks.memory import peak_bytes
+def run():
+    result = torch.ones(2 * 2**20)
+    for _ in range(3):
+        scratch = torch.ones(16 * 2**20)
+        del scratch
+    return (result,)
+peak, results = peak_bytes(run)
+print(json.dumps([peak, results[0].nbytes]))
+"""
+    environment = {**os.environ, **memory.ENVIRONMENT}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, cwd="/"
+    )
+    peak, returned = json.loads(done.stdout)
+    assert returned == 8 * MIB
+    assert 71 * MIB <= peak <= 75 * MIB
+
+
+@linux
+def test_a_case_is_measured_in_a_process_of_its_own() -> None:
+    """Tokens (16, 98, 768) float32 come out: 4.6 MiB."""
+    case = cases(quick=True, ops=["masked_gather"])[0]
+    found = memory.measure(case, "eager embedding", quick=True)
+    out = 16 * 98 * 768 * 4
+    assert out - MIB / 2 <= found.peak
+    assert found.saved == 2 * 16 * 98 * 8 and found.saved_beyond_inputs == 0  # numbers of rows and of positions
+
+
+def test_a_process_that_fails_says_why() -> None:
+    case = cases(quick=True, ops=["masked_gather"])[0]
+    with pytest.raises(memory.Unavailable, match="has no contender 'nobody'"):
+        memory.measure(case, "nobody", quick=True)
+
+
+def test_saved_bytes_count_each_storage_once() -> None:
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        product = x * y  # keeps x and y, twice the same storage where they are one
+        return product.exp()  # keeps its result
+
+    x = torch.ones(1000, requires_grad=True)
+    assert saved_bytes(forward, Call((x, x), (x,))) == (8000, 4000)
+    y = torch.ones(2, 1000, requires_grad=True)
+    assert saved_bytes(forward, Call((x, y[0]), (x,))) == (4000 + 8000 + 4000, 4000)

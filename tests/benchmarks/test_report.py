@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from oner_fast.benchmarks import plots
+from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.limits import Limit
+from oner_fast.benchmarks.report import Report, verdict
+from oner_fast.benchmarks.rows import Row
+from oner_fast.benchmarks.timing import Candidate, Samples
+
+
+def row() -> Row:
+    made = Row("mixup_info_nce", "N 8, D 4", "float32", served="cpp", target={"speedup": 1.5, "memory_share": 0.1})
+    samples = {
+        OURS: Samples(OURS, [1.0, 1.0, 1.0]),
+        "eager a": Samples("eager a", [3.0, 3.0, 3.0]),
+        "compiled a": Samples("compiled a", [2.0, 2.0, 2.0]),
+        "limit: mm": Samples("limit: mm", [0.5, 0.5, 0.5]),
+    }
+    limit = Limit(Candidate("limit: mm", lambda call: None), 1e9)
+    made.add_times(samples, ["eager a"], [limit], 5e8)
+    made.limit_unit = "GFLOP/s"
+    made.memory = {
+        OURS: {"peak": 2 * 2**20, "saved": 10, "saved_beyond_inputs": 1},
+        "compiled a": {"peak": 10 * 2**20, "saved": 10, "saved_beyond_inputs": 1},
+    }
+    made.judge(["compiled a"])
+    return made
+
+
+def test_ratios_and_shares() -> None:
+    made = row()
+    assert (made.best, made.eager) == ("compiled a", "eager a")
+    assert made.speedup and made.speedup.p50 == 2.0 and made.speedup_eager and made.speedup_eager.p50 == 3.0
+    # Half of the limit's work in twice its time.
+    assert made.share == pytest.approx(0.25) and made.limit_rate == 2e9 and made.rate == 5e8
+    assert made.met == {"speedup": True, "memory_share": False}
+    assert verdict(made) == "1.5x of the best: met; memory at most 1/10 of compiled: MISSED"
+
+
+def test_verdicts() -> None:
+    made = Row("masked_gather", "tiny", "float32", target={"memory_bytes": 3e8, "share": 0.5})
+    assert verdict(made) == "memory at most 300 MB: not measured; 50% of the limit: not measured"
+    made.memory = {OURS: {"peak": 3 * 10**8 + 1, "saved": 0, "saved_beyond_inputs": 0}}
+    made.judge([])
+    assert verdict(made).startswith("memory at most 300 MB: MISSED")
+    assert verdict(Row("masked_gather", "tiny", "float32")) == "no target"
+    assert verdict(Row("masked_gather", "tiny", "float32", refused={OURS: "wrong"})) == "REFUSED"
+
+
+def test_the_report_is_the_same_from_its_json(tmp_path: Path) -> None:
+    report = Report("oner-fast bench ops", "a machine", {"threads": 2}, [row()], finished=True)
+    data, page = report.write(tmp_path)
+    again = Report.read(data)
+    assert again.as_dict() == report.as_dict() == json.loads(data.read_text())
+    assert again.markdown() == page.read_text()
+
+
+def test_the_page_shows_what_matters(tmp_path: Path) -> None:
+    page = Report("oner-fast bench ops", "a machine", {}, [row()]).markdown()
+    for words in (
+        "Machine: a machine",
+        "not finished",
+        "mixup_info_nce (cpp)",
+        "2.00x",
+        "3.00x",
+        "25%: 0.5 of 2 GFLOP/s",
+        "MISSED",
+    ):
+        assert words in page
+    refused = row()
+    refused.refused = {OURS: "result 0: relative error 1, allowed 0.1"}
+    page = Report("oner-fast bench ops", "a machine", {}, [refused], finished=True).markdown()
+    assert "REFUSED" in page and "refused, wrong: oner_fast: result 0" in page and "not finished" not in page
+
+
+def test_plots(tmp_path: Path) -> None:
+    assert plots.draw([], tmp_path) == []
+    drawn = plots.draw([row()], tmp_path)
+    assert [path.name for path in drawn] == ["speedup.png", "share.png", "memory.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert "![speedup](speedup.png)" in Report("c", "m", {}, [row()]).markdown(tmp_path)
