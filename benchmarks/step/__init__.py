@@ -1,0 +1,1 @@
+"""One OneR training step: ours, and the same step in plain PyTorch, eager and compiled."""
