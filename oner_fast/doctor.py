@@ -64,11 +64,12 @@ def cpu_features() -> list[str]:
         return list(importlib.import_module("oner_fast._native").cpu_features())
     except ImportError:
         pass
-    flags = (_cpu_info("flags") or _cpu_info("Features")).split()
+    flags = (cpu_info("flags") or cpu_info("Features")).split()
     return [name for name in INSTRUCTION_SETS if name in flags]
 
 
-def _cpu_info(name: str) -> str:
+def cpu_info(name: str) -> str:
+    """What Linux says of the first core under `name`; empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -84,7 +85,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
 
 def _machine() -> Iterator[tuple[str, str]]:
-    name = _cpu_info("model name") or platform.machine()
+    name = cpu_info("model name") or platform.machine()
     yield "CPU", f"{name}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     yield "instruction sets", ", ".join(cpu_features()) or "none that matter here"
     if not torch.cuda.is_available():

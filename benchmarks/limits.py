@@ -1,0 +1,89 @@
+"""The machine's own limits: how fast it multiplies and how fast it copies.
+
+They are candidates that take their turn beside the ops, so that a share of the limit compares two figures of the same
+minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from oner_fast.benchmarks.timing import Candidate, Rotation
+
+# Rows, columns and depth of products on which MKL and oneDNN are at their best, in float32 and in bfloat16.
+GEMM_SHAPES = ((4096, 4096, 256), (2304, 768, 3072))
+COPY_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A candidate whose rate is a limit of the machine: `work` is the FLOPs or the bytes of one of its runs."""
+
+    candidate: Candidate
+    work: float
+
+
+def gemm_limits(dtype: torch.dtype, device: str = "cpu") -> list[Limit]:
+    """The best products that PyTorch has in `dtype`: `torch.mm` at two shapes and, on the CPU, oneDNN by a convolution.
+
+    The one with the highest rate is the machine's; which one that is differs between machines.
+    """
+    limits = []
+    for rows, columns, depth in GEMM_SHAPES:
+        left = torch.randn(rows, depth, device=device).to(dtype)
+        right = torch.randn(depth, columns, device=device).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
+
+        def multiply(call: int, left: torch.Tensor = left, right: torch.Tensor = right, out: Any = out) -> object:
+            return torch.mm(left, right, out=out)
+
+        name = f"limit: mm {rows} x {depth} x {columns}"
+        limits.append(Limit(Candidate(name, multiply), 2.0 * rows * columns * depth))
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        limits.append(_onednn_limit(dtype))
+    return limits
+
+
+def _onednn_limit(dtype: torch.dtype) -> Limit:
+    """`torch.mm` in float32 is MKL's or oneDNN's; a 1 x 1 convolution in channels-last order is oneDNN's always."""
+    rows, columns, depth = GEMM_SHAPES[-1]
+    image = torch.randn(1, 1, rows, depth).to(dtype).permute(0, 3, 1, 2)
+    weight = torch.randn(columns, depth, 1, 1).to(dtype)
+
+    def convolve(call: int) -> object:
+        with torch.no_grad():
+            return F.conv2d(image, weight)
+
+    return Limit(Candidate(f"limit: oneDNN {rows} x {depth} x {columns}", convolve), 2.0 * rows * columns * depth)
+
+
+def copy_limit(device: str = "cpu") -> Limit:
+    """Copying between buffers that together exceed the caches; its work counts the bytes read and written."""
+
+    def pair(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        source = torch.full((COPY_BYTES // 4,), float(index), device=device)
+        return source, torch.zeros_like(source)
+
+    buffers = Rotation(pair, 2 * COPY_BYTES)
+
+    def copy(call: int) -> object:
+        source, target = buffers[call]
+        return target.copy_(source)
+
+    return Limit(Candidate("limit: copy", copy), 2.0 * COPY_BYTES)
+
+
+def limits(dtype: torch.dtype, kind: str, device: str = "cpu") -> list[Limit]:
+    """The limits of a `kind`, "gemm" (FLOPs) or "copy" (bytes)."""
+    makers: dict[str, Callable[[], list[Limit]]] = {
+        "gemm": lambda: gemm_limits(dtype, device),
+        "copy": lambda: [copy_limit(device)],
+    }
+    if kind not in makers:
+        raise ValueError(f"kind must be one of {', '.join(makers)}, got {kind!r}")
+    return makers[kind]()

@@ -1,0 +1,203 @@
+"""How seconds are measured: interleaved calls, rotated inputs, quantiles, and ratios within a round.
+
+Candidates are called in turn, A B C A B C ..., each call on the next set of inputs of a rotation that is larger than
+the caches. A ratio is the median over rounds of the ratio within the round: what slows the machine for a while slows
+neighbours in time alike, and cancels.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+
+from oner_fast.benchmarks.machine import cache_bytes
+
+WARM_UPS = 2
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 200
+T = TypeVar("T")
+
+
+@dataclass
+class Candidate:
+    """One way to do the work.
+
+    Args:
+        name: unique among the candidates that are measured together.
+        run: does the work once; its argument counts the calls of all candidates together and picks the inputs
+            (`Rotation`), so that no two calls in a row meet the same ones. What it returns is dropped before the clock
+            stops: freeing is part of the work.
+        prepare: called once before the first run, for example to compile; its time and that of the first run are
+            kept in `setup_seconds` and are in no sample.
+    """
+
+    name: str
+    run: Callable[[int], object]
+    prepare: Callable[[], object] | None = None
+    setup_seconds: float = 0.0
+
+
+@dataclass
+class Samples:
+    """The seconds of one candidate, one for each round."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    setup_seconds: float = 0.0
+
+    @property
+    def p20(self) -> float:
+        """A fifth of the calls were at least this fast, in seconds."""
+        return quantile(self.seconds, 0.2)
+
+    @property
+    def p50(self) -> float:
+        """The median, in seconds."""
+        return quantile(self.seconds, 0.5)
+
+    @property
+    def p80(self) -> float:
+        """Four fifths of the calls were at least this fast, in seconds."""
+        return quantile(self.seconds, 0.8)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times longer one candidate takes than another: quantiles of the ratios within a round."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+class Rotation(Generic[T]):
+    """Sets of inputs, together at least twice as large as the caches, handed out in turn.
+
+    Args:
+        make: gives the set of a number, counted from 0.
+        set_bytes: the bytes that one call reads and writes of a set.
+        most: never more sets than this, however small they are.
+    """
+
+    def __init__(self, make: Callable[[int], T], set_bytes: int, most: int = 16) -> None:
+        count = math.ceil(2 * cache_bytes() / max(set_bytes, 1))
+        self.sets = [make(index) for index in range(max(2, min(most, count)))]
+
+    def __getitem__(self, call: int) -> T:
+        return self.sets[call % len(self.sets)]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of them lie, linear between neighbours. Raises ValueError where there are none."""
+    if not values:
+        raise ValueError("a quantile needs at least one sample, got none")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def ratio(slower: Samples, faster: Samples) -> Ratio:
+    """How many times faster `faster` is: the quantiles of slower / faster within each round that both finished."""
+    rounds = [a / b for a, b in zip(slower.seconds, faster.seconds, strict=False)]
+    return Ratio(quantile(rounds, 0.2), quantile(rounds, 0.5), quantile(rounds, 0.8))
+
+
+def interleave(
+    candidates: Sequence[Candidate],
+    *,
+    seconds: float | None = None,
+    rounds: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Samples]:
+    """Prepare and warm up every candidate, then measure them in turn; samples by name.
+
+    Args:
+        candidates: at least one, with names of their own.
+        seconds: how long to measure (the rounds begun are finished; at least `LEAST_ROUNDS`, at most `MOST_ROUNDS`).
+        rounds: how many rounds, instead of `seconds`.
+        device: on "cuda" every call is synchronised before and after.
+        progress: told what is done now.
+
+    Raises:
+        ValueError: no candidates, a name given twice, or not exactly one of `seconds` and `rounds`.
+    """
+    names = [candidate.name for candidate in candidates]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"candidates need names of their own, got {names}")
+    if (seconds is None) == (rounds is None):
+        raise ValueError(f"give seconds or rounds, one of them; got seconds={seconds}, rounds={rounds}")
+    call = 0
+    for candidate in candidates:
+        progress(f"preparing {candidate.name}")
+        start = time.perf_counter()
+        if candidate.prepare is not None:
+            candidate.prepare()
+        _time(candidate, call, device)
+        candidate.setup_seconds = time.perf_counter() - start
+        call += 1
+    samples = {
+        candidate.name: Samples(candidate.name, setup_seconds=candidate.setup_seconds) for candidate in candidates
+    }
+    with _without_collector():
+        for _ in range(WARM_UPS - 1):
+            for candidate in candidates:
+                _time(candidate, call, device)
+                call += 1
+        for number in _rounds(seconds, rounds):
+            progress(f"round {number + 1}")
+            for candidate in candidates:
+                samples[candidate.name].seconds.append(_time(candidate, call, device))
+                call += 1
+    return samples
+
+
+def best(samples: Mapping[str, Samples]) -> Samples:
+    """The one with the lowest median."""
+    return min(samples.values(), key=lambda one: one.p50)
+
+
+def _rounds(seconds: float | None, rounds: int | None) -> Iterator[int]:
+    if rounds is not None:
+        yield from range(rounds)
+        return
+    end = time.perf_counter() + (seconds or 0.0)
+    for number in range(MOST_ROUNDS):
+        if number >= LEAST_ROUNDS and time.perf_counter() >= end:
+            return
+        yield number
+
+
+def _time(candidate: Candidate, call: int, device: str) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    result = candidate.run(call)
+    del result
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
