@@ -147,8 +147,9 @@ class PlainStep:
         nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.grad_clip_norm)
         self.optimizer.step()
         with torch.no_grad():
-            student = list(self.student.tower.parameters())
-            torch._foreach_lerp_(list(self.teacher.parameters()), student, 1.0 - MOMENTUM)
+            student: list[Tensor] = list(self.student.tower.parameters())
+            teacher: list[Tensor] = list(self.teacher.parameters())
+            torch._foreach_lerp_(teacher, student, 1.0 - MOMENTUM)
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, call: int = 0) -> Tensor:

@@ -63,6 +63,9 @@ def _head(sizes: tuple[int, ...]) -> nn.Sequential:
 class Tower(nn.Module):
     """One transformer for images, texts and pairs, and its projection head."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: OneRConfig) -> None:
         super().__init__()
         width, patch = config.width, config.patch_size

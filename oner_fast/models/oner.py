@@ -287,13 +287,16 @@ class _Places(NamedTuple):
 
     def moved(self, kept: Tensor, start: int) -> _Places:
         """Where the rows lie among ``kept``, ascending rows of the batch in which this pass begins at ``start``."""
-        return _Places(*(None if each is None else torch.searchsorted(kept, each + start) for each in self))
+        cls, patches, words = (None if each is None else torch.searchsorted(kept, each + start) for each in self)
+        assert cls is not None
+        return _Places(cls, patches, words)
 
     def take(self, hidden: Tensor) -> PassOutput:
         def rows(places: Tensor) -> Tensor:
             return hidden.index_select(0, places.flatten()).unflatten(0, places.shape)
 
-        return PassOutput(*(None if each is None else rows(each) for each in self))
+        cls, patches, words = self
+        return PassOutput(rows(cls), None if patches is None else rows(patches), None if words is None else rows(words))
 
 
 def _places(each: Pass, size: int) -> _Places:
