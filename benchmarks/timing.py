@@ -22,6 +22,8 @@ from oner_fast.benchmarks.machine import cache_bytes
 WARM_UPS = 2
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
+# Whose single call takes more than a tenth of the time that there is takes part in the first three rounds alone.
+SLOW_SHARE, SLOW_ROUNDS = 0.1, 3
 T = TypeVar("T")
 
 
@@ -35,7 +37,7 @@ class Candidate:
             (`Rotation`), so that no two calls in a row meet the same ones. What it returns is dropped before the clock
             stops: freeing is part of the work.
         prepare: called once before the first run, for example to compile; its time and that of the first run are
-            kept in `setup_seconds` and are in no sample.
+            added to `setup_seconds` and are in no sample.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Candidate:
 
 @dataclass
 class Samples:
-    """The seconds of one candidate, one for each round."""
+    """The seconds of one candidate, one for each round from the first on; a slow one stops before the others do."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
@@ -123,7 +125,8 @@ def interleave(
 
     Args:
         candidates: at least one, with names of their own.
-        seconds: how long to measure (the rounds begun are finished; at least `LEAST_ROUNDS`, at most `MOST_ROUNDS`).
+        seconds: how long to measure (the rounds begun are finished; at least `LEAST_ROUNDS`, at most `MOST_ROUNDS`;
+            a candidate that takes more than `SLOW_SHARE` of it in one call has `SLOW_ROUNDS`).
         rounds: how many rounds, instead of `seconds`.
         device: on "cuda" every call is synchronised before and after.
         progress: told what is done now.
@@ -143,21 +146,25 @@ def interleave(
         if candidate.prepare is not None:
             candidate.prepare()
         _time(candidate, call, device)
-        candidate.setup_seconds = time.perf_counter() - start
+        candidate.setup_seconds += time.perf_counter() - start
         call += 1
     samples = {
         candidate.name: Samples(candidate.name, setup_seconds=candidate.setup_seconds) for candidate in candidates
     }
+    slow: set[str] = set()
     with _without_collector():
         for _ in range(WARM_UPS - 1):
             for candidate in candidates:
-                _time(candidate, call, device)
+                took = _time(candidate, call, device)
                 call += 1
+                if seconds is not None and took > SLOW_SHARE * seconds:
+                    slow.add(candidate.name)
         for number in _rounds(seconds, rounds):
             progress(f"round {number + 1}")
             for candidate in candidates:
-                samples[candidate.name].seconds.append(_time(candidate, call, device))
-                call += 1
+                if number < SLOW_ROUNDS or candidate.name not in slow:
+                    samples[candidate.name].seconds.append(_time(candidate, call, device))
+                    call += 1
     return samples
 
 

@@ -40,6 +40,12 @@ COMMANDS = {
         },
     ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
+    "bench": Command(
+        "oner_fast.benchmarks.cli",
+        "measure speed and memory against the fastest of PyTorch",
+        "bench",
+        {"ops": "every op, and one training step; --quick for the small shapes"},
+    ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
 }
 

@@ -1,0 +1,186 @@
+"""What is measured: a case is one op at one shape and dtype, a contender one way to compute it, a target what we
+promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OURS = "oner_fast"
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call in the layout that a contender likes best.
+
+    Args:
+        arguments: what the forward is called with.
+        leaves: those of them that take a gradient; without any the call is a forward alone.
+        upstream: the gradient of the output, or one for each where there are several.
+    """
+
+    arguments: tuple[Any, ...]
+    leaves: tuple[Tensor, ...] = ()
+    upstream: tuple[Tensor, ...] = ()
+
+    def bytes(self) -> int:
+        """Of all its tensors, each storage once."""
+        tensors = [one for one in (*self.arguments, *self.upstream) if isinstance(one, Tensor)]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+Result = tuple[Tensor, ...]
+Layout = Callable[[Call], Call]
+
+
+def as_given(call: Call) -> Call:
+    """The case's own layout."""
+    return call
+
+
+def _unchanged(results: Result) -> Result:
+    return results
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the op.
+
+    Args:
+        name: unique in a case; "oner_fast" is ours.
+        forward: called with the arguments of the laid-out call; gives a tensor or a tuple of them.
+        layout: from the case's call to the layout this one likes best, outside the clock.
+        restore: from (outputs..., gradients...) back to the case's layout, for the comparison with float64.
+        compiled: the forward is compiled by torch.compile, whole and for static shapes.
+    """
+
+    name: str
+    forward: Forward
+    layout: Layout = as_given
+    restore: Callable[[Result], Result] = _unchanged
+    compiled: bool = False
+
+    def function(self) -> Forward:
+        """The forward that is timed."""
+        return torch.compile(self.forward, fullgraph=True, dynamic=False) if self.compiled else self.forward
+
+    @property
+    def eager(self) -> bool:
+        """A baseline without torch.compile."""
+        return not self.compiled and self.name != OURS
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the op promises at this shape; None where it promises nothing.
+
+    Args:
+        speedup: at least this many times faster than the fastest baseline.
+        eager: at least this many times faster than the fastest eager one.
+        share: at least this share of the machine's limit.
+        memory_share: at most this share of the peak memory of the fastest compiled baseline.
+        memory_bytes: at most this peak memory.
+    """
+
+    speedup: float | None = None
+    eager: float | None = None
+    share: float | None = None
+    memory_share: float | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype.
+
+    Args:
+        op: its name in `oner_fast.ops`.
+        shape: for people, and part of the key.
+        dtype: of the floating inputs (of the result where the inputs are bytes).
+        make: the call of a seed on a device, in the case's layout.
+        contenders: ours first.
+        exact: (outputs..., gradients...) in float64 for a call.
+        flops: what the op must compute, forward and backward, within its memory contract.
+        bytes: what it must read and write, forward and backward.
+        limit: which of the two bounds it here: "gemm" or "copy".
+        limit_dtype: of the products that bound it; `dtype` where None.
+        target: what we promised.
+        timed: False measures memory alone (the baselines would not fit).
+        counted: the FLOPs that PyTorch's counter must find in eager code; None where it has none that count.
+        saved_bytes: exactly what ours may keep for backward, inputs included; None where that is not fixed.
+        notes: what a reader of the row must know.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    make: Callable[[int, str], Call]
+    contenders: Sequence[Contender]
+    exact: Callable[[Call], Result]
+    flops: float
+    bytes: float
+    limit: str
+    target: Target = Target()
+    limit_dtype: torch.dtype | None = None
+    timed: bool = True
+    counted: float | None = None
+    saved_bytes: int | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def key(self) -> str:
+        """Unique among all cases."""
+        return f"{self.op} {self.shape} {name_of(self.dtype)}"
+
+    def contender(self, name: str) -> Contender:
+        """By its name; ValueError lists the known ones."""
+        for one in self.contenders:
+            if one.name == name:
+                return one
+        known = ", ".join(one.name for one in self.contenders)
+        raise ValueError(f"{self.key} has no contender {name!r}; known: {known}")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def step(forward: Forward, call: Call) -> Result:
+    """Forward and, where the call has leaves, backward: (outputs..., gradients...)."""
+    outputs = forward(*call.arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not call.leaves:
+        return outputs
+    return (*outputs, *torch.autograd.grad(outputs, call.leaves, call.upstream))
+
+
+def exact_by(definition: Forward) -> Callable[[Call], Result]:
+    """The same call in float64 through a definition."""
+
+    def compute(call: Call) -> Result:
+        def wide(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            return value.detach().double().requires_grad_(value.requires_grad)
+
+        arguments = tuple(wide(value) for value in call.arguments)
+        leaves = tuple(
+            new for old, new in zip(call.arguments, arguments, strict=True) if any(old is leaf for leaf in call.leaves)
+        )
+        return step(definition, Call(arguments, leaves, tuple(one.double() for one in call.upstream)))
+
+    return compute
+
+
+def both(name: str, forward: Forward, **options: Any) -> list[Contender]:
+    """A baseline in eager PyTorch and the same under torch.compile."""
+    return [
+        Contender(f"eager {name}", forward, **options),
+        Contender(f"compiled {name}", forward, compiled=True, **options),
+    ]

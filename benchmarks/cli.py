@@ -1,0 +1,159 @@
+"""`oner-fast bench ops`: every op against the fastest of PyTorch, correctness first; a report with its machine line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.machine import describe
+from oner_fast.benchmarks.measure import Settings, measure
+from oner_fast.benchmarks.ops import OPS, cases
+from oner_fast.benchmarks.report import Report, milliseconds, verdict
+from oner_fast.benchmarks.rows import Row
+
+DEFAULT_FOLDER = Path("runs/bench")
+SECONDS, QUICK_SECONDS = 12.0, 1.5
+Progress = Callable[[str], None]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `oner-fast bench ops`."""
+    made = argparse.ArgumentParser(prog="oner-fast bench ops", description=__doc__)
+    made.add_argument("--quick", action="store_true", help="small shapes, under 3 minutes on 2 cores; no training step")
+    made.add_argument("--op", nargs="+", metavar="NAME", default=None, help=f"only these: {', '.join(OPS)}")
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: cpu)")
+    made.add_argument("--threads", type=int, default=None, help="CPU threads (default: as torch chooses)")
+    made.add_argument(
+        "--seconds", type=float, default=None, help=f"of each case (default: {SECONDS:g}, quick {QUICK_SECONDS:g})"
+    )
+    made.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help=f"the report's folder ({DEFAULT_FOLDER})")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `oner-fast bench ops ...`: 0, 1 where a result was wrong, 2 for bad input, 130 when interrupted."""
+    what, *rest = argv
+    if what != "ops":
+        return _fail(f"unknown benchmark {what!r}; known: ops")
+    options = parser().parse_args(rest)
+    if reason := _reason_against(options):
+        return _fail(reason)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else SECONDS
+    settings = Settings(seconds, options.device, options.quick)
+    machine = describe(options.device)
+    command = shlex.join(["oner-fast", "bench", *argv])
+    report = Report(command, machine.line(), machine.as_dict())
+    print(f"machine: {machine.line()}", flush=True)
+    interrupted = False
+    try:
+        for row in _rows(options, settings):
+            report.rows.append(row)
+            report.write(options.out)
+            print(_line(row), flush=True)
+        report.finished = True
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted: the report holds the rows that were finished", file=sys.stderr)
+    _draw(report, options.out)
+    print(f"wrote {', '.join(str(path) for path in report.write(options.out))}")
+    if interrupted:
+        return 130
+    wrong = [row for row in report.rows if row.wrong]
+    for row in wrong:
+        named = [*row.refused.items(), *((name, why) for name, why in row.unavailable.items() if name == OURS)]
+        for name, why in named:
+            print(f"oner-fast bench: {row.op} {row.shape} {row.dtype}: refused: {name}: {why}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _reason_against(options: argparse.Namespace) -> str:
+    for name in options.op or ():
+        if name not in OPS:
+            return f"unknown op {name!r}; known: {', '.join(OPS)}"
+    if options.threads is not None and options.threads < 1:
+        return f"--threads must be at least 1, got {options.threads}"
+    if options.seconds is not None and not 0 < options.seconds < float("inf"):
+        return f"--seconds must be positive, got {options.seconds:g}"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return f"--device cuda needs a GPU that torch can use; this torch is {build} and finds none"
+    if options.out.exists() and not options.out.is_dir():
+        return f"--out must be a folder, and {options.out} is a file"
+    return ""
+
+
+def _rows(options: argparse.Namespace, settings: Settings) -> Iterable[Row]:
+    """The ops' rows, then, where all was asked for, the training step's."""
+    todo = cases(options.quick, options.op or OPS)
+    for number, case in enumerate(todo, 1):
+        with _Status(f"{number} of {len(todo)}: {case.key}") as status:
+            row = measure(case, settings, status)
+        yield row
+    if options.quick or options.op or importlib.util.find_spec("oner_fast.benchmarks.step") is None:
+        return
+    with _Status("one training step") as status:
+        yield from importlib.import_module("oner_fast.benchmarks.step").rows(settings, status)
+
+
+def _line(row: Row) -> str:
+    parts = [f"{row.op} {row.shape} {row.dtype} by {row.served}:"]
+    if OURS in row.times:
+        parts.append(f"{milliseconds(row.times[OURS].p50)} ms,")
+    if row.speedup and row.speedup_eager:
+        parts.append(f"{row.speedup.p50:.2f}x {row.best}, {row.speedup_eager.p50:.2f}x {row.eager},")
+    if row.share is not None:
+        parts.append(f"{row.share:.0%} of the limit ({row.limit_rate / 1e9:.3g} {row.limit_unit}),")
+    if OURS in row.memory:
+        parts.append(f"peak {row.memory[OURS]['peak'] / 2**20:.1f} MiB,")
+    return f"{' '.join(parts)} {verdict(row)}"
+
+
+def _draw(report: Report, folder: Path) -> None:
+    if not report.rows:
+        return
+    try:
+        from oner_fast.benchmarks.plots import draw
+
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(report.rows, folder)
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error.name} is not installed (pip install 'oner_fast[bench]')", file=sys.stderr)
+
+
+def _fail(message: str) -> int:
+    print(f"oner-fast bench: {message}", file=sys.stderr)
+    return 2
+
+
+class _Status:
+    """What is done now, on one line of a terminal; elsewhere nothing but the case."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.start, self.live = title, time.perf_counter(), sys.stderr.isatty()
+
+    def __enter__(self) -> _Status:
+        if not self.live:
+            print(f"{self.title} ...", file=sys.stderr, flush=True)
+        return self
+
+    def __call__(self, text: str) -> None:
+        if self.live:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            said = f"{self.title}: {text} ({time.perf_counter() - self.start:.0f} s)"[:width]
+            print(f"\r\033[K{said}", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

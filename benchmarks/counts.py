@@ -1,0 +1,25 @@
+"""What does not depend on the machine's mood: graph breaks and FLOPs."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from oner_fast.benchmarks.cases import Call, Case, Forward, step
+
+
+def graph_breaks(forward: Forward, call: Call) -> int:
+    """How often torch.compile would leave the graph in a forward."""
+    torch._dynamo.reset()
+    explanation = torch._dynamo.explain(forward)(*call.arguments)
+    torch._dynamo.reset()
+    return int(explanation.graph_break_count)
+
+
+def counted_flops(case: Case, name: str, device: str = "cpu") -> int:
+    """The FLOPs of the products that PyTorch's counter finds in a contender, forward and backward."""
+    contender = case.contender(name)
+    call = contender.layout(case.make(0, device))
+    with FlopCounterMode(display=False) as counter:
+        step(contender.forward, call)
+    return int(counter.get_total_flops())

@@ -1,0 +1,185 @@
+"""One case from its inputs to its row: correctness first, then time, then memory and counts."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from oner_fast.benchmarks import memory
+from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Forward, Layout, Result, name_of, step
+from oner_fast.benchmarks.counts import graph_breaks
+from oner_fast.benchmarks.limits import limits
+from oner_fast.benchmarks.rows import Row
+from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
+from oner_fast.ops.implementations import choose
+
+# A result may err this many times as much as plain eager PyTorch in the same dtype does, and some units more: a single
+# number such as a loss is sometimes right by luck.
+ALLOWED = 3.0
+MORE_UNITS = 4.0
+# Eager PyTorch itself must be within so many units, or the case is broken.
+ALLOWED_UNITS = 64.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a case is measured.
+
+    Args:
+        seconds: of interleaved rounds for each case.
+        device: "cpu" or "cuda".
+        quick: the small cases; memory is measured where a target speaks of it, and of ours.
+    """
+
+    seconds: float = 12.0
+    device: str = "cpu"
+    quick: bool = False
+
+
+def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
+    """The row of a case. Interruption leaves through KeyboardInterrupt, and no row."""
+    with _quiet():
+        return _measure(case, settings, progress)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the compiler says of graph breaks (they are counted) and PyTorch of prototypes."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) -> Row:
+    torch._dynamo.reset()
+    target = {name: value for name, value in asdict(case.target).items() if value is not None}
+    row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
+    first = case.make(0, settings.device)
+    row.served = choose(case.op, settings.device, dtype=first.arguments[0].dtype).name
+    if case.timed:
+        forwards = {one.name: one.function() for one in case.contenders}
+        setup = check(case, forwards, first, row, progress)
+        _time(case, forwards, setup, settings, row, progress)
+        progress("graph breaks")
+        ours = case.contender(OURS)
+        row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
+    _memory(case, settings, row, progress)
+    row.judge([one.name for one in case.contenders if one.compiled])
+    return row
+
+
+def check(
+    case: Case, forwards: dict[str, Forward], call: Call, row: Row, progress: Callable[[str], None]
+) -> dict[str, float]:
+    """Run every contender once against float64; fills in errors, tolerance, refused and unavailable.
+
+    The measure of all is the first eager baseline, the one that everybody would write. Returns the seconds that the
+    first run took, compiling included.
+    """
+    progress("float64")
+    exact = case.exact(call)
+    errors: dict[str, list[float]] = {}
+    setup: dict[str, float] = {}
+    for contender in case.contenders:
+        progress(f"checking {contender.name}")
+        try:
+            laid_out = contender.layout(call)
+            start = time.perf_counter()
+            results = step(forwards[contender.name], laid_out)
+            setup[contender.name] = time.perf_counter() - start
+            found = contender.restore(results)
+            errors[contender.name] = [relative_error(one, true) for one, true in zip(found, exact, strict=True)]
+        except Exception as error:  # whatever a baseline cannot do here is its row's business
+            reason = (str(error).strip().splitlines() or ["no message"])[0]
+            row.unavailable[contender.name] = f"{type(error).__name__}: {reason[:200]}"
+    plain = next((one.name for one in case.contenders if one.eager and one.name in errors), OURS)
+    unit = torch.finfo(case.dtype).eps
+    allowed = [
+        min(ALLOWED * error, ALLOWED_UNITS * unit) + MORE_UNITS * unit
+        for error in errors.get(plain, [0.0] * len(exact))
+    ]
+    row.tolerance = max(allowed)
+    for name, each in errors.items():
+        row.errors[name] = max(each)
+        wrong = [
+            f"result {number}: relative error {error:.2g}, allowed {bound:.2g}"
+            for number, (error, bound) in enumerate(zip(each, allowed, strict=True))
+            if not error <= bound  # NaN is wrong too
+        ]
+        if wrong:
+            row.refused[name] = "; ".join(wrong)
+    return setup
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """The larger of two: the largest error over the largest value, and the root of the mean squares of both."""
+    if found.shape != exact.shape:
+        raise ValueError(f"a result has the shape {tuple(found.shape)}, {tuple(exact.shape)} is right")
+    exact = exact.detach()
+    error = found.detach().double() - exact
+    scale = torch.finfo(torch.float64).tiny
+    largest = error.abs().max() / exact.abs().max().clamp_min(scale)
+    root = error.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(scale)
+    return float(torch.maximum(largest, root))
+
+
+def _time(
+    case: Case,
+    forwards: dict[str, Forward],
+    setup: dict[str, float],
+    settings: Settings,
+    row: Row,
+    progress: Callable[[str], None],
+) -> None:
+    timed = [one for one in case.contenders if one.name not in row.refused and one.name not in row.unavailable]
+    if not timed:
+        return
+    bounds = limits(case.limit_dtype or case.dtype, case.limit, settings.device)
+    base = Rotation(lambda seed: case.make(seed, settings.device), case.make(0, settings.device).bytes())
+    laid_out: dict[Layout, list[Call]] = {}
+    candidates = []
+    for one in timed:
+        calls = laid_out.setdefault(one.layout, [one.layout(call) for call in base.sets])
+        candidates.append(Candidate(one.name, _runner(forwards[one.name], calls), setup_seconds=setup[one.name]))
+    candidates += [bound.candidate for bound in bounds]
+    samples = interleave(candidates, seconds=settings.seconds, device=settings.device, progress=progress)
+    eager = [one.name for one in timed if one.eager]
+    work = case.flops if case.limit == "gemm" else case.bytes
+    row.add_times(samples, eager, bounds, work)
+    row.limit_unit = "GFLOP/s" if case.limit == "gemm" else "GB/s"
+
+
+def _runner(forward: Forward, calls: list[Call]) -> Callable[[int], Result]:
+    return lambda number: step(forward, calls[number % len(calls)])
+
+
+def _memory(case: Case, settings: Settings, row: Row, progress: Callable[[str], None]) -> None:
+    for contender in _weighed(case, settings, row):
+        progress(f"memory of {contender.name}")
+        try:
+            found = memory.measure(case, contender.name, settings.quick, settings.device)
+            row.memory[contender.name] = asdict(found)
+        except memory.Unavailable as error:
+            row.notes.append(f"memory of {contender.name}: {error}")
+
+
+def _weighed(case: Case, settings: Settings, row: Row) -> list[Contender]:
+    """Ours; in a full run, or where a target speaks of it, also the fastest eager and the fastest compiled baseline."""
+    chosen = [case.contender(OURS)]
+    if case.timed and (not settings.quick or case.target.memory_share is not None):
+        for compiled in (False, True):
+            able = [one for one in case.contenders if one.compiled == compiled and one.name != OURS]
+            if able := [one for one in able if one.name in row.times]:
+                chosen.append(min(able, key=lambda one: row.times[one.name].p50))
+    return [one for one in chosen if one.name not in row.refused and one.name not in row.unavailable]

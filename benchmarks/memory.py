@@ -1,0 +1,160 @@
+"""What an op costs in memory: the peak above its inputs, in a process of its own, and the bytes kept for backward.
+
+The peak is the kernel's own count: `VmHWM` of /proc/self/status after /proc/self/clear_refs has reset it. The op has
+run before, so that no page of code, compiler or thread counts; freed memory went back to the system (every allocation
+from 64 KiB on is mapped by itself, MKL keeps no buffers), so that no page of the earlier run hides one of the later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oner_fast.benchmarks.cases import Call, Case, Contender, Forward, step
+
+# glibc's and MKL's: give back at once what is freed.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MKL_DISABLE_FAST_MM": "1"}
+WARM_UPS = 2
+
+
+class Unavailable(Exception):
+    """Memory cannot be measured here; says why."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one call.
+
+    Args:
+        peak: above what was there before the call, without the gradients that it returned; outputs count.
+        saved: kept between forward and backward, each storage once, inputs included.
+        saved_beyond_inputs: the same without storages of the inputs.
+    """
+
+    peak: int
+    saved: int
+    saved_beyond_inputs: int
+
+
+def peak_bytes(run: Callable[[], Sequence[Tensor]], warm_ups: int = WARM_UPS) -> tuple[int, Sequence[Tensor]]:
+    """The peak of resident memory during `run()` above that before it, after some warm-ups, and what it returned.
+
+    Exact to some hundred KiB where the process was started with `ENVIRONMENT`. Raises Unavailable without Linux' /proc.
+    """
+    for _ in range(warm_ups):
+        run()
+    gc.collect()
+    _give_back()
+    before = _status("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:
+        raise Unavailable(f"the peak cannot be reset: {error}") from error
+    results = run()
+    return _status("VmHWM") - before, results
+
+
+def saved_bytes(forward: Forward, call: Call) -> tuple[int, int]:
+    """What the forward keeps for backward: all of it, and the part that is no input's storage."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward(*call.arguments)
+    tensors = [value for value in call.arguments if isinstance(value, Tensor)]
+    given = {part.untyped_storage().data_ptr() for tensor in tensors for part in _parts(tensor)}
+    del outputs
+    beyond = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in given)
+    return sum(storage.nbytes() for storage in kept.values()), beyond
+
+
+def of_contender(case: Case, contender: Contender, device: str = "cpu") -> Memory:
+    """Measured in this process, which should be a fresh one; `measure` starts it."""
+    call = contender.layout(case.make(0, device))
+    forward = contender.function()
+    if device == "cpu":
+        peak, results = peak_bytes(lambda: step(forward, call))
+    else:
+        peak, results = _peak_on_gpu(lambda: step(forward, call))
+    gradients = results[len(results) - len(call.leaves) :]
+    returned = sum(part.nbytes for one in gradients for part in _parts(one))
+    del results
+    return Memory(max(peak - returned, 0), *saved_bytes(forward, call))
+
+
+def measure(case: Case, contender: str, quick: bool, device: str = "cpu") -> Memory:
+    """Start a process that measures one contender of a case. Raises Unavailable, with the reason, where it fails."""
+    task = {"key": case.key, "op": case.op, "quick": quick, "contender": contender, "device": device}
+    task["threads"] = torch.get_num_threads()
+    command = [sys.executable, "-m", "oner_fast.benchmarks.memory", json.dumps(task)]
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
+    return Memory(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def _parts(tensor: Any) -> list[Tensor]:
+    """The plain tensors in which it is stored: itself, or the values and the boundaries of a nested one."""
+    return [tensor.values(), tensor.offsets()] if tensor.is_nested else [tensor]
+
+
+def _peak_on_gpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
+    for _ in range(WARM_UPS):
+        run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, results
+
+
+def _give_back() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass  # another C library: what it keeps is little beside the tensors
+
+
+def _status(name: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise Unavailable(f"/proc/self/status cannot be read: {error}") from error
+    for line in lines:
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise Unavailable(f"/proc/self/status has no {name}")
+
+
+def _main(argument: str) -> None:
+    from oner_fast.benchmarks.ops import cases
+
+    task: dict[str, Any] = json.loads(argument)
+    torch.set_num_threads(task["threads"])
+    case = next(one for one in cases(task["quick"], [task["op"]]) if one.key == task["key"])
+    memory = of_contender(case, case.contender(task["contender"]), task["device"])
+    print(json.dumps(memory.__dict__))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

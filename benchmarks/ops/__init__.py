@@ -1,0 +1,25 @@
+"""The cases of every op, one file an op."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from oner_fast.benchmarks.cases import Case
+
+OPS = ("masked_gather", "gather_patches", "mixup_info_nce", "varlen_attention", "token_alignment")
+
+
+def cases(quick: bool = False, ops: Sequence[str] = OPS) -> list[Case]:
+    """The cases of `ops`, in the order of `OPS`; `quick` ones are small.
+
+    Raises ValueError for an unknown name, listing the known ones.
+    """
+    for name in ops:
+        if name not in OPS:
+            raise ValueError(f"unknown op {name!r}; known: {', '.join(OPS)}")
+    found: list[Case] = []
+    for name in OPS:
+        if name in ops:
+            found += importlib.import_module(f"oner_fast.benchmarks.ops.{name}").cases(quick)
+    return found

@@ -1,0 +1,95 @@
+"""mixup_info_nce: the symmetric contrastive loss of a batch, without mixing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target, both, exact_by
+from oner_fast.ops import mixup_info_nce, reference
+
+
+def two_cross_entropies(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
+    """As CLIP and open_clip write it."""
+    q, k = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    logits = logit_scale.to(q.dtype) * q @ k.T
+    return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
+
+
+def two_log_sum_exps(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
+    """The diagonal apart, from the vectors themselves: the logits are read by two reductions and nothing else."""
+    q, k = F.normalize(query.float(), dim=-1), F.normalize(key.float(), dim=-1)
+    scaled = (logit_scale * q).to(query.dtype)
+    logits = (scaled @ k.to(key.dtype).T).float()
+    diagonal = logit_scale * (q * k).sum(-1)
+    return ((logits.logsumexp(1) + logits.logsumexp(0)) / 2 - diagonal).mean()
+
+
+def linear_cross_entropy(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
+    """PyTorch's fused projection and cross-entropy, once for each direction."""
+    q, k = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    scaled = logit_scale.to(q.dtype) * q
+    rows = F.linear_cross_entropy(scaled, k, labels)
+    return (rows + F.linear_cross_entropy(logit_scale.to(k.dtype) * k, q, labels)).float() / 2
+
+
+def with_labels(call: Call) -> Call:
+    """The numbers of the rows, made beforehand."""
+    query = call.arguments[0]
+    labels = torch.arange(query.shape[0], device=query.device)
+    return Call((*call.arguments, labels), call.leaves, call.upstream)
+
+
+def contenders() -> list[Contender]:
+    baselines = [
+        *both("two cross-entropies", two_cross_entropies, layout=with_labels),
+        *both("two log-sum-exps", two_log_sum_exps, layout=with_labels),
+    ]
+    if hasattr(F, "linear_cross_entropy"):
+        baselines.append(Contender("eager F.linear_cross_entropy", linear_cross_entropy, layout=with_labels))
+    return [Contender(OURS, mixup_info_nce), *baselines]
+
+
+def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool = True) -> Case:
+    def make(seed: int, device: str) -> Call:
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.randn(rows, width, generator=generator)
+        key = 0.3 * query + torch.randn(rows, width, generator=generator)  # pairs half learnt: a loss well above 0
+        leaves = (
+            query.to(device, dtype).requires_grad_(),
+            key.to(device, dtype).requires_grad_(),
+            torch.tensor(1 / 0.07, device=device, requires_grad=True),
+        )
+        return Call(leaves, leaves, (torch.ones((), device=device),))
+
+    size = torch.empty(0, dtype=dtype).element_size()
+    return Case(
+        op="mixup_info_nce",
+        shape=f"N {rows}, D {width}",
+        dtype=dtype,
+        make=make,
+        contenders=contenders() if timed else [Contender(OURS, mixup_info_nce)],
+        exact=exact_by(reference.mixup_info_nce),
+        # Logits, logits again in backward, and the two products of the gradients: O(N D) memory has no way around.
+        flops=8.0 * rows * rows * width,
+        bytes=float(6 * rows * width * size),
+        limit="gemm",
+        target=target,
+        timed=timed,
+        counted=6.0 * rows * rows * width if timed else None,
+    )
+
+
+def cases(quick: bool) -> list[Case]:
+    wide, narrow = torch.float32, torch.bfloat16
+    if quick:
+        return [
+            case(1024, 256, wide, Target(speedup=1.0, eager=2.5)),
+            case(1024, 256, narrow, Target(speedup=1.25)),
+        ]
+    return [
+        case(4096, 256, wide, Target(speedup=1.0, eager=2.5, memory_share=1 / 10)),
+        case(4096, 256, narrow, Target(speedup=1.25, memory_share=1 / 6)),
+        case(32768, 256, wide, Target(memory_bytes=300_000_000), timed=False),
+    ]

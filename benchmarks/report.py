@@ -1,0 +1,185 @@
+"""The report of a run: results.json, report.md and plots, written whole after every row and never edited by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from oner_fast.atomic import write_atomic
+from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.rows import Row
+
+MIB = 2**20
+CRITERIA: dict[str, Callable[[float], str]] = {
+    "speedup": lambda value: f"{value:g}x of the best",
+    "eager": lambda value: f"{value:g}x of eager",
+    "share": lambda value: f"{value:.0%} of the limit",
+    "memory_share": lambda value: f"memory at most 1/{1 / value:.3g} of compiled",
+    "memory_bytes": lambda value: f"memory at most {value / 1e6:.0f} MB",
+}
+
+
+@dataclass
+class Report:
+    """Rows so far, beside the machine they were measured on."""
+
+    command: str
+    machine: str
+    machine_facts: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    finished: bool = False
+    started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "command": self.command,
+            "started": self.started,
+            "finished": self.finished,
+            "machine": self.machine,
+            "machine_facts": self.machine_facts,
+            "rows": [row.as_dict() for row in self.rows],
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """From a results.json."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row.from_dict(row) for row in data["rows"]]
+        return cls(data["command"], data["machine"], data["machine_facts"], rows, data["finished"], data["started"])
+
+    def write(self, folder: Path) -> list[Path]:
+        """results.json and report.md in `folder`, made where it is missing; each is replaced at once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        data, page = folder / "results.json", folder / "report.md"
+        text = json.dumps(self.as_dict(), indent=1) + "\n"
+        write_atomic(data, lambda file: file.write(text.encode()))
+        write_atomic(page, lambda file: file.write(self.markdown(folder).encode()))
+        return [data, page]
+
+    def markdown(self, folder: Path | None = None) -> str:
+        """The report; with a folder, the plots that lie in it are shown."""
+        lines = ["# Benchmarks", "", f"`{self.command}`, {self.started}", "", f"Machine: {self.machine}", ""]
+        if not self.finished:
+            lines += ["**This run was not finished:** it holds the rows that were.", ""]
+        lines += [
+            "Seconds are p50 (p20 to p80) of interleaved calls, forward and backward, on rotated inputs larger than "
+            "the caches. A ratio is the median of the ratios within a round. Every result was compared with float64 "
+            "first. The limit is the machine's own, measured in the same rounds.",
+            "",
+        ]
+        timed = [row for row in self.rows if row.times]
+        if timed:
+            lines += _table(_TIMES, timed)
+        weighed = [row for row in self.rows if row.memory]
+        if weighed:
+            lines += [
+                "## Memory",
+                "",
+                "Peak of a call above its inputs without the gradients it returned (outputs count), by the kernel's "
+                "own count in a fresh process; and what is kept for backward.",
+                "",
+            ]
+            lines += _memory_table(weighed)
+        for name in ("speedup.png", "share.png", "memory.png"):
+            if folder is not None and (folder / name).exists():
+                lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+        lines += ["## Every candidate", ""]
+        for row in self.rows:
+            lines += _details(row)
+        return "\n".join(lines).rstrip() + "\n"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits."""
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+
+
+def verdict(row: Row) -> str:
+    """Whether the row's targets were met, and which were not."""
+    if row.wrong:
+        return "REFUSED"
+    if not row.target:
+        return "no target"
+    parts = [
+        f"{CRITERIA[name](value)}: {'met' if row.met[name] else 'MISSED' if name in row.met else 'not measured'}"
+        for name, value in row.target.items()
+    ]
+    return "; ".join(parts)
+
+
+def _ours(row: Row) -> str:
+    times = row.times.get(OURS)
+    if times is None:
+        return "refused" if OURS in row.refused else "cannot run"
+    return f"{milliseconds(times.p50)} ({milliseconds(times.p20)} to {milliseconds(times.p80)})"
+
+
+def _best(row: Row) -> str:
+    return f"{row.best}: {milliseconds(row.times[row.best].p50)}" if row.best else ""
+
+
+def _share(row: Row) -> str:
+    if row.share is None:
+        return ""
+    return f"{row.share:.0%}: {row.rate / 1e9:.3g} of {row.limit_rate / 1e9:.3g} {row.limit_unit}"
+
+
+_TIMES: dict[str, Callable[[Row], str]] = {
+    "op": lambda row: f"{row.op} ({row.served})",
+    "shape": lambda row: row.shape,
+    "dtype": lambda row: row.dtype,
+    "ours, ms": _ours,
+    "best baseline, ms": _best,
+    "ratio": lambda row: f"{row.speedup.p50:.2f}x" if row.speedup else "",
+    "to eager": lambda row: f"{row.speedup_eager.p50:.2f}x" if row.speedup_eager else "",
+    "share of the limit": _share,
+    "target": verdict,
+}
+
+
+def _table(columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    return [*lines, ""]
+
+
+def _memory_table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| op | shape | dtype | candidate | peak, MiB | saved, MiB | beyond inputs, bytes |", "|" + "---|" * 7]
+    for row in rows:
+        for name, one in row.memory.items():
+            lines.append(
+                f"| {row.op} | {row.shape} | {row.dtype} | {name} | {one['peak'] / MIB:.1f} | "
+                f"{one['saved'] / MIB:.1f} | {one['saved_beyond_inputs']} |"
+            )
+    return [*lines, ""]
+
+
+def _details(row: Row) -> list[str]:
+    lines = [f"### {row.op}, {row.shape}, {row.dtype}", ""]
+    if row.times:
+        lines += ["| candidate | p20, ms | p50, ms | p80, ms | rounds | error | set-up, s |", "|" + "---|" * 7]
+        for name, one in sorted(row.times.items(), key=lambda item: item[1].p50):
+            error = f"{row.errors[name]:.1e}" if name in row.errors else ""
+            lines.append(
+                f"| {name} | {milliseconds(one.p20)} | {milliseconds(one.p50)} | {milliseconds(one.p80)} | "
+                f"{one.rounds} | {error} | {one.setup:.1f} |"
+            )
+        lines.append("")
+    if row.parts:
+        lines += ["| part | share of ours |", "|---|---|"]
+        lines += [f"| {name} | {share:.1%} |" for name, share in row.parts.items()]
+        lines.append("")
+    notes = [f"{verdict(row)}"]
+    notes += [f"refused, wrong: {name}: {why}" for name, why in row.refused.items()]
+    notes += [f"cannot run here: {name}: {why}" for name, why in row.unavailable.items()]
+    if row.tolerance is not None:
+        notes.append(f"errors are relative to float64; allowed: {row.tolerance:.1e}")
+    if row.graph_breaks is not None:
+        notes.append(f"graph breaks of ours under torch.compile: {row.graph_breaks}")
+    notes += row.notes
+    return [*lines, *(f"* {note}" for note in notes), ""]

@@ -1,0 +1,144 @@
+"""One row of the report: what was measured for one case, and whether it met its target. Plain data, JSON both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.limits import Limit
+from oner_fast.benchmarks.timing import Samples, ratio
+
+
+@dataclass
+class Times:
+    """Seconds of one candidate: quantiles over the rounds, how many there were, and what preparing it took."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+    setup: float
+
+
+@dataclass
+class Quantiles:
+    """Of ratios within a round."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+@dataclass
+class Row:
+    """What was measured for one op (or step) at one shape and dtype.
+
+    Args:
+        op, shape, dtype: which case; a training step is the op "step".
+        served: the implementation behind "oner_fast".
+        times: by candidate; empty where only memory was measured.
+        best, eager: the fastest baseline of all, and without torch.compile; `speedup` and `speedup_eager`: ours
+            against them.
+        limit: the candidate that showed the machine's limit, `limit_rate` its FLOPs or bytes a second, `rate` ours.
+        share: ours of the limit.
+        memory: {candidate: {"peak", "saved", "saved_beyond_inputs"}} in bytes.
+        errors: the largest relative error of each candidate against float64, and the `tolerance` it must keep.
+        refused: wrong results, with what was wrong; they have no times.
+        unavailable: candidates that cannot run here, with the reason.
+        target: what was promised, by criterion; `met`: by the same criteria.
+        parts: of a step: each op's share of ours.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    served: str = ""
+    times: dict[str, Times] = field(default_factory=dict)
+    best: str = ""
+    speedup: Quantiles | None = None
+    eager: str = ""
+    speedup_eager: Quantiles | None = None
+    limit: str = ""
+    limit_rate: float = 0.0
+    limit_unit: str = ""
+    rate: float = 0.0
+    share: float | None = None
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    graph_breaks: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    tolerance: float | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    target: dict[str, float] = field(default_factory=dict)
+    met: dict[str, bool] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> bool:
+        """A result was refused, or ours cannot run."""
+        return bool(self.refused) or OURS in self.unavailable
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """From what `as_dict` gave."""
+        fields = dict(data)
+        fields["times"] = {name: Times(**one) for name, one in fields.get("times", {}).items()}
+        for name in ("speedup", "speedup_eager"):
+            fields[name] = Quantiles(**fields[name]) if fields.get(name) else None
+        return cls(**fields)
+
+    def add_times(
+        self, samples: Mapping[str, Samples], eager: Sequence[str], limits: Sequence[Limit] = (), work: float = 0.0
+    ) -> None:
+        """Fill in times, ratios and, with limits, the share of the best of them: `work` is ours, FLOPs or bytes.
+
+        Args:
+            samples: "oner_fast", the baselines and the limits, measured together.
+            eager: the names of the baselines without torch.compile.
+        """
+        hidden = {limit.candidate.name for limit in limits}
+        for name, one in samples.items():
+            self.times[name] = Times(one.p20, one.p50, one.p80, len(one.seconds), one.setup_seconds)
+        if OURS not in samples:
+            return
+        ours = samples[OURS]
+        baselines = [one for name, one in samples.items() if name != OURS and name not in hidden]
+        if baselines:
+            fastest = min(baselines, key=lambda one: one.p50)
+            self.best, self.speedup = fastest.name, _quantiles(fastest, ours)
+        if plain := [one for one in baselines if one.name in eager]:
+            fastest = min(plain, key=lambda one: one.p50)
+            self.eager, self.speedup_eager = fastest.name, _quantiles(fastest, ours)
+        if measured := [limit for limit in limits if limit.candidate.name in samples]:
+            limit = max(measured, key=lambda one: one.work / samples[one.candidate.name].p50)
+            name = limit.candidate.name
+            self.limit, self.limit_rate, self.rate = name, limit.work / samples[name].p50, work / ours.p50
+            self.share = ratio(samples[name], ours).p50 * work / limit.work
+
+    def judge(self, compiled: Sequence[str]) -> None:
+        """Fill in `met` for every criterion of `target` that was measured; `compiled` names those baselines."""
+        ours = self.memory.get(OURS)
+        theirs = [self.memory[name] for name in compiled if name in self.memory]
+        for name, promised in self.target.items():
+            if name == "speedup" and self.speedup:
+                self.met[name] = self.speedup.p50 >= promised
+            elif name == "eager" and self.speedup_eager:
+                self.met[name] = self.speedup_eager.p50 >= promised
+            elif name == "share" and self.share is not None:
+                self.met[name] = self.share >= promised
+            elif name == "memory_bytes" and ours:
+                self.met[name] = ours["peak"] <= promised
+            elif name == "memory_share" and ours and theirs:
+                self.met[name] = ours["peak"] <= promised * min(one["peak"] for one in theirs)
+
+
+def _quantiles(slower: Samples, faster: Samples) -> Quantiles:
+    found = ratio(slower, faster)
+    return Quantiles(found.p20, found.p50, found.p80)
