@@ -43,8 +43,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run `oner-fast bench ops ...`: 0, 1 where a result was wrong, 2 for bad input, 130 when interrupted."""
     what, *rest = argv
+    if what == "step":
+        return int(importlib.import_module("oner_fast.benchmarks.step").main(rest))
     if what != "ops":
-        return _fail(f"unknown benchmark {what!r}; known: ops")
+        return _fail(f"unknown benchmark {what!r}; known: ops, step")
     options = parser().parse_args(rest)
     if reason := _reason_against(options):
         return _fail(reason)

@@ -44,7 +44,10 @@ COMMANDS = {
         "oner_fast.benchmarks.cli",
         "measure speed and memory against the fastest of PyTorch",
         "bench",
-        {"ops": "every op, and one training step; --quick for the small shapes"},
+        {
+            "ops": "every op, and one training step; --quick for the small shapes",
+            "step": "one training step against plain PyTorch, and each op's share of it",
+        },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
 }

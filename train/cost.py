@@ -31,10 +31,20 @@ def step_flops(config: OneRTraining, batch: PairBatch) -> float:
         "image_given_text": (image, text),
         "text_given_image": (text, image),
     }
+    # Outputs that a loss reads: [CLS], masked patches, masked words (as many as are expected).
+    of_words = [objectives.mask_word_ratio * length if objectives.mlm else 0.0 for length in words]
+    read: dict[PassName, list[float]] = {
+        "image": [1.0 + hidden] * pairs,
+        "text": [1 + masked for masked in of_words],
+        "image_text": [1 + hidden + masked for masked in of_words],
+        "image_given_text": [1.0] * pairs,
+        "text_given_image": [1.0] * pairs,
+    }
+    wanted = [count for name in names for count in read[name]]
     lengths = [length for name in names for length in shapes[name][0]]
     key_lengths = [length for name in names for length in shapes[name][1]]
     images = ("image_text" in names) + bool({"image", "image_given_text"} & set(names))
-    student = flops.trunk_flops(model, lengths, key_lengths) + flops.embedding_flops(
+    student = flops.trunk_flops(model, lengths, key_lengths, wanted) + flops.embedding_flops(
         model, images * pairs * (kept - hidden)
     )
     teacher = 0.0
@@ -49,7 +59,8 @@ def step_flops(config: OneRTraining, batch: PairBatch) -> float:
             flops.contrast_flops(config.optim.batch_size, model.embed_dim, contrasts) * pairs / config.optim.batch_size
         )
         if objectives.momentum_teacher:
-            teacher = flops.trunk_flops(model, [1 + cells] * pairs + [1 + length for length in words])
+            seen = [1 + cells] * pairs + [1 + length for length in words]
+            teacher = flops.trunk_flops(model, seen, wanted=[1] * len(seen))
             teacher += flops.embedding_flops(model, pairs * cells) + flops.head_flops(model, 2 * pairs)
     if objectives.mlm:
         expected = objectives.mask_word_ratio * sum(words) * (2 if "image_text" in names else 1)

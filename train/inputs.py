@@ -10,7 +10,8 @@ from torch import Tensor
 
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.masking import Vocabulary, mask_words, patch_mask
-from oner_fast.models.oner import ImageInput, OneRConfig, Pass, PassName, TextInput
+from oner_fast.models.oner import ImageInput, OneRConfig, Pass, PassName, TextInput, Wanted
+from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.train.settings import Objectives
 
 Input = TypeVar("Input", ImageInput, TextInput)
@@ -48,6 +49,19 @@ class StudentInput:
     def patch_count(self) -> int:
         """Masked patches of all passes."""
         return sum(int(masked.sum()) for masked in self.patches.values())
+
+    def wanted(self) -> dict[PassName, Wanted]:
+        """The outputs that a loss reads besides [CLS]: the masked words and patches."""
+        found: dict[PassName, Wanted] = {}
+        for name in self.words.keys() | self.patches.keys():
+            rows, masked = None, self.patches.get(name)
+            if masked is not None:
+                places = PatchEmbedding.masked_places(masked)
+                rows = (
+                    places + torch.arange(len(masked), device=masked.device).unsqueeze(1) * masked.shape[1]
+                ).flatten()
+            found[name] = Wanted(rows, self.words[name].rows if name in self.words else None)
+        return found
 
     def to(self, device: torch.device) -> StudentInput:
         """The same input on another device; inputs shared by passes stay shared."""

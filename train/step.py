@@ -134,8 +134,8 @@ class TrainingStep:
         found: dict[PassName, list[Tensor]] = {"image": [], "text": []}
         with torch.no_grad(), self._autocast():
             for part in parts:
-                for name, output in self.teacher(teacher_input(part)).items():
-                    found[name].append(self.teacher.project(output.cls, name))
+                for name, projected in self.teacher.project_cls(self.teacher(teacher_input(part), {})).items():
+                    found[name].append(projected)
         return {name: torch.cat(each) for name, each in found.items()}
 
     def _contrast(

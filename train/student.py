@@ -54,12 +54,15 @@ class Student(nn.Module):
 
     def forward(self, inputs: StudentInput) -> StudentOutput:
         """Embeddings (B, embed_dim) of each pass, and the sums of the masked losses."""
-        outputs = self.tower(inputs.passes)
+        outputs = self.tower(inputs.passes, inputs.wanted())
         embeddings: dict[PassName, Tensor] = {}
         if self.contrastive:
-            for name, output in outputs.items():
-                projected = self.tower.project(output.cls, name)
-                embeddings[name] = projected if self.predictor is None else self.predictor(projected)
+            embeddings = self.tower.project_cls(outputs)
+            if self.predictor is not None:
+                # All passes in one product, as in the projection.
+                rows = [each.shape[0] for each in embeddings.values()]
+                predicted = self.predictor(torch.cat(list(embeddings.values()))).split(rows)
+                embeddings = dict(zip(embeddings, predicted, strict=True))
         scale = self.log_logit_scale.exp()
         return StudentOutput(embeddings, scale, self._mlm(inputs, outputs), self._mim(inputs, outputs))
 
@@ -72,7 +75,7 @@ class Student(nn.Module):
         """Sum of the cross-entropies of the masked words."""
         if self.word_head is None:
             return torch.zeros((), device=self.log_logit_scale.device)
-        hidden = [_rows(outputs[name].words, each.rows) for name, each in inputs.words.items()]
+        hidden = [_chosen(outputs[name].words) for name in inputs.words]
         ids = torch.cat([each.ids for each in inputs.words.values()])
         logits = self.word_head(torch.cat(hidden), self.tower.word_embedding.words.weight)
         return F.cross_entropy(logits.float(), ids, reduction="sum")
@@ -84,21 +87,18 @@ class Student(nn.Module):
         sums = []
         images = {each.name: each.image for each in inputs.passes}
         for name, masked in inputs.patches.items():
-            image, count = images[name], PatchEmbedding.masked_count(masked)
+            image = images[name]
             if image is None:
                 raise ValueError(f"pass {name} has masked patches but no image")
-            places = torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, :count]  # [B, masked]
+            places = PatchEmbedding.masked_places(masked)  # [B, masked]
             cells = places if image.cells is None else image.cells.gather(1, places)
-            rows = places + torch.arange(masked.shape[0], device=masked.device).unsqueeze(1) * masked.shape[1]
-            hidden = _rows(outputs[name].patches, rows.flatten())
             patches = ops.gather_patches(image.images, cells, self.tower.config.patch_size, dtype=torch.float32)
             target = normalised_pixels(patches).flatten(0, 1)
-            sums.append((self.patch_head(hidden).float() - target).abs().mean(dim=1).sum())
+            sums.append((self.patch_head(_chosen(outputs[name].patches)).float() - target).abs().mean(dim=1).sum())
         return torch.stack(sums).sum()
 
 
-def _rows(tokens: Tensor | None, rows: Tensor) -> Tensor:
-    """Chosen rows of a pass's patches (B, M, D) or words (T, D), counted through the batch."""
+def _chosen(tokens: Tensor | None) -> Tensor:
     if tokens is None:
         raise ValueError("the pass has no such tokens to predict")
-    return tokens.flatten(0, -2).index_select(0, rows)
+    return tokens

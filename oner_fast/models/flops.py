@@ -3,19 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from oner_fast.models.oner import OneRConfig
 
 
-def trunk_flops(config: OneRConfig, lengths: Iterable[int], key_lengths: Iterable[int] | None = None) -> float:
+def trunk_flops(
+    config: OneRConfig,
+    lengths: Iterable[int],
+    key_lengths: Iterable[int] | None = None,
+    wanted: Iterable[float] | None = None,
+) -> float:
     """One forward of the trunk over packed sequences of ``lengths`` tokens, which attend to ``key_lengths`` (their
-    own where None)."""
-    lengths = list(lengths)
-    tokens = sum(lengths)
-    pairs = sum(q * k for q, k in zip(lengths, lengths if key_lengths is None else key_lengths, strict=True))
-    linear = 2 * config.width**2 * (4 + 2 * config.mlp_ratio)
-    return config.depth * (linear * tokens + 4 * config.width * pairs)
+    own where None). Of the last block only ``wanted`` outputs of each sequence are computed (all where None)."""
+    queries = list(lengths)
+    keys = queries if key_lengths is None else list(key_lengths)
+    outputs = queries if wanted is None else list(wanted)
+
+    def block(rows: Sequence[float]) -> float:
+        linear = sum(queries) * 2 + sum(rows) * (2 + 2 * config.mlp_ratio)  # keys and values; the rest
+        pairs = sum(q * k for q, k in zip(rows, keys, strict=True))
+        return 2 * config.width**2 * linear + 4 * config.width * pairs
+
+    return (config.depth - 1) * block(queries) + block(outputs)
 
 
 def embedding_flops(config: OneRConfig, patches: int) -> float:

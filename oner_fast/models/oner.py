@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from oner_fast.nn import packing
 from oner_fast.nn.embeddings import PatchEmbedding, WordEmbedding
 from oner_fast.nn.heads import Projector
-from oner_fast.nn.transformer import Sequences, Trunk
+from oner_fast.nn.transformer import Kept, Sequences, Trunk
 
 PassName = Literal["image", "text", "image_text", "image_given_text", "text_given_image"]
 _CONTEXT: dict[PassName, PassName] = {"image_given_text": "text_given_image", "text_given_image": "image_given_text"}
@@ -75,8 +75,19 @@ class Pass:
         return image, self.text if self.name in ("text", "image_text", "text_given_image") else None
 
 
+class Wanted(NamedTuple):
+    """Which outputs of a pass are read, besides [CLS]: rows (P,) int64 into its B M patches, rows (W,) int64 into its T
+    words; None: none of them."""
+
+    patches: Tensor | None = None
+    words: Tensor | None = None
+
+
 class PassOutput(NamedTuple):
-    """Outputs of the trunk after the final norm: [CLS] (B, D), patches (B, M, D) or None, words (T, D) or None."""
+    """Outputs of the trunk after the final norm: [CLS] (B, D), patches (B, M, D) or None, words (T, D) or None.
+
+    Where a :class:`Wanted` chose outputs, patches are (P, D) and words (W, D), in its order.
+    """
 
     cls: Tensor
     patches: Tensor | None
@@ -108,8 +119,13 @@ class OneR(nn.Module):
     def _head(self) -> Projector:
         return Projector(self.config.width, self.config.projector_hidden, self.config.embed_dim)
 
-    def forward(self, passes: Sequence[Pass]) -> dict[PassName, PassOutput]:
+    def forward(
+        self, passes: Sequence[Pass], wanted: Mapping[PassName, Wanted] | None = None
+    ) -> dict[PassName, PassOutput]:
         """All ``passes`` as one packed variable-length batch (one for each trunk where there are two), by name.
+
+        With ``wanted`` only these outputs and [CLS] (of a pass it does not name, [CLS] alone): the last block then
+        computes no more than they need.
 
         Raises:
             ValueError: a pass twice or without its input, a context pass without its twin, other numbers of images and
@@ -117,7 +133,7 @@ class OneR(nn.Module):
         """
         _check(passes)
         if self.text_trunk is None:
-            return self._run(self.trunk, passes)
+            return self._run(self.trunk, passes, wanted)
         texts = [each for each in passes if each.name == "text"]
         images = [each for each in passes if each.name == "image"]
         if len(texts) + len(images) != len(passes):
@@ -125,26 +141,48 @@ class OneR(nn.Module):
         outputs: dict[PassName, PassOutput] = {}
         for trunk, part in ((self.trunk, images), (self.text_trunk, texts)):
             if part:
-                outputs |= self._run(trunk, part)
+                outputs |= self._run(trunk, part, wanted)
         return outputs
 
-    def _run(self, trunk: Trunk, passes: Sequence[Pass]) -> dict[PassName, PassOutput]:
+    def _run(
+        self, trunk: Trunk, passes: Sequence[Pass], wanted: Mapping[PassName, Wanted] | None
+    ) -> dict[PassName, PassOutput]:
         table = _RowTable(self)
         packed = [table.pack(each) for each in passes]
         lengths = torch.cat([each.lengths for each in packed])
         cu_seqlens = packing.cumulative(lengths)
         rows = torch.cat([each.rows for each in packed])
         tokens = packing.select_rows(table.rows(), rows)
-        hidden = trunk(tokens, _sequences(passes, packed, cu_seqlens, rows.shape[0]))
-        outputs: dict[PassName, PassOutput] = {}
-        for each, part in zip(passes, hidden.split([each.rows.shape[0] for each in packed]), strict=True):
-            outputs[each.name] = _unpack(each, part)
-        return outputs
+        sequences = _sequences(passes, packed, cu_seqlens, rows.shape[0])
+        sizes = [each.rows.shape[0] for each in packed]
+        places = [_places(each, size) for each, size in zip(passes, sizes, strict=True)]
+        if wanted is None:
+            parts = trunk(tokens, sequences).split(sizes)
+            return {each.name: place.take(part) for each, place, part in zip(passes, places, parts, strict=True)}
+        chosen = [place.choose(wanted.get(each.name, Wanted())) for each, place in zip(passes, places, strict=True)]
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        kept = torch.cat([place.all() + start for place, start in zip(chosen, starts, strict=True)]).sort().values
+        hidden = trunk(tokens, sequences, Kept(kept, torch.searchsorted(kept, cu_seqlens.long()).to(torch.int32)))
+        return {
+            each.name: place.moved(kept, start).take(hidden)
+            for each, place, start in zip(passes, chosen, starts, strict=True)
+        }
 
     def project(self, cls: Tensor, name: PassName) -> Tensor:
         """Outputs (..., D) of the named pass through the projection head; (..., embed_dim), not normalised."""
         head = self.text_head if self.text_head is not None and name == "text" else self.head
         return head(cls)
+
+    def project_cls(self, outputs: Mapping[PassName, PassOutput]) -> dict[PassName, Tensor]:
+        """The projected [CLS] of each pass (B, embed_dim), not normalised: one product a head for all of its passes."""
+        found: dict[PassName, Tensor] = {}
+        texts = [name for name in outputs if self.text_head is not None and name == "text"]
+        for names in (texts, [name for name in outputs if name not in texts]):
+            if names:
+                cls = [outputs[name].cls for name in names]
+                projected = self.project(torch.cat(cls), names[0]).split([each.shape[0] for each in cls])
+                found |= dict(zip(names, projected, strict=True))
+        return {name: found[name] for name in outputs}
 
     def encode_image(self, images: Tensor) -> Tensor:
         """images (B, 3, S, S), uint8 or floats in [0, 1]; the projected F(I) (B, embed_dim), not normalised."""
@@ -165,7 +203,7 @@ class OneR(nn.Module):
         return self.project(patches, "image")
 
     def _encode(self, single: Pass) -> Tensor:
-        return self.project(self([single])[single.name].cls, single.name)
+        return self.project(self([single], {})[single.name].cls, single.name)
 
 
 class _RowTable:
@@ -227,22 +265,53 @@ def _sequences(passes: Sequence[Pass], packed: Sequence[packing.Packed], cu_seql
     return Sequences(cu_seqlens, packing.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
 
 
-def _unpack(each: Pass, hidden: Tensor) -> PassOutput:
-    """``hidden`` (T, D): the packed outputs of one pass."""
+class _Places(NamedTuple):
+    """Rows of a pass's outputs: of [CLS] (B,), of its patches and of its words, in the shapes of the outputs."""
+
+    cls: Tensor
+    patches: Tensor | None
+    words: Tensor | None
+
+    def choose(self, wanted: Wanted) -> _Places:
+        patches, words = wanted
+        if (patches is not None and self.patches is None) or (words is not None and self.words is None):
+            raise ValueError("wanted names patches or words of a pass that has none")
+        return _Places(
+            self.cls,
+            None if patches is None or self.patches is None else self.patches.flatten().index_select(0, patches),
+            None if words is None or self.words is None else self.words.index_select(0, words),
+        )
+
+    def all(self) -> Tensor:
+        return torch.cat([each.flatten() for each in self if each is not None])
+
+    def moved(self, kept: Tensor, start: int) -> _Places:
+        """Where the rows lie among ``kept``, ascending rows of the batch in which this pass begins at ``start``."""
+        cls, patches, words = (None if each is None else torch.searchsorted(kept, each + start) for each in self)
+        assert cls is not None
+        return _Places(cls, patches, words)
+
+    def take(self, hidden: Tensor) -> PassOutput:
+        def rows(places: Tensor) -> Tensor:
+            return hidden.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+        cls, patches, words = self
+        return PassOutput(rows(cls), None if patches is None else rows(patches), None if words is None else rows(words))
+
+
+def _places(each: Pass, size: int) -> _Places:
+    """Of one pass, whose packed outputs are ``size`` rows."""
     image, text = each.shown()
     if text is None:
-        tokens = hidden.unflatten(0, (0 if image is None else image.images.shape[0], -1))
-        return PassOutput(tokens[:, 0], tokens[:, 1:], None)
-    count, words = text.cu_seqlens.shape[0] - 1, text.input_ids.shape[0]
-    head = (hidden.shape[0] - words) // count
-    starts = text.cu_seqlens[:-1].long() + torch.arange(count, device=hidden.device) * head
-    word = torch.arange(words, device=hidden.device)
-    words_out = hidden.index_select(0, word + (packing.sample_of_word(text.cu_seqlens, words) + 1) * head)
-    cls = hidden.index_select(0, starts)
-    if head == 1:
-        return PassOutput(cls, None, words_out)
-    places = (starts.unsqueeze(1) + torch.arange(1, head, device=hidden.device)).flatten()
-    return PassOutput(cls, hidden.index_select(0, places).unflatten(0, (count, head - 1)), words_out)
+        assert image is not None
+        rows = torch.arange(size, device=image.images.device).view(image.images.shape[0], -1)
+        return _Places(rows[:, 0], rows[:, 1:], None)
+    device, count, words = text.cu_seqlens.device, text.cu_seqlens.shape[0] - 1, text.input_ids.shape[0]
+    head = (size - words) // count
+    starts = text.cu_seqlens[:-1].long() + torch.arange(count, device=device) * head
+    words_at = torch.arange(words, device=device) + (packing.sample_of_word(text.cu_seqlens, words) + 1) * head
+    patches = starts.unsqueeze(1) + torch.arange(1, head, device=device) if head > 1 else None
+    return _Places(starts, patches, words_at)
 
 
 def _check(passes: Sequence[Pass]) -> None:

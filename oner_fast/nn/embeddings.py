@@ -70,6 +70,11 @@ class PatchEmbedding(nn.Module):
             )
         return int(counts[0])
 
+    @classmethod
+    def masked_places(cls, masked: Tensor) -> Tensor:
+        """Where the masked cells of each image stand, ascending: (B, count) int64; errors as :meth:`masked_count`'s."""
+        return torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, : cls.masked_count(masked)]
+
     def _embed(self, images: Tensor, kept: Tensor) -> Tensor:
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.project.weight.dtype

@@ -40,24 +40,28 @@ class _TiledLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _by_tiles(x, weight.shape[0], lambda part: F.linear(part, weight, bias))
+        if bias is None:
+            return _by_tiles(x, weight.shape[0], lambda part, out: torch.mm(part, weight.t(), out=out))
+        return _by_tiles(x, weight.shape[0], lambda part, out: torch.addmm(bias, part, weight.t(), out=out))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        to_x = _by_tiles(grad, weight.shape[1], lambda part: part @ weight) if ctx.needs_input_grad[0] else None
-        to_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
+        to_x = to_weight = None
+        if ctx.needs_input_grad[0]:
+            to_x = _by_tiles(grad, weight.shape[1], lambda part, out: torch.mm(part, weight, out=out))
+        if ctx.needs_input_grad[1]:
+            to_weight = _weight_gradient(grad, x)
         return to_x, to_weight, grad.sum(dim=0) if ctx.has_bias else None
 
 
-def _by_tiles(x: Tensor, width: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+def _by_tiles(x: Tensor, width: int, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     whole = x.shape[0] - x.shape[0] % _TILE
-    if whole == x.shape[0]:
-        return product(x)
     out = x.new_empty(x.shape[0], width)
-    out[:whole] = product(x[:whole])
-    out[whole:] = product(x[-_TILE:])[whole - x.shape[0] :]
+    product(x[:whole], out[:whole])
+    if whole < x.shape[0]:
+        out[whole:] = product(x[-_TILE:], x.new_empty(_TILE, width))[whole - x.shape[0] :]
     return out
 
 

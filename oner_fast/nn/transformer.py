@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oner_fast import ops
-from oner_fast.nn.linear import Linear
+from oner_fast.nn.linear import Linear, packed_linear
 
 
 class Sequences(NamedTuple):
@@ -25,6 +25,14 @@ class Sequences(NamedTuple):
     cu_seqlens_k: Tensor | None = None
 
 
+class Kept(NamedTuple):
+    """The rows whose output is wanted: ``rows`` (R,) int64 ascending, ``cu_seqlens`` (S + 1,) their numbers in each
+    sequence."""
+
+    rows: Tensor
+    cu_seqlens: Tensor
+
+
 class Attention(nn.Module):
     """Multi-head attention within packed sequences; (T, D) -> (T, D)."""
 
@@ -36,12 +44,21 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """x (T, D); -> (T, D). Each sequence attends to the keys that ``sequences`` gives it."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+    def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
+        """x (T, D); -> (T, D), or (R, D) where ``kept`` names R rows. Each sequence attends to the keys that
+        ``sequences`` gives it."""
+        cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens, sequences.cu_seqlens_k
+        if kept is None:
+            query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        else:
+            width, weight, bias = x.shape[1], self.qkv.weight, self.qkv.bias
+            query = packed_linear(x.index_select(0, kept.rows), weight[:width], bias[:width])
+            query = query.unflatten(-1, (self.heads, -1))
+            key, value = packed_linear(x, weight[width:], bias[width:]).unflatten(-1, (2, self.heads, -1)).unbind(1)
+            cu_seqlens_q, cu_seqlens_k = kept.cu_seqlens, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         if sequences.key_rows is not None:
             key, value = key.index_select(0, sequences.key_rows), value.index_select(0, sequences.key_rows)
-        mixed = ops.varlen_attention(query, key, value, sequences.cu_seqlens, sequences.cu_seqlens_k)
+        mixed = ops.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
         return self.out(mixed.flatten(1))
 
 
@@ -69,9 +86,10 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """(T, D) -> (T, D)."""
-        x = x + self.attention(self.norm_attention(x), sequences)
+    def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
+        """(T, D) -> (T, D), or (R, D) where ``kept`` names R rows."""
+        mixed = self.attention(self.norm_attention(x), sequences, kept)
+        x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -91,13 +109,18 @@ class Trunk(nn.Module):
             if isinstance(module, (Attention, Mlp)):
                 nn.init.trunc_normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm."""
-        for block in self.blocks:
+    def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
+        """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm.
+
+        With ``kept`` only these R rows: (R, D). The last block then computes the others' keys and values alone.
+        """
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            wanted = kept if index == last else None
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, sequences, use_reentrant=False)
+                x = checkpoint(block, x, sequences, wanted, use_reentrant=False)
             else:
-                x = block(x, sequences)
+                x = block(x, sequences, wanted)
         return self.norm(x)
 
 

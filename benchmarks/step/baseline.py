@@ -1,0 +1,164 @@
+"""The plain step with our weights and masks: what the eager and the compiled baseline run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from oner_fast.benchmarks.step.ours import OurStep
+from oner_fast.benchmarks.step.plain import Batch, Block, Masks, PlainModel, Tower, teacher_keys
+from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
+from oner_fast.data.batch import PairBatch
+from oner_fast.models.oner import OneR
+from oner_fast.train.inputs import StudentInput, student_input
+from oner_fast.train.optim import decays
+from oner_fast.train.student import Student
+
+_RENAMED = (
+    ("patch_embedding.project.", "patch_embedding."),
+    ("patch_embedding.positions", "patch_positions"),
+    ("patch_embedding.mask_token", "mask_token"),
+    ("word_embedding.words.", "word_embedding."),
+    ("word_embedding.positions", "word_positions"),
+    ("trunk.", ""),
+    ("attention.qkv.", "qkv."),
+    ("attention.out.", "attention_out."),
+    ("mlp.up.", "up."),
+    ("mlp.out.", "mlp_out."),
+    ("word_head.transform.", "word_transform."),
+    ("word_head.norm.", "word_norm."),
+    ("word_head.bias", "word_bias"),
+)
+
+
+def plain_name(name: str) -> str:
+    """What a parameter of :class:`Student` or :class:`OneR` is called in the plain model."""
+    for ours, theirs in _RENAMED:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    theirs = dict(target.named_parameters())
+    ours = {plain_name(name): parameter for name, parameter in source.named_parameters()}
+    ours.pop("log_logit_scale", None)
+    if ours.keys() != theirs.keys():
+        raise ValueError(f"the models differ in {sorted(ours.keys() ^ theirs.keys())}")
+    with torch.no_grad():
+        for name, parameter in theirs.items():
+            parameter.copy_(ours[name].view_as(parameter))
+
+
+def plain_model(student: Student) -> PlainModel:
+    """The plain model with the weights of `student`.
+
+    Raises:
+        ValueError: `student` is not one that the plain step knows: one trunk, one head, and every loss but CIC.
+    """
+    if student.predictor is None:
+        raise ValueError("the plain step has a predictor, and the student has none")
+    model = PlainModel(student.tower.config, student.predictor[0].out_features)  # type: ignore[arg-type]
+    _copy(student, model)
+    return model
+
+
+def plain_teacher(teacher: OneR) -> Tower:
+    """The plain tower with the weights of `teacher`, without gradients."""
+    tower = Tower(teacher.config)
+    _copy(teacher, tower)
+    return tower.requires_grad_(False)
+
+
+def _padded(values: Tensor, lengths: list[int], longest: int) -> Tensor:
+    rows = [nn.functional.pad(part, (0, longest - part.shape[0])) for part in values.split(lengths)]
+    return torch.stack(rows)
+
+
+def plain_batch(batch: PairBatch, masked: StudentInput) -> Batch:
+    """`batch` padded to its longest caption, with the very masks of our step."""
+    lengths = batch.text.lengths.tolist()
+    longest = max(lengths)
+    padding = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+    places = padding.flatten().nonzero().squeeze(1)
+    passes = {each.name: each for each in masked.passes}
+
+    def masks(text: str, image: str) -> Masks:
+        words, patches = passes[text].text, masked.patches[image]  # type: ignore[index]
+        if words is None:
+            raise ValueError(f"the pass {text} shows no words")
+        word_ids = _padded(words.input_ids, lengths, longest)
+        rows = places.index_select(0, masked.words[text].rows)  # type: ignore[index]
+        return Masks(word_ids, rows, patches, patches.flatten().nonzero().squeeze(1))
+
+    word_ids = _padded(batch.text.input_ids, lengths, longest)
+    return Batch(batch.images, word_ids, padding, masks("text", "image"), masks("image_text", "image_text"))
+
+
+class PlainStep:
+    """The step of `ours` in plain PyTorch: same weights, masks, losses, optimiser and momentum.
+
+    Args:
+        ours: whose weights are copied.
+        dtype: of autocast; None computes in float32.
+        compiled: every transformer block by torch.compile (each of its shapes on its own, no dynamic ones), and the
+            masked losses; the optimiser is PyTorch's fused one, the teacher moves by one _foreach call.
+    """
+
+    def __init__(self, ours: OurStep, dtype: torch.dtype | None, compiled: bool = False) -> None:
+        self.name = "plain, compiled" if compiled else "plain, eager"
+        config = self.config = ours.config
+        self.dtype = dtype
+        masked = student_input(
+            ours.batch, config.objectives, config.model, config.run.seed, Words(config.model.vocab_size)
+        )
+        self.batch = plain_batch(ours.batch, masked)
+        self.student, self.teacher = plain_model(ours.student), plain_teacher(ours.teacher)
+        named = list(self.student.named_parameters())
+        groups = [
+            {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.optim.wd},
+            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+        ]
+        o = config.optim
+        self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (o.beta1, o.beta2), o.eps, fused=True)
+        if compiled:
+            for module in (self.student, self.teacher):
+                for block in module.modules():
+                    if isinstance(block, Block):
+                        block.compile(dynamic=False)
+            self.student.compile_losses()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.dtype is None else torch.autocast("cpu", dtype=self.dtype)
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Forward and backward: the losses by name (0-d); the gradients are in the student's parameters."""
+        objectives = self.config.objectives
+        with self._autocast():
+            keys = teacher_keys(self.teacher, self.batch)
+            losses = self.student(self.batch, keys, 1 / objectives.temperature)
+        loss = torch.stack([getattr(objectives, name) * value for name, value in losses.items()]).sum()
+        loss.backward()
+        return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}
+
+    def update(self) -> None:
+        """Clip, take the optimiser's step and move the teacher."""
+        nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optim.grad_clip_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            student: list[Tensor] = list(self.student.tower.parameters())
+            teacher: list[Tensor] = list(self.teacher.parameters())
+            torch._foreach_lerp_(teacher, student, 1.0 - MOMENTUM)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, call: int = 0) -> Tensor:
+        """One training step; its loss."""
+        loss = self.gradient()["loss"]
+        self.update()
+        return loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients by parameter."""
+        named = self.student.named_parameters()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}

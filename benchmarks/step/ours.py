@@ -1,0 +1,70 @@
+"""The step through the library's own classes, as the trainer takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
+from oner_fast.data.batch import PairBatch
+from oner_fast.models.oner import OneR
+from oner_fast.train.distributed import World
+from oner_fast.train.ema import build_teacher, update_teacher
+from oner_fast.train.optim import build_adamw, clip_grad_norm
+from oner_fast.train.settings import OneRTraining
+from oner_fast.train.step import TrainingStep
+from oner_fast.train.student import Student
+
+
+class OurStep:
+    """Weights of seed 0, a teacher of other weights, and one batch that every step sees.
+
+    Args:
+        config: the training; its batch size is that of `batch`.
+        batch: what every step sees.
+        dtype: of autocast; None computes in float32.
+    """
+
+    name = "ours"
+
+    def __init__(self, config: OneRTraining, batch: PairBatch, dtype: torch.dtype | None) -> None:
+        self.config, self.batch = config, batch
+        torch.manual_seed(0)
+        self.student = Student(config.model, config.objectives).train()
+        self.teacher = build_teacher(OneR(config.model))
+        o = config.optim
+        self.optimizer = build_adamw(self.student, LEARNING_RATE, (o.beta1, o.beta2), o.eps, o.wd)
+        words, world = Words(config.model.vocab_size), World(0, 1, 0, torch.device("cpu"))
+        self.step = TrainingStep(config, self.student, self.teacher, words, world, dtype)
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Forward and backward: the losses by name (0-d); the gradients are in the student's parameters."""
+        result = self.step(self.batch)
+        return {"loss": result.loss, **result.parts}
+
+    def update(self) -> None:
+        """Clip, take the optimiser's step and move the teacher."""
+        clip_grad_norm(self.student.parameters(), self.config.optim.grad_clip_norm)
+        self.optimizer.step()
+        self.student.clamp_temperature()
+        update_teacher(self.teacher, self.student.tower, MOMENTUM)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, call: int = 0) -> Tensor:
+        """One training step under deterministic algorithms, as the trainer's default is; its loss."""
+        before = torch.are_deterministic_algorithms_enabled()
+        filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(self.config.run.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        try:
+            loss = self.gradient()["loss"]
+            self.update()
+        finally:
+            torch.use_deterministic_algorithms(before)
+            torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+        return loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients by parameter."""
+        named = self.student.named_parameters()
+        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}

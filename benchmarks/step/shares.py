@@ -1,0 +1,61 @@
+"""Which operations a step's time goes into, by the profiler."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.profiler import ProfilerActivity, profile
+
+REST = "rest"
+# The first that matches an operation's name has it; what none matches is the rest: calls, views, Python.
+_KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("attention", r"scaled_dot_product|varlen_attention"),
+        ("contrast", r"oner_fast::mixup"),
+        ("optimizer and clipping", r"adamw|vector_norm|aten::mul_$|_foreach_(norm|mul)"),
+        ("teacher's average", r"lerp"),
+        ("fused by torch.compile", r"[Cc]ompiled"),
+        ("linear layers", r"aten::(mm|addmm|bmm|baddbmm|mv|addmv)$|TiledLinear|mkldnn|convolution|linear_pointwise"),
+        ("layer norm", r"layer_norm"),
+        ("GELU", r"gelu"),
+        ("gathers", r"oner_fast::.*gather|aten::(index|gather|scatter|embedding|where|take)"),
+        ("softmax and losses", r"softmax|nll_loss|aten::(abs|sgn|sign|div|var_mean|exp|logsumexp)$"),
+        ("additions and sums", r"aten::(add|add_|sum|sub|mean)$"),
+        ("copies and casts", r"aten::(copy_|cat|fill_|zero_|clone|stack|constant_pad_nd)$"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """`seconds` that operations of a `kind` took, and their `share` of the step, 0 to 1."""
+
+    kind: str
+    seconds: float
+    share: float
+
+
+def kind_of(operation: str) -> str:
+    """The kind of an operation that the profiler names."""
+    return next((kind for kind, pattern in _KINDS if pattern.search(operation)), REST)
+
+
+def shares(step: Callable[[], object]) -> list[Share]:
+    """Of one call of `step`, which has been warmed up: every kind's own time, largest first, the rest of the wall-clock
+    time last. They add up to the whole."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.perf_counter()
+        step()
+        wall = time.perf_counter() - start
+    seconds: dict[str, float] = {}
+    for event in profiler.key_averages():
+        kind = kind_of(event.key)
+        seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6
+    seconds.pop(REST, None)
+    found = [Share(kind, value, value / wall) for kind, value in sorted(seconds.items(), key=lambda item: -item[1])]
+    rest = wall - sum(share.seconds for share in found)
+    return [share for share in found if share.seconds > 0] + [Share(REST, rest, rest / wall)]
