@@ -65,7 +65,7 @@ inline void tile(int64_t k, const typename P::Element* a, int64_t a_row, int64_t
   constexpr int W = kLanes<T>;
   Vec<T> sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = kAdd ? load(c + r * c_row + v * W) : Vec<T>{};
+    for (int v = 0; v < V; ++v) sum[r][v] = Vec<T>{};
   for (int64_t i = 0; i < k; ++i) {
     Vec<typename P::Element> row[V];
 #pragma GCC unroll 16
@@ -80,7 +80,11 @@ inline void tile(int64_t k, const typename P::Element* a, int64_t a_row, int64_t
     b += V * W;
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(c + r * c_row + v * W, sum[r][v]);
+    for (int v = 0; v < V; ++v) {
+      // Added at the end: each step's rounding is relative to this product, not to all that C holds.
+      if constexpr (kAdd) sum[r][v] += load(c + r * c_row + v * W);
+      store(c + r * c_row + v * W, sum[r][v]);
+    }
 }
 
 template <typename P, int V, bool kAdd, int R>
