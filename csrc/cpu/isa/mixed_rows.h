@@ -72,7 +72,7 @@ void read_mixed(const MixedRows& rows, int64_t i, int64_t column, int64_t count,
 }
 
 // What a packed row was multiplied by, and what makes a unit vector of it. bfloat16 rows are scaled by a power of two,
-// which is exact, so that rows that are not mixed enter the product as they are.
+// which is exact, and by 1 where no product could overflow: rows that are not mixed enter the product as they are.
 template <typename P>
 struct RowFactors {
   typename P::Out packed, rest;
@@ -86,6 +86,8 @@ RowFactors<P> factors_of(const MixedRows& rows, int64_t i) {
   if constexpr (P::kDepth == 1) {
     return {inverse, 1};
   } else {
+    constexpr T kSmall = 1.0f / (1 << 30), kLarge = 1 << 30;
+    if (inverse > kSmall && inverse < kLarge) return {1, inverse};
     const float power = float_of(bits_of(inverse) & 0x7F800000u);
     return {power, inverse / power};
   }
@@ -106,6 +108,13 @@ void pack_mixed(const MixedRows& rows, int64_t first, int64_t count, typename P:
     typename P::Element* to = out + i * length;
     const RowFactors<P> factors = factors_of<P>(rows, first + i);
     rest[i] = factors.rest;
+    const int64_t all = length * static_cast<int64_t>(sizeof *out);
+    const int64_t used = rows.width * static_cast<int64_t>(sizeof *out) / P::kDepth;
+    std::memset(reinterpret_cast<char*>(to) + used, 0, static_cast<size_t>(all - used));
+    if (P::kDepth == 2 && rows.other == nullptr && rows.kind == kBF16 && factors.packed == 1) {
+      std::memcpy(to, row_of(rows.x, rows.stride, rows.kind, first + i), static_cast<size_t>(used));
+      continue;
+    }
     for (int64_t column = 0; column < rows.width; column += kPart) {
       const int64_t n = rows.width - column < kPart ? rows.width - column : kPart;
       T part[kPart];
@@ -116,9 +125,6 @@ void pack_mixed(const MixedRows& rows, int64_t first, int64_t count, typename P:
       else
         narrow_row(reinterpret_cast<BFloat*>(to) + column, part, n);
     }
-    const int64_t all = length * static_cast<int64_t>(sizeof *out);
-    const int64_t used = rows.width * static_cast<int64_t>(sizeof *out) / P::kDepth;
-    std::memset(reinterpret_cast<char*>(to) + used, 0, static_cast<size_t>(all - used));
   }
 }
 
