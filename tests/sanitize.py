@@ -32,7 +32,9 @@ def build() -> Path:
 
 def runtime(name: str) -> str:
     compiler = os.environ.get("CXX", "c++")
-    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def main() -> int:
@@ -47,7 +49,7 @@ def main() -> int:
     failed = []
     for capability in CAPABILITIES:
         print(f"=== {capability}", flush=True)
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SKIP, *sys.argv[1:]]
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SKIP, *sys.argv[1:]]
         done = subprocess.run(
             [*command, str(ROOT / "tests" / "ops")],
             cwd=ROOT, env={**environment, "ONER_FAST_CPU_CAPABILITY": capability}, check=False,

