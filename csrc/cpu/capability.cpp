@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/isa/rows.h"
+#include "cpu/isa/streams.h"
 
 namespace oner_fast {
 namespace {
@@ -62,5 +63,6 @@ std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 #endif
 
 ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
+ONER_FAST_CHOOSE_KERNELS(StreamKernels, stream_kernels)
 
 }  // namespace oner_fast
