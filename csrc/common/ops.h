@@ -26,4 +26,11 @@ at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kep
                                    const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
                                    const std::optional<at::Tensor>& cu_seqlens);
 
+// The loss and, for each row, what the gradient needs beside the inputs: (B * K, 2).
+std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
+                                                   const std::optional<at::Tensor>& kept);
+
+at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
+                                    const std::optional<at::Tensor>& kept, const at::Tensor& factors);
+
 }  // namespace oner_fast
