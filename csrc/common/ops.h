@@ -50,4 +50,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& row_weight, const std::optional<at::Tensor>& column_max, const std::optional<at::Tensor>& column_weight,
     const at::Tensor& own_weight, const std::optional<at::Tensor>& partner_weight, bool need_key);
 
+// The loss and, for each row, what the gradient needs beside the inputs: (B * K, 2).
+std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
+                                                   const std::optional<at::Tensor>& kept);
+
+at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
+                                    const std::optional<at::Tensor>& kept, const at::Tensor& factors);
+
 }  // namespace oner_fast

@@ -18,6 +18,8 @@
 
 #include "cpu/isa/mixup_info_nce.h"
 #include "cpu/isa/rows.h"
+#include "cpu/isa/streams.h"
+#include "cpu/isa/token_alignment.h"
 
 namespace oner_fast {
 namespace {
@@ -88,5 +90,7 @@ std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 
 ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
 ONER_FAST_CHOOSE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels)
+ONER_FAST_CHOOSE_KERNELS(StreamKernels, stream_kernels)
+ONER_FAST_CHOOSE_KERNELS(TokenAlignmentKernels, token_alignment_kernels)
 
 }  // namespace oner_fast

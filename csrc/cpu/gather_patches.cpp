@@ -10,12 +10,14 @@
 #include "common/kept.h"
 #include "common/ops.h"
 #include "cpu/kinds.h"
+#include "cpu/output.h"
 #include "cpu/isa/rows.h"
 
 namespace oner_fast {
 namespace {
 
 constexpr const char* kOp = "gather_patches";
+constexpr int64_t kAhead = 4;        // patches between the one that is read and the one that is prefetched
 constexpr int64_t kGrain = 1 << 15;  // pixels: less is not worth another thread
 
 std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels, double otherwise) {
@@ -61,20 +63,33 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   if (out.numel() == 0) return out;
 
   const auto normalise = row_kernels().normalise[in][out_kind];
-  const int64_t in_size = images.element_size(), out_size = out.element_size();
+  const int64_t in_size = images.element_size(), out_size = out.element_size(), line_bytes = images.stride(2) * in_size;
   const char* from = static_cast<const char*>(images.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  const Output output(kept.total() * row_width * out_size);
+  const auto corner = [&](int64_t b, int64_t cell, int64_t c) {
+    const int64_t y = cell / across * patch, x = cell % across * patch;
+    return from + (b * images.stride(0) + c * images.stride(1) + y * images.stride(2) + x) * in_size;
+  };
   at::parallel_for(0, kept.total(), std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
+    std::vector<double> room(output.streamed() ? static_cast<size_t>((square * out_size + 7) / 8) : 0);
     int64_t b = kept.sample_of_row(first, 0);
     for (int64_t i = first; i < last; ++i) {
       while (i >= kept.begin(b + 1)) ++b;
-      const int64_t y = kept[i] / across * patch, x = kept[i] % across * patch;
+      char* row = to + i * row_width * out_size;
       for (int64_t c = 0; c < channels; ++c) {
-        const int64_t corner = b * images.stride(0) + c * images.stride(1) + y * images.stride(2) + x;
-        normalise(to + (i * row_width + c * square) * out_size, from + corner * in_size, images.stride(2), patch,
+        // Lines of a patch lie far apart, where no hardware looks ahead.
+        if (i + kAhead < kept.begin(b + 1)) {
+          const char* soon = corner(b, kept[i + kAhead], c);
+          for (int64_t line = 0; line < patch; ++line) __builtin_prefetch(soon + line * line_bytes);
+        }
+        char* part = row + c * square * out_size;
+        normalise(output.streamed() ? static_cast<void*>(room.data()) : part, corner(b, kept[i], c), images.stride(2), patch,
                   shift[static_cast<size_t>(c)], divisor[static_cast<size_t>(c)]);
+        if (output.streamed()) output.copy(part, room.data(), square * out_size, nullptr);
       }
     }
+    output.finish();
   });
   return out;
 }

@@ -11,6 +11,7 @@
 #include "common/kept.h"
 #include "common/ops.h"
 #include "cpu/kinds.h"
+#include "cpu/output.h"
 #include "cpu/isa/rows.h"
 
 namespace oner_fast {
@@ -18,6 +19,7 @@ namespace {
 
 constexpr const char* kOp = "masked_gather";
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
+constexpr int64_t kBlock = 128;            // elements summed, written and prefetched in turn, so that reads and writes overlap
 constexpr int64_t kLine = 64;             // elements: threads never share a cache line of a row
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -46,23 +48,32 @@ struct Gradient {
   }
 };
 
-// Sums of several rows of one (sample, cell): float32 unless the rows are float64, in ascending order of entry.
-void sum_entries(char* out, char* scratch, const Gradient& grad, const int64_t* first, const int64_t* last, int64_t sample,
-                 int64_t column, int64_t columns, Kind kind, const RowKernels& row) {
-  const int64_t bytes_out = columns * grad.size;
-  if (first == last) {
-    std::memset(out, 0, static_cast<size_t>(bytes_out));
-    return;
-  }
-  if (last - first == 1) {
-    std::memcpy(out, grad.of_entry(sample, *first, column), static_cast<size_t>(bytes_out));
-    return;
-  }
+// One gradient row for tokens, from the entries [first, last) of (sample, cell): float32 sums unless the rows are float64, in
+// ascending order of entry. Where `sums` is given (positions), every entry is added to it too. `soon`: the next entry, or null.
+void write_row(char* out, char* scratch, char* sums, const Gradient& grad, const int64_t* first, const int64_t* last,
+               const int64_t* soon, int64_t sample, int64_t column, int64_t columns, Kind kind, const RowKernels& row,
+               const Output& output) {
   const bool is_double = kind == kF64;
-  std::memset(scratch, 0, static_cast<size_t>(columns * (is_double ? 8 : 4)));
-  for (const int64_t* entry = first; entry != last; ++entry)
-    row.accumulate[kind][is_double](scratch, grad.of_entry(sample, *entry, column), columns);
-  row.store[kind][is_double](out, scratch, columns);
+  const int64_t wide = is_double ? 8 : 4;
+  if (out != nullptr && first == last) {
+    output.zero(out, columns * grad.size);
+  } else if (out != nullptr && last - first == 1) {
+    const char* from = grad.of_entry(sample, *first, column);
+    const char* next = soon == nullptr ? nullptr : grad.of_entry(sample, *soon, column);
+    for (int64_t c = 0; c < columns; c += kBlock) {
+      const int64_t count = std::min(kBlock, columns - c);
+      if (sums != nullptr) row.accumulate[kind][is_double](sums + c * wide, from + c * grad.size, count);
+      output.copy(out + c * grad.size, from + c * grad.size, count * grad.size, next == nullptr ? nullptr : next + c * grad.size);
+    }
+  } else {
+    if (out != nullptr) std::memset(scratch, 0, static_cast<size_t>(columns * wide));
+    for (const int64_t* entry = first; entry != last; ++entry) {
+      const char* from = grad.of_entry(sample, *entry, column);
+      if (sums != nullptr) row.accumulate[kind][is_double](sums, from, columns);
+      if (out != nullptr) row.accumulate[kind][is_double](scratch, from, columns);
+    }
+    if (out != nullptr) row.store[kind][is_double](out, scratch, columns);
+  }
 }
 
 }  // namespace
@@ -94,25 +105,35 @@ at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
   const char* front = length ? bytes(prefix) : nullptr;
   const int64_t sample_stride = tokens.stride(0) * size, token_stride = tokens.stride(1) * size;
   const int64_t place_stride = place ? positions.stride(0) * size : 0, front_stride = front ? prefix.stride(0) * size : 0;
-  const size_t row_bytes = static_cast<size_t>(width * size);
+
+  const Output output(rows * width * size);
 
   at::parallel_for(0, rows, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
     int64_t b = kept.sample_of_row(first, length);
+    double sum[kBlock];  // room for every kind
     for (int64_t r = first; r < last; ++r) {
       while (r >= kept.begin(b + 1) + (b + 1) * length) ++b;
       const int64_t within = r - kept.begin(b) - b * length;
       char* target = to + r * width * size;
       if (within < length) {
-        std::memcpy(target, front + within * front_stride, row_bytes);
+        output.copy(target, front + within * front_stride, width * size, nullptr);
         continue;
       }
-      const int64_t n = kept[kept.begin(b) + within - length];
+      const int64_t entry = kept.begin(b) + within - length, n = kept[entry];
       const char* source = from + b * sample_stride + n * token_stride;
-      if (place == nullptr)
-        std::memcpy(target, source, row_bytes);
-      else
-        row.add[kind](target, source, place + n * place_stride, width);
+      const bool more = entry + 1 < kept.begin(b + 1);
+      const char* next = more ? from + b * sample_stride + kept[entry + 1] * token_stride : nullptr;
+      for (int64_t c = 0; c < width; c += kBlock) {
+        const int64_t count = std::min(kBlock, width - c);
+        const void* part = source + c * size;
+        if (place != nullptr) {
+          row.add[kind](sum, part, place + n * place_stride + c * size, count);
+          part = sum;
+        }
+        output.copy(target + c * size, part, count * size, more ? next + c * size : nullptr);
+      }
     }
+    output.finish();
   });
   return out;
 }
@@ -135,6 +156,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
   at::Tensor to_prefix = need_prefix ? at::zeros({length, width}, options) : at::empty({0}, options);
 
   const RowKernels& row = row_kernels();
+  const Output output(need_tokens ? samples * cells * width * size : 0);
   const Gradient view{bytes(grad), width, size, length};
   const bool is_double = kind == kF64;
   const int64_t wide = is_double ? 8 : 4;
@@ -148,9 +170,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
         std::vector<char> scratch(static_cast<size_t>(width * wide));
         for (int64_t i = first; i < last; ++i) {
           const int64_t b = i / cells, n = i % cells;
-          sum_entries(tokens_out + i * width * size, scratch.data(), view, inverse.begin(b, n), inverse.end(b, n), b, 0, width,
-                      kind, row);
+          const int64_t *entry = inverse.begin(b, n), *until = inverse.end(b, n);
+          write_row(tokens_out + i * width * size, scratch.data(), nullptr, view, entry, until,
+                    until == inverse.end(b, cells - 1) ? nullptr : until, b, 0, width, kind, row, output);
         }
+        output.finish();
       });
     } else {
       // A thread owns a range of cells (and of columns where the cells are few) in all samples, so that the sum over
@@ -170,14 +194,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
           for (int64_t b = 0; b < samples; ++b) {
             for (int64_t n = low; n < high; ++n) {
               const int64_t *from = inverse.begin(b, n), *until = inverse.end(b, n);
-              for (const int64_t* entry = from; entry != until; ++entry)
-                row.accumulate[kind][is_double](sums.data() + (n - low) * columns * wide, view.of_entry(b, *entry, column),
-                                                columns);
-              if (tokens_out != nullptr)
-                sum_entries(tokens_out + ((b * cells + n) * width + column) * size, scratch.data(), view, from, until, b, column,
-                            columns, kind, row);
+              write_row(tokens_out == nullptr ? nullptr : tokens_out + ((b * cells + n) * width + column) * size, scratch.data(),
+                        sums.data() + (n - low) * columns * wide, view, from, until,
+                        until == inverse.end(b, high - 1) ? nullptr : until, b, column, columns, kind, row, output);
             }
           }
+          output.finish();
           for (int64_t n = low; n < high; ++n)
             row.store[kind][is_double](positions_out + (n * width + column) * size, sums.data() + (n - low) * columns * wide,
                                        columns);

@@ -13,6 +13,8 @@ TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
   m.impl("mixup_inverse_norms", TORCH_FN(oner_fast::mixup_inverse_norms));
   m.impl("mixup_info_nce_statistics", TORCH_FN(oner_fast::mixup_info_nce_statistics));
   m.impl("mixup_info_nce_backward", TORCH_FN(oner_fast::mixup_info_nce_backward));
+  m.impl("token_alignment", TORCH_FN(oner_fast::token_alignment));
+  m.impl("token_alignment_backward", TORCH_FN(oner_fast::token_alignment_backward));
 }
 
 TORCH_LIBRARY_IMPL(oner_fast, CompositeExplicitAutograd, m) {
@@ -28,4 +30,6 @@ TORCH_LIBRARY_IMPL(oner_fast, Autograd, m) {
   m.impl("mixup_inverse_norms", torch::autograd::autogradNotImplementedFallback());
   m.impl("mixup_info_nce_statistics", torch::autograd::autogradNotImplementedFallback());
   m.impl("mixup_info_nce_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("token_alignment", torch::autograd::autogradNotImplementedFallback());
+  m.impl("token_alignment_backward", torch::autograd::autogradNotImplementedFallback());
 }

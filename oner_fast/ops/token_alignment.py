@@ -2,12 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.library import define
+
+
+def _wide(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+@define("token_alignment(Tensor student, Tensor teacher, Tensor? kept) -> (Tensor, Tensor)")
+def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = student.shape[0] * student.shape[1]
+    return student.new_empty((), dtype=_wide(student)), student.new_empty((rows, 2), dtype=_wide(student))
+
+
+@define("token_alignment_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? kept, Tensor factors) -> Tensor")
+def _backward_shape(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None, factors: Tensor) -> Tensor:
+    return student.new_empty(student.shape)
+
+
+class _TokenAlignment(torch.autograd.Function):
+    """Saves the inputs and two numbers a student token."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:  # type: ignore[override]
+        loss, factors = torch.ops.oner_fast.token_alignment(student, teacher, kept)
+        ctx.save_for_backward(student, teacher, kept, factors)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return torch.ops.oner_fast.token_alignment_backward(grad, *ctx.saved_tensors), None, None
+
+
+def _compiled(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
+    checks.token_alignment(student, teacher, kept)
+    return _TokenAlignment.apply(student, teacher.detach(), kept)
+
 
 register("token_alignment", "reference", reference.token_alignment)
+register("token_alignment", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
 
 
 def token_alignment(

@@ -184,6 +184,35 @@ def test_same_bits_with_any_threads_under_deterministic_algorithms() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("patch", [7, 8, 14, 16, 32])
+def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torch.dtype, patch: int) -> None:
+    """More than 4 MiB; sample by sample, each is written the other way. 7 and 14: lines that no vector divides."""
+    images = pictures(dtype, 12, 3, 4 * patch, 5 * patch)
+    kept = torch.randint(20, (12, 400 if patch > 8 else 2600))
+    everything = gather_patches(images, kept, patch, MEAN, STD, implementation="cpp")
+    assert everything.numel() * 4 > 4 << 20
+    for b in range(12):
+        few = kept[b : b + 1, :9]
+        alone = gather_patches(images[b : b + 1], few, patch, MEAN, STD, implementation="cpp")
+        assert torch.equal(everything[b, :9], alone[0])
+        plain = reference.gather_patches(images[b : b + 1], few, patch, MEAN, STD)
+        torch.testing.assert_close(alone, plain, rtol=1e-6, atol=1e-6)
+
+
+@compiled
+def test_a_side_longer_than_any_buffer() -> None:
+    images, kept = torch.randint(0, 256, (1, 1, 1100, 2200), dtype=torch.uint8), torch.tensor([[1, 0]])
+    ours = gather_patches(images, kept, 1100, implementation="cpp")
+    torch.testing.assert_close(ours, reference.gather_patches(images, kept, 1100), rtol=1e-6, atol=0)
+
+
+def test_autocast_does_not_change_the_dtype() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gather_patches(IMAGES, K, 4).dtype == torch.float32
+
+
+@compiled
 def test_saves_the_indices_and_the_divisor_alone() -> None:
     saved: list[Tensor] = []
 

@@ -222,6 +222,24 @@ def test_same_bits_with_any_threads_under_deterministic_algorithms(dtype: torch.
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torch.dtype, with_positions: bool) -> None:
+    """More than 4 MiB, rows at addresses that no vector divides; sample by sample, each is written the other way."""
+    tokens, kept, positions, prefix = make(32, 70, 1029, 67, 1, dtype)
+    place = positions if with_positions else None
+    everything = masked_gather(tokens, kept, place, prefix, implementation="cpp")
+    assert everything.numel() * everything.element_size() > 4 << 20
+    upstream = torch.randn_like(everything)
+    (to_tokens,) = torch.autograd.grad(everything, tokens, upstream)
+    for b in range(32):
+        part = tokens[b : b + 1]
+        alone = masked_gather(part, kept[b : b + 1], place, prefix, implementation="cpp")
+        assert torch.equal(everything[b], alone[0])
+        assert torch.equal(to_tokens[b], torch.autograd.grad(alone, part, upstream[b : b + 1])[0][0])
+
+
+@compiled
 def test_a_gradient_that_nobody_asks_for_is_not_made() -> None:
     tokens, kept, positions, prefix = make()
     for wanted in ((tokens,), (positions,), (prefix,)):

@@ -6,8 +6,6 @@
 namespace oner_fast {
 namespace {
 
-constexpr int64_t kChunk = 64;  // elements converted at a time; they stay in the first-level cache
-
 template <typename T, typename Wide>
 void add(void* out, const void* a, const void* b, int64_t count) {
   for (int64_t i = 0; i < count; i += kChunk) {
@@ -28,6 +26,13 @@ void add_plain(void* out, const void* a, const void* b, int64_t count) {
   for (int64_t i = 0; i < count; ++i) o[i] = x[i] + y[i];
 }
 
+template <typename T>
+void accumulate_plain(void* sum, const void* row, int64_t count) {
+  T* __restrict total = static_cast<T*>(sum);
+  const T* x = static_cast<const T*>(row);
+  for (int64_t i = 0; i < count; ++i) total[i] += x[i];
+}
+
 template <typename T, typename Wide>
 void accumulate(void* sum, const void* row, int64_t count) {
   Wide* total = static_cast<Wide*>(sum);
@@ -44,18 +49,60 @@ void store(void* row, const void* sum, int64_t count) {
   narrow_row(static_cast<T*>(row), static_cast<const Wide*>(sum), count);
 }
 
+// The usual lines are copied by one or two instructions: a call costs more than the line.
+inline void place(void* to, const void* from, int64_t bytes) {
+  switch (bytes) {
+    case 8:
+      std::memcpy(to, from, 8);
+      break;
+    case 16:
+      std::memcpy(to, from, 16);
+      break;
+    case 32:
+      std::memcpy(to, from, 32);
+      break;
+    case 64:
+      std::memcpy(to, from, 64);
+      break;
+    default:
+      std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+}
+
+// out = (pixels - shift) / divisor
+template <typename In, typename Out, typename Wide>
+inline void normalise_block(Out* out, const In* pixels, int64_t count, Wide shift, Wide divisor) {
+  Wide x[kChunk];
+  widen_row(x, pixels, count);
+  for (int64_t j = 0; j < count; ++j) x[j] = (x[j] - shift) / divisor;
+  narrow_row(out, x, count);
+}
+
 template <typename In, typename Out, typename Wide>
 void normalise(void* out, const void* pixels, int64_t stride, int64_t side, double shift, double divisor) {
+  constexpr int64_t kRoom = 1024, kShort = 16;  // of a constant number the compiler makes a few instructions
   const Wide s = static_cast<Wide>(shift), d = static_cast<Wide>(divisor);
-  for (int64_t y = 0; y < side; ++y) {
-    const In* line = static_cast<const In*>(pixels) + y * stride;
-    Out* row = static_cast<Out*>(out) + y * side;
-    for (int64_t i = 0; i < side; i += kChunk) {
-      const int64_t n = side - i < kChunk ? side - i : kChunk;
-      Wide x[kChunk];
-      widen_row(x, line + i, n);
-      for (int64_t j = 0; j < n; ++j) x[j] = (x[j] - s) / d;
-      narrow_row(row + i, x, n);
+  if (side % kShort == 0) {
+    for (int64_t y = 0; y < side; ++y)
+      for (int64_t x = 0; x < side; x += kShort)
+        normalise_block<In, Out, Wide>(static_cast<Out*>(out) + y * side + x, static_cast<const In*>(pixels) + y * stride + x,
+                                       kShort, s, d);
+    return;
+  }
+  const int64_t width = side < kRoom ? side : kRoom, lines = kRoom / width;
+  In room[kRoom];  // lines put together, so that whole blocks are converted
+  for (int64_t y = 0; y < side; y += lines) {
+    const int64_t height = side - y < lines ? side - y : lines;
+    for (int64_t x = 0; x < side; x += width) {
+      const int64_t columns = side - x < width ? side - x : width;
+      for (int64_t k = 0; k < height; ++k)
+        place(room + k * columns, static_cast<const In*>(pixels) + (y + k) * stride + x,
+              columns * static_cast<int64_t>(sizeof(In)));
+      Out* to = static_cast<Out*>(out) + y * side + x;
+      const int64_t count = height * columns;
+      const int64_t whole = count / kChunk * kChunk, rest = count % kChunk;
+      for (int64_t i = 0; i < whole; i += kChunk) normalise_block<In, Out, Wide>(to + i, room + i, kChunk, s, d);
+      if (rest > 0) normalise_block<In, Out, Wide>(to + whole, room + whole, rest, s, d);
     }
   }
 }
@@ -74,10 +121,10 @@ RowKernels make_table() {
   table.add[kF64] = add_plain<double>;
   table.add[kF16] = add<Half, float>;
   table.add[kBF16] = add<BFloat, float>;
-  table.accumulate[kF32][0] = accumulate<float, float>;
+  table.accumulate[kF32][0] = accumulate_plain<float>;
   table.accumulate[kF32][1] = accumulate<float, double>;
   table.accumulate[kF64][0] = accumulate<double, float>;
-  table.accumulate[kF64][1] = accumulate<double, double>;
+  table.accumulate[kF64][1] = accumulate_plain<double>;
   table.accumulate[kF16][0] = accumulate<Half, float>;
   table.accumulate[kF16][1] = accumulate<Half, double>;
   table.accumulate[kBF16][0] = accumulate<BFloat, float>;

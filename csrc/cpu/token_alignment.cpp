@@ -1,0 +1,144 @@
+// token_alignment: minus the mean cosine of student and teacher rows. Bound by memory: each pass reads both rows once.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/kept.h"
+#include "common/ops.h"
+#include "cpu/isa/token_alignment.h"
+#include "cpu/kinds.h"
+#include "cpu/output.h"
+
+namespace oner_fast {
+namespace {
+
+constexpr const char* kOp = "token_alignment";
+constexpr double kEps = 1e-12;            // a row's norm is at least this, as in F.normalize
+constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
+
+// Row i of the student and the teacher row it is aligned with.
+class Pairs {
+ public:
+  Pairs(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& kept)
+      : student_(dense("student", student)), teacher_(dense("teacher", teacher)) {
+    student_kind = kind_of(kOp, "student", student.scalar_type());
+    teacher_kind = kind_of(kOp, "teacher", teacher.scalar_type());
+    samples_ = student.size(0), per_sample_ = student.size(1), width = student.size(2);
+    const int64_t cells = teacher.size(1);
+    TORCH_CHECK_VALUE(teacher.size(0) == samples_ && teacher.size(2) == width && (kept.has_value() || cells == per_sample_), kOp,
+                      ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
+    if (kept.has_value()) {
+      kept_.emplace(kOp, *kept, std::nullopt, samples_, cells);
+      TORCH_CHECK_VALUE(kept->size(1) == per_sample_, kOp, ": kept must have shape ", student.sizes().slice(0, 2), ", got ",
+                        kept->sizes());
+    }
+    rows = samples_ * per_sample_;
+    grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width * static_cast<int64_t>(student.element_size())));
+  }
+
+  const char* student(int64_t row) const { return row_of(student_, row / per_sample_, row % per_sample_); }
+  const char* teacher(int64_t row) const {
+    return row_of(teacher_, row / per_sample_, kept_.has_value() ? (*kept_)[row] : row % per_sample_);
+  }
+
+  Kind student_kind, teacher_kind;
+  int64_t rows, width, grain;
+
+ private:
+  static at::Tensor dense(const char* name, const at::Tensor& x) {
+    TORCH_CHECK_VALUE(x.dim() == 3, kOp, ": ", name, " must have 3 dimensions, got ", x.sizes());
+    return x.stride(2) == 1 ? x : x.contiguous();
+  }
+  static const char* row_of(const at::Tensor& x, int64_t sample, int64_t row) {
+    const int64_t element = sample * x.stride(0) + row * x.stride(1);
+    return static_cast<const char*>(x.const_data_ptr()) + element * static_cast<int64_t>(x.element_size());
+  }
+
+  at::Tensor student_, teacher_;
+  std::optional<Kept> kept_;
+  int64_t samples_, per_sample_;
+};
+
+at::ScalarType statistics_type(const at::Tensor& student) {
+  return student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace
+
+// The second result holds, row by row, the factors of the two rows in the gradient of that row's cosine:
+// d cos / d s = t / (|s| |t|) - s cos / |s|^2, the second term 0 where |s| was clamped.
+std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
+                                                   const std::optional<at::Tensor>& kept) {
+  const Pairs pairs(student, teacher, kept);
+  TORCH_CHECK_VALUE(pairs.rows > 0 && pairs.width > 0, kOp, ": student must hold at least one token, got shape ",
+                    student.sizes());
+  const auto options = student.options().dtype(statistics_type(student));
+  at::Tensor factors = at::empty({pairs.rows, 2}, options);
+  std::vector<double> cosines(static_cast<size_t>(pairs.rows));
+  const bool is_double = pairs.student_kind == kF64;
+  void* saved = factors.mutable_data_ptr();
+  const auto sums = token_alignment_kernels().sums[pairs.student_kind][pairs.teacher_kind];
+  at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t next = std::min(i + 1, last - 1);
+      double sum[3];
+      sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
+      const double norm = std::sqrt(sum[0]);
+      // Not std::max: a NaN stays one.
+      const double by_student = 1 / (norm < kEps ? kEps : norm), norm_t = std::sqrt(sum[1]);
+      const double to_teacher = by_student / (norm_t < kEps ? kEps : norm_t);
+      const double cosine = sum[2] * to_teacher;
+      const double to_student = norm < kEps ? 0.0 : -cosine * by_student * by_student;
+      cosines[static_cast<size_t>(i)] = cosine;
+      if (is_double) {
+        static_cast<double*>(saved)[2 * i] = to_student;
+        static_cast<double*>(saved)[2 * i + 1] = to_teacher;
+      } else {
+        static_cast<float*>(saved)[2 * i] = static_cast<float>(to_student);
+        static_cast<float*>(saved)[2 * i + 1] = static_cast<float>(to_teacher);
+      }
+    }
+  });
+  double total = 0;  // in the order of the rows: the same for any number of threads
+  for (const double cosine : cosines) total += cosine;
+  return {at::scalar_tensor(-total / static_cast<double>(pairs.rows), options), factors};
+}
+
+at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
+                                    const std::optional<at::Tensor>& kept, const at::Tensor& factors) {
+  const Pairs pairs(student, teacher, kept);
+  const at::ScalarType wide = statistics_type(student);
+  TORCH_CHECK_VALUE(grad.numel() == 1, kOp, ": the gradient must hold one number, got shape ", grad.sizes());
+  const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows && factors.size(1) == 2;
+  TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,
+                    ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
+  at::Tensor out = at::empty(student.sizes(), student.options().memory_format(at::MemoryFormat::Contiguous));
+  if (out.numel() == 0) return out;
+  const double scale = -grad.item().toDouble() / static_cast<double>(pairs.rows);
+  const bool is_double = pairs.student_kind == kF64;
+  const void* saved = factors.const_data_ptr();
+  const auto factor = [&](int64_t i) {
+    return scale * (is_double ? static_cast<const double*>(saved)[i] : static_cast<double>(static_cast<const float*>(saved)[i]));
+  };
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t bytes = pairs.width * static_cast<int64_t>(out.element_size());
+  const auto combine = token_alignment_kernels().combine[pairs.student_kind][pairs.teacher_kind];
+  const Output output(pairs.rows * bytes);
+  at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
+    // Backwards: the rows that forward read last may still be in the cache.
+    for (int64_t i = last - 1; i >= first; --i) {
+      const int64_t next = std::max(i - 1, first);
+      combine(to + i * bytes, pairs.student(i), pairs.teacher(i), pairs.width, factor(2 * i), factor(2 * i + 1),
+              pairs.student(next), pairs.teacher(next), output.streamed());
+    }
+    output.finish();
+  });
+  return out;
+}
+
+}  // namespace oner_fast
