@@ -10,6 +10,7 @@
 #include "common/kept.h"
 #include "common/ops.h"
 #include "cpu/kinds.h"
+#include "cpu/large_pages.h"
 #include "cpu/output.h"
 #include "cpu/isa/rows.h"
 
@@ -58,8 +59,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
 
   const int64_t square = patch * patch, row_width = channels * square;
   const auto options = images.options().dtype(dtype);
-  at::Tensor out = kept.ragged() ? at::empty({kept.total(), row_width}, options)
-                                 : at::empty({samples, kept_in.size(1), row_width}, options);
+  at::Tensor out = with_large_pages(kept.ragged() ? at::empty({kept.total(), row_width}, options)
+                                                  : at::empty({samples, kept_in.size(1), row_width}, options));
   if (out.numel() == 0) return out;
 
   const auto normalise = row_kernels().normalise[in][out_kind];
@@ -108,7 +109,7 @@ at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& 
   TORCH_CHECK_VALUE(grad.numel() == kept.total() * row_width, kOp, ": the gradient has shape ", grad.sizes(), ", needed ",
                     kept.total(), " rows of ", row_width);
   const std::vector<double> divisor = per_channel("std", std, channels, 1.0);
-  at::Tensor out = at::empty(image_shape, grad.options().dtype(dtype));
+  at::Tensor out = with_large_pages(at::empty(image_shape, grad.options().dtype(dtype)));
   if (out.numel() == 0) return out;
 
   const RowKernels& row = row_kernels();

@@ -11,6 +11,7 @@
 #include "common/kept.h"
 #include "common/ops.h"
 #include "cpu/kinds.h"
+#include "cpu/large_pages.h"
 #include "cpu/output.h"
 #include "cpu/isa/rows.h"
 
@@ -94,8 +95,9 @@ at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
 
   const int64_t rows = kept.total() + samples * length;
-  at::Tensor out = kept.ragged() ? at::empty({rows, width}, tokens.options())
-                                 : at::empty({samples, kept_in.size(1) + length, width}, tokens.options());
+  at::Tensor out = with_large_pages(kept.ragged()
+                                        ? at::empty({rows, width}, tokens.options())
+                                        : at::empty({samples, kept_in.size(1) + length, width}, tokens.options()));
   if (out.numel() == 0) return out;
 
   const RowKernels& row = row_kernels();
@@ -151,7 +153,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
   TORCH_CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ", grad.sizes(),
                     ", needed ", kept.total() + samples * length, " rows");
   const auto options = grad.options();
-  at::Tensor to_tokens = need_tokens ? at::empty({samples, cells, width}, options) : at::empty({0}, options);
+  at::Tensor to_tokens = need_tokens ? with_large_pages(at::empty({samples, cells, width}, options)) : at::empty({0}, options);
   at::Tensor to_positions = need_positions ? at::zeros({cells, width}, options) : at::empty({0}, options);
   at::Tensor to_prefix = need_prefix ? at::zeros({length, width}, options) : at::empty({0}, options);
 

@@ -12,6 +12,7 @@
 #include "common/ops.h"
 #include "cpu/isa/token_alignment.h"
 #include "cpu/kinds.h"
+#include "cpu/large_pages.h"
 #include "cpu/output.h"
 
 namespace oner_fast {
@@ -117,7 +118,8 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
   const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows && factors.size(1) == 2;
   TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,
                     ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
-  at::Tensor out = at::empty(student.sizes(), student.options().memory_format(at::MemoryFormat::Contiguous));
+  at::Tensor out =
+      with_large_pages(at::empty(student.sizes(), student.options().memory_format(at::MemoryFormat::Contiguous)));
   if (out.numel() == 0) return out;
   const double scale = -grad.item().toDouble() / static_cast<double>(pairs.rows);
   const bool is_double = pairs.student_kind == kF64;
