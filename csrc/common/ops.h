@@ -26,4 +26,15 @@ at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kep
                                    const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
                                    const std::optional<at::Tensor>& cu_seqlens);
 
+// The result and the log-sum-exp of every query's scores (T, H), float32 (float64 for float64).
+std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                                    const at::Tensor& cu_seqlens_q,
+                                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale);
+
+// Gradients to query, key and value; those that are not needed come back empty.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+    const at::Tensor& lse, const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
+    double scale, bool need_query, bool need_key);
+
 }  // namespace oner_fast

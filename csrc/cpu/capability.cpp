@@ -17,6 +17,7 @@
 #endif
 
 #include "cpu/isa/rows.h"
+#include "cpu/isa/varlen_attention.h"
 
 namespace oner_fast {
 namespace {
@@ -86,5 +87,6 @@ std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 #endif
 
 ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
+ONER_FAST_CHOOSE_KERNELS(AttentionKernels, attention_kernels)
 
 }  // namespace oner_fast

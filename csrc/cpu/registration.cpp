@@ -10,6 +10,8 @@ TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
   m.impl("masked_gather_backward", TORCH_FN(oner_fast::masked_gather_backward));
   m.impl("gather_patches", TORCH_FN(oner_fast::gather_patches));
   m.impl("gather_patches_backward", TORCH_FN(oner_fast::gather_patches_backward));
+  m.impl("varlen_attention", TORCH_FN(oner_fast::varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_FN(oner_fast::varlen_attention_backward));
 }
 
 TORCH_LIBRARY_IMPL(oner_fast, CompositeExplicitAutograd, m) {
@@ -22,4 +24,6 @@ TORCH_LIBRARY_IMPL(oner_fast, Autograd, m) {
   m.impl("masked_gather_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("gather_patches", torch::autograd::autogradNotImplementedFallback());
   m.impl("gather_patches_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("varlen_attention", torch::autograd::autogradNotImplementedFallback());
+  m.impl("varlen_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }
