@@ -73,6 +73,8 @@ class Backward {
 
   void load_keys(int64_t key, int64_t count) {
     const int64_t width = t_.sizes.width;
+    prefetch_rows<false>(row(t_.key, 0, key), t_.key.row, count, width);
+    prefetch_rows<false>(row(t_.value, 0, key), t_.value.row, count, width);
     pack_a<P>(key_, width_row_, row(t_.key, 0, key), t_.key.row, count, width);
     pack_a<P>(value_, width_row_, row(t_.value, 0, key), t_.value.row, count, width);
     if constexpr (P::kDepth > 1)
@@ -93,6 +95,9 @@ class Backward {
   void load_queries(int64_t head, int64_t query, int64_t count) {
     const int64_t width = t_.sizes.width;
     const In *from = row(t_.query, head, query), *grad = row(t_.grad, head, query), *out = row(t_.out, head, query);
+    prefetch_rows<false>(from, t_.query.row, count, width);
+    prefetch_rows<false>(grad, t_.grad.row, count, width);
+    prefetch_rows<false>(out, t_.out.row, count, width);
     pack_b_transposed<P>(query_transposed_, from, t_.query.row, count, width);
     pack_b_transposed<P>(grad_transposed_, grad, t_.grad.row, count, width);
     if (t_.need_key) {
@@ -127,6 +132,7 @@ class Backward {
       E *weights = weights_ + p / P::kDepth, *slopes = slopes_ + p / P::kDepth;
       T* to_query = sums + (one_block() ? 0 : p * width);
       any |= seen > 0;
+      if (t_.need_query) prefetch_rows<true>(row(t_.to_query, head, query + p), t_.to_query.row, n, width);
       if (seen > 0) {
         const int64_t depth = steps<P>(width);
         multiply<P, false>(seen, n, depth, key_, width_row_, 1, query_transposed_ + p * depth, scores_, columns);
@@ -151,6 +157,10 @@ class Backward {
         }
       if (t_.need_query && last_key == t_.sizes.keys)
         write_transposed(row(t_.to_query, head, query + p), t_.to_query.row, to_query, columns, n, width, factor_);
+    }
+    if (t_.need_key) {
+      prefetch_rows<true>(row(t_.to_key, 0, key), t_.to_key.row, count, width);
+      prefetch_rows<true>(row(t_.to_value, 0, key), t_.to_value.row, count, width);
     }
     if (t_.need_key && any) {
       multiply_key(!first, count, queries, weights_, grad_, to_value_);

@@ -34,8 +34,11 @@ class Forward {
     const int64_t keys = t_.sizes.keys;
     if (keys == 0) return nothing_seen();
     const Tiles tiles;
+    prefetch(t_.query, t_.first);
     for (int64_t key = 0; key < keys; key += keys_) {
       const int64_t count = keys - key < keys_ ? keys - key : keys_;
+      prefetch_rows<false>(row(t_.key, key), t_.key.row, count, t_.sizes.width);
+      prefetch_rows<false>(row(t_.value, key), t_.value.row, count, t_.sizes.width);
       load_block(key, count);
       for (int64_t q = t_.first; q < t_.last; q += kPanel<P>) panel(q, key, count);
     }
@@ -44,6 +47,11 @@ class Forward {
  private:
   bool one_block() const { return t_.sizes.keys <= kKeys<P>; }
   const In* row(const AttentionInput& x, int64_t i) const { return static_cast<const In*>(x.data) + i * x.row; }
+
+  void prefetch(const AttentionInput& x, int64_t query) {
+    const int64_t left = t_.last - query;
+    if (left > 0) prefetch_rows<false>(row(x, query), x.row, left < kPanel<P> ? left : kPanel<P>, t_.sizes.width);
+  }
 
   void load_block(int64_t key, int64_t count) {
     const int64_t width = t_.sizes.width;
@@ -66,6 +74,8 @@ class Forward {
       }
     } else {
       pack_b_transposed<P>(query_, row(t_.query, query), t_.query.row, queries, width);
+      prefetch(t_.query, query + kPanel<P>);
+      prefetch_rows<true>(static_cast<const In*>(t_.out.data) + query * t_.out.row, t_.out.row, queries, width);
       multiply<P, false>(seen, queries, steps<P>(width), key_, key_row_, 1, query_, scores_, columns);
       const bool masked = some_unseen(t_.sizes, query, key, seen);
       with_vectors<P>(columns / W, [&](auto v) {

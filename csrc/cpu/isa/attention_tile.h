@@ -19,7 +19,7 @@ inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
 template <typename P>
 constexpr int64_t kKeys = P::kDepth == 2 ? 512 : 256;
 template <typename P>
-constexpr int64_t kQueries = 256;
+constexpr int64_t kQueries = P::kDepth == 2 ? 256 : 128;
 
 // 2^x for x <= 127, exactly 0 below -126 and at -inf; NaN stays NaN. Relative error 1e-7, or 3e-6 where bfloat16 follows.
 template <bool kCoarse>

@@ -81,6 +81,16 @@ inline Vec<typename P::Element> across(const In* rows, int64_t stride, int64_t l
   }
 }
 
+// Asks for the cache lines of rows that will be read (or written) soon: each row may lie in a page of its own, which the
+// processor does not foresee.
+template <bool kWrite, typename In>
+inline void prefetch_rows(const In* rows, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    const char* row = reinterpret_cast<const char*>(rows + r * stride);
+    for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(In)); at += 64) __builtin_prefetch(row + at, kWrite);
+  }
+}
+
 // A = X: k runs along a row. Rows of `to` are `to_row` >= padded steps apart.
 template <typename P, typename In>
 void pack_a(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count, int64_t width) {
