@@ -20,6 +20,7 @@
 #include "cpu/isa/rows.h"
 #include "cpu/isa/streams.h"
 #include "cpu/isa/token_alignment.h"
+#include "cpu/isa/varlen_attention.h"
 
 namespace oner_fast {
 namespace {
@@ -92,5 +93,6 @@ ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
 ONER_FAST_CHOOSE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels)
 ONER_FAST_CHOOSE_KERNELS(StreamKernels, stream_kernels)
 ONER_FAST_CHOOSE_KERNELS(TokenAlignmentKernels, token_alignment_kernels)
+ONER_FAST_CHOOSE_KERNELS(AttentionKernels, attention_kernels)
 
 }  // namespace oner_fast

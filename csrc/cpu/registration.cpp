@@ -15,6 +15,8 @@ TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
   m.impl("mixup_info_nce_backward", TORCH_FN(oner_fast::mixup_info_nce_backward));
   m.impl("token_alignment", TORCH_FN(oner_fast::token_alignment));
   m.impl("token_alignment_backward", TORCH_FN(oner_fast::token_alignment_backward));
+  m.impl("varlen_attention", TORCH_FN(oner_fast::varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_FN(oner_fast::varlen_attention_backward));
 }
 
 TORCH_LIBRARY_IMPL(oner_fast, CompositeExplicitAutograd, m) {
@@ -32,4 +34,6 @@ TORCH_LIBRARY_IMPL(oner_fast, Autograd, m) {
   m.impl("mixup_info_nce_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("token_alignment", torch::autograd::autogradNotImplementedFallback());
   m.impl("token_alignment_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("varlen_attention", torch::autograd::autogradNotImplementedFallback());
+  m.impl("varlen_attention_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,83 @@ from torch import Tensor
 from oner_fast.ops import checks, reference
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.library import define
+
+
+@define(
+    "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, "
+    "float scale) -> (Tensor, Tensor)"
+)
+def _forward_shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=statistics)
+
+
+@define(
+    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, bool need_key) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def _backward_shape(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape if need_query else (0,)),
+        key.new_empty(key.shape if need_key else (0,)),
+        value.new_empty(value.shape if need_key else (0,)),
+    )
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """Saves the inputs, the result and one number a query and head."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        out, lse = torch.ops.oner_fast.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale)
+        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        need_query, need_key, need_value = ctx.needs_input_grad[:3]
+        to_query, to_key, to_value = torch.ops.oner_fast.varlen_attention_backward(
+            grad, *ctx.saved_tensors, ctx.causal, ctx.scale, need_query, need_key or need_value
+        )
+        return (
+            to_query if need_query else None,
+            to_key if need_key else None,
+            to_value if need_value else None,
+            *(None,) * 4,
+        )
 
 
 def varlen_attention(
@@ -80,9 +159,28 @@ def _sdpa(
         return attend_by_length(attend, query, key, value, cu_seqlens_q, cu_seqlens_k).to(dtype)
 
 
+def _compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The flash kernels of csrc/cpu."""
+    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _VarlenAttention.apply(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale)
+
+
 def _why_not_sdpa(device: str, **facts: object) -> list[str]:
     return ["causal masks of unequal lengths are aligned top-left by PyTorch"] if facts.get("causal") else []
 
 
 register("varlen_attention", "reference", reference.varlen_attention)
 register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=_why_not_sdpa)
+register("varlen_attention", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)

@@ -99,6 +99,15 @@ constexpr int64_t packed_length(int64_t width) {
   return round_up((width + P::kDepth - 1) / P::kDepth, kLanes<typename P::Element>);
 }
 
+// A packed row as the numbers that it holds.
+template <typename P>
+auto numbers_of(const typename P::Element* elements) {
+  if constexpr (P::kDepth == 1)
+    return elements;
+  else
+    return reinterpret_cast<const BFloat*>(elements);
+}
+
 // Rows first..first + count, one after the other, zeros behind each; `rest` as in RowFactors.
 template <typename P>
 void pack_mixed(const MixedRows& rows, int64_t first, int64_t count, typename P::Element* out, typename P::Out* rest) {

@@ -49,8 +49,7 @@ struct Scratch {
     column_panels = row_panels = gradient_rows = gradient_transposed = nullptr;
     gradient_row = gradient_column = 0;
     if (!backward) return;
-    const int64_t column_steps = round_up((columns + kDepth - 1) / kDepth, P::kSteps);
-    const int64_t part_steps = round_up((part + kDepth - 1) / kDepth, P::kSteps);
+    const int64_t column_steps = steps<P>(columns), part_steps = steps<P>(part);
     column_panels = arena.take<E>(column_steps * padded<T>(width));
     row_panels = arena.take<E>(part_steps * padded<T>(width));
     if constexpr (kDepth == 2) {
@@ -77,8 +76,7 @@ void pack_block(const ContrastBlock& block, const Scratch<P>& s) {
   pack_mixed<P>(block.rows, block.row_first, block.row_count, s.row_elements, s.row_rest);
   pack_mixed<P>(block.columns, block.column_first, block.column_count, s.column_elements, s.column_rest);
   for (int64_t j = block.column_count; j < padded<T>(block.column_count); ++j) s.column_rest[j] = 0;
-  const int64_t k = round_up((width + P::kDepth - 1) / P::kDepth, P::kSteps);
-  pack_transposed<P>(s.column_elements, s.length, block.column_count, k, s.column_transposed);
+  pack_b_transposed<P>(s.column_transposed, numbers_of<P>(s.column_elements), s.length * P::kDepth, block.column_count, width);
 }
 
 // The logits of `count` rows from `first` on (of the block), -inf behind the last column.
@@ -86,8 +84,7 @@ template <typename P>
 void logits_of(const ContrastBlock& block, const Scratch<P>& s, int64_t first, int64_t count) {
   using T = typename P::Out;
   constexpr int W = kLanes<T>;
-  const int64_t k = round_up((block.columns.width + P::kDepth - 1) / P::kDepth, P::kSteps);
-  multiply<P, false>(count, block.column_count, k, s.row_elements + first * s.length, s.length, 1, s.column_transposed,
+  multiply<P, false>(count, block.column_count, steps<P>(block.columns.width), s.row_elements + first * s.length, s.length, 1, s.column_transposed,
                      s.logits, s.logits_row);
   const int64_t whole = block.column_count / W * W, all = padded<T>(block.column_count);
   for (int64_t i = 0; i < count; ++i) {
@@ -221,6 +218,14 @@ void gradient_of(const ContrastBlock& block, const ContrastGradient& gradient, c
 }
 
 #if defined(__AVX512BF16__)
+// Two vectors as pairs, the first in the lower halves.
+inline Vec<uint32_t> pairs_of(Vec<float> low, Vec<float> high) {
+  const auto narrowed = [](Vec<float> x) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
+  };
+  return reinterpret_cast<Vec<uint32_t>>(_mm512_or_si512(narrowed(low), _mm512_slli_epi32(narrowed(high), 16)));
+}
+
 // G in bfloat16, times what is left of the unit vectors it will meet: rows of pairs along the columns, and the transpose.
 void narrow_gradient(const Scratch<Pairs>& s, int64_t first, int64_t count, int64_t columns, bool rows, bool transposed) {
   const int64_t all = padded<float>(columns);
@@ -232,7 +237,7 @@ void narrow_gradient(const Scratch<Pairs>& s, int64_t first, int64_t count, int6
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(g))));
       }
-      std::memset(to + all, 0, static_cast<size_t>(2 * pair_steps(columns) - all) * sizeof *to);
+      std::memset(to + all, 0, static_cast<size_t>(2 * steps<Pairs>(columns) - all) * sizeof *to);
     }
   }
   if (!transposed) return;
@@ -246,7 +251,7 @@ void narrow_gradient(const Scratch<Pairs>& s, int64_t first, int64_t count, int6
         };
         block[r] = pairs_of(at(low), at(high));
       }
-      transpose<uint32_t>(block);
+      transpose(block);
       for (int64_t r = 0; r < 16; ++r) store(s.gradient_transposed + (j + r) * s.gradient_column + i / 2, block[r]);
     }
   }
@@ -264,15 +269,8 @@ void backward(const ContrastBlock& block, const ContrastGradient& gradient, void
   const int64_t n = block.column_count, width = block.columns.width;
   T* to_rows = static_cast<T*>(gradient.to_rows);
   T* to_columns = static_cast<T*>(gradient.to_columns);
-  if constexpr (P::kDepth == 1) {
-    if (to_rows != nullptr) pack_plain<T>(s.column_elements, s.length, n, width, s.column_panels);
-  }
-#if defined(__AVX512BF16__)
-  if constexpr (P::kDepth == 2) {
-    if (to_rows != nullptr)
-      pack_pairs(reinterpret_cast<const BFloat*>(s.column_elements), 2 * s.length, n, width, s.column_panels);
-  }
-#endif
+  const int64_t row = s.length * P::kDepth;
+  if (to_rows != nullptr) pack_b<P>(s.column_panels, numbers_of<P>(s.column_elements), row, n, width);
 
   for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce) {
     const int64_t count = block.row_count - first < kRowsAtOnce ? block.row_count - first : kRowsAtOnce;
@@ -280,28 +278,27 @@ void backward(const ContrastBlock& block, const ContrastGradient& gradient, void
     gradient_of<P>(block, gradient, s, first, count);
     T* rows_out = to_rows + (block.row_first + first) * gradient.to_rows_stride;
     T* columns_out = to_columns + block.column_first * gradient.to_columns_stride;
-    const E* part = s.row_elements + first * s.length;
-    if constexpr (P::kDepth == 1) {
-      if (to_rows != nullptr)
-        multiply<P, true>(count, width, n, s.logits, s.logits_row, 1, s.column_panels, rows_out, gradient.to_rows_stride);
-      if (to_columns != nullptr) {
-        pack_plain<T>(part, s.length, count, width, s.row_panels);
-        multiply<P, true>(n, width, count, s.logits, 1, s.logits_row, s.row_panels, columns_out, gradient.to_columns_stride);
-      }
+    if (to_columns != nullptr)
+      pack_b<P>(s.row_panels, numbers_of<P>(s.row_elements + first * s.length), row, count, width);
+    const E *g = nullptr, *g_transposed = nullptr;
+    int64_t g_row = 0, g_transposed_row = 0, g_transposed_step = 1;
+    if constexpr (P::kDepth == 1) {  // a transposed A costs nothing
+      g = g_transposed = s.logits;
+      g_row = g_transposed_step = s.logits_row;
+      g_transposed_row = 1;
     }
 #if defined(__AVX512BF16__)
     if constexpr (P::kDepth == 2) {
       narrow_gradient(s, first, count, n, to_rows != nullptr, to_columns != nullptr);
-      if (to_rows != nullptr)
-        multiply<P, true>(count, width, pair_steps(n), s.gradient_rows, s.gradient_row, 1, s.column_panels, rows_out,
-                          gradient.to_rows_stride);
-      if (to_columns != nullptr) {
-        pack_pairs(reinterpret_cast<const BFloat*>(part), 2 * s.length, count, width, s.row_panels);
-        multiply<P, true>(n, width, pair_steps(count), s.gradient_transposed, s.gradient_column, 1, s.row_panels,
-                          columns_out, gradient.to_columns_stride);
-      }
+      g = s.gradient_rows, g_row = s.gradient_row;
+      g_transposed = s.gradient_transposed, g_transposed_row = s.gradient_column;
     }
 #endif
+    if (to_rows != nullptr)
+      multiply<P, true>(count, width, steps<P>(n), g, g_row, 1, s.column_panels, rows_out, gradient.to_rows_stride);
+    if (to_columns != nullptr)
+      multiply<P, true>(n, width, steps<P>(count), g_transposed, g_transposed_row, g_transposed_step, s.row_panels, columns_out,
+                        gradient.to_columns_stride);
   }
 }
 

@@ -1,106 +1,179 @@
-// Packing of the operands of gemm.h from rows that lie one after the other.
+// Rows of numbers as operands of gemm.h: `rows` X of X's shape (count x width), with any distance between the rows.
+//
+// Every function fills up with zeros what the operand's steps and whole vectors need beyond count and width.
 #pragma once
 
-#include "cpu/isa/convert.h"
+#include "cpu/isa/convert_vectors.h"
 #include "cpu/isa/gemm.h"
 
 namespace oner_fast {
 namespace {
 
-template <typename E>
-inline Vec<E> zip(Vec<E> a, Vec<E> b, bool upper) {
-  constexpr int W = kLanes<E>;
-#if defined(__clang__)
-  Vec<E> out;
-  for (int i = 0; i < W; ++i) out[i] = (i % 2 ? b : a)[(upper ? W / 2 : 0) + i / 2];
-  return out;
-#else
-  using I = Vec<typename IntegerOf<E>::type>;
-  I from;
-  for (int i = 0; i < W; ++i) from[i] = (upper ? W / 2 : 0) + i / 2 + (i % 2 ? W : 0);
-  return __builtin_shuffle(a, b, from);
-#endif
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+
+// Exchanges the elements off the diagonal of the 2 x 2 blocks of D x D elements that rows a and b, D apart, hold.
+template <int D, typename V, int... I>
+inline void exchange(V& a, V& b, Lanes<I...>) {
+  constexpr int W = sizeof...(I);
+  const V upper = __builtin_shufflevector(a, b, (I & D ? W + I - D : I)...);
+  b = __builtin_shufflevector(a, b, (I & D ? W + I : I + D)...);
+  a = upper;
 }
 
-// rows[i][j] becomes rows[j][i]: each round of zips moves one bit of the index from the row to the lane.
-template <typename E>
-inline void transpose(Vec<E> (&rows)[kLanes<E>]) {
-  constexpr int W = kLanes<E>;
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    Vec<E> next[W];
+template <int D = 1, typename V, int W>
+inline void transpose(V (&rows)[W]) {
+  if constexpr (D < W) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = zip<E>(rows[i], rows[i + W / 2], false);
-      next[2 * i + 1] = zip<E>(rows[i], rows[i + W / 2], true);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) rows[i] = next[i];
+    for (int i = 0; i < W; ++i)
+      if ((i & D) == 0) exchange<D>(rows[i], rows[i + D], typename CountLanes<W>::type{});
+    transpose<2 * D>(rows);
   }
 }
 
-// Panels (k x n) of the transpose of `rows` (n x k, k readable up to a multiple of kLanes): B of a product with rows^T.
+// How many steps of P hold `count` numbers along k.
 template <typename P>
-void pack_transposed(const typename P::Element* rows, int64_t row, int64_t n, int64_t k, typename P::Element* out) {
-  using E = typename P::Element;
-  constexpr int W = kLanes<E>;
-  for (int64_t first = 0; first < n; first += kPanel<P>) {
-    const int64_t left = padded<E>(n - first), width = left < kPanel<P> ? left : kPanel<P>;
-    for (int64_t v = 0; v < width; v += W) {
-      E* to = out + first * k + v;
-      for (int64_t i = 0; i < k; i += W) {
-        Vec<E> block[W];
-        for (int r = 0; r < W; ++r) {
-          const int64_t which = first + v + r;
-          block[r] = which < n ? load(rows + which * row + i) : Vec<E>{};
+constexpr int64_t steps(int64_t count) {
+  return round_up((count + P::kDepth - 1) / P::kDepth, P::kSteps);
+}
+
+// Elements of a row from number `from` on: a vector of them, along k.
+template <typename P, typename In>
+inline Vec<typename P::Element> along(const In* row, int64_t from, int64_t width) {
+  if constexpr (P::kDepth == 1) {
+    return read(row + from, width - from);
+  } else {
+    constexpr int W = 2 * kLanes<float>;
+    Vec<typename P::Element> v{};
+    if (from + W <= width)
+      std::memcpy(&v, row + from, sizeof v);
+    else if (from < width)
+      std::memcpy(&v, row + from, static_cast<size_t>(width - from) * sizeof(In));
+    return v;
+  }
+}
+
+// Elements whose k runs over the rows, at the columns from `from` on; `left` rows there are.
+template <typename P, typename In>
+inline Vec<typename P::Element> across(const In* rows, int64_t stride, int64_t left, int64_t from, int64_t width) {
+  using V = Vec<typename P::Element>;
+  if (left <= 0) return V{};
+  if constexpr (P::kDepth == 1) {
+    return read(rows + from, width - from);
+  } else {
+    constexpr int W = kLanes<float>;
+    Narrow low{}, high{};
+    if (from + W <= width) {
+      std::memcpy(&low, rows + from, sizeof low);
+      if (left > 1) std::memcpy(&high, rows + stride + from, sizeof high);
+    } else {
+      const size_t bytes = static_cast<size_t>(width - from) * sizeof(In);
+      std::memcpy(&low, rows + from, bytes);
+      if (left > 1) std::memcpy(&high, rows + stride + from, bytes);
+    }
+    return __builtin_convertvector(low, V) | (__builtin_convertvector(high, V) << 16);
+  }
+}
+
+// Asks for the cache lines of rows that will be read (or written) soon: each row may lie in a page of its own, which the
+// processor does not foresee.
+template <bool kWrite, typename In>
+inline void prefetch_rows(const In* rows, int64_t stride, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    const char* row = reinterpret_cast<const char*>(rows + r * stride);
+    for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(In)); at += 64) __builtin_prefetch(row + at, kWrite);
+  }
+}
+
+// A = X: k runs along a row. Rows of `to` are `to_row` >= padded steps apart.
+template <typename P, typename In>
+void pack_a(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count, int64_t width) {
+  constexpr int W = kLanes<typename P::Out>;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t s = 0; s < steps<P>(width); s += W) store(to + r * to_row + s, along<P>(rows + r * stride, s * P::kDepth, width));
+}
+
+// A = X^T of Pairs: k runs over X's rows; `to` has `width` rows, `to_row` >= steps<P>(count) apart.
+template <typename P, typename In>
+void pack_a_transposed(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count, int64_t width) {
+  constexpr int W = kLanes<typename P::Out>;
+  Vec<typename P::Element> block[W];
+  for (int64_t s = 0; s < steps<P>(count); s += W)
+    for (int64_t d = 0; d < width; d += W) {
+      for (int i = 0; i < W; ++i) {
+        const int64_t r = (s + i) * P::kDepth;
+        block[i] = across<P>(rows + r * stride, stride, count - r, d, width);
+      }
+      transpose(block);
+      for (int i = 0; i < W && d + i < width; ++i) store(to + (d + i) * to_row + s, block[i]);
+    }
+}
+
+// B = X: k runs over X's rows, in panels of kPanel columns.
+template <typename P, typename In>
+void pack_b(typename P::Element* to, const In* rows, int64_t stride, int64_t count, int64_t width) {
+  constexpr int W = kLanes<typename P::Out>;
+  const int64_t k = steps<P>(count);
+  for (int64_t n = 0; n < width; n += kPanel<P>) {
+    const int64_t end = width - n < kPanel<P> ? width : n + kPanel<P>;
+    for (int64_t s = 0; s < k; ++s)
+      for (int64_t d = n; d < end; d += W, to += W)
+        store(to, across<P>(rows + s * P::kDepth * stride, stride, count - s * P::kDepth, d, width));
+  }
+}
+
+// B = X^T: k runs along X's rows, in panels of kPanel rows of X.
+template <typename P, typename In>
+void pack_b_transposed(typename P::Element* to, const In* rows, int64_t stride, int64_t count, int64_t width) {
+  constexpr int W = kLanes<typename P::Out>;
+  const int64_t k = steps<P>(width);
+  Vec<typename P::Element> block[W];
+  for (int64_t n = 0; n < count; n += kPanel<P>) {
+    const int64_t columns = padded<typename P::Out>(count - n < kPanel<P> ? count - n : kPanel<P>);
+    for (int64_t c = 0; c < columns; c += W)
+      for (int64_t s = 0; s < k; s += W) {
+        for (int i = 0; i < W; ++i) {
+          const int64_t r = n + c + i;
+          block[i] = r < count ? along<P>(rows + r * stride, s * P::kDepth, width) : Vec<typename P::Element>{};
         }
-        transpose<E>(block);
-        for (int r = 0; r < W && i + r < k; ++r) store(to + (i + r) * width, block[r]);
+        transpose(block);
+        for (int i = 0; i < W && s + i < k; ++i) store(to + (s + i) * columns + c, block[i]);
       }
-    }
+    to += k * columns;
   }
 }
 
-// Panels (k x n) of `rows` (k x n, n readable up to a multiple of kLanes).
-template <typename T>
-void pack_plain(const T* rows, int64_t row, int64_t k, int64_t n, T* out) {
+// X = factor * C for C of multiply, its rows `c_row` apart.
+template <typename In, typename T>
+void write_rows(In* rows, int64_t stride, const T* c, int64_t c_row, int64_t count, int64_t width, T factor) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t d = 0; d < width; d += kLanes<T>)
+      write(rows + r * stride + d, load(c + r * c_row + d) * broadcast(factor), width - d);
+}
+
+// X = C^T with column i of C multiplied by factor[i], and 0 where that is 0, whatever C holds.
+template <typename In, typename T>
+void write_transposed(In* rows, int64_t stride, const T* c, int64_t c_row, int64_t count, int64_t width, const T* factor) {
   constexpr int W = kLanes<T>;
-  for (int64_t first = 0; first < n; first += kPanel<Plain<T>>) {
-    const int64_t left = padded<T>(n - first), width = left < kPanel<Plain<T>> ? left : kPanel<Plain<T>>;
-    T* to = out + first * k;
-    for (int64_t i = 0; i < k; ++i, to += width)
-      for (int64_t v = 0; v < width; v += W) store(to + v, load(rows + i * row + first + v));
-  }
-}
-
-#if defined(__AVX512BF16__)
-// How many pairs `count` numbers along k take, whole steps of the product.
-constexpr int64_t pair_steps(int64_t count) { return round_up((count + 1) / 2, Pairs::kSteps); }
-
-inline Vec<uint32_t> pairs_of(Vec<float> low, Vec<float> high) {
-  const __m512i l = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(low))));
-  const __m512i h = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(high))));
-  return reinterpret_cast<Vec<uint32_t>>(_mm512_or_si512(l, _mm512_slli_epi32(h, 16)));
-}
-
-// Panels of `rows` (count x n bfloat16, `row` numbers apart, n readable up to a multiple of 16), consecutive rows paired.
-inline void pack_pairs(const BFloat* rows, int64_t row, int64_t count, int64_t n, uint32_t* out) {
-  const int64_t k = pair_steps(count);
-  for (int64_t first = 0; first < n; first += kPanel<Pairs>) {
-    const int64_t left = padded<float>(n - first), width = left < kPanel<Pairs> ? left : kPanel<Pairs>;
-    uint32_t* to = out + first * k;
-    for (int64_t i = 0; i < k; ++i, to += width) {
-      for (int64_t v = 0; v < width; v += 16) {
-        const auto at = [&](int64_t r) {
-          return r < count ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows + r * row + first + v)))
-                           : _mm512_setzero_si512();
-        };
-        _mm512_storeu_si512(to + v, _mm512_or_si512(at(2 * i), _mm512_slli_epi32(at(2 * i + 1), 16)));
+  Vec<T> block[W];
+  for (int64_t n = 0; n < count; n += W) {
+    const Vec<T> by = load(factor + n);
+    for (int64_t d = 0; d < width; d += W) {
+      for (int i = 0; i < W; ++i) {
+        const Vec<T> x = d + i < width ? load(c + (d + i) * c_row + n) * by : Vec<T>{};
+        block[i] = by != 0 ? x : Vec<T>{};
       }
+      transpose(block);
+      for (int i = 0; i < W && n + i < count; ++i) write(rows + (n + i) * stride + d, block[i], width - d);
     }
   }
 }
-#endif
 
 }  // namespace
 }  // namespace oner_fast

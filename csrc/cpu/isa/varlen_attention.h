@@ -1,0 +1,52 @@
+// Attention of one sequence and head (or of the heads that share a key head), forward and backward.
+#pragma once
+
+#include "cpu/isa/rows.h"
+
+namespace oner_fast {
+
+// Row i of head h begins at data + i * row + h * head, in elements; the elements of a row are consecutive.
+struct AttentionInput {
+  const void* data;
+  int64_t row, head;
+};
+struct AttentionOutput {
+  void* data;
+  int64_t row, head;
+};
+
+struct AttentionSizes {
+  int64_t queries, keys, width;  // of the whole sequence
+  bool causal;                   // query q sees the keys up to q + keys - queries
+  double scale;
+};
+
+struct AttentionForward {
+  AttentionSizes sizes;
+  int64_t first, last;  // the queries to compute
+  AttentionInput query, key, value;
+  AttentionOutput out, lse;  // lse: float, double for kF64; one element a row
+};
+
+// A range of query blocks against a range of key blocks; all pointers are to the sequence's first row.
+struct AttentionBackward {
+  AttentionSizes sizes;
+  int64_t heads;  // of the query that share the key head
+  int64_t first_query, last_query, first_key, last_key;
+  bool need_query, need_key;  // of the ranges: needs all keys, needs all queries
+  AttentionInput query, key, value, out, lse, grad;
+  AttentionOutput to_query, to_key, to_value;
+};
+
+struct AttentionKernels {
+  // Lengths at whose multiples a range may begin.
+  int64_t queries_each[kKinds], keys_each[kKinds];
+  int64_t (*forward_scratch[kKinds])(const AttentionForward&);
+  void (*forward[kKinds])(const AttentionForward&, char* scratch);
+  int64_t (*backward_scratch[kKinds])(const AttentionBackward&);
+  void (*backward[kKinds])(const AttentionBackward&, char* scratch);
+};
+
+ONER_FAST_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+
+}  // namespace oner_fast
