@@ -98,7 +98,7 @@ int64_t cost_of(int64_t queries, int64_t keys) { return queries * keys + (querie
 // Runs the tasks, the costliest first, each by the first thread that is free; each writes memory of its own.
 template <typename Task>
 void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, int64_t (*scratch_of)(const Task&),
-             void (*run)(const Task&, char*)) {
+             void (*run)(const Task&, const Task*, char*)) {
   if (tasks.empty()) return;
   std::vector<size_t> order(tasks.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -111,7 +111,11 @@ void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, 
   char* begin = static_cast<char*>(memory.mutable_data_ptr());
   std::atomic<size_t> next{0};
   at::parallel_for(0, workers, 1, [&](int64_t first, int64_t) {
-    for (size_t i = next++; i < order.size(); i = next++) run(tasks[order[i]], begin + first * scratch);
+    for (size_t i = next++; i < order.size();) {
+      const size_t after = next++;
+      run(tasks[order[i]], after < order.size() ? &tasks[order[after]] : nullptr, begin + first * scratch);
+      i = after;
+    }
   });
 }
 

@@ -47,7 +47,8 @@ class Backward {
   }
   int64_t bytes() const { return scratch_.bytes(); }
 
-  void run() {
+  void run(const AttentionBackward* next) {
+    foresee(next);
     const Tiles tiles;
     for (int64_t i = 0; i < kPanel<P>; ++i) factor_[i] = static_cast<T>(t_.sizes.scale);
     if (t_.sizes.keys == 0) return nothing_seen();
@@ -71,10 +72,26 @@ class Backward {
     return static_cast<In*>(x.data) + i * x.row + head * x.head;
   }
 
+  void foresee(const AttentionBackward* next) {
+    const int64_t width = t_.sizes.width;
+    const auto end = [](int64_t first, int64_t last, int64_t most) { return last - first < most ? last : first + most; };
+    if (t_.need_query) ahead_.template add<In>(t_.to_query, t_.first_query, end(t_.first_query, t_.last_query, queries_), width);
+    if (t_.need_key) {
+      ahead_.template add<In>(t_.to_key, t_.first_key, t_.first_key + keys_, width);
+      ahead_.template add<In>(t_.to_value, t_.first_key, t_.first_key + keys_, width);
+    }
+    if (next == nullptr) return;
+    const int64_t last_key = end(next->first_key, next->last_key, kKeys<P>);
+    const int64_t last_query = end(next->first_query, next->last_query, kQueries<P>);
+    ahead_.template add<In>(next->key, next->first_key, last_key, width);
+    ahead_.template add<In>(next->value, next->first_key, last_key, width);
+    ahead_.template add<In>(next->query, next->first_query, last_query, width);
+    ahead_.template add<In>(next->grad, next->first_query, last_query, width);
+    ahead_.template add<In>(next->out, next->first_query, last_query, width);
+  }
+
   void load_keys(int64_t key, int64_t count) {
     const int64_t width = t_.sizes.width;
-    prefetch_rows<false>(row(t_.key, 0, key), t_.key.row, count, width);
-    prefetch_rows<false>(row(t_.value, 0, key), t_.value.row, count, width);
     pack_a<P>(key_, width_row_, row(t_.key, 0, key), t_.key.row, count, width);
     pack_a<P>(value_, width_row_, row(t_.value, 0, key), t_.value.row, count, width);
     if constexpr (P::kDepth > 1)
@@ -95,9 +112,6 @@ class Backward {
   void load_queries(int64_t head, int64_t query, int64_t count) {
     const int64_t width = t_.sizes.width;
     const In *from = row(t_.query, head, query), *grad = row(t_.grad, head, query), *out = row(t_.out, head, query);
-    prefetch_rows<false>(from, t_.query.row, count, width);
-    prefetch_rows<false>(grad, t_.grad.row, count, width);
-    prefetch_rows<false>(out, t_.out.row, count, width);
     pack_b_transposed<P>(query_transposed_, from, t_.query.row, count, width);
     pack_b_transposed<P>(grad_transposed_, grad, t_.grad.row, count, width);
     if (t_.need_key) {
@@ -132,11 +146,10 @@ class Backward {
       E *weights = weights_ + p / P::kDepth, *slopes = slopes_ + p / P::kDepth;
       T* to_query = sums + (one_block() ? 0 : p * width);
       any |= seen > 0;
-      if (t_.need_query) prefetch_rows<true>(row(t_.to_query, head, query + p), t_.to_query.row, n, width);
       if (seen > 0) {
         const int64_t depth = steps<P>(width);
-        multiply<P, false>(seen, n, depth, key_, width_row_, 1, query_transposed_ + p * depth, scores_, columns);
-        multiply<P, false>(seen, n, depth, value_, width_row_, 1, grad_transposed_ + p * depth, products_, columns);
+        multiply_ahead<P, false>(ahead_, seen, n, depth, key_, width_row_, 1, query_transposed_ + p * depth, scores_, columns);
+        multiply_ahead<P, false>(ahead_, seen, n, depth, value_, width_row_, 1, grad_transposed_ + p * depth, products_, columns);
         const bool masked = n < columns || some_unseen(t_.sizes, query + p, key, seen);
         with_vectors<P>(columns / W, [&](auto v) {
           constexpr int V = decltype(v)::value;
@@ -158,10 +171,6 @@ class Backward {
       if (t_.need_query && last_key == t_.sizes.keys)
         write_transposed(row(t_.to_query, head, query + p), t_.to_query.row, to_query, columns, n, width, factor_);
     }
-    if (t_.need_key) {
-      prefetch_rows<true>(row(t_.to_key, 0, key), t_.to_key.row, count, width);
-      prefetch_rows<true>(row(t_.to_value, 0, key), t_.to_value.row, count, width);
-    }
     if (t_.need_key && any) {
       multiply_key(!first, count, queries, weights_, grad_, to_value_);
       multiply_key(!first, count, queries, slopes_, query_, to_key_);
@@ -171,16 +180,16 @@ class Backward {
 
   void multiply_query(bool add, int64_t n, int64_t keys, T* c, int64_t columns) {
     if constexpr (P::kDepth == 1)
-      multiply_panel<P>(add, t_.sizes.width, n, keys, key_, 1, width_row_, products_, c, columns);
+      multiply_panel<P>(ahead_, add, t_.sizes.width, n, keys, key_, 1, width_row_, products_, c, columns);
     else
-      multiply_panel<P>(add, t_.sizes.width, n, steps<P>(keys), key_transposed_, key_depth_row_, 1, panel_, c, columns);
+      multiply_panel<P>(ahead_, add, t_.sizes.width, n, steps<P>(keys), key_transposed_, key_depth_row_, 1, panel_, c, columns);
   }
 
   void multiply_key(bool add, int64_t keys, int64_t queries, const E* a, const E* b, T* c) {
     if (add)
-      multiply<P, true>(keys, t_.sizes.width, steps<P>(queries), a, pair_row_, 1, b, c, sum_row_);
+      multiply_ahead<P, true>(ahead_, keys, t_.sizes.width, steps<P>(queries), a, pair_row_, 1, b, c, sum_row_);
     else
-      multiply<P, false>(keys, t_.sizes.width, steps<P>(queries), a, pair_row_, 1, b, c, sum_row_);
+      multiply_ahead<P, false>(ahead_, keys, t_.sizes.width, steps<P>(queries), a, pair_row_, 1, b, c, sum_row_);
   }
 
   // weights = exp(scale * scores - lse) and slopes = weights * (products - delta), as rows of A; slopes as a panel of B.
@@ -218,7 +227,7 @@ class Backward {
       if constexpr (P::kDepth == 1)
         store_b<P>(products_ + j * columns, slope);
       else
-        store_b<P>(panel + j / 2 * columns, slope);
+        store_b<P>(panel + j / 2 * columns, slope), ahead_.advance(2);
     }
     if constexpr (P::kDepth > 1)
       for (int64_t s = (keys + 1) / 2 * columns; s < steps<P>(keys) * columns; ++s) panel[s] = 0;
@@ -232,6 +241,7 @@ class Backward {
   }
 
   const AttentionBackward& t_;
+  Ahead ahead_;
   Pieces scratch_;
   int64_t keys_, queries_, width_row_, sum_row_, key_depth_row_, pair_row_, to_query_head_;
   E *key_, *value_, *key_transposed_, *query_transposed_, *grad_transposed_, *query_, *grad_, *weights_, *slopes_, *panel_;

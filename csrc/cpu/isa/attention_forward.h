@@ -30,15 +30,20 @@ class Forward {
   }
   int64_t bytes() const { return scratch_.bytes(); }
 
-  void run() {
+  void run(const AttentionForward* next) {
+    ahead_.template add<In>(t_.out, t_.first, t_.last, t_.sizes.width);
+    if (next != nullptr) {
+      const AttentionSizes& sizes = next->sizes;
+      const int64_t keys = sizes.keys < kKeys<P> ? sizes.keys : kKeys<P>;
+      ahead_.template add<In>(next->key, 0, keys, sizes.width);
+      ahead_.template add<In>(next->value, 0, keys, sizes.width);
+      ahead_.template add<In>(next->query, next->first, next->last, sizes.width);
+    }
     const int64_t keys = t_.sizes.keys;
     if (keys == 0) return nothing_seen();
     const Tiles tiles;
-    prefetch(t_.query, t_.first);
     for (int64_t key = 0; key < keys; key += keys_) {
       const int64_t count = keys - key < keys_ ? keys - key : keys_;
-      prefetch_rows<false>(row(t_.key, key), t_.key.row, count, t_.sizes.width);
-      prefetch_rows<false>(row(t_.value, key), t_.value.row, count, t_.sizes.width);
       load_block(key, count);
       for (int64_t q = t_.first; q < t_.last; q += kPanel<P>) panel(q, key, count);
     }
@@ -47,11 +52,6 @@ class Forward {
  private:
   bool one_block() const { return t_.sizes.keys <= kKeys<P>; }
   const In* row(const AttentionInput& x, int64_t i) const { return static_cast<const In*>(x.data) + i * x.row; }
-
-  void prefetch(const AttentionInput& x, int64_t query) {
-    const int64_t left = t_.last - query;
-    if (left > 0) prefetch_rows<false>(row(x, query), x.row, left < kPanel<P> ? left : kPanel<P>, t_.sizes.width);
-  }
 
   void load_block(int64_t key, int64_t count) {
     const int64_t width = t_.sizes.width;
@@ -74,9 +74,7 @@ class Forward {
       }
     } else {
       pack_b_transposed<P>(query_, row(t_.query, query), t_.query.row, queries, width);
-      prefetch(t_.query, query + kPanel<P>);
-      prefetch_rows<true>(static_cast<const In*>(t_.out.data) + query * t_.out.row, t_.out.row, queries, width);
-      multiply<P, false>(seen, queries, steps<P>(width), key_, key_row_, 1, query_, scores_, columns);
+      multiply_ahead<P, false>(ahead_, seen, queries, steps<P>(width), key_, key_row_, 1, query_, scores_, columns);
       const bool masked = some_unseen(t_.sizes, query, key, seen);
       with_vectors<P>(columns / W, [&](auto v) {
         constexpr int V = decltype(v)::value;
@@ -86,9 +84,9 @@ class Forward {
           softmax<V, false>(query, queries, key, seen, sums);
       });
       if constexpr (P::kDepth == 1)
-        multiply_panel<P>(key > 0, width, queries, seen, value_, 1, value_row_, scores_, sums, columns);
+        multiply_panel<P>(ahead_, key > 0, width, queries, seen, value_, 1, value_row_, scores_, sums, columns);
       else
-        multiply_panel<P>(key > 0, width, queries, steps<P>(seen), value_, value_row_, 1, weights_, sums, columns);
+        multiply_panel<P>(ahead_, key > 0, width, queries, steps<P>(seen), value_, value_row_, 1, weights_, sums, columns);
     }
     if (key + count == t_.sizes.keys) finish(query, queries, columns, sums);
   }
@@ -128,7 +126,7 @@ class Forward {
       if constexpr (P::kDepth == 1)
         store_b<P>(scores_ + j * columns, weight);
       else
-        store_b<P>(weights_ + j / P::kDepth * columns, weight);
+        store_b<P>(weights_ + j / P::kDepth * columns, weight), ahead_.advance(2);
     }
     if constexpr (P::kDepth > 1)
       for (int64_t s = (keys + 1) / 2 * columns; s < steps<P>(keys) * columns; ++s) weights_[s] = 0;
@@ -165,6 +163,7 @@ class Forward {
   }
 
   const AttentionForward& t_;
+  Ahead ahead_;
   Pieces scratch_;
   int64_t keys_, key_row_, value_row_;
   E *key_, *value_, *query_, *weights_;

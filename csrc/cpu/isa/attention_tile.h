@@ -55,6 +55,50 @@ inline Vec<double> power_of_two(Vec<double> x) {
   return x;
 }
 
+// Rows that will be read or written soon, asked for a few cache lines at a time between the products: every row may lie in a
+// page of its own, which no processor foresees, and all at once they would wait for each other.
+class Ahead {
+ public:
+  template <typename In, typename Operand>
+  void add(const Operand& x, int64_t first, int64_t last, int64_t width) {
+    if (last <= first) return;
+    constexpr int64_t size = sizeof(In);
+    regions_[count_++] = {static_cast<const char*>(x.data) + first * x.row * size, x.row * size, width * size, last - first};
+  }
+  void advance(int64_t lines) {
+    for (; lines > 0 && at_ < count_; --lines) {
+      Region& region = regions_[at_];
+      __builtin_prefetch(region.data + byte_, 0, 2);
+      byte_ += 64;
+      if (byte_ < region.bytes) continue;
+      byte_ = 0;
+      region.data += region.stride;
+      if (--region.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Region {
+    const char* data;
+    int64_t stride, bytes, rows;
+  };
+  Region regions_[8];
+  int count_ = 0, at_ = 0;
+  int64_t byte_ = 0;
+};
+
+// multiply, a few rows at a time.
+template <typename P, bool kAdd>
+void multiply_ahead(Ahead& ahead, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
+                    const typename P::Element* b, typename P::Out* c, int64_t c_row) {
+  constexpr int64_t kEach = P::kDepth == 2 ? 32 : kRows;
+  for (int64_t i = 0; i < m; i += kEach) {
+    const int64_t rows = m - i < kEach ? m - i : kEach;
+    multiply<P, kAdd>(rows, n, k, a + i * a_row, a_row, a_step, b, c + i * c_row, c_row);
+    ahead.advance(kPanel<P> / 4);
+  }
+}
+
 // Consecutive pieces of the scratch memory; with nullptr it measures.
 class Pieces {
  public:
@@ -118,15 +162,15 @@ constexpr int64_t kDeep = P::kDepth == 2 ? 256 : 128;
 
 // multiply with one panel of B and any depth; adds to C if asked.
 template <typename P>
-void multiply_panel(bool add, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
-                    const typename P::Element* b, typename P::Out* c, int64_t c_row) {
+void multiply_panel(Ahead& ahead, bool add, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row,
+                    int64_t a_step, const typename P::Element* b, typename P::Out* c, int64_t c_row) {
   const int64_t columns = padded<typename P::Out>(n);
   for (int64_t i = 0; i < k; i += kDeep<P>) {
     const int64_t depth = k - i < kDeep<P> ? k - i : kDeep<P>;
     if (add || i > 0)
-      multiply<P, true>(m, n, depth, a + i * a_step, a_row, a_step, b + i * columns, c, c_row);
+      multiply_ahead<P, true>(ahead, m, n, depth, a + i * a_step, a_row, a_step, b + i * columns, c, c_row);
     else
-      multiply<P, false>(m, n, depth, a + i * a_step, a_row, a_step, b + i * columns, c, c_row);
+      multiply_ahead<P, false>(ahead, m, n, depth, a + i * a_step, a_row, a_step, b + i * columns, c, c_row);
   }
 }
 

@@ -81,16 +81,6 @@ inline Vec<typename P::Element> across(const In* rows, int64_t stride, int64_t l
   }
 }
 
-// Asks for the cache lines of rows that will be read (or written) soon: each row may lie in a page of its own, which the
-// processor does not foresee.
-template <bool kWrite, typename In>
-inline void prefetch_rows(const In* rows, int64_t stride, int64_t count, int64_t width) {
-  for (int64_t r = 0; r < count; ++r) {
-    const char* row = reinterpret_cast<const char*>(rows + r * stride);
-    for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(In)); at += 64) __builtin_prefetch(row + at, kWrite);
-  }
-}
-
 // A = X: k runs along a row. Rows of `to` are `to_row` >= padded steps apart.
 template <typename P, typename In>
 void pack_a(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count, int64_t width) {
@@ -106,9 +96,13 @@ void pack_a_transposed(typename P::Element* to, int64_t to_row, const In* rows, 
   Vec<typename P::Element> block[W];
   for (int64_t s = 0; s < steps<P>(count); s += W)
     for (int64_t d = 0; d < width; d += W) {
-      for (int i = 0; i < W; ++i) {
-        const int64_t r = (s + i) * P::kDepth;
-        block[i] = across<P>(rows + r * stride, stride, count - r, d, width);
+      const In* from = rows + s * P::kDepth * stride;
+      if ((s + W) * P::kDepth <= count && d + W <= width) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = across<P>(from + i * P::kDepth * stride, stride, P::kDepth, d, d + W);
+      } else {
+        for (int i = 0; i < W; ++i)
+          block[i] = across<P>(from + i * P::kDepth * stride, stride, count - (s + i) * P::kDepth, d, width);
       }
       transpose(block);
       for (int i = 0; i < W && d + i < width; ++i) store(to + (d + i) * to_row + s, block[i]);
@@ -138,12 +132,21 @@ void pack_b_transposed(typename P::Element* to, const In* rows, int64_t stride, 
     const int64_t columns = padded<typename P::Out>(count - n < kPanel<P> ? count - n : kPanel<P>);
     for (int64_t c = 0; c < columns; c += W)
       for (int64_t s = 0; s < k; s += W) {
-        for (int i = 0; i < W; ++i) {
-          const int64_t r = n + c + i;
-          block[i] = r < count ? along<P>(rows + r * stride, s * P::kDepth, width) : Vec<typename P::Element>{};
+        const In* from = rows + (n + c) * stride;
+        if (n + c + W <= count && (s + W) * P::kDepth <= width) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) block[i] = along<P>(from + i * stride + s * P::kDepth, 0, W * P::kDepth);
+        } else {
+          for (int i = 0; i < W; ++i)
+            block[i] = n + c + i < count ? along<P>(from + i * stride, s * P::kDepth, width) : Vec<typename P::Element>{};
         }
         transpose(block);
-        for (int i = 0; i < W && s + i < k; ++i) store(to + (s + i) * columns + c, block[i]);
+        if (s + W <= k) {
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) store(to + (s + i) * columns + c, block[i]);
+        } else {
+          for (int i = 0; s + i < k; ++i) store(to + (s + i) * columns + c, block[i]);
+        }
       }
     to += k * columns;
   }
@@ -165,12 +168,22 @@ void write_transposed(In* rows, int64_t stride, const T* c, int64_t c_row, int64
   for (int64_t n = 0; n < count; n += W) {
     const Vec<T> by = load(factor + n);
     for (int64_t d = 0; d < width; d += W) {
-      for (int i = 0; i < W; ++i) {
-        const Vec<T> x = d + i < width ? load(c + (d + i) * c_row + n) * by : Vec<T>{};
-        block[i] = by != 0 ? x : Vec<T>{};
+      if (d + W <= width) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = by != 0 ? load(c + (d + i) * c_row + n) * by : Vec<T>{};
+      } else {
+        for (int i = 0; i < W; ++i) {
+          block[i] = Vec<T>{};
+          if (d + i < width) block[i] = by != 0 ? load(c + (d + i) * c_row + n) * by : Vec<T>{};
+        }
       }
       transpose(block);
-      for (int i = 0; i < W && n + i < count; ++i) write(rows + (n + i) * stride + d, block[i], width - d);
+      if (d + W <= width && n + W <= count) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) write(rows + (n + i) * stride + d, block[i], W);
+      } else {
+        for (int i = 0; i < W && n + i < count; ++i) write(rows + (n + i) * stride + d, block[i], width - d);
+      }
     }
   }
 }

@@ -10,9 +10,13 @@ void fill(AttentionKernels& table, Kind kind) {
   table.queries_each[kind] = kQueries<P>;
   table.keys_each[kind] = kKeys<P>;
   table.forward_scratch[kind] = [](const AttentionForward& task) { return Forward<In, P>(task, nullptr).bytes(); };
-  table.forward[kind] = [](const AttentionForward& task, char* scratch) { Forward<In, P>(task, scratch).run(); };
+  table.forward[kind] = [](const AttentionForward& task, const AttentionForward* next, char* scratch) {
+    Forward<In, P>(task, scratch).run(next);
+  };
   table.backward_scratch[kind] = [](const AttentionBackward& task) { return Backward<In, P>(task, nullptr).bytes(); };
-  table.backward[kind] = [](const AttentionBackward& task, char* scratch) { Backward<In, P>(task, scratch).run(); };
+  table.backward[kind] = [](const AttentionBackward& task, const AttentionBackward* next, char* scratch) {
+    Backward<In, P>(task, scratch).run(next);
+  };
 }
 
 AttentionKernels make_table() {

@@ -42,9 +42,10 @@ struct AttentionKernels {
   // Lengths at whose multiples a range may begin.
   int64_t queries_each[kKinds], keys_each[kKinds];
   int64_t (*forward_scratch[kKinds])(const AttentionForward&);
-  void (*forward[kKinds])(const AttentionForward&, char* scratch);
+  // `next` (or nullptr): the task that this thread does after this one; its inputs are fetched into the cache meanwhile.
+  void (*forward[kKinds])(const AttentionForward&, const AttentionForward* next, char* scratch);
   int64_t (*backward_scratch[kKinds])(const AttentionBackward&);
-  void (*backward[kKinds])(const AttentionBackward&, char* scratch);
+  void (*backward[kKinds])(const AttentionBackward&, const AttentionBackward* next, char* scratch);
 };
 
 ONER_FAST_DECLARE_KERNELS(AttentionKernels, attention_kernels)
