@@ -23,7 +23,7 @@ from oner_fast import _extension
 # As Linux names them in /proc/cpuinfo, x86 and ARM.
 INSTRUCTION_SETS = (
     *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_vnni", "avx512_bf16", "asimd", "sve"),
+    *("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve"),
 )
 # Packages that a part of oner_fast can use, the distribution that ships each, and how to get it.
 PEERS = {

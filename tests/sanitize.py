@@ -1,6 +1,6 @@
 """Builds the C++ extension with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the ops on it.
 
-python tests/sanitize.py [arguments of pytest]. Every instruction set of this processor is gone through.
+python tests/sanitize.py [capability ...]: these instruction sets, otherwise every one that this processor runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 # torch.compile generates code of its own, and other processes would each be built up again under the sanitizer.
 SKIP = "not compile and not opcheck and not process and not instruction_set and not graph"
+
+LOADS = """
+import torch
+from oner_fast import _extension
+assert _extension.status().loaded, _extension.status()
+print(torch.ops.oner_fast.cpu_capability())
+"""
 
 
 def build() -> Path:
@@ -47,13 +54,21 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     failed = []
-    for capability in CAPABILITIES:
+    for capability in sys.argv[1:] or CAPABILITIES:
         print(f"=== {capability}", flush=True)
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SKIP, *sys.argv[1:]]
-        done = subprocess.run(
-            [*command, str(ROOT / "tests" / "ops")],
-            cwd=ROOT, env={**environment, "ONER_FAST_CPU_CAPABILITY": capability}, check=False,
-        )  # fmt: skip
+        chosen = {**environment, "ONER_FAST_CPU_CAPABILITY": capability}
+        there = subprocess.run(
+            [sys.executable, "-P", "-c", LOADS], cwd=ROOT, env=chosen, capture_output=True, text=True, check=False
+        )
+        if "but this processor runs" in there.stderr:
+            print(there.stderr.strip().splitlines()[-1])
+            continue
+        if there.stdout.strip() != capability:
+            print(there.stderr)
+            failed.append(capability)
+            continue
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SKIP]
+        done = subprocess.run([*command, str(ROOT / "tests" / "ops")], cwd=ROOT, env=chosen, check=False)
         if done.returncode:
             failed.append(capability)
     print("failed: " + ", ".join(failed) if failed else "no error found")

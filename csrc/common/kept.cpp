@@ -10,6 +10,7 @@ namespace oner_fast {
 Kept::Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tensor>& cu_seqlens, int64_t samples,
            int64_t cells)
     : holder_(kept.contiguous()), samples_(samples), total_(kept.numel()) {
+  TORCH_CHECK_VALUE(samples >= 0 && cells >= 0, op, ": ", samples, " samples of ", cells, " tokens");
   TORCH_CHECK_TYPE(kept.scalar_type() == at::kLong, op, ": kept must be int64, got ", kept.scalar_type());
   values_ = holder_.const_data_ptr<int64_t>();
   if (cu_seqlens.has_value()) {

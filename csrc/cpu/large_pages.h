@@ -11,7 +11,7 @@
 
 namespace oner_fast {
 
-// `x` itself, its memory advised to come in pages of 2 MB where it is fresh and spans many. Memory in use is left alone.
+// `x` itself; asks that memory which spans many pages of 2 MB come in such pages where it is fresh.
 inline at::Tensor with_large_pages(at::Tensor x) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 2 << 20, kFew = 4;

@@ -146,6 +146,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
                                                                       bool need_tokens, bool need_positions,
                                                                       bool need_prefix) {
   const Kind kind = kind_of(kOp, "the gradient", grad_in.scalar_type());
+  TORCH_CHECK_VALUE(length >= 0, kOp, ": the prefix has ", length, " rows");
   TORCH_CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ", grad_in.sizes());
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
   const at::Tensor grad = grad_in.contiguous();

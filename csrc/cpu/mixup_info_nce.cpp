@@ -123,6 +123,11 @@ const ContrastKernels& kernels_for(const Side& rows, const Side& columns) {
   return table.contrast[is_there ? kind : kContrastF32];
 }
 
+void check_pairs(int64_t queries, int64_t keys, int64_t first_pair) {
+  TORCH_CHECK_VALUE(first_pair >= 0 && queries <= keys && first_pair <= keys - queries, kOp, ": ", queries,
+                    " queries from pair ", first_pair, " on need as many keys, got ", keys);
+}
+
 at::Tensor checked_partner(const OptionalTensor& partner, int64_t rows, int64_t columns) {
   if (!partner.has_value()) return {};
   const at::Tensor dense = Side::vector(*partner, rows, at::kLong, "partner");
@@ -156,8 +161,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
   const int64_t m = query.size(0), n = key.size(0);
-  TORCH_CHECK_VALUE(first_pair >= 0 && first_pair + m <= n, kOp, ": ", m, " queries from pair ", first_pair,
-                    " on need as many keys, got ", n);
+  check_pairs(m, n, first_pair);
   const at::Tensor partner = checked_partner(partner_in, m, n);
   const auto options = query.options().dtype(wide_of(query));
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -194,6 +198,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
   const int64_t m = query.size(0), n = key.size(0), width = query.size(1);
+  check_pairs(m, n, first_pair);
   const at::Tensor partner = checked_partner(partner_in, m, n);
   const at::ScalarType wide = wide_of(query);
   const auto options = query.options().dtype(wide);

@@ -5,6 +5,10 @@
 #include <limits>
 #include <string>
 
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -70,6 +74,11 @@ py::list cpu_features() {
   ONER_FAST_FEATURE("avx512vnni");
   ONER_FAST_FEATURE("avx512bf16");
 #undef ONER_FAST_FEATURE
+  unsigned a = 0, b = 0, c = 0, d = 0;  // older compilers have no name for these
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
+    if (d & (1u << 24)) found.append("amx_tile");
+    if (d & (1u << 22)) found.append("amx_bf16");
+  }
 #endif
   return found;
 }

@@ -124,6 +124,8 @@ def varlen_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     serving = choose("varlen_attention", device, implementation, dtype=query.dtype, causal=causal)
     return serving.function(

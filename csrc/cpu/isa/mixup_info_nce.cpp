@@ -277,7 +277,7 @@ void backward(const ContrastBlock& block, const ContrastGradient& gradient, void
     logits_of<P>(block, s, first, count);
     gradient_of<P>(block, gradient, s, first, count);
     T* rows_out = to_rows + (block.row_first + first) * gradient.to_rows_stride;
-    T* columns_out = to_columns + block.column_first * gradient.to_columns_stride;
+    T* columns_out = to_columns == nullptr ? nullptr : to_columns + block.column_first * gradient.to_columns_stride;
     if (to_columns != nullptr)
       pack_b<P>(s.row_panels, numbers_of<P>(s.row_elements + first * s.length), row, count, width);
     const E *g = nullptr, *g_transposed = nullptr;

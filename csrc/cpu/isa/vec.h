@@ -84,11 +84,6 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-template <typename T>
-inline Vec<T> smaller(Vec<T> a, Vec<T> b) {
-  return a < b ? a : b;
-}
-
 // exp for x <= 88: within 2 units in the last place, exactly 0 below -87.33 and at -inf; NaN stays NaN.
 inline Vec<float> exp_of(Vec<float> x) {
   using V = Vec<float>;

@@ -1,0 +1,55 @@
+"""Attention and alignment on every instruction set that this processor runs, against their definitions in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from oner_fast import _extension
+
+pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
+
+PROGRAM = """
+import torch
+from oner_fast.ops import token_alignment, varlen_attention
+torch.manual_seed(0)
+
+def compare(op, given, dtype, tolerance, *arguments, **options):
+    results = []
+    for name, kind in (("cpp", dtype), ("reference", torch.float64)):
+        # Both start from the numbers as the narrow dtype holds them.
+        x = [one.to(dtype).to(kind).requires_grad_() for one in given]
+        out = op(*x, *arguments, **options, implementation=name)
+        upstream = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(dtype).to(kind)
+        needed = x[:1] if op is token_alignment else x
+        results.append([out, *torch.autograd.grad(out, needed, upstream if out.ndim else None)])
+    for one, other in zip(*results):
+        assert one.isfinite().all()
+        error = float((one.double() - other).abs().max() / other.abs().max())
+        assert error < tolerance, (op.__name__, dtype, options, error)
+
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)):
+    # Empty, one token, parts of vectors and panels, several blocks of keys.
+    lengths = torch.tensor([0, 1, 0, 37, 130, 600])
+    cu_seqlens = lengths.cumsum(0).int()
+    total = int(cu_seqlens[-1])
+    for heads, groups, width, causal in ((2, 1, 24, False), (2, 2, 64, True)):
+        given = [torch.randn(total, count, width, dtype=torch.float64) for count in (heads, groups, groups)]
+        compare(varlen_attention, given, dtype, tolerance, cu_seqlens, causal=causal)
+    student, teacher = torch.randn(3, 11, 70, dtype=torch.float64), torch.randn(3, 20, 70, dtype=torch.float64)
+    compare(token_alignment, [student, teacher], dtype, tolerance, torch.randint(0, 20, (3, 11)))
+print(torch.ops.oner_fast.cpu_capability())
+"""
+
+
+@pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_every_instruction_set(capability: str) -> None:
+    env = {**os.environ, "ONER_FAST_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
+    if "but this processor runs" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == capability
