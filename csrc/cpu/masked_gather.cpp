@@ -10,6 +10,7 @@
 
 #include "common/kept.h"
 #include "common/ops.h"
+#include "cpu/dense.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
 #include "cpu/output.h"
@@ -22,10 +23,6 @@ constexpr const char* kOp = "masked_gather";
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
 constexpr int64_t kBlock = 128;            // elements summed, written and prefetched in turn, so that reads and writes overlap
 constexpr int64_t kLine = 64;             // elements: threads never share a cache line of a row
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
 

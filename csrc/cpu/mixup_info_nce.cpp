@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "cpu/dense.h"
 #include "cpu/isa/mixup_info_nce.h"
 #include "cpu/kinds.h"
 
@@ -29,10 +30,6 @@ constexpr int64_t kColumnMultiple = 16;      // sums are padded to the widest ve
 constexpr int64_t kRowGrain = 64;            // rows worth another thread where each is read once or twice
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 at::ScalarType wide_of(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 

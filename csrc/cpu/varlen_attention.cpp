@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/ops.h"
+#include "cpu/dense.h"
 #include "cpu/isa/varlen_attention.h"
 #include "cpu/kinds.h"
 
@@ -18,8 +19,6 @@ namespace {
 constexpr const char* kOp = "varlen_attention";
 constexpr int64_t kOverhead = 64;        // what a row costs beside its scores, in scores
 constexpr int64_t kWorthAThread = 4096;  // scores
-
-at::Tensor with_dense_rows(const at::Tensor& x) { return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous(); }
 
 AttentionInput input(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
 AttentionOutput output(const at::Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1)}; }

@@ -1,4 +1,4 @@
-"""Attention and alignment on every instruction set that this processor runs, against their definitions in float64."""
+"""Contrast, attention and alignment on every instruction set that this processor runs, against their definitions in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extensio
 
 PROGRAM = """
 import torch
-from oner_fast.ops import token_alignment, varlen_attention
+from oner_fast.ops import mixup_info_nce, token_alignment, varlen_attention
 torch.manual_seed(0)
 
 def compare(op, given, dtype, tolerance, *arguments, **options):
@@ -41,6 +41,14 @@ for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.f
         compare(varlen_attention, given, dtype, tolerance, cu_seqlens, causal=causal)
     student, teacher = torch.randn(3, 11, 70, dtype=torch.float64), torch.randn(3, 20, 70, dtype=torch.float64)
     compare(token_alignment, [student, teacher], dtype, tolerance, torch.randint(0, 20, (3, 11)))
+
+def mixed(query, key, query_other, key_other, *, implementation):
+    others = {"query_other": query_other, "key_other": key_other}
+    return mixup_info_nce(query, key, 12.0, **others, implementation=implementation)
+
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+    for rows, width in ((9, 5), (300, 72)):
+        compare(mixed, [torch.randn(rows, width, dtype=torch.float64) for _ in range(4)], dtype, tolerance)
 print(torch.ops.oner_fast.cpu_capability())
 """
 
