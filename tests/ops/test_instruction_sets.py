@@ -1,4 +1,4 @@
-"""Contrast, attention and alignment on every instruction set that this processor runs, against their definitions in float64."""
+"""The ops on every instruction set that this processor runs, against their definitions in float64."""
 
 from __future__ import annotations
 
