@@ -57,7 +57,8 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
 at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
                                     const std::optional<at::Tensor>& kept, const at::Tensor& factors);
 
-// The result and the log-sum-exp of every query's scores (T, H), float32 (float64 for float64).
+// The result and, of every query's scores in base 2, the maximum and 1 / sum of 2^(score - maximum): (2, T, H) float32
+// (float64 for float64), 0 where no key is seen. Backward computes the very weights of forward from them.
 std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                     const at::Tensor& cu_seqlens_q,
                                                     const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale);
@@ -65,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, con
 // Gradients to query, key and value; those that are not needed come back empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
-    const at::Tensor& lse, const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
+    const at::Tensor& statistics, const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
     double scale, bool need_query, bool need_key);
 
 }  // namespace oner_fast

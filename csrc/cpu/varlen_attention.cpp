@@ -74,19 +74,37 @@ class Batch {
     size = query.element_size();
   }
 
-  int64_t begin_q(int64_t s) const { return starts_q_.const_data_ptr<int32_t>()[s]; }
-  int64_t begin_k(int64_t s) const { return starts_k_.const_data_ptr<int32_t>()[s]; }
-  int64_t group() const { return heads / key_heads; }
+  // The first query that sees a key, and the sizes from there on: under causal the surplus of queries is blind.
+  int64_t begin_q(int64_t s) const { return start(starts_q_, s) + blind(s); }
+  int64_t begin_k(int64_t s) const { return start(starts_k_, s); }
   AttentionSizes sizes(int64_t s) const {
-    return {begin_q(s + 1) - begin_q(s), begin_k(s + 1) - begin_k(s), query.size(2), causal_, scale_};
+    return {queries(s) - blind(s), keys(s), query.size(2), causal_, scale_};
   }
-  at::ScalarType lse_type() const { return kind == kF64 ? at::kDouble : at::kFloat; }
+  bool some_blind() const {
+    for (int64_t s = 0; s < sequences; ++s)
+      if (blind(s) > 0) return true;
+    return false;
+  }
+  bool some_unseen() const {
+    for (int64_t s = 0; s < sequences; ++s)
+      if (queries(s) == 0 && keys(s) > 0) return true;
+    return false;
+  }
+  int64_t group() const { return heads / key_heads; }
+  at::ScalarType statistics_type() const { return kind == kF64 ? at::kDouble : at::kFloat; }
 
   at::Tensor query, key, value;
   Kind kind;
   int64_t heads, key_heads, sequences, size;
 
  private:
+  static int64_t start(const at::Tensor& starts, int64_t s) { return starts.const_data_ptr<int32_t>()[s]; }
+  int64_t queries(int64_t s) const { return start(starts_q_, s + 1) - start(starts_q_, s); }
+  int64_t keys(int64_t s) const { return start(starts_k_, s + 1) - start(starts_k_, s); }
+  int64_t blind(int64_t s) const {
+    return keys(s) == 0 ? queries(s) : causal_ ? std::max<int64_t>(queries(s) - keys(s), 0) : 0;
+  }
+
   at::Tensor starts_q_, starts_k_;
   bool causal_;
   double scale_;
@@ -125,8 +143,10 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, con
                                                     const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
   at::Tensor out = at::empty(query.sizes(), query.options());
-  at::Tensor lse = at::empty({query.size(0), query.size(1)}, query.options().dtype(batch.lse_type()));
-  if (out.numel() == 0) return {out, lse.fill_(0)};
+  at::Tensor statistics = at::empty({2, query.size(0), query.size(1)}, query.options().dtype(batch.statistics_type()));
+  if (out.numel() == 0) return {out, statistics.zero_()};
+  if (batch.some_blind()) out.zero_(), statistics.zero_();
+  const at::Tensor maximum = statistics[0], inverse = statistics[1];
 
   const AttentionKernels& kernels = attention_kernels();
   const int64_t each = kernels.queries_each[batch.kind], size = batch.size;
@@ -140,25 +160,29 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, con
         const int64_t last = std::min(first + each, sizes.queries), key_head = h / batch.group();
         tasks.push_back({sizes, first, last, moved(input(batch.query), size, row, h),
                          moved(input(batch.key), size, key_row, key_head), moved(input(batch.value), size, key_row, key_head),
-                         moved(output(out), size, row, h), moved(output(lse), lse.element_size(), row, h)});
+                         moved(output(out), size, row, h), moved(output(maximum), maximum.element_size(), row, h),
+                         moved(output(inverse), inverse.element_size(), row, h)});
         costs.push_back(cost_of(last - first, sizes.keys));
       }
   }
   run_all(tasks, costs, kernels.forward_scratch[batch.kind], kernels.forward[batch.kind]);
-  return {out, lse};
+  return {out, statistics};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
     const at::Tensor& grad_in, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& out_in, const at::Tensor& lse, const at::Tensor& cu_seqlens_q,
+    const at::Tensor& out_in, const at::Tensor& statistics, const at::Tensor& cu_seqlens_q,
     const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale, bool need_query, bool need_key) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
   check_like("the gradient", grad_in, query);
   check_like("out", out_in, query);
-  TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == query.size(0) && lse.size(1) == query.size(1), kOp,
-                    ": lse must have shape (", query.size(0), ", ", query.size(1), "), got ", lse.sizes());
-  TORCH_CHECK_TYPE(lse.scalar_type() == batch.lse_type(), kOp, ": lse must have dtype ", batch.lse_type(), ", got ",
-                   lse.scalar_type());
+  const int64_t shape[] = {2, query.size(0), query.size(1)};
+  const at::IntArrayRef expected = shape;
+  TORCH_CHECK_VALUE(statistics.sizes() == expected, kOp, ": statistics must have shape ", expected, ", got ",
+                    statistics.sizes());
+  TORCH_CHECK_TYPE(statistics.scalar_type() == batch.statistics_type(), kOp, ": statistics must have dtype ",
+                   batch.statistics_type(), ", got ", statistics.scalar_type());
+  const at::Tensor maximum = statistics[0], inverse = statistics[1];
   const at::Tensor grad = with_dense_rows(grad_in), out = with_dense_rows(out_in);
   const auto empty = [&](bool need, const at::Tensor& like) {
     return need ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
@@ -168,6 +192,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
     if (need_key) to_key.zero_(), to_value.zero_();
     return {to_query, to_key, to_value};
   }
+  if (need_query && batch.some_blind()) to_query.zero_();
+  if (need_key && batch.some_unseen()) to_key.zero_(), to_value.zero_();
 
   const AttentionKernels& kernels = attention_kernels();
   const int64_t queries_each = kernels.queries_each[batch.kind], keys_each = kernels.keys_each[batch.kind];
@@ -180,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const AttentionSizes sizes = batch.sizes(s);
     const int64_t row = batch.begin_q(s), key_row = batch.begin_k(s), cost = cost_of(sizes.queries, sizes.keys);
-    if (sizes.queries == 0 && sizes.keys == 0) continue;
+    if (sizes.queries == 0 || sizes.keys == 0) continue;
     // Whole sequences take five products, ranges of one seven: these are for sequences that would keep the others waiting.
     const bool whole = group * cost * at::get_num_threads() <= total + total / 4;
     for (int64_t h = 0; h < batch.key_heads; ++h) {
@@ -190,7 +216,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
         const AttentionOutput none{nullptr, 0, 0};
         return {sizes, heads, 0, sizes.queries, 0, sizes.keys, for_query, for_key, of_query(input(batch.query), size),
                 of_key(input(batch.key)), of_key(input(batch.value)), of_query(input(out), size),
-                of_query(input(lse), lse.element_size()), of_query(input(grad), size),
+                of_query(input(maximum), maximum.element_size()), of_query(input(inverse), inverse.element_size()),
+                of_query(input(grad), size),
                 for_query ? of_query(output(to_query), size) : none, for_key ? of_key(output(to_key)) : none,
                 for_key ? of_key(output(to_value)) : none};
       };

@@ -27,13 +27,13 @@ def _forward_shape(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    statistics = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=statistics)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty((2, *query.shape[:2]), dtype=dtype)
 
 
 @define(
-    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, bool need_key) "
+    "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, bool need_key) "
     "-> (Tensor, Tensor, Tensor)"
 )
 def _backward_shape(
@@ -42,7 +42,7 @@ def _backward_shape(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None,
     causal: bool,
@@ -58,7 +58,7 @@ def _backward_shape(
 
 
 class _VarlenAttention(torch.autograd.Function):
-    """Saves the inputs, the result and one number a query and head."""
+    """Saves the inputs, the result and two numbers a query and head: its largest score and 1 / its sum."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -71,8 +71,10 @@ class _VarlenAttention(torch.autograd.Function):
         causal: bool,
         scale: float,
     ) -> Tensor:
-        out, lse = torch.ops.oner_fast.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale)
-        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k)
+        out, statistics = torch.ops.oner_fast.varlen_attention(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale
+        )
+        ctx.save_for_backward(query, key, value, out, statistics, cu_seqlens_q, cu_seqlens_k)
         ctx.causal, ctx.scale = causal, scale
         return out
 

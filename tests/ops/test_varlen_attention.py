@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from oner_fast import _extension
 from oner_fast.ops import reference, varlen_attention
@@ -411,7 +413,7 @@ def test_saves_the_inputs_the_result_and_one_number_a_row(dtype: torch.dtype) ->
         result = varlen_attention(query, key, value, cu, implementation="cpp")
     statistics = 8 if dtype == torch.float64 else 4
     tensors = 2 * result.numel() + key.numel() + value.numel()
-    assert sum(x.numel() * x.element_size() for x in saved) == tensors * dtype.itemsize + 50 * 4 * statistics + 3 * 4
+    assert sum(x.numel() * x.element_size() for x in saved) == tensors * dtype.itemsize + 2 * 50 * 4 * statistics + 3 * 4
 
 
 @compiled
@@ -424,10 +426,10 @@ def test_a_gradient_that_nobody_asks_for_is_not_made() -> None:
     for i in range(3):
         some = varlen_attention(*(x if i == j else x.detach() for j, x in enumerate(inputs)), cu, implementation="cpp")
         assert torch.equal(torch.autograd.grad(some, inputs[i], upstream)[0], expected[i])
-    lse = torch.zeros(9, 2, dtype=torch.float64)
+    statistics = torch.ones(2, 9, 2, dtype=torch.float64)
     raw = torch.ops.oner_fast.varlen_attention_backward
     detached = [x.detach() for x in inputs]
-    to_query, to_key, to_value = raw(upstream, *detached, every.detach(), lse, cu, None, False, 0.5, True, False)
+    to_query, to_key, to_value = raw(upstream, *detached, every.detach(), statistics, cu, None, False, 0.5, True, False)
     assert to_query.shape == every.shape and to_key.numel() == to_value.numel() == 0
 
 
@@ -438,21 +440,76 @@ def test_opcheck() -> None:
     op, back = torch.ops.oner_fast.varlen_attention.default, torch.ops.oner_fast.varlen_attention_backward.default
     torch.library.opcheck(op, (query, key, value, cu_q, cu_k, True, 0.5))
     torch.library.opcheck(op, (query, query, query, cu_q, None, False, 0.5))
-    out, lse = op(query, key, value, cu_q, cu_k, True, 0.5)
+    out, statistics = op(query, key, value, cu_q, cu_k, True, 0.5)
     for need in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(back, (query, query, key, value, out, lse, cu_q, cu_k, True, 0.5, *need))
+        torch.library.opcheck(back, (query, query, key, value, out, statistics, cu_q, cu_k, True, 0.5, *need))
 
 
 @compiled
-def test_log_sum_exp() -> None:
+def test_statistics() -> None:
+    """Maximum and 1 / sum of a query's scores in base 2, apart; zeros for the query that sees no key."""
     query, key = torch.randn(4, 1, 8), torch.randn(3, 1, 8)
     for dtype in (torch.float64, *DTYPES):
         q, k = query.to(dtype), key.to(dtype)
-        _, lse = torch.ops.oner_fast.varlen_attention(q, k, k, cumulative([4]), cumulative([3]), True, 0.5)
+        _, statistics = torch.ops.oner_fast.varlen_attention(q, k, k, cumulative([4]), cumulative([3]), True, 0.5)
         unseen = torch.ones(4, 3, dtype=torch.bool).tril(-1).logical_not()
-        exact = (0.5 * q[:, 0].double() @ k[:, 0].double().T).masked_fill(unseen, -math.inf).logsumexp(1)
-        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        torch.testing.assert_close(lse[:, 0].double(), exact, rtol=2e-6, atol=2e-6)
+        scores = (0.5 / math.log(2) * q[:, 0].double() @ k[:, 0].double().T).masked_fill(unseen, -math.inf)[1:]
+        maximum = scores.amax(1)
+        exact = torch.stack([maximum, 1 / torch.exp2(scores - maximum[:, None]).sum(1)])
+        assert statistics.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert not statistics[:, 0].any()
+        torch.testing.assert_close(statistics[:, 1:, 0].double(), exact, rtol=4e-6, atol=2e-6)
+
+
+@compiled
+@pytest.mark.parametrize("size", [100.0, 5000.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_large_scores(size: float, dtype: torch.dtype) -> None:
+    """Settled rows and rows torn between two equal keys: the weights of backward are those of forward."""
+    generator = torch.Generator().manual_seed(3)
+    direction = F.normalize(torch.randn(64, generator=generator), dim=0)
+    query = (size**0.5 * direction).expand(48, 2, 64) * torch.linspace(0.9, 1.1, 48)[:, None, None]
+    key = (size**0.5 * direction).expand(300, 2, 64) * torch.rand(300, 1, 1, generator=generator)
+    key = torch.cat([key, key[key[:, 0, 0].abs().argmax()].unsqueeze(0)])
+    inputs = [x.to(dtype) for x in (query, key, torch.randn(301, 2, 64, generator=generator))]
+    upstream = torch.randn(48, 2, 64, generator=generator).to(dtype)
+    cu_q, cu_k = cumulative([48]), cumulative([301])
+
+    def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.einsum("hqk,khd->qhd", torch.einsum("qhd,khd->hqk", query, key).softmax(-1), value)
+
+    def compiled_op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return varlen_attention(query, key, value, cu_q, cu_k, scale=1.0, implementation="cpp")
+
+    def gradients(attend: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        return torch.autograd.grad(attend(*leaves), leaves, upstream.to(dtype))
+
+    exact = gradients(explicit, torch.float64)
+    for mine, theirs, truth in zip(gradients(compiled_op, dtype), gradients(explicit, dtype), exact, strict=True):
+        unit = torch.finfo(dtype).eps * truth.abs().max().item()
+        error, allowed = (mine.double() - truth).abs().max(), (theirs.double() - truth).abs().max()
+        assert error <= 3 * allowed + unit
+
+
+@compiled
+def test_a_blind_query_is_as_if_it_were_not_there() -> None:
+    """Whatever it holds and whatever comes from above."""
+    query, key, value = numbers(7, 2, 5), numbers(4, 2, 5), numbers(4, 2, 5)
+    cu_q, cu_k = cumulative([5, 2]), cumulative([3, 1])
+    upstream = torch.randn(7, 2, 5, dtype=torch.float64)
+    blind = torch.tensor([True, True, False, False, False, True, False])
+    with torch.no_grad():
+        query[blind] = math.nan
+    upstream[blind] = math.inf
+    result = varlen_attention(query, key, value, cu_q, cu_k, causal=True, implementation="cpp")
+    to_query, to_key, to_value = torch.autograd.grad(result, (query, key, value), upstream)
+    assert not result[blind].any() and not to_query[blind].any()
+    seeing = query[~blind].detach().requires_grad_()
+    alone = varlen_attention(seeing, key, value, cumulative([3, 1]), cu_k, causal=True, implementation="reference")
+    expected = torch.autograd.grad(alone, (seeing, key, value), upstream[~blind])
+    torch.testing.assert_close(result[~blind], alone)
+    torch.testing.assert_close((to_query[~blind], to_key, to_value), expected)
 
 
 @compiled
@@ -480,11 +537,11 @@ def test_raw_op_is_safe_by_itself() -> None:
         op(x, x[:, :0], x[:, :0], cu, None, False, 1.0)
     with pytest.raises(ValueError, match=r"value must have shape \[4, 2, 3\], got \[3, 2, 3\]"):
         op(x, x, x[:3], cu, None, False, 1.0)
-    back, lse = torch.ops.oner_fast.varlen_attention_backward, torch.zeros(4, 2)
-    with pytest.raises(ValueError, match=r"lse must have shape \(4, 2\), got \[4, 1\]"):
-        back(x, x, x, x, x, lse[:, :1], cu, None, False, 1.0, True, True)
+    back, statistics = torch.ops.oner_fast.varlen_attention_backward, torch.zeros(2, 4, 2)
+    with pytest.raises(ValueError, match=r"statistics must have shape \[2, 4, 2\], got \[4, 2\]"):
+        back(x, x, x, x, x, statistics[0], cu, None, False, 1.0, True, True)
     with pytest.raises(ValueError, match="the gradient must have shape"):
-        back(x[:2], x, x, x, x, lse, cu, None, False, 1.0, True, True)
+        back(x[:2], x, x, x, x, statistics, cu, None, False, 1.0, True, True)
 
 
 @compiled

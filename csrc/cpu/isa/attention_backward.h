@@ -1,4 +1,5 @@
-// Backward: a range of query blocks against a range of key blocks, the weights recomputed from the log-sum-exp.
+// Backward: a range of query blocks against a range of key blocks, the weights recomputed by forward's own products and
+// exponentials, so that they are forward's weights at any size of the scores (a rounded log-sum-exp would not give them).
 //
 // Whatever the ranges, a gradient is the sum of the same blocks' products in the same order: the bits do not depend on
 // how a sequence was divided into tasks.
@@ -41,7 +42,8 @@ class Backward {
     to_value_ = scratch_.template take<T>(keys_ * sum_row_);
     to_query_head_ = round_up(all, kPanel<P>) * width;
     to_query_ = scratch_.template take<T>(one_block() ? kPanel<P> * width : t_.heads * to_query_head_);
-    lse_ = scratch_.template take<T>(columns);
+    maximum_ = scratch_.template take<T>(columns);
+    inverse_ = scratch_.template take<T>(columns);
     delta_ = scratch_.template take<T>(columns);
     factor_ = scratch_.template take<T>(kPanel<P>);
   }
@@ -51,7 +53,6 @@ class Backward {
     foresee(next);
     const Tiles tiles;
     for (int64_t i = 0; i < kPanel<P>; ++i) factor_[i] = static_cast<T>(t_.sizes.scale);
-    if (t_.sizes.keys == 0) return nothing_seen();
     for (int64_t key = t_.first_key; key < t_.last_key; key += keys_) {
       const int64_t count = t_.last_key - key < keys_ ? t_.last_key - key : keys_;
       load_keys(key, count);
@@ -59,7 +60,7 @@ class Backward {
       for (int64_t h = 0; h < t_.heads; ++h)
         for (int64_t q = t_.first_query; q < t_.last_query; q += queries_)
           block(h, q, t_.last_query - q < queries_ ? t_.last_query - q : queries_, key, count, first);
-      if (t_.need_key) store_keys(key, count, first);
+      if (t_.need_key) store_keys(key, count);
     }
   }
 
@@ -99,12 +100,8 @@ class Backward {
         pack_a_transposed<P>(key_transposed_, key_depth_row_, row(t_.key, 0, key), t_.key.row, count, width);
   }
 
-  void store_keys(int64_t key, int64_t count, bool nothing) {
+  void store_keys(int64_t key, int64_t count) {
     const int64_t width = t_.sizes.width;
-    if (nothing) {
-      std::memset(to_key_, 0, static_cast<size_t>(count * sum_row_) * sizeof(T));
-      std::memset(to_value_, 0, static_cast<size_t>(count * sum_row_) * sizeof(T));
-    }
     write_rows(row(t_.to_key, 0, key), t_.to_key.row, to_key_, sum_row_, count, width, factor_[0]);
     write_rows(row(t_.to_value, 0, key), t_.to_value.row, to_value_, sum_row_, count, width, T{1});
   }
@@ -118,9 +115,13 @@ class Backward {
       pack_b<P>(query_, from, t_.query.row, count, width);
       pack_b<P>(grad_, grad, t_.grad.row, count, width);
     }
-    const T* lse = static_cast<const T*>(t_.lse.data) + query * t_.lse.row + head * t_.lse.head;
+    const T* maximum = static_cast<const T*>(t_.maximum.data) + query * t_.maximum.row + head * t_.maximum.head;
+    const T* inverse = static_cast<const T*>(t_.inverse.data) + query * t_.inverse.row + head * t_.inverse.head;
     const int64_t columns = padded<T>(count);
-    for (int64_t i = 0; i < columns; ++i) lse_[i] = i < count ? lse[i * t_.lse.row] * static_cast<T>(kLog2E) : T{0};
+    for (int64_t i = 0; i < columns; ++i) {
+      maximum_[i] = i < count ? maximum[i * t_.maximum.row] : T{0};
+      inverse_[i] = i < count ? inverse[i * t_.inverse.row] : T{0};
+    }
     for (int64_t n = 0; n < columns; n += W) {  // delta = sum over the row of grad * out
       Vec<T> sums[W];
       for (int i = 0; i < W; ++i) {
@@ -154,13 +155,11 @@ class Backward {
         with_vectors<P>(columns / W, [&](auto v) {
           constexpr int V = decltype(v)::value;
           if (masked)
-            gradient<V, true>(query + p, n, key, seen, lse_ + p, delta_ + p, weights, slopes);
+            gradient<V, true>(query + p, n, key, seen, p, weights, slopes);
           else
-            gradient<V, false>(query + p, n, key, seen, lse_ + p, delta_ + p, weights, slopes);
+            gradient<V, false>(query + p, n, key, seen, p, weights, slopes);
         });
         if (t_.need_query) multiply_query(key > 0, n, seen, to_query, columns);
-      } else if (key == 0) {
-        std::memset(to_query, 0, static_cast<size_t>(width * columns) * sizeof(T));
       }
       if (t_.need_key)
         for (int64_t j = seen; j < count; ++j) {
@@ -192,15 +191,19 @@ class Backward {
       multiply_ahead<P, false>(ahead_, keys, t_.sizes.width, steps<P>(queries), a, pair_row_, 1, b, c, sum_row_);
   }
 
-  // weights = exp(scale * scores - lse) and slopes = weights * (products - delta), as rows of A; slopes as a panel of B.
+  // weights = exp(scale * scores - maximum) / sum and slopes = weights * (products - delta), as rows of A; slopes as a
+  // panel of B. The panel begins at query `place` of its block.
   template <int V, bool kMasked>
-  void gradient(int64_t query, int64_t queries, int64_t key, int64_t keys, const T* lse, const T* delta, E* weights,
-                E* slopes) {
+  void gradient(int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t place, E* weights, E* slopes) {
     constexpr int64_t columns = V * W;
     const Seen<T, V> seen(t_.sizes, query, queries);
     const Vec<T> scale = broadcast(static_cast<T>(t_.sizes.scale * kLog2E));
-    Vec<T> shift[V], less[V];
-    for (int v = 0; v < V; ++v) shift[v] = load(lse + v * W), less[v] = load(delta + v * W);
+    Vec<T> shift[V], share[V], less[V];
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> best = load(maximum_ + place + v * W);
+      shift[v] = best == broadcast(-kInfinity<T>) ? Vec<T>{} : best;  // as forward does
+      share[v] = load(inverse_ + place + v * W), less[v] = load(delta_ + place + v * W);
+    }
     E* panel = panel_;
     for (int64_t j = 0; j < keys; j += P::kDepth) {
       Vec<T> weight[P::kDepth][V], slope[P::kDepth][V];
@@ -211,7 +214,7 @@ class Backward {
             continue;
           }
           const int64_t at = (j + r) * columns + v * W;
-          Vec<T> w = power_of_two<P::kDepth == 2>(load(scores_ + at) * scale - shift[v]);
+          Vec<T> w = power_of_two<P::kDepth == 2>(load(scores_ + at) * scale - shift[v]) * share[v];
           Vec<T> s = w * (load(products_ + at) - less[v]);
           if constexpr (kMasked) {
             w = seen(v, key + j + r) ? w : Vec<T>{};
@@ -233,19 +236,12 @@ class Backward {
       for (int64_t s = (keys + 1) / 2 * columns; s < steps<P>(keys) * columns; ++s) panel[s] = 0;
   }
 
-  void nothing_seen() {
-    if (t_.need_query)
-      for (int64_t h = 0; h < t_.heads; ++h)
-        for (int64_t q = t_.first_query; q < t_.last_query; ++q)
-          std::memset(row(t_.to_query, h, q), 0, static_cast<size_t>(t_.sizes.width) * sizeof(In));
-  }
-
   const AttentionBackward& t_;
   Ahead ahead_;
   Pieces scratch_;
   int64_t keys_, queries_, width_row_, sum_row_, key_depth_row_, pair_row_, to_query_head_;
   E *key_, *value_, *key_transposed_, *query_transposed_, *grad_transposed_, *query_, *grad_, *weights_, *slopes_, *panel_;
-  T *scores_, *products_, *to_key_, *to_value_, *to_query_, *lse_, *delta_, *factor_;
+  T *scores_, *products_, *to_key_, *to_value_, *to_query_, *maximum_, *inverse_, *delta_, *factor_;
 };
 
 }  // namespace

@@ -40,7 +40,6 @@ class Forward {
       ahead_.template add<In>(next->query, next->first, next->last, sizes.width);
     }
     const int64_t keys = t_.sizes.keys;
-    if (keys == 0) return nothing_seen();
     const Tiles tiles;
     for (int64_t key = 0; key < keys; key += keys_) {
       const int64_t count = keys - key < keys_ ? keys - key : keys_;
@@ -67,12 +66,7 @@ class Forward {
     const int64_t columns = padded<T>(queries), place = query - t_.first;
     T* sums = sums_ + (one_block() ? 0 : place * width);
     const int64_t seen = keys_seen(t_.sizes, query + queries - 1, key, count);
-    if (seen == 0) {
-      if (key == 0) {
-        for (int64_t i = 0; i < columns; ++i) maximum_[place + i] = -kInfinity<T>, total_[place + i] = 0;
-        std::memset(sums, 0, static_cast<size_t>(width * columns) * sizeof(T));
-      }
-    } else {
+    if (seen > 0) {
       pack_b_transposed<P>(query_, row(t_.query, query), t_.query.row, queries, width);
       multiply_ahead<P, false>(ahead_, seen, queries, steps<P>(width), key_, key_row_, 1, query_, scores_, columns);
       const bool masked = some_unseen(t_.sizes, query, key, seen);
@@ -145,21 +139,14 @@ class Forward {
 
   void finish(int64_t query, int64_t queries, int64_t columns, const T* sums) {
     const int64_t place = query - t_.first;
-    T* lse = static_cast<T*>(t_.lse.data) + query * t_.lse.row;
+    T* maximum = static_cast<T*>(t_.maximum.data) + query * t_.maximum.row;
+    T* inverse = static_cast<T*>(t_.inverse.data) + query * t_.inverse.row;
     for (int64_t i = 0; i < columns; ++i) {
-      const bool blind = keys_seen(t_.sizes, query + i, 0, t_.sizes.keys) == 0;
-      factor_[i] = blind ? T{0} : T{1} / total_[place + i];
-      if (i < queries) lse[i * t_.lse.row] = static_cast<T>(kLn2) * (maximum_[place + i] + std::log2(total_[place + i]));
+      factor_[i] = T{1} / total_[place + i];
+      if (i < queries) maximum[i * t_.maximum.row] = maximum_[place + i], inverse[i * t_.inverse.row] = factor_[i];
     }
     In* out = static_cast<In*>(t_.out.data) + query * t_.out.row;
     write_transposed<In>(out, t_.out.row, sums, columns, queries, t_.sizes.width, factor_);
-  }
-
-  void nothing_seen() {
-    for (int64_t q = t_.first; q < t_.last; ++q) {
-      std::memset(static_cast<In*>(t_.out.data) + q * t_.out.row, 0, static_cast<size_t>(t_.sizes.width) * sizeof(In));
-      static_cast<T*>(t_.lse.data)[q * t_.lse.row] = -kInfinity<T>;
-    }
   }
 
   const AttentionForward& t_;

@@ -5,12 +5,13 @@
 #pragma once
 
 #include "cpu/isa/pack.h"
+#include "cpu/isa/pieces.h"
 #include "cpu/isa/varlen_attention.h"
 
 namespace oner_fast {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLog2E = 1.4426950408889634;
 
 template <typename T>
 inline constexpr T kInfinity = static_cast<T>(__builtin_inf());
@@ -51,7 +52,7 @@ inline Vec<float> power_of_two(Vec<float> x) {
 // float64 is for gradcheck, not for speed.
 template <bool kCoarse>
 inline Vec<double> power_of_two(Vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp2(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp2(x[i]);
   return x;
 }
 
@@ -98,23 +99,6 @@ void multiply_ahead(Ahead& ahead, int64_t m, int64_t n, int64_t k, const typenam
     ahead.advance(kPanel<P> / 4);
   }
 }
-
-// Consecutive pieces of the scratch memory; with nullptr it measures.
-class Pieces {
- public:
-  explicit Pieces(char* begin) : begin_(begin) {}
-  template <typename T>
-  T* take(int64_t count) {
-    const int64_t at = bytes_;
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return begin_ == nullptr ? nullptr : reinterpret_cast<T*>(begin_ + at);
-  }
-  int64_t bytes() const { return bytes_; }
-
- private:
-  char* begin_;
-  int64_t bytes_ = 0;
-};
 
 // The last key that each lane of a panel sees; none in the lanes behind the last query.
 template <typename T, int V>

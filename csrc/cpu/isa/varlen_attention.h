@@ -1,4 +1,6 @@
 // Attention of one sequence and head (or of the heads that share a key head), forward and backward.
+//
+// A sequence has a query and a key at least, and every query sees one: causal never has more queries than keys here.
 #pragma once
 
 #include "cpu/isa/rows.h"
@@ -25,7 +27,7 @@ struct AttentionForward {
   AttentionSizes sizes;
   int64_t first, last;  // the queries to compute
   AttentionInput query, key, value;
-  AttentionOutput out, lse;  // lse: float, double for kF64; one element a row
+  AttentionOutput out, maximum, inverse;  // of a query's scores in base 2, and of their sum: float, double for kF64
 };
 
 // A range of query blocks against a range of key blocks; all pointers are to the sequence's first row.
@@ -34,7 +36,7 @@ struct AttentionBackward {
   int64_t heads;  // of the query that share the key head
   int64_t first_query, last_query, first_key, last_key;
   bool need_query, need_key;  // of the ranges: needs all keys, needs all queries
-  AttentionInput query, key, value, out, lse, grad;
+  AttentionInput query, key, value, out, maximum, inverse, grad;
   AttentionOutput to_query, to_key, to_value;
 };
 
