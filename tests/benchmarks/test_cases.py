@@ -143,8 +143,12 @@ def test_graph_breaks_are_counted() -> None:
         torch._dynamo.graph_break()
         return 2 * x
 
+    def broken_at_once(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return 2 * x
+
     call = Call((torch.ones(3),))
-    assert (graph_breaks(double, call), graph_breaks(broken, call)) == (0, 1)
+    assert [graph_breaks(one, call) for one in (double, broken, broken_at_once, double)] == [0, 1, 1, 0]
 
 
 def test_a_call_without_leaves_is_a_forward_alone() -> None:
