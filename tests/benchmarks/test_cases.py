@@ -53,6 +53,7 @@ def test_a_row_says_who_is_faster() -> None:
     assert row.best == row.eager == "eager slow"
     assert row.speedup and row.speedup.p50 > 2 and row.met == {"speedup": True, "eager": False}
     assert row.share is not None and row.limit == "limit: copy" and row.graph_breaks == 0
+    assert set(row.floor) == {"copy"} and set(row.profiles) == {OURS, "eager slow"}
     assert not row.wrong and "memory of oner_fast: not measured in this test" in row.notes
 
 
