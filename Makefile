@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench sanitize lint docs clean
+.PHONY: help install demo test gates bench sanitize lint docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -54,6 +54,9 @@ demo: $(STAMP)-demo ## train OneR on pictograms, evaluate it on unseen captions,
 
 test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
 	$(BIN)/pytest -ra $(PYTEST)
+
+gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
+	$(BIN)/pytest -ra --show-capture=no benchmarks
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops

@@ -114,7 +114,7 @@ class Case:
         target: what we promised.
         timed: False measures memory alone (the baselines would not fit).
         counted: the FLOPs that PyTorch's counter must find in eager code; None where it has none that count.
-        saved_at_most: the bytes that ours may keep for backward beyond its inputs.
+        saved: the bytes that ours keeps for backward beyond its inputs.
         notes: what a reader of the row must know.
     """
 
@@ -131,7 +131,7 @@ class Case:
     limit_dtype: torch.dtype | None = None
     timed: bool = True
     counted: float | None = None
-    saved_at_most: int = 0
+    saved: int = 0
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -22,10 +22,11 @@ COPY_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Limit:
-    """A candidate whose rate is a limit of the machine: `work` is the FLOPs or the bytes of one of its runs."""
+    """A candidate whose rate is a limit of the machine: `work` is the FLOPs ("gemm") or bytes ("copy") of a run."""
 
     candidate: Candidate
     work: float
+    kind: str = "gemm"
 
 
 def gemm_limits(dtype: torch.dtype, device: str = "cpu") -> list[Limit]:
@@ -75,7 +76,7 @@ def copy_limit(device: str = "cpu") -> Limit:
         source, target = buffers[call]
         return target.copy_(source)
 
-    return Limit(Candidate("limit: copy", copy), 2.0 * COPY_BYTES)
+    return Limit(Candidate("limit: copy", copy), 2.0 * COPY_BYTES, "copy")
 
 
 def limits(dtype: torch.dtype, kind: str, device: str = "cpu") -> list[Limit]:

@@ -16,6 +16,7 @@ from oner_fast.benchmarks import memory
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Forward, Layout, Result, name_of, step
 from oner_fast.benchmarks.counts import graph_breaks
 from oner_fast.benchmarks.limits import limits
+from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
 from oner_fast.ops.implementations import choose
@@ -151,7 +152,9 @@ def _time(
     timed = [one for one in case.contenders if one.name not in row.refused and one.name not in row.unavailable]
     if not timed:
         return
-    bounds = limits(case.limit_dtype or case.dtype, case.limit, settings.device)
+    # What bounds it comes first; the bytes of an op that products bound are part of its floor.
+    work = {"gemm": case.flops, "copy": case.bytes} if case.limit == "gemm" else {case.limit: case.bytes}
+    bounds = [one for kind in work for one in limits(case.limit_dtype or case.dtype, kind, settings.device)]
     base = Rotation(lambda seed: case.make(seed, settings.device), case.make(0, settings.device).bytes())
     laid_out: dict[Layout, list[Call]] = {}
     candidates = []
@@ -161,9 +164,11 @@ def _time(
     candidates += [bound.candidate for bound in bounds]
     samples = interleave(candidates, seconds=settings.seconds, device=settings.device, progress=progress)
     eager = [one.name for one in timed if one.eager]
-    work = case.flops if case.limit == "gemm" else case.bytes
     row.add_times(samples, eager, bounds, work)
-    row.limit_unit = "GFLOP/s" if case.limit == "gemm" else "GB/s"
+    for one in timed:
+        if one.name in (OURS, row.best):
+            progress(f"profiling {one.name}")
+            row.profiles[one.name] = phases(forwards[one.name], laid_out[one.layout], settings.device)
 
 
 def _runner(forward: Forward, calls: list[Call]) -> Callable[[int], Result]:

@@ -156,6 +156,21 @@ def _memory_table(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def _in_the_way(row: Row) -> list[str]:
+    """Of a row that misses a target: what the machine itself would need, and where the time goes instead."""
+    if not row.profiles:
+        return []
+    words = {"gemm": "its products at the best product's rate", "copy": "its bytes at the copy's rate"}
+    floor = "; ".join(f"{milliseconds(seconds)} ms for {words[kind]}" for kind, seconds in row.floor.items())
+    lines = [f"What stands in the way. The machine needs {floor}. By the profiler, each operation's own time:", ""]
+    lines += ["| candidate | phase | ms | of these |", "|" + "---|" * 4]
+    for name, phases in row.profiles.items():
+        for phase, seconds in phases.items():
+            parts = ", ".join(f"{part} {milliseconds(one)}" for part, one in seconds.items())
+            lines.append(f"| {name} | {phase} | {milliseconds(sum(seconds.values()))} | {parts} |")
+    return [*lines, ""]
+
+
 def _details(row: Row) -> list[str]:
     lines = [f"### {row.op}, {row.shape}, {row.dtype}", ""]
     if row.times:
@@ -167,6 +182,8 @@ def _details(row: Row) -> list[str]:
                 f"{one.rounds} | {error} | {one.setup:.1f} |"
             )
         lines.append("")
+    if False in row.met.values():
+        lines += _in_the_way(row)
     if row.parts:
         lines += ["| part | share of ours |", "|---|---|"]
         lines += [f"| {name} | {share:.1%} |" for name, share in row.parts.items()]

@@ -10,6 +10,8 @@ from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.limits import Limit
 from oner_fast.benchmarks.timing import Samples, ratio
 
+NOTHING: Mapping[str, float] = {}
+
 
 @dataclass
 class Times:
@@ -43,6 +45,9 @@ class Row:
             against them.
         limit: the candidate that showed the machine's limit, `limit_rate` its FLOPs or bytes a second, `rate` ours.
         share: ours of the limit.
+        floor: the seconds that the machine itself needs for the row's products ("gemm") and its bytes ("copy"), at the
+            rates of the same run.
+        profiles: by candidate, of ours and the fastest baseline: {"forward": {operation: seconds}, "backward": ...}.
         memory: {candidate: {"peak", "saved", "saved_beyond_inputs"}} in bytes.
         errors: the largest relative error of each candidate against float64, and the `tolerance` it must keep.
         refused: wrong results, with what was wrong; they have no times.
@@ -65,6 +70,8 @@ class Row:
     limit_unit: str = ""
     rate: float = 0.0
     share: float | None = None
+    floor: dict[str, float] = field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     graph_breaks: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -95,13 +102,18 @@ class Row:
         return cls(**fields)
 
     def add_times(
-        self, samples: Mapping[str, Samples], eager: Sequence[str], limits: Sequence[Limit] = (), work: float = 0.0
+        self,
+        samples: Mapping[str, Samples],
+        eager: Sequence[str],
+        limits: Sequence[Limit] = (),
+        work: Mapping[str, float] = NOTHING,
     ) -> None:
-        """Fill in times, ratios and, with limits, the share of the best of them: `work` is ours, FLOPs or bytes.
+        """Fill in times, ratios and, with limits, the floor and the share of the best limit.
 
         Args:
             samples: "oner_fast", the baselines and the limits, measured together.
             eager: the names of the baselines without torch.compile.
+            work: what ours has to do by the kind of limit, FLOPs or bytes; the first kind is what bounds it.
         """
         hidden = {limit.candidate.name for limit in limits}
         for name, one in samples.items():
@@ -116,11 +128,18 @@ class Row:
         if plain := [one for one in baselines if one.name in eager]:
             fastest = min(plain, key=lambda one: one.p50)
             self.eager, self.speedup_eager = fastest.name, _quantiles(fastest, ours)
-        if measured := [limit for limit in limits if limit.candidate.name in samples]:
+        for kind, needed in work.items():
+            measured = [limit for limit in limits if limit.kind == kind and limit.candidate.name in samples]
+            if not measured:
+                continue
             limit = max(measured, key=lambda one: one.work / samples[one.candidate.name].p50)
             name = limit.candidate.name
-            self.limit, self.limit_rate, self.rate = name, limit.work / samples[name].p50, work / ours.p50
-            self.share = ratio(samples[name], ours).p50 * work / limit.work
+            rate = limit.work / samples[name].p50
+            self.floor[kind] = needed / rate
+            if not self.limit:
+                self.limit, self.limit_rate, self.rate = name, rate, needed / ours.p50
+                self.limit_unit = "GFLOP/s" if kind == "gemm" else "GB/s"
+                self.share = ratio(samples[name], ours).p50 * needed / limit.work
 
     def judge(self, compiled: Sequence[str]) -> None:
         """Fill in `met` for every criterion of `target` that was measured; `compiled` names those baselines."""

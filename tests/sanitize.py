@@ -17,6 +17,7 @@ SKIP = "not compile and not opcheck and not process and not instruction_set and 
 
 LOADS = """
 import torch
+import oner_fast.ops
 from oner_fast import _extension
 assert _extension.status().loaded, _extension.status()
 print(torch.ops.oner_fast.cpu_capability())
@@ -24,8 +25,8 @@ print(torch.ops.oner_fast.cpu_capability())
 
 
 def build() -> Path:
-    """The sanitized library, in build/sanitize."""
-    folder = ROOT / "build" / "sanitize" / "lib"
+    """The sanitized library. Not in build/sanitize, which the build clears when it begins anew."""
+    folder = ROOT / "build" / "sanitized"
     environment = {**os.environ, "ONER_FAST_SANITIZE": "address,undefined"}
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)],

@@ -74,7 +74,7 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
         limit="copy",
         target=target,
         # Two factors of each row.
-        saved_at_most=2 * 4 * rows,
+        saved=2 * 4 * rows,
     )
 
 

@@ -77,8 +77,7 @@ def measure(
     limits = gemm_limits(DTYPES[dtype] or torch.float32)
     candidates = [Candidate(name, step) for name, step in steps.items()]
     samples = interleave([*candidates, *(limit.candidate for limit in limits)], rounds=rounds, progress=tell)
-    row.limit_unit = "GFLOP/s"
-    row.add_times(samples, [EAGER], limits, step_flops(config, batch))
+    row.add_times(samples, [EAGER], limits, {"gemm": step_flops(config, batch)})
     row.judge([])
     tell(f"{dtype}: profiling")
     found = {name: shares(step) for name, step in steps.items()}

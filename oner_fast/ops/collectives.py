@@ -16,6 +16,7 @@ class _GatherRows(torch.autograd.Function):
         return gather_rows_without_gradient(rows, sizes, group)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         gradient = grads[0].contiguous()
         dist.all_reduce(gradient, group=ctx.group)
@@ -33,6 +34,7 @@ class _SumLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # DDP divides by the number of ranks: each rank hands back W times its share.
         return grads[0] * ctx.world, None
@@ -40,9 +42,17 @@ class _SumLoss(torch.autograd.Function):
 
 def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, ...]:
     """How many rows each rank of ``group`` holds."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.tensor([rows], dtype=torch.int64, device=device), group=group)
-    return tuple(int(count) for count in counts)
+    return row_counts_and_any(rows, False, device, group)[0]
+
+
+def row_counts_and_any(
+    rows: int, flag: bool, device: torch.device, group: dist.ProcessGroup
+) -> tuple[tuple[int, ...], bool]:
+    """How many rows each rank of ``group`` holds, and whether any rank gave a true ``flag``: one exchange."""
+    found = [torch.zeros(2, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, torch.tensor([rows, flag], dtype=torch.int64, device=device), group=group)
+    both = [each.tolist() for each in found]
+    return tuple(count for count, _ in both), any(given for _, given in both)
 
 
 def gather_rows_without_gradient(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:

@@ -64,6 +64,7 @@ class _GatherPatches(torch.autograd.Function):
         return torch.ops.oner_fast.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept, std, cu_seqlens = ctx.saved_tensors
         images = torch.ops.oner_fast.gather_patches_backward(

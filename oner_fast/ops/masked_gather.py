@@ -62,6 +62,7 @@ class _MaskedGather(torch.autograd.Function):
         return torch.ops.oner_fast.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept, cu_seqlens = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.ops import checks, reference
-from oner_fast.ops.collectives import gather_rows_without_gradient, row_counts
+from oner_fast.ops.collectives import gather_rows_without_gradient, row_counts_and_any
 from oner_fast.ops.implementations import choose, register
 from oner_fast.ops.library import define
 
@@ -169,6 +169,7 @@ class _MixupInfoNce(torch.autograd.Function):
         symmetric: bool,
         sizes: tuple[int, ...] | None,
         group: dist.ProcessGroup | None,
+        keys_wanted: bool,
     ) -> Tensor:
         rows, dtype = query.shape[0], _statistics_dtype(query)
         first = 0 if group is None or sizes is None else sum(sizes[: dist.get_rank(group)])
@@ -199,7 +200,7 @@ class _MixupInfoNce(torch.autograd.Function):
             *query_side, key, key_other, key_norm, logit_scale, partner, row_max, row_sum, *columns,
             targets.weight, targets.mass,
         )  # fmt: skip
-        ctx.sizes, ctx.group, ctx.first, ctx.total = sizes, group, first, total
+        ctx.sizes, ctx.group, ctx.first, ctx.total, ctx.keys_wanted = sizes, group, first, total, keys_wanted
         return (loss / total).to(dtype)
 
     @staticmethod
@@ -215,7 +216,7 @@ class _MixupInfoNce(torch.autograd.Function):
         need_unit_keys = need_key
         if group is not None:
             key_side = (_all_unit_keys(key, key_other, mix, key_norm, sizes, group), None, None, None)
-            need_unit_keys = True  # other ranks may need them: all take part in the exchange
+            need_unit_keys = ctx.keys_wanted  # where any rank needs them, all take part in the exchange
         world = 1 if group is None else dist.get_world_size(group)
         each = grad.to(row_sum.dtype) * world / (total if column_sum is None else 2 * total)
         own_weight, partner_weight, column_weight = _weights(
@@ -227,7 +228,7 @@ class _MixupInfoNce(torch.autograd.Function):
                 row_max, each / row_sum, column_max, column_weight, own_weight, partner_weight, need_unit_keys,
             )
         )  # fmt: skip
-        if group is not None:
+        if group is not None and ctx.keys_wanted:
             dist.all_reduce(to_key, group=group)
             if need_key:
                 to_key, to_key_other, to_key_mix = _through_normalisation(
@@ -246,7 +247,7 @@ class _MixupInfoNce(torch.autograd.Function):
             to_query_other if need[3] else None,
             to_key_other if need[4] else None,
             gradient_of_mix,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -307,14 +308,18 @@ def _compiled(
     symmetric: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    sizes = None if group is None else row_counts(query.shape[0], query.device, group)
+    sizes, keys_wanted = None, False
+    if group is not None:
+        own = (key, *(() if key_other is None else (key_other, mix)))
+        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
+        sizes, keys_wanted = row_counts_and_any(query.shape[0], wanted, query.device, group)
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     dtype = _statistics_dtype(query)
     scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
     share = mix.to(dtype) if isinstance(mix, Tensor) else torch.tensor(mix, dtype=dtype)
     loss: Tensor = _MixupInfoNce.apply(
-        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, sizes, group
+        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, sizes, group, keys_wanted
     )
     return loss
 

@@ -37,6 +37,7 @@ class _TokenAlignment(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return torch.ops.oner_fast.token_alignment_backward(grad, *ctx.saved_tensors), None, None
 

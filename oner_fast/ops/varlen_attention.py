@@ -79,6 +79,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         need_query, need_key, need_value = ctx.needs_input_grad[:3]
         to_query, to_key, to_value = torch.ops.oner_fast.varlen_attention_backward(

@@ -53,6 +53,7 @@ def test_a_row_says_who_is_faster() -> None:
     assert row.best == row.eager == "eager slow"
     assert row.speedup and row.speedup.p50 > 2 and row.met == {"speedup": True, "eager": False}
     assert row.share is not None and row.limit == "limit: copy" and row.graph_breaks == 0
+    assert set(row.floor) == {"copy"} and set(row.profiles) == {OURS, "eager slow"}
     assert not row.wrong and "memory of oner_fast: not measured in this test" in row.notes
 
 
@@ -143,8 +144,12 @@ def test_graph_breaks_are_counted() -> None:
         torch._dynamo.graph_break()
         return 2 * x
 
+    def broken_at_once(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return 2 * x
+
     call = Call((torch.ones(3),))
-    assert (graph_breaks(double, call), graph_breaks(broken, call)) == (0, 1)
+    assert [graph_breaks(one, call) for one in (double, broken, broken_at_once, double)] == [0, 1, 1, 0]
 
 
 def test_a_call_without_leaves_is_a_forward_alone() -> None:

@@ -20,10 +20,11 @@ def row() -> Row:
         "eager a": Samples("eager a", [3.0, 3.0, 3.0]),
         "compiled a": Samples("compiled a", [2.0, 2.0, 2.0]),
         "limit: mm": Samples("limit: mm", [0.5, 0.5, 0.5]),
+        "limit: copy": Samples("limit: copy", [0.1, 0.1, 0.1]),
     }
-    limit = Limit(Candidate("limit: mm", lambda call: None), 1e9)
-    made.add_times(samples, ["eager a"], [limit], 5e8)
-    made.limit_unit = "GFLOP/s"
+    limits = [Limit(Candidate("limit: mm", print), 1e9), Limit(Candidate("limit: copy", print), 1e9, "copy")]
+    made.add_times(samples, ["eager a"], limits, {"gemm": 5e8, "copy": 1e8})
+    made.profiles = {OURS: {"forward": {"an_op": 0.75, "outside operations": 0.05}, "backward": {"its_backward": 0.2}}}
     made.memory = {
         OURS: {"peak": 2 * 2**20, "saved": 10, "saved_beyond_inputs": 1},
         "compiled a": {"peak": 10 * 2**20, "saved": 10, "saved_beyond_inputs": 1},
@@ -38,6 +39,8 @@ def test_ratios_and_shares() -> None:
     assert made.speedup and made.speedup.p50 == 2.0 and made.speedup_eager and made.speedup_eager.p50 == 3.0
     # Half of the limit's work in twice its time.
     assert made.share == pytest.approx(0.25) and made.limit_rate == 2e9 and made.rate == 5e8
+    assert (made.limit, made.limit_unit) == ("limit: mm", "GFLOP/s")
+    assert made.floor == {"gemm": pytest.approx(0.25), "copy": pytest.approx(0.01)}
     assert made.met == {"speedup": True, "memory_share": False}
     assert verdict(made) == "1.5x of the best: met; memory at most 1/10 of compiled: MISSED"
 
@@ -76,6 +79,16 @@ def test_the_page_shows_what_matters(tmp_path: Path) -> None:
     refused.refused = {OURS: "result 0: relative error 1, allowed 0.1"}
     page = Report("oner-fast bench ops", "a machine", {}, [refused], finished=True).markdown()
     assert "REFUSED" in page and "refused, wrong: oner_fast: result 0" in page and "not finished" not in page
+
+
+def test_a_missed_target_shows_what_stands_in_the_way() -> None:
+    missed = row()
+    page = Report("c", "m", {}, [missed]).markdown()
+    assert "The machine needs 250 ms for its products at the best product's rate; 10 ms for its bytes" in page
+    assert "| oner_fast | forward | 800 | an_op 750, outside operations 50 |" in page
+    assert "| oner_fast | backward | 200 | its_backward 200 |" in page
+    missed.met = dict.fromkeys(missed.met, True)
+    assert "stands in the way" not in Report("c", "m", {}, [missed]).markdown()
 
 
 def test_plots(tmp_path: Path) -> None:

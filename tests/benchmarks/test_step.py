@@ -120,6 +120,7 @@ def test_the_row_holds_ratios_and_shares(tmp_path: Path) -> None:
     row, found = run.measure("fp32", tiny(), rounds=2, compiled=False)
     assert not row.refused and row.best == row.eager == "plain, eager" and row.speedup is not None
     assert row.speedup.p50 == pytest.approx(row.speedup_eager.p50)  # type: ignore[union-attr]
+    assert row.limit_unit == "GFLOP/s" and set(row.floor) == {"gemm"}
     assert sum(row.parts.values()) == pytest.approx(1.0) and set(found) == {"oner_fast", "plain, eager"}
     json.dumps(row.as_dict())
     text = run.markdown(row, found)

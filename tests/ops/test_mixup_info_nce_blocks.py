@@ -173,6 +173,36 @@ def test_saves_its_inputs_and_a_few_numbers_a_row(dtype: torch.dtype) -> None:
     assert sum(saved.values()) == of_inputs + 6 * 4 * 512 + 8 + 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (33, 7), (260, 72)])
+@pytest.mark.parametrize("full", [True, False])
+def test_every_number_of_the_outputs_is_written(dtype: torch.dtype, rows: int, width: int, full: bool) -> None:
+    """Results filled with NaN first, as deterministic mode does with new memory, hold none."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    ops = torch.ops.oner_fast
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    given = {name: x.detach() for name, x in inputs(rows, width, dtype).items()}
+    sides: list[Tensor | None] = []
+    for name in ("query", "key"):
+        other, mix = (given[f"{name}_other"], torch.rand(rows, dtype=wide)) if full else (None, None)
+        sides += [given[name], other, mix, ops.mixup_inverse_norms(given[name], other, mix)]
+    partner = torch.randint(rows, (rows,)) if full else None
+    shared = (*sides, torch.tensor(5.0), partner, 0)
+    statistics = ops.mixup_info_nce_statistics(*shared, full)
+    row_max, row_sum, column_max, column_sum, _, _ = statistics
+    weight = torch.full((rows,), 0.1, dtype=wide)
+    columns = (column_max, weight / column_sum) if full else (None, None)
+    targets = (weight, weight if full else None)
+    gradients = ops.mixup_info_nce_backward(*shared, row_max, weight / row_sum, *columns, *targets, full)
+    for result in (sides[3], sides[7], *statistics, *gradients):
+        assert result is not None and result.isfinite().all()
+    assert [x.numel() for x in statistics] == [rows, rows, *[full * rows] * 2, rows, full * rows]
+    matrix, line = rows * width, full * rows
+    expected = [matrix, full * matrix, line, full * matrix, full * matrix, line, 1]
+    assert [x.numel() for x in gradients] == expected
+
+
 def test_compiles_to_one_graph() -> None:
     given = inputs(40, 16, torch.float32)
     scale = torch.tensor(10.0, requires_grad=True)

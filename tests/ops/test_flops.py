@@ -1,0 +1,77 @@
+"""What PyTorch's counter finds in our ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from oner_fast import _extension
+from oner_fast.ops import masked_gather, mixup_info_nce, token_alignment, varlen_attention
+
+compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
+
+
+def counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape).requires_grad_() for shape in shapes]
+
+
+@compiled
+def test_attention_counts_the_pairs_of_each_sequence() -> None:
+    query, key, value = leaves((11, 4, 8), (9, 2, 8), (9, 2, 8))
+    cu_q, cu_k = torch.tensor([0, 5, 5, 11], dtype=torch.int32), torch.tensor([0, 3, 4, 9], dtype=torch.int32)
+    product = 2 * (5 * 3 + 0 * 1 + 6 * 5) * 4 * 8
+
+    def attend(causal: bool = False) -> Tensor:
+        return varlen_attention(query, key, value, cu_q, cu_k, causal=causal, implementation="cpp")
+
+    assert counted(attend) == 2 * product
+    assert counted(lambda: attend(causal=True)) == 2 * product  # as PyTorch counts its own
+    for needed, products in ([query, key, value], 5), ([query], 3), ([value], 4):
+        for leaf in (query, key, value):
+            leaf.requires_grad_(any(leaf is one for one in needed))
+        assert counted(lambda: attend().sum().backward()) == (2 + products) * product
+    own = torch.tensor([0, 2, 9], dtype=torch.int32)
+    given = [one.detach() for one in leaves((9, 4, 8), (9, 2, 8), (9, 2, 8))]
+    assert counted(lambda: varlen_attention(*given, own)) == 4 * (2 * 2 + 7 * 7) * 4 * 8
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@compiled
+def test_contrast_counts_the_logits_twice_and_the_gradients_that_are_asked_for(symmetric: bool) -> None:
+    query, key = leaves((7, 5), (7, 5))
+    product = 2 * 7 * 7 * 5
+
+    def loss(key: Tensor) -> Tensor:
+        return mixup_info_nce(query, key, 3.0, symmetric=symmetric, implementation="cpp")
+
+    assert counted(lambda: loss(key)) == product
+    assert counted(lambda: loss(key).backward()) == 4 * product
+    assert counted(lambda: loss(key.detach()).backward()) == 3 * product
+
+
+@compiled
+def test_what_moves_memory_has_no_products() -> None:
+    tokens, student = leaves((2, 5, 8), (2, 3, 8))
+    kept = torch.tensor([[0, 4, 1], [2, 2, 3]])
+    assert counted(lambda: masked_gather(tokens, kept, implementation="cpp").sum().backward()) == 0
+    assert counted(lambda: token_alignment(student, tokens, kept, implementation="cpp").backward()) == 0
+
+
+def test_without_values_all_sequences_are_as_long_as_the_mean() -> None:
+    """As torch.compile meets them."""
+    raw = torch.ops.oner_fast.varlen_attention
+    with FakeTensorMode():
+        given = [torch.empty(12, 2, 4) for _ in range(3)]
+        cu_seqlens = torch.empty(4, dtype=torch.int32)
+        assert counted(lambda: raw(*given, cu_seqlens, None, False, 1.0)) == 2 * 2 * (12 * 12 // 3) * 2 * 4
