@@ -18,7 +18,7 @@ from oner_fast.ops import reference, varlen_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 HEADS, WIDTH = 12, 64
-STATISTICS = 1  # float32 numbers that are kept for backward of each query and head
+STATISTICS = 2  # float32 numbers kept for a query and head: maximum and 1 / sum
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
