@@ -1,7 +1,8 @@
 // mixup_info_nce: the logits in blocks of a few hundred rows and columns, made twice (forward and backward) and never kept.
 //
-// Rows and columns are cut in stripes. In stage s row stripe t meets column stripe (t + s) mod n, so that the blocks of a
-// stage share neither: each sum has one owner, and its order does not depend on the number of threads.
+// Columns are cut in stripes, rows in units. A thread takes a stripe and meets the units from first to last, so that a
+// stripe is packed once and its sums stay in the second-level cache; each unit's sums take the stripes in order. The order
+// of no sum depends on the number of threads, and a thread waits only where it is about to overtake its predecessor.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -9,8 +10,11 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <limits>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -24,8 +28,10 @@ namespace oner_fast {
 namespace {
 
 constexpr const char* kOp = "mixup_info_nce";
-constexpr int64_t kLargestStripe = 256, kSmallestStripe = 32, kLeastStripes = 4;
-constexpr int64_t kStripeNumbers = 1 << 16;  // of one side in one block: five such blocks fit the second-level cache
+constexpr int64_t kLargestStripe = 256, kLargestUnit = 128, kSmallest = 32;  // columns, rows, either
+constexpr int64_t kLeastStripes = 4, kLeastUnits = 8;
+constexpr int64_t kStripeNumbers = 1 << 16;  // of a stripe: five times as many fit the second-level cache
+constexpr int64_t kCountMultiple = 32;       // of columns and rows in a block but the last: whole panels and tiles
 constexpr int64_t kColumnMultiple = 16;      // sums are padded to the widest vector
 constexpr int64_t kRowGrain = 64;            // rows worth another thread where each is read once or twice
 
@@ -70,45 +76,76 @@ struct Side {
   }
 };
 
-struct Stripes {
-  int64_t count, parts;
-  int64_t begin(int64_t part) const { return count * part / parts; }
-  int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
-  int64_t largest() const { return ceil_div(count, parts); }
-  static Stripes of(int64_t count, int64_t width) {
-    const int64_t most = std::clamp(kStripeNumbers / std::max<int64_t>(width, 1), kSmallestStripe, kLargestStripe);
-    const int64_t size = std::clamp(ceil_div(count, kLeastStripes), kSmallestStripe, most);
-    return {count, std::max<int64_t>(ceil_div(count, size), 1)};
+// `count` rows or columns in parts of one size, a shorter one at the end.
+struct Parts {
+  int64_t count, size;
+  int64_t number() const { return ceil_div(count, size); }
+  int64_t begin(int64_t part) const { return part * size; }
+  int64_t size_of(int64_t part) const { return std::min(size, count - begin(part)); }
+
+  static Parts of(int64_t count, int64_t least, int64_t smallest, int64_t largest) {
+    const int64_t wanted = std::clamp(ceil_div(count, least), smallest, largest);
+    const int64_t even = ceil_div(count, std::max<int64_t>(ceil_div(count, wanted), 1));
+    return {count, std::max(ceil_div(even, kCountMultiple) * kCountMultiple, kCountMultiple)};
   }
+  static Parts stripes(int64_t count, int64_t width) {
+    const int64_t largest = std::clamp(kStripeNumbers / std::max<int64_t>(width, 1), kSmallest, kLargestStripe);
+    return of(count, kLeastStripes, kSmallest, largest);
+  }
+  static Parts units(int64_t count) { return of(count, kLeastUnits, kSmallest, kLargestUnit); }
 };
 
-// Calls block(row stripe, column stripe, scratch) for every pair, those of a stage in parallel.
-template <typename Block>
-void for_each_block(const Stripes& rows, const Stripes& columns, int64_t scratch_bytes, const Block& block) {
-  const int64_t together = std::min(rows.parts, columns.parts), stages = std::max(rows.parts, columns.parts);
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), together);
-  constexpr int64_t kAlign = 64;
-  const int64_t each = ceil_div(scratch_bytes, kAlign) * kAlign;
+// How many units each stripe is done with.
+class Turns {
+ public:
+  explicit Turns(int64_t stripes) : done_(static_cast<size_t>(stripes)) {}
+
+  // Returns when the stripe before is done with the unit. The first stripe of all that run never waits.
+  void wait(int64_t stripe, int64_t unit) {
+    constexpr int kPatience = 1000;
+    if (stripe == 0) return;
+    const std::atomic<int64_t>& before = done_[static_cast<size_t>(stripe - 1)].units;
+    for (int tries = 0; before.load(std::memory_order_acquire) <= unit; ++tries)
+      if (tries > kPatience) std::this_thread::yield();
+  }
+  void pass_on(int64_t stripe, int64_t unit) {
+    done_[static_cast<size_t>(stripe)].units.store(unit + 1, std::memory_order_release);
+  }
+
+ private:
+  struct alignas(64) Done {
+    std::atomic<int64_t> units{0};
+  };
+  std::vector<Done> done_;
+};
+
+constexpr int64_t kAlign = 64;
+constexpr int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Calls stripe(number, scratch) for every stripe, in any number of threads; they begin in order.
+template <typename Stripe>
+void for_each_stripe(int64_t stripes, int64_t scratch_bytes, const Stripe& stripe) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), stripes);
+  const int64_t each = aligned(scratch_bytes);
   const at::Tensor scratch = at::empty({threads * each + kAlign}, at::kByte);
   char* base = static_cast<char*>(scratch.mutable_data_ptr());
   base += (kAlign - static_cast<int64_t>(reinterpret_cast<uintptr_t>(base) % kAlign)) % kAlign;
-  for (int64_t stage = 0; stage < stages; ++stage) {
-    at::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
-      for (int64_t thread = first_thread; thread < last_thread; ++thread) {
-        for (int64_t i = together * thread / threads; i < together * (thread + 1) / threads; ++i) {
-          const int64_t other = (i + stage) % stages;
-          const bool rows_are_fewer = rows.parts <= columns.parts;
-          block(rows_are_fewer ? i : other, rows_are_fewer ? other : i, base + thread * each);
-        }
-      }
-    });
-  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
+    for (int64_t thread = first_thread; thread < last_thread; ++thread)
+      for (int64_t i = next.fetch_add(1); i < stripes; i = next.fetch_add(1)) stripe(i, base + thread * each);
+  });
 }
 
+// The first block of a stripe; its rows are moved on from unit to unit.
 ContrastBlock block_of(const Side& rows, const Side& columns, double scale, int64_t own, const int64_t* partner,
-                       const Stripes& row_stripes, const Stripes& column_stripes, int64_t r, int64_t c) {
-  return {rows.rows, columns.rows, row_stripes.begin(r), row_stripes.size(r), column_stripes.begin(c), column_stripes.size(c),
-          own, partner, scale};
+                       const Parts& units, const Parts& stripes, int64_t stripe) {
+  return {rows.rows, columns.rows, 0, 0, stripes.begin(stripe), stripes.size_of(stripe), units.size, own, partner, scale};
+}
+
+void move_to(ContrastBlock& block, const Parts& units, int64_t unit) {
+  block.row_first = units.begin(unit);
+  block.row_count = units.size_of(unit);
 }
 
 const ContrastKernels& kernels_for(const Side& rows, const Side& columns) {
@@ -137,6 +174,23 @@ at::Tensor checked_partner(const OptionalTensor& partner, int64_t rows, int64_t 
 const int64_t* indices(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; }
 
 void* data(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
+
+// What a side's gradients become; empty where they are not needed.
+struct Gradients {
+  at::Tensor x, other, mix;
+
+  Gradients(const Side& side, bool needed, bool zeros, const at::TensorOptions& wide)
+      : x(!needed ? at::empty({0}, wide)
+          : zeros ? at::zeros(side.x.sizes(), side.x.options())
+                  : at::empty(side.x.sizes(), side.x.options())),
+        other(at::empty(needed && side.other.defined() ? side.x.sizes() : at::IntArrayRef{0}, needed ? side.x.options() : wide)),
+        mix(at::empty({needed && side.other.defined() ? side.x.size(0) : 0}, wide)) {}
+
+  MixedRowsGradient places(void* dot) const {
+    const bool mixed = mix.size(0) > 0;
+    return {data(x), mixed ? data(other) : nullptr, mixed ? data(mix) : nullptr, dot, x.size(1), x.size(1)};
+  }
+};
 
 }  // namespace
 
@@ -174,13 +228,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                                data(own),
                                data(shared)};
   const double scale = logit_scale.item<double>();
-  const Stripes r = Stripes::of(m, query.size(1)), c = Stripes::of(n, query.size(1));
-  if (m > 0) {
-    const int64_t bytes = kernels.scratch_bytes(r.largest(), c.largest(), query.size(1), false);
-    for_each_block(r, c, bytes, [&](int64_t i, int64_t j, void* scratch) {
-      kernels.forward(block_of(rows, columns, scale, first_pair, indices(partner), r, c, i, j), out, scratch);
-    });
-  }
+  const Parts units = Parts::units(m), stripes = Parts::stripes(n, query.size(1));
+  Turns turns(stripes.number());
+  const int64_t bytes = kernels.scratch_bytes(units.size, stripes.size, query.size(1), false);
+  for_each_stripe(stripes.number(), bytes, [&](int64_t stripe, void* scratch) {
+    ContrastBlock block = block_of(rows, columns, scale, first_pair, indices(partner), units, stripes, stripe);
+    kernels.take_columns(block, false, scratch);
+    for (int64_t unit = 0; unit < units.number(); ++unit) {
+      move_to(block, units, unit);
+      kernels.forward(block, out, scratch);
+      turns.wait(stripe, unit);
+      kernels.forward_rows(block, out, scratch);
+      turns.pass_on(stripe, unit);
+    }
+  });
   return {row_max, row_sum, column_max, column_sum, own, shared};
 }
 
@@ -210,45 +271,55 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   TORCH_CHECK_VALUE(column_max.defined() == column_weight.defined() && partner.defined() == partner_weight.defined(), kOp,
                     ": statistics and weights of columns, and partners and their weights, come together");
 
-  // The sums become the gradients where they have their dtype and width.
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
-  const at::Tensor row_sums = at::zeros({m, padded}, options);
-  const at::Tensor column_sums = need_key ? at::zeros({n, padded}, options) : at::Tensor();
-  const ContrastGradient gradient{data(row_max),    data(row_weight),     data(column_max), data(column_weight),
-                                  data(own_weight), data(partner_weight), data(row_sums),   data(column_sums),
-                                  padded,           padded};
-  const double scale = logit_scale.item<double>();
-  const Stripes r = Stripes::of(m, width), c = Stripes::of(n, width);
-  if (m > 0) {
-    const int64_t bytes = kernels.scratch_bytes(r.largest(), c.largest(), width, true);
-    for_each_block(r, c, bytes, [&](int64_t i, int64_t j, void* scratch) {
-      kernels.backward(block_of(rows, columns, scale, first_pair, indices(partner), r, c, i, j), gradient, scratch);
-    });
-  }
+  const int64_t row_bytes = padded * static_cast<int64_t>(options.dtype().itemsize());
+  const bool in_place = query.scalar_type() == wide && padded == width;  // sums become the gradients
+  // Unit keys of all ranks have no norm to go through: their sums are the result.
+  const bool finish_keys = need_key && key_inverse_norm.has_value();
+  const Gradients to_query(rows, true, in_place, options), to_key(columns, finish_keys, in_place, options);
+  const at::Tensor row_sums = in_place ? to_query.x : at::zeros({m, padded}, options);
+  at::Tensor key_sums;
+  if (need_key && !finish_keys)
+    key_sums = at::zeros({n, padded}, options);
+  else if (in_place)
+    key_sums = to_key.x;
+  const bool buffered = finish_keys && !in_place;  // a stripe's sums last as long as the stripe
+  const at::Tensor dot = at::empty({m}, options);
 
+  const double scale = logit_scale.item<double>();
+  const Parts units = Parts::units(m), stripes = Parts::stripes(n, width);
   const auto finish = mixup_info_nce_kernels().finish[wide == at::kDouble];
-  const auto finished = [&](const Side& side, const at::Tensor& sums, at::Tensor& dot) {
-    const bool in_place = side.x.scalar_type() == wide && padded == width;
-    const at::Tensor to_x = in_place ? sums : at::empty(side.x.sizes(), side.x.options());
-    const at::Tensor to_other = at::empty(side.other.defined() ? side.x.sizes() : at::IntArrayRef{0}, side.x.options());
-    const at::Tensor to_mix = at::empty({side.other.defined() ? side.x.size(0) : 0}, options);
-    dot = at::empty({side.x.size(0)}, options);
-    const MixedRowsGradient out{data(to_x), side.other.defined() ? data(to_other) : nullptr,
-                                side.other.defined() ? data(to_mix) : nullptr, data(dot), width, width};
-    at::parallel_for(0, side.x.size(0), kRowGrain, [&](int64_t first, int64_t last) {
-      finish(side.rows, first, last, sums.const_data_ptr(), padded, scale, out);
-    });
-    return std::make_tuple(to_x, to_other, to_mix);
-  };
-  at::Tensor dot, key_dot;
-  const auto [to_query, to_query_other, to_query_mix] = finished(rows, row_sums, dot);
-  at::Tensor to_key = at::empty({0}, options), to_key_other = at::empty({0}, options), to_key_mix = at::empty({0}, options);
-  if (need_key && key_inverse_norm.has_value())
-    std::tie(to_key, to_key_other, to_key_mix) = finished(columns, column_sums, key_dot);
-  else if (need_key)
-    to_key = padded == width ? column_sums.mul_(scale) : column_sums.narrow(1, 0, width).mul(scale);
+  Turns turns(stripes.number());
+  const int64_t bytes = aligned(kernels.scratch_bytes(units.size, stripes.size, width, true));
+  const int64_t sum_bytes = buffered ? stripes.size * row_bytes : 0;
+  for_each_stripe(stripes.number(), bytes + sum_bytes, [&](int64_t stripe, char* scratch) {
+    ContrastBlock block = block_of(rows, columns, scale, first_pair, indices(partner), units, stripes, stripe);
+    const int64_t first = block.column_first;
+    char* sums = buffered   ? static_cast<char*>(std::memset(scratch + bytes, 0, static_cast<size_t>(sum_bytes)))
+                 : need_key ? static_cast<char*>(data(key_sums)) + first * row_bytes
+                            : nullptr;
+    const ContrastGradient gradient{data(row_max),    data(row_weight),     data(column_max), data(column_weight),
+                                    data(own_weight), data(partner_weight), data(row_sums),   sums,
+                                    padded,           padded};
+    kernels.take_columns(block, true, scratch);
+    for (int64_t unit = 0; unit < units.number(); ++unit) {
+      move_to(block, units, unit);
+      kernels.gradient(block, gradient, scratch);
+      turns.wait(stripe, unit);
+      kernels.to_rows(block, gradient, scratch);
+      turns.pass_on(stripe, unit);
+      if (need_key) kernels.to_columns(block, gradient, scratch);
+    }
+    if (finish_keys) finish(columns.rows, first, first + block.column_count, sums, padded, scale, to_key.places(nullptr));
+  });
+  at::parallel_for(0, m, kRowGrain, [&](int64_t first, int64_t last) {
+    const char* sums = static_cast<const char*>(row_sums.const_data_ptr()) + first * row_bytes;
+    finish(rows.rows, first, last, sums, padded, scale, to_query.places(data(dot)));
+  });
+  at::Tensor key_result = to_key.x;
+  if (need_key && !finish_keys) key_result = padded == width ? key_sums.mul_(scale) : key_sums.narrow(1, 0, width).mul(scale);
   // In float64 no order of the sum shows in float32.
-  return {to_query, to_query_other, to_query_mix, to_key, to_key_other, to_key_mix, dot.sum(at::kDouble).to(wide)};
+  return {to_query.x,  to_query.other, to_query.mix, key_result, to_key.other, to_key.mix, dot.sum(at::kDouble).to(wide)};
 }
 
 }  // namespace oner_fast

@@ -107,8 +107,9 @@ def test_is_the_definition_at_any_size(
         torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=tolerance * largest)
 
 
-def test_the_same_bits_for_any_number_of_threads(threads: Callable[[int], None]) -> None:
-    given = inputs(700, 40, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: Callable[[int], None]) -> None:
+    given = inputs(700, 40, dtype)
 
     def run() -> list[Tensor]:
         loss = mixup_info_nce(**given, logit_scale=20.0, implementation="cpp")
@@ -137,6 +138,20 @@ def test_a_logit_far_below_all_others_still_counts(scale: float) -> None:
     )
     for one, other in gradients:
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES, torch.float64])
+@pytest.mark.parametrize("rows", [40, 300])
+def test_settled_pairs_have_no_gradient_but_their_own(rows: int, dtype: torch.dtype) -> None:
+    """Pairs of one direction at scale 100: what backward recomputes must be forward's largest logit to the last bit, or
+    rounding alone would move the vectors."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(rows, 320, generator=generator).to(dtype)
+    query, key = vectors.requires_grad_(), (4 * vectors).detach().requires_grad_()
+    loss = mixup_info_nce(query, key, 100.0, implementation="cpp")
+    assert loss.item() < 1e-12
+    for gradient in torch.autograd.grad(loss, (query, key)):
+        assert gradient.double().abs().max() < 1e-12
 
 
 def test_one_bad_row_spoils_what_depends_on_it_alone() -> None:

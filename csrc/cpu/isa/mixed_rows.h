@@ -71,6 +71,12 @@ void read_mixed(const MixedRows& rows, int64_t i, int64_t column, int64_t count,
   for (int64_t j = 0; j < count; ++j) out[j] = rest * out[j] + share * second[j];
 }
 
+// Whether a row of this inverse norm can be multiplied by a unit vector without a thought of overflow.
+template <typename T>
+bool is_moderate(T inverse) {
+  return inverse > T(1.0f / (1 << 30)) && inverse < T(1 << 30);
+}
+
 // What a packed row was multiplied by, and what makes a unit vector of it. bfloat16 rows are scaled by a power of two,
 // which is exact, and by 1 where no product could overflow: rows that are not mixed enter the product as they are.
 template <typename P>
@@ -86,8 +92,7 @@ RowFactors<P> factors_of(const MixedRows& rows, int64_t i) {
   if constexpr (P::kDepth == 1) {
     return {inverse, 1};
   } else {
-    constexpr T kSmall = 1.0f / (1 << 30), kLarge = 1 << 30;
-    if (inverse > kSmall && inverse < kLarge) return {1, inverse};
+    if (is_moderate(inverse)) return {1, inverse};
     const float power = float_of(bits_of(inverse) & 0x7F800000u);
     return {power, inverse / power};
   }
@@ -147,18 +152,19 @@ void inverse_norms(const MixedRows& rows, int64_t first, int64_t last, void* out
       read_mixed(rows, i, column, n, part);
       sum += dot_of(part, part, n);
     }
-    const T norm = std::sqrt(sum);
+    const T norm = static_cast<T>(__builtin_sqrt(sum));
     static_cast<T*>(out)[i] = 1 / (norm < T(1e-12) ? T(1e-12) : norm);
   }
 }
 
-// From sums u (the gradient is scale * u with respect to the unit vector) to the gradients of x, other and mix.
+// From sums u (the gradient is scale * u with respect to the unit vector), row `first` at the beginning, to the gradients of
+// x, other and mix.
 template <typename T>
 void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums, int64_t stride, double scale,
             const MixedRowsGradient& out) {
   const T factor = static_cast<T>(scale);
   for (int64_t i = first; i < last; ++i) {
-    const T* u = static_cast<const T*>(sums) + i * stride;
+    const T* u = static_cast<const T*>(sums) + (i - first) * stride;
     const T inverse = rows.inverse_norm == nullptr ? T(1) : static_cast<const T*>(rows.inverse_norm)[i];
     const T share = mix_of<T>(rows, i);
     T dot = 0, to_mix = 0, part[kPart];
@@ -168,8 +174,7 @@ void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums
       dot += dot_of(part, u + column, n);
     }
     dot *= inverse;
-    static_cast<T*>(out.dot)[i] = dot;
-    if (out.to_x == nullptr && out.to_other == nullptr && out.to_mix == nullptr) continue;
+    if (out.dot != nullptr) static_cast<T*>(out.dot)[i] = dot;
     // A row shorter than 1e-12 is divided by a constant: nothing to project out.
     const T along = inverse >= T(1e12) ? T(0) : dot * inverse;
     for (int64_t column = 0; column < rows.width; column += kPart) {
@@ -186,10 +191,8 @@ void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums
         for (int64_t j = 0; j < n; ++j) second[j] = share * gradient[j];
         write_part(row_of(out.to_other, out.to_other_stride, rows.kind, i), rows.kind, column, n, second);
       }
-      if (out.to_x != nullptr) {
-        for (int64_t j = 0; j < n; ++j) gradient[j] *= 1 - share;
-        write_part(row_of(out.to_x, out.to_x_stride, rows.kind, i), rows.kind, column, n, gradient);
-      }
+      for (int64_t j = 0; j < n; ++j) gradient[j] *= 1 - share;
+      write_part(row_of(out.to_x, out.to_x_stride, rows.kind, i), rows.kind, column, n, gradient);
     }
     if (out.to_mix != nullptr) static_cast<T*>(out.to_mix)[i] = to_mix;
   }

@@ -6,8 +6,20 @@
 namespace oner_fast {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 128;  // rows of logits that are in the second-level cache together
-constexpr int64_t kSkew = 16;         // added to a row of logits, so that a column does not fall on a few cache sets
+constexpr int64_t kSkew = 16;     // added to a row of logits, so that a column does not fall on a few cache sets
+constexpr int64_t kTogether = 2;  // rows that share what is loaded of the columns
+
+// Rows of logits between their product and what is done with them. Tiles of AMX need no long product; 32 rows stay in the
+// first-level cache. Elsewhere B passes through that cache once for all rows.
+#if defined(__AMX_BF16__)
+template <typename P>
+constexpr int64_t kRowsAtOnce = P::kDepth == 2 ? 32 : 1 << 30;
+#else
+template <typename P>
+constexpr int64_t kRowsAtOnce = 1 << 30;
+#endif
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Scratch memory in 64-byte steps; with `base` null it only counts.
 struct Arena {
@@ -25,39 +37,49 @@ template <typename P>
 struct Scratch {
   using T = typename P::Out;
   using E = typename P::Element;
+  static constexpr bool kNarrow = P::kDepth == 2;  // G is narrowed for its products, and rows of logits are soon done with
   int64_t length, logits_row;
-  E *row_elements, *column_elements, *column_transposed;  // packed rows; their transpose in panels
-  E *column_panels, *row_panels;                          // backward: panels along the columns, along the rows of a part
-  T *logits, *row_rest, *column_rest, *column_buffer, *column_more, *row_buffer;
-  E *gradient_rows, *gradient_transposed;  // Pairs: G and its transpose
+  // Of the columns: packed, their transpose in panels, and for backward the panels along them.
+  E *column_elements, *column_transposed, *column_panels;
+  T *column_rest, *column_buffer, *column_more;
+  // Of a unit of rows: packed, in panels along the unit, and what is found of each row.
+  E *row_elements, *row_panels;
+  T *row_rest, *row_high, *row_total, *row_lanes;
+  T* logits;
+  E *gradient_rows, *gradient_transposed;  // G and its transpose, narrowed
   int64_t gradient_row, gradient_column;
 
   Scratch(Arena& arena, int64_t rows, int64_t columns, int64_t width, bool backward) {
-    constexpr int64_t kDepth = P::kDepth;
     length = packed_length<P>(width);
-    const int64_t wide = padded<T>(columns), part = rows < kRowsAtOnce ? rows : kRowsAtOnce;
+    const int64_t wide = padded<T>(columns), column_steps = steps<P>(columns), row_steps = steps<P>(rows);
     logits_row = wide + kSkew;
-    row_elements = arena.take<E>(round_up(rows, P::kRowsRead) * length);
     column_elements = arena.take<E>(columns * length);
     column_transposed = arena.take<E>(wide * length);
-    logits = arena.take<T>(part * logits_row);
-    row_rest = arena.take<T>(rows);
     column_rest = arena.take<T>(wide);
     column_buffer = arena.take<T>(wide);
     column_more = arena.take<T>(wide);
-    row_buffer = arena.take<T>(part);
+    row_elements = arena.take<E>(round_up(rows, P::kRowsRead) * length);
+    row_rest = arena.take<T>(padded<T>(rows));
+    row_high = arena.take<T>(padded<T>(rows));
+    row_total = arena.take<T>(padded<T>(rows));
+    row_lanes = arena.take<T>(padded<T>(rows) * kLanes<T>);
+    logits = arena.take<T>((backward && kNarrow ? smaller(rows, kRowsAtOnce<P>) : rows) * logits_row);
     column_panels = row_panels = gradient_rows = gradient_transposed = nullptr;
     gradient_row = gradient_column = 0;
     if (!backward) return;
-    const int64_t column_steps = steps<P>(columns), part_steps = steps<P>(part);
     column_panels = arena.take<E>(column_steps * padded<T>(width));
-    row_panels = arena.take<E>(part_steps * padded<T>(width));
-    if constexpr (kDepth == 2) {
+    row_panels = arena.take<E>(row_steps * padded<T>(width));
+    if constexpr (kNarrow) {
       gradient_row = column_steps + kSkew;
-      gradient_column = part_steps + kSkew;
-      gradient_rows = arena.take<E>(round_up(part, P::kRowsRead) * gradient_row);
+      gradient_column = row_steps + kSkew;
+      gradient_rows = arena.take<E>(round_up(rows, P::kRowsRead) * gradient_row);
       gradient_transposed = arena.take<E>(round_up(columns, P::kRowsRead) * gradient_column);
     }
+  }
+
+  static Scratch of(const ContrastBlock& block, void* memory, bool backward) {
+    Arena arena{static_cast<char*>(memory)};
+    return Scratch(arena, block.largest_row_count, block.column_count, block.columns.width, backward);
   }
 };
 
@@ -70,241 +92,402 @@ int64_t scratch_bytes(int64_t rows, int64_t columns, int64_t width, bool backwar
 }
 
 template <typename P>
-void pack_block(const ContrastBlock& block, const Scratch<P>& s) {
+void take_columns(const ContrastBlock& block, bool backward, void* memory) {
   using T = typename P::Out;
-  const int64_t width = block.columns.width;
-  pack_mixed<P>(block.rows, block.row_first, block.row_count, s.row_elements, s.row_rest);
-  pack_mixed<P>(block.columns, block.column_first, block.column_count, s.column_elements, s.column_rest);
-  for (int64_t j = block.column_count; j < padded<T>(block.column_count); ++j) s.column_rest[j] = 0;
-  pack_b_transposed<P>(s.column_transposed, numbers_of<P>(s.column_elements), s.length * P::kDepth, block.column_count, width);
+  const auto s = Scratch<P>::of(block, memory, backward);
+  const int64_t n = block.column_count, width = block.columns.width, row = s.length * P::kDepth;
+  pack_mixed<P>(block.columns, block.column_first, n, s.column_elements, s.column_rest);
+  for (int64_t j = n; j < padded<T>(n); ++j) s.column_rest[j] = 0;
+  pack_b_transposed<P>(s.column_transposed, numbers_of<P>(s.column_elements), row, n, width);
+  if (backward) pack_b<P>(s.column_panels, numbers_of<P>(s.column_elements), row, n, width);
 }
 
-// The logits of `count` rows from `first` on (of the block), -inf behind the last column.
+// Rows as the first operand of a product, `stride` elements apart.
 template <typename P>
-void logits_of(const ContrastBlock& block, const Scratch<P>& s, int64_t first, int64_t count) {
+struct RowOperand {
+  const typename P::Element* elements;
+  int64_t stride;
+};
+
+// Whether the block's rows can be multiplied where they lie; what is left to unit vectors is applied to the logits.
+template <typename P>
+bool serve_as_given(const ContrastBlock& block) {
   using T = typename P::Out;
+  const MixedRows& rows = block.rows;
+  constexpr Kind kKind = P::kDepth == 2 ? kBF16 : sizeof(T) == sizeof(double) ? kF64 : kF32;
+  if (rows.other != nullptr || rows.kind != kKind || rows.width % (P::kDepth * P::kSteps) != 0 ||
+      rows.stride % P::kDepth != 0 || block.row_count % P::kRowsRead != 0 ||
+      reinterpret_cast<uintptr_t>(rows.x) % sizeof(typename P::Element) != 0)
+    return false;
+  for (int64_t i = 0; rows.inverse_norm != nullptr && i < block.row_count; ++i)
+    if (!is_moderate(static_cast<const T*>(rows.inverse_norm)[block.row_first + i])) return false;
+  return true;
+}
+
+template <typename P>
+RowOperand<P> take_rows(const ContrastBlock& block, const Scratch<P>& s) {
+  using T = typename P::Out;
+  const MixedRows& rows = block.rows;
+  if (!serve_as_given<P>(block)) {
+    pack_mixed<P>(rows, block.row_first, block.row_count, s.row_elements, s.row_rest);
+    return {s.row_elements, s.length};
+  }
+  for (int64_t i = 0; i < block.row_count; ++i)
+    s.row_rest[i] = rows.inverse_norm == nullptr ? T(1) : static_cast<const T*>(rows.inverse_norm)[block.row_first + i];
+  const void* first = row_of(rows.x, rows.stride, rows.kind, block.row_first);
+  return {static_cast<const typename P::Element*>(first), rows.stride / P::kDepth};
+}
+
+// The products of rows first..first + count with all columns, without the factors that make logits of them.
+template <typename P>
+void multiply_rows(const ContrastBlock& block, const Scratch<P>& s, const RowOperand<P>& rows, int64_t first, int64_t count,
+                   typename P::Out* to) {
+  multiply<P, false>(count, block.column_count, steps<P>(block.columns.width), rows.elements + first * rows.stride, rows.stride,
+                     1, s.column_transposed, to, s.logits_row);
+}
+
+// x as it is: the compiler fuses no multiplication in it with an addition to it.
+template <typename T>
+inline Vec<T> rounded(Vec<T> x) {
+#if defined(ONER_FAST_X86)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+// What makes a logit of a product: of its row and, where columns are packed as they are, of its column.
+template <typename P>
+Vec<typename P::Out> row_factor(const ContrastBlock& block, const Scratch<P>& s, int64_t i) {
+  return broadcast(static_cast<typename P::Out>(block.scale) * s.row_rest[i]);
+}
+// Backward must find the very logit that forward found to be the largest.
+template <typename P>
+Vec<typename P::Out> logit_of(Vec<typename P::Out> product, Vec<typename P::Out> factor, const typename P::Out* column_rest) {
+  return rounded<typename P::Out>(product * (P::kDepth == 1 ? factor : factor * load(column_rest)));
+}
+
+// Calls rows<R>(first, ...) for R = kTogether as often as it goes, then for single rows.
+template <typename Rows>
+void in_groups(int64_t first, int64_t last, const Rows& rows) {
+  for (; first + kTogether <= last; first += kTogether) rows.template operator()<kTogether>(first);
+  for (; first < last; ++first) rows.template operator()<1>(first);
+}
+
+// out[i] = the sum (or the largest) of the lanes of row i, for `count` rows and up to the next whole vector.
+template <bool kSum, typename T>
+void over_lanes(const T* lanes, int64_t count, T* out) {
   constexpr int W = kLanes<T>;
-  multiply<P, false>(count, block.column_count, steps<P>(block.columns.width), s.row_elements + first * s.length, s.length, 1, s.column_transposed,
-                     s.logits, s.logits_row);
-  const int64_t whole = block.column_count / W * W, all = padded<T>(block.column_count);
-  for (int64_t i = 0; i < count; ++i) {
-    T* row = s.logits + i * s.logits_row;
-    const Vec<T> factor = broadcast(static_cast<T>(block.scale) * s.row_rest[first + i]);
-    for (int64_t j = 0; j < all; j += W) {
-      if constexpr (P::kDepth == 1)
-        store(row + j, load(row + j) * factor);
-      else
-        store(row + j, load(row + j) * (factor * load(s.column_rest + j)));
-    }
-    if (whole < all) store(row + whole, load_part(row + whole, block.column_count - whole, -static_cast<T>(INFINITY)));
+  Vec<T> rows[W];
+  for (int64_t i = 0; i < count; i += W) {
+    for (int r = 0; r < W; ++r) rows[r] = load(lanes + (i + r) * W);
+    transpose(rows);
+#pragma GCC unroll 4
+    for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int r = 0; r < half; ++r) rows[r] = kSum ? rows[r] + rows[r + half] : larger<T>(rows[r], rows[r + half]);
+    store(out + i, rows[0]);
   }
 }
 
-// (max, sum) of exp(x - max) takes in another pair; a NaN in either sum stays.
+// (max, sum) of exp(x - max) takes in another pair, lane by lane; a NaN in either sum stays.
 template <typename T>
-void merge(T& max, T& sum, T other_max, T other_sum) {
-  const T high = other_max > max ? other_max : max;
-  sum = sum * std::exp(max - high) + other_sum * std::exp(other_max - high);
-  max = high;
-}
-
-template <typename T>
-void merge_columns(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum) {
+void merge(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum) {
   const Vec<T> old = load(max), high = larger<T>(old, other_max);
   store(sum, load(sum) * exp_of(old - high) + other_sum * exp_of(other_max - high));
   store(max, high);
 }
 
 template <typename T>
-void merge_part(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum, int64_t count) {
-  T full_max[kLanes<T>], full_sum[kLanes<T>];
-  store(full_max, load_part<T>(max, count, 0));
-  store(full_sum, load_part<T>(sum, count, 0));
-  merge_columns<T>(full_max, full_sum, other_max, other_sum);
-  std::memcpy(max, full_max, static_cast<size_t>(count) * sizeof(T));
-  std::memcpy(sum, full_sum, static_cast<size_t>(count) * sizeof(T));
+void merge_all(T* max, T* sum, const T* other_max, const T* other_sum, int64_t count) {
+  constexpr int W = kLanes<T>;
+  int64_t j = 0;
+  for (; j + W <= count; j += W) merge<T>(max + j, sum + j, load(other_max + j), load(other_sum + j));
+  if (j == count) return;
+  T full_max[W], full_sum[W];
+  store(full_max, load_part<T>(max + j, count - j, 0));
+  store(full_sum, load_part<T>(sum + j, count - j, 0));
+  merge<T>(full_max, full_sum, load(other_max + j), load(other_sum + j));
+  std::memcpy(max + j, full_max, static_cast<size_t>(count - j) * sizeof(T));
+  std::memcpy(sum + j, full_sum, static_cast<size_t>(count - j) * sizeof(T));
+}
+
+// Products become logits, -inf behind the last column; the largest of each row's lanes and of each column are found.
+template <typename P, bool kBoth, int R>
+void find_largest(const ContrastBlock& block, const Scratch<P>& s, int64_t first) {
+  using T = typename P::Out;
+  constexpr int W = kLanes<T>;
+  const int64_t n = block.column_count, whole = n / W * W;
+  T* rows = s.logits + first * s.logits_row;
+  Vec<T> factor[R], high[R];
+  for (int r = 0; r < R; ++r) {
+    factor[r] = row_factor<P>(block, s, first + r);
+    high[r] = broadcast(-static_cast<T>(INFINITY));
+  }
+  const auto take = [&]<bool kWhole>(int64_t j) {
+    Vec<T> column{};
+    if constexpr (kBoth) column = load(s.column_buffer + j);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      T* at = rows + r * s.logits_row + j;
+      Vec<T> l = logit_of<P>(load(at), factor[r], s.column_rest + j);
+      store(at, l);
+      if constexpr (!kWhole) {
+        l = load_part(at, n - j, -static_cast<T>(INFINITY));
+        store(at, l);
+      }
+      high[r] = larger<T>(l, high[r]);
+      if constexpr (kBoth) column = larger<T>(l, column);
+    }
+    if constexpr (kBoth) store(s.column_buffer + j, column);
+  };
+  for (int64_t j = 0; j < whole; j += W) take.template operator()<true>(j);
+  if (whole < n) take.template operator()<false>(whole);
+  for (int r = 0; r < R; ++r) store(s.row_lanes + (first + r) * W, high[r]);
+}
+
+// Sums of exp(logit - largest), of each row's lanes and of each column.
+template <typename P, bool kBoth, int R>
+void add_up(const ContrastBlock& block, const Scratch<P>& s, int64_t first) {
+  using T = typename P::Out;
+  constexpr int W = kLanes<T>;
+  const T* rows = s.logits + first * s.logits_row;
+  Vec<T> from[R], total[R];
+  for (int r = 0; r < R; ++r) {
+    from[r] = broadcast(s.row_high[first + r]);
+    total[r] = Vec<T>{};
+  }
+  for (int64_t j = 0; j < padded<T>(block.column_count); j += W) {
+    Vec<T> high{}, column{};
+    if constexpr (kBoth) {
+      high = load(s.column_buffer + j);
+      column = load(s.column_more + j);
+    }
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> l = load(rows + r * s.logits_row + j);
+      total[r] += exp_of(l - from[r]);
+      if constexpr (kBoth) column += exp_of(l - high);
+    }
+    if constexpr (kBoth) store(s.column_more + j, column);
+  }
+  for (int r = 0; r < R; ++r) store(s.row_lanes + (first + r) * W, total[r]);
+}
+
+template <typename P, bool kBoth>
+void forward_sums(const ContrastBlock& block, const Scratch<P>& s) {
+  using T = typename P::Out;
+  const int64_t n = block.column_count;
+  const RowOperand<P> rows = take_rows<P>(block, s);
+  for (int64_t j = 0; j < padded<T>(n); ++j) {
+    s.column_buffer[j] = -static_cast<T>(INFINITY);
+    s.column_more[j] = 0;
+  }
+  for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce<P>) {
+    const int64_t count = smaller(block.row_count - first, kRowsAtOnce<P>);
+    multiply_rows<P>(block, s, rows, first, count, s.logits + first * s.logits_row);
+    in_groups(first, first + count, [&]<int R>(int64_t i) { find_largest<P, kBoth, R>(block, s, i); });
+  }
+  over_lanes<false>(s.row_lanes, block.row_count, s.row_high);
+  in_groups(0, block.row_count, [&]<int R>(int64_t i) { add_up<P, kBoth, R>(block, s, i); });
+  over_lanes<true>(s.row_lanes, block.row_count, s.row_total);
 }
 
 template <typename P>
 void forward(const ContrastBlock& block, const ContrastStatistics& out, void* memory) {
   using T = typename P::Out;
-  constexpr int W = kLanes<T>;
-  Arena arena{static_cast<char*>(memory)};
-  const Scratch<P> s(arena, block.row_count, block.column_count, block.columns.width, false);
+  const auto s = Scratch<P>::of(block, memory, false);
   const Tiles tiles;
-  pack_block<P>(block, s);
-  T* row_max = static_cast<T*>(out.row_max) + block.row_first;
-  T* row_sum = static_cast<T*>(out.row_sum) + block.row_first;
-  const bool both = out.column_max != nullptr;
-  T* column_max = both ? static_cast<T*>(out.column_max) + block.column_first : nullptr;
-  T* column_sum = both ? static_cast<T*>(out.column_sum) + block.column_first : nullptr;
-  const int64_t n = block.column_count, all = padded<T>(n);
-  const T infinity = static_cast<T>(INFINITY);
-
-  for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce) {
-    const int64_t count = block.row_count - first < kRowsAtOnce ? block.row_count - first : kRowsAtOnce;
-    logits_of<P>(block, s, first, count);
-    T* highest = s.column_buffer;
-    T* sums = s.column_more;
-    for (int64_t j = 0; j < all; ++j) highest[j] = -infinity, sums[j] = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const T* row = s.logits + i * s.logits_row;
-      Vec<T> high = broadcast(-infinity);
-      for (int64_t j = 0; j < all; j += W) {
-        const Vec<T> l = load(row + j);
-        high = larger<T>(l, high);
-        if (both) store(highest + j, larger<T>(l, load(highest + j)));
-      }
-      s.row_buffer[i] = max_of<T>(high);
-      const int64_t row_index = block.row_first + first + i;
-      const int64_t own = block.own + row_index - block.column_first;
-      if (own >= 0 && own < n) static_cast<T*>(out.own_logit)[row_index] = row[own];
-      if (block.partner == nullptr) continue;
-      const int64_t partner = block.partner[row_index] - block.column_first;
-      if (partner >= 0 && partner < n) static_cast<T*>(out.partner_logit)[row_index] = row[partner];
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const T* row = s.logits + i * s.logits_row;
-      const Vec<T> from = broadcast(s.row_buffer[i]);
-      Vec<T> total{};
-      for (int64_t j = 0; j < all; j += W) {
-        const Vec<T> l = load(row + j);
-        total += exp_of(l - from);
-        if (both) store(sums + j, load(sums + j) + exp_of(l - load(highest + j)));
-      }
-      merge<T>(row_max[first + i], row_sum[first + i], s.row_buffer[i], sum_of<T>(total));
-    }
-    for (int64_t j = 0; both && j < n; j += W) {
-      if (j + W <= n)
-        merge_columns<T>(column_max + j, column_sum + j, load(highest + j), load(sums + j));
-      else
-        merge_part<T>(column_max + j, column_sum + j, load(highest + j), load(sums + j), n - j);
-    }
+  if (out.column_max == nullptr) {
+    forward_sums<P, false>(block, s);
+  } else {
+    forward_sums<P, true>(block, s);
+    merge_all<T>(static_cast<T*>(out.column_max) + block.column_first, static_cast<T*>(out.column_sum) + block.column_first,
+                 s.column_buffer, s.column_more, block.column_count);
+  }
+  for (int64_t i = 0; i < block.row_count; ++i) {
+    const T* row = s.logits + i * s.logits_row;
+    const int64_t at = block.row_first + i, own = block.own + at - block.column_first;
+    if (own >= 0 && own < block.column_count) static_cast<T*>(out.own_logit)[at] = row[own];
+    if (block.partner == nullptr) continue;
+    const int64_t partner = block.partner[at] - block.column_first;
+    if (partner >= 0 && partner < block.column_count) static_cast<T*>(out.partner_logit)[at] = row[partner];
   }
 }
 
-// Logits become G, the gradient of the loss with respect to them; 0 behind the last column.
 template <typename P>
-void gradient_of(const ContrastBlock& block, const ContrastGradient& gradient, const Scratch<P>& s, int64_t first,
-                 int64_t count) {
+void forward_rows(const ContrastBlock& block, const ContrastStatistics& out, void* memory) {
+  using T = typename P::Out;
+  const auto s = Scratch<P>::of(block, memory, false);
+  merge_all<T>(static_cast<T*>(out.row_max) + block.row_first, static_cast<T*>(out.row_sum) + block.row_first, s.row_high,
+               s.row_total, block.row_count);
+}
+
+// Products of R rows at `rows` become G, the gradient of the loss with respect to the logits; 0 behind the last column.
+template <typename P, bool kBoth, int R>
+void gradient_of_rows(const ContrastBlock& block, const ContrastGradient& gradient, const Scratch<P>& s, int64_t first,
+                      typename P::Out* rows) {
   using T = typename P::Out;
   constexpr int W = kLanes<T>;
-  const int64_t n = block.column_count, all = padded<T>(n);
-  const T* row_max = static_cast<const T*>(gradient.row_max) + block.row_first + first;
-  const T* row_weight = static_cast<const T*>(gradient.row_weight) + block.row_first + first;
-  const bool both = gradient.column_max != nullptr;
-  T* column_max = s.column_buffer;
-  T* column_weight = s.column_more;
-  for (int64_t j = 0; both && j < all; ++j) {
-    column_max[j] = j < n ? static_cast<const T*>(gradient.column_max)[block.column_first + j] : T(0);
-    column_weight[j] = j < n ? static_cast<const T*>(gradient.column_weight)[block.column_first + j] : T(0);
+  const int64_t n = block.column_count;
+  Vec<T> factor[R], from[R], weight[R];
+  for (int r = 0; r < R; ++r) {
+    factor[r] = row_factor<P>(block, s, first + r);
+    from[r] = broadcast(static_cast<const T*>(gradient.row_max)[block.row_first + first + r]);
+    weight[r] = broadcast(static_cast<const T*>(gradient.row_weight)[block.row_first + first + r]);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    T* row = s.logits + i * s.logits_row;
-    const Vec<T> from = broadcast(row_max[i]), weight = broadcast(row_weight[i]);
-    for (int64_t j = 0; j < all; j += W) {
-      const Vec<T> l = load(row + j);
-      Vec<T> g = exp_of(l - from) * weight;
-      if (both) g += exp_of(l - load(column_max + j)) * load(column_weight + j);
-      store(row + j, g);
+  for (int64_t j = 0; j < n; j += W) {
+    Vec<T> column_from{}, column_weight{};
+    if constexpr (kBoth) {
+      column_from = load(s.column_buffer + j);
+      column_weight = load(s.column_more + j);
     }
-    const int64_t row_index = block.row_first + first + i;
-    const int64_t target = block.own + row_index - block.column_first;
-    if (target >= 0 && target < n) row[target] -= static_cast<const T*>(gradient.own_weight)[row_index];
+    for (int r = 0; r < R; ++r) {
+      T* at = rows + r * s.logits_row + j;
+      const Vec<T> l = logit_of<P>(load(at), factor[r], s.column_rest + j);
+      Vec<T> g = exp_of(l - from[r]) * weight[r];
+      if constexpr (kBoth) g += exp_of(l - column_from) * column_weight;
+      store(at, g);
+    }
+  }
+  const int64_t whole = n / W * W;
+  for (int r = 0; r < R; ++r) {
+    T* row = rows + r * s.logits_row;
+    if (whole < n) store(row + whole, load_part(row + whole, n - whole, T(0)));
+    const int64_t at = block.row_first + first + r, own = block.own + at - block.column_first;
+    if (own >= 0 && own < n) row[own] -= static_cast<const T*>(gradient.own_weight)[at];
     if (block.partner == nullptr) continue;
-    const int64_t partner = block.partner[row_index] - block.column_first;
-    if (partner >= 0 && partner < n) row[partner] -= static_cast<const T*>(gradient.partner_weight)[row_index];
+    const int64_t partner = block.partner[at] - block.column_first;
+    if (partner >= 0 && partner < n) row[partner] -= static_cast<const T*>(gradient.partner_weight)[at];
   }
 }
 
 #if defined(__AVX512BF16__)
 // Two vectors as pairs, the first in the lower halves.
-inline Vec<uint32_t> pairs_of(Vec<float> low, Vec<float> high) {
+inline Vec<uint32_t> paired(Vec<float> low, Vec<float> high) {
   const auto narrowed = [](Vec<float> x) {
     return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
   };
   return reinterpret_cast<Vec<uint32_t>>(_mm512_or_si512(narrowed(low), _mm512_slli_epi32(narrowed(high), 16)));
 }
 
-// G in bfloat16, times what is left of the unit vectors it will meet: rows of pairs along the columns, and the transpose.
-void narrow_gradient(const Scratch<Pairs>& s, int64_t first, int64_t count, int64_t columns, bool rows, bool transposed) {
+// G at `g` in bfloat16, times what is left of the unit vectors it will meet: rows of pairs along the columns, and the
+// transpose. `first` is a multiple of 32.
+void narrow_gradient(const Scratch<Pairs>& s, const float* g, int64_t first, int64_t count, int64_t columns, bool transposed) {
   const int64_t all = padded<float>(columns);
-  if (rows) {
-    for (int64_t i = 0; i < count; ++i) {
-      BFloat* to = reinterpret_cast<BFloat*>(s.gradient_rows + i * s.gradient_row);
-      for (int64_t j = 0; j < all; j += 16) {
-        const Vec<float> g = load(s.logits + i * s.logits_row + j) * load(s.column_rest + j);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
-                            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(g))));
-      }
-      std::memset(to + all, 0, static_cast<size_t>(2 * steps<Pairs>(columns) - all) * sizeof *to);
+  for (int64_t i = 0; i < count; ++i) {
+    BFloat* to = reinterpret_cast<BFloat*>(s.gradient_rows + (first + i) * s.gradient_row);
+    for (int64_t j = 0; j < all; j += 16) {
+      const Vec<float> x = load(g + i * s.logits_row + j) * load(s.column_rest + j);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j),
+                          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
     }
+    std::memset(to + all, 0, static_cast<size_t>(2 * steps<Pairs>(columns) - all) * sizeof *to);
   }
   if (!transposed) return;
   for (int64_t i = 0; i < count; i += 32) {
     for (int64_t j = 0; j < all; j += 16) {
       Vec<uint32_t> block[16];
+#pragma GCC unroll 16
       for (int64_t r = 0; r < 16; ++r) {
-        const int64_t low = i + 2 * r, high = low + 1;
         const auto at = [&](int64_t x) {
-          return x < count ? load(s.logits + x * s.logits_row + j) * s.row_rest[first + x] : Vec<float>{};
+          return x < count ? load(g + x * s.logits_row + j) * s.row_rest[first + x] : Vec<float>{};
         };
-        block[r] = pairs_of(at(low), at(high));
+        block[r] = paired(at(i + 2 * r), at(i + 2 * r + 1));
       }
       transpose(block);
-      for (int64_t r = 0; r < 16; ++r) store(s.gradient_transposed + (j + r) * s.gradient_column + i / 2, block[r]);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < 16; ++r)
+        store(s.gradient_transposed + (j + r) * s.gradient_column + (first + i) / 2, block[r]);
     }
   }
 }
 #endif
 
+// Panels along the unit's rows, which become unit vectors but for what Pairs leave to G.
 template <typename P>
-void backward(const ContrastBlock& block, const ContrastGradient& gradient, void* memory) {
+void pack_row_panels(const ContrastBlock& block, const Scratch<P>& s, const RowOperand<P>& rows) {
   using T = typename P::Out;
-  using E = typename P::Element;
-  Arena arena{static_cast<char*>(memory)};
-  const Scratch<P> s(arena, block.row_count, block.column_count, block.columns.width, true);
-  const Tiles tiles;
-  pack_block<P>(block, s);
-  const int64_t n = block.column_count, width = block.columns.width;
-  T* to_rows = static_cast<T*>(gradient.to_rows);
-  T* to_columns = static_cast<T*>(gradient.to_columns);
-  const int64_t row = s.length * P::kDepth;
-  if (to_rows != nullptr) pack_b<P>(s.column_panels, numbers_of<P>(s.column_elements), row, n, width);
-
-  for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce) {
-    const int64_t count = block.row_count - first < kRowsAtOnce ? block.row_count - first : kRowsAtOnce;
-    logits_of<P>(block, s, first, count);
-    gradient_of<P>(block, gradient, s, first, count);
-    T* rows_out = to_rows + (block.row_first + first) * gradient.to_rows_stride;
-    T* columns_out = to_columns == nullptr ? nullptr : to_columns + block.column_first * gradient.to_columns_stride;
-    if (to_columns != nullptr)
-      pack_b<P>(s.row_panels, numbers_of<P>(s.row_elements + first * s.length), row, count, width);
-    const E *g = nullptr, *g_transposed = nullptr;
-    int64_t g_row = 0, g_transposed_row = 0, g_transposed_step = 1;
-    if constexpr (P::kDepth == 1) {  // a transposed A costs nothing
-      g = g_transposed = s.logits;
-      g_row = g_transposed_step = s.logits_row;
-      g_transposed_row = 1;
+  const int64_t width = block.rows.width;
+  if constexpr (P::kDepth == 1) {
+    T* to = s.row_panels;
+    for (int64_t n = 0; n < width; n += kPanel<P>) {
+      const int64_t end = smaller(width, n + kPanel<P>);
+      for (int64_t i = 0; i < block.row_count; ++i) {
+        const Vec<T> rest = broadcast(s.row_rest[i]);
+        for (int64_t d = n; d < end; d += kLanes<T>, to += kLanes<T>)
+          store(to, read(rows.elements + i * rows.stride + d, width - d) * rest);
+      }
     }
-#if defined(__AVX512BF16__)
-    if constexpr (P::kDepth == 2) {
-      narrow_gradient(s, first, count, n, to_rows != nullptr, to_columns != nullptr);
-      g = s.gradient_rows, g_row = s.gradient_row;
-      g_transposed = s.gradient_transposed, g_transposed_row = s.gradient_column;
-    }
-#endif
-    if (to_rows != nullptr)
-      multiply<P, true>(count, width, steps<P>(n), g, g_row, 1, s.column_panels, rows_out, gradient.to_rows_stride);
-    if (to_columns != nullptr)
-      multiply<P, true>(n, width, steps<P>(count), g_transposed, g_transposed_row, g_transposed_step, s.row_panels, columns_out,
-                        gradient.to_columns_stride);
+  } else {
+    pack_b<P>(s.row_panels, numbers_of<P>(rows.elements), rows.stride * P::kDepth, block.row_count, width);
   }
+}
+
+template <typename P>
+void gradient_of(const ContrastBlock& block, const ContrastGradient& gradient, void* memory) {
+  using T = typename P::Out;
+  const auto s = Scratch<P>::of(block, memory, true);
+  const Tiles tiles;
+  const int64_t n = block.column_count;
+  const bool both = gradient.column_max != nullptr, to_columns = gradient.to_columns != nullptr;
+  const RowOperand<P> rows = take_rows<P>(block, s);
+  if (to_columns) pack_row_panels<P>(block, s, rows);
+  if (both) {
+    for (int64_t j = 0; j < padded<T>(n); ++j) {
+      s.column_buffer[j] = j < n ? static_cast<const T*>(gradient.column_max)[block.column_first + j] : T(0);
+      s.column_more[j] = j < n ? static_cast<const T*>(gradient.column_weight)[block.column_first + j] : T(0);
+    }
+  }
+  for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce<P>) {
+    const int64_t count = smaller(block.row_count - first, kRowsAtOnce<P>);
+    multiply_rows<P>(block, s, rows, first, count, s.logits);
+    in_groups(first, first + count, [&]<int R>(int64_t i) {
+      T* at = s.logits + (i - first) * s.logits_row;
+      if (both)
+        gradient_of_rows<P, true, R>(block, gradient, s, i, at);
+      else
+        gradient_of_rows<P, false, R>(block, gradient, s, i, at);
+    });
+#if defined(__AVX512BF16__)
+    if constexpr (P::kDepth == 2) narrow_gradient(s, s.logits, first, count, n, to_columns);
+#endif
+  }
+}
+
+template <typename P>
+void to_rows(const ContrastBlock& block, const ContrastGradient& gradient, void* memory) {
+  using T = typename P::Out;
+  const auto s = Scratch<P>::of(block, memory, true);
+  const Tiles tiles;
+  T* out = static_cast<T*>(gradient.to_rows) + block.row_first * gradient.to_rows_stride;
+  const int64_t width = block.columns.width, k = steps<P>(block.column_count);
+  if constexpr (P::kDepth == 1)
+    multiply<P, true>(block.row_count, width, k, s.logits, s.logits_row, 1, s.column_panels, out, gradient.to_rows_stride);
+  else
+    multiply<P, true>(block.row_count, width, k, s.gradient_rows, s.gradient_row, 1, s.column_panels, out,
+                      gradient.to_rows_stride);
+}
+
+template <typename P>
+void to_columns(const ContrastBlock& block, const ContrastGradient& gradient, void* memory) {
+  using T = typename P::Out;
+  const auto s = Scratch<P>::of(block, memory, true);
+  const Tiles tiles;
+  T* out = static_cast<T*>(gradient.to_columns);
+  const int64_t width = block.columns.width, k = steps<P>(block.row_count);
+  if constexpr (P::kDepth == 1)  // a transposed A costs nothing
+    multiply<P, true>(block.column_count, width, k, s.logits, 1, s.logits_row, s.row_panels, out, gradient.to_columns_stride);
+  else
+    multiply<P, true>(block.column_count, width, k, s.gradient_transposed, s.gradient_column, 1, s.row_panels, out,
+                      gradient.to_columns_stride);
 }
 
 template <typename P>
 constexpr ContrastKernels kernels_of() {
-  return {scratch_bytes<P>, forward<P>, backward<P>};
+  return {scratch_bytes<P>, take_columns<P>, forward<P>, forward_rows<P>, gradient_of<P>, to_rows<P>, to_columns<P>};
 }
 
 MixupInfoNceKernels make_table() {

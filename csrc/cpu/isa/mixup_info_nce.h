@@ -25,6 +25,7 @@ struct MixedRows {
 struct ContrastBlock {
   MixedRows rows, columns;
   int64_t row_first, row_count, column_first, column_count;
+  int64_t largest_row_count;  // of the blocks that share the scratch
   int64_t own;             // the column of row 0's own pair
   const int64_t* partner;  // the other target of each row, or null
   double scale;
@@ -39,20 +40,28 @@ struct ContrastStatistics {
 // logit that is the maximum has exactly 1, and what is left of 1 minus its target is exact.
 struct ContrastGradient {
   const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
-  void *to_rows, *to_columns;  // sums of G times the unit vectors of the other side; null where not needed
+  // Sums of G times the unit vectors of the other side, from row 0 and from the stripe's first column on.
+  void *to_rows, *to_columns;  // the columns' are null where not needed
   int64_t to_rows_stride, to_columns_stride;
 };
 
-// What a row's gradient becomes: of x, of other, of mix, and <unit vector, sum>.
+// What a row's gradient becomes: of x, of other and of mix (null without other), and <unit vector, sum> (or null).
 struct MixedRowsGradient {
   void *to_x, *to_other, *to_mix, *dot;
   int64_t to_x_stride, to_other_stride;
 };
 
+// A stripe of columns keeps its scratch while it meets units of rows, one after the other: take_columns once, then for each
+// block (a unit and the stripe) either forward and forward_rows or gradient, to_rows and to_columns. forward_rows and
+// to_rows add to what other stripes add to: the caller decides whose turn it is. scratch_bytes takes the largest unit.
 struct ContrastKernels {
   int64_t (*scratch_bytes)(int64_t rows, int64_t columns, int64_t width, bool backward);
+  void (*take_columns)(const ContrastBlock& block, bool backward, void* scratch);
   void (*forward)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);
-  void (*backward)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
+  void (*forward_rows)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);
+  void (*gradient)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
+  void (*to_rows)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
+  void (*to_columns)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
 };
 
 enum ContrastKind { kContrastF32 = 0, kContrastF64, kContrastBF16, kContrastKinds };

@@ -84,15 +84,15 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// exp for x <= 88: within 2 units in the last place, exactly 0 below -87.33 and at -inf; NaN stays NaN.
+// exp for x <= 88: within 2 units in the last place, exactly 0 below -87.33 (whatever is computed there) and at -inf; NaN
+// stays NaN.
 inline Vec<float> exp_of(Vec<float> x) {
   using V = Vec<float>;
-  using I = Vec<int32_t>;
+  using U = Vec<uint32_t>;
   const V low = broadcast(-87.33f), round = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const V bounded = x < low ? low : x;
-  const V shifted = bounded * 1.44269504f + round;
+  const V shifted = x * 1.44269504f + round;
   const V n = shifted - round;
-  V r = bounded - n * 0.693359375f;
+  V r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   V p = broadcast(1.3981999507e-3f);
   p = p * r + 8.3334519073e-3f;
@@ -100,7 +100,7 @@ inline Vec<float> exp_of(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const V power = reinterpret_cast<V>((reinterpret_cast<I>(shifted) << 23) + 0x3F800000);
+  const V power = reinterpret_cast<V>((reinterpret_cast<U>(shifted) << 23) + 0x3F800000u);
   return x < low ? V{} : p * power;
 }
 
