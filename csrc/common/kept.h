@@ -37,6 +37,8 @@ class Inverse {
 
   const int64_t* begin(int64_t sample, int64_t cell) const { return entries_.data() + offsets_[index(sample, cell)]; }
   const int64_t* end(int64_t sample, int64_t cell) const { return entries_.data() + offsets_[index(sample, cell) + 1]; }
+  // Every entry once, in the order of samples and cells; those of a sample have the places that kept gives them.
+  int64_t in_order(int64_t place) const { return entries_[static_cast<size_t>(place)]; }
 
  private:
   size_t index(int64_t sample, int64_t cell) const { return static_cast<size_t>(sample * cells_ + cell); }

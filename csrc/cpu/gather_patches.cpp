@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "common/kept.h"
@@ -68,6 +69,10 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   const char* from = static_cast<const char*>(images.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const Output output(kept.total() * row_width * out_size);
+  // A large result is made in the order of the patches in their images, which are then read as they lie in memory.
+  std::optional<Inverse> ordered;
+  if (output.streamed()) ordered.emplace(kept, cells);
+  const auto entry = [&](int64_t place) { return ordered.has_value() ? ordered->in_order(place) : place; };
   const auto corner = [&](int64_t b, int64_t cell, int64_t c) {
     const int64_t y = cell / across * patch, x = cell % across * patch;
     return from + (b * images.stride(0) + c * images.stride(1) + y * images.stride(2) + x) * in_size;
@@ -75,13 +80,14 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   at::parallel_for(0, kept.total(), std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
     std::vector<double> room(output.streamed() ? static_cast<size_t>((square * out_size + 7) / 8) : 0);
     int64_t b = kept.sample_of_row(first, 0);
-    for (int64_t i = first; i < last; ++i) {
-      while (i >= kept.begin(b + 1)) ++b;
+    for (int64_t place = first; place < last; ++place) {
+      while (place >= kept.begin(b + 1)) ++b;
+      const int64_t i = entry(place);
       char* row = to + i * row_width * out_size;
       for (int64_t c = 0; c < channels; ++c) {
         // Lines of a patch lie far apart, where no hardware looks ahead.
-        if (i + kAhead < kept.begin(b + 1)) {
-          const char* soon = corner(b, kept[i + kAhead], c);
+        if (place + kAhead < kept.begin(b + 1)) {
+          const char* soon = corner(b, kept[entry(place + kAhead)], c);
           for (int64_t line = 0; line < patch; ++line) __builtin_prefetch(soon + line * line_bytes);
         }
         char* part = row + c * square * out_size;

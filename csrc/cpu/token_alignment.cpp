@@ -20,6 +20,7 @@ namespace {
 
 constexpr const char* kOp = "token_alignment";
 constexpr double kEps = 1e-12;            // a row's norm is at least this, as in F.normalize
+constexpr double kLeast = 1e-30;          // a smaller factor, times the gradient of the loss, may have no float32
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
 
 // Row i of the student and the teacher row it is aligned with.
@@ -65,14 +66,28 @@ class Pairs {
   int64_t samples_, per_sample_;
 };
 
+// What one pair of rows adds to the loss, and the factors of both rows in the gradient of its cosine:
+// d cos / d s = t / (|s| |t|) - s cos / |s|^2, the second term 0 where |s| was clamped.
+struct Pair {
+  double cosine, to_student, to_teacher;
+
+  explicit Pair(const double (&sum)[3]) {
+    const double norm = std::sqrt(sum[0]), norm_t = std::sqrt(sum[1]);
+    // Not std::max: a NaN stays one.
+    const double by_student = 1 / (norm < kEps ? kEps : norm);
+    to_teacher = by_student / (norm_t < kEps ? kEps : norm_t);
+    cosine = sum[2] * to_teacher;
+    to_student = norm < kEps ? 0.0 : -cosine * by_student * by_student;
+  }
+};
+
 at::ScalarType statistics_type(const at::Tensor& student) {
   return student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 }  // namespace
 
-// The second result holds, row by row, the factors of the two rows in the gradient of that row's cosine:
-// d cos / d s = t / (|s| |t|) - s cos / |s|^2, the second term 0 where |s| was clamped.
+// The second result holds, row by row, the factors of a Pair.
 std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
                                                    const std::optional<at::Tensor>& kept) {
   const Pairs pairs(student, teacher, kept);
@@ -83,25 +98,25 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
   std::vector<double> cosines(static_cast<size_t>(pairs.rows));
   const bool is_double = pairs.student_kind == kF64;
   void* saved = factors.mutable_data_ptr();
-  const auto sums = token_alignment_kernels().sums[pairs.student_kind][pairs.teacher_kind];
+  const TokenAlignmentKernels& kernels = token_alignment_kernels();
+  const auto sums = kernels.sums[pairs.student_kind][pairs.teacher_kind];
+  const auto wide_sums = kernels.wide_sums[pairs.student_kind][pairs.teacher_kind];
   at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t next = std::min(i + 1, last - 1);
       double sum[3];
       sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
-      const double norm = std::sqrt(sum[0]);
-      // Not std::max: a NaN stays one.
-      const double by_student = 1 / (norm < kEps ? kEps : norm), norm_t = std::sqrt(sum[1]);
-      const double to_teacher = by_student / (norm_t < kEps ? kEps : norm_t);
-      const double cosine = sum[2] * to_teacher;
-      const double to_student = norm < kEps ? 0.0 : -cosine * by_student * by_student;
-      cosines[static_cast<size_t>(i)] = cosine;
+      // Infinite or NaN: so are the rows, or their squares leave float32.
+      if (!is_double && !std::isfinite(sum[0] + sum[1] + sum[2]))
+        wide_sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
+      const Pair pair(sum);
+      cosines[static_cast<size_t>(i)] = pair.cosine;
       if (is_double) {
-        static_cast<double*>(saved)[2 * i] = to_student;
-        static_cast<double*>(saved)[2 * i + 1] = to_teacher;
+        static_cast<double*>(saved)[2 * i] = pair.to_student;
+        static_cast<double*>(saved)[2 * i + 1] = pair.to_teacher;
       } else {
-        static_cast<float*>(saved)[2 * i] = static_cast<float>(to_student);
-        static_cast<float*>(saved)[2 * i + 1] = static_cast<float>(to_teacher);
+        static_cast<float*>(saved)[2 * i] = static_cast<float>(pair.to_student);
+        static_cast<float*>(saved)[2 * i + 1] = static_cast<float>(pair.to_teacher);
       }
     }
   });
@@ -125,18 +140,31 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
   const bool is_double = pairs.student_kind == kF64;
   const void* saved = factors.const_data_ptr();
   const auto factor = [&](int64_t i) {
-    return scale * (is_double ? static_cast<const double*>(saved)[i] : static_cast<double>(static_cast<const float*>(saved)[i]));
+    return is_double ? static_cast<const double*>(saved)[i] : static_cast<double>(static_cast<const float*>(saved)[i]);
   };
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t bytes = pairs.width * static_cast<int64_t>(out.element_size());
-  const auto combine = token_alignment_kernels().combine[pairs.student_kind][pairs.teacher_kind];
+  const TokenAlignmentKernels& kernels = token_alignment_kernels();
+  const auto combine = kernels.combine[pairs.student_kind][pairs.teacher_kind];
+  const auto wide_sums = kernels.wide_sums[pairs.student_kind][pairs.teacher_kind];
+  const auto wide_combine = kernels.wide_combine[pairs.student_kind][pairs.teacher_kind];
   const Output output(pairs.rows * bytes);
   at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
     // Backwards: the rows that forward read last may still be in the cache.
     for (int64_t i = last - 1; i >= first; --i) {
       const int64_t next = std::max(i - 1, first);
-      combine(to + i * bytes, pairs.student(i), pairs.teacher(i), pairs.width, factor(2 * i), factor(2 * i + 1),
-              pairs.student(next), pairs.teacher(next), output.streamed());
+      const char *student_row = pairs.student(i), *teacher_row = pairs.teacher(i);
+      const double to_student = factor(2 * i), to_teacher = factor(2 * i + 1);
+      if (is_double || (std::abs(to_student) >= kLeast && to_teacher >= kLeast)) {
+        combine(to + i * bytes, student_row, teacher_row, pairs.width, scale * to_student, scale * to_teacher,
+                pairs.student(next), pairs.teacher(next), output.streamed());
+      } else {  // made again: too small for float32, or exactly 0 as those of clamped and orthogonal rows are
+        double sum[3];
+        wide_sums(sum, student_row, teacher_row, pairs.width, student_row, teacher_row);
+        const Pair pair(sum);
+        wide_combine(to + i * bytes, student_row, teacher_row, pairs.width, scale * pair.to_student,
+                     scale * pair.to_teacher, pairs.student(next), pairs.teacher(next), output.streamed());
+      }
     }
     output.finish();
   });

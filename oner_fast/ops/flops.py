@@ -5,12 +5,18 @@ As PyTorch counts its own fused attention: what backward computes again counts, 
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils.flop_counter import register_flop_formula
+
+_COUNTER = "torch.utils.flop_counter"
 
 
 def _score_flops(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> int:
@@ -58,11 +64,39 @@ def _mixup_info_nce_backward(
 
 
 def register() -> None:
-    """Make them known to every FlopCounterMode. Once a process, after the ops are defined."""
+    """Make them known to every FlopCounterMode, now or when its module is imported: that imports Triton where it is
+    installed, which `import oner_fast` must not cost. Once a process, after the ops are defined."""
+    if counter := sys.modules.get(_COUNTER):
+        _register_with(counter)
+    else:
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _register_with(counter: ModuleType) -> None:
     for name, formula in (
         ("varlen_attention", _varlen_attention),
         ("varlen_attention_backward", _varlen_attention_backward),
         ("mixup_info_nce_statistics", _mixup_info_nce_statistics),
         ("mixup_info_nce_backward", _mixup_info_nce_backward),
     ):
-        register_flop_formula(getattr(torch.ops.oner_fast, name), get_raw=True)(formula)
+        counter.register_flop_formula(getattr(torch.ops.oner_fast, name), get_raw=True)(formula)
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds nothing itself; registers behind the import of the counter, and is gone."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_with(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec

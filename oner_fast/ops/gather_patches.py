@@ -76,7 +76,9 @@ class _GatherPatches(torch.autograd.Function):
 def _per_channel(values: Tensor | Sequence[float] | None, device: torch.device) -> Tensor | None:
     if values is None:
         return None
-    return torch.as_tensor(values, dtype=torch.float64, device=device).detach().reshape(-1)
+    if not isinstance(values, Tensor):
+        return torch.tensor(values, dtype=torch.float64, device=device)
+    return values.detach().to(device, torch.float64).reshape(-1)
 
 
 def _compiled(
@@ -91,7 +93,10 @@ def _compiled(
 ) -> Tensor | tuple[Tensor, Tensor]:
     result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     shift, divisor = _per_channel(mean, images.device), _per_channel(std, images.device)
-    packed = _GatherPatches.apply(images, kept, patch_size, shift, divisor, result, cu_seqlens)
+    # Bytes take no gradient: a call through autograd would cost as much as the rest of the Python here.
+    asks = images.requires_grad and torch.is_grad_enabled()
+    gather = _GatherPatches.apply if asks else torch.ops.oner_fast.gather_patches
+    packed = gather(images, kept, patch_size, shift, divisor, result, cu_seqlens)
     return packed if cu_seqlens is None else (packed, cu_seqlens.clone())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -66,6 +68,32 @@ def test_what_moves_memory_has_no_products() -> None:
     kept = torch.tensor([[0, 4, 1], [2, 2, 3]])
     assert counted(lambda: masked_gather(tokens, kept, implementation="cpp").sum().backward()) == 0
     assert counted(lambda: token_alignment(student, tokens, kept, implementation="cpp").backward()) == 0
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import oner_fast.ops\nassert 'torch.utils.flop_counter' not in sys.modules\nimport torch.utils.flop_counter",
+        "import torch.utils.flop_counter\nimport oner_fast.ops",
+    ],
+)
+def test_the_counter_of_a_process_knows_them_whichever_is_imported_first(imports: str) -> None:
+    program = f"""
+import sys
+{imports}
+import torch
+registry = torch.utils.flop_counter.flop_registry
+print(sorted(str(one) for one in registry if str(one).startswith("oner_fast.")), len(registry) > 4)
+print([type(one).__name__ for one in sys.meta_path if "oner_fast" in type(one).__module__])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    known = [
+        "oner_fast.mixup_info_nce_backward",
+        "oner_fast.mixup_info_nce_statistics",
+        "oner_fast.varlen_attention",
+        "oner_fast.varlen_attention_backward",
+    ]
+    assert done.stdout.splitlines() == [f"{known} True", "[]"]
 
 
 def test_without_values_all_sequences_are_as_long_as_the_mean() -> None:

@@ -209,6 +209,28 @@ def test_clamped_norms_infinities_and_nan_are_those_of_the_definition(dtype: tor
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"), [(1e20, 1.0), (1.0, 1e20), (1e20, 1e20), (1e30, 1e-8), (1e-8, 1e37), (1e37, 1e37)]
+)
+def test_rows_whose_squares_leave_float32(dtype: torch.dtype, of_student: float, of_teacher: float) -> None:
+    """Finite rows have the cosine and the gradient that float64 gives them."""
+    student, teacher = (torch.randn(2, 3, 70, dtype=torch.float64) for _ in range(2))
+    student[0, 1] *= of_student
+    teacher[0, 1] *= of_teacher
+    student, teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
+    wide = student.detach().double().requires_grad_()
+    ours, exact = token_alignment(student, teacher, implementation="cpp"), plain(wide, teacher.double(), None)
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    mine, theirs = torch.autograd.grad(ours, student)[0], torch.autograd.grad(exact, wide)[0]
+    assert theirs[0, 1].abs().max() > 0
+    unit = torch.finfo(dtype).eps
+    for one, other in zip(mine.flatten(0, 1), theirs.flatten(0, 1), strict=True):
+        last = 2 * unit * max(worst(other), torch.finfo(dtype).smallest_normal)
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=last)
+
+
+@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_with_any_threads_under_deterministic_algorithms(dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(True)

@@ -77,16 +77,20 @@ void combine(void* out, const void* student, const void* teacher, int64_t count,
   }
 }
 
+template <typename S, typename T, typename Wide>
+void fill_pair(TokenAlignmentKernels& table, Kind student, Kind teacher) {
+  table.sums[student][teacher] = sums<S, T, Wide>;
+  table.combine[student][teacher] = combine<S, T, Wide>;
+  table.wide_sums[student][teacher] = sums<S, T, double>;
+  table.wide_combine[student][teacher] = combine<S, T, double>;
+}
+
 template <typename S, typename Wide>
 void fill(TokenAlignmentKernels& table, Kind kind) {
-  table.sums[kind][kF32] = sums<S, float, Wide>;
-  table.sums[kind][kF64] = sums<S, double, Wide>;
-  table.sums[kind][kF16] = sums<S, Half, Wide>;
-  table.sums[kind][kBF16] = sums<S, BFloat, Wide>;
-  table.combine[kind][kF32] = combine<S, float, Wide>;
-  table.combine[kind][kF64] = combine<S, double, Wide>;
-  table.combine[kind][kF16] = combine<S, Half, Wide>;
-  table.combine[kind][kBF16] = combine<S, BFloat, Wide>;
+  fill_pair<S, float, Wide>(table, kind, kF32);
+  fill_pair<S, double, Wide>(table, kind, kF64);
+  fill_pair<S, Half, Wide>(table, kind, kF16);
+  fill_pair<S, BFloat, Wide>(table, kind, kBF16);
 }
 
 TokenAlignmentKernels make_table() {

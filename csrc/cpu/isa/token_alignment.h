@@ -16,6 +16,9 @@ struct TokenAlignmentKernels {
   void (*combine[kKinds][kKinds])(void* out, const void* student, const void* teacher, int64_t count, double to_student,
                                   double to_teacher, const void* next_student, const void* next_teacher,
                                   bool streamed);
+  // The same in float64, for rows whose squares leave float32.
+  decltype(sums) wide_sums;
+  decltype(combine) wide_combine;
 };
 
 ONER_FAST_DECLARE_KERNELS(TokenAlignmentKernels, token_alignment_kernels)
