@@ -123,7 +123,7 @@ class PlainStep:
         o = config.optim
         self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (o.beta1, o.beta2), o.eps, fused=True)
         if compiled:
-            # The blocks share one code: lengths, dtypes and gradients make more than the 8 forms after which it gives up.
+            # Lengths, dtypes and gradients make more than the 8 forms of a block after which compiling is given up.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for module in (self.student, self.teacher):
                 for block in module.modules():

@@ -8,6 +8,9 @@
 
 namespace oner_fast {
 
+// Of sums and statistics: float32, or float64 for a float64 input.
+inline at::ScalarType statistics_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
 inline Kind kind_of(const char* op, const char* name, at::ScalarType type) {
   switch (type) {
     case at::kFloat:

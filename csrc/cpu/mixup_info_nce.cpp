@@ -37,8 +37,6 @@ constexpr int64_t kRowGrain = 64;            // rows worth another thread where 
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-at::ScalarType wide_of(const at::Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
 // The tensors behind a MixedRows, kept alive with it.
 struct Side {
   at::Tensor x, other, mix, inverse_norm;
@@ -48,7 +46,7 @@ struct Side {
        const OptionalTensor& inverse_in)
       : x(with_dense_rows(x_in)) {
     TORCH_CHECK_VALUE(x_in.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x_in.sizes());
-    const at::ScalarType wide = wide_of(x);
+    const at::ScalarType wide = statistics_type(x.scalar_type());
     rows = MixedRows{x.const_data_ptr(), x.stride(0), nullptr, 0, nullptr, 0, nullptr, kind_of(kOp, name, x.scalar_type()),
                      x.size(1)};
     if (other_in.has_value()) {
@@ -196,8 +194,8 @@ struct Gradients {
 
 at::Tensor mixup_inverse_norms(const at::Tensor& x, const OptionalTensor& other, const OptionalTensor& mix) {
   const Side side("x", x, other, mix, std::nullopt);
-  const at::Tensor out = at::empty({x.size(0)}, x.options().dtype(wide_of(x)));
-  const auto kernel = mixup_info_nce_kernels().inverse_norms[wide_of(x) == at::kDouble];
+  const at::Tensor out = at::empty({x.size(0)}, x.options().dtype(statistics_type(x.scalar_type())));
+  const auto kernel = mixup_info_nce_kernels().inverse_norms[statistics_type(x.scalar_type()) == at::kDouble];
   void* to = data(out);
   at::parallel_for(0, x.size(0), kRowGrain, [&](int64_t first, int64_t last) { kernel(side.rows, first, last, to); });
   return out;
@@ -214,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t m = query.size(0), n = key.size(0);
   check_pairs(m, n, first_pair);
   const at::Tensor partner = checked_partner(partner_in, m, n);
-  const auto options = query.options().dtype(wide_of(query));
+  const auto options = query.options().dtype(statistics_type(query.scalar_type()));
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const at::Tensor row_max = at::full({m}, -kInfinity, options), row_sum = at::zeros({m}, options);
   const int64_t column_count = columns_too ? n : 0;
@@ -258,7 +256,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t m = query.size(0), n = key.size(0), width = query.size(1);
   check_pairs(m, n, first_pair);
   const at::Tensor partner = checked_partner(partner_in, m, n);
-  const at::ScalarType wide = wide_of(query);
+  const at::ScalarType wide = statistics_type(query.scalar_type());
   const auto options = query.options().dtype(wide);
   const auto vector = [&](const OptionalTensor& x, int64_t count, const char* what) {
     return x.has_value() ? Side::vector(*x, count, wide, what) : at::Tensor();

@@ -81,10 +81,6 @@ struct Pair {
   }
 };
 
-at::ScalarType statistics_type(const at::Tensor& student) {
-  return student.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 }  // namespace
 
 // The second result holds, row by row, the factors of a Pair.
@@ -93,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
   const Pairs pairs(student, teacher, kept);
   TORCH_CHECK_VALUE(pairs.rows > 0 && pairs.width > 0, kOp, ": student must hold at least one token, got shape ",
                     student.sizes());
-  const auto options = student.options().dtype(statistics_type(student));
+  const auto options = student.options().dtype(statistics_type(student.scalar_type()));
   at::Tensor factors = at::empty({pairs.rows, 2}, options);
   std::vector<double> cosines(static_cast<size_t>(pairs.rows));
   const bool is_double = pairs.student_kind == kF64;
@@ -128,7 +124,7 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
 at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
                                     const std::optional<at::Tensor>& kept, const at::Tensor& factors) {
   const Pairs pairs(student, teacher, kept);
-  const at::ScalarType wide = statistics_type(student);
+  const at::ScalarType wide = statistics_type(student.scalar_type());
   TORCH_CHECK_VALUE(grad.numel() == 1, kOp, ": the gradient must hold one number, got shape ", grad.sizes());
   const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows && factors.size(1) == 2;
   TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,

@@ -91,7 +91,6 @@ class Batch {
     return false;
   }
   int64_t group() const { return heads / key_heads; }
-  at::ScalarType statistics_type() const { return kind == kF64 ? at::kDouble : at::kFloat; }
 
   at::Tensor query, key, value;
   Kind kind;
@@ -143,7 +142,7 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, con
                                                     const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
   at::Tensor out = at::empty(query.sizes(), query.options());
-  at::Tensor statistics = at::empty({2, query.size(0), query.size(1)}, query.options().dtype(batch.statistics_type()));
+  at::Tensor statistics = at::empty({2, query.size(0), query.size(1)}, query.options().dtype(statistics_type(query.scalar_type())));
   if (out.numel() == 0) return {out, statistics.zero_()};
   if (batch.some_blind()) out.zero_(), statistics.zero_();
   const at::Tensor maximum = statistics[0], inverse = statistics[1];
@@ -180,8 +179,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
   const at::IntArrayRef expected = shape;
   TORCH_CHECK_VALUE(statistics.sizes() == expected, kOp, ": statistics must have shape ", expected, ", got ",
                     statistics.sizes());
-  TORCH_CHECK_TYPE(statistics.scalar_type() == batch.statistics_type(), kOp, ": statistics must have dtype ",
-                   batch.statistics_type(), ", got ", statistics.scalar_type());
+  TORCH_CHECK_TYPE(statistics.scalar_type() == statistics_type(query.scalar_type()), kOp, ": statistics must have dtype ",
+                   statistics_type(query.scalar_type()), ", got ", statistics.scalar_type());
   const at::Tensor maximum = statistics[0], inverse = statistics[1];
   const at::Tensor grad = with_dense_rows(grad_in), out = with_dense_rows(out_in);
   const auto empty = [&](bool need, const at::Tensor& like) {

@@ -27,3 +27,8 @@ def define(schema: str) -> Callable[[Shape], Shape]:
         return fake
 
     return wrap
+
+
+def statistics_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of sums and statistics: float32, or float64 for a float64 tensor."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

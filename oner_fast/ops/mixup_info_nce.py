@@ -12,18 +12,14 @@ from torch import Tensor
 from oner_fast.ops import checks, reference
 from oner_fast.ops.collectives import gather_rows_without_gradient, row_counts_and_any
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define
+from oner_fast.ops.library import define, statistics_dtype
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @define("mixup_inverse_norms(Tensor x, Tensor? other, Tensor? mix) -> Tensor")
 def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=_statistics_dtype(x))
+    return x.new_empty(x.shape[0], dtype=statistics_dtype(x))
 
 
 @define(
@@ -50,7 +46,7 @@ def _statistics_shape(
 ) -> tuple[Tensor, ...]:
     rows, columns = query.shape[0], key.shape[0] if columns_too else 0
     sizes = (rows, rows, columns, columns, rows, 0 if partner is None else rows)
-    return tuple(query.new_empty(size, dtype=_statistics_dtype(query)) for size in sizes)
+    return tuple(query.new_empty(size, dtype=statistics_dtype(query)) for size in sizes)
 
 
 @define(
@@ -90,7 +86,7 @@ def _backward_shape(
             one_a_row,
         ]
 
-    wide = _statistics_dtype(query)
+    wide = statistics_dtype(query)
     keys = [query.new_empty(0, dtype=wide) for _ in range(3)]
     if need_key:
         keys = side(key, key_other, wide if key_inverse_norm is None else key.dtype)
@@ -171,7 +167,7 @@ class _MixupInfoNce(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         keys_wanted: bool,
     ) -> Tensor:
-        rows, dtype = query.shape[0], _statistics_dtype(query)
+        rows, dtype = query.shape[0], statistics_dtype(query)
         first = 0 if group is None or sizes is None else sum(sizes[: dist.get_rank(group)])
         total = rows if sizes is None else sum(sizes)
         query_side = (query, query_other, mix, torch.ops.oner_fast.mixup_inverse_norms(query, query_other, mix))
@@ -315,7 +311,7 @@ def _compiled(
         sizes, keys_wanted = row_counts_and_any(query.shape[0], wanted, query.device, group)
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
-    dtype = _statistics_dtype(query)
+    dtype = statistics_dtype(query)
     scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
     share = mix.to(dtype) if isinstance(mix, Tensor) else torch.tensor(mix, dtype=dtype)
     loss: Tensor = _MixupInfoNce.apply(

@@ -9,17 +9,14 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define
-
-
-def _wide(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
+from oner_fast.ops.library import define, statistics_dtype
 
 
 @define("token_alignment(Tensor student, Tensor teacher, Tensor? kept) -> (Tensor, Tensor)")
 def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = student.shape[0] * student.shape[1]
-    return student.new_empty((), dtype=_wide(student)), student.new_empty((rows, 2), dtype=_wide(student))
+    dtype = statistics_dtype(student)
+    return student.new_empty((), dtype=dtype), student.new_empty((rows, 2), dtype=dtype)
 
 
 @define("token_alignment_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? kept, Tensor factors) -> Tensor")

@@ -11,7 +11,7 @@ from torch import Tensor
 from oner_fast.ops import checks, reference
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define
+from oner_fast.ops.library import define, statistics_dtype
 
 
 @define(
@@ -27,14 +27,14 @@ def _forward_shape(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(query)
     return query.new_empty(query.shape), query.new_empty((2, *query.shape[:2]), dtype=dtype)
 
 
 @define(
     "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
-    "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, bool need_key) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, "
+    "bool need_key) -> (Tensor, Tensor, Tensor)"
 )
 def _backward_shape(
     grad: Tensor,

@@ -2,6 +2,7 @@
 #include "cpu/isa/mixup_info_nce.h"
 
 #include "cpu/isa/mixed_rows.h"
+#include "cpu/isa/pieces.h"
 
 namespace oner_fast {
 namespace {
@@ -21,18 +22,6 @@ constexpr int64_t kRowsAtOnce = 1 << 30;
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Scratch memory in 64-byte steps; with `base` null it only counts.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <typename T>
-  T* take(int64_t count) {
-    T* at = reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return at;
-  }
-};
-
 template <typename P>
 struct Scratch {
   using T = typename P::Out;
@@ -49,46 +38,46 @@ struct Scratch {
   E *gradient_rows, *gradient_transposed;  // G and its transpose, narrowed
   int64_t gradient_row, gradient_column;
 
-  Scratch(Arena& arena, int64_t rows, int64_t columns, int64_t width, bool backward) {
+  Scratch(Pieces& pieces, int64_t rows, int64_t columns, int64_t width, bool backward) {
     length = packed_length<P>(width);
     const int64_t wide = padded<T>(columns), column_steps = steps<P>(columns), row_steps = steps<P>(rows);
     logits_row = wide + kSkew;
-    column_elements = arena.take<E>(columns * length);
-    column_transposed = arena.take<E>(wide * length);
-    column_rest = arena.take<T>(wide);
-    column_buffer = arena.take<T>(wide);
-    column_more = arena.take<T>(wide);
-    row_elements = arena.take<E>(round_up(rows, P::kRowsRead) * length);
-    row_rest = arena.take<T>(padded<T>(rows));
-    row_high = arena.take<T>(padded<T>(rows));
-    row_total = arena.take<T>(padded<T>(rows));
-    row_lanes = arena.take<T>(padded<T>(rows) * kLanes<T>);
-    logits = arena.take<T>((backward && kNarrow ? smaller(rows, kRowsAtOnce<P>) : rows) * logits_row);
+    column_elements = pieces.take<E>(columns * length);
+    column_transposed = pieces.take<E>(wide * length);
+    column_rest = pieces.take<T>(wide);
+    column_buffer = pieces.take<T>(wide);
+    column_more = pieces.take<T>(wide);
+    row_elements = pieces.take<E>(round_up(rows, P::kRowsRead) * length);
+    row_rest = pieces.take<T>(padded<T>(rows));
+    row_high = pieces.take<T>(padded<T>(rows));
+    row_total = pieces.take<T>(padded<T>(rows));
+    row_lanes = pieces.take<T>(padded<T>(rows) * kLanes<T>);
+    logits = pieces.take<T>((backward && kNarrow ? smaller(rows, kRowsAtOnce<P>) : rows) * logits_row);
     column_panels = row_panels = gradient_rows = gradient_transposed = nullptr;
     gradient_row = gradient_column = 0;
     if (!backward) return;
-    column_panels = arena.take<E>(column_steps * padded<T>(width));
-    row_panels = arena.take<E>(row_steps * padded<T>(width));
+    column_panels = pieces.take<E>(column_steps * padded<T>(width));
+    row_panels = pieces.take<E>(row_steps * padded<T>(width));
     if constexpr (kNarrow) {
       gradient_row = column_steps + kSkew;
       gradient_column = row_steps + kSkew;
-      gradient_rows = arena.take<E>(round_up(rows, P::kRowsRead) * gradient_row);
-      gradient_transposed = arena.take<E>(round_up(columns, P::kRowsRead) * gradient_column);
+      gradient_rows = pieces.take<E>(round_up(rows, P::kRowsRead) * gradient_row);
+      gradient_transposed = pieces.take<E>(round_up(columns, P::kRowsRead) * gradient_column);
     }
   }
 
   static Scratch of(const ContrastBlock& block, void* memory, bool backward) {
-    Arena arena{static_cast<char*>(memory)};
-    return Scratch(arena, block.largest_row_count, block.column_count, block.columns.width, backward);
+    Pieces pieces(static_cast<char*>(memory));
+    return Scratch(pieces, block.largest_row_count, block.column_count, block.columns.width, backward);
   }
 };
 
 template <typename P>
 int64_t scratch_bytes(int64_t rows, int64_t columns, int64_t width, bool backward) {
-  Arena arena{nullptr};
-  const Scratch<P> counted(arena, rows, columns, width, backward);
+  Pieces pieces(nullptr);
+  const Scratch<P> counted(pieces, rows, columns, width, backward);
   static_cast<void>(counted);
-  return arena.used;
+  return pieces.bytes();
 }
 
 template <typename P>
