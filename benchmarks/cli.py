@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     seconds = options.seconds if options.seconds is not None else QUICK_SECONDS if options.quick else SECONDS
     settings = Settings(seconds, options.device, options.quick)
     machine = describe(options.device)
-    command = shlex.join(["oner-fast", "bench", *argv])
+    command = shlex.join(["oner-fast", "bench", *_without_folder(argv)])
     report = Report(command, machine.line(), machine.as_dict())
     print(f"machine: {machine.line()}", flush=True)
     interrupted = False
@@ -81,6 +81,17 @@ def main(argv: Sequence[str]) -> int:
         for name, why in named:
             print(f"oner-fast bench: {row.op} {row.shape} {row.dtype}: refused: {name}: {why}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _without_folder(argv: Sequence[str]) -> list[str]:
+    """What was asked for, but not where the report went: that is a path of one machine."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return kept
 
 
 def _reason_against(options: argparse.Namespace) -> str:
