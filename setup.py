@@ -255,7 +255,11 @@ where = package_root()
 setup(
     packages=find_packages(where, include=["oner_fast*"]),
     package_dir={"": where} if where != "." else {},
-    package_data={"oner_fast": ["py.typed"], "oner_fast.report": ["*.j2"]},
+    package_data={
+        "oner_fast": ["py.typed"],
+        "oner_fast.kernels": ["configurations/*.json"],
+        "oner_fast.report": ["*.j2"],
+    },
     ext_modules=[Extension("oner_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

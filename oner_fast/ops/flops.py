@@ -79,7 +79,8 @@ def _register_with(counter: ModuleType) -> None:
         ("mixup_info_nce_statistics", _mixup_info_nce_statistics),
         ("mixup_info_nce_backward", _mixup_info_nce_backward),
     ):
-        counter.register_flop_formula(getattr(torch.ops.oner_fast, name), get_raw=True)(formula)
+        raw_ops = [getattr(library, name) for library in (torch.ops.oner_fast, torch.ops.oner_fast_triton)]
+        counter.register_flop_formula(raw_ops, get_raw=True)(formula)
 
 
 class _WhenImported(MetaPathFinder):

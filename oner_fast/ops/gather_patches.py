@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define
+from oner_fast.ops.library import define, raw_ops, why_not_triton
 
 
 @define(
     "gather_patches(Tensor images, Tensor kept, SymInt patch_size, Tensor? mean, Tensor? std, ScalarType dtype, "
-    "Tensor? cu_seqlens) -> Tensor"
+    "Tensor? cu_seqlens) -> Tensor",
+    triton="gather_patches.forward",
 )
 def _forward_shape(
     images: Tensor,
@@ -31,7 +33,8 @@ def _forward_shape(
 
 @define(
     "gather_patches_backward(Tensor grad, Tensor kept, SymInt patch_size, Tensor? std, SymInt[] image_shape, "
-    "ScalarType dtype, Tensor? cu_seqlens) -> Tensor"
+    "ScalarType dtype, Tensor? cu_seqlens) -> Tensor",
+    triton="gather_patches.backward",
 )
 def _backward_shape(
     grad: Tensor,
@@ -58,19 +61,21 @@ class _GatherPatches(torch.autograd.Function):
         std: Tensor | None,
         dtype: torch.dtype,
         cu_seqlens: Tensor | None,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(kept, std, cu_seqlens)
+        ctx.backend = backend
         ctx.patch_size, ctx.image_shape, ctx.image_dtype = patch_size, images.shape, images.dtype
-        return torch.ops.oner_fast.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
+        return raw_ops(backend).gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept, std, cu_seqlens = ctx.saved_tensors
-        images = torch.ops.oner_fast.gather_patches_backward(
+        images = raw_ops(ctx.backend).gather_patches_backward(
             grad, kept, ctx.patch_size, std, ctx.image_shape, ctx.image_dtype, cu_seqlens
         )
-        return images, None, None, None, None, None, None
+        return images, None, None, None, None, None, None, None
 
 
 def _per_channel(values: Tensor | Sequence[float] | None, device: torch.device) -> Tensor | None:
@@ -82,6 +87,7 @@ def _per_channel(values: Tensor | Sequence[float] | None, device: torch.device) 
 
 
 def _compiled(
+    backend: str,
     images: Tensor,
     kept: Tensor,
     patch_size: int,
@@ -95,13 +101,17 @@ def _compiled(
     shift, divisor = _per_channel(mean, images.device), _per_channel(std, images.device)
     # Bytes take no gradient: a call through autograd would cost as much as the rest of the Python here.
     asks = images.requires_grad and torch.is_grad_enabled()
-    gather = _GatherPatches.apply if asks else torch.ops.oner_fast.gather_patches
-    packed = gather(images, kept, patch_size, shift, divisor, result, cu_seqlens)
+    given = (images, kept, patch_size, shift, divisor, result, cu_seqlens)
+    packed = _GatherPatches.apply(*given, backend) if asks else raw_ops(backend).gather_patches(*given)
     return packed if cu_seqlens is None else (packed, cu_seqlens.clone())
 
 
 register("gather_patches", "reference", reference.gather_patches)
-register("gather_patches", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+register("gather_patches", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+register(
+    "gather_patches", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
+    reasons=why_not_triton,
+)  # fmt: skip
 
 
 @overload

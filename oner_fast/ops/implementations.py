@@ -25,7 +25,8 @@ def _no_reasons(device: str, **facts: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. `devices` None means every device; a higher `preference` is tried first."""
+    """One way to compute an op. `devices` None means every device; a higher `preference` is tried first; on the
+    devices of `on_request` it serves only where its name is given."""
 
     op: str
     name: str
@@ -34,12 +35,14 @@ class Implementation:
     preference: int
     reasons: Callable[..., list[str]]
     compiled: bool
+    on_request: tuple[str, ...] = ()
 
-    def reasons_against(self, device: str, **facts: Any) -> list[str]:
-        """Every reason why this implementation cannot serve on `device`; empty when it can."""
+    def reasons_against(self, device: str, asked_for: bool = False, **facts: Any) -> list[str]:
+        """Every reason why this implementation cannot serve on `device`; empty when it can. `asked_for`: by name."""
         found = []
-        if self.devices is not None and device not in self.devices:
-            found.append(f"runs on {' and '.join(self.devices)}, not on {device}")
+        if self.devices is not None and device not in self.devices and not (asked_for and device in self.on_request):
+            asked = f", and on {' and '.join(self.on_request)} when asked for by name" if self.on_request else ""
+            found.append(f"runs on {' and '.join(self.devices)}{asked}, not on {device}")
         if self.compiled and (missing := _extension.status().reason):
             found.append(missing)
         found.extend(self.reasons(device, **facts))
@@ -58,16 +61,18 @@ def register(
     preference: int = 0,
     reasons: Callable[..., list[str]] = _no_reasons,
     compiled: bool = False,
+    on_request: tuple[str, ...] = (),
 ) -> None:
     """Make `function` known as the implementation `name` of `op`.
 
     `reasons(device, **facts)` returns why it cannot serve: `device` is a device type ("cpu", "cuda"), the facts are
     what the op tells about a call (dtype=..., head_dim=...); without facts, as the doctor asks, it speaks of the
     machine alone. `compiled` marks what the C++ extension holds. `preference`: the definition in `reference` has 0, the
-    highest that can serve is taken. Registering a name again replaces it.
+    highest that can serve is taken. `on_request`: devices on which it serves too, but only when its name is given.
+    Registering a name again replaces it.
     """
     known = _registry.setdefault(op, {})
-    known[name] = Implementation(op, name, function, devices, preference, reasons, compiled)
+    known[name] = Implementation(op, name, function, devices, preference, reasons, compiled, on_request)
     _registry[op] = dict(sorted(known.items(), key=lambda item: (-item[1].preference, item[0])))
 
 
@@ -106,7 +111,7 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
         if name not in known:
             listed = ", ".join(known)
             raise ValueError(f"{op} has no implementation {name!r} (asked for by {source}); known ones: {listed}")
-        against = known[name].reasons_against(device, **facts)
+        against = known[name].reasons_against(device, asked_for=True, **facts)
         if against:
             raise RuntimeError(f"{op}: {name!r} (asked for by {source}) cannot serve this call: {'; '.join(against)}")
         return known[name]
@@ -139,6 +144,9 @@ def explain(device: str = "cpu") -> list[Choice]:
         against = {name: candidate.reasons_against(device) for name, candidate in known.items()}
         able = [name for name, reasons in against.items() if not reasons]
         wanted = forced(op)
+        if wanted is not None and wanted[0] in known:
+            against[wanted[0]] = known[wanted[0]].reasons_against(device, asked_for=True)
+            able = [name for name, reasons in against.items() if not reasons]
         if wanted is None:
             serves = able[0] if able else None
             why = "the first in the order of preference that can serve" if able else "nothing can serve"

@@ -1,32 +1,91 @@
-"""The torch.library behind the ops: schemas are defined in Python, so an op exists even where nothing was compiled."""
+"""The torch.library behind the ops: schemas are defined in Python, so an op exists even where nothing was compiled.
+
+Two libraries hold the same schemas: `oner_fast` what the C++ extension compiles (for the CPU, and with CUDA C++ for
+GPUs), `oner_fast_triton` what Triton compiles. So one autograd.Function serves them all, and a GPU's kernels can be
+asked for by name on the CPU, where Triton's interpreter or an emulated GPU runs them.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-_LIBRARY = torch.library.Library("oner_fast", "DEF")
-_LIBRARY.define("cpu_capability() -> str")
+_COMPILED = torch.library.Library("oner_fast", "DEF")
+_TRITON = torch.library.Library("oner_fast_triton", "DEF")
+_COMPILED.define("cpu_capability() -> str")
 
 Shape = TypeVar("Shape", bound=Callable[..., object])
 
 
-def define(schema: str) -> Callable[[Shape], Shape]:
+def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape]:
     """Define the raw op `schema`; the decorated function is its fake implementation: shapes and dtypes of the results.
 
     Raw ops are private: they check no more than memory safety asks for and carry no gradient. The public function of
     the same name checks its arguments and holds the autograd.Function.
+
+    Args:
+        triton: "module.function" under `oner_fast.kernels` that launches its Triton kernels, with the schema's
+            arguments; imported at the first call, since importing Triton takes a while.
     """
     name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def wrap(fake: Shape) -> Shape:
-        torch.library.register_fake(f"oner_fast::{name}", fake, lib=_LIBRARY)
+        for library in (_COMPILED, _TRITON) if triton else (_COMPILED,):
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        if triton:
+            module, function = triton.rsplit(".", 1)
+            launcher = _Launcher(f"oner_fast.kernels.{module}", function)
+            for key in ("CPU", "CUDA"):
+                _TRITON.impl(name, launcher, key)
         return fake
 
     return wrap
+
+
+class _Launcher:
+    """A function that is imported when it is first called."""
+
+    def __init__(self, module: str, function: str) -> None:
+        self.module, self.function = module, function
+        self.launch: Callable[..., Any] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.launch is None:
+            self.launch = getattr(importlib.import_module(self.module), self.function)
+        return self.launch(*arguments)
+
+
+def raw_ops(backend: str) -> Any:
+    """The raw ops of the implementation `backend`: "cpp", "cuda" or "triton"."""
+    return torch.ops.oner_fast_triton if backend == "triton" else torch.ops.oner_fast
+
+
+def why_not_triton(device: str, **facts: Any) -> list[str]:
+    """Every reason why Triton kernels cannot run on `device`.
+
+    On the CPU they can in Triton's interpreter, or where the active Triton driver hands out CPU tensors.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed (pip install triton)"]
+    if device == "cpu" and not _triton_runs_on_the_cpu():
+        return ["on the CPU Triton kernels run in its interpreter alone: set TRITON_INTERPRET=1 before Python starts"]
+    return []
+
+
+@torch.compiler.assume_constant_result
+def _triton_runs_on_the_cpu() -> bool:
+    triton = importlib.import_module("triton")
+    if triton.knobs.runtime.interpret:
+        return True
+    try:
+        return bool(triton.runtime.driver.active.get_active_torch_device().type == "cpu")
+    except RuntimeError:  # no driver at all
+        return False
 
 
 def statistics_dtype(x: torch.Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -9,10 +10,13 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define
+from oner_fast.ops.library import define, raw_ops, why_not_triton
 
 
-@define("masked_gather(Tensor tokens, Tensor kept, Tensor? positions, Tensor? prefix, Tensor? cu_seqlens) -> Tensor")
+@define(
+    "masked_gather(Tensor tokens, Tensor kept, Tensor? positions, Tensor? prefix, Tensor? cu_seqlens) -> Tensor",
+    triton="masked_gather.forward",
+)
 def _forward_shape(
     tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -24,7 +28,8 @@ def _forward_shape(
 
 @define(
     "masked_gather_backward(Tensor grad, Tensor kept, Tensor? cu_seqlens, SymInt samples, SymInt tokens, "
-    "SymInt prefix, bool need_tokens, bool need_positions, bool need_prefix) -> (Tensor, Tensor, Tensor)"
+    "SymInt prefix, bool need_tokens, bool need_positions, bool need_prefix) -> (Tensor, Tensor, Tensor)",
+    triton="masked_gather.backward",
 )
 def _backward_shape(
     grad: Tensor,
@@ -56,26 +61,35 @@ class _MaskedGather(torch.autograd.Function):
         positions: Tensor | None,
         prefix: Tensor | None,
         cu_seqlens: Tensor | None,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(kept, cu_seqlens)
+        ctx.backend = backend
         ctx.sizes = (tokens.shape[0], tokens.shape[1], 0 if prefix is None else prefix.shape[0])
-        return torch.ops.oner_fast.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
+        return raw_ops(backend).masked_gather(tokens, kept, positions, prefix, cu_seqlens)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         kept, cu_seqlens = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        tokens, positions, prefix = torch.ops.oner_fast.masked_gather_backward(
+        tokens, positions, prefix = raw_ops(ctx.backend).masked_gather_backward(
             grad, kept, cu_seqlens, *ctx.sizes, *need
         )
-        return tokens if need[0] else None, None, positions if need[1] else None, prefix if need[2] else None, None
+        results = (tokens if need[0] else None, None, positions if need[1] else None, prefix if need[2] else None)
+        return (*results, None, None)
 
 
 def _compiled(
-    tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, *, cu_seqlens: Tensor | None
+    backend: str,
+    tokens: Tensor,
+    kept: Tensor,
+    positions: Tensor | None,
+    prefix: Tensor | None,
+    *,
+    cu_seqlens: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    packed = _MaskedGather.apply(tokens, kept, positions, prefix, cu_seqlens)
+    packed = _MaskedGather.apply(tokens, kept, positions, prefix, cu_seqlens, backend)
     if cu_seqlens is None:
         return packed
     return packed, ragged_boundaries(cu_seqlens, 0 if prefix is None else prefix.shape[0])
@@ -89,7 +103,11 @@ def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
 
 
 register("masked_gather", "reference", reference.masked_gather)
-register("masked_gather", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+register("masked_gather", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+register(
+    "masked_gather", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
+    reasons=why_not_triton,
+)  # fmt: skip
 
 
 @overload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from oner_fast.ops import checks, reference
 from oner_fast.ops.collectives import gather_rows_without_gradient, row_counts_and_any
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, statistics_dtype
+from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
 
 
-@define("mixup_inverse_norms(Tensor x, Tensor? other, Tensor? mix) -> Tensor")
+@define("mixup_inverse_norms(Tensor x, Tensor? other, Tensor? mix) -> Tensor", triton="mixup_info_nce.inverse_norms")
 def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], dtype=statistics_dtype(x))
 
@@ -28,7 +29,8 @@ def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) ->
     + "Tensor query_inverse_norm, "
     + _SIDE.format("key")
     + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, bool columns_too) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton="mixup_info_nce.statistics",
 )
 def _statistics_shape(
     query: Tensor,
@@ -56,7 +58,8 @@ def _statistics_shape(
     + _SIDE.format("key")
     + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, Tensor row_max, "
     "Tensor row_weight, Tensor? column_max, Tensor? column_weight, Tensor own_weight, Tensor? partner_weight, "
-    "bool need_key) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool need_key) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton="mixup_info_nce.backward",
 )
 def _backward_shape(
     query: Tensor,
@@ -93,12 +96,27 @@ def _backward_shape(
     return (*side(query, query_other, query.dtype), *keys, query.new_empty((), dtype=wide))
 
 
+@define(
+    "mixup_partner_sums(Tensor partner, Tensor values, SymInt columns) -> Tensor", triton="mixup_info_nce.partner_sums"
+)
+def _partner_sums_shape(partner: Tensor, values: Tensor, columns: int) -> Tensor:
+    return values.new_empty(columns)
+
+
+def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -> Tensor:
+    """(columns,): the sum of the values (n,) whose partner (n,) is that column, in a fixed order."""
+    if backend == "cpp":
+        return values.new_zeros(columns).index_add(0, partner, values)
+    return raw_ops(backend).mixup_partner_sums(partner, values, columns)
+
+
 @dataclass(frozen=True)
 class _Targets:
     """The targets of rows and columns: row i has 1 - weight_i on its own pair and weight_i on its partner."""
 
     weight: Tensor | None  # (n,) of the local rows; None: all on the own pair
     mass: Tensor | None  # (N,) sum of the targets of each column; None: 1
+    backend: str
 
     def of_rows(self, own: Tensor, shared: Tensor) -> Tensor:
         return own if self.weight is None else (1 - self.weight) * own + self.weight * shared
@@ -110,7 +128,7 @@ class _Targets:
             total[first : first + own.shape[0]] = own
             return total
         total[first : first + own.shape[0]] = (1 - self.weight) * own
-        return total.index_add(0, partner, self.weight * shared) * self.share_of_column()
+        return (total + _partner_sums(self.backend, partner, self.weight * shared, columns)) * self.share_of_column()
 
     def share_of_column(self) -> Tensor:
         """1 / mass, 0 where a column has no target."""
@@ -126,15 +144,17 @@ def _targets(
     sizes: tuple[int, ...] | None,
     group: dist.ProcessGroup | None,
     first: int,
+    backend: str,
 ) -> _Targets:
     if partner is None:
-        return _Targets(None, None)
+        return _Targets(None, None, backend)
     own = torch.full((rows,), 0.5, dtype=dtype, device=partner.device) if weight is None else weight.detach().to(dtype)
     every_partner, every_weight = partner, own
     if group is not None and sizes is not None:
         every_partner = gather_rows_without_gradient(partner, sizes, group)
         every_weight = gather_rows_without_gradient(own, sizes, group)
-    return _Targets(own, (1 - every_weight).index_add(0, every_partner, every_weight))
+    shared = _partner_sums(backend, every_partner, every_weight, every_weight.shape[0])
+    return _Targets(own, 1 - every_weight + shared, backend)
 
 
 def _columns_of_all_ranks(
@@ -166,19 +186,21 @@ class _MixupInfoNce(torch.autograd.Function):
         sizes: tuple[int, ...] | None,
         group: dist.ProcessGroup | None,
         keys_wanted: bool,
+        backend: str,
     ) -> Tensor:
+        raw = raw_ops(backend)
         rows, dtype = query.shape[0], statistics_dtype(query)
         first = 0 if group is None or sizes is None else sum(sizes[: dist.get_rank(group)])
         total = rows if sizes is None else sum(sizes)
-        query_side = (query, query_other, mix, torch.ops.oner_fast.mixup_inverse_norms(query, query_other, mix))
-        key_norm = torch.ops.oner_fast.mixup_inverse_norms(key, key_other, mix)
+        query_side = (query, query_other, mix, raw.mixup_inverse_norms(query, query_other, mix))
+        key_norm = raw.mixup_inverse_norms(key, key_other, mix)
         key_side: tuple[Tensor | None, ...] = (key, key_other, mix, key_norm)
         if group is not None and sizes is not None:
             key_side = (_all_unit_keys(key, key_other, mix, key_norm, sizes, group), None, None, None)
-        row_max, row_sum, column_max, column_sum, own, shared = torch.ops.oner_fast.mixup_info_nce_statistics(
+        row_max, row_sum, column_max, column_sum, own, shared = raw.mixup_info_nce_statistics(
             *query_side, *key_side, logit_scale, partner, first, symmetric
         )
-        targets = _targets(partner, partner_weight, dtype, rows, sizes, group, first)
+        targets = _targets(partner, partner_weight, dtype, rows, sizes, group, first, backend)
         # Summed in float64, so that no order of the sum shows in float32.
         loss = (row_max - targets.of_rows(own, shared) + row_sum.log()).sum(dtype=torch.float64)
         if symmetric:
@@ -197,6 +219,7 @@ class _MixupInfoNce(torch.autograd.Function):
             targets.weight, targets.mass,
         )  # fmt: skip
         ctx.sizes, ctx.group, ctx.first, ctx.total, ctx.keys_wanted = sizes, group, first, total, keys_wanted
+        ctx.backend = backend
         return (loss / total).to(dtype)
 
     @staticmethod
@@ -216,10 +239,10 @@ class _MixupInfoNce(torch.autograd.Function):
         world = 1 if group is None else dist.get_world_size(group)
         each = grad.to(row_sum.dtype) * world / (total if column_sum is None else 2 * total)
         own_weight, partner_weight, column_weight = _weights(
-            each, _Targets(weight, mass), partner, column_sum, first, query.shape[0]
+            each, _Targets(weight, mass, ctx.backend), partner, column_sum, first, query.shape[0]
         )
         to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale = (
-            torch.ops.oner_fast.mixup_info_nce_backward(
+            raw_ops(ctx.backend).mixup_info_nce_backward(
                 query, query_other, mix, query_norm, *key_side, logit_scale, partner, first,
                 row_max, each / row_sum, column_max, column_weight, own_weight, partner_weight, need_unit_keys,
             )
@@ -243,7 +266,7 @@ class _MixupInfoNce(torch.autograd.Function):
             to_query_other if need[3] else None,
             to_key_other if need[4] else None,
             gradient_of_mix,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
@@ -292,6 +315,7 @@ def _through_normalisation(
 
 
 def _compiled(
+    backend: str,
     query: Tensor,
     key: Tensor,
     logit_scale: Tensor | float,
@@ -312,16 +336,26 @@ def _compiled(
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     dtype = statistics_dtype(query)
-    scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
-    share = mix.to(dtype) if isinstance(mix, Tensor) else torch.tensor(mix, dtype=dtype)
+    scale = logit_scale if isinstance(logit_scale, Tensor) else _number(logit_scale, torch.float64, query.device)
+    share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
     loss: Tensor = _MixupInfoNce.apply(
-        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, sizes, group, keys_wanted
-    )
+        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, sizes, group, keys_wanted,
+        backend,
+    )  # fmt: skip
     return loss
 
 
+def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-d, written by a kernel on its device: a copy from the host would wait for it."""
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 register("mixup_info_nce", "reference", reference.mixup_info_nce)
-register("mixup_info_nce", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+register("mixup_info_nce", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+register(
+    "mixup_info_nce", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
+    reasons=why_not_triton,
+)  # fmt: skip
 
 
 def mixup_info_nce(

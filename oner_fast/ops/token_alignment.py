@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +10,23 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, statistics_dtype
+from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
 
 
-@define("token_alignment(Tensor student, Tensor teacher, Tensor? kept) -> (Tensor, Tensor)")
+@define(
+    "token_alignment(Tensor student, Tensor teacher, Tensor? kept) -> (Tensor, Tensor)",
+    triton="token_alignment.forward",
+)
 def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = student.shape[0] * student.shape[1]
     dtype = statistics_dtype(student)
     return student.new_empty((), dtype=dtype), student.new_empty((rows, 2), dtype=dtype)
 
 
-@define("token_alignment_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? kept, Tensor factors) -> Tensor")
+@define(
+    "token_alignment_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? kept, Tensor factors) -> Tensor",
+    triton="token_alignment.backward",
+)
 def _backward_shape(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None, factors: Tensor) -> Tensor:
     return student.new_empty(student.shape)
 
@@ -28,24 +35,31 @@ class _TokenAlignment(torch.autograd.Function):
     """Saves the inputs and two numbers a student token."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:  # type: ignore[override]
-        loss, factors = torch.ops.oner_fast.token_alignment(student, teacher, kept)
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teacher: Tensor, kept: Tensor | None, backend: str
+    ) -> Tensor:
+        loss, factors = raw_ops(backend).token_alignment(student, teacher, kept)
         ctx.save_for_backward(student, teacher, kept, factors)
+        ctx.backend = backend
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return torch.ops.oner_fast.token_alignment_backward(grad, *ctx.saved_tensors), None, None
+        return raw_ops(ctx.backend).token_alignment_backward(grad, *ctx.saved_tensors), None, None, None
 
 
-def _compiled(student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
+def _compiled(backend: str, student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
     checks.token_alignment(student, teacher, kept)
-    return _TokenAlignment.apply(student, teacher.detach(), kept)
+    return _TokenAlignment.apply(student, teacher.detach(), kept, backend)
 
 
 register("token_alignment", "reference", reference.token_alignment)
-register("token_alignment", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+register("token_alignment", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+register(
+    "token_alignment", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
+    reasons=why_not_triton,
+)  # fmt: skip
 
 
 def token_alignment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from oner_fast.ops import checks, reference
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, statistics_dtype
+from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
 
 
 @define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, "
-    "float scale) -> (Tensor, Tensor)"
+    "float scale) -> (Tensor, Tensor)",
+    triton="varlen_attention.forward",
 )
 def _forward_shape(
     query: Tensor,
@@ -34,7 +36,8 @@ def _forward_shape(
 @define(
     "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, "
-    "bool need_key) -> (Tensor, Tensor, Tensor)"
+    "bool need_key) -> (Tensor, Tensor, Tensor)",
+    triton="varlen_attention.backward",
 )
 def _backward_shape(
     grad: Tensor,
@@ -70,26 +73,27 @@ class _VarlenAttention(torch.autograd.Function):
         cu_seqlens_k: Tensor | None,
         causal: bool,
         scale: float,
+        backend: str,
     ) -> Tensor:
-        out, statistics = torch.ops.oner_fast.varlen_attention(
+        out, statistics = raw_ops(backend).varlen_attention(
             query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale
         )
         ctx.save_for_backward(query, key, value, out, statistics, cu_seqlens_q, cu_seqlens_k)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.causal, ctx.scale, ctx.backend = causal, scale, backend
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         need_query, need_key, need_value = ctx.needs_input_grad[:3]
-        to_query, to_key, to_value = torch.ops.oner_fast.varlen_attention_backward(
+        to_query, to_key, to_value = raw_ops(ctx.backend).varlen_attention_backward(
             grad, *ctx.saved_tensors, ctx.causal, ctx.scale, need_query, need_key or need_value
         )
         return (
             to_query if need_query else None,
             to_key if need_key else None,
             to_value if need_value else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -165,6 +169,7 @@ def _sdpa(
 
 
 def _compiled(
+    backend: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,10 +181,10 @@ def _compiled(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The flash kernels of csrc/cpu."""
+    """The flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton")."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _VarlenAttention.apply(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale)
+    return _VarlenAttention.apply(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, backend)
 
 
 def _why_not_sdpa(device: str, **facts: object) -> list[str]:
@@ -188,4 +193,8 @@ def _why_not_sdpa(device: str, **facts: object) -> list[str]:
 
 register("varlen_attention", "reference", reference.varlen_attention)
 register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=_why_not_sdpa)
-register("varlen_attention", "cpp", _compiled, devices=("cpu",), preference=100, compiled=True)
+register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+register(
+    "varlen_attention", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
+    reasons=why_not_triton,
+)  # fmt: skip

@@ -1,0 +1,110 @@
+"""What the launchers of all kernels share: the architecture, committed tile shapes, and lists of what is compiled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+_CONFIGURATIONS = Path(__file__).parent / "configurations"
+REFERENCE_ARCHITECTURE = 80
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is compiled for a class of shapes: its block sizes, and Triton's launch options."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """All of it, as keyword arguments of a launch."""
+        return {**self.blocks, **self.options}
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel as a launch would specialise it, so that it can be compiled for a GPU that is not here.
+
+    Args:
+        name: unique among all: the kernel, and what sets this specialisation apart.
+        kernel: the @triton.jit function.
+        signature: {"x": "*fp16", "rows": "i32"} of every argument that is not constexpr.
+        constexprs: the values of the others.
+        divisible: {"stride": 16} of integers; pointers are taken as aligned to 16 bytes.
+        options: num_warps, num_stages.
+        tensor_cores: its main loop must multiply on tensor cores.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    divisible: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
+    tensor_cores: bool = False
+
+
+def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> Configuration:
+    """The committed configuration: that of the newest architecture not newer than `architecture` (80 is always there).
+
+    Raises KeyError naming the kernel and class that have none.
+    """
+    known = _table(op)
+    for each in sorted(known, reverse=True):
+        if each <= max(architecture, REFERENCE_ARCHITECTURE) and shape_class in known[each].get(kernel, {}):
+            return known[each][kernel][shape_class]
+    raise KeyError(f"{op}: no configuration of {kernel!r} for {shape_class!r} (kernels/configurations/{op}.json)")
+
+
+@cache
+def _table(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
+    data = json.loads((_CONFIGURATIONS / f"{op}.json").read_text(encoding="utf-8"))
+    return {
+        int(architecture.removeprefix("sm_")): {
+            kernel: {
+                name: Configuration(
+                    {block: size for block, size in one.items() if block.isupper()}, one["num_warps"], one["num_stages"]
+                )
+                for name, one in classes.items()
+            }
+            for kernel, classes in kernels.items()
+        }
+        for architecture, kernels in data.items()
+    }
+
+
+def architecture_of(tensor: torch.Tensor) -> int:
+    """80 for sm_80: of the tensor's GPU; on the CPU of the active Triton driver, or 80 where none is."""
+    if tensor.is_cuda:
+        return _capability(tensor.device.index)
+    try:
+        return int(triton.runtime.driver.active.get_current_target().arch)
+    except (RuntimeError, TypeError, ValueError):  # no driver: the interpreter
+        return REFERENCE_ARCHITECTURE
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def triton_type(dtype: torch.dtype) -> str:
+    """What Triton calls an element type in a signature: fp16 for torch.float16."""
+    return {
+        torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+        torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+    }[dtype]  # fmt: skip
