@@ -21,6 +21,9 @@ namespace {
 constexpr const char* kOp = "gather_patches";
 constexpr int64_t kAhead = 4;        // patches between the one that is read and the one that is prefetched
 constexpr int64_t kGrain = 1 << 15;  // pixels: less is not worth another thread
+// Bytes. Few are read for each that is written, so that a result which the last-level cache still holds from the call before,
+// and from which the next product reads, is better written there.
+constexpr int64_t kStreamedFrom = 64 << 20;
 
 std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels, double otherwise) {
   if (!values.has_value()) return std::vector<double>(static_cast<size_t>(channels), otherwise);
@@ -68,7 +71,7 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   const int64_t in_size = images.element_size(), out_size = out.element_size(), line_bytes = images.stride(2) * in_size;
   const char* from = static_cast<const char*>(images.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const Output output(kept.total() * row_width * out_size);
+  const Output output(kept.total() * row_width * out_size, kStreamedFrom);
   // A large result is made in the order of the patches in their images, which are then read as they lie in memory.
   std::optional<Inverse> ordered;
   if (output.streamed()) ordered.emplace(kept, cells);

@@ -10,7 +10,10 @@ namespace oner_fast {
 
 class Output {
  public:
-  explicit Output(int64_t bytes) : streamed_(bytes >= kStreamedFrom), kernels_(stream_kernels()) {}
+  static constexpr int64_t kStreamedFrom = 4 << 20;  // bytes: about the second-level caches of a few cores
+
+  explicit Output(int64_t bytes, int64_t streamed_from = kStreamedFrom)
+      : streamed_(bytes >= streamed_from), kernels_(stream_kernels()) {}
 
   bool streamed() const { return streamed_; }
   // to = from; where the result is streamed, the `bytes` at `next` (may be null) are fetched meanwhile.
@@ -32,8 +35,6 @@ class Output {
   }
 
  private:
-  static constexpr int64_t kStreamedFrom = 4 << 20;  // bytes: about the second-level caches of a few cores
-
   bool streamed_;
   const StreamKernels& kernels_;
 };

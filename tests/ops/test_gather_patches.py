@@ -187,11 +187,11 @@ def test_same_bits_with_any_threads_under_deterministic_algorithms() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("patch", [7, 8, 14, 16, 32])
 def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torch.dtype, patch: int) -> None:
-    """More than 4 MiB; sample by sample, each is written the other way. 7 and 14: lines that no vector divides."""
+    """More than 64 MiB; sample by sample, each is written the other way. 7 and 14: lines that no vector divides."""
     images = pictures(dtype, 12, 3, 4 * patch, 5 * patch)
-    kept = torch.randint(20, (12, 400 if patch > 8 else 2600))
+    kept = torch.randint(20, (12, (64 << 20) // (12 * 3 * patch * patch * 4) + 1))
     everything = gather_patches(images, kept, patch, MEAN, STD, implementation="cpp")
-    assert everything.numel() * 4 > 4 << 20
+    assert everything.numel() * 4 > 64 << 20
     for b in range(12):
         few = kept[b : b + 1, :9]
         alone = gather_patches(images[b : b + 1], few, patch, MEAN, STD, implementation="cpp")
