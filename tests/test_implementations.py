@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from oner_fast import _extension, ops
-from oner_fast.ops import implementations
+from oner_fast.ops import implementations, library
 from oner_fast.ops.implementations import choose, explain, register
 
 PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
@@ -71,6 +71,30 @@ def test_one_that_cannot_serve_lists_every_reason(toy: str) -> None:
         RuntimeError, match="runs on cpu and cuda, not on xpu; takes float32, not torch.float16; is in a bad"
     ):
         choose(toy, "xpu", "picky", dtype=torch.float16)
+
+
+def test_some_serve_a_device_only_when_asked_for_by_name(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(toy, "shy", lambda: "shy", devices=("cuda",), on_request=("cpu",), preference=200)
+    assert choose(toy, "cuda").name == "shy" and choose(toy, "cpu").name == "picky"
+    assert choose(toy, "cpu", "shy").name == "shy"
+    with pytest.raises(RuntimeError, match="runs on cuda, and on cpu when asked for by name, not on xpu"):
+        choose(toy, "xpu", "shy")
+    assert next(choice for choice in explain("cpu") if choice.op == toy).serves == "picky"
+    monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "shy")
+    assert choose(toy, "cpu").name == "shy"
+    assert next(choice for choice in explain("cpu") if choice.op == toy).serves == "shy"
+
+
+@pytest.mark.parametrize("op", PUBLIC)
+def test_triton_says_why_it_cannot_serve(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = implementations.implementations(op)["triton"]
+    assert triton.reasons_against("cpu"), "never without being asked for"
+    monkeypatch.setattr(library, "_triton_runs_on_the_cpu", lambda: False)
+    assert any("TRITON_INTERPRET=1" in reason for reason in triton.reasons_against("cpu", asked_for=True))
+    monkeypatch.setattr(library, "_triton_runs_on_the_cpu", lambda: True)
+    assert not triton.reasons_against("cpu", asked_for=True) and not triton.reasons_against("cuda")
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    assert any("pip install triton" in reason for reason in triton.reasons_against("cuda"))
 
 
 def test_nothing_can_serve(toy: str) -> None:

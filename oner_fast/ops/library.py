@@ -68,8 +68,11 @@ def raw_ops(backend: str) -> Any:
 def why_not_triton(device: str, **facts: Any) -> list[str]:
     """Every reason why Triton kernels cannot run on `device`.
 
-    On the CPU they can in Triton's interpreter, or where the active Triton driver hands out CPU tensors.
+    On the CPU they can in Triton's interpreter, or where the active Triton driver hands out CPU tensors. A graph that is
+    being traced does not ask: Triton itself says so when it runs.
     """
+    if torch.compiler.is_compiling():
+        return []
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed (pip install triton)"]
     if device == "cpu" and not _triton_runs_on_the_cpu():
@@ -77,7 +80,6 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
     return []
 
 
-@torch.compiler.assume_constant_result
 def _triton_runs_on_the_cpu() -> bool:
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:
