@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test gates bench sanitize lint docs clean
+.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize lint docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -13,6 +13,9 @@ EXTRAS ?= train
 TORCH ?=
 TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The Triton of the tests where torch brings none; benchmarks/gpu_resources.md was made by it.
+TRITON ?= triton==3.8.0
+PEERS ?= runs/peers
 RUN ?= runs/demo
 PYTEST ?=
 
@@ -22,7 +25,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/d
 STAMP = $(VENV)/.oner-fast-installed
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +40,12 @@ $(STAMP)-tools: | $(BIN)/python
 	  || $(PIP) install --index-url '$(TORCH_INDEX)' 'torch>=2.10' \
 	  || $(PIP) install 'torch>=2.10'; fi
 	@touch $@
+
+$(STAMP)-tools-triton: | $(STAMP)-tools
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON); sys_platform == "linux"'
+	@touch $@
+
+$(STAMP)-test $(STAMP)-dev: | $(STAMP)-tools-triton
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
 	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
@@ -54,12 +63,26 @@ demo: $(STAMP)-demo ## train OneR on pictograms, evaluate it on unseen captions,
 
 test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
 	$(BIN)/pytest -ra $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/pytest -ra $(PYTEST) tests/kernels || (($$? == 5))  # 5: PYTEST left none
+
+test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulated and interpreted
+	$(BIN)/pytest -ra -m slow $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/pytest -ra -m slow $(PYTEST) tests/kernels || (($$? == 5))
 
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
 	$(BIN)/pytest -ra --show-capture=no benchmarks
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops
+
+gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu
+	$(BIN)/oner-fast doctor
+	ONER_FAST_GPU=1 $(BIN)/pytest -ra tests/gpu tests/kernels $(PYTEST)
+	$(BIN)/oner-fast bench ops --device cuda --out runs/gpu
+
+gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/gpu_resources.md and benchmarks/gpu_peers.md again
+	$(BIN)/oner-fast bench gpu-resources
+	$(BIN)/oner-fast bench gpu-peers --peers $(PEERS)
 
 sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py

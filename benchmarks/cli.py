@@ -24,6 +24,12 @@ from oner_fast.train.memory import keep_freed_memory
 
 DEFAULT_FOLDER = Path("runs/bench")
 SECONDS, QUICK_SECONDS = 12.0, 1.5
+# The other benchmarks, each a module with a `main` of its own.
+OTHERS = {
+    "step": "oner_fast.benchmarks.step",
+    "gpu-resources": "oner_fast.benchmarks.gpu.resources",
+    "gpu-peers": "oner_fast.benchmarks.gpu.peers",
+}
 Progress = Callable[[str], None]
 
 
@@ -44,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run `oner-fast bench ops ...`: 0, 1 where a result was wrong, 2 for bad input, 130 when interrupted."""
     what, *rest = argv
-    if what == "step":
-        return int(importlib.import_module("oner_fast.benchmarks.step").main(rest))
+    if what in OTHERS:
+        return int(importlib.import_module(OTHERS[what]).main(rest))
     if what != "ops":
-        return _fail(f"unknown benchmark {what!r}; known: ops, step")
+        return _fail(f"unknown benchmark {what!r}; known: ops, {', '.join(OTHERS)}")
     options = parser().parse_args(rest)
     if reason := _reason_against(options):
         return _fail(reason)

@@ -47,6 +47,8 @@ COMMANDS = {
         {
             "ops": "every op, and one training step; --quick for the small shapes",
             "step": "one training step against plain PyTorch, and each op's share of it",
+            "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
+            "gpu-peers": "the GPU kernels beside other libraries', counted on an emulated A100",
         },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
@@ -58,7 +60,7 @@ def usage() -> str:
     lines = ["usage: oner-fast COMMAND [...]", "", "commands:"]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<9}{command.help}")
-        lines.extend(f"    {name} {what:<12}{text}" for what, text in (command.names or {}).items())
+        lines.extend(f"    {name} {what:<15}{text}" for what, text in (command.names or {}).items())
     lines += ["", "options:", "  --version  print the version"]
     lines += ["  --help     print this; 'oner-fast COMMAND --help' says more", ""]
     return "\n".join(lines)
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.names is not None:
         if not rest or rest[0] in ("-h", "--help"):
             lines = [f"usage: oner-fast {name} {{{','.join(command.names)}}} [...]", ""]
-            lines += [f"  {what:<12}{text}" for what, text in command.names.items()]
+            lines += [f"  {what:<15}{text}" for what, text in command.names.items()]
             print("\n".join(lines), file=sys.stdout if rest else sys.stderr)
             return 0 if rest else 2
         if rest[0] not in command.names:

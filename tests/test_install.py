@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.install, pytest.mark.slow]
+pytestmark = pytest.mark.install
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTER = Path(sysconfig.get_path("purelib"))

@@ -122,7 +122,6 @@ def test_the_promised_targets_are_those_of_the_full_run() -> None:
 EVERY_BASELINE = [case for op in OPS for case in importlib.import_module(f"oner_fast.benchmarks.ops.{op}").cases(True)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_BASELINE, ids=lambda case: case.key)
 def test_every_baseline_is_right(case: Case) -> None:
     """The eager ones and ours; the compiled ones are the same functions."""

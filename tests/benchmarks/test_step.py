@@ -53,7 +53,6 @@ def test_autocast_agrees_too() -> None:
     check(*steps(torch.bfloat16), 1e-2, 0.2)
 
 
-@pytest.mark.slow
 def test_the_compiled_baseline_is_the_same_step() -> None:
     ours, _ = steps()
     check(ours, PlainStep(ours, None, compiled=True), 1e-5, 1e-4)

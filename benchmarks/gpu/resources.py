@@ -1,0 +1,125 @@
+"""`oner-fast bench gpu-resources`: what every GPU kernel compiles to, as Markdown; the same kernels give the same file.
+
+No GPU is needed: this counts what compilers wrote, it measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from oner_fast.benchmarks.gpu.kernels import compilations, compile_cuda, cuda_sources
+from oner_fast.benchmarks.gpu.machine_code import TARGETS, Figures, compile_triton, versions
+
+DEFAULT_FILE = Path("benchmarks/gpu_resources.md")
+COMMAND = "oner-fast bench gpu-resources"
+TUNED = ("sm_80", "sm_90")  # what must not spill; the others show that the kernels compile there too
+HEAD = "| kernel | target | registers | spills | shared KiB | warps | occupancy | tensor-core | async copies |"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    made = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    made.add_argument("--out", type=Path, default=DEFAULT_FILE, help=f"the Markdown file ({DEFAULT_FILE})")
+    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compile all and write the report; 1 where a kernel has a problem on a GPU that it is tuned for."""
+    options = parser().parse_args(argv)
+    listed = compilations()
+    tasks = [(one.name, target) for one in listed for target in TARGETS]
+    # Spawned, not forked: torch's threads do not survive a fork. Each compiles by name, since a kernel does not travel.
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        triton = list(pool.map(compile_named, *zip(*tasks, strict=True), chunksize=4))
+        sources = _cuda_tasks()
+        cuda = [one for each in pool.map(compile_cuda, *zip(*sources, strict=True)) for one in each] if sources else []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(markdown(triton, cuda), encoding="utf-8")
+    print(f"wrote {options.out}")
+    needed = {one.name: one.tensor_cores for one in listed}
+    wrong = [
+        f"{one.name} on {one.target}: {problem}"
+        for one in (*triton, *cuda)
+        if one.target in TUNED or one.error
+        for problem in one.problems(needed.get(one.name, False))
+    ]
+    for line in wrong:
+        print(f"{COMMAND}: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def compile_named(name: str, target: str) -> Figures:
+    """The compilation of that name."""
+    return compile_triton(next(one for one in compilations() if one.name == name), target)
+
+
+def _cuda_tasks() -> list[tuple[Path, str]]:
+    if shutil.which("nvcc") is None:
+        return []
+    return [(source, target) for source in cuda_sources() for target in TARGETS if target.startswith("sm_")]
+
+
+def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
+    """The whole report."""
+    lines = [
+        "# What the GPU kernels compile to",
+        "",
+        f"Written by `{COMMAND}`, never by hand. Nothing here was measured: these are counts of machine code, made",
+        "without a GPU. Kernels are tuned for sm_80 (A100) and sm_90 (H100), where none may spill; sm_100 and gfx942 show",
+        "that they compile there.",
+        "",
+        "Registers are of a thread, shared memory is of a block, occupancy is the share of a multiprocessor's warps that can",
+        "be resident. Spills, tensor-core instructions and asynchronous copies are counted in the code, not as executed.",
+        "",
+        "## Triton",
+        "",
+        f"{versions()}.",
+        "",
+        *table(triton),
+    ]
+    if cuda:
+        lines += [
+            "",
+            "## CUDA C++",
+            "",
+            f"{nvcc_version()}. Block sizes and dynamic shared memory are the launch's.",
+            "",
+        ]
+        lines += table(cuda)
+    return "\n".join(lines) + "\n"
+
+
+def table(figures: Sequence[Figures]) -> list[str]:
+    """By name, and for each name in the order of the targets."""
+    ordered = sorted(figures, key=lambda one: (one.name, TARGETS.index(one.target)))
+    return [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(row(one) for one in ordered)]
+
+
+def row(one: Figures) -> str:
+    """One line of the table."""
+    if one.error:
+        return f"| {one.name} | {one.target} | {one.error} | | | | | | |"
+    occupied = "" if one.occupancy is None else f"{one.occupancy:.0%}"
+    warps = str(one.warps or "")
+    shared = f"{one.shared / 1024:.1f}"
+    return (
+        f"| {one.name} | {one.target} | {one.registers} | {one.local} | {shared} | {warps} | {occupied} "
+        f"| {one.matrix} | {one.asynchronous} |"
+    )
+
+
+def nvcc_version() -> str:
+    """Of the compiler that made the CUDA C++ part."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"V(\d[\d.]*)", said)
+    return f"nvcc {release[1] if release else 'unknown'}"

@@ -1,0 +1,264 @@
+"""token_alignment in Triton: one pass over the rows of student and teacher forward, one backward.
+
+Bound by memory. With R = B K rows of D numbers of s bytes (student and teacher alike):
+
+| kernel | reads | writes | FLOPs |
+|---|---|---|---|
+| forward | 2 R D s, kept 8 R | factors 8 R, sums of programs 4 min(R, 8192) | 6 R D |
+| mean | 4 min(R, 8192) | 4 | |
+| backward | 2 R D s, kept 8 R, factors 8 R | R D s | 3 R D |
+
+A row is one warp's, so that its sums need no shared memory. A program's rows and the order of all sums depend on the
+shapes alone: the same bits come every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
+
+PROGRAMS = 8192  # at most, of the forward; each leaves one number to the mean
+EPS = tl.constexpr(1e-12)  # a row's norm is at least this, as in F.normalize
+LEAST = tl.constexpr(1e-30)  # a smaller factor, times the gradient of the loss, may have no float32
+WIDE_BLOCK = tl.constexpr(128)  # numbers of a row that are float64 at a time
+MEAN_BLOCK = 1024
+
+
+@triton.jit
+def _sums(student_row, teacher_row, width, STATISTICS: tl.constexpr, BLOCK: tl.constexpr):
+    """s . s, t . t and s . t of two rows."""
+    ss = tl.full((), 0, STATISTICS)
+    tt = tl.full((), 0, STATISTICS)
+    st = tl.full((), 0, STATISTICS)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = columns < width
+        s = tl.load(student_row + columns, mask=inside, other=0).to(STATISTICS)
+        t = tl.load(teacher_row + columns, mask=inside, other=0).to(STATISTICS)
+        ss += tl.sum(s * s)
+        tt += tl.sum(t * t)
+        st += tl.sum(s * t)
+    return ss, tt, st
+
+
+@triton.jit
+def _inverse_norm(squares):
+    """1 / max(sqrt(squares), EPS), and whether it was clamped; correctly rounded."""
+    eps = tl.full((), EPS, squares.dtype)
+    one = tl.full((), 1, squares.dtype)
+    if squares.dtype is tl.float64:
+        norm = tl.sqrt(squares)
+        clamped = norm < eps
+        inverse = one / tl.where(clamped, eps, norm)  # not tl.maximum: a NaN stays one
+    else:
+        norm = tl.sqrt_rn(squares)
+        clamped = norm < eps
+        inverse = tl.div_rn(one, tl.where(clamped, eps, norm))
+    return inverse, clamped
+
+
+@triton.jit
+def _pair(ss, tt, st):
+    """The cosine, and the factors of s and t in its gradient: t / (|s| |t|) - s cos / |s|^2, the second 0 where |s| was
+    clamped."""
+    by_student, clamped = _inverse_norm(ss)
+    by_teacher, _ = _inverse_norm(tt)
+    cosine = st * by_student * by_teacher
+    return cosine, tl.where(clamped, 0.0, -cosine * by_student * by_student), by_student * by_teacher
+
+
+@triton.jit
+def _rows(
+    student, teacher, kept, row, per_sample, cells,
+    student_sample, student_token, teacher_sample, teacher_token, kept_sample, kept_token, HAS_KEPT: tl.constexpr,
+):  # fmt: skip
+    """Where row `row` of the student and the teacher row it is aligned with begin; `row` is int64."""
+    sample = row // per_sample
+    token = row % per_sample
+    chosen = token
+    if HAS_KEPT:
+        chosen = tl.load(kept + sample * kept_sample + token * kept_token)
+        chosen = tl.minimum(tl.maximum(chosen, 0), cells - 1)
+    student_row = student + sample * student_sample + token * student_token
+    return student_row, teacher + sample * teacher_sample + chosen * teacher_token
+
+
+@triton.jit(do_not_specialize=["rows", "rows_each", "per_sample", "cells"])
+def _forward(
+    student, teacher, kept, factors, sums, rows, rows_each, per_sample, cells, width,
+    student_sample, student_token, teacher_sample, teacher_token, kept_sample, kept_token,
+    HAS_KEPT: tl.constexpr, STATISTICS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    first = program.to(tl.int64) * rows_each
+    total = tl.full((), 0, STATISTICS)
+    for row in range(first, tl.minimum(first + rows_each, rows)):
+        student_row, teacher_row = _rows(
+            student, teacher, kept, row, per_sample, cells, student_sample, student_token, teacher_sample,
+            teacher_token, kept_sample, kept_token, HAS_KEPT,
+        )  # fmt: skip
+        ss, tt, st = _sums(student_row, teacher_row, width, STATISTICS, BLOCK_D)
+        cosine, to_student, to_teacher = _pair(ss, tt, st)
+        if STATISTICS is tl.float32:  # noqa: SIM102 - the compiler drops it elsewhere
+            # Infinite or NaN: so are the rows, or their squares leave float32.
+            if not (tl.abs(ss + tt + st) < float("inf")):
+                wide_ss, wide_tt, wide_st = _sums(student_row, teacher_row, width, tl.float64, WIDE_BLOCK)
+                wide_cosine, wide_student, wide_teacher = _pair(wide_ss, wide_tt, wide_st)
+                cosine = wide_cosine.to(tl.float32)
+                to_student = wide_student.to(tl.float32)
+                to_teacher = wide_teacher.to(tl.float32)
+        tl.store(factors + 2 * row, to_student)
+        tl.store(factors + 2 * row + 1, to_teacher)
+        total += cosine
+    tl.store(sums + program, total)
+
+
+@triton.jit(do_not_specialize=["programs", "rows"])
+def _mean(sums, loss, programs, rows, BLOCK: tl.constexpr):
+    total = tl.full((), 0, tl.float64)
+    for start in range(0, programs, BLOCK):
+        places = start + tl.arange(0, BLOCK)  # [BLOCK]
+        total += tl.sum(tl.load(sums + places, mask=places < programs, other=0).to(tl.float64))
+    tl.store(loss, (-total / rows.to(tl.float64)).to(loss.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["rows", "per_sample", "cells"])
+def _backward(
+    grad, student, teacher, kept, factors, out, rows, per_sample, cells, width,
+    student_sample, student_token, teacher_sample, teacher_token, kept_sample, kept_token,
+    HAS_KEPT: tl.constexpr, STATISTICS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student_row, teacher_row = _rows(
+        student, teacher, kept, row, per_sample, cells, student_sample, student_token, teacher_sample,
+        teacher_token, kept_sample, kept_token, HAS_KEPT,
+    )  # fmt: skip
+    out_row = out + row * width
+    scale = -tl.load(grad).to(STATISTICS) / rows.to(STATISTICS)
+    to_student, to_teacher = tl.load(factors + 2 * row), tl.load(factors + 2 * row + 1)
+    exact = True
+    if STATISTICS is tl.float32:
+        # Too small for float32, or exactly 0 as those of clamped and orthogonal rows are: made again.
+        exact = (tl.abs(to_student) >= LEAST) & (to_teacher >= LEAST)
+    if exact:
+        _combine(out_row, student_row, teacher_row, width, scale * to_student, scale * to_teacher, BLOCK_D)
+    else:
+        ss, tt, st = _sums(student_row, teacher_row, width, tl.float64, WIDE_BLOCK)
+        _, wide_student, wide_teacher = _pair(ss, tt, st)
+        wide = scale.to(tl.float64)
+        _combine(out_row, student_row, teacher_row, width, wide * wide_student, wide * wide_teacher, WIDE_BLOCK)
+
+
+@triton.jit
+def _combine(out_row, student_row, teacher_row, width, to_student, to_teacher, BLOCK: tl.constexpr):
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)  # [BLOCK]
+        inside = columns < width
+        s = tl.load(student_row + columns, mask=inside, other=0).to(to_student.dtype)
+        t = tl.load(teacher_row + columns, mask=inside, other=0).to(to_student.dtype)
+        mixed = to_teacher * t + to_student * s
+        tl.store(out_row + columns, mixed.to(out_row.dtype.element_ty), mask=inside)
+
+
+def forward(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The raw op: the loss, and the factors of both rows in the gradient of their cosine, (rows, 2)."""
+    student, teacher = _with_dense_rows(student), _with_dense_rows(teacher)
+    batch, per_sample, width = student.shape
+    rows = batch * per_sample
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    loss = student.new_empty((), dtype=wide)
+    factors = student.new_empty((rows, 2), dtype=wide)
+    rows_each = triton.cdiv(rows, PROGRAMS)
+    programs = triton.cdiv(rows, rows_each)
+    sums = student.new_empty(programs, dtype=wide)
+    _forward[(programs,)](
+        student, teacher, kept, factors, sums, rows, rows_each, per_sample, teacher.shape[1], width,
+        *_strides(student, teacher, kept), HAS_KEPT=kept is not None, STATISTICS=_statistics(student.dtype),
+        **_configuration("forward", width, student).launch,
+    )  # fmt: skip
+    _mean[(1,)](sums, loss, programs, rows, BLOCK=MEAN_BLOCK)
+    return loss, factors
+
+
+def backward(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None, factors: Tensor) -> Tensor:
+    """The raw op: the gradient with respect to the student, contiguous."""
+    out = student.new_empty(student.shape)
+    student, teacher = _with_dense_rows(student), _with_dense_rows(teacher)
+    batch, per_sample, width = student.shape
+    rows = batch * per_sample
+    _backward[(rows,)](
+        grad, student, teacher, kept, factors, out, rows, per_sample, teacher.shape[1], width,
+        *_strides(student, teacher, kept), HAS_KEPT=kept is not None, STATISTICS=_statistics(student.dtype),
+        **_configuration("backward", width, student).launch,
+    )  # fmt: skip
+    return out
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    """Samples and tokens may lie anywhere; a token's own numbers one behind the other, or they are copied."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _strides(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[int, ...]:
+    return *student.stride()[:2], *teacher.stride()[:2], *((0, 0) if kept is None else kept.stride())
+
+
+def _statistics(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _shape_class(width: int, dtype: torch.dtype) -> str:
+    size = "narrow" if width <= 256 else "wide"
+    return f"{size} float64" if dtype == torch.float64 else size
+
+
+def _configuration(kernel: str, width: int, student: Tensor) -> Configuration:
+    return configuration("token_alignment", kernel, _shape_class(width, student.dtype), architecture_of(student))
+
+
+def compilations() -> list[Compilation]:
+    """Both kernels for each dtype that trains, at the widths of the towers and of a narrow one."""
+    dtypes = [
+        (torch.bfloat16, torch.bfloat16, 1024), (torch.float16, torch.float16, 1024),
+        (torch.float32, torch.float32, 1024), (torch.bfloat16, torch.float32, 1024),
+        (torch.float64, torch.float64, 1024), (torch.bfloat16, torch.bfloat16, 256),
+    ]  # fmt: skip
+    found = []
+    for student, teacher, width in dtypes:
+        for kernel in ("forward", "backward"):
+            found.append(_compilation(kernel, student, teacher, width, chosen=True))
+    found.append(_compilation("forward", torch.bfloat16, torch.bfloat16, 1024, chosen=False))
+    mean = {"sums": "*fp32", "loss": "*fp32", "programs": "i32", "rows": "i32"}
+    found.append(Compilation("token_alignment mean", _mean, mean, {"BLOCK": MEAN_BLOCK}, options={"num_warps": 4}))
+    return found
+
+
+def _compilation(kernel: str, student: torch.dtype, teacher: torch.dtype, width: int, chosen: bool) -> Compilation:
+    wide = "*fp64" if student == torch.float64 else "*fp32"
+    tensors = {"student": f"*{triton_type(student)}", "teacher": f"*{triton_type(teacher)}", "factors": wide}
+    numbers = {"rows": "i32", "per_sample": "i32", "cells": "i32", "width": "i32"}
+    if kernel == "forward":
+        tensors["sums"], numbers["rows_each"] = wide, "i32"
+    else:
+        tensors |= {"grad": wide, "out": f"*{triton_type(student)}"}
+    if chosen:
+        tensors["kept"] = "*i64"
+    strides = ["student_sample", "student_token", "teacher_sample", "teacher_token", "kept_sample"]
+    shape_class = _shape_class(width, student)
+    used = configuration("token_alignment", kernel, shape_class, 80)
+    constexprs = {"HAS_KEPT": chosen, "STATISTICS": _statistics(student), "kept_token": 1, **used.blocks}
+    if not chosen:
+        constexprs["kept"] = None
+    dtype = f"{triton_type(student)} of {triton_type(teacher)}"
+    return Compilation(
+        name=f"token_alignment {kernel} {dtype}, D {width}{'' if chosen else ', all tokens'}",
+        kernel=_forward if kernel == "forward" else _backward,
+        signature=tensors | numbers | dict.fromkeys(strides, "i32"),
+        constexprs=constexprs,
+        divisible={"width": 16, **dict.fromkeys(strides[:4], 16)},
+        options=used.options,
+    )

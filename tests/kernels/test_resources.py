@@ -1,0 +1,92 @@
+"""What every kernel compiles to for GPUs that are not here: it compiles, does not spill, and fits."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from oner_fast.benchmarks.gpu import resources
+from oner_fast.benchmarks.gpu.kernels import compilations, first_of_each_kernel
+from oner_fast.benchmarks.gpu.machine_code import TARGETS, Figures, compile_triton, occupancy, versions
+from oner_fast.kernels.launch import Compilation
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "gpu_resources.md"
+NAME = "one of our kernels"
+FIRST = first_of_each_kernel()
+EVERY = compilations()
+
+
+@pytest.fixture(autouse=True)
+def executor() -> None:
+    """Nothing runs here."""
+
+
+@triton.jit
+def _product(left, right, out, SIZE: tl.constexpr):
+    """A product of two [SIZE, SIZE] tiles, all of it in registers."""
+    places = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out + places, tl.dot(tl.load(left + places), tl.load(right + places)))
+
+
+def product(size: int, **options: int) -> Compilation:
+    tensors = {"left": "*fp16", "right": "*fp16", "out": "*fp32"}
+    return Compilation(NAME, _product, tensors, {"SIZE": size}, options=options, tensor_cores=True)
+
+
+def committed() -> str:
+    text = COMMITTED.read_text(encoding="utf-8")
+    if f"{versions()}." not in text:
+        pytest.skip(f"{COMMITTED.name} was made by other versions than {versions()}")
+    return text
+
+
+@pytest.mark.parametrize("one", FIRST, ids=lambda one: one.name)
+def test_compiles_without_spills_and_as_committed(one: Compilation) -> None:
+    """One specialisation of every kernel; the others are `slow`."""
+    figures = [compile_triton(one, target) for target in resources.TUNED]
+    for each in figures:
+        assert not each.problems(one.tensor_cores), each
+    row = resources.row(figures[0])
+    assert row in committed().splitlines(), f"run `{resources.COMMAND}` again: {row}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", resources.TUNED)
+@pytest.mark.parametrize("one", EVERY, ids=lambda one: one.name)
+def test_every_specialisation_compiles_without_spills(one: Compilation, target: str) -> None:
+    assert not compile_triton(one, target).problems(one.tensor_cores)
+
+
+def test_the_report_has_every_kernel_on_every_target() -> None:
+    rows = re.findall(r"^\| (.+?) \| ((?:sm_|gfx)\w+) \|", committed().split("## CUDA C++")[0], re.MULTILINE)
+    assert rows == [(one.name, target) for one in EVERY for target in TARGETS], f"run `{resources.COMMAND}` again"
+
+
+def test_problems_are_found() -> None:
+    """A gate that finds nothing proves nothing: spills, too much shared memory, no tensor cores, no compilation."""
+    good = compile_triton(product(64, num_warps=4), "sm_80")
+    assert good.matrix > 0 and good.local == 0 and good.shared > 0 and not good.problems(tensor_cores=True)
+    assert "spill" in " ".join(compile_triton(product(128, num_warps=1), "sm_80").problems())
+    assert "shared memory" in " ".join(Figures(NAME, "sm_80", shared=164 * 1024).problems())
+    copy = Compilation(NAME, _product, {"left": "*fp64", "right": "*fp64", "out": "*fp64"}, {"SIZE": 24})
+    assert "does not compile" in compile_triton(copy, "sm_80").problems()[0]
+    plain = next(one for one in EVERY if not one.tensor_cores)
+    assert "no tensor-core instruction" in compile_triton(plain, "sm_80").problems(tensor_cores=True)
+
+
+def test_occupancy_is_that_of_the_calculator() -> None:
+    """Values of CUDA's occupancy calculator."""
+    assert occupancy("sm_80", 32, 0, 8) == 1.0
+    assert occupancy("sm_80", 255, 0, 4) == 0.125
+    assert occupancy("sm_80", 64, 99 * 1024, 4) == 4 / 64
+    assert occupancy("sm_90", 168, 0, 12) == 12 / 64
+    assert occupancy("gfx942", 64, 0, 4) is None
