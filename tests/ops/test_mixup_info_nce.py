@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -318,6 +319,7 @@ def rank_slice(value: Any, part: slice) -> Any:
 
 
 def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
     results: dict[str, Any] = {}
     for implementation in EVERY:
@@ -352,19 +354,12 @@ def run_rank(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of three processes found for every case."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    # This file as a program: pytest imports it under a name that a child could not import.
-    commands = [[sys.executable, __file__, str(rank), str(folder)] for rank in range(3)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    children = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for c in commands
-    ]
-    try:
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0, 0], "\n".join(outputs)
+    # This file as a program, which imports once and forks: pytest has threads by now.
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(3)]
 
 
@@ -385,5 +380,17 @@ def test_processes_equal_one(ranks: list[dict[str, Any]], implementation: str, s
         torch.testing.assert_close(mean, wanted, rtol=1e-10, atol=1e-12)
 
 
+def main(folder: str) -> None:
+    forks = multiprocessing.get_context("fork")
+    children = [forks.Process(target=run_rank, args=(rank, folder)) for rank in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(90)
+    for child in children:
+        child.kill()  # what hangs ends here
+    sys.exit(any(child.exitcode != 0 for child in children))
+
+
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1])
