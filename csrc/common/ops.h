@@ -31,8 +31,8 @@ at::Tensor mixup_inverse_norms(const at::Tensor& x, const std::optional<at::Tens
                                const std::optional<at::Tensor>& mix);
 
 // Of the logits of M queries and N keys: max and sum of exp(logit - max) of each row and of each column (empty unless
-// asked for), the logit of each row's own pair (key first_pair + i) and, with partners, of its partner. Keys
-// without inverse norms are unit vectors already.
+// asked for), the logit of each row's own pair (key first_pair + i) and, with partners, of its partner: 0 where that is
+// not one of these keys, which may be a block of many. Keys without inverse norms are unit vectors already.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
@@ -40,8 +40,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
 
 // With G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - own_weight[i] (own pair)
-// - partner_weight[i] (partner): gradients to query, query_other, each row's mix, key, key_other, each key's mix, and
-// logit_scale. What does not exist or is not needed comes back empty; keys that are unit vectors get float32 gradients.
+// - partner_weight[i] (partner), neither where it is not one of these keys: gradients to query, query_other, each row's
+// mix, key, key_other, each key's mix, and logit_scale. What does not exist or is not needed comes back empty; keys that
+// are unit vectors get float32 gradients.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_backward(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,

@@ -155,19 +155,12 @@ const ContrastKernels& kernels_for(const Side& rows, const Side& columns) {
   return table.contrast[is_there ? kind : kContrastF32];
 }
 
-void check_pairs(int64_t queries, int64_t keys, int64_t first_pair) {
-  TORCH_CHECK_VALUE(first_pair >= 0 && queries <= keys && first_pair <= keys - queries, kOp, ": ", queries,
-                    " queries from pair ", first_pair, " on need as many keys, got ", keys);
+at::Tensor dense_partner(const OptionalTensor& partner, int64_t rows) {
+  return partner.has_value() ? Side::vector(*partner, rows, at::kLong, "partner") : at::Tensor();
 }
 
-at::Tensor checked_partner(const OptionalTensor& partner, int64_t rows, int64_t columns) {
-  if (!partner.has_value()) return {};
-  const at::Tensor dense = Side::vector(*partner, rows, at::kLong, "partner");
-  const int64_t* at = dense.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows; ++i)
-    TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < columns, kOp, ": partner must hold values in [0, ", columns, "), found ", at[i]);
-  return dense;
-}
+// Pairs that begin outside all rows and columns have one meaning however far outside: so no index overflows.
+int64_t nearest_pair(int64_t first_pair, int64_t rows, int64_t columns) { return std::clamp(first_pair, -rows, columns); }
 
 const int64_t* indices(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; }
 
@@ -209,16 +202,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
-  const int64_t m = query.size(0), n = key.size(0);
-  check_pairs(m, n, first_pair);
-  const at::Tensor partner = checked_partner(partner_in, m, n);
+  const int64_t m = query.size(0), n = key.size(0), own_column = nearest_pair(first_pair, m, n);
+  const at::Tensor partner = dense_partner(partner_in, m);
   const auto options = query.options().dtype(statistics_type(query.scalar_type()));
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const at::Tensor row_max = at::full({m}, -kInfinity, options), row_sum = at::zeros({m}, options);
   const int64_t column_count = columns_too ? n : 0;
   const at::Tensor column_max = at::full({column_count}, -kInfinity, options);
   const at::Tensor column_sum = at::zeros({column_count}, options);
-  const at::Tensor own = at::empty({m}, options), shared = at::empty({partner.defined() ? m : 0}, options);
+  const at::Tensor own = at::zeros({m}, options), shared = at::zeros({partner.defined() ? m : 0}, options);
   const ContrastStatistics out{data(row_max),
                                data(row_sum),
                                columns_too ? data(column_max) : nullptr,
@@ -230,7 +222,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   Turns turns(stripes.number());
   const int64_t bytes = kernels.scratch_bytes(units.size, stripes.size, query.size(1), false);
   for_each_stripe(stripes.number(), bytes, [&](int64_t stripe, void* scratch) {
-    ContrastBlock block = block_of(rows, columns, scale, first_pair, indices(partner), units, stripes, stripe);
+    ContrastBlock block = block_of(rows, columns, scale, own_column, indices(partner), units, stripes, stripe);
     kernels.take_columns(block, false, scratch);
     for (int64_t unit = 0; unit < units.number(); ++unit) {
       move_to(block, units, unit);
@@ -253,9 +245,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
-  const int64_t m = query.size(0), n = key.size(0), width = query.size(1);
-  check_pairs(m, n, first_pair);
-  const at::Tensor partner = checked_partner(partner_in, m, n);
+  const int64_t m = query.size(0), n = key.size(0), width = query.size(1), own_column = nearest_pair(first_pair, m, n);
+  const at::Tensor partner = dense_partner(partner_in, m);
   const at::ScalarType wide = statistics_type(query.scalar_type());
   const auto options = query.options().dtype(wide);
   const auto vector = [&](const OptionalTensor& x, int64_t count, const char* what) {
@@ -291,7 +282,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t bytes = aligned(kernels.scratch_bytes(units.size, stripes.size, width, true));
   const int64_t sum_bytes = buffered ? stripes.size * row_bytes : 0;
   for_each_stripe(stripes.number(), bytes + sum_bytes, [&](int64_t stripe, char* scratch) {
-    ContrastBlock block = block_of(rows, columns, scale, first_pair, indices(partner), units, stripes, stripe);
+    ContrastBlock block = block_of(rows, columns, scale, own_column, indices(partner), units, stripes, stripe);
     const int64_t first = block.column_first;
     char* sums = buffered   ? static_cast<char*>(std::memset(scratch + bytes, 0, static_cast<size_t>(sum_bytes)))
                  : need_key ? static_cast<char*>(data(key_sums)) + first * row_bytes

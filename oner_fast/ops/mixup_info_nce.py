@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oner_fast.ops import checks, reference
-from oner_fast.ops.collectives import gather_rows_without_gradient, row_counts_and_any
+from oner_fast.ops import checks, contrast_ring, reference
+from oner_fast.ops.collectives import row_counts_and_any
+from oner_fast.ops.contrast_ring import Ring, Rows
 from oner_fast.ops.implementations import choose, register
 from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
 
@@ -110,66 +111,23 @@ def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -
     return raw_ops(backend).mixup_partner_sums(partner, values, columns)
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """The targets of rows and columns: row i has 1 - weight_i on its own pair and weight_i on its partner."""
-
-    weight: Tensor | None  # (n,) of the local rows; None: all on the own pair
-    mass: Tensor | None  # (N,) sum of the targets of each column; None: 1
-    backend: str
-
-    def of_rows(self, own: Tensor, shared: Tensor) -> Tensor:
-        return own if self.weight is None else (1 - self.weight) * own + self.weight * shared
-
-    def of_columns(self, own: Tensor, shared: Tensor, partner: Tensor | None, first: int, columns: int) -> Tensor:
-        """(N,): what the local rows add to each column's mean logit of its targets."""
-        total = own.new_zeros(columns)
-        if self.weight is None or self.mass is None or partner is None:
-            total[first : first + own.shape[0]] = own
-            return total
-        total[first : first + own.shape[0]] = (1 - self.weight) * own
-        return (total + _partner_sums(self.backend, partner, self.weight * shared, columns)) * self.share_of_column()
-
-    def share_of_column(self) -> Tensor:
-        """1 / mass, 0 where a column has no target."""
-        assert self.mass is not None
-        return torch.where(self.mass == 0, 0.0, 1 / self.mass)
+def _column_targets(
+    backend: str, partner: Tensor | None, weight: Tensor | None, own: Tensor, shared: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(n,) sum of the logits of each column's targets, weighted, and sum of the weights; None: its own pair's alone."""
+    if partner is None or weight is None:
+        return own, None
+    target, mass = (_partner_sums(backend, partner, x, own.shape[0]) for x in (weight * shared, weight))
+    return target + (1 - weight) * own, mass + (1 - weight)
 
 
-def _targets(
-    partner: Tensor | None,
-    weight: Tensor | None,
-    dtype: torch.dtype,
-    rows: int,
-    sizes: tuple[int, ...] | None,
-    group: dist.ProcessGroup | None,
-    first: int,
-    backend: str,
-) -> _Targets:
-    if partner is None:
-        return _Targets(None, None, backend)
-    own = torch.full((rows,), 0.5, dtype=dtype, device=partner.device) if weight is None else weight.detach().to(dtype)
-    every_partner, every_weight = partner, own
-    if group is not None and sizes is not None:
-        every_partner = gather_rows_without_gradient(partner, sizes, group)
-        every_weight = gather_rows_without_gradient(own, sizes, group)
-    shared = _partner_sums(backend, every_partner, every_weight, every_weight.shape[0])
-    return _Targets(own, 1 - every_weight + shared, backend)
-
-
-def _columns_of_all_ranks(
-    maximum: Tensor, total: Tensor, target: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exp(logit - maximum) and mean target logit of each column over the rows of all ranks."""
-    highest = maximum.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    sums = torch.stack([total * (maximum - highest).exp(), target])
-    dist.all_reduce(sums, group=group)
-    return highest, sums[0], sums[1]
+def _reciprocal(mass: Tensor) -> Tensor:
+    """1 / mass, 0 where a column has no target."""
+    return torch.where(mass == 0, 0.0, 1 / mass)
 
 
 class _MixupInfoNce(torch.autograd.Function):
-    """Saves the inputs and O(N) statistics; the logits are made again in backward."""
+    """Saves the inputs and O(n) statistics of its own rows and columns; the logits are made again in backward."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -183,44 +141,53 @@ class _MixupInfoNce(torch.autograd.Function):
         partner: Tensor | None,
         partner_weight: Tensor | None,
         symmetric: bool,
-        sizes: tuple[int, ...] | None,
-        group: dist.ProcessGroup | None,
+        ring: Ring | None,
         keys_wanted: bool,
         backend: str,
     ) -> Tensor:
         raw = raw_ops(backend)
-        rows, dtype = query.shape[0], statistics_dtype(query)
-        first = 0 if group is None or sizes is None else sum(sizes[: dist.get_rank(group)])
-        total = rows if sizes is None else sum(sizes)
-        query_side = (query, query_other, mix, raw.mixup_inverse_norms(query, query_other, mix))
+        dtype = statistics_dtype(query)
+        query_norm = raw.mixup_inverse_norms(query, query_other, mix)
         key_norm = raw.mixup_inverse_norms(key, key_other, mix)
-        key_side: tuple[Tensor | None, ...] = (key, key_other, mix, key_norm)
-        if group is not None and sizes is not None:
-            key_side = (_all_unit_keys(key, key_other, mix, key_norm, sizes, group), None, None, None)
-        row_max, row_sum, column_max, column_sum, own, shared = raw.mixup_info_nce_statistics(
-            *query_side, *key_side, logit_scale, partner, first, symmetric
-        )
-        targets = _targets(partner, partner_weight, dtype, rows, sizes, group, first, backend)
+        weight = None
+        if partner is not None:
+            weight = query_norm.new_full(partner.shape, 0.5) if partner_weight is None else partner_weight.to(dtype)
+        query_side = (query, query_other, mix, query_norm)
+        column_max = column_sum = column_target = mass = None
+        if ring is None:
+            row_max, row_sum, *columns, own, shared = raw.mixup_info_nce_statistics(
+                *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, symmetric
+            )
+            if symmetric:
+                column_max, column_sum = columns
+                column_target, mass = _column_targets(backend, partner, weight, own, shared)
+        else:
+            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(_partner_sums, backend))
+            of_rows, of_columns = contrast_ring.statistics(
+                ring, rows, _unit_rows(key, key_other, mix, key_norm), symmetric
+            )
+            row_max, row_sum, own, shared = of_rows.maximum, of_rows.total, of_rows.own, of_rows.shared
+            if of_columns is not None:
+                column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
+                column_target = own if of_columns.target is None else of_columns.target
+        target = own if weight is None else (1 - weight) * own + weight * shared
         # Summed in float64, so that no order of the sum shows in float32.
-        loss = (row_max - targets.of_rows(own, shared) + row_sum.log()).sum(dtype=torch.float64)
-        if symmetric:
-            target = targets.of_columns(own, shared, partner, first, total)
-            if group is not None:
-                column_max, column_sum, target = _columns_of_all_ranks(column_max, column_sum, target, group)
-            entropy = column_max - target + column_sum.log()
-            if targets.mass is not None:
-                entropy = torch.where(targets.mass == 0, 0.0, entropy)
-            loss = (loss + entropy[first : first + rows].sum(dtype=torch.float64)) / 2
-        if group is not None:
-            dist.all_reduce(loss, group=group)
-        columns = (column_max, column_sum) if symmetric else (None, None)
+        loss = (row_max - target + row_sum.log()).sum(dtype=torch.float64)
+        if column_max is not None and column_sum is not None and column_target is not None:
+            if mass is not None:
+                column_target = column_target * _reciprocal(mass)
+            entropy = column_max - column_target + column_sum.log()
+            if mass is not None:
+                entropy = torch.where(mass == 0, 0.0, entropy)
+            loss = (loss + entropy.sum(dtype=torch.float64)) / 2
+        if ring is not None:
+            dist.all_reduce(loss, group=ring.group)
         ctx.save_for_backward(
-            *query_side, key, key_other, key_norm, logit_scale, partner, row_max, row_sum, *columns,
-            targets.weight, targets.mass,
+            *query_side, key, key_other, key_norm, logit_scale, partner, row_max, row_sum, column_max, column_sum,
+            weight, mass,
         )  # fmt: skip
-        ctx.sizes, ctx.group, ctx.first, ctx.total, ctx.keys_wanted = sizes, group, first, total, keys_wanted
-        ctx.backend = backend
-        return (loss / total).to(dtype)
+        ctx.ring, ctx.keys_wanted, ctx.backend = ring, keys_wanted, backend
+        return (loss / (query.shape[0] if ring is None else ring.total)).to(dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -229,36 +196,44 @@ class _MixupInfoNce(torch.autograd.Function):
             query, query_other, mix, query_norm, key, key_other, key_norm, logit_scale, partner, row_max, row_sum,
             column_max, column_sum, weight, mass,
         ) = ctx.saved_tensors  # fmt: skip
-        sizes, group, first, total = ctx.sizes, ctx.group, ctx.first, ctx.total
-        need_key = any(ctx.needs_input_grad[i] for i in (1, 4)) or (ctx.needs_input_grad[5] and key_other is not None)
-        key_side: tuple[Tensor | None, ...] = (key, key_other, mix, key_norm)
-        need_unit_keys = need_key
-        if group is not None:
-            key_side = (_all_unit_keys(key, key_other, mix, key_norm, sizes, group), None, None, None)
-            need_unit_keys = ctx.keys_wanted  # where any rank needs them, all take part in the exchange
-        world = 1 if group is None else dist.get_world_size(group)
-        each = grad.to(row_sum.dtype) * world / (total if column_sum is None else 2 * total)
-        own_weight, partner_weight, column_weight = _weights(
-            each, _Targets(weight, mass, ctx.backend), partner, column_sum, first, query.shape[0]
-        )
-        to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale = (
-            raw_ops(ctx.backend).mixup_info_nce_backward(
-                query, query_other, mix, query_norm, *key_side, logit_scale, partner, first,
-                row_max, each / row_sum, column_max, column_weight, own_weight, partner_weight, need_unit_keys,
-            )
-        )  # fmt: skip
-        if group is not None and ctx.keys_wanted:
-            dist.all_reduce(to_key, group=group)
-            if need_key:
-                to_key, to_key_other, to_key_mix = _through_normalisation(
-                    to_key[first : first + key.shape[0]], key, key_other, mix, key_norm
-                )
+        ring, need = ctx.ring, ctx.needs_input_grad
+        need_key = need[1] or need[4] or (need[5] and key_other is not None)
+        world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
+        terms = 1 if column_sum is None else 2
+        each = grad.to(row_sum.dtype) * world / (terms * total)
+        own_weight, share = (each * terms).expand(query.shape[0]).contiguous(), None
+        if weight is not None:
+            own_weight = each * (1 - weight)
+        if mass is not None:
+            share = _reciprocal(mass)
+            own_weight = own_weight * (1 + share)
+            column_sum = torch.where(mass == 0, math.inf, column_sum)  # its exponentials weigh nothing
+        raw, query_side = raw_ops(ctx.backend), (query, query_other, mix, query_norm)
+        if ring is None:
+            partner_weight = None if weight is None else each * weight
+            if partner_weight is not None and share is not None:
+                partner_weight = partner_weight * (1 + share.index_select(0, partner))
+            to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale = raw.mixup_info_nce_backward(
+                *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, row_max, each / row_sum,
+                column_max, None if column_sum is None else each / column_sum, own_weight, partner_weight, need_key,
+            )  # fmt: skip
+        else:
+            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(_partner_sums, ctx.backend))
+            columns = [x for x in (column_max, column_sum, share) if x is not None]
+            found = contrast_ring.gradients(
+                ring, rows, _unit_rows(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
+                each, row_max, each / row_sum, own_weight, ctx.keys_wanted,
+            )  # fmt: skip
+            to_query, to_query_other = (x.to(query.dtype) for x in (found.query, found.query_other))
+            to_mix, to_scale = found.mix, found.logit_scale
+            to_key = to_key_other = to_key_mix = None
+            if need_key and found.keys is not None:
+                to_key, to_key_other, to_key_mix = _through_normalisation(found.keys, key, key_other, mix, key_norm)
         gradient_of_mix = None
-        if ctx.needs_input_grad[5]:
+        if need[5]:
             parts = [x for x, other in ((to_mix, query_other), (to_key_mix, key_other)) if other is not None]
             each_row = torch.stack(parts).sum(0) if parts else torch.zeros_like(query_norm)
             gradient_of_mix = (each_row if mix.ndim else each_row.sum()).to(mix.dtype)
-        need = ctx.needs_input_grad
         return (
             to_query if need[0] else None,
             to_key if need[1] else None,
@@ -266,38 +241,13 @@ class _MixupInfoNce(torch.autograd.Function):
             to_query_other if need[3] else None,
             to_key_other if need[4] else None,
             gradient_of_mix,
-            *(None,) * 7,
+            *(None,) * 6,
         )
 
 
-def _weights(
-    each: Tensor, targets: _Targets, partner: Tensor | None, column_sum: Tensor | None, first: int, rows: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the gradient with respect to the logits takes from targets, and the weight of a column's exponentials."""
-    share = None
-    column_weight = None if column_sum is None else each / column_sum
-    if targets.mass is not None and column_weight is not None:
-        column_weight = torch.where(targets.mass == 0, 0.0, column_weight)
-        share = targets.share_of_column()
-    both = 1.0 if column_sum is None else 2.0
-    if targets.weight is None or partner is None:
-        return (each * both).expand(rows).contiguous(), None, column_weight
-    own_share = 1.0 if share is None else 1 + share[first : first + rows]
-    partner_share = 1.0 if share is None else 1 + share.index_select(0, partner)
-    return each * (1 - targets.weight) * own_share, each * targets.weight * partner_share, column_weight
-
-
-def _all_unit_keys(
-    key: Tensor,
-    other: Tensor | None,
-    mix: Tensor,
-    inverse_norm: Tensor,
-    sizes: tuple[int, ...],
-    group: dist.ProcessGroup,
-) -> Tensor:
-    """(N, D) unit vectors of all ranks, in the keys' dtype."""
-    mixed = reference.mixed(key, other, mix)
-    return gather_rows_without_gradient((mixed * inverse_norm.unsqueeze(1)).to(key.dtype), sizes, group)
+def _unit_rows(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor) -> Tensor:
+    """(n, D) contiguous, in the rows' dtype: as they are sent."""
+    return (reference.mixed(x, other, mix) * inverse_norm.unsqueeze(1)).to(x.dtype).contiguous()
 
 
 def _through_normalisation(
@@ -328,18 +278,19 @@ def _compiled(
     symmetric: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    sizes, keys_wanted = None, False
+    ring, keys_wanted = None, False
     if group is not None:
         own = (key, *(() if key_other is None else (key_other, mix)))
         wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
         sizes, keys_wanted = row_counts_and_any(query.shape[0], wanted, query.device, group)
-    total = None if sizes is None else sum(sizes)
+        ring = Ring(sizes, group)
+    total = None if ring is None else ring.total
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     dtype = statistics_dtype(query)
     scale = logit_scale if isinstance(logit_scale, Tensor) else _number(logit_scale, torch.float64, query.device)
     share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
     loss: Tensor = _MixupInfoNce.apply(
-        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, sizes, group, keys_wanted,
+        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, ring, keys_wanted,
         backend,
     )  # fmt: skip
     return loss

@@ -49,6 +49,21 @@ def mixed(query, key, query_other, key_other, *, implementation):
 for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
     for rows, width in ((9, 5), (300, 72)):
         compare(mixed, [torch.randn(rows, width, dtype=torch.float64) for _ in range(4)], dtype, tolerance)
+
+# Blocks of keys, as ranks exchange them: own pairs and partners are found in one of them.
+ops = torch.ops.oner_fast
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)):
+    query, keys = torch.randn(50, 40).to(dtype), torch.nn.functional.normalize(torch.randn(90, 40)).to(dtype)
+    partner, side = torch.randint(90, (50,)), (query, None, None, ops.mixup_inverse_norms(query, None, None))
+
+    def statistics(start, end):
+        block = (keys[start:end], None, None, None, torch.tensor(9.0), partner - start, 20 - start)
+        return ops.mixup_info_nce_statistics(*side, *block, True)
+
+    whole, blocks = statistics(0, 90), [statistics(*ends) for ends in ((0, 30), (30, 31), (31, 90))]
+    for at, target in ((4, torch.arange(50) + 20), (5, partner)):
+        assert (blocks[2][at].bool() == (target >= 31)).all()
+        assert (sum(one[at] for one in blocks) - whole[at]).abs().max() < tolerance
 print(torch.ops.oner_fast.cpu_capability())
 """
 

@@ -298,11 +298,11 @@ void forward(const ContrastBlock& block, const ContrastStatistics& out, void* me
   }
   for (int64_t i = 0; i < block.row_count; ++i) {
     const T* row = s.logits + i * s.logits_row;
-    const int64_t at = block.row_first + i, own = block.own + at - block.column_first;
-    if (own >= 0 && own < block.column_count) static_cast<T*>(out.own_logit)[at] = row[own];
+    const int64_t at = block.row_first + i, own = block.column_of(block.own + at);
+    if (own >= 0) static_cast<T*>(out.own_logit)[at] = row[own];
     if (block.partner == nullptr) continue;
-    const int64_t partner = block.partner[at] - block.column_first;
-    if (partner >= 0 && partner < block.column_count) static_cast<T*>(out.partner_logit)[at] = row[partner];
+    const int64_t partner = block.column_of(block.partner[at]);
+    if (partner >= 0) static_cast<T*>(out.partner_logit)[at] = row[partner];
   }
 }
 
@@ -345,11 +345,11 @@ void gradient_of_rows(const ContrastBlock& block, const ContrastGradient& gradie
   for (int r = 0; r < R; ++r) {
     T* row = rows + r * s.logits_row;
     if (whole < n) store(row + whole, load_part(row + whole, n - whole, T(0)));
-    const int64_t at = block.row_first + first + r, own = block.own + at - block.column_first;
-    if (own >= 0 && own < n) row[own] -= static_cast<const T*>(gradient.own_weight)[at];
+    const int64_t at = block.row_first + first + r, own = block.column_of(block.own + at);
+    if (own >= 0) row[own] -= static_cast<const T*>(gradient.own_weight)[at];
     if (block.partner == nullptr) continue;
-    const int64_t partner = block.partner[at] - block.column_first;
-    if (partner >= 0 && partner < n) row[partner] -= static_cast<const T*>(gradient.partner_weight)[at];
+    const int64_t partner = block.column_of(block.partner[at]);
+    if (partner >= 0) row[partner] -= static_cast<const T*>(gradient.partner_weight)[at];
   }
 }
 

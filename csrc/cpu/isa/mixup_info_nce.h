@@ -26,9 +26,14 @@ struct ContrastBlock {
   MixedRows rows, columns;
   int64_t row_first, row_count, column_first, column_count;
   int64_t largest_row_count;  // of the blocks that share the scratch
-  int64_t own;             // the column of row 0's own pair
-  const int64_t* partner;  // the other target of each row, or null
+  int64_t own;             // the column of row 0's own pair, or where it would be
+  const int64_t* partner;  // the other target of each row, or null; any value
   double scale;
+
+  // Where a column is in the block, or -1.
+  int64_t column_of(int64_t column) const {
+    return column >= column_first && column < column_first + column_count ? column - column_first : -1;
+  }
 };
 
 // Sums are of exp(logit - max); `column_*` are null where only rows count.

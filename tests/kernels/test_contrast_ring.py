@@ -1,0 +1,105 @@
+"""Triton's mixup_info_nce over two ranks on gloo: its kernels take blocks of keys that are another rank's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from oner_fast.ops import mixup_info_nce, reference
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("oner_fast.kernels.mixup_info_nce") is None, reason="no Triton kernels of this op"
+)
+
+SIZES = (7, 2)
+TOLERANCES = {"float32": 1e-5}
+
+
+def inputs(dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(4)
+    names = ("query", "key", "query_other", "key_other")
+    found: dict[str, Any] = {name: torch.randn(sum(SIZES), 16, generator=generator).to(dtype) for name in names}
+    found["logit_scale"], found["mix"] = torch.tensor(5.0), torch.rand(sum(SIZES), generator=generator)
+    found = {name: x.requires_grad_() for name, x in found.items()}
+    partner = torch.randint(sum(SIZES), (sum(SIZES),), generator=generator)
+    return found | {"partner": partner, "partner_weight": torch.rand(sum(SIZES), generator=generator)}
+
+
+def leaves(given: dict[str, Any]) -> list[Tensor]:
+    return [x for x in given.values() if x.requires_grad]
+
+
+def part_of(x: Tensor, rank: int) -> Tensor:
+    mine = x.split(SIZES)[rank] if x.ndim else x
+    return mine.detach().clone().requires_grad_(x.requires_grad)
+
+
+def run_rank(rank: int, folder: str, checkers: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=len(SIZES))
+    executor: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if (Path(checkers) / "gpuless").is_dir():
+        sys.path.append(checkers)
+        mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "emulate"
+        executor = importlib.import_module(f"gpuless.{mode}").active()
+    results = {}
+    with executor:
+        for name in TOLERANCES:
+            given = {argument: part_of(x, rank) for argument, x in inputs(getattr(torch, name)).items()}
+            loss = mixup_info_nce(**given, group=dist.group.WORLD, implementation="triton")
+            results[name] = [loss.detach(), *torch.autograd.grad(loss, leaves(given))]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(device: str, tmp_path: Path) -> None:
+    if device == "cuda":
+        pytest.skip("two ranks with NCCL need two GPUs")
+    checkers = os.environ.get("ONER_FAST_GPULESS") or str(Path(__file__).parents[2].parent / "shared")
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path), checkers], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
+    for name, tolerance in TOLERANCES.items():
+        # From the numbers as the narrow dtype holds them.
+        wide = {
+            argument: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+            for argument, x in inputs(getattr(torch, name)).items()
+        }
+        exact = reference.mixup_info_nce(**wide)
+        for each in ranks:
+            torch.testing.assert_close(each[name][0].double(), exact.detach(), rtol=tolerance, atol=0)
+        together = zip(*(each[name][1:] for each in ranks), strict=True)
+        for parts, right in zip(together, torch.autograd.grad(exact, leaves(wide)), strict=True):
+            mean = (torch.cat(parts) if right.ndim else torch.stack(parts).sum()).double() / len(SIZES)
+            assert (mean - right).abs().max() <= tolerance * right.abs().max()
+
+
+def main(folder: str, checkers: str) -> None:
+    forks = multiprocessing.get_context("fork")
+    children = [forks.Process(target=run_rank, args=(rank, folder, checkers)) for rank in range(len(SIZES))]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(140)
+    for child in children:
+        child.kill()  # what hangs ends here
+    sys.exit(any(child.exitcode != 0 for child in children))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
