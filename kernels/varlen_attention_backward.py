@@ -20,7 +20,22 @@ from torch import Tensor
 
 from oner_fast.kernels.launch import Compilation, architecture_of
 from oner_fast.kernels.varlen_attention import (
-    SIZES, STRIDES, boundaries, compilation, constants, dense, extent, head_of, load_tile, log2_scale, offsets_of, own_tile, specialisations, store_tile, strides, tiles,
+    SIZES,
+    STRIDES,
+    boundaries,
+    compilation,
+    constants,
+    dense,
+    extent,
+    head_of,
+    load_tile,
+    log2_scale,
+    offsets_of,
+    own_tile,
+    specialisations,
+    store_tile,
+    strides,
+    tiles,
     vector_of,
 )  # fmt: skip
 
@@ -192,7 +207,10 @@ def _key_kernel(
             g += BLOCK_M * VEC * grad_row.to(tl.int64)
 
     row = (heads // GROUP) * HEAD_DIM
-    k, v = head_of(to_key, begin_k + first, row, head_k, HEAD_DIM, 1), head_of(to_value, begin_k + first, row, head_k, HEAD_DIM, 1)
+    k, v = (
+        head_of(to_key, begin_k + first, row, head_k, HEAD_DIM, 1),
+        head_of(to_value, begin_k + first, row, head_k, HEAD_DIM, 1),
+    )
     at = offsets_of(row, BLOCK_N, D0, 1)
     store_tile(k + at, to_k0 * scale, own, 0, D0, HEAD_DIM)
     store_tile(v + at, to_v0, own, 0, D0, HEAD_DIM)

@@ -62,11 +62,13 @@ def _why_no_gpu(device: str, least: tuple[int, int], most: tuple[int, int] = (99
         return ["torch can use no CUDA GPU"]
     if not least <= capability <= most:
         wanted = f"sm_{least[0]}{least[1]}" + ("" if most[0] == 99 else f" to sm_{most[0]}{most[1]}")
-        return [f"needs a GPU of {wanted}{' or newer' if most[0] == 99 else ''}, this is sm_{capability[0]}{capability[1]}"]
+        return [
+            f"needs a GPU of {wanted}{' or newer' if most[0] == 99 else ''}, this is sm_{capability[0]}{capability[1]}"
+        ]
     return []
 
 
-def _why_not_these_tensors(facts: dict[str, Any], widest: int | None = 256) -> list[str]:
+def _why_not_these_tensors(facts: dict[str, Any]) -> list[str]:
     """What the flash kernels have against dtype, head dimension, scale and missing lengths."""
     found = []
     if facts.get("dtype") not in (None, *HALF):
@@ -109,7 +111,9 @@ def why_not_torch_varlen(device: str, **facts: Any) -> list[str]:
 
 
 def why_not_xformers(device: str, **facts: Any) -> list[str]:
-    found = [] if _version("xformers", "xformers") else ["xformers is not installed (pip install 'oner_fast[xformers]')"]
+    found = (
+        [] if _version("xformers", "xformers") else ["xformers is not installed (pip install 'oner_fast[xformers]')"]
+    )
     found += _why_no_gpu(device, (7, 0))
     if torch.compiler.is_compiling() or (device == "cuda" and _capturing()):
         found.append("its masks are made of lengths on the host, which no graph can wait for")

@@ -135,12 +135,12 @@ def varlen_attention(
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    shapes = {} if query.ndim != 3 else {"head_dim": query.shape[2]}
+    leaves = [x for x in (query, key, value) if isinstance(x, Tensor)]
+    facts: dict[str, Any] = {} if query.ndim != 3 else {"head_dim": query.shape[2]}
     serving = choose(
         "varlen_attention", device, implementation, dtype=query.dtype, causal=causal, scale=scale,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_q if cu_seqlens_k is None else max_seqlen_k,
-        needs_grad=torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (query, key, value)),
-        **shapes,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in leaves), **facts,
     )  # fmt: skip
     return serving.function(
         query, key, value, cu_seqlens_q, cu_seqlens_k,
@@ -211,9 +211,7 @@ def _why_not_triton(device: str, **facts: Any) -> list[str]:
 
 
 def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, **more: Any) -> None:
-    register(
-        "varlen_attention", name, function, devices=("cuda",), preference=preference, reasons=reasons, **more
-    )  # fmt: skip
+    register("varlen_attention", name, function, devices=("cuda",), preference=preference, reasons=reasons, **more)
 
 
 register("varlen_attention", "reference", reference.varlen_attention)

@@ -35,7 +35,12 @@ def inputs(
     rows, rows_k = sum(lengths[0]), sum(lengths[1])
     shapes = [(rows, heads[0]), (rows_k, heads[1]), (rows_k, heads[1]), (rows, heads[0])]
     *leaves, upstream = (torch.randn(*shape, head_dim, device=device).to(dtype) for shape in shapes)
-    return [x.requires_grad_() for x in leaves], upstream, cumulative(lengths[0], device), cumulative(lengths[1], device)
+    return (
+        [x.requires_grad_() for x in leaves],
+        upstream,
+        cumulative(lengths[0], device),
+        cumulative(lengths[1], device),
+    )
 
 
 def eager(
@@ -302,8 +307,25 @@ def test_what_it_cannot_serve_it_says(device: str) -> None:
 
 
 def test_head_dimensions_are_one_block_or_two() -> None:
-    expected = {1: (16, 0), 16: (16, 0), 24: (32, 0), 40: (32, 16), 48: (32, 16), 64: (64, 0), 72: (64, 16), 80: (64, 16)}
-    expected |= {88: (64, 32), 96: (64, 32), 112: (128, 0), 128: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+    expected = {
+        1: (16, 0),
+        16: (16, 0),
+        24: (32, 0),
+        40: (32, 16),
+        48: (32, 16),
+        64: (64, 0),
+        72: (64, 16),
+        80: (64, 16),
+    }
+    expected |= {
+        88: (64, 32),
+        96: (64, 32),
+        112: (128, 0),
+        128: (128, 0),
+        160: (128, 32),
+        192: (128, 64),
+        256: (256, 0),
+    }
     assert {size: head_blocks(size) for size in expected} == expected
     assert all(size <= sum(head_blocks(size)) < 1.5 * size for size in range(33, 257))
 

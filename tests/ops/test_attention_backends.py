@@ -48,7 +48,9 @@ def careless(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal
     """The definition, with NaN in rows that see nothing and in gradients of keys that nobody sees."""
     lengths_q, lengths_k = cu_q.diff().tolist(), cu_k.diff().tolist()
     pairs = list(zip(lengths_q, lengths_k, strict=True))
-    blind = torch.tensor([i + lk - lq < 0 if causal else lk == 0 for lq, lk in pairs for i in range(lq)], dtype=torch.bool)
+    blind = torch.tensor(
+        [i + lk - lq < 0 if causal else lk == 0 for lq, lk in pairs for i in range(lq)], dtype=torch.bool
+    )
     unseen = torch.tensor([lq == 0 for lq, lk in pairs for _ in range(lk)], dtype=torch.bool)
     q, k, v = _Poison.apply(q, blind), _Poison.apply(k, unseen), _Poison.apply(v, unseen)
     result = reference.varlen_attention(q, k, v, cu_q, cu_k, causal=causal, scale=scale)
@@ -127,7 +129,11 @@ def results(attend: Callable[..., Tensor], leaves: list[Tensor], *arguments: Any
 )
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_the_contract_is_kept(
-    name: str, causal: bool, lengths: tuple[list[int], list[int] | None], scale: float | None, calls: list[dict[str, Any]]
+    name: str,
+    causal: bool,
+    lengths: tuple[list[int], list[int] | None],
+    scale: float | None,
+    calls: list[dict[str, Any]],
 ) -> None:
     """Blind queries, keys that nobody sees, grouped heads, and masks aligned bottom-right."""
     torch.manual_seed(0)
@@ -175,7 +181,9 @@ def test_torchs_own_takes_what_it_is_given() -> None:
     """The real function on meta tensors, which hold no numbers."""
     query, key = torch.empty(7, 4, 8, device="meta").half(), torch.empty(9, 2, 8, device="meta").half()
     cu = cumulative([3, 4], "meta")
-    out = backends.torch_varlen(query, key, key, cu, cumulative([4, 5], "meta"), max_seqlen_q=4, max_seqlen_k=5, causal=True)
+    out = backends.torch_varlen(
+        query, key, key, cu, cumulative([4, 5], "meta"), max_seqlen_q=4, max_seqlen_k=5, causal=True
+    )
     assert out.shape == query.shape and out.dtype == query.dtype
 
 
@@ -220,13 +228,14 @@ def test_every_reason_is_listed(everything: Callable[..., None]) -> None:
     everything((7, 5), missing=("flash_attn_interface", "flash_attn", "xformers", "torch.nn.attention.varlen"))
     wrong = FACTS | {"dtype": torch.float64, "head_dim": 260, "scale": -1.0, "max_seqlen_q": None}
     flash = (
-        "takes float16 and bfloat16, not torch.float64; takes head dimensions that are multiples of 8 up to 256, not 260; "
+        "takes float16 and bfloat16, not torch.float64; "
+        "takes head dimensions that are multiples of 8 up to 256, not 260; "
         "takes the maximum before it scales: scale must be positive, got -1.0; "
         "needs max_seqlen_q= on the host, or it would have to wait for the device to read it"
     )
     assert against("flash_attn", **wrong) == (
-        "flash-attn is not installed (pip install 'oner_fast[flash-attn]'); needs a GPU of sm_80 or newer, this is sm_75; "
-        + flash
+        "flash-attn is not installed (pip install 'oner_fast[flash-attn]'); "
+        "needs a GPU of sm_80 or newer, this is sm_75; " + flash
     )
     assert against("flash_attn_3", **wrong) == (
         "flash-attn 3 is not installed (hopper/ of github.com/Dao-AILab/flash-attention); "
@@ -234,7 +243,8 @@ def test_every_reason_is_listed(everything: Callable[..., None]) -> None:
     )
     unordered = "adds gradients in any order unless torch.use_deterministic_algorithms(True)"
     assert against("torch_varlen", **wrong) == (
-        f"this torch has no torch.nn.attention.varlen; needs a GPU of sm_80 or newer, this is sm_75; {unordered}; " + flash
+        f"this torch has no torch.nn.attention.varlen; needs a GPU of sm_80 or newer, this is sm_75; {unordered}; "
+        + flash
     )
     assert against("xformers", **wrong) == (
         f"xformers is not installed (pip install 'oner_fast[xformers]'); {unordered}; "
@@ -317,7 +327,9 @@ def test_who_serves(
 def test_without_triton_the_next_one_serves(everything: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     everything((8, 0))
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else real(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else real(name, *rest)
+    )
     assert choose("varlen_attention", "cuda", **FACTS).name == "flash_attn"
     everything((8, 0), missing=("flash_attn",))
     assert choose("varlen_attention", "cuda", **FACTS | {"needs_grad": False}).name == "torch_varlen"
