@@ -202,8 +202,12 @@ def strides(x: Tensor, vector: int) -> tuple[int, int]:
 
 
 def boundaries(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of both sides, which have as many sequences: the kernels rely on it."""
     cu_q = cu_seqlens_q.contiguous()
-    return cu_q, cu_q if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(f"{OP}: cu_seqlens_k must have shape {tuple(cu_q.shape)}, got {tuple(cu_k.shape)}")
+    return cu_q, cu_k
 
 
 def log2_scale(scale: float) -> float:
@@ -224,8 +228,8 @@ def forward(
     rows, heads, head_dim = query.shape
     out = query.new_empty(query.shape)
     statistics = query.new_empty((2, rows, heads), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, statistics.zero_()
+    if out.numel() == 0 or cu_seqlens_q.shape[0] == 1:
+        return out.zero_(), statistics.zero_()
     query, key, value = dense(query), dense(key), dense(value)
     cu_q, cu_k = boundaries(cu_seqlens_q, cu_seqlens_k)
     vector = vector_of(query, key, value)

@@ -89,6 +89,8 @@ def _query_kernel(
     g0 = load_tile(g + offsets_of(grad_row, BLOCK_M, D0, VEC), own, 0, D0, HEAD_DIM)
     k0_at, v0_at = offsets_of(key_row, BLOCK_N, D0, VEC), offsets_of(value_row, BLOCK_N, D0, VEC)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    # 1 / sum is the same along a row and may wait for the result, except that float16 could overflow without it.
+    FACTORED: tl.constexpr = query.dtype.element_ty != tl.float16
     if D1 > 0:
         q1 = load_tile(q + offsets_of(query_row, BLOCK_M, D1, VEC), own, D0, D1, HEAD_DIM)
         g1 = load_tile(g + offsets_of(grad_row, BLOCK_M, D1, VEC), own, D0, D1, HEAD_DIM)
@@ -117,8 +119,10 @@ def _query_kernel(
             v1 = load_tile(v + v1_at, real, D0, D1, HEAD_DIM)
             scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
             to_weights = tl.dot(g1, tl.trans(v1), to_weights, input_precision=PRECISION)
-        # 1 / sum is the same along a row: it multiplies the result once.
-        to_scores = tl.math.exp2(scores * scale_log2 - maximum[:, None]) * (to_weights - delta[:, None])
+        weights = tl.math.exp2(scores * scale_log2 - maximum[:, None])
+        if not FACTORED:
+            weights = weights * inverse[:, None]
+        to_scores = weights * (to_weights - delta[:, None])
         to_scores = tl.where(columns[None, :] <= last, to_scores, 0.0)
         narrow = to_scores.to(k0.dtype)
         acc0 = tl.dot(narrow, k0, acc0, input_precision=PRECISION)
@@ -128,8 +132,10 @@ def _query_kernel(
         v += BLOCK_N * VEC * value_row.to(tl.int64)
 
     blind = (rows + offset < 0) if CAUSAL else (rows < 0)
-    blind = (blind | (length_k == 0))[:, None]
-    factor, row = (scale * inverse)[:, None], heads * HEAD_DIM
+    blind, row = (blind | (length_k == 0))[:, None], heads * HEAD_DIM
+    factor = scale
+    if FACTORED:
+        factor = (scale * inverse)[:, None]
     to = head_of(to_query, begin + first, row, head, HEAD_DIM, 1)
     store_tile(to + offsets_of(row, BLOCK_M, D0, 1), tl.where(blind, 0.0, acc0 * factor), own, 0, D0, HEAD_DIM)
     if D1 > 0:
@@ -239,8 +245,8 @@ def backward(
     to_query = query.new_empty(query.shape if need_query else (0,))
     to_key = key.new_empty(key.shape if need_key else (0,))
     to_value = value.new_empty(value.shape if need_key else (0,))
-    if query.numel() == 0:
-        return to_query, to_key.zero_(), to_value.zero_()
+    if query.numel() == 0 or cu_seqlens_q.shape[0] == 1:
+        return to_query.zero_(), to_key.zero_(), to_value.zero_()
     grad, query, key, value, out = (dense(x) for x in (grad, query, key, value, out))
     cu_q, cu_k = boundaries(cu_seqlens_q, cu_seqlens_k)
     sequences, vector, architecture = cu_q.shape[0] - 1, vector_of(grad, query, key, value, out), architecture_of(query)

@@ -268,6 +268,10 @@ def test_wrong_boundaries_stay_inside_the_tensors(boundaries: list[int], device:
         out, statistics = FORWARD(query, key, value, cu_q, cu_k, True, 0.125)
         out, statistics = out.nan_to_num(), statistics.nan_to_num()
         BACKWARD(upstream, query, key, value, out, statistics, cu_q, cu_k, True, 0.125, True, True)
+    out, statistics = FORWARD(query, key, value, wrong[:1], wrong[:1], True, 0.125)
+    assert not out.any() and not statistics.any()
+    with pytest.raises(ValueError, match=r"cu_seqlens_k must have shape \(4,\), got \(2,\)"):
+        FORWARD(query, key, value, right, right[:2], True, 0.125)
 
 
 def test_compiles_as_one_graph(device: str) -> None:
