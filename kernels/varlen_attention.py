@@ -177,8 +177,9 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, architecture: int) -> 
 def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, group: int) -> dict[str, Any]:
     d0, d1 = head_blocks(head_dim)
     # Six products of bfloat16 thirds cost what three of tf32 halves do and are twice as exact: as float32 itself. They
-    # need more registers, which rows of more than 64 numbers leave no room for.
-    precision = "tf32" if dtype != torch.float32 else "bf16x6" if d0 + d1 <= 64 else "tf32x3"
+    # need more registers, which rows of more than 64 numbers leave no room for; the interpreter knows only the latter.
+    thirds = d0 + d1 <= 64 and not triton.knobs.runtime.interpret
+    precision = "tf32" if dtype != torch.float32 else "bf16x6" if thirds else "tf32x3"
     return {
         "HEAD_DIM": head_dim, "D0": d0, "D1": d1, "VEC": vector, "CAUSAL": causal, "PRECISION": precision,
         "GROUP": group,
