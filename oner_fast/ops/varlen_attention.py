@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.ops import attention_backends as backends
 from oner_fast.ops import checks, reference
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.implementations import choose, register
@@ -37,7 +38,7 @@ def _forward_shape(
     "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, "
     "bool need_key) -> (Tensor, Tensor, Tensor)",
-    triton="varlen_attention.backward",
+    triton="varlen_attention_backward.backward",
 )
 def _backward_shape(
     grad: Tensor,
@@ -134,7 +135,13 @@ def varlen_attention(
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    serving = choose("varlen_attention", device, implementation, dtype=query.dtype, causal=causal)
+    leaves = [x for x in (query, key, value) if isinstance(x, Tensor)]
+    facts: dict[str, Any] = {} if query.ndim != 3 else {"head_dim": query.shape[2]}
+    serving = choose(
+        "varlen_attention", device, implementation, dtype=query.dtype, causal=causal, scale=scale,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_q if cu_seqlens_k is None else max_seqlen_k,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in leaves), **facts,
+    )  # fmt: skip
     return serving.function(
         query, key, value, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
@@ -191,10 +198,28 @@ def _why_not_sdpa(device: str, **facts: object) -> list[str]:
     return ["causal masks of unequal lengths are aligned top-left by PyTorch"] if facts.get("causal") else []
 
 
+def _why_not_triton(device: str, **facts: Any) -> list[str]:
+    found = why_not_triton(device)
+    if facts.get("dtype") == torch.float64:
+        found.append("takes float32, float16 and bfloat16: no float64 enters its tensor cores")
+    head_dim = facts.get("head_dim") or 0
+    if head_dim > 256:
+        found.append(f"takes head dimensions up to 256, not {head_dim}: a tile must fit on the chip")
+    elif head_dim > 128 and facts.get("dtype") == torch.float32:
+        found.append(f"takes head dimensions of float32 up to 128, not {head_dim}: a tile must fit in registers")
+    return found
+
+
+def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, **more: Any) -> None:
+    register("varlen_attention", name, function, devices=("cuda",), preference=preference, reasons=reasons, **more)
+
+
 register("varlen_attention", "reference", reference.varlen_attention)
 register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=_why_not_sdpa)
 register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
-register(
-    "varlen_attention", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
-    reasons=why_not_triton,
-)  # fmt: skip
+# docs/implementations.md says why in this order.
+_register_on_gpus("flash_attn_3", backends.flash_attn_3, 60, backends.why_not_flash_attn_3)
+_register_on_gpus("triton", partial(_compiled, "triton"), 50, _why_not_triton, on_request=("cpu",))
+_register_on_gpus("flash_attn", backends.flash_attn, 40, backends.why_not_flash_attn)
+_register_on_gpus("torch_varlen", backends.torch_varlen, 30, backends.why_not_torch_varlen)
+_register_on_gpus("xformers", backends.xformers, 20, backends.why_not_xformers)

@@ -1,0 +1,288 @@
+"""varlen_attention: flash attention forward over packed sequences, and what its kernels share with backward's.
+
+A program owns one tile of BLOCK_M queries of one sequence and head. Which sequence, it finds on the device: sequence s
+owns the tiles from cu_seqlens[s] // BLOCK + s on, which leaves room for all of its own and never more than one too
+many, so that the grid needs T and the number of sequences alone. The search is W-ary, one load up to W sequences.
+
+FLOPs, a head: 4 Lq Lk Dh (half of it under a causal mask, by tiles). Bytes from DRAM: Q, K and V once, the result once,
+8 bytes a query and head of statistics; each tile of queries reads K and V of its sequence, from L2 after the first.
+The head dimension is one power of two or two (80 = 64 + 16, 88 and 96 = 64 + 32, where 88 multiplies 8 zeros).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
+
+OP = "varlen_attention"
+_SMALLEST = 2.0**-126
+_LARGEST_TILE = 128
+# Sizes differ from batch to batch: no kernel is compiled anew for one that is 1 or a multiple of 16.
+SIZES = ["sequences", "queries", "keys", "heads"]
+STRIDES = [f"{x}_{axis}" for x in ("grad", "out", "query", "key", "value") for axis in ("row", "head")]
+
+
+@triton.jit
+def own_tile(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
+    """(sequence, its first row in the packed tensor, its length, the tile's first row in the sequence)."""
+    WIDTH: tl.constexpr = 256
+    sequence = tile * 0
+    span = sequences
+    while span > 1:
+        step = (span + WIDTH - 1) // WIDTH
+        at = sequence + tl.arange(0, WIDTH) * step
+        inside = at < sequence + span
+        starts = tl.load(cu_seqlens + at, mask=inside, other=0)
+        before = inside & (starts // BLOCK + at <= tile)
+        skipped = tl.maximum(tl.sum(before.to(tl.int32), 0) - 1, 0) * step
+        sequence += skipped
+        span = tl.minimum(step, span - skipped)
+    begin, length = extent(cu_seqlens, sequence, rows)
+    return sequence, begin, length, (tile - begin // BLOCK - sequence) * BLOCK
+
+
+@triton.jit
+def extent(cu_seqlens, sequence, rows):
+    """Where a sequence begins and how long it is, inside the tensor whatever the boundaries say."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), rows)
+    return begin, end - begin
+
+
+@triton.jit
+def head_of(pointer, row, row_stride, head, head_stride, VEC: tl.constexpr):
+    """Where a head's numbers of packed row `row` begin; strides are counted in vectors of VEC numbers."""
+    return pointer + (row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride) * VEC
+
+
+@triton.jit
+def offsets_of(row_stride, ROWS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr):
+    """[ROWS, D] from the first number of a tile; `dense` keeps them under 2^31."""
+    return (tl.arange(0, ROWS) * row_stride * VEC)[:, None] + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def load_tile(pointers, inside, FIRST: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[ROWS, D] from column FIRST on; zeros outside."""
+    mask = inside[:, None]
+    if FIRST + D > HEAD_DIM:
+        mask = mask & (FIRST + tl.arange(0, D) < HEAD_DIM)[None, :]
+    return tl.load(pointers + FIRST, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(pointers, values, inside, FIRST: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    mask = inside[:, None]
+    if FIRST + D > HEAD_DIM:
+        mask = mask & (FIRST + tl.arange(0, D) < HEAD_DIM)[None, :]
+    tl.store(pointers + FIRST, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+def _forward_kernel(
+    query, key, value, out, statistics, cu_seqlens_q, cu_seqlens_k, sequences, queries, keys, heads, scale_log2,
+    query_row, query_head, key_row, key_head, value_row, value_head,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr, CAUSAL: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    sequence, begin, length, first = own_tile(tl.program_id(0), cu_seqlens_q, sequences, queries, BLOCK_M)
+    if (first < 0) | (first >= length):
+        return
+    head = tl.program_id(1)
+    begin_k, length_k = extent(cu_seqlens_k, sequence, keys)
+    rows = first + tl.arange(0, BLOCK_M)
+    own = rows < length
+    offset = length_k - length  # query i sees the keys up to i + offset under a causal mask
+
+    q = head_of(query, begin + first, query_row, head, query_head, VEC)
+    k = head_of(key, begin_k, key_row, head // GROUP, key_head, VEC)
+    v = head_of(value, begin_k, value_row, head // GROUP, value_head, VEC)
+    q0 = load_tile(q + offsets_of(query_row, BLOCK_M, D0, VEC), own, 0, D0, HEAD_DIM)
+    k0_at, v0_at = offsets_of(key_row, BLOCK_N, D0, VEC), offsets_of(value_row, BLOCK_N, D0, VEC)
+    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    if D1 > 0:
+        q1 = load_tile(q + offsets_of(query_row, BLOCK_M, D1, VEC), own, D0, D1, HEAD_DIM)
+        k1_at, v1_at = offsets_of(key_row, BLOCK_N, D1, VEC), offsets_of(value_row, BLOCK_N, D1, VEC)
+        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    seen = length_k
+    last = length_k - 1
+    if CAUSAL:
+        seen = tl.minimum(first + BLOCK_M + offset, length_k)
+        last = tl.minimum(rows + offset, last)[:, None]
+    for start in range(0, seen, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        real = columns < length_k
+        k0 = load_tile(k + k0_at, real, 0, D0, HEAD_DIM)
+        scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if D1 > 0:
+            k1 = load_tile(k + k1_at, real, D0, D1, HEAD_DIM)
+            scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+        v0 = load_tile(v + v0_at, real, 0, D0, HEAD_DIM)
+        scores = tl.where(columns[None, :] <= last, scores, float("inf") if NEGATIVE else float("-inf"))
+        largest = tl.min(scores, 1) if NEGATIVE else tl.max(scores, 1)
+        larger = tl.maximum(maximum, largest * scale_log2)
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.math.exp2(scores * scale_log2 - base[:, None])
+        shrink = tl.math.exp2(maximum - base)
+        total = total * shrink + tl.sum(weights, 1)
+        narrow = weights.to(v0.dtype)
+        acc0 = tl.dot(narrow, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = load_tile(v + v1_at, real, D0, D1, HEAD_DIM)
+            acc1 = tl.dot(narrow, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+        k += BLOCK_N * VEC * key_row.to(tl.int64)
+        v += BLOCK_N * VEC * value_row.to(tl.int64)
+        maximum = larger
+
+    blind = (rows + offset < 0) if CAUSAL else (rows < 0)
+    blind = blind | (length_k == 0)
+    inverse = tl.where(blind, 0.0, 1.0 / total)
+    at = (begin + rows).to(tl.int64) * heads + head
+    tl.store(statistics + at, tl.where(blind, 0.0, maximum), mask=own)
+    tl.store(statistics + at + queries.to(tl.int64) * heads, inverse, mask=own)
+    row = heads * HEAD_DIM
+    o = head_of(out, begin + first, row, head, HEAD_DIM, 1)
+    blind, inverse = blind[:, None], inverse[:, None]
+    store_tile(o + offsets_of(row, BLOCK_M, D0, 1), tl.where(blind, 0.0, acc0 * inverse), own, 0, D0, HEAD_DIM)
+    if D1 > 0:
+        store_tile(o + offsets_of(row, BLOCK_M, D1, 1), tl.where(blind, 0.0, acc1 * inverse), own, D0, D1, HEAD_DIM)
+
+
+def head_blocks(head_dim: int) -> tuple[int, int]:
+    """One power of two that holds the head dimension, or the largest in it and one for the rest where that is less."""
+    whole = max(16, triton.next_power_of_2(head_dim))
+    if whole == head_dim or whole == 16:
+        return whole, 0
+    rest = max(16, triton.next_power_of_2(head_dim - whole // 2))
+    return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
+
+
+def tiles(kernel: str, head_dim: int, dtype: torch.dtype, architecture: int) -> Configuration:
+    padded = sum(head_blocks(head_dim))
+    limit = next(size for size in (32, 64, 80, 96, 128, 256) if size >= padded)
+    wide = "_fp32" if dtype == torch.float32 else ""
+    return configuration(OP, kernel, f"head_dim_{limit}{wide}", architecture)
+
+
+def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, group: int) -> dict[str, Any]:
+    d0, d1 = head_blocks(head_dim)
+    # Six products of bfloat16 thirds cost what three of tf32 halves do and are twice as exact: as float32 itself. They
+    # need more registers, which rows of more than 64 numbers leave no room for; the interpreter knows only the latter.
+    thirds = d0 + d1 <= 64 and not triton.knobs.runtime.interpret
+    precision = "tf32" if dtype != torch.float32 else "bf16x6" if thirds else "tf32x3"
+    return {
+        "HEAD_DIM": head_dim, "D0": d0, "D1": d1, "VEC": vector, "CAUSAL": causal, "PRECISION": precision,
+        "GROUP": group,
+    }  # fmt: skip
+
+
+def dense(x: Tensor) -> Tensor:
+    """A copy where the numbers of a row lie apart, as no vector could hold them, or rows so far from each other that
+    32 bits could not count through a tile of them."""
+    apart = x.stride(2) != 1 and x.shape[2] > 1
+    return x.contiguous() if apart or x.stride(0) * _LARGEST_TILE >= 2**31 else x
+
+
+def vector_of(*tensors: Tensor) -> int:
+    """How many numbers 16 bytes hold, where every row and head of all begins at a multiple of that; else 1."""
+    size = 16 // tensors[0].element_size()
+    return size if all(stride % size == 0 for x in tensors for stride in x.stride()[:2]) else 1
+
+
+def strides(x: Tensor, vector: int) -> tuple[int, int]:
+    return x.stride(0) // vector, x.stride(1) // vector
+
+
+def boundaries(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of both sides, which have as many sequences: the kernels rely on it."""
+    cu_q = cu_seqlens_q.contiguous()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+    if cu_q.shape != cu_k.shape:
+        raise ValueError(f"{OP}: cu_seqlens_k must have shape {tuple(cu_q.shape)}, got {tuple(cu_k.shape)}")
+    return cu_q, cu_k
+
+
+def log2_scale(scale: float) -> float:
+    """Scores in base 2. Nothing is made of 0, so that a masked score stays infinite."""
+    return scale / math.log(2) or _SMALLEST
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The result (T, H, Dh) and float32 statistics (2, T, H): the largest score in base 2 and 1 / sum."""
+    rows, heads, head_dim = query.shape
+    out = query.new_empty(query.shape)
+    statistics = query.new_empty((2, rows, heads), dtype=torch.float32)
+    if out.numel() == 0 or cu_seqlens_q.shape[0] == 1:
+        return out.zero_(), statistics.zero_()
+    query, key, value = dense(query), dense(key), dense(value)
+    cu_q, cu_k = boundaries(cu_seqlens_q, cu_seqlens_k)
+    vector = vector_of(query, key, value)
+    tile = tiles("forward", head_dim, query.dtype, architecture_of(query))
+    sequences = cu_q.shape[0] - 1
+    _forward_kernel[(rows // tile.blocks["BLOCK_M"] + sequences, heads)](
+        query, key, value, out, statistics, cu_q, cu_k, sequences, rows, key.shape[0], heads,
+        log2_scale(scale), *strides(query, vector), *strides(key, vector), *strides(value, vector),
+        NEGATIVE=scale < 0, **constants(head_dim, query.dtype, causal, vector, heads // key.shape[1]), **tile.launch,
+    )  # fmt: skip
+    return out, statistics
+
+
+def argument_types(names: list[str], dtype: torch.dtype) -> dict[str, str]:
+    """Of a kernel's arguments, by their names."""
+    narrow, types = f"*{triton_type(dtype)}", {}
+    for name in names:
+        if name in ("statistics", "numbers"):
+            types[name] = "*fp32"
+        elif name.startswith("cu_seqlens"):
+            types[name] = "*i32"
+        elif name.startswith("scale"):
+            types[name] = "fp32"
+        elif name in SIZES or name in STRIDES:
+            types[name] = "i32"
+        elif name.islower():
+            types[name] = narrow
+    return types
+
+
+def compilation(kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causal: bool, **more: Any) -> Compilation:
+    """The kernel as a launch compiles it for rows that begin at multiples of 16 bytes."""
+    tile = tiles(name, head_dim, dtype, 80)
+    constexprs = {**constants(head_dim, dtype, causal, 16 // dtype.itemsize, 1), **more, **tile.blocks}
+    names = list(kernel.arg_names)
+    return Compilation(
+        name=f"varlen_attention_{name}_{head_dim}_{triton_type(dtype)}{'_causal' if causal else ''}",
+        kernel=kernel,
+        signature=argument_types(names, dtype),
+        constexprs={name: value for name, value in constexprs.items() if name in names},
+        options=tile.options,
+        tensor_cores=name != "rows",
+    )
+
+
+def specialisations() -> list[tuple[int, torch.dtype, bool]]:
+    """Head dimension, dtype and causal of what is compiled for the report."""
+    half = [(size, torch.bfloat16, False) for size in (32, 64, 80, 88, 96, 128, 256)]
+    wide = [(size, torch.float32, False) for size in (32, 64, 80, 96, 128)]
+    return [*half, *wide, (64, torch.float16, False), *((size, torch.bfloat16, True) for size in (64, 96, 128, 256))]
+
+
+def compilations() -> list[Compilation]:
+    return [compilation(_forward_kernel, "forward", *each, NEGATIVE=False) for each in specialisations()]
