@@ -2,7 +2,8 @@
 
 Two libraries hold the same schemas: `oner_fast` what the C++ extension compiles (for the CPU, and with CUDA C++ for
 GPUs), `oner_fast_triton` what Triton compiles. So one autograd.Function serves them all, and a GPU's kernels can be
-asked for by name on the CPU, where Triton's interpreter or an emulated GPU runs them.
+asked for by name on the CPU, where Triton's interpreter or an emulated GPU runs them. The implementation "cuda" takes
+each raw op from the first where that has a CUDA kernel for it, and from the second otherwise.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 
+from oner_fast import _extension
+
 _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _COMPILED.define("cpu_capability() -> str")
+_names: list[str] = []  # of the raw ops that are in both
+_cuda: SimpleNamespace | None = None
 
 Shape = TypeVar("Shape", bound=Callable[..., object])
 
@@ -38,6 +45,7 @@ def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         if triton:
+            _names.append(name)
             module, function = triton.rsplit(".", 1)
             launcher = _Launcher(f"oner_fast.kernels.{module}", function)
             for key in ("CPU", "CUDA"):
@@ -62,7 +70,62 @@ class _Launcher:
 
 def raw_ops(backend: str) -> Any:
     """The raw ops of the implementation `backend`: "cpp", "cuda" or "triton"."""
+    if backend == "cuda":
+        return _cuda_ops()
     return torch.ops.oner_fast_triton if backend == "triton" else torch.ops.oner_fast
+
+
+@torch.compiler.assume_constant_result
+def _cuda_ops() -> SimpleNamespace:
+    """Each raw op from CUDA C++ where it has a kernel there, else from Triton. Chosen once, at the first call."""
+    global _cuda
+    if _cuda is None:
+        chosen = {
+            name: getattr(torch.ops.oner_fast if has_cuda_kernel(name) else torch.ops.oner_fast_triton, name)
+            for name in _names
+        }
+        _cuda = SimpleNamespace(**chosen)
+    return _cuda
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether the extension, as it was built, has a CUDA C++ kernel for the raw op `name`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"oner_fast::{name}", "CUDA")
+
+
+def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[str]]:
+    """The reasons against CUDA C++ of an implementation whose first raw op is `name`; `half_alone`: its kernels multiply
+    on tensor cores, and Triton's serve what is left of the op."""
+
+    def reasons(device: str, dtype: torch.dtype | None = None, **facts: Any) -> list[str]:
+        found = [why] if device == "cuda" and (why := _why_no_cuda_kernel(name)) else []
+        if half_alone and dtype not in (None, torch.float16, torch.bfloat16):
+            found.append(f"its products are of float16 and bfloat16, not of {str(dtype).removeprefix('torch.')}")
+        if half_alone and device == "cuda":
+            found.extend(why_not_triton(device))
+        return found
+
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _why_no_cuda_kernel(name: str) -> str:
+    return _of_this_machine(name)
+
+
+@cache
+def _of_this_machine(name: str) -> str:
+    """Why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can. A missing extension is
+    told of elsewhere, and without a GPU there is none to be too old."""
+    if not _extension.status().loaded:
+        return ""
+    if not has_cuda_kernel(name):
+        why = _extension.build_report().get("cuda", {}).get("reason") or "it was built before there was any"
+        return f"the extension was built without CUDA C++: {why}"
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"needs a GPU of sm_80 (A100) or newer, this one is sm_{major}{minor}"
 
 
 def why_not_triton(device: str, **facts: Any) -> list[str]:
