@@ -102,7 +102,7 @@ def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def cuda_architectures(nvcc: str) -> str:
-    """What to compile for, as CMake has it: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or all that this nvcc knows of ours."""
+    """What to compile for, as CMake has it: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or all of ours that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     if asked:
         each = [one for one in asked.split(";") if one]

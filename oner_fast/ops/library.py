@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +23,16 @@ _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _COMPILED.define("cpu_capability() -> str")
 _names: list[str] = []  # of the raw ops that are in both
-_cuda: SimpleNamespace | None = None
+_cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
 
 Shape = TypeVar("Shape", bound=Callable[..., object])
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _constant(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo: seconds, at every import of the ops."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape]:
@@ -71,21 +78,15 @@ class _Launcher:
 def raw_ops(backend: str) -> Any:
     """The raw ops of the implementation `backend`: "cpp", "cuda" or "triton"."""
     if backend == "cuda":
-        return _cuda_ops()
+        return _cuda
     return torch.ops.oner_fast_triton if backend == "triton" else torch.ops.oner_fast
 
 
-@torch.compiler.assume_constant_result
-def _cuda_ops() -> SimpleNamespace:
-    """Each raw op from CUDA C++ where it has a kernel there, else from Triton. Chosen once, at the first call."""
-    global _cuda
-    if _cuda is None:
-        chosen = {
-            name: getattr(torch.ops.oner_fast if has_cuda_kernel(name) else torch.ops.oner_fast_triton, name)
-            for name in _names
-        }
-        _cuda = SimpleNamespace(**chosen)
-    return _cuda
+def choose_cuda_ops() -> None:
+    """Choose where each raw op of the implementation "cuda" comes from; the extension must be loaded, if it is there."""
+    for name in _names:
+        library = torch.ops.oner_fast if has_cuda_kernel(name) else torch.ops.oner_fast_triton
+        setattr(_cuda, name, getattr(library, name))
 
 
 def has_cuda_kernel(name: str) -> bool:
@@ -94,8 +95,10 @@ def has_cuda_kernel(name: str) -> bool:
 
 
 def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[str]]:
-    """The reasons against CUDA C++ of an implementation whose first raw op is `name`; `half_alone`: its kernels multiply
-    on tensor cores, and Triton's serve what is left of the op."""
+    """The reasons against an implementation in CUDA C++ whose first raw op is `name`.
+
+    `half_alone`: its kernels multiply on tensor cores, and Triton's serve the rest of the op.
+    """
 
     def reasons(device: str, dtype: torch.dtype | None = None, **facts: Any) -> list[str]:
         found = [why] if device == "cuda" and (why := _why_no_cuda_kernel(name)) else []
@@ -108,15 +111,17 @@ def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[s
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _why_no_cuda_kernel(name: str) -> str:
     return _of_this_machine(name)
 
 
 @cache
 def _of_this_machine(name: str) -> str:
-    """Why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can. A missing extension is
-    told of elsewhere, and without a GPU there is none to be too old."""
+    """Why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
+
+    A missing extension is told of elsewhere; where there is no GPU, none is too old.
+    """
     if not _extension.status().loaded:
         return ""
     if not has_cuda_kernel(name):
@@ -140,7 +145,7 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
     return []
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _triton_runs_on_the_cpu() -> bool:
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:

@@ -199,3 +199,11 @@ def test_counters(library: Any, dtype: torch.dtype) -> None:
     scratch = 2 * 2 * 2 * 256 * 4
     ideal = 2 * 256 * 64 * 2 + 2 * 256 * 4 + 256 * 4
     assert stats.unique_read_bytes + stats.unique_write_bytes <= 1.02 * (ideal + scratch) + 64
+
+
+def test_shared_memory_leaves_room_for_two_blocks(library: Any) -> None:
+    """With the kilobyte that every block takes, of the 164 KiB of an A100; asked for, since it is more than 48 KiB."""
+    lib, (query, of_query) = library("mixup_info_nce"), side(4, 8, DTYPES[0], 1)
+    statistics(lib, query, of_query, query, of_query, 1.0, columns_too=False, plan=(1, 1, 1, 1))
+    statistics_bytes = lib.shared[0]
+    assert statistics_bytes > 48 << 10 and 2 * (statistics_bytes + 1024) <= 164 << 10
