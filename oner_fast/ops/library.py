@@ -83,7 +83,7 @@ def raw_ops(backend: str) -> Any:
 
 
 def choose_cuda_ops() -> None:
-    """Choose where each raw op of the implementation "cuda" comes from; the extension must be loaded, if it is there."""
+    """Choose where each raw op of the implementation "cuda" comes from, once the extension is loaded."""
     for name in _names:
         library = torch.ops.oner_fast if has_cuda_kernel(name) else torch.ops.oner_fast_triton
         setattr(_cuda, name, getattr(library, name))
