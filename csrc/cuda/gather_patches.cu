@@ -184,8 +184,8 @@ bool launch_if(const GatherPatches& a, int32_t in, int32_t out, cudaStream_t str
 template <typename T>
 bool launch_back_if(const GatherPatchesBackward& a, int32_t number, int64_t pixels, cudaStream_t stream) {
   constexpr int kNumbers = 16 / sizeof(T);
-  if (a.grad_number != number || a.image_number != number || a.patch % kNumbers != 0 || !aligned(a.grad, 16) || !aligned(a.to_images, 16))
-    return false;
+  if (a.grad_number != number || a.image_number != number || a.patch % kNumbers != 0) return false;
+  if (!aligned(a.grad, 16) || !aligned(a.to_images, 16)) return false;
   const dim3 grid(static_cast<unsigned>(blocks_for(pixels / kNumbers, kThreads)));
   gather_patches_backward<T, kNumbers><<<grid, kThreads, 0, stream>>>(a, pixels / kNumbers);
   return true;
@@ -197,9 +197,11 @@ extern "C" cudaError_t oner_fast_gather_patches(const GatherPatches* call, cudaS
   const GatherPatches& a = *call;
   const int64_t width = static_cast<int64_t>(a.channels) * a.patch * a.patch;
   if (a.kept.total == 0 || width == 0) return cudaSuccess;
-  const bool done = launch_if<unsigned char, float>(a, kU8, kF32, stream) || launch_if<unsigned char, __half>(a, kU8, kF16, stream) ||
-                    launch_if<unsigned char, __nv_bfloat16>(a, kU8, kBF16, stream) || launch_if<float, float>(a, kF32, kF32, stream) ||
-                    launch_if<float, __half>(a, kF32, kF16, stream) || launch_if<float, __nv_bfloat16>(a, kF32, kBF16, stream) ||
+  const bool done = launch_if<unsigned char, float>(a, kU8, kF32, stream) ||
+                    launch_if<unsigned char, __half>(a, kU8, kF16, stream) ||
+                    launch_if<unsigned char, __nv_bfloat16>(a, kU8, kBF16, stream) ||
+                    launch_if<float, float>(a, kF32, kF32, stream) || launch_if<float, __half>(a, kF32, kF16, stream) ||
+                    launch_if<float, __nv_bfloat16>(a, kF32, kBF16, stream) ||
                     launch_if<__half, __half>(a, kF16, kF16, stream) ||
                     launch_if<__nv_bfloat16, __nv_bfloat16>(a, kBF16, kBF16, stream) ||
                     launch_if<double, double>(a, kF64, kF64, stream);
@@ -219,7 +221,8 @@ extern "C" cudaError_t oner_fast_gather_patches_backward(const GatherPatchesBack
   const int64_t pixels = a.kept.samples * a.channels * a.down * a.patch * a.across * a.patch;
   if (pixels == 0) return cudaSuccess;
   launch_inversion(a.kept, a.choices, stream);
-  const bool done = launch_back_if<float>(a, kF32, pixels, stream) || launch_back_if<__half>(a, kF16, pixels, stream) ||
+  const bool done = launch_back_if<float>(a, kF32, pixels, stream) ||
+                    launch_back_if<__half>(a, kF16, pixels, stream) ||
                     launch_back_if<__nv_bfloat16>(a, kBF16, pixels, stream);
   if (!done) {
     const dim3 grid(static_cast<unsigned>(blocks_for(pixels, kThreads)));

@@ -11,7 +11,9 @@ __device__ __forceinline__ int64_t divided(int64_t a, int64_t b) {
   return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
 
-__device__ __forceinline__ int64_t between(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+__device__ __forceinline__ int64_t between(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
 
 __device__ __forceinline__ int64_t first_entry(const Kept& kept, int64_t sample) {
   return kept.starts == nullptr ? sample * kept.per_sample : between(__ldg(kept.starts + sample), 0, kept.total);
@@ -51,7 +53,8 @@ static __global__ void __launch_bounds__(256) invert_kept(const Kept kept, Choic
 
 // Calls take(entry) for the entries of a sample that chose `cell`, behind the first of `choice`, in ascending order.
 template <typename Take>
-__device__ __forceinline__ void for_each_repeat(const Kept& kept, int64_t sample, int64_t cell, Choice choice, const Take& take) {
+__device__ __forceinline__ void for_each_repeat(const Kept& kept, int64_t sample, int64_t cell, Choice choice,
+                                                const Take& take) {
   const int64_t begin = first_entry(kept, sample);
   int left = choice.count - 1;
   for (int64_t i = choice.first + int64_t{1}; left > 0; ++i) {

@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kThreads) masked_gather_backward(const MaskedG
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) sums[j] += sum[j];
-        if (a.to_tokens != nullptr) write(static_cast<T*>(a.to_tokens) + (sample * a.kept.cells + cell) * a.width + column, bits[i]);
+        if (a.to_tokens == nullptr) continue;
+        write(static_cast<T*>(a.to_tokens) + (sample * a.kept.cells + cell) * a.width + column, bits[i]);
       }
     }
     if (a.to_positions == nullptr) continue;
@@ -157,7 +158,8 @@ dim3 grid_of(int64_t items, int64_t splits) {
 template <typename T>
 void add_up(const void* partials, void* out, int64_t count, int64_t splits, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(blocks_for(count, kThreads)));
-  add_partials<T><<<grid, kThreads, 0, stream>>>(static_cast<const WideOf<T>*>(partials), static_cast<T*>(out), count, splits);
+  const auto* from = static_cast<const WideOf<T>*>(partials);
+  add_partials<T><<<grid, kThreads, 0, stream>>>(from, static_cast<T*>(out), count, splits);
 }
 
 template <typename T, int N>
@@ -177,7 +179,8 @@ void launch_backward(const MaskedGatherBackward& a, cudaStream_t stream) {
     const int64_t each = a.to_positions != nullptr ? kSamplesPerSplit : kTogether, parts = blocks_for(a.kept.samples, each);
     masked_gather_backward<T, N><<<grid_of(a.kept.cells * words, parts), kThreads, 0, stream>>>(a, parts, each);
   }
-  if (a.to_positions != nullptr && a.kept.cells > 0) add_up<T>(a.position_partials, a.to_positions, a.kept.cells * a.width, splits, stream);
+  if (a.to_positions != nullptr && a.kept.cells > 0)
+    add_up<T>(a.position_partials, a.to_positions, a.kept.cells * a.width, splits, stream);
   if (a.to_prefix != nullptr && a.prefix_rows > 0) {
     prefix_sums<T, N><<<grid_of(a.prefix_rows * words, splits), kThreads, 0, stream>>>(a, splits);
     add_up<T>(a.prefix_partials, a.to_prefix, a.prefix_rows * a.width, splits, stream);

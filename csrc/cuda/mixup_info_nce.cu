@@ -54,7 +54,8 @@ struct Cursor {
 };
 
 template <typename T>
-__device__ __forceinline__ void load_side(uint32_t to, const T* side, int64_t stride, int count, int width, int tile, int depth) {
+__device__ __forceinline__ void load_side(uint32_t to, const T* side, int64_t stride, int count, int width, int tile,
+                                          int depth) {
 #pragma unroll
   for (int i = 0; i < kTile * kRowBytes / 16 / kThreads; ++i) {
     const int chunk = threadIdx.x + i * kThreads, row = chunk / 4, part = chunk % 4;
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
   const int warp_row = warp / 4 * kWarpRows, warp_column = warp % 4 * kWarpColumns;
   const int row_tiles = (a.rows + kTile - 1) / kTile, column_tiles = (a.columns + kTile - 1) / kTile;
   const int first_row = blockIdx.y * a.row_tiles_each, last_row = min(first_row + a.row_tiles_each, row_tiles);
-  const int first_column = blockIdx.x * a.column_tiles_each, last_column = min(first_column + a.column_tiles_each, column_tiles);
+  const int first_column = blockIdx.x * a.column_tiles_each;
+  const int last_column = min(first_column + a.column_tiles_each, column_tiles);
   const int depths = max((a.width + kDepth - 1) / kDepth, 1);
   const int64_t steps = static_cast<int64_t>(last_row - first_row) * (last_column - first_column) * depths;
   const float scale = __ldg(a.scale);
@@ -172,12 +174,14 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
         const int row = warp_row + r / 2 * 16 + r % 2 * 8 + group;
+        const bool no_row = edge && row0 + row >= a.rows;
         const float factor = s.row_factor[row];
         float max = row_max[r], logits[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
           float logit = sums[r / 2][c / 2][r % 2 * 2 + c % 2] * factor * key_factor[c];
-          if (edge && (row0 + row >= a.rows || column0 + warp_column + c / 2 * 8 + quad * 2 + c % 2 >= a.columns)) logit = -kInfinity;
+          const int column = column0 + warp_column + c / 2 * 8 + quad * 2 + c % 2;
+          if (no_row || (edge && column >= a.columns)) logit = -kInfinity;
           max = fmaxf(max, logit);
           sums[r / 2][c / 2][r % 2 * 2 + c % 2] = logits[c] = logit;
         }
@@ -189,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
         row_sum[r] = sum;
 
         take_target(logits, s.own[row] - column0 - warp_column, quad, a.own + row0 + row);
-        if (a.partner != nullptr) take_target(logits, s.partner[row] - column0 - warp_column, quad, a.shared + row0 + row);
+        if (a.partner != nullptr)
+          take_target(logits, s.partner[row] - column0 - warp_column, quad, a.shared + row0 + row);
       }
 
       if constexpr (kColumns) {
@@ -288,7 +293,10 @@ __global__ void __launch_bounds__(kThreads) mixup_pack(const MixupPack a) {
     float value = 0;
     if (i < a.width) {
       value = static_cast<float>(__ldg(x + i * a.column_stride));
-      if (other != nullptr) value = ((1 - share) * value + share * static_cast<float>(__ldg(other + i * a.other_column_stride))) * power;
+      if (other != nullptr) {
+        const float second = static_cast<float>(__ldg(other + i * a.other_column_stride));
+        value = ((1 - share) * value + share * second) * power;
+      }
     }
     to[i] = static_cast<T>(value);
   }
@@ -313,8 +321,11 @@ cudaError_t launch_statistics(const MixupStatistics& a, cudaStream_t stream) {
 extern "C" void oner_fast_mixup_plan(MixupStatistics* call) {
   const int64_t row_tiles = blocks_for(call->rows, kTile), column_tiles = blocks_for(call->columns, kTile);
   const int64_t row_chunks = row_tiles < kChunks ? row_tiles : kChunks;
-  const int64_t most = kBlocks / (row_chunks > 0 ? row_chunks : 1), column_chunks = column_tiles < most ? column_tiles : most;
-  const auto each = [](int64_t tiles, int64_t chunks) { return static_cast<int32_t>(chunks > 0 ? blocks_for(tiles, chunks) : 1); };
+  const int64_t most = kBlocks / (row_chunks > 0 ? row_chunks : 1);
+  const int64_t column_chunks = column_tiles < most ? column_tiles : most;
+  const auto each = [](int64_t tiles, int64_t chunks) {
+    return static_cast<int32_t>(chunks > 0 ? blocks_for(tiles, chunks) : 1);
+  };
   call->row_tiles_each = each(row_tiles, row_chunks);
   call->column_tiles_each = each(column_tiles, column_chunks);
   call->row_chunks = static_cast<int32_t>(blocks_for(row_tiles, call->row_tiles_each));

@@ -39,8 +39,9 @@ struct WordOf<16> {
 template <typename T, int N>
 struct Bits {
   static constexpr int kBytes = N * static_cast<int>(sizeof(T)), kWord = kBytes < 16 ? kBytes : 16;
+  static constexpr int kWords = kBytes / kWord;
   using Word = typename WordOf<kWord>::Type;
-  Word word[kBytes / kWord];
+  Word word[kWords];
 };
 
 template <typename T, int N>
@@ -48,7 +49,7 @@ __device__ __forceinline__ Bits<T, N> read(const T* from) {
   Bits<T, N> bits;
   using Word = typename Bits<T, N>::Word;
 #pragma unroll
-  for (int i = 0; i < Bits<T, N>::kBytes / Bits<T, N>::kWord; ++i) bits.word[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
+  for (int i = 0; i < Bits<T, N>::kWords; ++i) bits.word[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
   return bits;
 }
 
@@ -56,7 +57,7 @@ template <typename T, int N>
 __device__ __forceinline__ void write(T* to, const Bits<T, N>& bits) {
   using Word = typename Bits<T, N>::Word;
 #pragma unroll
-  for (int i = 0; i < Bits<T, N>::kBytes / Bits<T, N>::kWord; ++i) reinterpret_cast<Word*>(to)[i] = bits.word[i];
+  for (int i = 0; i < Bits<T, N>::kWords; ++i) reinterpret_cast<Word*>(to)[i] = bits.word[i];
 }
 
 template <typename T, int N>

@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kThreads) token_alignment_mean(const TokenAlig
   write_any(a.loss, a.student_number == kF64 ? kF64 : kF32, 0, -total / static_cast<double>(rows));
 }
 
-__device__ __forceinline__ void combine_any(const TokenAlignment& a, const Pair& pair, int64_t row, double by_student, double by_teacher) {
+__device__ __forceinline__ void combine_any(const TokenAlignment& a, const Pair& pair, int64_t row, double by_student,
+                                            double by_teacher) {
   for (int i = threadIdx.x % 32; i < a.width; i += 32) {
     const double t = pair.teacher < 0 ? 0.0 : read_any<double>(a.teacher, a.teacher_number, pair.teacher + i);
     write_any(a.to_student, a.student_number, row * a.width + i,
@@ -166,9 +167,11 @@ __global__ void __launch_bounds__(kThreads) token_alignment_backward(const Token
   const Pair pair(a, row);
   const int32_t saved = a.student_number == kF64 ? kF64 : kF32;
   const double scale = -read_any<double>(a.grad, saved, 0) / static_cast<double>(rows);
-  const double to_student = read_any<double>(a.factors, saved, 2 * row), to_teacher = read_any<double>(a.factors, saved, 2 * row + 1);
+  const double to_student = read_any<double>(a.factors, saved, 2 * row);
+  const double to_teacher = read_any<double>(a.factors, saved, 2 * row + 1);
   const bool moderate = fabs(to_student) >= kLeast && to_teacher >= kLeast;
-  if (saved == kF32 && !moderate) {  // made again: too small for float, or exactly 0 as those of clamped and orthogonal rows are
+  // Made again: too small for float, or exactly 0 as those of clamped and orthogonal rows are.
+  if (saved == kF32 && !moderate) {
     const Factors<double> exact(sums_of_any(a, pair));
     combine_any(a, pair, row, scale * exact.to_student, scale * exact.to_teacher);
     return;
