@@ -68,7 +68,8 @@ struct KeptTensor {
     values = kept_in.contiguous();
     kept = {static_cast<const int64_t*>(values.const_data_ptr()), nullptr, samples, cells, 0, kept_in.numel()};
     if (cu_seqlens.has_value()) {
-      TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kInt, op, ": cu_seqlens must be int32, got ", cu_seqlens->scalar_type());
+      TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kInt, op, ": cu_seqlens must be int32, got ",
+                       cu_seqlens->scalar_type());
       TORCH_CHECK_VALUE(kept_in.dim() == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) == samples + 1, op,
                         ": kept (T,) and cu_seqlens (B + 1,) = (", samples + 1, ",) come together, got ", kept_in.sizes(), " and ",
                         cu_seqlens->sizes());

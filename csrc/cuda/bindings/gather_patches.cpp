@@ -56,8 +56,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   return out;
 }
 
-at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch, const OptionalTensor& std_in,
-                                   at::IntArrayRef image_shape, at::ScalarType dtype, const OptionalTensor& cu_seqlens) {
+at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch,
+                                   const OptionalTensor& std_in, at::IntArrayRef image_shape, at::ScalarType dtype, const OptionalTensor& cu_seqlens) {
   TORCH_CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
   same_device(kOp, grad_in, {kept_in, std_in, cu_seqlens});
   const c10::cuda::CUDAGuard guard(grad_in.device());

@@ -50,7 +50,8 @@ struct Rows {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher, const OptionalTensor& kept) {
+std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
+                                                   const OptionalTensor& kept) {
   same_device(kOp, student, {teacher, kept});
   const c10::cuda::CUDAGuard guard(student.device());
   Rows pairs(student, teacher, kept);
