@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kThreads) masked_gather_backward(const MaskedG
     }
     if (a.to_positions == nullptr) continue;
     Wide* to = static_cast<Wide*>(a.position_partials) + (split * a.kept.cells + cell) * a.width + column;
-#pragma unroll
-    for (int j = 0; j < N; ++j) to[j] = sums[j];
+    write(to, narrow<Wide>(sums));
   }
 }
 
@@ -134,8 +133,7 @@ __global__ void __launch_bounds__(kThreads) prefix_sums(const MaskedGatherBackwa
       for (int j = 0; j < N; ++j) sums[j] += one[j];
     }
     Wide* to = static_cast<Wide*>(a.prefix_partials) + (split * a.prefix_rows + row) * a.width + column;
-#pragma unroll
-    for (int j = 0; j < N; ++j) to[j] = sums[j];
+    write(to, narrow<Wide>(sums));
   }
 }
 
@@ -205,7 +203,8 @@ extern "C" cudaError_t oner_fast_masked_gather(const MaskedGather* call, cudaStr
 extern "C" cudaError_t oner_fast_masked_gather_backward(const MaskedGatherBackward* call, cudaStream_t stream) {
   const MaskedGatherBackward& a = *call;
   if (a.kept.samples == 0 || a.width == 0) return cudaSuccess;
-  const bool whole = a.width * bytes_of(a.number) % 16 == 0 && aligned(a.grad, 16) && aligned(a.to_tokens, 16);
+  const bool whole = a.width * bytes_of(a.number) % 16 == 0 && aligned(a.grad, 16) && aligned(a.to_tokens, 16) &&
+                     aligned(a.position_partials, 16) && aligned(a.prefix_partials, 16);
   return with_type(a.number, [&](auto type) {
     using T = decltype(type);
     whole ? launch_backward<T, 16 / sizeof(T)>(a, stream) : launch_backward<T, 1>(a, stream);
