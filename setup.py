@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps"
 AGAIN = "then install oner_fast again with --no-build-isolation"
 EDITABLE = "editable_wheel" in sys.argv
+ARCHITECTURES = ["80", "86", "89", "90", "100"]  # machine code for each, and PTX of the last
 
 
 class Missing(Exception):
@@ -81,12 +83,35 @@ def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
     """nvcc and, where it is not used, why."""
     if not torch_info["cuda"]:
         return None, "this torch is a CPU build"
+    if os.environ.get("ONER_FAST_SANITIZE"):
+        return None, "sanitizers watch the CPU's code"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if nvcc is None:
         return None, f"nvcc was not found (torch has CUDA {torch_info['cuda']}); install that toolkit or set CUDA_HOME"
-    sources = [*ROOT.glob("csrc/cuda/*.cu")]
-    return (nvcc, "") if sources else (None, "no CUDA C++ source is part of this version")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return None, f"{nvcc} --version did not say which release it is"
+    if release[1] != torch_info["cuda"].split(".")[0]:
+        return None, (
+            f"{nvcc} is CUDA {release[1]}.{release[2]} but torch has CUDA {torch_info['cuda']}; install that toolkit "
+            "or set CUDA_HOME to it"
+        )
+    return nvcc, ""
+
+
+def cuda_architectures(nvcc: str) -> str:
+    """What to compile for, as CMake has it: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or all of ours that nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    if asked:
+        each = [one for one in asked.split(";") if one]
+        return ";".join(
+            one.removesuffix("+PTX").replace(".", "") + ("" if one.endswith("+PTX") else "-real") for one in each
+        )
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    known = [one for one in ARCHITECTURES if f"compute_{one}" in said] or ARCHITECTURES[:1]
+    return ";".join([*(f"{one}-real" for one in known[:-1]), known[-1]])
 
 
 def find_pybind11() -> list[str]:
@@ -162,11 +187,31 @@ class CMakeBuild(build_ext):
         }
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
+            settings["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures(nvcc)
+            report["cuda"]["architectures"] = settings["CMAKE_CUDA_ARCHITECTURES"]
+        facts = [report["torch"], compiler_version, sys.version]
+        try:
+            output = self.compile(cmake, settings, facts)
+        except Missing as missing:
+            if not nvcc:
+                raise
+            # The ops of the CPU are worth having without those of the GPU.
+            report["cuda"] = {"built": False, "reason": missing.reason}
+            output = self.compile(cmake, {**settings, "ONER_FAST_CUDA": "OFF"}, facts)
+        for library in [output / "_C.so", *(output.glob("_native*") if native["built"] else [])]:
+            # Written beside and renamed: a process that has the old file mapped keeps it.
+            partial = self.package / f".{library.name}.partial"
+            shutil.copy2(library, partial)
+            partial.replace(self.package / library.name)
+        report["extension"] = {"built": True, "reason": "", "remedy": ""}
+        report["native"] = native
+
+    def compile(self, cmake: str, settings: dict[str, str], facts: list[str]) -> Path:
+        """Configure and build; the folder of the libraries."""
         # A cache made with another torch, Python or compiler is worth nothing: the folder belongs to one set of facts.
-        facts = json.dumps([settings, report["torch"], compiler_version, sys.version], sort_keys=True)
+        digest = hashlib.sha256(json.dumps([settings, *facts], sort_keys=True).encode()).hexdigest()
         folder = ROOT / "build" / ("sanitize" if settings["ONER_FAST_SANITIZE"] else "cmake")
         key = folder / "facts.sha256"
-        digest = hashlib.sha256(facts.encode()).hexdigest()
         if not key.exists() or key.read_text() != digest:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -181,13 +226,7 @@ class CMakeBuild(build_ext):
         key.write_text(digest)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.call([cmake, "--build", str(folder), "--parallel", jobs])
-        for library in [output / "_C.so", *(output.glob("_native*") if native["built"] else [])]:
-            # Written beside and renamed: a process that has the old file mapped keeps it.
-            partial = self.package / f".{library.name}.partial"
-            shutil.copy2(library, partial)
-            partial.replace(self.package / library.name)
-        report["extension"] = {"built": True, "reason": "", "remedy": ""}
-        report["native"] = native
+        return output
 
     def call(self, command: list[str]) -> None:
         done = subprocess.run(

@@ -120,7 +120,10 @@ def _extension_facts() -> Iterator[tuple[str, str]]:
         yield "packer", f"plain Python: {native.get('reason') or 'the package was never built'}"
         if native.get("remedy") and native["remedy"] != state.remedy:
             yield "remedy", native["remedy"]
-    if reason := report.get("cuda", {}).get("reason"):
+    cuda = report.get("cuda", {})
+    if cuda.get("built"):
+        yield "CUDA C++", f"built for {cuda.get('architectures', 'unknown GPUs')}"
+    elif reason := cuda.get("reason"):
         yield "CUDA C++", f"not built: {reason}"
 
 

@@ -2,7 +2,7 @@
 :mod:`oner_fast.ops.reference`."""
 
 from oner_fast import _extension
-from oner_fast.ops import flops
+from oner_fast.ops import flops, library
 from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
 from oner_fast.ops.mixup_info_nce import mixup_info_nce
@@ -11,6 +11,7 @@ from oner_fast.ops.varlen_attention import varlen_attention
 
 # Loaded here, not at the first call, which may be one that torch.compile traces.
 _extension.status()
+library.choose_cuda_ops()
 flops.register()
 
 __all__ = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]

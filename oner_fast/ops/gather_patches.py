@@ -11,7 +11,7 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, why_not_triton
+from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 
 @define(
@@ -108,6 +108,11 @@ def _compiled(
 
 register("gather_patches", "reference", reference.gather_patches)
 register("gather_patches", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+# Above Triton, whose kernels move the same bytes: a call takes no Python launcher, and the first call compiles nothing.
+register(
+    "gather_patches", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=60, compiled=True,
+    reasons=why_not_cuda("gather_patches"),
+)  # fmt: skip
 register(
     "gather_patches", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
     reasons=why_not_triton,

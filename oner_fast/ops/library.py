@@ -2,7 +2,8 @@
 
 Two libraries hold the same schemas: `oner_fast` what the C++ extension compiles (for the CPU, and with CUDA C++ for
 GPUs), `oner_fast_triton` what Triton compiles. So one autograd.Function serves them all, and a GPU's kernels can be
-asked for by name on the CPU, where Triton's interpreter or an emulated GPU runs them.
+asked for by name on the CPU, where Triton's interpreter or an emulated GPU runs them. The implementation "cuda" takes
+each raw op from the first where that has a CUDA kernel for it, and from the second otherwise.
 """
 
 from __future__ import annotations
@@ -10,15 +11,28 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
+from oner_fast import _extension
+
 _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _COMPILED.define("cpu_capability() -> str")
+_names: list[str] = []  # of the raw ops that are in both
+_cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
 
 Shape = TypeVar("Shape", bound=Callable[..., object])
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def _constant(function: Function) -> Function:
+    """torch.compiler.assume_constant_result, which would import torch._dynamo: seconds, at every import of the ops."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape]:
@@ -38,6 +52,7 @@ def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         if triton:
+            _names.append(name)
             module, function = triton.rsplit(".", 1)
             launcher = _Launcher(f"oner_fast.kernels.{module}", function)
             for key in ("CPU", "CUDA"):
@@ -62,17 +77,67 @@ class _Launcher:
 
 def raw_ops(backend: str) -> Any:
     """The raw ops of the implementation `backend`: "cpp", "cuda" or "triton"."""
+    if backend == "cuda":
+        return _cuda
     return torch.ops.oner_fast_triton if backend == "triton" else torch.ops.oner_fast
+
+
+def choose_cuda_ops() -> None:
+    """Choose where each raw op of the implementation "cuda" comes from, once the extension is loaded."""
+    for name in _names:
+        library = torch.ops.oner_fast if has_cuda_kernel(name) else torch.ops.oner_fast_triton
+        setattr(_cuda, name, getattr(library, name))
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether the extension, as it was built, has a CUDA C++ kernel for the raw op `name`."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"oner_fast::{name}", "CUDA")
+
+
+def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[str]]:
+    """The reasons against an implementation in CUDA C++ whose first raw op is `name`.
+
+    `half_alone`: its kernels multiply on tensor cores, and Triton's serve the rest of the op.
+    """
+
+    def reasons(device: str, dtype: torch.dtype | None = None, **facts: Any) -> list[str]:
+        found = [why] if device == "cuda" and (why := _why_no_cuda_kernel(name)) else []
+        if half_alone and dtype not in (None, torch.float16, torch.bfloat16):
+            found.append(f"its products are of float16 and bfloat16, not of {str(dtype).removeprefix('torch.')}")
+        if half_alone and device == "cuda":
+            found.extend(why_not_triton(device))
+        return found
+
+    return reasons
+
+
+@_constant
+def _why_no_cuda_kernel(name: str) -> str:
+    return _of_this_machine(name)
+
+
+@cache
+def _of_this_machine(name: str) -> str:
+    """Why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
+
+    A missing extension is told of elsewhere; where there is no GPU, none is too old.
+    """
+    if not _extension.status().loaded:
+        return ""
+    if not has_cuda_kernel(name):
+        why = _extension.build_report().get("cuda", {}).get("reason") or "it was built before there was any"
+        return f"the extension was built without CUDA C++: {why}"
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return "" if major >= 8 else f"needs a GPU of sm_80 (A100) or newer, this one is sm_{major}{minor}"
 
 
 def why_not_triton(device: str, **facts: Any) -> list[str]:
     """Every reason why Triton kernels cannot run on `device`.
 
-    On the CPU they can in Triton's interpreter, or where the active Triton driver hands out CPU tensors. A graph that is
-    being traced does not ask: Triton itself says so when it runs.
+    On the CPU they can in Triton's interpreter, or where the active Triton driver hands out CPU tensors.
     """
-    if torch.compiler.is_compiling():
-        return []
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed (pip install triton)"]
     if device == "cpu" and not _triton_runs_on_the_cpu():
@@ -80,6 +145,7 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
     return []
 
 
+@_constant
 def _triton_runs_on_the_cpu() -> bool:
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:

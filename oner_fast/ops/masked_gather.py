@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, why_not_triton
+from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 
 @define(
@@ -104,6 +104,11 @@ def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
 
 register("masked_gather", "reference", reference.masked_gather)
 register("masked_gather", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+# Above Triton, whose kernels move the same bytes: a call takes no Python launcher, and the first call compiles nothing.
+register(
+    "masked_gather", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=60, compiled=True,
+    reasons=why_not_cuda("masked_gather"),
+)  # fmt: skip
 register(
     "masked_gather", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
     reasons=why_not_triton,

@@ -14,7 +14,7 @@ from oner_fast.ops import checks, contrast_ring, reference
 from oner_fast.ops.collectives import row_counts_and_any
 from oner_fast.ops.contrast_ring import Ring, Rows
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
+from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_cuda, why_not_triton
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
 
@@ -303,6 +303,11 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 register("mixup_info_nce", "reference", reference.mixup_info_nce)
 register("mixup_info_nce", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+# Below Triton, whose kernels serve backward: forward by the same code makes the very logits that backward makes again.
+register(
+    "mixup_info_nce", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=40, compiled=True,
+    reasons=why_not_cuda("mixup_info_nce_statistics", half_alone=True),
+)  # fmt: skip
 register(
     "mixup_info_nce", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
     reasons=why_not_triton,

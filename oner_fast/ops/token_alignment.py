@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
+from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_cuda, why_not_triton
 
 
 @define(
@@ -56,6 +56,11 @@ def _compiled(backend: str, student: Tensor, teacher: Tensor, kept: Tensor | Non
 
 register("token_alignment", "reference", reference.token_alignment)
 register("token_alignment", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+# Above Triton, whose kernels move the same bytes: a call takes no Python launcher, and the first call compiles nothing.
+register(
+    "token_alignment", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=60, compiled=True,
+    reasons=why_not_cuda("token_alignment"),
+)  # fmt: skip
 register(
     "token_alignment", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
     reasons=why_not_triton,

@@ -1,0 +1,117 @@
+// The launches of the CUDA C++ kernels: what the bindings fill in and hand over. Free of torch, so that the kernels and
+// these functions compile, and are tested, without it. Strides and widths count elements, never bytes.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace oner_fast::cuda {
+
+enum Number : int32_t { kF32 = 0, kF64, kF16, kBF16, kU8 };
+
+constexpr int64_t bytes_of(int32_t number) {
+  return number == kF64 ? 8 : number == kF32 ? 4 : number == kU8 ? 1 : 2;
+}
+
+// Which rows of each sample survive: entry i of sample b is values[begin(b) + i]. A value outside [0, cells) chooses nothing.
+struct Kept {
+  const int64_t* values;
+  const int32_t* starts;  // (samples + 1,), or null: per_sample entries each
+  int64_t samples, cells, per_sample, total;
+};
+
+// Of one (sample, cell): its first entry within the sample, and how many entries chose it.
+struct Choice {
+  int32_t first, count;
+};
+
+struct MaskedGather {
+  const void *tokens, *positions, *prefix;  // positions and prefix may be null
+  void* out;                                // (kept.total + samples * prefix_rows, width), dense
+  Kept kept;
+  int64_t sample_stride, token_stride, position_stride, prefix_stride, prefix_rows;
+  int32_t width, number;
+};
+
+// Sums over samples are taken in splits of kSamplesPerSplit, written wide (float, or double for double) to the partials, and
+// then added in order.
+constexpr int64_t kSamplesPerSplit = 32;
+
+struct MaskedGatherBackward {
+  const void* grad;                            // dense, rows as those of MaskedGather::out
+  void *to_tokens, *to_positions, *to_prefix;  // null where not needed
+  void *position_partials, *prefix_partials;   // (splits, cells, width), (splits, prefix_rows, width); null likewise
+  Choice* choices;                             // (samples, cells) scratch, if tokens or positions are needed
+  Kept kept;
+  int64_t prefix_rows;
+  int32_t width, number;
+};
+
+struct GatherPatches {
+  const void* images;
+  void* out;                // (kept.total, channels * patch * patch), dense
+  const double *mean, *std;  // (channels,), or null
+  Kept kept;
+  int64_t sample_stride, channel_stride, line_stride;  // pixels of a line lie side by side
+  int32_t channels, patch, across, image_number, out_number;
+};
+
+struct GatherPatchesBackward {
+  const void* grad;  // dense, as GatherPatches::out
+  void* to_images;   // (samples, channels, down * patch, across * patch), dense
+  const double* std;
+  Choice* choices;  // (samples, cells) scratch
+  Kept kept;
+  int32_t channels, patch, across, down, grad_number, image_number;
+};
+
+struct TokenAlignment {
+  const void *student, *teacher;
+  const int64_t* kept;  // (samples * per_sample,), or null: teacher token i for student token i
+  void *loss, *factors;  // 0-d and (rows, 2): float, or double for a double student
+  double* partials;      // token_alignment_partials(rows)
+  const void* grad;      // backward: 0-d like the loss; factors are read
+  void* to_student;      // backward: dense
+  int64_t samples, per_sample, cells;
+  int64_t student_sample_stride, student_token_stride, teacher_sample_stride, teacher_token_stride;
+  int32_t width, student_number, teacher_number;
+};
+
+// One side of the contrast that is not ready for tensor cores: mixed, of odd width, or of unfit strides.
+struct MixupPack {
+  const void *x, *other;  // other may be null
+  const float *mix, *inverse_norm;  // with other; or null
+  void* out;                        // (rows, padded) of x's type, zeros behind the width
+  float* rest;                      // (rows,): what makes a unit vector of a packed row
+  int64_t rows, row_stride, column_stride, other_row_stride, other_column_stride, mix_step;
+  int32_t width, padded, number;
+};
+
+struct MixupStatistics {
+  const void *query, *key;  // 16-byte aligned, strides and width multiples of 8
+  const float *query_factor, *key_factor;  // what makes unit vectors; null: they are
+  const float* scale;                      // 0-d
+  const int64_t* partner;                  // (rows,), or null
+  float *row_max, *row_sum, *column_max, *column_sum, *own, *shared;  // column_* null: rows alone
+  float *row_parts, *column_parts;  // (2, column_chunks, rows), (2, row_chunks, columns)
+  int64_t query_stride, key_stride, first_pair;
+  int32_t rows, columns, width, number;
+  int32_t row_chunks, column_chunks, row_tiles_each, column_tiles_each;  // mixup_plan
+};
+
+extern "C" {
+cudaError_t oner_fast_masked_gather(const MaskedGather* call, cudaStream_t stream);
+cudaError_t oner_fast_masked_gather_backward(const MaskedGatherBackward* call, cudaStream_t stream);
+cudaError_t oner_fast_gather_patches(const GatherPatches* call, cudaStream_t stream);
+cudaError_t oner_fast_gather_patches_backward(const GatherPatchesBackward* call, cudaStream_t stream);
+int64_t oner_fast_token_alignment_partials(int64_t rows);
+cudaError_t oner_fast_token_alignment(const TokenAlignment* call, cudaStream_t stream);
+cudaError_t oner_fast_token_alignment_backward(const TokenAlignment* call, cudaStream_t stream);
+cudaError_t oner_fast_mixup_pack(const MixupPack* call, cudaStream_t stream);
+// Fills in the chunks of a call with rows and columns.
+void oner_fast_mixup_plan(MixupStatistics* call);
+cudaError_t oner_fast_mixup_statistics(const MixupStatistics* call, cudaStream_t stream);
+}
+
+}  // namespace oner_fast::cuda

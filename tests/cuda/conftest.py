@@ -1,0 +1,219 @@
+"""CUDA C++ without a GPU: nvcc compiles csrc/cuda, its own host code makes the launches, and the checkers of ../shared
+(or $ONER_FAST_GPULESS) run the sm_80 PTX on the CPU, with bounds, races and barriers checked."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+KERNELS = ["masked_gather", "gather_patches", "token_alignment", "mixup_info_nce"]
+CHECKERS = Path(os.environ.get("ONER_FAST_GPULESS") or ROOT.parent / "shared")
+IN_CI = os.environ.get("ONER_FAST_CI") == "1"
+NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
+
+I32, I64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+def nvcc() -> str:
+    """The compiler; skips the test where there is none, but never where it must be."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if found is None:
+        assert not IN_CI, "nvcc was not found: these tests must not be skipped here"
+        pytest.skip("nvcc was not found")
+    return found
+
+
+def emulator() -> Any:
+    """gpuless.ptx; skips the test where it is not, but never where it must be."""
+    if not (CHECKERS / "gpuless").is_dir():
+        assert not IN_CI, f"the checkers are missing at {CHECKERS}: these tests must not be skipped here"
+        pytest.skip(f"no checkers at {CHECKERS}")
+    if str(CHECKERS) not in sys.path:
+        sys.path.append(str(CHECKERS))
+    return importlib.import_module("gpuless.ptx")
+
+
+@cache
+def structure(name: str) -> type[ctypes.Structure]:
+    """A struct of csrc/cuda/launch.h, read from its text so that the tests follow it."""
+    text = re.sub(r"//[^\n]*", "", (SOURCES / "launch.h").read_text(encoding="utf-8"))
+    body = re.search(rf"struct {name} \{{(.*?)\}};", text, re.S)
+    assert body is not None, name
+    fields: list[tuple[str, Any]] = []
+    for line in body[1].split(";"):
+        if not (line := " ".join(line.split())):
+            continue
+        kind, names = re.match(r"(?:const )?(\w+)\s*(.*)", line).groups()  # type: ignore[union-attr]
+        for each in names.split(","):
+            of = Kept if kind == "Kept" else {"int32_t": I32, "int64_t": I64}.get(kind)
+            fields.append((each.strip(" *"), POINTER if "*" in each or of is None else of))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Kept: Any = None
+Kept = structure("Kept")
+
+
+class Library:
+    """One .cu as a shared library whose launches are emulated. `log` keeps the counters of the launches of a call."""
+
+    def __init__(self, name: str) -> None:
+        self.ptx_module = emulator()
+        folder = self.build(name)
+        self.library = ctypes.CDLL(str(folder / "kernels.so"))
+        self.entries = entries((folder / f"{name}.ptx").read_text(encoding="utf-8"))
+        self.kernels: dict[str, Any] = {}
+        self.log: list[Any] = []
+        self.shared: list[int] = []  # bytes of dynamic shared memory that each asked for
+        self.settings: dict[str, Any] = {}
+        self.failure: BaseException | None = None
+        self.tensors: list[Tensor] = []
+        signature = ctypes.CFUNCTYPE(I32, ctypes.c_char_p, POINTER, POINTER, POINTER, ctypes.c_uint64)
+        self.launcher = signature(self.launch)
+        self.library.oner_fast_test_launcher(self.launcher)
+
+    @staticmethod
+    def build(name: str) -> Path:
+        compiler, runtime = nvcc(), Path(__file__).parent / "runtime.cpp"
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        sources = [*sorted(SOURCES.glob("*.cuh")), SOURCES / "launch.h", SOURCES / f"{name}.cu", runtime]
+        digest = hashlib.sha256(version.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        cached = Path(tempfile.gettempdir()) / f"oner-fast-cuda-{os.getuid()}" / f"{name}-{digest}"
+        if cached.is_dir():
+            return cached
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cached.parent))
+        command = [
+            compiler, "-shared", "-Xcompiler", "-fPIC", "-std=c++17", "-lineinfo", "--cudart=none",
+            "-gencode", "arch=compute_80,code=compute_80", "--keep", "--keep-dir", partial, "-I", ROOT / "csrc",
+            SOURCES / f"{name}.cu", runtime, "-o", partial / "kernels.so",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        try:
+            partial.rename(cached)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
+        return cached
+
+    def launch(self, name: bytes, grid: int, block: int, arguments: int, shared: int) -> int:
+        """What the host code's launches call; an exception waits for the call's end."""
+        try:
+            kernel = self.kernel(name.decode())
+            places = (POINTER * len(kernel.params)).from_address(arguments)
+            given = [ctypes.string_at(place, p.bytes) for place, p in zip(places, kernel.params, strict=True)]
+            sizes = [tuple((ctypes.c_uint32 * 3).from_address(at)) for at in (grid, block)]
+            stats = kernel.launch(*sizes, given, shared=shared, tensors=self.tensors, **self.settings)
+            self.log.append(stats)
+            self.shared.append(shared)
+            return 0
+        except BaseException as error:
+            self.failure = self.failure or error
+            return 1
+
+    def kernel(self, name: str) -> Any:
+        if name not in self.kernels:
+            self.kernels[name] = self.ptx_module.Kernel(self.entries[name], name)
+        return self.kernels[name]
+
+    def call(self, function: str, fields: dict[str, Any], keep: Sequence[Tensor] = (), **settings: Any) -> None:
+        """oner_fast_<function>(&struct, stream 0); tensors among the fields become pointers and may be touched."""
+        struct = self.filled(function, fields)
+        tensors = [value for value in fields.values() if isinstance(value, Tensor)]
+        kept = fields.get("kept")
+        if isinstance(kept, dict):
+            tensors += [value for value in kept.values() if isinstance(value, Tensor)]
+        self.tensors, self.settings, self.failure, self.log, self.shared = [*tensors, *keep], settings, None, [], []
+        error = getattr(self.library, f"oner_fast_{function}")(ctypes.byref(struct), None)
+        if self.failure is not None:
+            raise self.failure
+        assert error == 0, f"oner_fast_{function} returned the CUDA error {error}"
+
+    def fill(self, function: str, **fields: Any) -> Any:
+        """The struct of a call, after the library's oner_fast_<function> filled in what is its to decide."""
+        struct = self.filled({"mixup_plan": "mixup_statistics"}[function], fields)
+        getattr(self.library, f"oner_fast_{function}")(ctypes.byref(struct))
+        return struct
+
+    @staticmethod
+    def kept(kept: Tensor, samples: int, cells: int, cu_seqlens: Tensor | None = None) -> dict[str, Any]:
+        """The struct Kept, as the bindings fill it."""
+        per_sample = kept.shape[1] if cu_seqlens is None else 0
+        return dict(
+            values=kept.contiguous(), starts=cu_seqlens, samples=samples, cells=cells, per_sample=per_sample,
+            total=kept.numel(),
+        )  # fmt: skip
+
+    @staticmethod
+    def poison(*shape: int, dtype: torch.dtype) -> Tensor:
+        """A result that nothing was written to."""
+        return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype)
+
+    @staticmethod
+    def number(tensor: Tensor) -> int:
+        """The Number of a tensor's dtype."""
+        return NUMBERS[tensor.dtype]
+
+    @staticmethod
+    def filled(function: str, fields: dict[str, Any]) -> Any:
+        name = "".join(word.capitalize() for word in function.split("_"))
+        name = {"TokenAlignmentBackward": "TokenAlignment"}.get(name, name)
+        struct = structure(name)()
+        known = {field for field, _ in struct._fields_}
+        assert set(fields) <= known, set(fields) - known
+        for field, value in fields.items():
+            setattr(struct, field, _plain(value))
+        return struct
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Kept(**{field: _plain(one) for field, one in value.items()})
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """Each kernel as a PTX text of its own: all of them together would be parsed again for each."""
+    starts = [m.start() for m in re.finditer(r"^(?:\.\w+ )*\.entry ", ptx, re.M)]
+    head, found, tail = ptx[: starts[0]], {}, ""
+    bodies = [ptx[a:b] for a, b in zip(starts, [*starts[1:], len(ptx)], strict=True)]
+    for i, body in enumerate(bodies):
+        end = body.index("\n}\n") + 3
+        bodies[i], tail = body[:end], tail + body[end:]
+    for body in bodies:
+        found[re.search(r"\.entry (\S+?)\(", body)[1]] = head + body + tail  # type: ignore[index]
+    return found
+
+
+@cache
+def library_of(name: str) -> Library:
+    return Library(name)
+
+
+@pytest.fixture(scope="session")
+def library() -> Callable[[str], Library]:
+    """The emulated library of a .cu by its name."""
+    return library_of
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    return nvcc()

@@ -1,0 +1,81 @@
+"""What setup.py decides of the CUDA part, without building it."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[2]
+TORCH = {"version": "2", "include": [], "library": "lib", "cxx11_abi": 1, "cuda": "13.0"}
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The names of setup.py."""
+    for variable in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "ONER_FAST_SANITIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+
+@pytest.fixture
+def nvcc(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An nvcc that says what it is asked for, and no more."""
+    said = {
+        "--version": "Cuda compilation tools, release 12.6, V12.6.20\n",
+        "--list-gpu-arch": "compute_80\ncompute_90\n",
+    }
+
+    def run(command: list[str], **how: Any) -> Any:
+        return subprocess.CompletedProcess(command, 0, stdout=said[command[-1]])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("shutil.which", lambda name, path=None: "/cuda/bin/nvcc")
+    return "/cuda/bin/nvcc"
+
+
+def test_what_is_compiled_for(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert build["cuda_architectures"](nvcc) == "80-real;90"  # of ours, what this nvcc knows
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6;9.0+PTX")
+    assert build["cuda_architectures"](nvcc) == "80-real;86-real;90"
+
+
+def test_when_there_is_no_cuda_part(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = build["find_cuda"]
+    assert find({**TORCH, "cuda": "12.8"}) == (nvcc, "")
+    assert find({**TORCH, "cuda": None}) == (None, "this torch is a CPU build")
+    assert "nvcc is CUDA 12.6 but torch has CUDA 13.0" in find(TORCH)[1]
+    monkeypatch.setattr("shutil.which", lambda name, path=None: None)
+    assert "nvcc was not found (torch has CUDA 13.0)" in find(TORCH)[1]
+    monkeypatch.setenv("ONER_FAST_SANITIZE", "address")
+    assert find(TORCH) == (None, "sanitizers watch the CPU's code")
+
+
+def test_the_cpus_part_is_built_where_cuda_cannot_be(build: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_C.so").write_text("the library")
+    asked = []
+
+    def compile_(cmake: str, settings: dict[str, str], facts: list[str]) -> Path:
+        asked.append(settings["ONER_FAST_CUDA"])
+        if asked[-1] == "ON":
+            raise build["Missing"]("compiling failed: nvcc is not well", "see a doctor")
+        return tmp_path / "out"
+
+    command = build["CMakeBuild"](setuptools.Distribution())
+    command.package, command.compile = tmp_path, compile_
+    known = command.build_all.__globals__
+    known.update(find_torch=lambda: TORCH, find_cuda=lambda torch: ("nvcc", ""), cuda_architectures=lambda nvcc: "80")
+    known.update(find_tool=lambda name, package: name, find_pybind11=lambda: [])
+    report: dict[str, Any] = {}
+    command.build_all(report)
+    assert asked == ["ON", "OFF"] and (tmp_path / "_C.so").exists()
+    assert report["cuda"] == {"built": False, "reason": "compiling failed: nvcc is not well"}
+    assert report["extension"]["built"]

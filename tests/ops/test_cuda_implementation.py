@@ -1,0 +1,136 @@
+"""What can be said of the implementation "cuda" on a machine without a GPU: who serves a call, and why not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from oner_fast import _extension, ops
+from oner_fast.ops import implementations, library, masked_gather, mixup_info_nce, token_alignment
+from oner_fast.ops.implementations import choose
+
+compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
+with_triton = pytest.mark.skipif(library.importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+OPS = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment"]
+
+
+def calls(device: str = "cpu") -> dict[str, Any]:
+    tokens, kept = torch.randn(2, 4, 8, device=device), torch.zeros(2, 3, dtype=torch.int64, device=device)
+    half = torch.randn(4, 8, device=device, dtype=torch.bfloat16)
+    return {
+        "masked_gather": lambda **how: ops.masked_gather(tokens, kept, **how),
+        "gather_patches": lambda **how: ops.gather_patches(torch.randn(2, 3, 8, 8, device=device), kept, 4, **how),
+        "token_alignment": lambda **how: ops.token_alignment(tokens[:, :3], tokens, kept, **how),
+        "mixup_info_nce": lambda **how: ops.mixup_info_nce(half, half, 10.0, **how),
+    }
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the extension had its CUDA kernels and the GPU were new enough."""
+    monkeypatch.setattr(_extension, "_status", _extension.Status(True))
+    monkeypatch.setattr(library, "_why_no_cuda_kernel", lambda name: "")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_tensors_are_served_by_the_cpu_and_never_by_cuda(op: str) -> None:
+    assert "cuda" in implementations.implementations(op)
+    assert choose(op, "cpu").name in ("cpp", "reference")
+    calls()[op]()
+    with pytest.raises(RuntimeError, match=f"{op}: 'cuda' .*cannot serve this call: runs on cuda, not on cpu"):
+        calls()[op](implementation="cuda")
+
+
+def test_mixed_devices_raise_before_any_kernel() -> None:
+    tokens, kept = torch.randn(2, 4, 8), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="masked_gather: kept is on meta but tokens is on cpu; move one of them"):
+        masked_gather(tokens, kept.to("meta"))
+    with pytest.raises(ValueError, match="masked_gather: positions is on cpu but tokens is on meta"):
+        masked_gather(tokens.to("meta"), kept.to("meta"), tokens[0])
+    with pytest.raises(ValueError, match="gather_patches: kept is on meta but images is on cpu"):
+        ops.gather_patches(torch.randn(2, 3, 8, 8), kept.to("meta"), 4)
+    with pytest.raises(ValueError, match="token_alignment: teacher is on meta but student is on cpu"):
+        token_alignment(tokens, tokens.to("meta"))
+    with pytest.raises(ValueError, match="mixup_info_nce: key is on meta but query is on cpu"):
+        mixup_info_nce(tokens[0], tokens[0].to("meta"), 1.0)
+
+
+@pytest.mark.skipif(library.has_cuda_kernel("masked_gather"), reason="the extension was built with CUDA C++")
+@compiled
+def test_an_extension_without_cuda_says_why() -> None:
+    for op in OPS:
+        against = implementations.implementations(op)["cuda"].reasons_against("cuda", dtype=torch.float16)
+        assert any("the extension was built without CUDA C++: " in reason for reason in against), against
+        assert choose(op, "cuda").name in ("triton", "reference")
+
+
+@with_triton
+def test_the_order_of_cuda_and_triton(built: None) -> None:
+    for op in ("gather_patches", "masked_gather", "token_alignment"):
+        assert choose(op, "cuda", dtype=torch.float64).name == "cuda"
+    assert choose("mixup_info_nce", "cuda", dtype=torch.bfloat16).name == "triton"
+    assert choose("mixup_info_nce", "cuda", "cuda", dtype=torch.bfloat16).name == "cuda"
+    with pytest.raises(RuntimeError, match="'cuda' .*its products are of float16 and bfloat16, not of float32"):
+        choose("mixup_info_nce", "cuda", "cuda", dtype=torch.float32)
+
+
+def test_an_old_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "_status", _extension.Status(True))
+    monkeypatch.setattr(library, "has_cuda_kernel", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert library._of_this_machine.__wrapped__("x") == "needs a GPU of sm_80 (A100) or newer, this one is sm_75"
+
+
+def test_each_raw_op_comes_from_where_it_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_cuda", ModuleType("cuda"))
+    monkeypatch.setattr(library, "has_cuda_kernel", lambda name: name == "mixup_info_nce_statistics")
+    library.choose_cuda_ops()
+    raw = library.raw_ops("cuda")
+    assert raw.mixup_info_nce_statistics is torch.ops.oner_fast.mixup_info_nce_statistics
+    assert raw.mixup_info_nce_backward is torch.ops.oner_fast_triton.mixup_info_nce_backward
+    assert set(library._names) <= set(vars(raw))
+
+
+@compiled
+def test_compiles_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile sees through the choice of raw ops; here they are the CPU's."""
+    monkeypatch.setattr(library, "_cuda", ModuleType("cuda"))
+    monkeypatch.setattr(library, "has_cuda_kernel", lambda name: True)
+    library.choose_cuda_ops()
+    function = implementations.implementations("token_alignment")["cuda"].function
+    student, teacher = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8)
+
+    def loss(student: Tensor) -> Tensor:
+        return function(student, teacher) * 2
+
+    result = torch.compile(loss, fullgraph=True, backend="aot_eager")(student)
+    torch.testing.assert_close(result, loss(student))
+    (ours,) = torch.autograd.grad(result, student)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss(student), student)[0])
+
+
+@with_triton
+def test_imports_with_triton_and_without_a_driver() -> None:
+    program = """
+import triton, torch, oner_fast.ops
+from oner_fast.ops import token_alignment
+x = torch.randn(1, 2, 8)
+print(token_alignment(x, x).item())
+for name in ("triton", "cuda"):
+    try:
+        token_alignment(x, x, implementation=name)
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    value, triton, cuda = done.stdout.splitlines()
+    assert abs(float(value) + 1) < 1e-6
+    assert "'triton'" in triton and "TRITON_INTERPRET=1" in triton and "'cuda'" in cuda and "not on cpu" in cuda
