@@ -102,13 +102,21 @@ def _statistics(
             if (row_tile + BLOCK_M > rows) | (column_tile + BLOCK_N > columns):
                 tile = tl.where(row_here[:, None] & column_here[None, :], tile, float("-inf"))
 
+            first_own = row_tile + first_pair - column_tile
+            if (first_own > -BLOCK_M) & (first_own < BLOCK_N):
+                value = tl.sum(tl.where(column[None, :] == own_column[:, None], tile, 0.0), 1)
+                inside = (own_column >= column_tile) & (own_column < min(column_tile + BLOCK_N, columns))
+                tl.store(own + row, value, mask=row_here & inside)
+            if PARTNER:
+                partner_logit += tl.sum(tl.where(column[None, :] == partner_column[:, None], tile, 0.0), 1)
+
             before = high
             high = tl.maximum(high, tl.max(tile, 1))
+            tile_high = tl.max(tile, 0) if COLUMNS else high
             row_base = binary(tl.where(row_here, high, 0.0))
             powers = binary(tile)
             total = total * tl.exp2(binary(before) - row_base) + tl.sum(tl.exp2(powers - row_base[:, None]), 1)
             if COLUMNS:
-                tile_high = tl.max(tile, 0)
                 column_base = binary(tl.where(column_here, tile_high, 0.0))
                 tile_total = tl.sum(tl.exp2(powers - column_base[None, :]), 0)
                 if row_tile > first_row:
@@ -117,14 +125,6 @@ def _statistics(
                     tile_high, tile_total = _merged(stripe_high, stripe_total, tile_high, tile_total)
                 tl.store(column_max + column, tile_high, mask=column_here)
                 tl.store(column_sum + column, tile_total, mask=column_here)
-
-            first_own = row_tile + first_pair - column_tile
-            if (first_own > -BLOCK_M) & (first_own < BLOCK_N):
-                value = tl.sum(tl.where(column[None, :] == own_column[:, None], tile, 0.0), 1)
-                inside = (own_column >= column_tile) & (own_column < min(column_tile + BLOCK_N, columns))
-                tl.store(own + row, value, mask=row_here & inside)
-            if PARTNER:
-                partner_logit += tl.sum(tl.where(column[None, :] == partner_column[:, None], tile, 0.0), 1)
 
         tl.store(row_max + row, high, mask=row_here)
         tl.store(row_sum + row, total, mask=row_here)
@@ -200,6 +200,12 @@ def statistics(
     def numbers(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=query.device)
 
+    if not rows or not columns:
+        nothing, none = numbers(rows).fill_(float("-inf")), numbers(columns if columns_too else 0).fill_(float("-inf"))
+        zeros = torch.zeros_like(nothing)
+        return (
+            nothing, zeros, none, torch.zeros_like(none), zeros.clone(), zeros[: 0 if partner is None else rows].clone()
+        )  # fmt: skip
     size, chosen = _configuration(q)
     stripes, stripe_tiles = _parts(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
     parts, part_tiles = _parts(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))

@@ -11,10 +11,10 @@ M query rows, N keys, width D, element size e:
 |---|---|---|---|
 | `_gradient`, both sides | 4 times 2 M N D | e (M D + N D) once from memory, the other side again from the L2 cache for each tile of rows | e (M D + N D), + 4 M |
 | `_gradient`, ATOMIC | 3 times 2 M N D | the same | e M D, adds 4 N D to memory for each tile of rows |
-| `_finish` (deep rows, and keys where ATOMIC) | 8 N D | (4 + e) N D | e N D |
+| `_finish`, the keys where ATOMIC | 8 N D | (4 + e) N D | e N D |
 
-Rows wider than a tile ("deep", from 1025 elements on; float32 from 129) are cut in C blocks of columns, each of which
-makes the logits again: 1 + 1 / C products in place of 2 for each block, C + 1 for each side.
+Rows of more than 256 elements, mixed rows of more than 128 and all of float32 leave no registers for a tile's sums:
+mixup_info_nce_deep.py serves them.
 
 float16 has no exponents to spare for G times the inverse norm of a row that enters as it is: `_largest` finds the largest
 weight and inverse norm, and G is multiplied by what makes their product 2^14. bfloat16 and float32 need none of it.
@@ -247,7 +247,12 @@ def _backward(
         None if partner is None else partner.contiguous(), partner_weight, first_pair,
     )  # fmt: skip
     if query.shape[0] and key.shape[0]:
-        launch = deep.launch if query.shape[1] > WIDEST[kind_of(query.dtype)] else partial(_whole, atomic and need_key)
+        atomic = atomic and need_key
+        # Beyond 128 columns there are no registers left to mix in, nor for a third product.
+        widest = min(
+            WIDEST[kind_of(query.dtype)], 128 if atomic or query_other is not None or key_other is not None else 256
+        )
+        launch = deep.launch if query.shape[1] > widest else partial(_whole, atomic)
         launch(query_side, key_side, logit_scale, weights, to_query, to_key, dot)
     else:
         for nothing in (to_query.x, to_query.other, to_query.mix, to_key.x, to_key.other, to_key.mix):
@@ -266,9 +271,8 @@ def _whole(
     (q, q_rest), (k, k_rest) = query.operand(), key.operand()
     (rows, width), columns = q.shape, k.shape[0]
     need_key = to_key.x.numel() > 0
-    kind = kind_of(q.dtype)
     name = "gradient_with_atomics" if atomic else "gradient"
-    chosen = configuration(OP, name, f"{kind} {size_class(width, WIDEST[kind])}", architecture_of(q))
+    chosen = configuration(OP, name, f"half {size_class(width, 256)}", architecture_of(q))
     key_sums = torch.zeros((columns, width) if atomic else (0,), dtype=torch.float32, device=q.device)
     ranges = weights.ranges(q_rest, k_rest, columns) if q.dtype == torch.float16 else None
 
@@ -308,7 +312,8 @@ def compilations() -> list[Compilation]:
     found = []
     for dtype in (torch.float16, torch.bfloat16):
         for mark in ("", "partner", "mixed", "atomic"):
-            found += [_compilation(dtype, size, mark) for size in (64, 128, 256)]
+            sizes = (64, 128) if mark in ("mixed", "atomic") else (64, 128, 256)
+            found += [_compilation(dtype, size, mark) for size in sizes]
     return found
 
 
@@ -321,7 +326,8 @@ def _compilation(dtype: torch.dtype, size: int, mark: str = "") -> Compilation:
         "PART": _PART,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"
+    chosen = configuration(OP, "gradient_with_atomics" if atomic else "gradient", f"half {size}", 80)
     return compilation(
-        f"gradient_{element}_{size}{'_' if mark else ''}{mark}", _gradient, constexprs,
-        configuration(OP, "gradient_with_atomics" if atomic else "gradient", f"half {size}", 80), elements, element, products=True,
+        f"gradient_{element}_{size}{'_' if mark else ''}{mark}", _gradient, constexprs, chosen, elements, element,
+        products=True,
     )  # fmt: skip

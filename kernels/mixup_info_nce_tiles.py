@@ -101,7 +101,8 @@ def _largest(
     from_columns = tl.zeros([BLOCK_N], tl.float32)
     of_query = tl.full([BLOCK_N], 0.0 if QUERY_REST else 1.0, tl.float32)
     of_key = tl.full([BLOCK_N], 0.0 if KEY_REST else 1.0, tl.float32)
-    for first in range(part * BLOCK_N, rows, RANGES * BLOCK_N):
+    step = tl.num_programs(0) * BLOCK_N
+    for first in range(part * BLOCK_N, rows, step):
         at = first + tl.arange(0, BLOCK_N)
         bound = tl.abs(tl.load(row_weight + at, mask=at < rows, other=0.0))
         bound += tl.abs(tl.load(own_weight + at, mask=at < rows, other=0.0))
@@ -112,7 +113,7 @@ def _largest(
             rest = tl.load(query_rest + at, mask=at < rows, other=0.0)
             of_query = tl.maximum(of_query, tl.where(rest >= 1e12, 0.0, rest))
     if COLUMNS or KEY_REST:
-        for first in range(part * BLOCK_N, columns, RANGES * BLOCK_N):
+        for first in range(part * BLOCK_N, columns, step):
             at = first + tl.arange(0, BLOCK_N)
             if COLUMNS:
                 bound = tl.abs(tl.load(column_weight + at, mask=at < columns, other=0.0))
@@ -150,15 +151,17 @@ class Weights:
 
     def ranges(self, query_rest: Tensor | None, key_rest: Tensor | None, columns: int) -> Tensor:
         """For range_factor, of the inverse norms that G is multiplied by (None: of none)."""
-        out = torch.empty(4 * RANGES, dtype=torch.float32, device=self.row_weight.device)
+        # Zeros are maxima of nothing: fewer programs than ranges will do.
+        out = torch.zeros(4 * RANGES, dtype=torch.float32, device=self.row_weight.device)
 
         def given(x: Tensor | None) -> Tensor:
             return out if x is None else x
 
         chosen = configuration(OP, "largest", "all", architecture_of(out))
-        _largest[(RANGES,)](
+        rows = self.row_weight.shape[0]
+        _largest[(min(RANGES, triton.cdiv(max(rows, columns), chosen.blocks["BLOCK_N"])),)](
             self.row_weight, self.own_weight, given(self.partner_weight), given(self.column_weight), given(query_rest),
-            given(key_rest), out, self.row_weight.shape[0], columns, PARTNER=self.partner_weight is not None,
+            given(key_rest), out, rows, columns, PARTNER=self.partner_weight is not None,
             COLUMNS=self.column_weight is not None, QUERY_REST=query_rest is not None, KEY_REST=key_rest is not None,
             RANGES=RANGES, **chosen.launch,
         )  # fmt: skip
