@@ -157,9 +157,9 @@ def test_one_pair_has_no_loss(device: str) -> None:
 
 
 def test_norms_of_float16_may_lie_far_apart(device: str) -> None:
-    """Rows of 1e-5 and of 1e3, and one of zeros: no product with an inverse norm leaves float16."""
+    """Rows of 1e-4 and of 1e3, and one of zeros: no product with an inverse norm leaves float16."""
     generator = torch.Generator().manual_seed(3)
-    sizes = 10 ** (8 * torch.rand(48, 1, generator=generator) - 5)
+    sizes = 10 ** (7 * torch.rand(48, 1, generator=generator) - 4)
     rows = [torch.randn(48, 64, generator=generator) * each for each in (sizes, sizes.flip(0))]
     rows[0][5], rows[1][7] = 0, 0
     query, key = (x.to(device, HALF).requires_grad_() for x in rows)
@@ -168,8 +168,8 @@ def test_norms_of_float16_may_lie_far_apart(device: str) -> None:
     exact = reference.mixup_info_nce(*wide, 5.0)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     for mine, right in zip(torch.autograd.grad(loss, (query, key)), torch.autograd.grad(exact, wide), strict=True):
-        assert mine.isfinite().all()
-        seen = right.abs().amax(1) < 1e4  # the gradient of the shortest rows is beyond float16
+        seen = right.abs().amax(1) < 6e4  # the gradient of a row of zeros is beyond float16
+        assert seen.sum() == 47
         unit = 2.0**-9 * right.abs().amax(1, keepdim=True) + 2.0**-23
         assert ((mine.double() - right).abs() <= unit)[seen].all()
 
@@ -283,13 +283,13 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("dtype", "rows"), [(HALF, 500), (FULL, 1100)])
+@pytest.mark.parametrize(("dtype", "rows"), [(HALF, 500), (FULL, 600)])
 def test_no_logits_are_kept(dtype: torch.dtype, rows: int, device: str) -> None:
     query, key = (torch.randn(rows, 8, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
     with Largest() as largest:
         loss = mixup_info_nce(query, key, 5.0, implementation="triton")
         torch.autograd.grad(loss, (query, key))
-    assert largest.elements <= (32 if dtype == HALF else 512) * rows
+    assert largest.elements <= (32 if dtype == HALF else 512) * rows < rows * rows
 
 
 def test_compiles_without_a_break(device: str) -> None:
