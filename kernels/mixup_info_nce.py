@@ -175,7 +175,8 @@ def _merge_parts(highs: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
         return highs[0], totals[0]
     high, total = torch.empty_like(highs[0]), torch.empty_like(totals[0])
     chosen = configuration(OP, "merge", "all", architecture_of(highs))
-    _merge[(triton.cdiv(count, chosen.blocks["BLOCK_N"]),)](highs, totals, high, total, parts, count, **chosen.launch)
+    grid = (triton.cdiv(count, chosen.blocks["BLOCK_N"]),)
+    _merge[grid](highs, totals, high, total, parts, count, **EXACT, **chosen.launch)
     return high, total
 
 
@@ -253,5 +254,5 @@ def compilations() -> list[Compilation]:
             name = f"statistics_{element}_{size}{'_partner' if partner else ''}"
             found.append(compilation(name, _statistics, flags, chosen, "query key", element, products=True))
     for name, kernel in (("merge", _merge), ("partner_sums", _partner_sums)):
-        found.append(compilation(name, kernel, {}, configuration(OP, name, "all", 80)))
+        found.append(compilation(name, kernel, {}, configuration(OP, name, "all", 80), exact=name == "merge"))
     return found

@@ -176,7 +176,7 @@ _INTEGERS = {
 
 def compilation(
     name: str, kernel: Any, constexprs: dict[str, Any], chosen: Configuration, elements: str = "",
-    element: str = "fp32", *, products: bool = False,
+    element: str = "fp32", *, products: bool = False, exact: bool = False,
 ) -> Compilation:  # fmt: skip
     """As a launch would specialise it: dense rows whose width is a multiple of 16. `elements` are the pointers to
     elements of the inputs' dtype; all others but partners are float32."""
@@ -190,7 +190,7 @@ def compilation(
         elif argument not in known:
             other = "*i64" if argument == "partner" else "*fp32"
             signature[argument] = f"*{element}" if argument in elements.split() else other
-    options = {**chosen.options, **EXACT} if products else chosen.options
+    options = {**chosen.options, **EXACT} if products or exact else chosen.options
     return Compilation(f"{OP}_{name}", kernel, signature, known, divisible, options, tensor_cores=products)
 
 
