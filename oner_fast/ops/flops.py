@@ -73,13 +73,14 @@ def register() -> None:
 
 
 def _register_with(counter: ModuleType) -> None:
+    libraries = (torch.ops.oner_fast, torch.ops.oner_fast_triton, torch.ops.oner_fast_triton_atomic)
     for name, formula in (
         ("varlen_attention", _varlen_attention),
         ("varlen_attention_backward", _varlen_attention_backward),
         ("mixup_info_nce_statistics", _mixup_info_nce_statistics),
         ("mixup_info_nce_backward", _mixup_info_nce_backward),
     ):
-        raw_ops = [getattr(library, name) for library in (torch.ops.oner_fast, torch.ops.oner_fast_triton)]
+        raw_ops = [getattr(library, name) for library in libraries]
         counter.register_flop_formula(raw_ops, get_raw=True)(formula)
 
 

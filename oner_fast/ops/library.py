@@ -1,9 +1,10 @@
 """The torch.library behind the ops: schemas are defined in Python, so an op exists even where nothing was compiled.
 
-Two libraries hold the same schemas: `oner_fast` what the C++ extension compiles (for the CPU, and with CUDA C++ for
-GPUs), `oner_fast_triton` what Triton compiles. So one autograd.Function serves them all, and a GPU's kernels can be
-asked for by name on the CPU, where Triton's interpreter or an emulated GPU runs them. The implementation "cuda" takes
-each raw op from the first where that has a CUDA kernel for it, and from the second otherwise.
+Three libraries hold the same schemas: `oner_fast` what the C++ extension compiles (for the CPU, and with CUDA C++ for
+GPUs), `oner_fast_triton` what Triton compiles, and `oner_fast_triton_atomic` the same with kernels that add in no fixed
+order. So one autograd.Function serves them all, and a GPU's kernels can be asked for by name on the CPU, where Triton's
+interpreter or an emulated GPU runs them. The implementation "cuda" takes each raw op from the first where that has a
+CUDA kernel for it, and from the second otherwise.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from oner_fast import _extension
 
 _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
+_ATOMIC = torch.library.Library("oner_fast_triton_atomic", "DEF")
 _COMPILED.define("cpu_capability() -> str")
 _names: list[str] = []  # of the raw ops that are in both
 _cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
@@ -35,7 +37,7 @@ def _constant(function: Function) -> Function:
     return function
 
 
-def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape]:
+def define(schema: str, *, triton: str | None = None, atomic: str | None = None) -> Callable[[Shape], Shape]:
     """Define the raw op `schema`; the decorated function is its fake implementation: shapes and dtypes of the results.
 
     Raw ops are private: they check no more than memory safety asks for and carry no gradient. The public function of
@@ -44,19 +46,21 @@ def define(schema: str, *, triton: str | None = None) -> Callable[[Shape], Shape
     Args:
         triton: "module.function" under `oner_fast.kernels` that launches its Triton kernels, with the schema's
             arguments; imported at the first call, since importing Triton takes a while.
+        atomic: the same of one that adds in no fixed order; `triton` where there is none.
     """
     name = schema.split("(", 1)[0]
 
     def wrap(fake: Shape) -> Shape:
-        for library in (_COMPILED, _TRITON) if triton else (_COMPILED,):
+        for library in (_COMPILED, _TRITON, _ATOMIC) if triton else (_COMPILED,):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         if triton:
             _names.append(name)
-            module, function = triton.rsplit(".", 1)
-            launcher = _Launcher(f"oner_fast.kernels.{module}", function)
-            for key in ("CPU", "CUDA"):
-                _TRITON.impl(name, launcher, key)
+            for library, path in ((_TRITON, triton), (_ATOMIC, atomic or triton)):
+                module, function = path.rsplit(".", 1)
+                launcher = _Launcher(f"oner_fast.kernels.{module}", function)
+                for key in ("CPU", "CUDA"):
+                    library.impl(name, launcher, key)
         return fake
 
     return wrap
@@ -76,9 +80,11 @@ class _Launcher:
 
 
 def raw_ops(backend: str) -> Any:
-    """The raw ops of the implementation `backend`: "cpp", "cuda" or "triton"."""
+    """The raw ops of the implementation `backend`: "cpp", "cuda", "triton" or "triton_atomic"."""
     if backend == "cuda":
         return _cuda
+    if backend == "triton_atomic":
+        return torch.ops.oner_fast_triton_atomic
     return torch.ops.oner_fast_triton if backend == "triton" else torch.ops.oner_fast
 
 

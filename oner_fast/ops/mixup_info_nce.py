@@ -61,6 +61,7 @@ def _statistics_shape(
     "Tensor row_weight, Tensor? column_max, Tensor? column_weight, Tensor own_weight, Tensor? partner_weight, "
     "bool need_key) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton="mixup_info_nce.backward",
+    atomic="mixup_info_nce.backward_with_atomics",
 )
 def _backward_shape(
     query: Tensor,
@@ -308,9 +309,29 @@ register(
     "mixup_info_nce", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=40, compiled=True,
     reasons=why_not_cuda("mixup_info_nce_statistics", half_alone=True),
 )  # fmt: skip
+
+
+def _why_not_triton(device: str, **facts: Any) -> list[str]:
+    found = why_not_triton(device, **facts)
+    if facts.get("dtype") == torch.float64:
+        found.append("the Triton kernels have float32 statistics and no float64 products")
+    return found
+
+
+def _why_not_atomic(device: str, **facts: Any) -> list[str]:
+    found = _why_not_triton(device, **facts)
+    if torch.are_deterministic_algorithms_enabled():
+        found.append("it adds atomically, in no fixed order, and torch.use_deterministic_algorithms(True) is set")
+    return found
+
+
 register(
     "mixup_info_nce", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
-    reasons=why_not_triton,
+    reasons=_why_not_triton,
+)  # fmt: skip
+register(
+    "mixup_info_nce", "triton_atomic", partial(_compiled, "triton_atomic"), devices=("cuda",), on_request=("cpu",),
+    preference=-1, reasons=_why_not_atomic,
 )  # fmt: skip
 
 

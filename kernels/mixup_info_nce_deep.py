@@ -1,0 +1,176 @@
+"""mixup_info_nce backward of rows too wide for a program to keep their sums: G is kept for a chunk of query rows.
+
+A chunk has R = max(512, 2 D) rows, so that G (R x N, in the inputs' dtype) is at most twice the keys, or 512 N. Chunks
+follow each other, and the keys' sums take them in order: deterministic, with four products of 2 M N D with forward's.
+
+| kernel | FLOPs over all chunks | reads | writes |
+|---|---|---|---|
+| `_tiles` | 2 M N D | e (M D + N D) for each chunk | e M N |
+| `_multiply`, queries' sums | 2 M N D | e M N, and the unit keys for each chunk | 4 M D |
+| `_multiply`, keys' sums | 2 M N D | e M N, e M D, and 4 N D for each chunk | 4 N D for each chunk |
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
+from oner_fast.kernels.mixup_info_nce_rows import Gradients, Side, size_class
+from oner_fast.kernels.mixup_info_nce_tiles import (
+    EXACT,
+    OP,
+    RANGES,
+    WIDEST,
+    Weights,
+    binary,
+    columns_in,
+    columns_of,
+    compilation,
+    kind_of,
+    logits,
+    places_of,
+    precision_of,
+    products,
+    range_factor,
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])
+def _tiles(
+    query, query_stride, query_rest, row_max, row_weight, key, key_stride, key_rest, column_max, column_weight,
+    own_weight, partner, partner_weight, logit_scale, ranges, out, first_row, last_row, columns, width, first_pair,
+    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, COLUMNS: tl.constexpr, PARTNER: tl.constexpr,
+    RANGED: tl.constexpr, RANGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """G of rows from first_row to last_row: [BLOCK_M, BLOCK_N] of it."""
+    row_tile, column_tile = first_row + tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    row, column = row_tile + tl.arange(0, BLOCK_M), column_tile + tl.arange(0, BLOCK_N)
+    row_here, column_here = row < last_row, column < columns
+    q_at = places_of(query, query_stride, row_tile, last_row, BLOCK_M, BLOCK_K)
+    k_at = places_of(key, key_stride, column_tile, columns, BLOCK_N, BLOCK_K)
+    q = columns_of(q_at, width, EVEN, BLOCK_K) if WHOLE else q_at
+    k = columns_of(k_at, width, EVEN, BLOCK_K) if WHOLE else k_at
+    product = products(q, q_at, k, k_at, width, WHOLE, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    row_factor = tl.full([BLOCK_M], tl.load(logit_scale).to(tl.float32), tl.float32)
+    if QUERY_REST:
+        row_factor *= tl.load(query_rest + row, mask=row_here, other=0.0)
+    column_factor = tl.load(key_rest + column, mask=column_here, other=0.0) if KEY_REST else column
+    powers = binary(logits(product, row_factor[:, None], column_factor[None, :], KEY_REST))
+
+    base = binary(tl.load(row_max + row, mask=row_here, other=0.0))
+    weight = tl.load(row_weight + row, mask=row_here, other=0.0)
+    gradient = tl.exp2(powers - base[:, None]) * weight[:, None]
+    if COLUMNS:
+        base = binary(tl.load(column_max + column, mask=column_here, other=0.0))
+        weight = tl.load(column_weight + column, mask=column_here, other=0.0)
+        gradient += tl.exp2(powers - base[None, :]) * weight[None, :]
+    own = tl.load(own_weight + row, mask=row_here, other=0.0)
+    gradient = tl.where((row + first_pair)[:, None] == column[None, :], gradient - own[:, None], gradient)
+    if PARTNER:
+        target = columns_in(tl.load(partner + row, mask=row_here, other=-1), columns)
+        shared = tl.load(partner_weight + row, mask=row_here, other=0.0)
+        gradient = tl.where(target[:, None] == column[None, :], gradient - shared[:, None], gradient)
+    if RANGED:
+        gradient *= range_factor(ranges, 2, RANGES)
+    at = out + (row - first_row).to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(at, gradient.to(out.dtype.element_ty), mask=row_here[:, None] & column_here[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "depth"])
+def _multiply(
+    a, a_stride, b, out, rows, depth, width,
+    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (rows, width) = or += A B with A (rows, depth), or its transpose (depth, rows) at `a`; B (depth, width)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_here, column_here = row < rows, column < width
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, depth, BLOCK_K):
+        step = first + tl.arange(0, BLOCK_K)
+        here = step < depth
+        if TRANSPOSED:
+            a_at = a + step.to(tl.int64)[:, None] * a_stride + row[None, :]
+            left = tl.trans(tl.load(a_at, mask=here[:, None] & row_here[None, :], other=0.0))
+        else:
+            a_at = a + row.to(tl.int64)[:, None] * a_stride + step[None, :]
+            left = tl.load(a_at, mask=row_here[:, None] & here[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        b_at = b + step.to(tl.int64)[:, None] * width + column[None, :]
+        right = tl.load(b_at, mask=here[:, None] & column_here[None, :], other=0.0)
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
+    at = out + row.to(tl.int64)[:, None] * width + column[None, :]
+    mask = row_here[:, None] & column_here[None, :]
+    if ADD:
+        sums += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, sums, mask=mask)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, transposed: bool, add: bool) -> None:
+    rows, width = out.shape
+    chosen = configuration(OP, "multiply", kind_of(b.dtype), architecture_of(b))
+    _multiply[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), triton.cdiv(width, chosen.blocks["BLOCK_N"]))](
+        a, a.stride(0), b, out, rows, b.shape[0], width, TRANSPOSED=transposed, ADD=add, PRECISION=precision_of(b),
+        **EXACT, **chosen.launch,
+    )  # fmt: skip
+
+
+def launch(
+    query: Side, key: Side, logit_scale: Tensor, weights: Weights, to_query: Gradients, to_key: Gradients, dot: Tensor
+) -> None:
+    (q, q_rest), (k, k_rest) = query.operand(), key.operand()
+    (rows, width), columns, device = q.shape, k.shape[0], q.device
+    q_unit = q if q_rest is None else query.unit_rows().contiguous()
+    k_unit = k.contiguous() if k_rest is None else key.unit_rows()
+    chunk = min(rows, max(512, 2 * width))
+    gradient = torch.empty(chunk, columns, dtype=q.dtype, device=device)
+    query_sums = torch.empty(rows, width, dtype=torch.float32, device=device)
+    key_sums = torch.empty((columns, width) if to_key.x.numel() else (0, width), dtype=torch.float32, device=device)
+    ranges = weights.ranges(None, None, columns) if q.dtype == torch.float16 else None
+    kind = kind_of(q.dtype)
+    size = size_class(width, WIDEST[kind])
+    chosen = configuration(OP, "statistics", f"{kind} {size}", architecture_of(q))
+
+    def given(x: Tensor | None) -> Tensor:
+        return dot if x is None else x
+
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        grid = (triton.cdiv(last - first, chosen.blocks["BLOCK_M"]), triton.cdiv(columns, chosen.blocks["BLOCK_N"]))
+        _tiles[grid](
+            q, q.stride(0), given(q_rest), weights.row_max, weights.row_weight, k, k.stride(0), given(k_rest),
+            given(weights.column_max), given(weights.column_weight), weights.own_weight, given(weights.partner),
+            given(weights.partner_weight), logit_scale, given(ranges), gradient, first, last, columns, width,
+            weights.first_pair,
+            QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, COLUMNS=weights.column_max is not None,
+            PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, WHOLE=size != "deep",
+            EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **EXACT, **chosen.launch,
+        )  # fmt: skip
+        multiply(gradient, k_unit, query_sums[first:last], transposed=False, add=False)
+        if to_key.x.numel():
+            multiply(gradient, q_unit[first:last], key_sums, transposed=True, add=first > 0)
+    to_query.finish(query, query_sums, logit_scale, ranges, dot)
+    if to_key.x.numel():
+        to_key.finish(key, key_sums, logit_scale, ranges, None)
+
+
+def compilations() -> list[Compilation]:
+    found = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        element, kind, precision = triton_type(dtype), kind_of(dtype), precision_of(torch.empty(0, dtype=dtype))
+        flags = {
+            "QUERY_REST": True, "KEY_REST": True, "COLUMNS": True, "PARTNER": True, "RANGED": dtype == torch.float16,
+            "RANGES": RANGES, "WHOLE": False, "EVEN": True, "PRECISION": precision,
+        }  # fmt: skip
+        chosen = configuration(OP, "statistics", f"{kind} deep", 80)
+        found.append(compilation(f"tiles_{element}", _tiles, flags, chosen, "query key out", element, products=True))
+        for transposed in (False, True):
+            flags = {"TRANSPOSED": transposed, "ADD": transposed, "PRECISION": precision}
+            name = f"multiply_{element}{'_transposed' if transposed else ''}"
+            chosen = configuration(OP, "multiply", kind, 80)
+            found.append(compilation(name, _multiply, flags, chosen, "a b", element, products=True))
+    return found

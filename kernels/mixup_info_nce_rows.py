@@ -1,0 +1,280 @@
+"""mixup_info_nce's operands: rows mixed from two, their norms, and the way back through the normalisation.
+
+Rows that are not mixed enter the products as they are, and their inverse norms are applied to the logits: nothing is
+copied. Mixed rows are mixed in float32, normalised and rounded once to a buffer (N, D) in the inputs' dtype. It is read
+back by every stripe of tiles; mixing in those loads instead would read both sources, twice the bytes, each time.
+
+| kernel | FLOPs | reads | writes |
+|---|---|---|---|
+| `_inverse_norms` | 2 N D (5 N D mixed) | x (and other) once | 4 N |
+| `_unit_rows` (mixed rows alone) | 4 N D | x, other once | x once |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
+from oner_fast.kernels.mixup_info_nce_tiles import OP, RANGES, compilation, range_factor
+
+
+@dataclass(frozen=True)
+class Side:
+    """Query or key, of dense rows: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i)."""
+
+    x: Tensor
+    other: Tensor | None
+    mix: Tensor | None
+    inverse_norm: Tensor | None
+
+    @staticmethod
+    def of(x: Tensor, other: Tensor | None, mix: Tensor | None, inverse_norm: Tensor | None) -> Side:
+        if other is None:
+            return Side(dense_rows(x), None, None, inverse_norm)
+        assert mix is not None
+        return Side(dense_rows(x), dense_rows(other), mix.float().contiguous(), inverse_norm)
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """x, its stride, other, its stride and mix, as kernels take them."""
+        if self.other is None:
+            return self.x, self.x.stride(0), self.x, 0, self.x
+        return self.x, self.x.stride(0), self.other, self.other.stride(0), self.mix
+
+    @property
+    def flags(self) -> dict[str, bool]:
+        return {"MIXED": self.other is not None, "MIX_EACH": self.mix is not None and self.mix.dim() == 1}
+
+    def operand(self) -> tuple[Tensor, Tensor | None]:
+        """(N, D) for products, and what makes unit vectors of its rows; None: they are unit vectors."""
+        return (self.x, self.inverse_norm) if self.other is None else (self.unit_rows(), None)
+
+    def unit_rows(self) -> Tensor:
+        """(N, D) unit vectors in the inputs' dtype."""
+        if self.inverse_norm is None:
+            return self.x
+        rows, width = self.x.shape
+        out = torch.empty_like(self.x, memory_format=torch.contiguous_format)
+        blocks = row_configuration("rows", width, self.x)
+        _unit_rows[(triton.cdiv(rows, blocks.blocks["BLOCK_M"]), triton.cdiv(width, blocks.blocks["BLOCK_D"]))](
+            *self.sources, self.inverse_norm, out, rows, width, **self.flags, **blocks.launch
+        )
+        return out
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x itself where its rows are dense; else a copy."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def size_class(width: int, largest: int) -> str:
+    """The power of two that holds a row, from 64 on; "deep" beyond the largest that a kernel holds at once."""
+    size = max(64, triton.next_power_of_2(width))
+    return str(size) if size <= largest else "deep"
+
+
+def row_configuration(kernel: str, width: int, x: Tensor) -> Configuration:
+    return configuration(OP, kernel, size_class(width, 256), architecture_of(x))
+
+
+@triton.jit
+def mixed_rows(
+    x, x_stride, other, other_stride, mix, row, here, column, width,
+    MIXED: tl.constexpr, MIX_EACH: tl.constexpr,
+):  # fmt: skip
+    """(1 - mix) x + mix other in float32, other - x where it is needed, and the mix of each row."""
+    mask = here[:, None] & (column < width)[None, :]
+    at = row.to(tl.int64)[:, None]
+    mixed = tl.load(x + at * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+    difference = mixed
+    share = tl.zeros([row.shape[0]], tl.float32)
+    if MIXED:
+        second = tl.load(other + at * other_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if MIX_EACH:
+            share = tl.load(mix + row, mask=here, other=0.0)
+        else:
+            share += tl.load(mix)
+        difference = second - mixed
+        mixed = (1 - share)[:, None] * mixed + share[:, None] * second
+    return mixed, difference, share
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _inverse_norms(
+    x, x_stride, other, other_stride, mix, out, rows, width,
+    MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = row < rows
+    squares = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, width, BLOCK_D):
+        column = first + tl.arange(0, BLOCK_D)
+        mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
+        squares += mixed * mixed
+    norm = tl.sqrt_rn(tl.sum(squares, 1))
+    tl.store(out + row, tl.div_rn(1.0, tl.where(norm < 1e-12, 1e-12, norm)), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _unit_rows(
+    x, x_stride, other, other_stride, mix, inverse_norm, out, rows, width,
+    MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = row < rows
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
+    unit = mixed * tl.load(inverse_norm + row, mask=here, other=0.0)[:, None]
+    at = out + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(at, unit.to(out.dtype.element_ty), mask=here[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def along_rows(
+    u, x, x_stride, other, other_stride, mix, row, here, first, width,
+    MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """<mixed row, u> of the BLOCK columns from `first` on, which u [BLOCK_M, BLOCK] holds: [BLOCK_M]."""
+    column = first + tl.arange(0, BLOCK)
+    mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
+    return tl.sum(u * mixed, 1)
+
+
+@triton.jit
+def store_gradient(
+    u, along, factor, x, x_stride, other, other_stride, mix, to_x, to_other, row, here, first, width,
+    UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """factor * (u - along * mixed row) is the gradient with respect to the mixed rows: from it those of x and other,
+    and what these columns add to that of mix. UNIT: the rows are unit vectors and have no norm."""
+    column = first + tl.arange(0, BLOCK)
+    mask = here[:, None] & (column < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    to_mix = along
+    if UNIT:
+        gradient = factor[:, None] * u
+    else:
+        mixed, difference, share = mixed_rows(
+            x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH
+        )
+        gradient = factor[:, None] * (u - along[:, None] * mixed)
+        if MIXED:
+            to_mix = tl.sum(gradient * difference, 1)
+            tl.store(to_other + at, (share[:, None] * gradient).to(to_other.dtype.element_ty), mask=mask)
+            gradient = (1 - share)[:, None] * gradient
+    tl.store(to_x + at, gradient.to(to_x.dtype.element_ty), mask=mask)
+    return to_mix
+
+
+@triton.jit
+def norm_factors(along, scale, inverse_norm, dot, row, here, UNIT: tl.constexpr, DOT: tl.constexpr):
+    """From <mixed row, u> of whole rows: the `along` and `factor` of store_gradient. Stores <unit vector, u>."""
+    factor = tl.zeros_like(along) + scale
+    if not UNIT:
+        inverse = tl.load(inverse_norm + row, mask=here, other=0.0)
+        along = along * inverse
+        if DOT:
+            tl.store(dot + row, along, mask=here)
+        # A row shorter than 1e-12 is divided by a constant: nothing to project out.
+        along = tl.where(inverse >= 1e12, 0.0, along * inverse)
+        factor = factor * inverse
+    return along, factor
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _finish(
+    sums, ranges, logit_scale, x, x_stride, other, other_stride, mix, inverse_norm, to_x, to_other, to_mix, dot, rows,
+    width,
+    RANGED: tl.constexpr, KIND: tl.constexpr, RANGES: tl.constexpr, UNIT: tl.constexpr, DOT: tl.constexpr,
+    MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    u = tl.load(sums + row.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
+    if RANGED:
+        u = u / range_factor(ranges, KIND, RANGES)
+    scale = tl.load(logit_scale).to(tl.float32)
+    here = row < rows
+    along = tl.zeros([BLOCK_M], tl.float32)
+    if not UNIT:
+        along = along_rows(u, x, x_stride, other, other_stride, mix, row, here, 0, width, MIXED, MIX_EACH, BLOCK_D)
+    along, factor = norm_factors(along, scale, inverse_norm, dot, row, here, UNIT, DOT)
+    mixes = store_gradient(
+        u, along, factor, x, x_stride, other, other_stride, mix, to_x, to_other, row, here, 0, width, UNIT, MIXED,
+        MIX_EACH, BLOCK_D,
+    )  # fmt: skip
+    if MIXED:
+        tl.store(to_mix + row, mixes, mask=here)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of a side's x, other and mix; empty where it has none."""
+
+    x: Tensor
+    other: Tensor
+    mix: Tensor
+
+    @staticmethod
+    def of(side: Side, needed: bool) -> Gradients:
+        """Of unit vectors that have no norm they are the float32 sums."""
+        x, mixed, wide = side.x, needed and side.other is not None, torch.float32
+        dtype = wide if side.inverse_norm is None or not needed else x.dtype
+        return Gradients(
+            torch.empty(x.shape if needed else (0,), dtype=dtype, device=x.device),
+            torch.empty(x.shape if mixed else (0,), dtype=dtype, device=x.device),
+            torch.empty(x.shape[0] if mixed else 0, dtype=wide, device=x.device),
+        )
+
+    def finish(self, side: Side, sums: Tensor, logit_scale: Tensor, ranges: Tensor | None, dot: Tensor | None) -> None:
+        """From sums (N, D), which `ranges` has multiplied by the factor for queries' inverse norms."""
+        rows, width = side.x.shape
+        chosen = configuration(OP, "finish", size_class(width, 1024), architecture_of(sums))
+        _finish[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]),)](
+            sums, sums if ranges is None else ranges, logit_scale, *side.sources,
+            sums if side.inverse_norm is None else side.inverse_norm, self.x, self.other, self.mix,
+            sums if dot is None else dot, rows, width,
+            RANGED=ranges is not None, KIND=2, RANGES=RANGES, UNIT=side.inverse_norm is None, DOT=dot is not None,
+            **side.flags, BLOCK_D=max(64, triton.next_power_of_2(width)), **chosen.launch,
+        )  # fmt: skip
+
+
+def inverse_norms(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
+    side = Side.of(x, other, mix, None)
+    rows, width = x.shape
+    out = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        blocks = row_configuration("rows", width, x)
+        _inverse_norms[(triton.cdiv(rows, blocks.blocks["BLOCK_M"]),)](
+            *side.sources, out, rows, width, **side.flags, **blocks.launch
+        )
+    return out
+
+
+def compilations() -> list[Compilation]:
+    found = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        element = triton_type(dtype)
+        for width in ("64", "128", "256"):
+            for mixed in (False, True):
+                name = f"{element}_{width}{'_mixed' if mixed else ''}"
+                flags, chosen = {"MIXED": mixed, "MIX_EACH": mixed}, configuration(OP, "rows", width, 80)
+                found.append(compilation(f"inverse_norms_{name}", _inverse_norms, flags, chosen, "x other", element))
+                found.append(compilation(f"unit_rows_{name}", _unit_rows, flags, chosen, "x other out", element))
+        for width in (64, 256, 1024, 2048):
+            flags = {
+                "RANGED": dtype == torch.float16, "KIND": 2, "RANGES": RANGES, "UNIT": False, "DOT": True,
+                "MIXED": True, "MIX_EACH": True, "BLOCK_D": width,
+            }  # fmt: skip
+            chosen = configuration(OP, "finish", size_class(width, 1024), 80)
+            found.append(
+                compilation(f"finish_{element}_{width}", _finish, flags, chosen, "x other to_x to_other", element)
+            )
+    return found

@@ -1,0 +1,336 @@
+"""The Triton kernels of mixup_info_nce against the float64 definition, at sizes around their blocks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from oner_fast.ops import mixup_info_nce, reference
+
+raw = torch.ops.oner_fast_triton
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    width: int
+    dtype: torch.dtype
+    others: str = ""  # "q", "k": which sides are mixed
+    mix: str = "scalar"
+    partner: bool = False
+    symmetric: bool = True
+    scale: float = 14.0
+
+    def __str__(self) -> str:
+        options = [
+            self.others and f"{self.others}_{self.mix}",
+            self.partner and "partner",
+            not self.symmetric and "rows",
+        ]
+        return "-".join([f"{self.rows}x{self.width}", str(self.dtype)[6:], *(x for x in options if x)])
+
+    def arguments(self, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What may ask for a gradient, and the rest."""
+        generator = torch.Generator().manual_seed(self.rows * 1000 + self.width)
+
+        def numbers() -> Tensor:
+            return torch.randn(self.rows, self.width, generator=generator)
+
+        query = numbers()
+        leaves = {"query": query, "key": query + 2 * numbers()}
+        if "q" in self.others:
+            leaves["query_other"] = numbers()
+        if "k" in self.others:
+            leaves["key_other"] = query + numbers()
+        leaves = {name: x.to(device, self.dtype) for name, x in leaves.items()}
+        options: dict[str, Any] = {"symmetric": self.symmetric}
+        if self.mix == "each":
+            leaves["mix"] = torch.rand(self.rows, generator=generator).to(device)
+        elif self.others:
+            options["mix"] = 0.3
+        if self.partner:
+            options["partner"] = torch.randint(self.rows, (self.rows,), generator=generator)
+            options["partner"][: self.rows // 4] = self.rows - 1  # repeats, and columns that nobody points at
+            weight = torch.rand(self.rows, generator=generator)
+            options["partner_weight"] = torch.where(weight < 0.2, 1.0, weight)
+            options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        leaves["logit_scale"] = torch.tensor(self.scale, device=device)
+        return {name: x.requires_grad_() for name, x in leaves.items()}, options
+
+
+def plain(
+    query: Tensor, key: Tensor, logit_scale: Tensor, symmetric: bool, query_other: Tensor | None = None,
+    key_other: Tensor | None = None, mix: Tensor | float = 0.5, partner: Tensor | None = None,
+    partner_weight: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What anybody writes, in the inputs' dtype, with N x N targets."""
+    dtype, rows = query.dtype, torch.arange(query.shape[0], device=query.device)
+    share = mix.to(dtype).unsqueeze(1) if isinstance(mix, Tensor) else mix
+    q = query if query_other is None else (1 - share) * query + share * query_other
+    k = key if key_other is None else (1 - share) * key + share * key_other
+    logits = logit_scale.to(dtype) * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T
+    target = torch.zeros_like(logits, dtype=torch.float64)
+    weight = torch.zeros_like(target[0]) if partner is None else partner_weight.double()
+    target[rows, rows] += 1 - weight
+    if partner is not None:
+        target[rows, partner] += weight
+    loss = -(target.to(dtype) * logits.log_softmax(1)).sum() / len(rows)
+    if not symmetric:
+        return loss
+    mass = target.sum(0)
+    target = (target / torch.where(mass == 0, 1.0, mass)).to(dtype)
+    return (loss - (target * logits.log_softmax(0)).sum() / len(rows)) / 2
+
+
+HALF, WIDE, FULL = torch.float16, torch.bfloat16, torch.float32
+CASES = [
+    Case(64, 64, HALF),
+    Case(129, 40, HALF, partner=True),
+    Case(100, 64, WIDE, others="qk", mix="each", partner=True),
+    Case(70, 100, WIDE, others="k", symmetric=False),
+    Case(65, 200, WIDE),
+    Case(66, 264, HALF, others="q", mix="each", scale=100.0),
+    Case(67, 33, FULL, scale=100.0),
+    Case(130, 64, FULL, others="qk", mix="each", partner=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_error_against_float64_is_near_that_of_plain_pytorch(case: Case, device: str) -> None:
+    leaves, options = case.arguments(device)
+    ours = mixup_info_nce(**leaves, **options, implementation="triton")
+    assert ours.shape == () and ours.dtype == torch.float32
+    wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    exact = reference.mixup_info_nce(**wide, **options)
+    theirs = plain(**leaves, **options)
+    step = torch.finfo(case.dtype).eps
+    # A single number of plain PyTorch may be right by chance; mixed rows are rounded once more.
+    rounded = 0.25 * step * case.scale if case.others and case.dtype != FULL else 0.0
+    bound = 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps * (1 + abs(exact)) * 2 + rounded
+    assert abs(ours.double() - exact) <= bound
+    mine = torch.autograd.grad(ours, list(leaves.values()))
+    plains = torch.autograd.grad(theirs, list(leaves.values()))
+    rights = torch.autograd.grad(exact, list(wide.values()))
+    for name, one, other, right in zip(leaves, mine, plains, rights, strict=True):
+        assert one.dtype == leaves[name].dtype and one.shape == right.shape
+        unit = step * right.abs().max() * (1 if right.ndim > 1 else 16)
+        error = (one.double() - right).abs().max()
+        assert error <= 3 * (other.double() - right).abs().max() + unit, name
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_what_is_settled_has_no_loss_and_no_gradient_at_all(dtype: torch.dtype, device: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    unit = torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
+    query = (unit * torch.rand(40, 1, generator=generator) * 3).to(device, dtype).requires_grad_()
+    key = unit.to(device, dtype).requires_grad_()
+    loss = mixup_info_nce(query, key, 1e4, implementation="triton")
+    assert loss.item() == 0.0
+    for gradient in torch.autograd.grad(loss, (query, key)):
+        assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("dtype", [HALF, WIDE, FULL])
+def test_scale_100_is_exact_where_all_is_wrong(dtype: torch.dtype, device: str) -> None:
+    """Every pair is opposite, every other pair equal: logits of -100 and 100, where exp overflows in float32."""
+    query = torch.zeros(4, 2, dtype=dtype, device=device)
+    query[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    key = -query
+    query.requires_grad_()
+    loss = mixup_info_nce(query, key, 100.0, implementation="triton")
+    torch.testing.assert_close(loss.cpu(), torch.tensor(200 + math.log(2)), rtol=1e-6, atol=0)
+    assert torch.autograd.grad(loss, query)[0].isfinite().all()
+
+
+def test_one_pair_has_no_loss(device: str) -> None:
+    query, key = (torch.randn(1, 8, dtype=WIDE, device=device, requires_grad=True) for _ in range(2))
+    loss = mixup_info_nce(query, key, 7.0, implementation="triton")
+    assert loss.item() == 0.0
+    assert all(x.count_nonzero() == 0 for x in torch.autograd.grad(loss, (query, key)))
+
+
+def test_norms_of_float16_may_lie_far_apart(device: str) -> None:
+    """Rows of 1e-4 and of 1e3, and one of zeros: no product with an inverse norm leaves float16."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = 10 ** (7 * torch.rand(48, 1, generator=generator) - 4)
+    rows = [torch.randn(48, 64, generator=generator) * each for each in (sizes, sizes.flip(0))]
+    rows[0][5], rows[1][7] = 0, 0
+    query, key = (x.to(device, HALF).requires_grad_() for x in rows)
+    loss = mixup_info_nce(query, key, 5.0, implementation="triton")
+    wide = [x.detach().double().requires_grad_() for x in (query, key)]
+    exact = reference.mixup_info_nce(*wide, 5.0)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    for mine, right in zip(torch.autograd.grad(loss, (query, key)), torch.autograd.grad(exact, wide), strict=True):
+        seen = right.abs().amax(1) < 6e4  # the gradient of a row of zeros is beyond float16
+        assert seen.sum() == 47
+        unit = 2.0**-9 * right.abs().amax(1, keepdim=True) + 2.0**-23
+        assert ((mine.double() - right).abs() <= unit)[seen].all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_shows(bad: float, device: str) -> None:
+    query = torch.randn(3, 4, dtype=WIDE, device=device)
+    query[2, 1] = bad
+    assert not mixup_info_nce(query, torch.ones_like(query), 1.0, implementation="triton").isfinite()
+
+
+def dense(
+    query: Tensor, key: Tensor, scale: float, partner: Tensor, first_pair: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits in float64, their own and partner columns as N x M masks, and what the rows have there."""
+    logits = scale * F.normalize(query.double(), dim=1) @ key.double().T
+    columns = torch.arange(key.shape[0], device=key.device)
+    own = columns == torch.arange(query.shape[0], device=key.device).unsqueeze(1) + first_pair
+    shared = columns == partner.unsqueeze(1)
+    return logits, own, shared, (logits * own).sum(1), (logits * shared).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("first_pair", [-37, 0, 70])
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic: bool, device: str) -> None:
+    """Rows, columns and pairs need not agree: no target where a column lies elsewhere. Keys are unit vectors."""
+    if atomic and (dtype == FULL or first_pair):
+        pytest.skip("the same kernels, or the same masks")
+    ops = torch.ops.oner_fast_triton_atomic if atomic else raw
+    generator = torch.Generator().manual_seed(first_pair + 100)
+    query = torch.randn(70, 48, generator=generator).to(device, dtype)
+    key = F.normalize(torch.randn(101, 48, generator=generator), dim=1).to(device, dtype)
+    partner = torch.randint(-20, 140, (70,), generator=generator).to(device)
+    weights = [torch.rand(n, generator=generator).to(device) / n for n in (70, 101, 70, 70)]
+    scale = torch.tensor(9.0, device=device)
+    norm = ops.mixup_inverse_norms(query, None, None)
+    found = ops.mixup_info_nce_statistics(
+        query, None, None, norm, key, None, None, None, scale, partner, first_pair, True
+    )
+    logits, own, shared, own_logit, shared_logit = dense(query, key, 9.0, partner, first_pair)
+    sums = [(logits - logits.amax(d, keepdim=True)).exp().sum(d) for d in (1, 0)]
+    exact = [logits.amax(1), sums[0], logits.amax(0), sums[1], own_logit, shared_logit]
+    for one, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-5)
+    row_weight, column_weight, own_weight, partner_weight = weights
+    results = ops.mixup_info_nce_backward(
+        query, None, None, norm, key, None, None, None, scale, partner, first_pair, found[0], row_weight, found[2],
+        column_weight, own_weight, partner_weight, True,
+    )  # fmt: skip
+    g = row_weight.unsqueeze(1) * (logits - logits.amax(1, keepdim=True)).exp()
+    g = g + column_weight * (logits - logits.amax(0)).exp()
+    g = g - own * own_weight.unsqueeze(1) - shared * partner_weight.unsqueeze(1)
+    wide = query.double().requires_grad_()
+    (to_query,) = torch.autograd.grad((9.0 * g * (F.normalize(wide, dim=1) @ key.double().T)).sum(), wide)
+    unit = 4 * torch.finfo(dtype).eps
+    assert results[3].dtype == torch.float32
+    exact = [to_query, 9.0 * g.T @ F.normalize(query.double(), dim=1), (g * logits).sum() / 9.0]
+    for one, right in zip((results[0], results[3], results[6]), exact, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=unit, atol=unit * float(right.abs().max()))
+
+
+def test_rows_or_columns_may_be_missing(device: str) -> None:
+    query, scale = torch.randn(5, 8, dtype=WIDE, device=device), torch.tensor(3.0, device=device)
+    norm = raw.mixup_inverse_norms(query, None, None)
+    for q, k in ((query[:0], query), (query, query[:0])):
+        found = raw.mixup_info_nce_statistics(q, None, None, norm[: len(q)], k, None, None, None, scale, None, 0, True)
+        assert [len(x) for x in found] == [len(q), len(q), len(k), len(k), len(q), 0]
+        assert found[0].eq(-math.inf).all() and found[2].eq(-math.inf).all() and not any(found[i].any() for i in (1, 3))
+        rows, columns = torch.zeros(len(q), device=device), torch.zeros(len(k), device=device)
+        results = raw.mixup_info_nce_backward(
+            q, None, None, norm[: len(q)], k, None, None, None, scale, None, 0, rows, rows, columns, columns, rows,
+            None, True,
+        )  # fmt: skip
+        assert results[0].shape == q.shape and results[3].shape == k.shape
+        assert not any(x.any() for x in results)
+
+
+def test_partner_sums_ignore_what_lies_outside(device: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    partner = torch.randint(-30, 170, (150,), generator=generator).to(device)
+    values = torch.rand(150, generator=generator).to(device)
+    inside = (partner >= 0) & (partner < 131)
+    exact = torch.zeros(131, dtype=torch.float64, device=device).index_add(0, partner[inside], values[inside].double())
+    torch.testing.assert_close(raw.mixup_partner_sums(partner, values, 131).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+_FIRST_RUN: dict[str, list[Tensor]] = {}
+
+
+@pytest.mark.parametrize("executor", [{"shuffle": 1}, {"shuffle": 2}], indirect=True, ids=["one", "another"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[7]], ids=str)
+def test_programs_may_run_in_any_order(case: Case, executor: Any, device: str) -> None:
+    leaves, options = case.arguments(device)
+    loss = mixup_info_nce(**leaves, **options, implementation="triton")
+    found = [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+    for one, other in zip(found, _FIRST_RUN.setdefault(str(case), found), strict=True):
+        assert torch.equal(one, other)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that anything makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(HALF, 500), (FULL, 600)])
+def test_no_logits_are_kept(dtype: torch.dtype, rows: int, device: str) -> None:
+    query, key = (torch.randn(rows, 8, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    with Largest() as largest:
+        loss = mixup_info_nce(query, key, 5.0, implementation="triton")
+        torch.autograd.grad(loss, (query, key))
+    assert largest.elements <= (32 if dtype == HALF else 512) * rows < rows * rows
+
+
+def test_compiles_without_a_break(device: str) -> None:
+    case = CASES[1]
+    leaves, options = case.arguments(device)
+
+    def call(leaves: dict[str, Tensor]) -> Tensor:
+        return mixup_info_nce(**leaves, **options, implementation="triton")
+
+    eager = call(leaves)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(leaves)
+    assert torch.equal(compiled, eager)
+    for one, other in zip(*(torch.autograd.grad(x, list(leaves.values())) for x in (eager, compiled)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_atomics_are_right_and_refused_where_order_counts(device: str) -> None:
+    leaves, options = CASES[1].arguments(device)
+    one, other = (mixup_info_nce(**leaves, **options, implementation=x) for x in ("triton", "triton_atomic"))
+    assert torch.equal(one, other)
+    gradients = [torch.autograd.grad(x, list(leaves.values())) for x in (one, other)]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-3 * float(mine.abs().max()))
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="adds atomically, in no fixed order"):
+            mixup_info_nce(**leaves, **options, implementation="triton_atomic")
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_float64_is_refused_with_a_reason(device: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match="no float64 products"):
+        mixup_info_nce(x, x, 1.0, implementation="triton")
+    assert mixup_info_nce(x, x, 1.0).dtype == torch.float64
+
+
+def test_rows_of_any_stride(device: str) -> None:
+    wide = torch.randn(40, 200, dtype=HALF, device=device)
+    query, key = wide[:, 3:67], wide[:, 70:134].t().contiguous().t()
+    ours = mixup_info_nce(query, key, 3.0, implementation="triton")
+    dense_rows = mixup_info_nce(query.contiguous(), key.contiguous(), 3.0, implementation="triton")
+    assert torch.equal(ours, dense_rows)
