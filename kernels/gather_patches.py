@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oner_fast.kernels import kept as kept_lists
-from oner_fast.kernels.kept import sample_of_row, search_steps
+from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 
 
@@ -95,11 +95,11 @@ def backward_kernel(
     entry = tl.load(head + sample * cells + cell, real, -1)
     source = grad + (above + entry.to(tl.int64) * stride_gk)[:, None] + place
     sums = tl.load(source, (entry >= 0)[:, None] & inside, 0.0).to(wide)
-    entry = tl.load(following + begin + entry, entry >= 0, -1)
+    entry = next_entry(following, begin, entry, entries)
     while tl.max(entry, 0) >= 0:  # a patch that was chosen again
         source = grad + (above + entry.to(tl.int64) * stride_gk)[:, None] + place
         sums += tl.load(source, (entry >= 0)[:, None] & inside, 0.0).to(wide)
-        entry = tl.load(following + begin + entry, entry >= 0, -1)
+        entry = next_entry(following, begin, entry, entries)
     if std is not None:
         sums /= tl.load(std + channel).to(wide)
     target = ((sample * tl.num_programs(1) + channel) * lines_each + line) * PATCH  # [BLOCK_L]
@@ -120,7 +120,7 @@ def forward(
     if out.numel() == 0:
         return out
     entries, across = kept.numel(), width // patch_size
-    grid, tile = _tiles("forward", entries * patch_size, channels, patch_size, architecture_of(images))
+    grid, tile = _tiles("forward", entries * patch_size, channels, patch_size, (images.dtype, dtype), architecture_of(images))
     forward_kernel[grid](
         images, kept.contiguous(), _dense(mean), _dense(std), _dense(cu_seqlens), out,
         entries, samples, 0 if cu_seqlens is not None else kept.shape[1], (height // patch_size) * across, across,
@@ -146,7 +146,7 @@ def backward(
     cells = (height // patch_size) * across
     kept, cu_seqlens = kept.contiguous(), _dense(cu_seqlens)
     head, following = kept_lists.lists(kept, cu_seqlens, samples, cells)
-    grid, tile = _tiles("backward", samples * height * across, channels, patch_size, architecture_of(grad))
+    grid, tile = _tiles("backward", samples * height * across, channels, patch_size, (grad.dtype, dtype), architecture_of(grad))
     strides = grad.stride() if cu_seqlens is None else (0, *grad.stride())
     backward_kernel[grid](
         grad, head, following, _dense(std), cu_seqlens, to_images,
@@ -161,36 +161,44 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _tiles(
-    kernel: str, lines: int, channels: int, patch: int, architecture: int
+    kernel: str, lines: int, channels: int, patch: int, dtypes: tuple[torch.dtype, torch.dtype], architecture: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
     """The grid, and the shape of a tile: as many whole lines as its pixels allow."""
-    chosen = configuration("gather_patches", kernel, "any", architecture)
+    chosen = configuration("gather_patches", kernel, "float64" if torch.float64 in dtypes else "others", architecture)
     block_p = min(triton.next_power_of_2(patch), chosen.blocks["BLOCK_P"])
     block_l = chosen.blocks["PIXELS"] // block_p
     grid = (triton.cdiv(lines, block_l), channels, triton.cdiv(patch, block_p))
     return grid, {"PATCH": patch, "BLOCK_L": block_l, "BLOCK_P": block_p, **chosen.options}
 
 
+_PAIRS = (
+    (torch.uint8, torch.bfloat16), (torch.uint8, torch.float32), (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32), (torch.float64, torch.float64),
+)  # fmt: skip
+
+
 def compilations() -> list[Compilation]:
-    made = []
-    for ragged in (False, True):
-        for patch in (14, 16):
-            for pixels, result in (("u8", "bf16"), ("u8", "fp32"), ("bf16", "bf16"), ("fp32", "fp32"), ("fp64", "fp64")):
-                made.extend(_compilations(ragged, patch, pixels, result))
-    return made
+    return [
+        made
+        for ragged in (False, True)
+        for patch in (14, 16)
+        for pixels, result in _PAIRS
+        for made in _compilations(ragged, patch, pixels, result)
+    ]
 
 
-def _compilations(ragged: bool, patch: int, pixels: str, result: str) -> list[Compilation]:
+def _compilations(ragged: bool, patch: int, pixels: torch.dtype, result: torch.dtype) -> list[Compilation]:
     """Contiguous images of sides that 16 divides."""
     boundaries: dict[str, str] = {"cu_seqlens": "*i32"} if ragged else {}
     absent: dict[str, int | None] = {} if ragged else {"cu_seqlens": None}
-    name = f"{pixels}_to_{result}_patch_{patch}_{'ragged' if ragged else 'fixed'}"
+    images, rows = f"*{triton_type(pixels)}", f"*{triton_type(result)}"
+    name = f"{images[1:]}_to_{rows[1:]}_patch_{patch}_{'ragged' if ragged else 'fixed'}"
 
     def integers(names: str) -> dict[str, str]:
         return dict.fromkeys(names.split(), "i32")
 
     def constants(kernel: str) -> tuple[dict[str, int | None], dict[str, int]]:
-        tile = dict(_tiles(kernel, 1, 1, patch, 80)[1])
+        tile = dict(_tiles(kernel, 1, 1, patch, (pixels, result), 80)[1])
         options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
         return {**absent, **tile}, options
 
@@ -200,7 +208,7 @@ def _compilations(ragged: bool, patch: int, pixels: str, result: str) -> list[Co
             f"gather_patches_forward_{name}",
             forward_kernel,
             {
-                "images": f"*{pixels}", "kept": "*i64", "mean": "*fp64", "std": "*fp64", **boundaries, "out": f"*{result}",
+                "images": images, "kept": "*i64", "mean": "*fp64", "std": "*fp64", **boundaries, "out": rows,
                 **integers("entries samples per_sample cells across steps stride_b stride_c stride_h"),
             },
             {**constexprs, "stride_w": 1},
@@ -208,19 +216,18 @@ def _compilations(ragged: bool, patch: int, pixels: str, result: str) -> list[Co
             options,
         )
     ]  # fmt: skip
-    if pixels != "u8":
+    if pixels != torch.uint8:
         constexprs, options = constants("backward")
         made.append(
             Compilation(
                 f"gather_patches_backward_{name}",
                 backward_kernel,
                 {
-                    "grad": f"*{result}", "head": "*i32", "following": "*i32", "std": "*fp64", **boundaries,
-                    "to_images": f"*{pixels}",
+                    "grad": rows, "head": "*i32", "following": "*i32", "std": "*fp64", **boundaries, "to_images": images,
                     **integers("samples entries per_sample cells across lines_each stride_gb stride_gk"),
                 },
                 {**constexprs, "stride_gd": 1},
-                dict.fromkeys(("stride_gb", "stride_gk"), 4 if patch == 14 else 16),
+                dict.fromkeys(("stride_gb", "stride_gk"), 16 if patch == 16 else 1),
                 options,
             )
         )  # fmt: skip

@@ -39,8 +39,8 @@ def lists_kernel(kept, cu_seqlens, head, following, per_sample, total, cells, BL
     else:
         begin = tl.load(cu_seqlens + sample).to(tl.int64)
         begin = tl.minimum(tl.maximum(begin, 0), total)
-        count = tl.minimum(tl.load(cu_seqlens + sample + 1).to(tl.int64), total) - begin
-        count = count.to(tl.int32)
+        until = tl.minimum(tl.load(cu_seqlens + sample + 1).to(tl.int64), total)
+        count = tl.maximum(until - begin, 0).to(tl.int32)
     for start in range(tl.program_id(1) * BLOCK_I, cells + count, tl.num_programs(1) * BLOCK_I):
         item = start + tl.arange(0, BLOCK_I)  # [BLOCK_I]
         is_cell = item < cells
@@ -55,6 +55,13 @@ def lists_kernel(kept, cu_seqlens, head, following, per_sample, total, cells, BL
             found = tl.where(matches, entry, found)
         tl.store(head + sample * cells + item, found, mask=is_cell)
         tl.store(following + own, found, mask=is_entry)
+
+
+@triton.jit
+def next_entry(following, begin, entry, total):
+    """The next entry of the same cell, or -1. Boundaries that overlap may have spoilt the lists: they still end."""
+    after = tl.load(following + begin + entry, entry >= 0, -1)
+    return tl.where((after > entry) & (begin + after < total), after, -1)
 
 
 def lists(kept: Tensor, cu_seqlens: Tensor | None, samples: int, cells: int) -> tuple[Tensor, Tensor]:

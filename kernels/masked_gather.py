@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oner_fast.kernels import kept as kept_lists
-from oner_fast.kernels.kept import sample_of_row, search_steps
+from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 from oner_fast.ops.library import statistics_dtype
 
@@ -96,12 +96,12 @@ def backward_kernel(
         row = tl.where(is_cell, prefix_rows + entry, cell[None, :] - cells).to(tl.int64)
         source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
         x = tl.load(source, there[:, :, None] & inside, 0.0).to(wide)  # [BLOCK_S, BLOCK_N, BLOCK_D]
-        entry = tl.load(following + begin + entry, entry >= 0, -1)
+        entry = next_entry(following, begin, entry, entries)
         while tl.max(tl.max(entry, 1), 0) >= 0:  # a token that was chosen again
             row = (prefix_rows + entry).to(tl.int64)
             source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
             x += tl.load(source, (entry >= 0)[:, :, None] & inside, 0.0).to(wide)
-            entry = tl.load(following + begin + entry, entry >= 0, -1)
+            entry = next_entry(following, begin, entry, entries)
         if to_tokens is not None:
             target = to_tokens + ((sample * cells + cell[None, :]) * width)[:, :, None] + place
             tl.store(target, x, (real & is_cell)[:, :, None] & inside)

@@ -54,12 +54,12 @@ def smallest(draws, free, count):
     return below | ((equal != 0) & (tl.cumsum(equal, 0) <= rest))
 
 
-@triton.jit(do_not_specialize=["step", "stream", "key_low", "key_high", "height", "width", "count", "kept_each"])
+@triton.jit(do_not_specialize=["step", "stream", "key_low", "key_high", "height", "width", "count", "kept_each", "seen"])
 def masks_kernel(
-    samples, step_at, mask, kept, step, stream, key_low, key_high, height, width, count, kept_each,
-    BLOCKS: tl.constexpr, REVERSED: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_SIDE: tl.constexpr,
+    samples, step_at, mask, kept, step, stream, key_low, key_high, height, width, count, kept_each, seen,
+    BLOCKS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_SIDE: tl.constexpr,
 ):  # fmt: skip
-    """`count` cells are picked; they are masked, or visible where REVERSED."""
+    """`count` cells are picked, in BLOCKS or one by one; they are visible where `seen` is 1, masked where it is 0."""
     program = tl.program_id(0).to(tl.int64)
     sample = tl.load(samples + program).to(tl.uint32)
     if step_at is not None:
@@ -88,7 +88,7 @@ def masks_kernel(
             area = low + tl.umulhi(word0, (high - low + 1).to(tl.uint32)).to(tl.int32)
             chosen = tl.umulhi(word1, attempt * 0 + _PARTS).to(tl.int32)
             tall = area * tl.sum(tl.where(part == chosen, aspects, 0), 0)
-            wide = area * tl.sum(tl.where(part == _PARTS - 1 - chosen, aspects, 0), 0)
+            wide = area * tl.sum(tl.where(part + chosen == _PARTS - 1, aspects, 0), 0)
             block_height = tl.sum((thresholds <= tall).to(tl.int32), 0)
             block_width = tl.sum((thresholds <= wide).to(tl.int32), 0)
             top = tl.umulhi(word2, (height - block_height + 1).to(tl.uint32)).to(tl.int32)
@@ -104,7 +104,7 @@ def masks_kernel(
     word0, word1, word2, word3 = philox4x32(block, sample, step, stream, key_low, key_high)
     draws = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))  # [BLOCK_CELLS]
     picked = (real & ~free) | smallest(draws, free, count)
-    visible = (picked if REVERSED else ~picked) & real
+    visible = (picked.to(tl.int32) == seen) & real
     tl.store(mask + program * cells + cell, (~visible).to(tl.uint8), real)
     place = tl.cumsum(visible.to(tl.int32), 0) - 1
     tl.store(kept + program * kept_each + place, cell.to(tl.int64), visible)
@@ -139,12 +139,11 @@ def draw_masks(
     if mask.numel() == 0:
         return mask, kept
     chosen = _of_cells(cells, architecture_of(samples))
-    on_device = isinstance(step, Tensor)
+    on_device, reverse = isinstance(step, Tensor), pattern == "reversed_block"
     masks_kernel[(len(samples),)](
         samples.contiguous(), step if on_device else None, mask.view(torch.uint8), kept,
         0 if on_device else _signed(step), stream, *map(_signed, key), height, width,
-        cells - masked if pattern == "reversed_block" else masked, cells - masked,
-        BLOCKS=pattern != "random", REVERSED=pattern == "reversed_block",
+        cells - masked if reverse else masked, cells - masked, int(reverse), BLOCKS=pattern != "random",
         BLOCK_CELLS=max(triton.next_power_of_2(cells), 4), BLOCK_SIDE=triton.next_power_of_2(max(grid)),
         **chosen.options,
     )  # fmt: skip
@@ -172,11 +171,11 @@ def _signed(word: int | Tensor) -> int:
 
 def compilations() -> list[Compilation]:
     made = []
-    integers = "step stream key_low key_high height width count kept_each".split()
+    integers = "step stream key_low key_high height width count kept_each seen".split()
     signature = {"samples": "*i64", "mask": "*u8", "kept": "*i64", **dict.fromkeys(integers, "i32")}
-    for pattern, blocks, backwards in (("random", False, False), ("block", True, False), ("reversed_block", True, True)):
+    for pattern, blocks in (("random", False), ("block", True)):
         for cells, side in ((256, 16), (1024, 32), (4096, 64)):
-            tile = {"BLOCKS": blocks, "REVERSED": backwards, "BLOCK_CELLS": cells, "BLOCK_SIDE": side}
+            tile = {"BLOCKS": blocks, "BLOCK_CELLS": cells, "BLOCK_SIDE": side}
             name, options = f"masks_{pattern}_{cells}", _of_cells(cells, 80).options
             made.append(Compilation(name, masks_kernel, signature, {**tile, "step_at": None}, options=options))
             made.append(
