@@ -85,10 +85,23 @@ def search_steps(samples: int) -> int:
 
 def compilations() -> list[Compilation]:
     chosen = configuration("masked_gather", "lists", "any", 80)
-    signature = {"kept": "*i64", "head": "*i32", "following": "*i32", "per_sample": "i32", "total": "i32", "cells": "i32"}
+    signature = {
+        "kept": "*i64",
+        "head": "*i32",
+        "following": "*i32",
+        "per_sample": "i32",
+        "total": "i32",
+        "cells": "i32",
+    }
     return [
-        Compilation("kept_lists_fixed", lists_kernel, signature, {"cu_seqlens": None, **chosen.blocks}, options=chosen.options),
         Compilation(
-            "kept_lists_ragged", lists_kernel, {**signature, "cu_seqlens": "*i32"}, chosen.blocks, options=chosen.options
+            "kept_lists_fixed", lists_kernel, signature, {"cu_seqlens": None, **chosen.blocks}, options=chosen.options
+        ),
+        Compilation(
+            "kept_lists_ragged",
+            lists_kernel,
+            {**signature, "cu_seqlens": "*i32"},
+            chosen.blocks,
+            options=chosen.options,
         ),
     ]

@@ -217,10 +217,9 @@ def _size_class(dtype: torch.dtype) -> str:
 
 
 def compilations() -> list[Compilation]:
-    made = []
+    made = _compilations(torch.bfloat16, True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for ragged in (False, True):
-            made.extend(_compilations(dtype, ragged))
+        made.extend(_compilations(dtype, False))
     chosen = configuration("masked_gather", "sum_groups", "any", 80)
     for dtype in (torch.bfloat16, torch.float32):
         target = f"*{triton_type(dtype)}"

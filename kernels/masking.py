@@ -54,7 +54,9 @@ def smallest(draws, free, count):
     return below | ((equal != 0) & (tl.cumsum(equal, 0) <= rest))
 
 
-@triton.jit(do_not_specialize=["step", "stream", "key_low", "key_high", "height", "width", "count", "kept_each", "seen"])
+@triton.jit(
+    do_not_specialize=["step", "stream", "key_low", "key_high", "height", "width", "count", "kept_each", "seen"]
+)
 def masks_kernel(
     samples, step_at, mask, kept, step, stream, key_low, key_high, height, width, count, kept_each, seen,
     BLOCKS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_SIDE: tl.constexpr,
@@ -171,16 +173,15 @@ def _signed(word: int | Tensor) -> int:
 
 def compilations() -> list[Compilation]:
     made = []
-    integers = "step stream key_low key_high height width count kept_each seen".split()
+    integers = ["step", "stream", "key_low", "key_high", "height", "width", "count", "kept_each", "seen"]
     signature = {"samples": "*i64", "mask": "*u8", "kept": "*i64", **dict.fromkeys(integers, "i32")}
     for pattern, blocks in (("random", False), ("block", True)):
         for cells, side in ((256, 16), (1024, 32), (4096, 64)):
             tile = {"BLOCKS": blocks, "BLOCK_CELLS": cells, "BLOCK_SIDE": side}
             name, options = f"masks_{pattern}_{cells}", _of_cells(cells, 80).options
             made.append(Compilation(name, masks_kernel, signature, {**tile, "step_at": None}, options=options))
-            made.append(
-                Compilation(f"{name}_step_on_device", masks_kernel, {**signature, "step_at": "*i64"}, tile, options=options)
-            )
+        captured = {**signature, "step_at": "*i64"}
+        made.append(Compilation(f"{name}_step_on_device", masks_kernel, captured, tile, options=options))
     chosen = configuration("masking", "boundaries", "any", 80)
     signature = {"counts": "*i64", "out": "*i32", "samples": "i32"}
     made.append(Compilation("boundaries", boundaries_kernel, signature, chosen.blocks, options=chosen.options))

@@ -95,7 +95,9 @@ def draw_masks(
     if not 0 <= masked <= cells:
         raise ValueError(f"masked must be in [0, cells = {cells}], not {masked}")
     if pattern != "random" and (cells > MAX_CELLS or max(grid) > MAX_SIDE):
-        raise ValueError(f"blocks need a grid of at most {MAX_CELLS} cells and {MAX_SIDE} a side, not {height} x {width}")
+        raise ValueError(
+            f"blocks need a grid of at most {MAX_CELLS} cells and {MAX_SIDE} a side, not {height} x {width}"
+        )
     purpose = _stream(MASK_PATCH if pattern == "random" else MASK_BLOCK, stream)
     check_step(step)
     if kernels := _triton_kernels(samples.device, implementation, cells):

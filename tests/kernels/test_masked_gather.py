@@ -16,6 +16,7 @@ from oner_fast.ops import masked_gather
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+
 @pytest.fixture(autouse=True)
 def poisoned() -> None:
     """Every torch.empty holds NaN (-1 or so for integers), so that what a kernel does not write is seen."""
@@ -72,7 +73,13 @@ def wide(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("dtype", "is_ragged"),
-    [(torch.float32, False), (torch.float16, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float64, True)],
+    [
+        (torch.float32, False),
+        (torch.float16, False),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+        (torch.float64, True),
+    ],
 )
 def test_error_is_that_of_plain_pytorch(dtype: torch.dtype, is_ragged: bool, device: str) -> None:
     """At most twice (gradients three times) plain PyTorch's error against float64, and one unit in the last place."""
@@ -107,7 +114,9 @@ def test_a_gradient_that_nobody_asks_for_is_not_made(wanted: str, device: str) -
 
 def test_without_positions_and_prefix(device: str) -> None:
     tokens, kept, _, _ = make(3, 7, 16, 5, 0, torch.bfloat16, device)
-    for ours, theirs in zip(*(outcome(name, tokens, kept, None, None) for name in ("triton", "reference")), strict=True):
+    for ours, theirs in zip(
+        *(outcome(name, tokens, kept, None, None) for name in ("triton", "reference")), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
     (tokens.grad,) = torch.autograd.grad(masked_gather(tokens, kept, implementation="triton").sum(), tokens)
     counts = torch.zeros(3, 7, device=device).scatter_add_(1, kept, torch.ones(3, 5, device=device))
@@ -147,7 +156,9 @@ def test_strides_and_misaligned_memory(device: str) -> None:
     for t, p, f in zip(strange(tokens), strange(positions), strange(prefix), strict=True):
         assert torch.equal(outcome("triton", t, kept.t().contiguous().t(), p, f)[0], expected)
     shared = tokens[:1].expand(3, -1, -1)
-    assert torch.equal(outcome("triton", shared, kept, None, None)[0], outcome("reference", shared, kept, None, None)[0])
+    assert torch.equal(
+        outcome("triton", shared, kept, None, None)[0], outcome("reference", shared, kept, None, None)[0]
+    )
     upstream = torch.randn(16, 6, 3, device=device).permute(2, 1, 0)  # no stride is 1 where a row's numbers lie
     grown = [x.detach().requires_grad_() for x in (tokens, positions, prefix)]
     ours, theirs = (outcome(n, grown[0], kept, *grown[1:], None, upstream) for n in ("triton", "cpp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from oner_fast.data.masking import Pattern, boundaries, draw_masks, patch_mask
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATTERNS: list[Pattern] = ["random", "block", "reversed_block"]
 
 
@@ -31,19 +33,17 @@ def both(seed: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], 
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize(
-    ("seed", "step"), [(0, 0), (1, 1), (2**64 - 1, 2**32 - 1), (2**63, 2**31), (0xDEADBEEF00000000, 16)]
-)
+@pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**64 - 1, 2**32 - 1), (0xDEADBEEF80000000, 16)])
 def test_every_cell_is_that_of_the_definition(seed: int, step: int, pattern: Pattern, device: str) -> None:
     samples = torch.tensor([0, 1, 2, 17, 4095, 2**31, 2**32 - 1], device=device)
-    both(seed, step, samples, (16, 16), 128, pattern, 11)
+    both(seed, step, samples[:: 6 if INTERPRETED else 1], (16, 16), 128, pattern, 11)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("grid", [(14, 14), (1, 40), (3, 5), (1, 1)])
+@pytest.mark.parametrize("grid", [(7, 9), (1, 40), (3, 5), (1, 1)])
 def test_every_grid_and_count(grid: tuple[int, int], pattern: Pattern, device: str) -> None:
     cells = grid[0] * grid[1]
-    for masked in sorted({0, 1, cells // 3, cells}):
+    for masked in sorted({0, cells // 3, cells}):
         both(5, 3, torch.arange(2, device=device), grid, masked, pattern)
 
 
@@ -57,7 +57,7 @@ def test_every_cell_of_many_samples(pattern: Pattern, device: str) -> None:
 
 
 def test_random_masks_are_those_of_patch_mask(device: str) -> None:
-    samples = torch.arange(40, 60, device=device)
+    samples = torch.arange(40, 44 if INTERPRETED else 60, device=device)
     before = patch_mask(7, 9, samples, 196, 98, 2, implementation="reference")
     assert torch.equal(patch_mask(7, 9, samples, 196, 98, 2, implementation="triton"), before)
     assert torch.equal(both(7, 9, samples, (14, 14), 98, "random", 2), before)
@@ -65,11 +65,11 @@ def test_random_masks_are_those_of_patch_mask(device: str) -> None:
 
 def test_a_step_on_the_device(device: str) -> None:
     """What a captured graph reads anew at every replay."""
-    samples, step = torch.arange(4, device=device), torch.tensor(3, device=device)
+    samples, step = torch.arange(2, device=device), torch.tensor(3, device=device)
     first = both(1, step, samples, (8, 8), 30, "block")
     step += 1
     second = both(1, step, samples, (8, 8), 30, "block")
-    assert torch.equal(second, both(1, 4, samples, (8, 8), 30, "block")) and not torch.equal(first, second)
+    assert torch.equal(second, draw_masks(1, 4, samples, (8, 8), 30, "block").mask) and not torch.equal(first, second)
 
 
 def test_samples_of_any_stride_and_none(device: str) -> None:
