@@ -7,6 +7,7 @@ the other half is read for nothing.) Backward reads the T C P^2 numbers of the g
 gradient once, zeros included; 16 T + 8 B N of indices and lists (`kernels.kept`).
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -226,7 +227,8 @@ def _compilations(ragged: bool, patch: int, pixels: torch.dtype, result: torch.d
                 f"gather_patches_backward_{name}",
                 backward_kernel,
                 {
-                    "grad": rows, "head": "*i32", "following": "*i32", "std": "*fp64", **boundaries, "to_images": images,
+                    "grad": rows, "head": "*i32", "following": "*i32", "std": "*fp64", **boundaries,
+                    "to_images": images,
                     **integers("samples entries per_sample cells across lines_each stride_gb stride_gk"),
                 },
                 {**constexprs, "stride_gd": 1},

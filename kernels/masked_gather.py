@@ -2,11 +2,13 @@
 
 Bytes, for B samples of N tokens of D numbers of e bytes, K kept, P prefix rows. Forward: B K D e read, B (P + K) D e
 written, N D e of positions and 8 B K of indices. Backward: B (P + K) D e read once, for all three gradients, and
-B N D e written once, zeros included; 16 B K + 8 B N of indices and lists (`kernels.kept`). Sums over samples (positions,
-prefix) are made by the programs that write the tokens' gradient: each owns some cells of a group of samples. One group
-writes them where they belong; of several (for many samples) partial sums of 8 (N + P) D bytes a group are added after.
+B N D e written once, zeros included; 16 B K + 8 B N of indices and lists (`kernels.kept`). Sums over samples, for
+positions and prefix, are made by the programs that write the tokens' gradient: each owns some cells of a group of
+samples. One group writes them where they belong; of several (for many samples) partial sums, 8 (N + P) D bytes a group
+written and read again, are added after.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
@@ -226,7 +228,8 @@ def compilations() -> list[Compilation]:
         signature = {"partial": "*fp32", "to_positions": target, "to_prefix": target, "groups": "i32", "split": "i32"}
         made.append(
             Compilation(
-                f"masked_gather_sum_groups_{target[1:]}", sum_groups_kernel, {**signature, "total": "i32"}, chosen.blocks,
+                f"masked_gather_sum_groups_{target[1:]}", sum_groups_kernel, {**signature, "total": "i32"},
+                chosen.blocks,
                 options=chosen.options,
             )
         )  # fmt: skip

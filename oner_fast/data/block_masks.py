@@ -2,8 +2,8 @@
 
 Until the wanted number of cells is picked, blocks are tried: an area between 16 cells and the number that remains, an
 aspect log-uniform in [0.3, 1 / 0.3], sides round(sqrt(area * aspect)) and round(sqrt(area / aspect)), both shorter than
-the grid's, a place uniform on the grid. A block is taken if it adds at least one cell and no more than remain; after ten
-in a row that were not, the cells still missing are picked one by one at random.
+the grid's, a place uniform on the grid. A block is taken if it adds at least one cell and no more than remain; after
+ten in a row that were not, the cells still missing are picked one by one at random.
 
 Attempt t of a sample takes the four words of its Philox block t: area, aspect, top, left. The cells picked one by one
 are those of the smallest pairs (draw, cell), drawn from block 2^31 on.
@@ -100,7 +100,7 @@ def aspects() -> tuple[int, ...]:
 def pick_blocks(
     seed: int, stream: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], count: int
 ) -> Tensor:
-    """(B, height, width) bool with exactly `count` cells picked in each sample; the loop reads back when all are done."""
+    """(B, height, width) bool, exactly `count` cells picked in each sample. The loop reads back when all are done."""
     height, width = grid
     device, key = samples.device, split_seed(seed)
     table = torch.tensor(ASPECTS, device=device)

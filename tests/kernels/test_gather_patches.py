@@ -1,4 +1,4 @@
-"""The Triton kernels of gather_patches, against the definition in float64 and, where it is built, the CPU's bit by bit."""
+"""The Triton kernels of gather_patches, against the definition in float64 and the CPU's, where built, bit by bit."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def test_only_kept_patches_are_read(device: str) -> None:
 
 @settings(max_examples=15 if INTERPRETED else 5)  # where kernels are compiled, each new patch is
 @given(
-    samples=st.integers(0, 3), rows=st.integers(1, 3), columns=st.integers(1, 3), patch=st.sampled_from([1, 3, 8] if INTERPRETED else [3]),
+    samples=st.integers(0, 3), rows=st.integers(1, 3), columns=st.integers(1, 3),
+    patch=st.sampled_from([1, 3, 8] if INTERPRETED else [3]),
     kept=st.integers(0, 6), is_ragged=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_any_shape(

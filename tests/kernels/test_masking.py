@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from oner_fast.data.masking import Pattern, boundaries, draw_masks, patch_mask
+from oner_fast.kernels.masking import smallest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PATTERNS: list[Pattern] = ["random", "block", "reversed_block"]
@@ -54,6 +57,23 @@ def test_every_cell_of_many_samples(pattern: Pattern, device: str) -> None:
         both(seed, step, torch.arange(500, device=device), (16, 16), 128, pattern)
         both(seed, step, torch.arange(100, device=device), (24, 24), 300, pattern)
         both(seed, step, torch.arange(20, device=device), (7, 300), 1000, pattern)
+
+
+@triton.jit(do_not_specialize=["count"])
+def smallest_kernel(draws, free, out, count, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    found = smallest(tl.load(draws + place).to(tl.uint32), tl.load(free + place) != 0, count)
+    tl.store(out + place, found.to(tl.int32))
+
+
+def test_equal_draws_are_taken_in_the_order_of_cells(device: str) -> None:
+    draws = torch.tensor([7, 2**32 - 1, 7, 0, 7, 2**32 - 1, 7, 2**31], device=device)
+    free = torch.tensor([1, 1, 1, 1, 0, 1, 1, 1], device=device)
+    order = [3, 0, 2, 6, 7, 1, 5]
+    for count in range(8):
+        out = torch.empty(8, dtype=torch.int32, device=device)
+        smallest_kernel[(1,)](draws, free, out, count, BLOCK=8, num_warps=1)
+        assert out.nonzero().squeeze(1).tolist() == sorted(order[:count])
 
 
 def test_random_masks_are_those_of_patch_mask(device: str) -> None:
