@@ -23,6 +23,7 @@ from oner_fast.ops.library import statistics_dtype
 
 _SAMPLES_A_GROUP = 64  # shapes alone decide the groups, so that a gradient's bits do not depend on the GPU
 _GROUPS = 16
+_GRID_LIMIT = 65535  # of every axis but the first
 
 
 @triton.jit(do_not_specialize=["rows", "entries", "samples", "cells", "per_sample", "prefix_rows", "steps"])
@@ -117,7 +118,7 @@ def backward_kernel(
         tl.store(to_prefix + target + front * width, sums, (cell >= cells) & (cell < rows) & inside)
 
 
-@triton.jit(do_not_specialize=["groups", "split", "total"])
+@triton.jit(do_not_specialize=["groups"])
 def sum_groups_kernel(partial, to_positions, to_prefix, groups, split, total, BLOCK: tl.constexpr):
     """partial (groups, total): the first `split` numbers belong to positions, the others to the prefix."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -181,7 +182,7 @@ def backward(
     groups = min(max(samples // _SAMPLES_A_GROUP, 1), _GROUPS) if summed else 0
     chosen = configuration("masked_gather", "backward_sums" if summed else "backward", _size_class(grad.dtype),
                            architecture_of(grad))  # fmt: skip
-    group_size = triton.cdiv(samples, groups) if summed else chosen.blocks["BLOCK_S"]
+    group_size = triton.cdiv(samples, groups or min(samples, _GRID_LIMIT))
     split = tokens * width if need_positions else 0
     partial = grad.new_empty(groups, summed * width, dtype=statistics_dtype(grad)) if groups > 1 else None
     sums_positions, sums_prefix = (to_positions, to_prefix) if partial is None else (partial, partial.view(-1)[split:])
@@ -229,8 +230,7 @@ def compilations() -> list[Compilation]:
         made.append(
             Compilation(
                 f"masked_gather_sum_groups_{target[1:]}", sum_groups_kernel, {**signature, "total": "i32"},
-                chosen.blocks,
-                options=chosen.options,
+                chosen.blocks, {"split": 16, "total": 16}, chosen.options,
             )
         )  # fmt: skip
     return made
