@@ -215,7 +215,15 @@ def test_bad_indices_touch_nothing(bad: int, device: str) -> None:
 
 @pytest.mark.parametrize("executor", [{"race" if INTERPRETED else "global_race": False}], indirect=True)
 @pytest.mark.parametrize(
-    "starts", [[0, 900, 4, -7, 6], [5, 4, 3, 2, 1], [-9, -9, -9, -9, -9], [0, 2**31 - 1, 0, 0, 6], [0, 6, 1, 6, 2]]
+    "starts",
+    [
+        [0, 900, 4, -7, 6],
+        [5, 4, 3, 2, 1],
+        [-9, -9, -9, -9, -9],
+        [0, 2**31 - 1, 0, 0, 6],
+        [0, 6, 1, 6, 2],
+        [0, 900, 900, 900, 6],
+    ],
 )
 def test_bad_boundaries_touch_nothing(executor: Any, starts: list[int], device: str) -> None:
     """Samples that overlap write each other's lists: the sums are anything, but they end and stay inside."""
