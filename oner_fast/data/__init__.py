@@ -6,5 +6,5 @@ Nothing is imported here, so that `import oner_fast.data` costs nothing. The mod
 * `permutation`, `philox`, `substitution`: which sample stands where, a pure function of (seed, step)
 * `images`, `tokenizer`, `packing`: pictures to uint8 tensors, captions to packed token ids
 * `batch`, `loader`, `workers`, `streaming`: what a training step receives
-* `masking`: the masks of MLM and MIM
+* `masking`, `block_masks`: the masks of MLM, MIM and UTA
 """

@@ -13,8 +13,9 @@ AUGMENT = 2
 SUBSTITUTE = 3
 MASK_PATCH = 4
 MASK_TEXT = 16
+MASK_BLOCK = 28
 
-MASK_PASSES = 12  # how many passes fit between MASK_PATCH and MASK_TEXT
+MASK_PASSES = 12  # how many passes fit between MASK_PATCH and MASK_TEXT, and between MASK_TEXT and MASK_BLOCK
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -52,14 +53,21 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & _WORD, seed >> 32
 
 
-def random_u32(seed: int, stream: int, step: int, sample: Tensor, count: int) -> Tensor:
+def check_step(step: int | Tensor) -> None:
+    """Raises ValueError for a number outside [0, 2^32). A tensor's value is not read."""
+    if not isinstance(step, Tensor) and not 0 <= step <= _WORD:
+        raise ValueError(f"a step must be in [0, 2^32), not {step}")
+
+
+def random_u32(
+    seed: int, stream: int, step: int | Tensor, sample: Tensor, count: int, *, first_block: int = 0
+) -> Tensor:
     """`count` random 32-bit integers for each sample: an int64 tensor (B, count) of values in [0, 2^32).
 
-    The counter is (block of four draws, sample, step, stream), the key is the seed. `sample`: (B,) int64.
-    Raises ValueError where the seed or the step does not fit.
+    The counter is (block of four draws, from `first_block` on; sample; step; stream), the key is the seed. `sample`:
+    (B,) int64; `step`: a number, or a 0-d int64 tensor. Raises ValueError where the seed or the step does not fit.
     """
-    if not 0 <= step <= _WORD:
-        raise ValueError(f"a step must be in [0, 2^32), not {step}")
-    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample.device)
+    check_step(step)
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample.device) + first_block
     words = philox4x32((blocks, sample.unsqueeze(1), step, stream), split_seed(seed))  # four of (B, blocks)
     return torch.stack(words, dim=2).flatten(1)[:, :count]

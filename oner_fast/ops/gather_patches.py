@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, overload
 
 import torch
@@ -78,12 +78,38 @@ class _GatherPatches(torch.autograd.Function):
         return images, None, None, None, None, None, None, None
 
 
-def _per_channel(values: Tensor | Sequence[float] | None, device: torch.device) -> Tensor | None:
+def _per_channel(values: Tensor | Sequence[float] | None, images: Tensor) -> Tensor | None:
+    """(C,) float64 on the images' device. Numbers of the host reach a GPU without a copy, which would wait for it."""
     if values is None:
         return None
-    if not isinstance(values, Tensor):
+    device = images.device
+    if isinstance(values, Tensor) and (values.device == device or device.type != "cuda"):
+        return values.detach().to(device, torch.float64).reshape(-1)
+    if device.type != "cuda":
         return torch.tensor(values, dtype=torch.float64, device=device)
-    return values.detach().to(device, torch.float64).reshape(-1)
+    if not isinstance(values, Tensor):
+        numbers = tuple(float(value) for value in values)
+    elif values.device.type == "cpu" and not torch.compiler.is_compiling():
+        numbers = tuple(values.double().flatten().tolist())
+    else:
+        return values.detach().to(device, torch.float64).reshape(-1)
+    # What is made while a graph is captured belongs to the graph, and what is made of a fake image is fake.
+    if torch.compiler.is_compiling() or type(images) is not Tensor or torch.cuda.is_current_stream_capturing():
+        return _filled(numbers, device)
+    return _constants(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
+    if not values:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    """Kept for the stream that filled them; never an inference tensor, which autograd could not save."""
+    with torch.inference_mode(False):
+        return _filled(values, device)
 
 
 def _compiled(
@@ -98,7 +124,7 @@ def _compiled(
     cu_seqlens: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
-    shift, divisor = _per_channel(mean, images.device), _per_channel(std, images.device)
+    shift, divisor = _per_channel(mean, images), _per_channel(std, images)
     # Bytes take no gradient: a call through autograd would cost as much as the rest of the Python here.
     asks = images.requires_grad and torch.is_grad_enabled()
     given = (images, kept, patch_size, shift, divisor, result, cu_seqlens)

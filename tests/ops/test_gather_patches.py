@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from oner_fast import _extension
 from oner_fast.ops import gather_patches, reference
 
+module = importlib.import_module("oner_fast.ops.gather_patches")
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 EVERY = ["reference", pytest.param("cpp", marks=compiled)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -205,6 +207,16 @@ def test_a_side_longer_than_any_buffer() -> None:
     images, kept = torch.randint(0, 256, (1, 1, 1100, 2200), dtype=torch.uint8), torch.tensor([[1, 0]])
     ours = gather_patches(images, kept, 1100, implementation="cpp")
     torch.testing.assert_close(ours, reference.gather_patches(images, kept, 1100), rtol=1e-6, atol=0)
+
+
+def test_constants_for_a_gpu_are_filled_there_and_kept() -> None:
+    """torch.tensor(numbers, device="cuda") would wait for the GPU and break a graph's capture."""
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        first = module._constants(MEAN, device, 0)
+    assert torch.equal(first, torch.tensor(MEAN, dtype=torch.float64)) and not first.is_inference()
+    assert module._constants(MEAN, device, 0) is first and module._constants(MEAN, device, 1) is not first
+    assert module._filled((), device).shape == (0,)
 
 
 def test_autocast_does_not_change_the_dtype() -> None:
