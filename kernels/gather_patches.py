@@ -7,7 +7,6 @@ the other half is read for nothing.) Backward reads the T C P^2 numbers of the g
 gradient once, zeros included; 16 T + 8 B N of indices and lists (`kernels.kept`).
 """
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from collections.abc import Sequence

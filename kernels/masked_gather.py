@@ -8,7 +8,6 @@ samples. One group writes them where they belong; of several (for many samples) 
 written and read again, are added after.
 """
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch

@@ -5,7 +5,6 @@ of 32, by counting the draws below it: 32 sums over the cells instead of a sort.
 an attempt is one Philox block and five sums. Bytes: 8 a sample are read, `cells` + 8 K written.
 """
 
-# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch

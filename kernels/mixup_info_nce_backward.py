@@ -75,7 +75,7 @@ def _parts(x, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
         left, right = _halves(x, BLOCK_M, BLOCK)
         a, b = _halves(left, BLOCK_M, BLOCK // 2)
         c, d = _halves(right, BLOCK_M, BLOCK // 2)
-        parts = (a, b, c, d)
+        parts = (a, b, c, d)  # type: ignore[assignment]
     return parts
 
 

@@ -268,13 +268,13 @@ def compilations() -> list[Compilation]:
                 flags, chosen = {"MIXED": mixed, "MIX_EACH": mixed}, configuration(OP, "rows", width, 80)
                 found.append(compilation(f"inverse_norms_{name}", _inverse_norms, flags, chosen, "x other", element))
                 found.append(compilation(f"unit_rows_{name}", _unit_rows, flags, chosen, "x other out", element))
-        for width in (64, 256, 1024, 2048):
-            flags = {
+        for block in (64, 256, 1024, 2048):
+            constants = {
                 "RANGED": dtype == torch.float16, "KIND": 2, "RANGES": RANGES, "UNIT": False, "DOT": True,
-                "MIXED": True, "MIX_EACH": True, "BLOCK_D": width,
+                "MIXED": True, "MIX_EACH": True, "BLOCK_D": block,
             }  # fmt: skip
-            chosen = configuration(OP, "finish", size_class(width, 1024), 80)
+            chosen = configuration(OP, "finish", size_class(block, 1024), 80)
             found.append(
-                compilation(f"finish_{element}_{width}", _finish, flags, chosen, "x other to_x to_other", element)
+                compilation(f"finish_{element}_{block}", _finish, constants, chosen, "x other to_x to_other", element)
             )
     return found

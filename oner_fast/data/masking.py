@@ -101,7 +101,8 @@ def draw_masks(
     purpose = _stream(MASK_PATCH if pattern == "random" else MASK_BLOCK, stream)
     check_step(step)
     if kernels := _triton_kernels(samples.device, implementation, cells):
-        return PatchMasks(*kernels.draw_masks(split_seed(seed), purpose, step, samples, grid, masked, pattern))
+        with _on_gpu_of(samples):
+            return PatchMasks(*kernels.draw_masks(split_seed(seed), purpose, step, samples, grid, masked, pattern))
     if pattern == "random":
         mask = _random_mask(seed, purpose, step, samples, cells, masked)
     else:
@@ -145,8 +146,13 @@ def _random_mask(seed: int, stream: int, step: int | Tensor, samples: Tensor, ce
 def boundaries(counts: Tensor, *, implementation: str | None = None) -> Tensor:
     """cu_seqlens (B + 1,) int32 of samples of `counts` (B,) rows each, made on their device."""
     if kernels := _triton_kernels(counts.device, implementation):
-        return kernels.boundaries(counts)
+        with _on_gpu_of(counts):
+            return kernels.boundaries(counts)
     return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _on_gpu_of(x: Tensor) -> Any:
+    return importlib.import_module("oner_fast.ops.library").on_gpu_of(x)
 
 
 def _triton_kernels(device: torch.device, implementation: str | None, cells: int = 0) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def define(schema: str, *, triton: str | None = None, atomic: str | None = None)
 
 
 class _Launcher:
-    """A function that is imported when it is first called."""
+    """A function that is imported when it is first called, and launches on its first tensor's GPU."""
 
     def __init__(self, module: str, function: str) -> None:
         self.module, self.function = module, function
@@ -76,7 +77,14 @@ class _Launcher:
     def __call__(self, *arguments: Any) -> Any:
         if self.launch is None:
             self.launch = getattr(importlib.import_module(self.module), self.function)
-        return self.launch(*arguments)
+        first = next(one for one in arguments if isinstance(one, torch.Tensor))
+        with on_gpu_of(first):
+            return self.launch(*arguments)
+
+
+def on_gpu_of(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, which must be that of its tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def raw_ops(backend: str) -> Any:
