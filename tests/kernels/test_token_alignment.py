@@ -196,18 +196,18 @@ def test_wrong_indices_stay_inside_the_teacher(device: str) -> None:
 
 
 def test_addresses_beyond_two_to_the_31(device: str) -> None:
-    """Strides that a 32-bit product would wrap: samples 2^31 elements apart, of memory that is never touched."""
-    apart = 2**31 + 16
+    """Samples so far apart that a 32-bit product of their number and stride would wrap, in memory never touched."""
+    apart = 2**30 + 16
     try:
-        room = torch.empty(apart + 64, dtype=torch.float16, device=device)
+        room = torch.empty(2 * apart + 64, dtype=torch.float16, device=device)
     except RuntimeError:
         pytest.skip("not even the addresses of 4 GiB are to be had")
-    far = room.as_strided((2, 2, 16), (apart, 16, 1))
-    near = torch.randn(2, 2, 16, dtype=torch.float16, device=device)
+    far = room.as_strided((3, 2, 16), (apart, 16, 1))
+    near = torch.randn(3, 2, 16, dtype=torch.float16, device=device)
     far.copy_(near)
     teacher, kept = (
-        torch.randn(2, 3, 16, dtype=torch.float16, device=device),
-        torch.tensor([[2, 0], [1, 1]], device=device),
+        torch.randn(3, 3, 16, dtype=torch.float16, device=device),
+        torch.tensor([[2, 0], [1, 1], [0, 2]], device=device),
     )
     mine = ours(far.requires_grad_(), teacher, kept)
     true_loss, truth = exact(near, teacher, kept)
