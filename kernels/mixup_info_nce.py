@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oner_fast.kernels import mixup_info_nce_backward, mixup_info_nce_deep, mixup_info_nce_rows, mixup_info_nce_tiles
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
 from oner_fast.kernels.mixup_info_nce_backward import backward, backward_with_atomics
 from oner_fast.kernels.mixup_info_nce_rows import Side, inverse_norms, size_class
@@ -43,7 +42,6 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
 
 __all__ = ["backward", "backward_with_atomics", "compilations", "inverse_norms", "partner_sums", "statistics"]
 
-_PARTS = (mixup_info_nce_tiles, mixup_info_nce_rows, mixup_info_nce_backward, mixup_info_nce_deep)
 _LARGEST_PARTS = 32  # partials of a row or column
 _PROGRAMS = 512  # wanted: a few for each of an A100's 108 multiprocessors
 
@@ -241,7 +239,7 @@ def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
 
 
 def compilations() -> list[Compilation]:
-    found = [each for module in _PARTS for each in module.compilations()]
+    found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind = triton_type(dtype), kind_of(dtype)
         sizes = [str(size) for size in (64, 128, 256) if size <= WIDEST[kind]]

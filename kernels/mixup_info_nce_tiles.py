@@ -191,7 +191,7 @@ def compilation(
             other = "*i64" if argument == "partner" else "*fp32"
             signature[argument] = f"*{element}" if argument in elements.split() else other
     options = {**chosen.options, **EXACT} if products or exact else chosen.options
-    return Compilation(f"{OP}_{name}", kernel, signature, known, divisible, options, tensor_cores=products)
+    return Compilation(f"{OP} {name}", kernel, signature, known, divisible, options, tensor_cores=products)
 
 
 def compilations() -> list[Compilation]:

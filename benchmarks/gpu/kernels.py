@@ -22,7 +22,7 @@ def compilations() -> list[Compilation]:
     found: dict[str, Compilation] = {}
     for module in pkgutil.iter_modules(oner_fast.kernels.__path__, "oner_fast.kernels."):
         for one in getattr(importlib.import_module(module.name), "compilations", list)():
-            if found.get(one.name, one) != one:  # a module may list its helpers' too
+            if one.name in found:
                 raise ValueError(f"two kernels are named {one.name!r}")
             found[one.name] = one
     return [found[name] for name in sorted(found)]
