@@ -58,6 +58,7 @@ class Contender:
         restore: from (outputs..., gradients...) back to the case's layout, for the comparison with float64.
         compiled: the forward is compiled by torch.compile, whole and for static shapes.
         quick: takes part in a quick run; where another of its kind is known to be faster it need not.
+        devices: where it takes part.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Contender:
     restore: Callable[[Result], Result] = _unchanged
     compiled: bool = False
     quick: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def function(self) -> Forward:
         """The forward that is timed."""

@@ -70,7 +70,7 @@ def copy_limit(device: str = "cpu") -> Limit:
         source = torch.full((COPY_BYTES // 4,), float(index), device=device)
         return source, torch.zeros_like(source)
 
-    buffers = Rotation(pair, 2 * COPY_BYTES)
+    buffers = Rotation(pair, 2 * COPY_BYTES, device=device)
 
     def copy(call: int) -> object:
         source, target = buffers[call]

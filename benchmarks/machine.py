@@ -62,9 +62,9 @@ def describe(device: str = "cpu") -> Machine:
         threads=torch.get_num_threads(),
         kernels=torch.ops.oner_fast.cpu_capability() if built else "no compiled",
         matrix_units=", ".join(name for name in ("avx512_bf16", "amx_bf16") if name in cpu_info("flags").split()),
-        cache_bytes=cache_bytes(),
+        cache_bytes=cache_bytes(device),
         load=os.getloadavg()[0],
-        gpu=torch.cuda.get_device_name() if device != "cpu" else "",
+        gpu=f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})" if device != "cpu" else "",
         torch=str(torch.__version__),
         python=platform.python_version(),
         compiler=str(_extension.build_report().get("compiler", "compiler unknown")),
@@ -75,8 +75,10 @@ def describe(device: str = "cpu") -> Machine:
 
 
 @cache
-def cache_bytes() -> int:
-    """The bytes of the largest cache of the first core, as Linux tells; 32 MiB where it does not."""
+def cache_bytes(device: str = "cpu") -> int:
+    """The bytes of the GPU's L2; of the largest cache of the first core, as Linux tells; 32 MiB where nothing does."""
+    if device != "cpu":
+        return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 32 * 2**20
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text(encoding="utf-8").strip()

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from oner_fast.benchmarks.limits import limits
 from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
-from oner_fast.ops.implementations import choose
+from oner_fast.ops.implementations import REFERENCE, choose
 
 # A result may err this many times as much as plain eager PyTorch in the same dtype does, and some units more: a single
 # number such as a loss is sometimes right by luck.
@@ -66,6 +66,7 @@ def _quiet() -> Iterator[None]:
 
 def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) -> Row:
     torch._dynamo.reset()
+    case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
     target = {name: value for name, value in asdict(case.target).items() if value is not None}
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
@@ -78,7 +79,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
         progress("graph breaks")
         ours = case.contender(OURS)
         row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    if not case.timed and not serving.compiled:
+    if not case.timed and serving.name == REFERENCE:
         row.notes.append(f"{serving.name!r} would need all that memory: not run")
     elif settings.memory:
         _memory(case, settings, row, progress)
@@ -155,7 +156,8 @@ def _time(
     # What bounds it comes first; the bytes of an op that products bound are part of its floor.
     work = {"gemm": case.flops, "copy": case.bytes} if case.limit == "gemm" else {case.limit: case.bytes}
     bounds = [one for kind in work for one in limits(case.limit_dtype or case.dtype, kind, settings.device)]
-    base = Rotation(lambda seed: case.make(seed, settings.device), case.make(0, settings.device).bytes())
+    size = case.make(0, settings.device).bytes()
+    base = Rotation(lambda seed: case.make(seed, settings.device), size, device=settings.device)
     laid_out: dict[Layout, list[Call]] = {}
     candidates = []
     for one in timed:

@@ -86,10 +86,11 @@ class Rotation(Generic[T]):
         make: gives the set of a number, counted from 0.
         set_bytes: the bytes that one call reads and writes of a set.
         most: never more sets than this, however small they are.
+        device: whose caches.
     """
 
-    def __init__(self, make: Callable[[int], T], set_bytes: int, most: int = 16) -> None:
-        count = math.ceil(2 * cache_bytes() / max(set_bytes, 1))
+    def __init__(self, make: Callable[[int], T], set_bytes: int, most: int = 16, device: str = "cpu") -> None:
+        count = math.ceil(2 * cache_bytes(device) / max(set_bytes, 1))
         self.sets = [make(index) for index in range(max(2, min(most, count)))]
 
     def __getitem__(self, call: int) -> T:

@@ -129,9 +129,11 @@ class _Eager(TorchDispatchMode):
             return results
         returns = func._schema.returns
         is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
-        if is_view or func._schema.name.removeprefix("aten::") in self.ALLOCATE:
+        name = func._schema.name.removeprefix("aten::")
+        if is_view or name in self.ALLOCATE:
             return results
-        given, _ = torch.utils._pytree.tree_flatten((args, kwargs))
+        fills = name.startswith("new_") or name.endswith("_like")  # its input gives no more than a shape
+        given, _ = torch.utils._pytree.tree_flatten(() if fills else (args, kwargs))
         made, _ = torch.utils._pytree.tree_flatten(results)
         moved = [one for one in (*given, *made) if isinstance(one, Tensor)]
         if sum(one.numel() for one in moved) > 1:

@@ -28,6 +28,7 @@ from torch._inductor.runtime.triton_heuristics import GridExpr
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_map
 
 from oner_fast.benchmarks.cases import Forward
 from oner_fast.benchmarks.gpu.emulation import A100
@@ -61,14 +62,17 @@ def _program(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
 
 
 def _generate(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> str:
-    for node in graph.graph.nodes:
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
-    graph.recompile()
+    # What each node gives is known on the CPU; the same shapes on CUDA need no operation that this torch lacks.
+    FakeTensorProp(graph).propagate(*inputs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        given = [_on_cuda(one) if isinstance(one, Tensor) else one for one in inputs]
-    FakeTensorProp(graph, mode=fake).propagate_dont_convert_inputs(*given)
+        given = [_on_cuda(one) for one in inputs]
+        for node in graph.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = tree_map(_on_cuda, node.meta["val"])
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    graph.recompile()
     properties = DeviceProperties(
         type="cuda", index=0, multi_processor_count=A100.multi_processor_count, cc=80, major=8,
         regs_per_multiprocessor=A100.regs_per_multiprocessor, warp_size=A100.warp_size,
@@ -89,7 +93,9 @@ def _generate(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> str:
     return str(getattr(code, "value", code))
 
 
-def _on_cuda(x: Tensor) -> Tensor:
+def _on_cuda(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
 
 

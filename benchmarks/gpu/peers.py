@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,9 @@ def _enter(workload: str, name: str, unchecked: bool, peers: Path) -> Entry:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(f"{workload}: {name}", flush=True)
     if done.returncode:
-        return Entry(workload, name, {}, (done.stderr.strip().splitlines() or ["no message"])[-1][:200])
+        said = done.stderr.strip().splitlines() or ["no message"]
+        named = [line for line in said if re.match(r"[\w.]+(Error|Fault|Unavailable|Exception)\b", line)]
+        return Entry(workload, name, {}, (named or said)[-1][:200])
     found = json.loads(done.stdout.strip().splitlines()[-1])
     if not found["error"] <= found["allowed"]:
         return Entry(workload, name, {}, f"wrong: relative error {found['error']:.2g}, allowed {found['allowed']:.2g}")
@@ -110,9 +113,9 @@ def markdown(entries: Sequence[Entry]) -> str:
         "",
         "* MB: the sectors that each kernel reads and writes, once a kernel, and the tensors of eager PyTorch",
         "  operations between kernels (their part: eager MB): what crosses the bus where no data stays in L2 between",
-        "  kernels. The ideal reads every input once and writes every output once, in forward and in backward. MB of",
-        "  sectors counts every request of a warp, kernels alone; so do instructions (of warps), tensor MFLOP, and bank",
-        "  conflicts (wavefronts of shared memory beyond the ideal).",
+        "  kernels. The ideal reads every input once and writes every output once, in forward and in backward.",
+        "* MB of sectors counts every request of a warp, kernels alone; so do instructions (of warps), tensor MFLOP,",
+        "  and bank conflicts (wavefronts of shared memory beyond the ideal).",
         "* torch.compile: the Triton kernels that inductor writes for an A100, its first configuration of each.",
         "* estimate: the busiest of memory (1.7 TB/s), tensor cores (73 % of 312 TFLOP/s) and issue (90 % of 4 warp",
         "  instructions a cycle and multiprocessor at 1.41 GHz), from these counts and without launches. **An",

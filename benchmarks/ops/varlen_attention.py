@@ -7,6 +7,7 @@ by length, one tensor a sequence, or nested. `torch.nn.attention.varlen` has no 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -140,6 +141,15 @@ def from_jagged(results: Result) -> Result:
     return tuple(one.values() for one in results)
 
 
+def packed_by_torch(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+    """PyTorch's flash attention over packed sequences, which CUDA alone has."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    found = varlen_attn(query, key, value, boundaries, boundaries, longest, longest)
+    assert isinstance(found, Tensor)
+    return found
+
+
 def baselines(lengths: list[int], dtype: torch.dtype) -> list[Contender]:
     found = []
 
@@ -158,6 +168,8 @@ def baselines(lengths: list[int], dtype: torch.dtype) -> list[Contender]:
     add("SDPA padded, additive mask", padded, Padded(lengths, additive=True), quick=False)
     found.append(Contender("eager SDPA nested", attend_nested, jagged, from_jagged, quick=False))
     if dtype != torch.float32:
+        packed = partial(packed_by_torch, longest=max(lengths))
+        found.append(Contender("eager torch.nn.attention.varlen", packed, devices=("cuda",)))
         add("SDPA by length in float32", each(in_float32(fused)), grouped)
         add("SDPA by length in float32", each(in_float32(fused)), grouped, compiled=True, quick=False)
         add("SDPA in a loop in float32", each(in_float32(fused)), alone, quick=False)

@@ -74,7 +74,7 @@ def test_quantiles() -> None:
 
 
 def test_a_rotation_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "cache_bytes", lambda: 1000)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
     sets = Rotation(lambda index: index, 300)
     assert [sets[call] for call in range(9)] == [0, 1, 2, 3, 4, 5, 6, 0, 1]
     assert len(Rotation(lambda index: index, 10**6).sets) == 2
