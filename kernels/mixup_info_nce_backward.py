@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oner_fast.kernels import mixup_info_nce_deep as deep
-from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
+from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
 from oner_fast.kernels.mixup_info_nce_rows import (
     Gradients,
     Side,
@@ -271,8 +271,8 @@ def _whole(
     (q, q_rest), (k, k_rest) = query.operand(), key.operand()
     (rows, width), columns = q.shape, k.shape[0]
     need_key = to_key.x.numel() > 0
-    name = "gradient_with_atomics" if atomic else "gradient"
-    chosen = configuration(OP, name, f"half {size_class(width, 256)}", architecture_of(q))
+    mixed = query.other is not None or key.other is not None
+    chosen = _tiles(size_class(width, 256), mixed, weights.partner is not None, atomic, architecture_of(q))
     key_sums = torch.zeros((columns, width) if atomic else (0,), dtype=torch.float32, device=q.device)
     ranges = weights.ranges(q_rest, k_rest, columns) if q.dtype == torch.float16 else None
 
@@ -296,6 +296,14 @@ def _whole(
     )  # fmt: skip
     if atomic:
         to_key.finish(key, key_sums, logit_scale, ranges, None)
+
+
+def _tiles(size: str, mixed: bool, partner: bool, atomic: bool, architecture: int) -> Configuration:
+    """What mixes or has partners needs more registers at its end."""
+    if atomic:
+        return configuration(OP, "gradient_with_atomics", f"half {size}", architecture)
+    mark = " mixed" if mixed else " partner" if partner else ""
+    return configuration(OP, "gradient", f"half {size}{mark}", architecture)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -326,7 +334,7 @@ def _compilation(dtype: torch.dtype, size: int, mark: str = "") -> Compilation:
         "PART": _PART,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"
-    chosen = configuration(OP, "gradient_with_atomics" if atomic else "gradient", f"half {size}", 80)
+    chosen = _tiles(str(size), mixed, mark == "partner", atomic, 80)
     return compilation(
         f"gradient_{element}_{size}{'_' if mark else ''}{mark}", _gradient, constexprs, chosen, elements, element,
         products=True,

@@ -158,24 +158,25 @@ def _forward_kernel(
         store_tile(o + offsets_of(row, BLOCK_M, D1, 1), tl.where(blind, 0.0, acc1 * inverse), own, D0, D1, HEAD_DIM)
 
 
-def head_blocks(head_dim: int) -> tuple[int, int]:
+def head_blocks(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """One power of two that holds the head dimension, or the largest in it and one for the rest where that is less."""
+    least = 32 if dtype == torch.float32 else 16  # products of 16 float32 numbers are unrolled into spills
     whole = max(16, triton.next_power_of_2(head_dim))
     if whole == head_dim or whole == 16:
         return whole, 0
-    rest = max(16, triton.next_power_of_2(head_dim - whole // 2))
+    rest = max(least, triton.next_power_of_2(head_dim - whole // 2))
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, architecture: int) -> Configuration:
-    padded = sum(head_blocks(head_dim))
+    padded = sum(head_blocks(head_dim, dtype))
     limit = next(size for size in (32, 64, 80, 96, 128, 256) if size >= padded)
     wide = "_fp32" if dtype == torch.float32 else ""
     return configuration(OP, kernel, f"head_dim_{limit}{wide}", architecture)
 
 
 def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, group: int) -> dict[str, Any]:
-    d0, d1 = head_blocks(head_dim)
+    d0, d1 = head_blocks(head_dim, dtype)
     # Six products of bfloat16 thirds cost what three of tf32 halves do and are twice as exact: as float32 itself. They
     # need more registers, which rows of more than 64 numbers leave no room for; the interpreter knows only the latter.
     thirds = d0 + d1 <= 64 and not triton.knobs.runtime.interpret

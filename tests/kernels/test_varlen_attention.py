@@ -330,8 +330,9 @@ def test_head_dimensions_are_one_block_or_two() -> None:
         192: (128, 64),
         256: (256, 0),
     }
-    assert {size: head_blocks(size) for size in expected} == expected
-    assert all(size <= sum(head_blocks(size)) < 1.5 * size for size in range(33, 257))
+    assert {size: head_blocks(size, torch.bfloat16) for size in expected} == expected
+    assert all(size <= sum(head_blocks(size, torch.bfloat16)) < 1.5 * size for size in range(33, 257))
+    assert head_blocks(80, torch.float32) == (64, 32) and head_blocks(40, torch.float32) == (64, 0)
 
 
 @triton.jit
