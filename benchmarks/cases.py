@@ -74,9 +74,14 @@ class Contender:
         return torch.compile(self.forward, fullgraph=True, dynamic=False) if self.compiled else self.forward
 
     @property
+    def ours(self) -> bool:
+        """Ours, or one of its implementations by name: no baseline."""
+        return self.name.split()[0] == OURS
+
+    @property
     def eager(self) -> bool:
         """A baseline without torch.compile."""
-        return not self.compiled and self.name != OURS
+        return not self.compiled and not self.ours
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ from oner_fast.benchmarks.timing import Candidate, Rotation
 
 # Rows, columns and depth of products on which MKL and oneDNN are at their best, in float32 and in bfloat16.
 GEMM_SHAPES = ((4096, 4096, 256), (2304, 768, 3072))
+# A GPU needs more to be at its best.
+GEMM_SHAPES_OF_GPUS = ((8192, 8192, 8192), (16384, 3072, 768))
 COPY_BYTES = 64 * 2**20
+COPY_BYTES_OF_GPUS = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def gemm_limits(dtype: torch.dtype, device: str = "cpu") -> list[Limit]:
     The one with the highest rate is the machine's; which one that is differs between machines.
     """
     limits = []
-    for rows, columns, depth in GEMM_SHAPES:
+    for rows, columns, depth in GEMM_SHAPES if device == "cpu" else GEMM_SHAPES_OF_GPUS:
         left = torch.randn(rows, depth, device=device).to(dtype)
         right = torch.randn(depth, columns, device=device).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype, device=device)
@@ -65,18 +68,19 @@ def _onednn_limit(dtype: torch.dtype) -> Limit:
 
 def copy_limit(device: str = "cpu") -> Limit:
     """Copying between buffers that together exceed the caches; its work counts the bytes read and written."""
+    size = COPY_BYTES if device == "cpu" else COPY_BYTES_OF_GPUS
 
     def pair(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        source = torch.full((COPY_BYTES // 4,), float(index), device=device)
+        source = torch.full((size // 4,), float(index), device=device)
         return source, torch.zeros_like(source)
 
-    buffers = Rotation(pair, 2 * COPY_BYTES, device=device)
+    buffers = Rotation(pair, 2 * size, device=device)
 
     def copy(call: int) -> object:
         source, target = buffers[call]
         return target.copy_(source)
 
-    return Limit(Candidate("limit: copy", copy), 2.0 * COPY_BYTES, "copy")
+    return Limit(Candidate("limit: copy", copy), 2.0 * size, "copy")
 
 
 def limits(dtype: torch.dtype, kind: str, device: str = "cpu") -> list[Limit]:

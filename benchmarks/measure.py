@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from oner_fast.benchmarks.limits import limits
 from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
-from oner_fast.ops.implementations import REFERENCE, choose
+from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
 # A result may err this many times as much as plain eager PyTorch in the same dtype does, and some units more: a single
 # number such as a loss is sometimes right by luck.
@@ -67,7 +68,11 @@ def _quiet() -> Iterator[None]:
 def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) -> Row:
     torch._dynamo.reset()
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
-    target = {name: value for name, value in asdict(case.target).items() if value is not None}
+    if settings.device != "cpu":
+        case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
+    # What is promised is promised for the CPU.
+    promised = asdict(case.target) if settings.device == "cpu" else {}
+    target = {name: value for name, value in promised.items() if value is not None}
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
     serving = choose(case.op, settings.device, dtype=first.arguments[0].dtype)
@@ -85,6 +90,29 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
         _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row
+
+
+def _ours_by_name(case: Case, device: str) -> list[Contender]:
+    """Ours once more for each implementation of ours that can serve, beside the one that does."""
+    forward, variable = case.contender(OURS).forward, f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
+    able = [
+        name
+        for name, one in implementations(case.op).items()
+        if name in ("triton", "triton_atomic", "cuda") and not one.reasons_against(device, True, dtype=case.dtype)
+    ]
+
+    def forced(name: str) -> Forward:
+        def run(*arguments: object) -> object:
+            before = os.environ.get(variable)
+            os.environ[variable] = name
+            try:
+                return forward(*arguments)
+            finally:
+                os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+
+        return run
+
+    return [Contender(f"{OURS} {name}", forced(name)) for name in able]
 
 
 def check(
@@ -192,7 +220,7 @@ def _weighed(case: Case, settings: Settings, row: Row) -> list[Contender]:
     chosen = [case.contender(OURS)]
     if case.timed and (not settings.quick or case.target.memory_share is not None):
         for compiled in (False, True):
-            able = [one for one in case.contenders if one.compiled == compiled and one.name != OURS]
+            able = [one for one in case.contenders if one.compiled == compiled and not one.ours]
             if able := [one for one in able if one.name in row.times]:
                 chosen.append(min(able, key=lambda one: row.times[one.name].p50))
     return [one for one in chosen if one.name not in row.refused and one.name not in row.unavailable]

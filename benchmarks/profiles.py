@@ -54,6 +54,9 @@ def _add(found: Phases, phase: str, run: Callable[[], Any], device: str) -> Any:
     seconds = found.setdefault(phase, {OUTSIDE: 0.0})
     inside = 0.0
     for event in profiler.key_averages():
+        # On a GPU its kernels alone: an operation's time there is that of its kernels, which are events too.
+        if device != "cpu" and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
         own = (event.self_cpu_time_total if device == "cpu" else event.self_device_time_total) / 1e6
         seconds[event.key] = seconds.get(event.key, 0.0) + own
         inside += own

@@ -121,7 +121,7 @@ class Row:
         if OURS not in samples:
             return
         ours = samples[OURS]
-        baselines = [one for name, one in samples.items() if name != OURS and name not in hidden]
+        baselines = [one for name, one in samples.items() if name.split()[0] != OURS and name not in hidden]
         if baselines:
             fastest = min(baselines, key=lambda one: one.p50)
             self.best, self.speedup = fastest.name, _quantiles(fastest, ours)

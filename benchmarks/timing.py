@@ -24,6 +24,9 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
 # Whose single call takes more than a tenth of the time that there is takes part in the first three rounds alone.
 SLOW_SHARE, SLOW_ROUNDS = 0.1, 3
+# On a GPU: how long it is kept busy for one sample, and by how many calls at most.
+BATCH_SECONDS = 5e-3
+MOST_IN_A_BATCH = 64
 T = TypeVar("T")
 
 
@@ -129,7 +132,8 @@ def interleave(
         seconds: how long to measure (the rounds begun are finished; at least `LEAST_ROUNDS`, at most `MOST_ROUNDS`;
             a candidate that takes more than `SLOW_SHARE` of it in one call has `SLOW_ROUNDS`).
         rounds: how many rounds, instead of `seconds`.
-        device: on "cuda" every call is synchronised before and after.
+        device: on "cuda" a sample is the mean of so many calls, one behind the other, that the GPU is busy for
+            `BATCH_SECONDS`, by its own clock: a single short call would be timed by its launch.
         progress: told what is done now.
 
     Raises:
@@ -153,6 +157,7 @@ def interleave(
         candidate.name: Samples(candidate.name, setup_seconds=candidate.setup_seconds) for candidate in candidates
     }
     slow: set[str] = set()
+    batches = dict.fromkeys(names, 1)
     with _without_collector():
         for _ in range(WARM_UPS - 1):
             for candidate in candidates:
@@ -160,12 +165,15 @@ def interleave(
                 call += 1
                 if seconds is not None and took > SLOW_SHARE * seconds:
                     slow.add(candidate.name)
+                if device != "cpu":
+                    batches[candidate.name] = max(1, min(MOST_IN_A_BATCH, math.ceil(BATCH_SECONDS / took)))
         for number in _rounds(seconds, rounds):
             progress(f"round {number + 1}")
             for candidate in candidates:
                 if number < SLOW_ROUNDS or candidate.name not in slow:
-                    samples[candidate.name].seconds.append(_time(candidate, call, device))
-                    call += 1
+                    batch = batches[candidate.name]
+                    samples[candidate.name].seconds.append(_time(candidate, call, device, batch))
+                    call += batch
     return samples
 
 
@@ -185,18 +193,26 @@ def _rounds(seconds: float | None, rounds: int | None) -> Iterator[int]:
         yield number
 
 
-def _time(candidate: Candidate, call: int, device: str) -> float:
-    _synchronize(device)
+def _time(candidate: Candidate, call: int, device: str, batch: int = 1) -> float:
+    """The mean seconds of `batch` calls."""
+    if device != "cpu":
+        return _time_on_gpu(candidate, call, batch)
     start = time.perf_counter()
     result = candidate.run(call)
     del result
-    _synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def _time_on_gpu(candidate: Candidate, call: int, batch: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for number in range(call, call + batch):
+        result = candidate.run(number)
+        del result
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / batch
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from oner_fast.benchmarks import machine, measure, timing
-from oner_fast.benchmarks.cases import OURS, Call, Case, Contender
+from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target
 from oner_fast.benchmarks.measure import Settings
 from oner_fast.benchmarks.ops import OPS, cases
 
@@ -30,11 +32,57 @@ def test_inputs_are_rotated_through_the_gpus_cache(a100: None) -> None:
     assert len(timing.Rotation(lambda number: number, 10 * 2**20, device="cuda").sets) == 8
 
 
-def test_every_call_is_synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_is_a_batch_of_calls_by_the_gpus_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("synchronised"))
-    timing.interleave([timing.Candidate("one", lambda call: said.append("ran"))], rounds=2, device="cuda")
-    assert said == ["synchronised", "ran", "synchronised"] * 4
+
+    class Event:
+        """A clock that says 1 ms for all that lies between two of them."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("recorded")
+
+        def synchronize(self) -> None:
+            said.append("waited")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("idle"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    one = timing.Candidate("one", lambda call: said.append(f"ran {call}"))
+    samples = timing.interleave([one], rounds=2, device="cuda")["one"]
+    batch = round(timing.BATCH_SECONDS / 1e-3)
+    assert samples.seconds == [pytest.approx(1e-3 / batch)] * 2
+    single = [["idle", "recorded", f"ran {call}", "recorded", "waited"] for call in range(timing.WARM_UPS)]
+    calls = [f"ran {call}" for call in range(timing.WARM_UPS, timing.WARM_UPS + 2 * batch)]
+    whole = [["idle", "recorded", *calls[i * batch : (i + 1) * batch], "recorded", "waited"] for i in range(2)]
+    assert said == [word for part in (*single, *whole) for word in part]
+
+
+def test_ours_takes_part_by_name_too_and_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Case] = []
+
+    def check(case: Case, *rest: object) -> dict[str, float]:
+        seen.append(case)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "check", check)
+    monkeypatch.setattr(measure, "choose", lambda op, device, **facts: SimpleNamespace(name="triton"))
+    served: list[str | None] = []
+    call = Call((torch.ones(2),))
+    ours = Contender(OURS, lambda x: served.append(os.environ.get("ONER_FAST_MASKED_GATHER_IMPLEMENTATION")))
+    case = Case("masked_gather", "2", torch.float32, lambda seed, device: call, [ours], lambda call: (), 1, 1, "copy")
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(replace(case, target=Target(speedup=2.0)), Settings(device="cuda"))
+    (found,) = seen
+    by_name = found.contender(f"{OURS} triton")
+    assert by_name.ours and not by_name.eager
+    by_name.forward(torch.ones(2))
+    ours.forward(torch.ones(2))
+    assert served == ["triton", None]
 
 
 def test_baselines_take_part_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
