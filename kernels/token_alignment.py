@@ -76,9 +76,9 @@ def _rows(
     student, teacher, kept, row, per_sample, cells,
     student_sample, student_token, teacher_sample, teacher_token, kept_sample, kept_token, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Where row `row` of the student and the teacher row it is aligned with begin; `row` is int64."""
-    sample = row // per_sample
-    token = row % per_sample
+    """Where row `row` of the student and the teacher row it is aligned with begin; addresses are int64."""
+    sample = (row // per_sample).to(tl.int64)
+    token = (row % per_sample).to(tl.int64)
     chosen = token
     if HAS_KEPT:
         chosen = tl.load(kept + sample * kept_sample + token * kept_token)
