@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from oner_fast.ops import checks
+from oner_fast.ops.library import constant
 
 HALF = (torch.float16, torch.bfloat16)
 FLASH_ATTN_OLDEST = (2, 7)
@@ -37,13 +38,13 @@ def _find(module: str, distribution: str) -> str | None:
         return "?"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _version(module: str, distribution: str) -> str | None:
     """Of an installed package ("?" if it does not say), None where it is missing; looked up once a process."""
     return _find(module, distribution)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _capability() -> tuple[int, int] | None:
     """Of the current GPU; None where torch can use none."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None

@@ -32,7 +32,7 @@ Shape = TypeVar("Shape", bound=Callable[..., object])
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def _constant(function: Function) -> Function:
+def constant(function: Function) -> Function:
     """torch.compiler.assume_constant_result, which would import torch._dynamo: seconds, at every import of the ops."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -125,7 +125,7 @@ def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[s
     return reasons
 
 
-@_constant
+@constant
 def _why_no_cuda_kernel(name: str) -> str:
     return _of_this_machine(name)
 
@@ -159,7 +159,7 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
     return []
 
 
-@_constant
+@constant
 def _triton_runs_on_the_cpu() -> bool:
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:
