@@ -343,7 +343,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cu_seqlens must never decrease", {"kept": K.flatten(), "cu_seqlens": CU[[0, 2, 1]]}),
     (ValueError, "cu_seqlens must end with.*6, got 5", {"kept": K.flatten(), "cu_seqlens": CU - CU // 6}),
     (ValueError, "positions is on meta", {"positions": torch.zeros(4, 8, device="meta")}),
-    (ValueError, "no implementation 'fast'.*known ones: cpp, triton, reference", {"implementation": "fast"}),
+    (ValueError, "no implementation 'fast'.*known ones: cpp, cuda, triton, reference", {"implementation": "fast"}),
 ]
 
 
