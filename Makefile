@@ -45,7 +45,13 @@ $(STAMP)-tools-triton: | $(STAMP)-tools
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON); sys_platform == "linux"'
 	@touch $@
 
-$(STAMP)-test $(STAMP)-dev: | $(STAMP)-tools-triton
+# The torchvision of this torch, without what it would ask of torch: a later one would bring another torch.
+$(STAMP)-tools-torchvision: | $(STAMP)-tools
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null || $(PIP) install --quiet --no-deps \
+	  "torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
+	@touch $@
+
+$(STAMP)-test $(STAMP)-dev: | $(STAMP)-tools-triton $(STAMP)-tools-torchvision
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
 	$(PIP) install --quiet --no-build-isolation -e '.[$*]'

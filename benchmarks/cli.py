@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import OPS, cases
 from oner_fast.benchmarks.report import Report, milliseconds, verdict
 from oner_fast.benchmarks.rows import Row
-from oner_fast.train.memory import keep_freed_memory
+from oner_fast.train.memory import freed_memory_kept
 
 DEFAULT_FOLDER = Path("runs/bench")
 SECONDS, QUICK_SECONDS = 12.0, 1.5
@@ -66,13 +67,13 @@ def main(argv: Sequence[str]) -> int:
     report = Report(command, machine.line(), machine.as_dict())
     print(f"machine: {machine.line()}", flush=True)
     interrupted = False
-    if options.device == "cpu":
-        keep_freed_memory()  # as training does: a candidate is not timed by the pages that it is the first to touch
     try:
-        for row in _rows(options, settings):
-            report.rows.append(row)
-            report.write(options.out)
-            print(_line(row), flush=True)
+        # As training does: a candidate is not timed by the pages that it is the first to touch.
+        with freed_memory_kept() if options.device == "cpu" else nullcontext():
+            for row in _rows(options, settings):
+                report.rows.append(row)
+                report.write(options.out)
+                print(_line(row), flush=True)
         report.finished = True
     except KeyboardInterrupt:
         interrupted = True

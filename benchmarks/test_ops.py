@@ -7,6 +7,7 @@ some was disturbed. Where an op has no compiled implementation here, the test is
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.memory import saved_bytes
 from oner_fast.benchmarks.ops import cases
 from oner_fast.ops.implementations import choose
-from oner_fast.train.memory import keep_freed_memory
+from oner_fast.train.memory import freed_memory_kept
 
 SECONDS = 1.5
 ATTEMPTS = 3
@@ -36,9 +37,10 @@ every_case = pytest.mark.parametrize("case", cases(quick=True), ids=lambda case:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_fresh_pages() -> None:
+def _no_fresh_pages() -> Iterator[None]:
     """As training and `oner-fast bench ops` do: nobody is timed by the pages that it is the first to touch."""
-    keep_freed_memory()
+    with freed_memory_kept():
+        yield
 
 
 def skip_unless_compiled(case: Case) -> None:

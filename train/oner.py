@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
 from oner_fast.train import config as configuration
 from oner_fast.train import distributed, recipes
 from oner_fast.train.loop import Training
-from oner_fast.train.memory import keep_freed_memory
+from oner_fast.train.memory import freed_memory_kept
 from oner_fast.train.nonfinite import NonFiniteError
 from oner_fast.train.settings import OneRTraining
 from oner_fast.train.signals import stop_on_signals
@@ -43,10 +44,8 @@ def train(config: OneRTraining) -> int:
     # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     world = distributed.setup(config.run.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()
     try:
-        with stop_on_signals() as stop:
+        with freed_memory_kept() if world.device.type == "cpu" else nullcontext(), stop_on_signals() as stop:
             signal = Training(config, world).run(stop)
     finally:
         distributed.shutdown()

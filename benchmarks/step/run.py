@@ -23,7 +23,7 @@ from oner_fast.benchmarks.step.setting import synthetic_batch, vitb16
 from oner_fast.benchmarks.step.shares import Share, shares
 from oner_fast.benchmarks.timing import Candidate, interleave
 from oner_fast.train.cost import step_flops
-from oner_fast.train.memory import keep_freed_memory
+from oner_fast.train.memory import freed_memory_kept
 from oner_fast.train.settings import OneRTraining
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -34,6 +34,7 @@ TARGET = 1.3
 Tell = Callable[[str], None]
 
 
+@freed_memory_kept()
 def measure(
     dtype: str,
     config: OneRTraining | None = None,
@@ -44,7 +45,7 @@ def measure(
 ) -> tuple[Row, dict[str, list[Share]]]:
     """Check that all candidates compute the same step, then measure them in turn; the row, and the shares of each.
 
-    All run with the memory that the trainer sets (:func:`keep_freed_memory`), the plain ones too.
+    All run with the memory that the trainer sets (:func:`freed_memory_kept`), the plain ones too.
 
     Args:
         dtype: "fp32", or "bf16": autocast of every candidate.
@@ -60,7 +61,6 @@ def measure(
         f"width {model.width}, {model.depth} layers, {len(batch)} pairs, {model.image_size} px, "
         f"{int(lengths.min())} to {int(lengths.max())} tokens"
     )
-    keep_freed_memory()
     row = Row("step", shape, dtype, served="oner_fast.train", target={"speedup": TARGET})
     ours = OurStep(config, batch, DTYPES[dtype])
     plain = [PlainStep(ours, DTYPES[dtype])]

@@ -1,0 +1,26 @@
+"""open_clip and timm import beside any build of torchvision, and their absence is told clearly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from oner_fast.models.peers import peer
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm"])
+def test_they_import(name: str) -> None:
+    assert peer(name).__name__ == name and peer(name) is sys.modules[name]
+
+
+def test_what_is_missing_is_named() -> None:
+    program = (
+        "import sys; sys.modules['open_clip'] = None\n"
+        "from oner_fast.models.peers import peer\n"
+        "try: peer('open_clip')\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert "pip install open-clip-torch" in done.stdout
