@@ -55,28 +55,29 @@ def recipe(function: Callable[[], C]) -> Callable[[], C]:
     return function
 
 
-def recipes() -> dict[str, Recipe]:
-    """Every registered recipe by name, in alphabetical order."""
-    return dict(sorted(_RECIPES.items()))
+def recipes(kind: type = object) -> dict[str, Recipe]:
+    """Every registered recipe by name, in alphabetical order; those that give a ``kind`` where one is asked for."""
+    return {name: make for name, make in sorted(_RECIPES.items()) if kind is object or isinstance(make(), kind)}
 
 
-def get_recipe(name: str) -> Any:
+def get_recipe(name: str, kind: type = object) -> Any:
     """Build the configuration of the recipe ``name``.
 
     Raises:
-        UnknownRecipe: there is none of this name; the text names the nearest and lists all.
+        UnknownRecipe: there is none of this name that gives a ``kind``; the text names the nearest and lists all.
     """
-    if name not in _RECIPES:
-        near = difflib.get_close_matches(name, _RECIPES, n=1)
+    known = recipes(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UnknownRecipe(f"unknown recipe {name!r}.{hint} Known recipes: {', '.join(recipes()) or 'none'}")
+        raise UnknownRecipe(f"unknown recipe {name!r}.{hint} Known recipes: {', '.join(known) or 'none'}")
     config = _RECIPES[name]()
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"recipe {name!r} must return a dataclass instance, got {type(config).__name__}")
     return config
 
 
-def parse(argv: Sequence[str], default_recipe: str, prog: str) -> Any:
+def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = object) -> Any:
     """Read a command line into a configuration.
 
     ``--recipe NAME`` picks the recipe whose values are the defaults; every field, nested ones too, is a flag
@@ -89,21 +90,22 @@ def parse(argv: Sequence[str], default_recipe: str, prog: str) -> Any:
         argv: the arguments without the program's name.
         default_recipe: the recipe where ``--recipe`` is not given.
         prog: the program's name in messages.
+        kind: the dataclass of the configuration; recipes of others are unknown here.
 
     Returns:
         An instance of the dataclass that the recipe returns.
     """
-    name, rest = _take_option(list(argv), "--recipe", prog)
+    name, rest = _take_option(list(argv), "--recipe", prog, kind)
     if "--list-recipes" in rest:
-        width = max((len(known) for known in _RECIPES), default=0)
-        for known, function in recipes().items():
+        width = max((len(known) for known in recipes(kind)), default=0)
+        for known, function in recipes(kind).items():
             mark = "*" if known == default_recipe else " "
             print(f"{mark} {known:<{width}}  {(function.__doc__ or '').strip().splitlines()[0]}")
         print("(* is the default; choose with --recipe NAME)")
         raise SystemExit(0)
     chosen = default_recipe if name is None else name
     try:
-        default = get_recipe(chosen)
+        default = get_recipe(chosen, kind)
     except UnknownRecipe as error:
         _exit(prog, str(error))
     summary = (_RECIPES[chosen].__doc__ or "").strip().splitlines()[0]
@@ -155,14 +157,14 @@ def _respell(argv: list[str], flags: list[str], short: bool) -> list[str]:
     return words
 
 
-def _take_option(argv: list[str], flag: str, prog: str) -> tuple[str | None, list[str]]:
+def _take_option(argv: list[str], flag: str, prog: str, kind: type) -> tuple[str | None, list[str]]:
     """Remove ``flag VALUE`` or ``flag=VALUE`` from ``argv``; the last one wins."""
     value, rest, position = None, [], 0
     while position < len(argv):
         word = argv[position]
         if word == flag:
             if position + 1 >= len(argv) or argv[position + 1].startswith("-"):
-                _exit(prog, f"{flag} needs a name. Known recipes: {', '.join(recipes()) or 'none'}")
+                _exit(prog, f"{flag} needs a name. Known recipes: {', '.join(recipes(kind)) or 'none'}")
             value = argv[position + 1]
             position += 1
         elif word.startswith(flag + "="):
