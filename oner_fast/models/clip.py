@@ -1,0 +1,185 @@
+"""A two-tower CLIP to train: open_clip's own architecture, so that its checkpoint is one of open_clip's."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from oner_fast.atomic import write_atomic
+from oner_fast.models.peers import peer
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of the two towers; the defaults are open_clip's ViT-B-16."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768
+    vision_layers: int = 12
+    vision_heads: int = 12
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int = 8
+    context_length: int = 77
+    """Tokens of a text with its start and its end; longer ones are cut."""
+    vocab_size: int = 49408
+    """CLIP's byte-pair vocabulary, which open_clip's tokenizer brings."""
+    embed_dim: int = 512
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
+            )
+        for tower in ("vision", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ValueError(f"{tower}_width must be a multiple of {tower}_heads, got {width} and {heads}")
+
+    @property
+    def grid(self) -> int:
+        """Cells a side."""
+        return self.image_size // self.patch_size
+
+
+def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
+    """The configuration as open_clip's ``open_clip_config.json`` holds it: ``model_cfg`` and ``preprocess_cfg``."""
+    return {
+        "model_cfg": {
+            "embed_dim": config.embed_dim,
+            "vision_cfg": {
+                "image_size": config.image_size,
+                "patch_size": config.patch_size,
+                "width": config.vision_width,
+                "layers": config.vision_layers,
+                "head_width": config.vision_width // config.vision_heads,
+            },
+            "text_cfg": {
+                "context_length": config.context_length,
+                "vocab_size": config.vocab_size,
+                "width": config.text_width,
+                "heads": config.text_heads,
+                "layers": config.text_layers,
+            },
+        },
+        "preprocess_cfg": {
+            "size": config.image_size,
+            "mean": list(config.image_mean),
+            "std": list(config.image_std),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def build_clip(config: CLIPConfig) -> nn.Module:
+    """An ``open_clip.CLIP`` with random weights (torch's generator), in training mode.
+
+    Raises:
+        ModuleNotFoundError: open_clip is not installed.
+    """
+    open_clip = peer("open_clip")
+    values = open_clip_config(config)
+    model = open_clip.CLIP(**values["model_cfg"])
+    open_clip.model.set_model_preprocess_cfg(model, values["preprocess_cfg"])
+    return model
+
+
+def clip_pixels(images: Tensor, config: CLIPConfig) -> Tensor:
+    """What the image tower takes: (B, 3, S, S) uint8, or floats in [0, 1], to normalised float32.
+
+    Raises:
+        ValueError: another shape than (B, 3, image_size, image_size).
+    """
+    size = config.image_size
+    if images.dim() != 4 or images.shape[1:] != (3, size, size):
+        raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
+    top = 255.0 if images.dtype == torch.uint8 else 1.0
+    mean = torch.tensor(config.image_mean, device=images.device).view(3, 1, 1) * top
+    std = torch.tensor(config.image_std, device=images.device).view(3, 1, 1) * top
+    return (images.float() - mean) / std
+
+
+def clip_tokenizer(config: CLIPConfig) -> Any:
+    """CLIP's byte-pair tokenizer: list of strings -> (B, context_length) int64."""
+    return peer("open_clip").SimpleTokenizer(context_length=config.context_length)
+
+
+def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
+    """Write ``open_clip_config.json`` and ``open_clip_model.safetensors`` into ``folder``.
+
+    open_clip loads it as ``open_clip.create_model_and_transforms("local-dir:FOLDER")``. Each file is whole at any
+    moment.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights, text = save(tensors), json.dumps(open_clip_config(config), indent=2) + "\n"
+    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
+    write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
+
+
+def load_clip(folder: Path | str) -> tuple[nn.Module, CLIPConfig]:
+    """Read what :func:`save_clip` wrote: the model (float32, evaluation mode) and its sizes.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the two files.
+        ValueError: the configuration is of a model that :class:`CLIPConfig` does not describe, or the weights do not
+            fit it.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; it is no finished run of 'oner-fast train clip'")
+    config = _config(json.loads((folder / CONFIG).read_text()), folder / CONFIG)
+    model = build_clip(config)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the configuration beside it: {error}") from error
+    return model.eval(), config
+
+
+def _config(values: dict[str, Any], path: Path) -> CLIPConfig:
+    try:
+        model, preprocess = values["model_cfg"], values["preprocess_cfg"]
+        vision, text = model["vision_cfg"], model["text_cfg"]
+        config = CLIPConfig(
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            vision_width=vision["width"],
+            vision_layers=vision["layers"],
+            vision_heads=vision["width"] // vision["head_width"],
+            text_width=text["width"],
+            text_layers=text["layers"],
+            text_heads=text["heads"],
+            context_length=text["context_length"],
+            vocab_size=text["vocab_size"],
+            embed_dim=model["embed_dim"],
+            image_mean=tuple(preprocess["mean"]),
+            image_std=tuple(preprocess["std"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error}, which a two-tower CLIP of this library has") from error
+    written = open_clip_config(config)["model_cfg"]
+    if written != model:
+        known = ", ".join(field.name for field in fields(CLIPConfig))
+        raise ValueError(f"{path} holds more than the sizes of a two-tower CLIP of this library: {known}")
+    return config

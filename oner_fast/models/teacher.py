@@ -1,0 +1,264 @@
+"""A frozen CLIP as UTA's teacher (section 2 of the specification: Liu et al., TMLR 2024, arXiv 2405.19009): all of its
+image tokens in the joint space, and its text tower for zero-shot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oner_fast.models.peers import peer
+from oner_fast.models.token_towers import TimmViT, TokenTower, tower_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+TEXTS = 256  # texts that pass the text tower at once
+CONFIG = "open_clip_config.json"
+
+_FILE = re.compile(r"(?P<file>.+\.(?:safetensors|pt|pth|bin)):(?P<model>.+)")
+
+Tokenize = Callable[[list[str]], Tensor]
+
+
+class Teacher(nn.Module):
+    """A CLIP that gives targets and learns nothing: frozen, in evaluation mode for ever, computed without a graph.
+
+    Its outputs are ordinary tensors, which a loss may save for its backward pass.
+
+    Attributes:
+        name: where it comes from.
+        embed_dim: numbers of an embedding.
+        grid: cells a side. image_size: pixels a side of what enters the tower.
+        logit_scale: 1 / temperature that the CLIP was trained to (1.0 for an image tower alone).
+    """
+
+    def __init__(
+        self,
+        tower: TokenTower,
+        *,
+        name: str,
+        model: nn.Module | None = None,
+        tokenize: Callable[[], Tokenize] | None = None,
+        grid: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``model`` is the whole CLIP where there is a text tower; ``tokenize`` makes its tokenizer on first use."""
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        if grid is not None and grid < 1:
+            raise ValueError(f"grid must be at least 1 cell a side, got {grid}")
+        self.name, self.dtype, self._tower, self._make_tokenizer = name, dtype, tower, tokenize
+        self.model = tower.module if model is None else model
+        self._text: Any = model
+        scale = getattr(model, "logit_scale", None)
+        self.logit_scale = 1.0 if scale is None else float(scale.detach().float().exp())
+        if grid is not None and grid * tower.patch_size != tower.image_size:
+            tower.resize(grid * tower.patch_size)
+        self.to(device=device, dtype=dtype).requires_grad_(False).eval()
+        self.image_size = tower.image_size
+        self.grid = tower.image_size // tower.patch_size
+        self.embed_dim = self._check()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode, whatever is asked of the module that holds it."""
+        return super().train(False)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """[CLS] and every patch token, after the final norm and the projection: (B, 1 + grid * grid, embed_dim) in the
+        teacher's dtype, the grid row by row, not normalised. Token 0 is :meth:`encode_image`.
+
+        Args:
+            images: (B, 3, S, S) uint8, or floats in [0, 1]; any S, resized to ``image_size``.
+        """
+        pixels = self._pixels(images)
+        with torch.inference_mode():
+            hidden = self._tower.hidden(pixels)
+        # The last product outside of inference mode makes an ordinary tensor without a copy.
+        with torch.no_grad():
+            return _ordinary(self._tower.project(hidden))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """The CLIP's own embedding of (B, 3, S, S) uint8, or floats in [0, 1]; (B, embed_dim), not normalised."""
+        with torch.inference_mode():
+            embeddings = self._tower.pooled(self._pixels(images))
+        return _ordinary(embeddings)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(B, embed_dim), not normalised, in the teacher's dtype.
+
+        Raises:
+            ValueError: the teacher is an image tower alone.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of strings, got one string")
+        if self._text is None or self._make_tokenizer is None:
+            raise ValueError(f"{self.name} is an image tower without a text tower; name a whole CLIP to encode texts")
+        device = next(self.model.parameters()).device
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), TEXTS):
+                ids = self.tokenizer(list(texts[start : start + TEXTS]))
+                parts.append(self._text.encode_text(ids.to(device)))
+        return _ordinary(torch.cat(parts)) if parts else torch.empty((0, self.embed_dim), device=device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenize:
+        """The text tower's: list of strings -> (B, context_length) int64."""
+        if self._make_tokenizer is None:
+            raise ValueError(f"{self.name} is an image tower without a text tower, so it has no tokenizer")
+        return self._make_tokenizer()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal over what decides the image features: the tower's kind, sizes, preprocessing, dtype
+        and every weight of it. The name and the text tower do not enter."""
+        tower = self._tower
+        described = {
+            "kind": type(tower.module).__qualname__,
+            "image_size": tower.image_size,
+            "patch_size": tower.patch_size,
+            "mean": list(tower.mean),
+            "std": list(tower.std),
+            "interpolation": tower.interpolation,
+            "dtype": str(self.dtype),
+            "structure": repr(tower.module),
+        }
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        for name, tensor in sorted(tower.module.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Resized and normalised (B, 3, image_size, image_size), on the device and in the dtype of the weights."""
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"images must have shape (B, 3, S, S), got {tuple(images.shape)}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(f"images must be uint8, or floats in [0, 1], got {images.dtype}")
+        weight = next(self.model.parameters())
+        pixels = images.to(weight.device).float()
+        top = 255.0 if images.dtype == torch.uint8 else 1.0
+        if pixels.shape[-1] != self.image_size:
+            mode = "bilinear" if self._tower.interpolation == "bilinear" else "bicubic"
+            pixels = F.interpolate(pixels, self.image_size, mode=mode, antialias=True, align_corners=False)
+            pixels = pixels.clamp(0.0, top)
+        mean = torch.tensor(self._tower.mean, device=weight.device).view(3, 1, 1) * top
+        std = torch.tensor(self._tower.std, device=weight.device).view(3, 1, 1) * top
+        return ((pixels - mean) / std).to(self.dtype)
+
+    def _check(self) -> int:
+        """Token 0 of one picture of noise must be its embedding; returns the embedding's size."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(256, (1, 3, self.image_size, self.image_size), dtype=torch.uint8, generator=generator)
+        tokens, pooled = self.tokens(noise), self.encode_image(noise)
+        count = 1 + self.grid**2
+        if tokens.shape[1] != count:
+            raise ValueError(f"{self.name}: {count} tokens expected of a grid of {self.grid}, got {tokens.shape[1]}")
+        agreement = float(F.cosine_similarity(tokens[:, 0].float(), pooled.float()).min())
+        if not agreement > 0.99:
+            raise ValueError(
+                f"{self.name}: the embedding is not its projected [CLS] token (cosine {agreement:.4f}), so that its "
+                "tokens are not in the joint space"
+            )
+        return tokens.shape[2]
+
+
+def load_teacher(
+    source: str | Path,
+    *,
+    grid: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Teacher:
+    """Load a CLIP as a teacher.
+
+    Args:
+        source: one of
+
+            * a folder with ``open_clip_config.json`` and the weights (a run of ``oner-fast train clip``);
+            * ``MODEL:TAG`` of open_clip, such as ``ViT-B-16:openai`` or ``EVA01-g-14-plus:merged2b_s11b_b114k``;
+            * ``hf-hub:OWNER/NAME``, a CLIP of open_clip's layout;
+            * ``FILE:MODEL``: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of ``timm:MODEL``;
+            * ``timm:MODEL``, such as ``timm:vit_base_patch16_clip_224.openai``: an image tower without texts.
+        grid: cells a side that the teacher shall have (the student's): its input is resized to grid * patch pixels
+            and its positions resampled. By default its own.
+        dtype: of the weights and of what it returns: torch.float32 or torch.bfloat16.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: the source is none of these, or a model without a grid of tokens in the joint space.
+        ModuleNotFoundError: open_clip or timm is not installed.
+    """
+    text = str(source)
+    common: dict[str, Any] = {"grid": grid, "device": device, "dtype": dtype}
+    if text.startswith("timm:"):
+        return _timm(text, text.removeprefix("timm:"), {"pretrained": True}, common)
+    if text.startswith("hf-hub:"):
+        return _open_clip(text, text, {}, common)
+    folder = Path(text.removeprefix("local-dir:"))
+    if folder.is_dir():
+        if not (folder / CONFIG).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {CONFIG}; a teacher's folder is a finished run of 'oner-fast train clip' or a CLIP "
+                "that open_clip saved"
+            )
+        if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
+            raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
+        return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
+    if found := _FILE.fullmatch(text):
+        file, model = Path(found["file"]), found["model"]
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+        if model.startswith("timm:"):
+            return _timm(text, model.removeprefix("timm:"), {"checkpoint_path": str(file)}, common)
+        _check_known(model)
+        return _open_clip(text, model, {"pretrained": str(file)}, common)
+    model, colon, tag = text.partition(":")
+    if isinstance(source, Path) or text.startswith("local-dir:") or (not colon and "/" in text):
+        raise FileNotFoundError(f"there is no folder {folder}")
+    _check_known(model)
+    tags = peer("open_clip").list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
+        raise ValueError(f"a pretrained {model} must be named with its tag, got {text!r}; known: {known}")
+    return _open_clip(text, model, {"pretrained": tag, "force_quick_gelu": _quick_gelu(model, tag)}, common)
+
+
+def _check_known(model: str) -> None:
+    if model not in peer("open_clip").list_models():
+        raise ValueError(
+            f"a teacher must be a folder, MODEL:TAG or FILE:MODEL of open_clip, hf-hub:OWNER/NAME or timm:MODEL; "
+            f"open_clip has no model {model!r} (open_clip.list_models() names them)"
+        )
+
+
+def _quick_gelu(model: str, tag: str) -> bool:
+    """Whether these weights were trained with QuickGELU, which a model's name alone does not tell."""
+    return bool(peer("open_clip").get_pretrained_cfg(model, tag).get("quick_gelu", False))
+
+
+def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
+    open_clip = peer("open_clip")
+    model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
+    tower = tower_of(model, name)
+    return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
+
+
+def _timm(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
+    timm = peer("timm")
+    if not timm.is_model(model_name):
+        raise ValueError(f"timm has no model {model_name!r} (timm.list_models() names them)")
+    return Teacher(TimmViT(timm.create_model(model_name, **options), None, name), name=name, **common)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -1,0 +1,168 @@
+"""The image towers of open_clip and timm as UTA needs them: every token in the joint space, not [CLS] alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oner_fast.models.peers import peer
+
+
+class TokenTower(ABC):
+    """An image tower whose pooled embedding is its [CLS] token after the final norm and the projection; the other
+    tokens pass through the same two.
+
+    ``patch_size`` and ``image_size`` are in pixels, ``mean`` and ``std`` of pixel values in [0, 1].
+    """
+
+    patch_size: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    module: nn.Module
+    """What holds the weights."""
+
+    @abstractmethod
+    def resize(self, image_size: int) -> None:
+        """Take pictures of another size: the positions are resampled by the library that the tower is of."""
+
+    @abstractmethod
+    def hidden(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) -> [CLS] and the grid row by row, before the projection (B, 1 + N, D)."""
+
+    @abstractmethod
+    def project(self, hidden: Tensor) -> Tensor:
+        """(B, 1 + N, D) -> (B, 1 + N, E)."""
+
+    @abstractmethod
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """The library's own embedding of normalised pixels (B, 3, S, S); (B, E)."""
+
+
+class OpenClipViT(TokenTower):
+    """open_clip's own VisionTransformer."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        visual: Any = model.visual
+        self.module, self._model, self._visual = visual, model, visual
+        if visual.attn_pool is not None or visual.pool_type != "tok":
+            pool = "attention" if visual.attn_pool is not None else visual.pool_type
+            raise ValueError(_other_pooling(name, pool))
+        if visual.proj is None:
+            raise ValueError(f"{name}: the image tower has no projection, so that its tokens are in no joint space")
+        self.patch_size = _square(visual.patch_size, name, "patches")
+        self.image_size = _square(visual.image_size, name, "pictures")
+        self.mean, self.std, self.interpolation = _preprocessing(visual)
+
+    def resize(self, image_size: int) -> None:
+        grid = image_size // self.patch_size
+        self._visual.grid_size, self._visual.image_size = (grid, grid), (image_size, image_size)
+        state = {"visual.positional_embedding": self._visual.positional_embedding.detach()}
+        peer("open_clip").model.resize_pos_embed(state, self._model)
+        self._visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"], requires_grad=False)
+        self.image_size = image_size
+
+    def hidden(self, pixels: Tensor) -> Tensor:
+        found = self._visual.forward_intermediates(
+            pixels,
+            indices=1,
+            normalize_intermediates=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        return torch.cat([found["image_intermediates_prefix"][-1], found["image_intermediates"][-1]], dim=1)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return hidden @ self._visual.proj
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        return self._visual(pixels)
+
+
+class TimmViT(TokenTower):
+    """A ViT of timm, alone or as the trunk of open_clip's TimmModel (EVA, for one)."""
+
+    def __init__(self, trunk: nn.Module, visual: nn.Module | None, name: str) -> None:
+        self._trunk: Any = trunk
+        self._visual: Any = visual
+        self.module = trunk if visual is None else visual
+        known: Any = trunk
+        embedding = getattr(trunk, "patch_embed", None)
+        if embedding is None or not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "set_input_size"):
+            raise ValueError(_no_grid(name, trunk))
+        if known.global_pool != "token" or known.num_prefix_tokens < 1:
+            raise ValueError(_other_pooling(name, known.global_pool or "none"))
+        if hasattr(trunk, "head_dist"):
+            raise ValueError(_other_pooling(name, "distillation token"))
+        self.patch_size = _square(embedding.patch_size, name, "patches")
+        self.image_size = _square(embedding.img_size, name, "pictures")
+        cfg: dict[str, Any] = known.pretrained_cfg
+        cfg = cfg if visual is None else {**cfg, **getattr(visual, "preprocess_cfg", {})}
+        self.mean, self.std, self.interpolation = tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]
+
+    def resize(self, image_size: int) -> None:
+        (self._trunk if self._visual is None else self._visual).set_input_size(image_size)
+        self.image_size = image_size
+
+    def hidden(self, pixels: Tensor) -> Tensor:
+        tokens = self._trunk.forward_features(pixels)
+        registers = self._trunk.num_prefix_tokens - 1
+        return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1) if registers else tokens
+
+    def project(self, hidden: Tensor) -> Tensor:
+        # Each token as the [CLS] token of a sequence of one: timm's own pooling, norm and head see no difference.
+        out = self._trunk.forward_head(hidden.reshape(-1, 1, hidden.shape[-1]))
+        out = out if self._visual is None else self._visual.head(out)
+        return out.view(*hidden.shape[:2], -1)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        return self.module(pixels)
+
+
+def tower_of(model: nn.Module, name: str) -> TokenTower:
+    """The token tower of an open_clip model.
+
+    Raises:
+        ValueError: its image tower has no token grid (a ResNet, a ConvNeXt), pools otherwise than by [CLS], or has no
+            projection.
+    """
+    visual: Any = model.visual
+    if isinstance(visual, peer("open_clip").transformer.VisionTransformer):
+        return OpenClipViT(model, name)
+    if hasattr(visual, "trunk"):
+        return TimmViT(visual.trunk, visual, name)
+    raise ValueError(_no_grid(name, visual))
+
+
+def _no_grid(name: str, tower: nn.Module) -> str:
+    return (
+        f"{name}: its image tower, a {type(tower).__name__}, has no grid of tokens beside a [CLS] token; "
+        "a teacher must be a ViT"
+    )
+
+
+def _other_pooling(name: str, pool: str) -> str:
+    return (
+        f"{name}: its image tower pools by {pool!r}, so that no token of it is in the joint space; "
+        "a teacher's embedding must be its [CLS] token ('tok', 'token')"
+    )
+
+
+def _square(size: int | tuple[int, ...], name: str, what: str) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise ValueError(f"{name}: its {what} must be square, got {size}")
+    return sides.pop()
+
+
+def _preprocessing(visual: Any) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """Mean, standard deviation and interpolation; CLIP's where the model does not say."""
+    constants = peer("open_clip").constants
+    found = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD, "interpolation": "bicubic"}
+    found |= getattr(visual, "preprocess_cfg", {})
+    return tuple(found["mean"]), tuple(found["std"]), found["interpolation"]
