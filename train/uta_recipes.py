@@ -1,7 +1,7 @@
 """Recipes of UTA and of the rows it is compared with.
 
-The paper's choices (section 4.1): ImageNet-21K without labels, batch 2048, AdamW (0.9, 0.98), peak learning rate 1.5e-3,
-weight decay 0.05, gradient norm 3.0, half of the patches hidden by reversed block-wise masks; its teacher is
+The paper's choices (section 4.1): ImageNet-21K without labels, batch 2048, AdamW (0.9, 0.98), peak learning rate
+1.5e-3, weight decay 0.05, gradient norm 3.0, half of the patches hidden by reversed block-wise masks; its teacher is
 EVA01-CLIP-g/14-plus.
 """
 
@@ -23,7 +23,7 @@ _ALL_TOKENS = 37 / 19
 
 @recipe
 def uta_tiny_icons_cpu() -> UTATraining:
-    """UTA from the icons' pictures alone, towards the CLIP of clip_tiny_icons_cpu (about ten minutes on two CPU cores)."""
+    """UTA from the icons' pictures alone, towards the CLIP of clip_tiny_icons_cpu (about ten minutes on two cores)."""
     return UTATraining(
         model=UTA_SIZES["tiny"],
         alignment=Alignment(teacher="runs/clip_tiny_icons", mask_ratio=0.5),
@@ -89,7 +89,11 @@ def uta_b16_in21k_a100x8() -> UTATraining:
             steps=1_040_000, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup=6_930, wd=0.05, grad_clip_norm=3.0
         ),
         run=Run(
-            run_dir="runs/uta_b16_in21k", precision="amp_bf16", save_every=2000, log_every_n_steps=50, deterministic=False
+            run_dir="runs/uta_b16_in21k",
+            precision="amp_bf16",
+            save_every=2000,
+            log_every_n_steps=50,
+            deterministic=False,
         ),
     )
 

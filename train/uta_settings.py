@@ -19,15 +19,15 @@ class Alignment:
     teacher: str = ""
     """The frozen CLIP: a run of `oner-fast train clip`, an open_clip name with its weights (ViT-B-16:openai), ..."""
     objective: Objective = "uta"
-    """uta: [CLS] and the visible tokens, the hidden ones never enter the student. The comparison rows: distillation (every
-    token enters and is aligned) and mask_token (hidden tokens enter as [MASK]; they and [CLS] are aligned, as in EVA)."""
+    """uta: [CLS] and the visible tokens; the hidden ones never enter the student. Comparison rows: distillation (every
+    token enters and is aligned), mask_token (hidden tokens enter as [MASK]; they and [CLS] are aligned, as in EVA)."""
     mask_ratio: float = 0.5
     """Share of the patches that are hidden."""
     mask: Pattern = "reversed_block"
     teacher_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: what the student computes in."""
     teacher_cache: str = ""
-    """Folder that keeps the teacher's tokens of every step, for a run that is repeated with another student; empty: none."""
+    """Folder that keeps the teacher's tokens of every step, for runs of the same data with other students."""
     teacher_cache_dtype: Literal["bf16", "int8"] = "bf16"
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class UTATraining:
             )
         if self.model.mask_token != (self.alignment.objective == "mask_token"):
             raise ValueError(
-                f"objective {self.alignment.objective!r} needs mask_token={not self.model.mask_token}: only mask_token has "
-                "a [MASK] token to learn"
+                f"objective {self.alignment.objective!r} needs mask_token={not self.model.mask_token}: the [MASK] token "
+                "is learnt by mask_token alone"
             )
         if self.alignment.objective == "mask_token" and not self.alignment.hidden(self.model.cells):
             raise ValueError(

@@ -34,8 +34,12 @@ class StudentTraining(Training):
     def _build(self) -> nn.Module:
         alignment, model = self.config.alignment, self.config.model
         if not alignment.teacher:
-            raise ValueError("UTA needs a teacher: --teacher RUN of `oner-fast train clip`, or an open_clip name:weights")
-        half = alignment.teacher_precision == "bf16" or (alignment.teacher_precision == "auto" and self.dtype is not None)
+            raise ValueError(
+                "UTA needs a teacher: --teacher RUN of `oner-fast train clip`, or an open_clip name:weights"
+            )
+        half = alignment.teacher_precision == "bf16" or (
+            alignment.teacher_precision == "auto" and self.dtype is not None
+        )
         self.teacher = load_teacher(
             alignment.teacher,
             grid=model.grid,
@@ -73,8 +77,8 @@ class StudentTraining(Training):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if state["teacher_fingerprint"] != self.teacher.fingerprint:
             raise ValueError(
-                f"the run was trained towards another teacher than {self.config.alignment.teacher} now holds: its weights "
-                "have changed; give another --run-dir"
+                f"the run was trained towards another teacher than {self.config.alignment.teacher} now holds; give "
+                "another --run-dir"
             )
 
     def _about(self) -> dict[str, str]:
