@@ -28,6 +28,7 @@ SECONDS, QUICK_SECONDS = 12.0, 1.5
 # The other benchmarks, each a module with a `main` of its own.
 OTHERS = {
     "step": "oner_fast.benchmarks.step",
+    "uta": "oner_fast.benchmarks.student",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.peers",
 }

@@ -91,7 +91,7 @@ def of_contender(case: Case, contender: Contender, device: str = "cpu") -> Memor
     if device == "cpu":
         peak, results = peak_bytes(lambda: step(forward, call))
     else:
-        peak, results = _peak_on_gpu(lambda: step(forward, call))
+        peak, results = peak_on_gpu(lambda: step(forward, call))
     gradients = results[len(results) - len(call.leaves) :]
     returned = sum(part.nbytes for one in gradients for part in _parts(one))
     del results
@@ -116,7 +116,8 @@ def _parts(tensor: Any) -> list[Tensor]:
     return [tensor.values(), tensor.offsets()] if tensor.is_nested else [tensor]
 
 
-def _peak_on_gpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
+def peak_on_gpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
+    """As :func:`peak_bytes`, by the count of torch's allocator."""
     for _ in range(WARM_UPS):
         run()
     torch.cuda.synchronize()

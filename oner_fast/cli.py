@@ -56,6 +56,7 @@ COMMANDS = {
         {
             "ops": "every op, and one training step; --quick for the small shapes",
             "step": "one training step against plain PyTorch, and each op's share of it",
+            "uta": "the step of UTA's student by mask ratio, beside mask tokens and gathering after the embedding",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
             "gpu-peers": "the GPU kernels beside other libraries', counted on an emulated A100",
         },

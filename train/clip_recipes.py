@@ -19,17 +19,17 @@ def clip_tiny_icons_cpu() -> CLIPTraining:
         model=CLIPConfig(
             image_size=48,
             patch_size=8,
-            vision_width=256,
+            vision_width=192,
             vision_layers=4,
-            vision_heads=4,
-            text_width=192,
+            vision_heads=3,
+            text_width=128,
             text_layers=3,
-            text_heads=3,
+            text_heads=2,
             context_length=16,
             embed_dim=256,
         ),
         data=Data(train_data="data/icons"),
-        optim=Optimisation(steps=700, batch_size=256, lr=1e-3, min_lr=1e-5, warmup=70, wd=0.1),
+        optim=Optimisation(steps=600, batch_size=256, lr=1e-3, min_lr=1e-5, warmup=60, wd=0.1),
         run=Run(run_dir="runs/clip_tiny_icons", threads=2, save_every=100),
     )
 

@@ -56,7 +56,7 @@ class UTATraining:
             )
         if self.model.mask_token != (self.alignment.objective == "mask_token"):
             raise ValueError(
-                f"objective {self.alignment.objective!r} needs mask_token={not self.model.mask_token}: the [MASK] token "
+                f"objective {self.alignment.objective!r} needs mask_token={not self.model.mask_token}: the token "
                 "is learnt by mask_token alone"
             )
         if self.alignment.objective == "mask_token" and not self.alignment.hidden(self.model.cells):

@@ -72,7 +72,7 @@ class StudentTraining(Training):
         save_uta(self.folder / "model.safetensors", self.student, self._about())
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"format": "oner_fast.uta", "model_config": json.dumps(asdict(self.config.model)), **self._about()}
+        return {"kind": "oner_fast.uta", "model_config": json.dumps(asdict(self.config.model)), **self._about()}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if state["teacher_fingerprint"] != self.teacher.fingerprint:

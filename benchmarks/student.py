@@ -1,0 +1,212 @@
+"""`oner-fast bench uta`: what a step of UTA's student costs, by the share of the patches that are hidden.
+
+Three ways to the same gradient's shape: ours (hidden patches never enter), the same student fed mask tokens in their
+place, and the same student that embeds every patch and drops the hidden ones afterwards. Forward, token alignment and
+backward, without teacher and optimiser; interleaved, so that the ratios hold on a noisy machine; the peak of memory
+each in a fresh process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oner_fast import ops
+from oner_fast.benchmarks import machine, memory
+from oner_fast.benchmarks.timing import Candidate, Samples, interleave, ratio
+from oner_fast.data.masking import draw_masks
+from oner_fast.models.flops import uta_flops
+from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
+from oner_fast.train.alignment import with_cls
+from oner_fast.train.memory import freed_memory_kept
+
+VISIBLE, MASK_TOKENS, GATHERED = "visible tokens alone (ours)", "mask tokens", "embed all, then gather"
+NAMES = (VISIBLE, MASK_TOKENS, GATHERED)
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+_BACKWARD = 3  # forward, and a backward of twice its operations
+Tell = Callable[[str], None]
+
+
+class _EmbedsAll(UTA):
+    """The student with every patch embedded before the hidden ones are dropped."""
+
+    def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens, places = super()._embed(images, None, masked)
+        if kept is None:
+            return tokens, places
+        rows = with_cls(kept)
+        return ops.masked_gather(tokens, rows), places.gather(1, rows)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: the student, and one batch of random pictures towards random tokens."""
+
+    config: UTAConfig
+    batch_size: int
+    device: str
+    dtype: str
+
+    def step(self, name: str, mask_ratio: float) -> Callable[[], list[Tensor]]:
+        """A call that computes the gradients anew and returns them."""
+        torch.manual_seed(0)
+        c, device = self.config, torch.device(self.device)
+        config = replace(c, mask_token=name == MASK_TOKENS)
+        student = (_EmbedsAll if name == GATHERED else UTA)(config).to(device)
+        images = torch.randint(256, (self.batch_size, 3, c.image_size, c.image_size), dtype=torch.uint8, device=device)
+        target = torch.randn(self.batch_size, 1 + c.cells, c.embed_dim, device=device)
+        samples = torch.arange(self.batch_size, device=device)
+        masks = draw_masks(0, 0, samples, (c.grid, c.grid), int(mask_ratio * c.cells), "reversed_block")
+        autocast = _DTYPES[self.dtype]
+
+        def run() -> list[Tensor]:
+            with torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                if name == MASK_TOKENS:
+                    tokens = student(images, masked=masks.mask)
+                else:
+                    tokens = student(images, masks.kept)
+            kept = None if name == MASK_TOKENS else with_cls(masks.kept)
+            ops.token_alignment(tokens, target, kept).backward()
+            gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+            student.zero_grad(set_to_none=True)
+            return gradients
+
+        return run
+
+    def peak(self, name: str, mask_ratio: float) -> int:
+        """Bytes above weights and batch, gradients included, in a process of its own."""
+        task = {**asdict(self), "name": name, "mask_ratio": mask_ratio, "threads": torch.get_num_threads()}
+        environment = {**os.environ, **memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [sys.executable, "-m", "oner_fast.benchmarks.student", "--peak", json.dumps(task)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise memory.Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
+        return int(done.stdout.strip().splitlines()[-1])
+
+
+@dataclass
+class Row:
+    """One mask ratio: tokens a picture that enter our student, seconds and peak bytes of every way."""
+
+    mask_ratio: float
+    tokens: int
+    seconds: dict[str, Samples]
+    peaks: dict[str, int]
+    flops: float
+
+
+def measure(setting: Setting, ratios: Sequence[float], rounds: int, tell: Tell) -> list[Row]:
+    """A row for each mask ratio; all steps of all ratios take turns."""
+    c = setting.config
+    steps = {f"{name}, {each:g}": _called(setting.step(name, each)) for each in ratios for name in NAMES}
+    with freed_memory_kept():
+        samples = interleave(
+            [Candidate(name, run) for name, run in steps.items()], rounds=rounds, device=setting.device, progress=tell
+        )
+    rows = []
+    for each in ratios:
+        tokens = 1 + c.cells - int(each * c.cells)
+        peaks = {}
+        for name in NAMES:
+            tell(f"memory of {name} at {each:g}")
+            peaks[name] = setting.peak(name, each)
+        flops = _BACKWARD * uta_flops(c, [tokens] * setting.batch_size)
+        rows.append(Row(each, tokens, {name: samples[f"{name}, {each:g}"] for name in NAMES}, peaks, flops))
+    return rows
+
+
+def _called(run: Callable[[], list[Tensor]]) -> Callable[[int], object]:
+    return lambda call: run()
+
+
+def markdown(setting: Setting, rows: Sequence[Row]) -> str:
+    """The table: seconds, their ratio to the first row's, to the other ways, and memory."""
+    c = setting.config
+    lines = [
+        f"### {c.image_size} px, patch {c.patch_size}, width {c.width}, {c.depth} layers, {setting.batch_size} "
+        f"pictures, {setting.dtype}",
+        "",
+        "| mask ratio | tokens | their share | ours: p50 s | its share | mask tokens: p50 s | slower than ours "
+        "| embed all, gather: p50 s | slower than ours | GFLOP/s of ours | peak MiB: ours | mask tokens | embed all |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = rows[0]
+    for row in rows:
+        ours = row.seconds[VISIBLE]
+        cells = [
+            f"{row.mask_ratio:g}",
+            f"{row.tokens}",
+            f"{row.tokens / first.tokens:.2f}",
+            f"{ours.p50:.3f}",
+            f"{1 / ratio(first.seconds[VISIBLE], ours).p50:.2f}",
+        ]
+        for name in (MASK_TOKENS, GATHERED):
+            cells += [f"{row.seconds[name].p50:.3f}", f"{ratio(row.seconds[name], ours).p50:.2f}x"]
+        cells.append(f"{row.flops / ours.p50 / 1e9:.0f}")
+        cells += [f"{row.peaks[name] / 2**20:.0f}" for name in NAMES]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _peak(task: dict[str, Any]) -> int:
+    torch.set_num_threads(task["threads"])
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in task["config"].items()}
+    setting = Setting(UTAConfig(**values), task["batch_size"], task["device"], task["dtype"])
+    run = setting.step(task["name"], task["mask_ratio"])
+    if setting.device == "cpu":
+        return memory.peak_bytes(run)[0]
+    return memory.peak_on_gpu(run)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="oner-fast bench uta", description=__doc__)
+    parser.add_argument("--size", choices=list(UTA_SIZES), default="b", help="the student (default: b)")
+    parser.add_argument("--image-size", type=int, default=None, help="pixels a side; the size's own by default")
+    parser.add_argument("--depth", type=int, default=None, help="layers; the size's own by default")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures a step (default: 8)")
+    parser.add_argument("--mask-ratios", type=float, nargs="+", default=[0.0, 0.4, 0.5, 0.75])
+    parser.add_argument("--dtypes", nargs="+", choices=list(_DTYPES), default=["fp32"])
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each way")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=None, help="write the tables there, as Markdown")
+    parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.peak is not None:
+        print(_peak(json.loads(arguments.peak)))
+        return 0
+    if not all(0 <= each < 1 for each in arguments.mask_ratios):
+        parser.error(f"mask ratios must be in [0, 1), got {arguments.mask_ratios}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    config = UTA_SIZES[arguments.size]
+    config = replace(
+        config, image_size=arguments.image_size or config.image_size, depth=arguments.depth or config.depth
+    )
+    here = machine.describe(arguments.device)
+    parts = [f"# The student of UTA by mask ratio\n\nWritten by `oner-fast bench uta`. {here.line()}\n"]
+    print(here.line(), flush=True)
+    for dtype in arguments.dtypes:
+        setting = Setting(config, arguments.batch_size, arguments.device, dtype)
+        rows = measure(setting, arguments.mask_ratios, arguments.rounds, lambda text: print(text, flush=True))
+        parts.append(markdown(setting, rows))
+        print(parts[-1], flush=True)
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text("\n".join(parts), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
