@@ -26,7 +26,16 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command("oner_fast.train", "train a model", "train", {"oner": "OneR, one tower for images and text"}),
+    "train": Command(
+        "oner_fast.train",
+        "train a model",
+        "train",
+        {
+            "oner": "OneR, one tower for images and text",
+            "clip": "a two-tower CLIP, or the contrastive second stage of UTA",
+            "uta": "UTA, a vision transformer aligned to a frozen CLIP",
+        },
+    ),
     "eval": Command("oner_fast.evaluation.cli", "measure retrieval of a run on its validation splits", "train"),
     "data": Command(
         "oner_fast.data.sources.cli",
@@ -108,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".", 1)[0]
         if command.extra is None or package in ("", "oner_fast"):
             raise
-        remedy = f"pip install 'oner_fast[{command.extra}]'"
+        extra = "clip" if package in ("open_clip", "timm", "torchvision") else command.extra
+        remedy = f"pip install 'oner_fast[{extra}]'"
         return _fail(f"'{name}' needs the package {package!r}, which is not installed: {remedy}")
     except KeyboardInterrupt:
         return 130

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import ImageTransform
@@ -11,7 +11,30 @@ from oner_fast.data.streaming import StreamedPairs
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches
 from oner_fast.train.distributed import World
-from oner_fast.train.settings import Data, OneRTraining
+from oner_fast.train.settings import Data, Optimisation, Run
+
+
+class Pictured(Protocol):
+    """A model's configuration that says the side of its pictures, in pixels."""
+
+    @property
+    def image_size(self) -> int: ...
+
+
+class Sized(Protocol):
+    """A training's configuration, as far as its batches depend on it."""
+
+    @property
+    def model(self) -> Pictured: ...
+
+    @property
+    def data(self) -> Data: ...
+
+    @property
+    def optim(self) -> Optimisation: ...
+
+    @property
+    def run(self) -> Run: ...
 
 
 def is_stream(address: str) -> bool:
@@ -32,23 +55,31 @@ def build_tokenizer(data: Data) -> Tokenizer:
     return Tokenizer.train(PairDataset(data.train_data, data.train_split).captions(), data.tokenizer_vocab)
 
 
-def open_batches(config: OneRTraining, tokenizer: Tokenizer, world: World) -> Batches:
+def open_batches(
+    config: Sized, tokenizer: Tokenizer | None, world: World, *, max_tokens: int = 0, captions: bool = True
+) -> Batches:
     """This rank's batches from step 0 on; ``load_state_dict`` goes on elsewhere.
+
+    Args:
+        tokenizer: None leaves the captions as strings.
+        max_tokens: the longest caption, in tokens.
+        captions: False reads pictures alone; samples may then lack a caption.
 
     Raises:
         ValueError: there is no such data, or fewer samples than a batch needs.
     """
-    data, model = config.data, config.model
+    data, image_size = config.data, config.model.image_size
     common: dict[str, Any] = {
         "batch_size": config.optim.batch_size,
         "seed": config.run.seed,
-        "image_size": model.image_size,
-        "transform": ImageTransform(model.image_size, (data.aug_scale, 1.0), flip=data.aug_flip),
+        "image_size": image_size,
+        "transform": ImageTransform(image_size, (data.aug_scale, 1.0), flip=data.aug_flip),
         "workers": data.workers,
         "rank": world.rank,
         "world_size": world.size,
-        "max_tokens": model.max_text_tokens,
+        "max_tokens": max_tokens,
         "pin_memory": world.device.type == "cuda",
+        "captions": captions,
     }
     if is_stream(data.train_data):
         return StreamedPairs(data.train_data, tokenizer, **common)

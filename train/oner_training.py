@@ -48,7 +48,7 @@ class TowerTraining(Training):
         return student
 
     def _open_batches(self) -> Batches:
-        return open_batches(self.config, self.tokenizer, self.world)
+        return open_batches(self.config, self.tokenizer, self.world, max_tokens=self.config.model.max_text_tokens)
 
     def _ready(self) -> None:
         self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, self.world, self.dtype)

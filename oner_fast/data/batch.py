@@ -56,6 +56,12 @@ class TokenizedText:
         return TokenizedText(self.input_ids.pin_memory(), self.cu_seqlens.pin_memory(), self.word_ids.pin_memory())
 
 
+def no_text(count: int) -> TokenizedText:
+    """`count` captions without a token: the text of a batch of pictures alone."""
+    empty = torch.zeros(0, dtype=torch.int64)
+    return TokenizedText(empty, torch.zeros(count + 1, dtype=torch.int32), empty.int())
+
+
 @dataclass
 class PairBatch:
     """One rank's part of one step's batch.

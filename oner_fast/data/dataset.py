@@ -122,11 +122,19 @@ class PairDataset:
             raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
         text = self._member(i, shard, row, TEXT)
         fields = self._fields(i, shard, row) if meta or text is None else {}
+        image = self.picture(i)
+        caption = caption_of(self.name(i), text, fields)
+        return RawPair(self._shards[shard].key(row), image, caption, fields if meta else {})
+
+    def picture(self, i: int) -> bytes:
+        """The encoded picture of sample `i`, which may lack a caption. Raises as `read` does."""
+        shard, row = self._locate(i)
+        if row >= len(self._shards[shard]):
+            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
         image = self._member(i, shard, row, IMAGE)
         if image is None:
             raise CorruptSample(self.name(i), "it has no picture")
-        caption = caption_of(self.name(i), text, fields)
-        return RawPair(self._shards[shard].key(row), image, caption, fields if meta else {})
+        return image
 
     def caption(self, i: int) -> str:
         """The caption of sample `i` without its picture. Raises as `read` does."""

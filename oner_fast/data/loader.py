@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from oner_fast.data.batch import PairBatch
+from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
@@ -25,7 +25,7 @@ class PairSource(Dataset[PairBatch]):
     def __init__(
         self,
         dataset: PairDataset,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         batch_size: int,
         seed: int,
@@ -33,8 +33,10 @@ class PairSource(Dataset[PairBatch]):
         rank: int,
         world_size: int,
         max_tokens: int,
+        captions: bool,
     ) -> None:
         self.dataset = dataset
+        self.captions = captions
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.seed = seed
@@ -62,7 +64,7 @@ class PairSource(Dataset[PairBatch]):
             names, caption = self._fill(images[row], randoms[row], epoch, slot, first)
             captions.append(caption)
             corrupt += names
-        text = self.tokenizer(captions, self.max_tokens)
+        text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(len(slots))
         return PairBatch(images, text, samples, captions, step, epoch, len(corrupt), corrupt)
 
     def _fill(
@@ -84,10 +86,14 @@ class PairSource(Dataset[PairBatch]):
         )
 
     def _read(self, place: Tensor, randoms: NDArray[np.int64], i: int) -> str:
-        pair = self.dataset.read(i, meta=False)
-        image = decode(pair.image, self.dataset.name(i), self.transform.decode_side)
+        if self.captions:
+            pair = self.dataset.read(i, meta=False)
+            encoded, caption = pair.image, pair.caption
+        else:
+            encoded, caption = self.dataset.picture(i), ""
+        image = decode(encoded, self.dataset.name(i), self.transform.decode_side)
         place.copy_(self.transform(image, randoms))
-        return pair.caption
+        return caption
 
 
 class _Steps(Sampler[int]):
@@ -112,9 +118,10 @@ class PairLoader(Batches):
     step begun at changes any byte. A sample that cannot be read is counted in `corrupt`, named once in the log
     "oner_fast.data", and replaced by a substitute that depends on (seed, epoch, slot) alone.
 
-    `batch_size` is global. `transform` defaults to ImageTransform(image_size). With `workers` > 0 batches are made in
-    as many processes, `prefetch` batches ahead in each; they leave Ctrl-C and SIGTERM to the training process, and end
-    when it does, however it ends. `state_dict` names the step that comes next.
+    Without a `tokenizer` the batches have an empty `text`; with `captions=False` no caption is read either, and the
+    samples may lack them. `batch_size` is global. `transform` defaults to ImageTransform(image_size). With workers > 0
+    batches are made in as many processes, `prefetch` batches ahead in each; they leave Ctrl-C and SIGTERM to the
+    training process, and end when it does, however it ends. `state_dict` names the step that comes next.
 
     Raises ValueError where the batch does not divide among the ranks, exceeds the dataset, or image_size is not the
     transform's.
@@ -123,7 +130,7 @@ class PairLoader(Batches):
     def __init__(
         self,
         dataset: PairDataset,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         batch_size: int,
         seed: int,
@@ -136,6 +143,7 @@ class PairLoader(Batches):
         max_tokens: int = 78,
         prefetch: int = 4,
         pin_memory: bool = False,
+        captions: bool = True,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -145,6 +153,8 @@ class PairLoader(Batches):
             start_step=start_step,
             workers=workers,
         )
+        if tokenizer is not None and not captions:
+            raise ValueError("captions=False leaves a tokenizer nothing to read: give tokenizer=None")
         if batch_size > len(dataset):
             raise ValueError(f"batch_size {batch_size} exceeds the dataset's {len(dataset)} samples")
         transform = transform or ImageTransform(image_size)
@@ -159,6 +169,7 @@ class PairLoader(Batches):
             rank=rank,
             world_size=world_size,
             max_tokens=max_tokens,
+            captions=captions,
         )
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 

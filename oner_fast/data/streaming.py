@@ -16,7 +16,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from oner_fast.data.batch import PairBatch
+from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
 from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
@@ -34,7 +34,7 @@ class _StreamSource(IterableDataset[PairBatch]):
     def __init__(
         self,
         urls: list[str],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         size: int,
         seed: int,
@@ -45,6 +45,7 @@ class _StreamSource(IterableDataset[PairBatch]):
         start_pass: int,
         max_tokens: int,
         shuffle: int,
+        captions: bool,
     ) -> None:
         self.urls = urls
         self.tokenizer = tokenizer
@@ -56,6 +57,7 @@ class _StreamSource(IterableDataset[PairBatch]):
         self.start_step = start_step
         self.start_pass = start_pass
         self.max_tokens = max_tokens
+        self.captions = captions
         self.shuffle = shuffle
         self.failures: list[str] = []
 
@@ -81,7 +83,7 @@ class _StreamSource(IterableDataset[PairBatch]):
                         raise RuntimeError(f"a whole pass over the streams gave no good pair; {error}") from error
                     self.failures.append(str(error))
             failures, self.failures = self.failures, []
-            text = self.tokenizer(captions, self.max_tokens)
+            text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(self.size)
             yield PairBatch(images, text, samples, captions, step, epoch, len(failures), failures)
 
     def _pairs(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -122,6 +124,9 @@ class _StreamSource(IterableDataset[PairBatch]):
         image = next((data for extension, data in sample.items() if KINDS.get(extension) == IMAGE), None)
         if image is None:
             raise CorruptSample(name, "it has no picture")
+        if not self.captions:
+            place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
+            return ""
         text, meta = sample.get("txt"), sample.get("json")
         caption = caption_of(name, text, fields_of(name, meta) if text is None and meta is not None else {})
         place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
@@ -142,7 +147,7 @@ class StreamedPairs(Batches):
     def __init__(
         self,
         urls: str | Sequence[str],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         batch_size: int,
         seed: int,
@@ -156,6 +161,7 @@ class StreamedPairs(Batches):
         shuffle: int = 1000,
         prefetch: int = 4,
         pin_memory: bool = False,
+        captions: bool = True,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -175,7 +181,7 @@ class StreamedPairs(Batches):
         self.epoch = 0
         self._part = {"rank": rank, "world_size": world_size, "max_tokens": max_tokens, "shuffle": shuffle}
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
-        self._said = False
+        self._captions, self._said = captions, False
 
     def _start(self) -> Iterator[PairBatch]:
         if not self._said:
@@ -189,6 +195,7 @@ class StreamedPairs(Batches):
             transform=self.transform,
             start_step=self.step,
             start_pass=self.epoch,
+            captions=self._captions,
             **self._part,
         )
         if self._workers == 0:

@@ -139,6 +139,8 @@ def _incomplete(index: TarIndex) -> list[str]:
     found = index.offsets >= 0
     without_image = np.flatnonzero(~found[:, IMAGE]).tolist()
     without_text = np.flatnonzero(~found[:, TEXT] & ~found[:, META]).tolist()
+    if len(without_text) == len(index):  # a tar of pictures alone
+        without_text = []
     tar = index.path.name
     return [f"{tar}: key {index.key(i)!r} has no whole picture" for i in without_image] + [
         f"{tar}: key {index.key(i)!r} has no caption" for i in without_text
