@@ -14,19 +14,20 @@ from oner_fast.train.teacher_cache import FeatureCache
 
 
 class _Pending(NamedTuple):
-    """Tokens on the way, and what a cache still has to be given: the step, its first place and its pictures."""
+    """Tokens on the way, when they are there, and whether a cache still has to be given them."""
 
+    step: int
     tokens: Tensor
     ready: torch.cuda.Event | None
-    store: tuple[int, int, Tensor] | None
+    to_store: bool
 
 
 class TeacherFeatures:
-    """``submit(batch)`` begins, ``take()`` gives the tokens (B, 1 + N, E) of the batch submitted first and not taken.
+    """``take(batch)`` gives a batch's tokens (B, 1 + N, E), which ``submit(batch)`` may have begun before.
 
-    On a GPU the teacher runs on a stream of its own: submit the next batch before the student's step of this one, and
-    both run at once. On the CPU ``submit`` computes. With a cache a step's tokens have the same bits whether they were
-    stored before or are computed now; a run that fills it waits for the copy of each step.
+    On a GPU the teacher runs on a stream of its own: submit the next batch before the student's step of this one
+    (``Batches.ahead`` does), and both run at once. On the CPU that gains nothing. With a cache a step's tokens have the
+    same bits whether they were stored before or are computed now; a run that fills it waits for the copy of each step.
     """
 
     def __init__(self, teacher: Teacher, cache: FeatureCache | None = None) -> None:
@@ -37,25 +38,50 @@ class TeacherFeatures:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pending: deque[_Pending] = deque()
 
-    def __len__(self) -> int:
-        """Batches submitted and not yet taken."""
-        return len(self._pending)
+    @property
+    def overlaps(self) -> bool:
+        """Whether a batch submitted early is computed beside other work: on a GPU."""
+        return self._stream is not None
 
     def submit(self, batch: PairBatch) -> None:
         """Begin with a batch, whose pictures lie on the CPU (pinned, for copies that overlap) or on the teacher's
         device."""
-        place = int(batch.samples[0]) if self.cache is not None else 0
-        stored = None if self.cache is None else self.cache.get(batch.step, batch.images.cpu(), place)
-        store = None
+        stored = None
+        if self.cache is not None:
+            stored = self.cache.get(batch.step, batch.images.cpu(), _place(batch))
         if stored is None:
             self.computed += 1
-            store = None if self.cache is None else (batch.step, place, batch.images)
         else:
             self.served += 1
-        if self._stream is None:
-            tokens = self.teacher.tokens(batch.images) if stored is None else stored.to(self.teacher.dtype)
-            self._pending.append(_Pending(tokens, None, store))
-            return
+        tokens, ready = self._on_cpu(batch, stored) if self._stream is None else self._beside(batch, stored)
+        self._pending.append(_Pending(batch.step, tokens, ready, self.cache is not None and stored is None))
+
+    def take(self, batch: PairBatch) -> Tensor:
+        """The batch's tokens in the teacher's dtype, ordered before what the current stream does next.
+
+        What was submitted of other steps before it is dropped: a restarted loader submits its batches again.
+        """
+        while self._pending and self._pending[0].step != batch.step:
+            self._pending.popleft()
+        if not self._pending:
+            self.submit(batch)
+        pending = self._pending.popleft()
+        tokens = pending.tokens
+        if pending.ready is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(pending.ready)
+            tokens.record_stream(current)  # its memory is the other stream's, which must not take it back too early
+        if pending.to_store and self.cache is not None:
+            kept = self.cache.put(batch.step, batch.images.cpu(), tokens, _place(batch))
+            tokens = kept.to(device=self._device, dtype=self.teacher.dtype)
+        return tokens
+
+    def _on_cpu(self, batch: PairBatch, stored: Tensor | None) -> tuple[Tensor, None]:
+        return self.teacher.tokens(batch.images) if stored is None else stored.to(self.teacher.dtype), None
+
+    def _beside(self, batch: PairBatch, stored: Tensor | None) -> tuple[Tensor, torch.cuda.Event]:
+        """On the teacher's stream: the tokens, and the event that they are there."""
+        assert self._stream is not None
         if batch.images.is_cuda:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             batch.images.record_stream(self._stream)
@@ -66,25 +92,9 @@ class TeacherFeatures:
                 tokens = stored.pin_memory().to(self._device, non_blocking=True).to(self.teacher.dtype)
             ready = torch.cuda.Event()
             ready.record(self._stream)
-        self._pending.append(_Pending(tokens, ready, store))
+        return tokens, ready
 
-    def take(self) -> Tensor:
-        """Tokens (B, 1 + N, E) in the teacher's dtype, ordered before what the current stream does next.
 
-        Raises:
-            ValueError: nothing was submitted.
-        """
-        if not self._pending:
-            raise ValueError("take() needs a batch that was submitted and not yet taken, and there is none")
-        pending = self._pending.popleft()
-        tokens = pending.tokens
-        if pending.ready is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(pending.ready)
-            # Freed by this stream's work, though allocated on the other.
-            tokens.record_stream(current)
-        if pending.store is not None and self.cache is not None:
-            step, place, images = pending.store
-            kept = self.cache.put(step, images.cpu(), tokens, place)
-            tokens = kept.to(device=self._device, dtype=self.teacher.dtype)
-        return tokens
+def _place(batch: PairBatch) -> int:
+    """Where this rank's part begins in the global batch."""
+    return int(batch.samples[0])
