@@ -47,7 +47,9 @@ class Student(nn.Module):
             requires_grad=objectives.learnable_temperature and self.contrastive,
         )
         # What no loss reaches takes no gradient: the other ranks would wait for it.
-        self.tower.patch_embedding.mask_token.requires_grad_(self.patch_head is not None)
+        mask_token = self.tower.patch_embedding.mask_token
+        assert mask_token is not None
+        mask_token.requires_grad_(self.patch_head is not None)
         for head in (self.tower.head, self.tower.text_head):
             if head is not None:
                 head.requires_grad_(self.contrastive)

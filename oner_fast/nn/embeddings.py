@@ -17,7 +17,13 @@ class PatchEmbedding(nn.Module):
     """
 
     def __init__(
-        self, image_size: int, patch_size: int, width: int, mean: tuple[float, ...], std: tuple[float, ...]
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        mask_token: bool = True,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -27,9 +33,10 @@ class PatchEmbedding(nn.Module):
         self.mean, self.std = mean, std
         self.project = nn.Linear(len(mean) * patch_size**2, width)
         self.positions = nn.Parameter(torch.empty(self.grid**2, width))
-        self.mask_token = nn.Parameter(torch.empty(width))
+        self.mask_token = nn.Parameter(torch.empty(width)) if mask_token else None
         nn.init.trunc_normal_(self.positions, std=0.02)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, images: Tensor, cells: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """images (B, C, S, S) uint8 or floating; cells (B, M) int64, all by default; masked (B, M) bool; -> (B, M, D).
@@ -37,14 +44,14 @@ class PatchEmbedding(nn.Module):
         Every row of ``masked`` holds the same number of True. ValueError where it does not, or the images have another
         size than the embedding's.
         """
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            size = self.image_size
-            raise ValueError(f"images must have shape (B, C, {size}, {size}), got {tuple(images.shape)}")
+        self._check_size(images)
         batch, count = images.shape[0], self.grid**2
         if cells is None:
             cells = torch.arange(count, device=images.device).expand(batch, count)
         if masked is None:
             return self._embed(images, cells) + select_rows(self.positions, cells.flatten()).view(batch, -1, self.width)
+        if self.mask_token is None:
+            raise ValueError("masked needs a mask token, and this embedding was built with mask_token=False")
         order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible first, each part in place order
         visible = order[:, : masked.shape[1] - self.masked_count(masked)]
         tokens = self._embed(images, cells.gather(1, visible))  # [B, V, D]
@@ -54,6 +61,12 @@ class PatchEmbedding(nn.Module):
         table = torch.cat([tokens.flatten(0, 1), self.mask_token.to(tokens.dtype).unsqueeze(0)])
         placed = table.index_select(0, slots.flatten()) + select_rows(self.positions, cells.flatten())
         return placed.view(batch, -1, self.width)
+
+    def packed(self, images: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """images (B, C, S, S); cells (T,) int64, those of all images one after another, and their boundaries cu_seqlens
+        (B + 1,) int32; -> (T, D). ValueError where the images have another size than the embedding's."""
+        self._check_size(images)
+        return self._embed(images, cells, cu_seqlens) + select_rows(self.positions, cells)
 
     @property
     def width(self) -> int:
@@ -75,10 +88,18 @@ class PatchEmbedding(nn.Module):
         """Where the masked cells of each image stand, ascending: (B, count) int64; errors as :meth:`masked_count`'s."""
         return torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, : cls.masked_count(masked)]
 
-    def _embed(self, images: Tensor, kept: Tensor) -> Tensor:
+    def _check_size(self, images: Tensor) -> None:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = self.image_size
+            raise ValueError(f"images must have shape (B, C, {size}, {size}), got {tuple(images.shape)}")
+
+    def _embed(self, images: Tensor, kept: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.project.weight.dtype
-        return self.project(ops.gather_patches(images, kept, self.patch_size, self.mean, self.std, dtype))
+        given = (images, kept, self.patch_size, self.mean, self.std, dtype)
+        if cu_seqlens is None:
+            return self.project(ops.gather_patches(*given))
+        return self.project(ops.gather_patches(*given, cu_seqlens=cu_seqlens)[0])
 
 
 class WordEmbedding(nn.Module):

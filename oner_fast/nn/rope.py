@@ -1,0 +1,95 @@
+"""Two-dimensional rotary positions: the numbers of a head in pairs, each turned by an angle of its token's place.
+
+The first half of the pairs turns with the row of the token's cell, the second half with its column. Pairs are
+neighbours (2 i, 2 i + 1), as in EVA-02, so that its weights serve as they are: one complex product turns a whole head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def rope_angles(
+    grid: int, head_dim: int, theta: float = 10000.0, rope_grid: int = 16, device: torch.device | None = None
+) -> Tensor:
+    """The angle of each pair in each cell of a ``grid`` x ``grid`` image: (grid**2, head_dim / 2) float64, row-major.
+
+    Place i of an axis counts as i * rope_grid / grid, so that every resolution spans the same angles; frequency f of
+    the head_dim / 4 of an axis is theta**(-4 f / head_dim). ValueError where head_dim is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"rotary positions of two axes need a head width that 4 divides, got {head_dim}")
+    frequencies = theta ** (-torch.arange(head_dim // 4, dtype=torch.float64, device=device) * 4 / head_dim)
+    axis = torch.arange(grid, dtype=torch.float64, device=device) * (rope_grid / grid)
+    angles = axis.unsqueeze(1) * frequencies  # [G, Dh / 4]
+    shape = (grid, grid, head_dim // 4)
+    return torch.cat([angles.unsqueeze(1).expand(shape), angles.unsqueeze(0).expand(shape)], dim=-1).flatten(0, 1)
+
+
+class RotaryPositions(nn.Module):
+    """The rotations of [CLS] (none) and of every cell, to be gathered at the tokens that are there.
+
+    The table stays float64 whatever its module is cast to, and is no part of a state dict.
+    """
+
+    table: Tensor
+
+    def __init__(self, grid: int, head_dim: int, theta: float = 10000.0, rope_grid: int = 16) -> None:
+        super().__init__()
+        self.grid, self.head_dim, self.theta, self.rope_grid = grid, head_dim, theta, rope_grid
+        self.register_buffer("table", self._table(None), persistent=False)
+
+    def forward(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """places (T,) int64, 0 for [CLS], 1 + cell for a patch; -> (T, Dh / 2) complex64, complex128 for float64."""
+        rows = self.table.index_select(0, places)
+        return torch.view_as_complex(rows if dtype == torch.float64 else rows.float())
+
+    def _table(self, device: torch.device | None) -> Tensor:
+        angles = rope_angles(self.grid, self.head_dim, self.theta, self.rope_grid, device)
+        angles = torch.cat([torch.zeros_like(angles[:1]), angles])
+        return torch.stack([angles.cos(), angles.sin()], dim=-1)  # [1 + N, Dh / 2, 2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositions:
+        super()._apply(fn, recurse)
+        self.table = self._table(self.table.device)  # wherever it went, and whatever it was cast to on the way
+        return self
+
+
+def rotate_first(x: Tensor, rotation: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Turn the first ``parts`` of x (T, P, H, Dh) by rotation (T, Dh / 2), complex.
+
+    Returns:
+        The turned (T, parts, H, Dh), in x's dtype, and the others (T, P - parts, H, Dh), a view. Products are float32
+        for half types. For the gradient the rotation alone is kept.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        turned, rest = _RotateFirst.apply(x, rotation, parts)
+        return turned, rest
+    return _turn(x[:, :parts], rotation), x[:, parts:]
+
+
+class _RotateFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rotation)
+        ctx.parts, ctx.shape = parts, x.shape
+        return _turn(x[:, :parts], rotation), x[:, parts:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        turned, rest = grads
+        grad = turned.new_empty(ctx.shape)
+        grad[:, : ctx.parts] = _turn(turned, ctx.saved_tensors[0].conj().resolve_conj())
+        grad[:, ctx.parts :] = rest
+        return grad, None, None
+
+
+def _turn(x: Tensor, rotation: Tensor) -> Tensor:
+    exact = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation[:, None, None]).flatten(-2).to(x.dtype)

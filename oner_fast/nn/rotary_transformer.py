@@ -1,0 +1,114 @@
+"""The packed pre-norm transformer of EVA-02's kind: rotary positions in attention, SwiGLU with a norm inside."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from oner_fast import ops
+from oner_fast.nn.linear import Linear, packed_linear
+from oner_fast.nn.rope import rotate_first
+from oner_fast.nn.swiglu import SwiGLU
+from oner_fast.nn.transformer import Kept, init_weights
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head attention within packed sequences, queries and keys turned; q and v have a bias, k has none."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.out = Linear(width, width)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
+    ) -> Tensor:
+        """x (T, D), rotation (T, Dh / 2) complex, cu_seqlens (S + 1,) int32, longest an upper bound of the lengths; ->
+        (T, D), or (R, D) where ``kept`` names R rows."""
+        width, weight = x.shape[1], self.qkv.weight
+        no_bias = torch.zeros_like(self.q_bias)
+        if kept is None:
+            projected = packed_linear(x, weight, torch.cat([self.q_bias, no_bias, self.v_bias]))
+            turned, rest = rotate_first(projected.unflatten(-1, (3, self.heads, -1)), rotation, 2)
+            query, key = turned.unbind(1)
+        else:
+            wanted = packed_linear(x.index_select(0, kept.rows), weight[:width], self.q_bias)
+            wanted = wanted.unflatten(-1, (1, self.heads, -1))
+            query = rotate_first(wanted, rotation.index_select(0, kept.rows), 1)[0].squeeze(1)
+            projected = packed_linear(x, weight[width:], torch.cat([no_bias, self.v_bias]))
+            turned, rest = rotate_first(projected.unflatten(-1, (2, self.heads, -1)), rotation, 1)
+            key = turned.squeeze(1)
+        mixed = ops.varlen_attention(
+            query, key, rest.squeeze(1),
+            cu_seqlens if kept is None else kept.cu_seqlens, None if kept is None else cu_seqlens,
+            max_seqlen_q=longest, max_seqlen_k=longest,
+        )  # fmt: skip
+        return self.out(mixed.flatten(1))
+
+
+class RotaryBlock(nn.Module):
+    """x + RotaryAttention(LayerNorm(x)), then x + SwiGLU(LayerNorm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_hidden: int, eps: float) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width, eps)
+        self.attention = RotaryAttention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width, eps)
+        self.mlp = SwiGLU(width, mlp_hidden, eps)
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D), or (R, D) where ``kept`` names R rows; the rest as :class:`RotaryAttention`."""
+        mixed = self.attention(self.norm_attention(x), rotation, cu_seqlens, longest, kept)
+        x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class RotaryTrunk(nn.Module):
+    """``depth`` blocks and a final LayerNorm, for packed tokens (T, D)."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_hidden: int,
+        eps: float = 1e-6,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(RotaryBlock(width, heads, mlp_hidden, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps)
+        self.grad_checkpointing = grad_checkpointing
+        self.apply(init_weights)
+        # Branches shrink with their depth, so that the residual stream grows by the same share at each.
+        for layer, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, RotaryBlock)
+            for out in (block.attention.out, block.mlp.out):
+                with torch.no_grad():
+                    out.weight.div_(math.sqrt(2 * layer))
+
+    def forward(
+        self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
+    ) -> Tensor:
+        """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm.
+
+        With ``kept`` only these R rows: (R, D). The last block then computes the others' keys and values alone.
+        """
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            given = (x, rotation, cu_seqlens, longest, kept if index == last else None)
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x = block(*given)
+        return self.norm(x)
