@@ -13,7 +13,7 @@ from oner_fast.data.batch import PairBatch
 from oner_fast.data.masking import draw_masks
 from oner_fast.models.uta import UTA
 from oner_fast.train.distributed import World, sum_over_ranks
-from oner_fast.train.teacher_cache import TeacherFeatures
+from oner_fast.train.teacher_features import TeacherFeatures
 from oner_fast.train.uta_settings import UTATraining
 
 _STREAM = 0  # of the masks' random numbers
@@ -42,7 +42,7 @@ class AlignmentStep:
     def __call__(self, batch: PairBatch) -> Tensor:
         count = self.config.optim.accum_freq
         parts = [part.to(self.world.device, non_blocking=True) for part in batch.split(count)]
-        targets = self.features(torch.cat([part.images for part in parts]), batch.step).chunk(count)
+        targets = self.features.take(batch).chunk(count)
         total = torch.zeros((), device=self.world.device)
         for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with nullcontext() if index == count - 1 else self._without_sync():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from oner_fast.data.batch import PairBatch
+from oner_fast.data.loader import PairLoader
 from oner_fast.data.workers import Batches
 from oner_fast.models.files import save_uta
 from oner_fast.models.flops import uta_flops
@@ -18,7 +19,8 @@ from oner_fast.models.uta import UTA
 from oner_fast.train.alignment import AlignmentStep
 from oner_fast.train.feed import open_batches
 from oner_fast.train.loop import Gradient, Training
-from oner_fast.train.teacher_cache import TeacherFeatures
+from oner_fast.train.teacher_cache import FeatureCache, feature_key
+from oner_fast.train.teacher_features import TeacherFeatures
 from oner_fast.train.uta_settings import UTATraining
 
 _BACKWARD = 3  # forward, and a backward of twice its operations
@@ -57,8 +59,23 @@ class StudentTraining(Training):
         return open_batches(self.config, None, self.world, captions=False)
 
     def _ready(self) -> None:
-        features = TeacherFeatures(self.teacher)
+        features = TeacherFeatures(self.teacher, self._cache())
+        if features.overlaps:
+            self.batches.ahead = features.submit
         self.step = AlignmentStep(self.config, self.student, features, self.world, self.dtype)
+
+    def _cache(self) -> FeatureCache | None:
+        alignment, batches = self.config.alignment, self.batches
+        if not alignment.teacher_cache:
+            return None
+        if not isinstance(batches, PairLoader):
+            raise ValueError("teacher_cache needs tars on disk: the order of streamed data is never the same again")
+        source = batches.source
+        key = feature_key(
+            self.teacher, source.dataset, source.transform, seed=batches.seed, batch_size=batches.batch_size
+        )
+        shape = (1 + self.teacher.grid**2, self.teacher.embed_dim)
+        return FeatureCache(alignment.teacher_cache, key, shape=shape, dtype=alignment.teacher_cache_dtype)
 
     def _gradient(self, batch: PairBatch) -> Gradient:
         return Gradient(self.step(batch))

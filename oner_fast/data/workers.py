@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
@@ -22,8 +22,11 @@ _WATCH_SECONDS = 1.0
 class Batches(Iterator[PairBatch]):
     """Endless batches with a place: `step` comes next. Counts and names the corrupt samples met in them.
 
-    `corrupt`: how many reads failed so far; `corrupt_names`: the sentences logged, each once.
+    `corrupt`: how many reads failed so far; `corrupt_names`: the sentences logged, each once. `ahead`: where set before
+    the first batch, it is called with each batch one step before that batch is given out.
     """
+
+    ahead: Callable[[PairBatch], object] | None = None
 
     def __init__(
         self, *, batch_size: int, seed: int, rank: int, world_size: int, start_step: int, workers: int
@@ -58,7 +61,7 @@ class Batches(Iterator[PairBatch]):
     def __next__(self) -> PairBatch:
         """The batch of the next step."""
         if self._batches is None:
-            self._batches = self._start()
+            self._batches = self._start() if self.ahead is None else _one_ahead(self._start(), self.ahead)
         try:
             batch = next(self._batches)
         except BaseException:
@@ -81,6 +84,15 @@ class Batches(Iterator[PairBatch]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _one_ahead(batches: Iterator[PairBatch], begin: Callable[[PairBatch], object]) -> Iterator[PairBatch]:
+    current = next(batches)
+    begin(current)
+    for following in batches:
+        begin(following)
+        yield current
+        current = following
 
 
 def in_workers(

@@ -122,6 +122,20 @@ def test_state_goes_on_where_it_was_taken(make, expected, workers):
     second.close()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_looks_ahead_sees_each_batch_one_step_early(make, expected, workers):
+    loader, seen = make(workers=workers), []
+    loader.ahead = lambda batch: seen.append(digest([batch]))
+    for step in range(3):
+        assert digest([next(loader)]) == expected[step]
+        assert seen == expected[: step + 2] and loader.state_dict()["step"] == step + 1
+    state = loader.state_dict()
+    loader.close()
+    seen.clear()
+    loader.load_state_dict(state)
+    assert digest([next(loader)]) == expected[3] == seen[0]
+
+
 def test_a_state_of_another_order_is_refused(make):
     state = make(start_step=7).state_dict()
     with pytest.raises(ValueError, match="seed 6"):
