@@ -1,25 +1,48 @@
-"""A trained tower as one safetensors file that holds all it needs: weights, configuration and tokenizer."""
+"""A trained model as one safetensors file that holds all it needs: weights, configuration, and OneR's tokenizer."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor, nn
 
 from oner_fast.atomic import write_atomic
+from oner_fast.models import eva
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.models.uta import UTA, UTAConfig
 
 FORMAT = "oner_fast.oner"
+UTA_FORMAT = "oner_fast.uta"
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
     """Write ``tower`` and its tokenizer to ``path``, which is whole at any moment."""
-    path = Path(path)
-    metadata = {"format": FORMAT, "config": json.dumps(asdict(tower.config)), "tokenizer": tokenizer_json}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tower.state_dict().items()}
+    _write(
+        Path(path), tower, {"format": FORMAT, "config": json.dumps(asdict(tower.config)), "tokenizer": tokenizer_json}
+    )
+
+
+def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | None = None) -> None:
+    """Write ``model`` to ``path``, which is whole at any moment, with more lines for the file's metadata (what it was
+    aligned with, for example). ValueError where one of them is named ``format`` or ``config``."""
+    own = {"format": UTA_FORMAT, "config": json.dumps(asdict(model.config))}
+    extra = dict(extra_metadata or {})
+    if taken := own.keys() & extra.keys():
+        raise ValueError(f"extra_metadata may not hold {', '.join(sorted(taken))}: the file's own lines")
+    _write(Path(path), model, own | extra)
+
+
+def _write(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     data = _ordered(save(tensors, metadata))
     write_atomic(path, lambda file: file.write(data))
@@ -43,29 +66,90 @@ def load_model(path: Path | str) -> tuple[OneR, str]:
         ValueError: it is not a model of this library, or its weights do not fit its configuration.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    state, metadata = _read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a model of oner_fast: its format is {metadata.get('format')!r}, not {FORMAT!r}"
         )
     tower = OneR(config_from_dict(json.loads(metadata["config"])))
+    return _filled(tower, state, f"{path}: the weights do not fit the configuration beside them"), metadata["tokenizer"]
+
+
+def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
+    """A student (float32, evaluation mode) from weights in any layout of :mod:`oner_fast.models.eva`.
+
+    Args:
+        source: what :func:`save_uta` wrote; a safetensors file or a PyTorch checkpoint (weights alone are read) in
+            EVA's or timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
+        config: the sizes. None takes them from the file, where :func:`save_uta` wrote it. Given, positions of another
+            grid are resampled to its.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the weights are in no known layout or do not fit, or ``config`` is needed.
+    """
+    name = "the state dict" if isinstance(source, Mapping) else str(source)
+    state, metadata = _read_any(source)
+    layout = eva.layout_of(state)
+    if metadata.get("format") == UTA_FORMAT and config is None:
+        config = uta_config_from_dict(json.loads(metadata["config"]))
+    if config is None:
+        raise ValueError(f"{name} does not hold its configuration: pass config, for example UTA_SIZES['b']")
+    if layout == "oner_fast":
+        state = {name: tensor for name, tensor in state.items() if config.mask_token or "mask_token" not in name}
+        positions = torch.cat([state["cls_position"].unsqueeze(0), state["patch_embedding.positions"]])
+        state["patch_embedding.positions"] = eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]
+    else:
+        state = (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
+    return _filled(UTA(config), state, f"{name}: the weights do not fit the configuration")
+
+
+def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if path.suffix not in (".pt", ".pth", ".bin"):
+            return _read(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no model file {path}")
+        source = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("model_ema", "model", "module", "state_dict"):
+        if isinstance(inner := source.get(key), Mapping):
+            source = inner
+    return {name.removeprefix("module."): tensor for name, tensor in source.items()}, {}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model file {path}")
     try:
-        tower.load_state_dict(state)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return state, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _filled(model: _Model, state: Mapping[str, Tensor], problem: str) -> _Model:
+    try:
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit the configuration beside them: {error}") from error
-    return tower.eval(), metadata["tokenizer"]
+        raise ValueError(f"{problem}: {error}") from error
+    return model.eval()
 
 
 def config_from_dict(values: dict[str, object]) -> OneRConfig:
     """A configuration from JSON; ValueError for an unknown key."""
-    known = {field.name for field in fields(OneRConfig)}
+    return OneRConfig(**_settings(OneRConfig, values))
+
+
+def uta_config_from_dict(values: dict[str, object]) -> UTAConfig:
+    """A student's configuration from JSON; ValueError for an unknown key."""
+    return UTAConfig(**_settings(UTAConfig, values))
+
+
+def _settings(config: type[Any], values: dict[str, object]) -> dict[str, Any]:
+    known = {field.name for field in fields(config)}
     if unknown := values.keys() - known:
         raise ValueError(f"unknown model settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return OneRConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})  # type: ignore[arg-type]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -1,11 +1,12 @@
-"""Floating-point operations of a forward of the tower, counted from its definition (a product of M x K and K x N is
-2 M N K)."""
+"""Floating-point operations of a forward, counted from the model's definition (a product of M x K and K x N is 2 M N
+K)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from oner_fast.models.oner import OneRConfig
+from oner_fast.models.uta import UTAConfig
 
 
 def trunk_flops(
@@ -43,3 +44,17 @@ def head_flops(config: OneRConfig, samples: int, predictor_hidden: int = 0) -> f
 def contrast_flops(pairs: int, embed_dim: int, symmetric_inputs: int = 1) -> float:
     """Forward of ``symmetric_inputs`` logit matrices of ``pairs`` x ``pairs``."""
     return 2.0 * pairs * pairs * embed_dim * symmetric_inputs
+
+
+def uta_flops(config: UTAConfig, tokens_per_sample: Iterable[int], patches: int | None = None) -> float:
+    """One forward of UTA's student over images that give ``tokens_per_sample`` tokens each, [CLS] counted.
+
+    Every token's output is projected. ``patches`` are embedded: all tokens but [CLS] where None, fewer where mask
+    tokens stand for some.
+    """
+    c, lengths = config, list(tokens_per_sample)
+    tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
+    block = 2 * tokens * (4 * c.width**2 + 3 * c.width * c.mlp_hidden) + 4 * c.width * pairs
+    embedded = tokens - len(lengths) if patches is None else patches
+    embedding = 2 * len(c.image_mean) * c.patch_size**2 * c.width * embedded
+    return float(c.depth * block + embedding + 2 * tokens * c.width * c.embed_dim)
