@@ -192,9 +192,9 @@ def make_pictures(folder: Path, count: int = 21) -> Path:
     return folder
 
 
-def command(data: Path, run: Path, teacher: Path, **changes: Any) -> list[str]:
+def command(data: Path, run: Path, source: Path, **changes: Any) -> list[str]:
     given: dict[str, Any] = {
-        "train_data": data, "run_dir": run, "teacher": teacher, "image_size": 24, "patch_size": 4, "width": 16,
+        "train_data": data, "run_dir": run, "teacher": source, "image_size": 24, "patch_size": 4, "width": 16,
         "depth": 1, "heads": 2, "mlp_hidden": 24, "embed_dim": 8, "batch_size": 8, "steps": 6, "warmup": 2, "lr": 0.01,
         "save_every": 2, "log_every_n_steps": 1, "workers": 0, "threads": 1, "precision": "fp32", "device": "cpu",
         "keep_checkpoints": 0,
