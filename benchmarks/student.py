@@ -25,6 +25,7 @@ from oner_fast import ops
 from oner_fast.benchmarks import machine, memory
 from oner_fast.benchmarks.timing import Candidate, Samples, interleave, ratio
 from oner_fast.data.masking import draw_masks
+from oner_fast.models.files import uta_config_from_dict
 from oner_fast.models.flops import uta_flops
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.train.alignment import with_cls
@@ -161,8 +162,7 @@ def markdown(setting: Setting, rows: Sequence[Row]) -> str:
 
 def _peak(task: dict[str, Any]) -> int:
     torch.set_num_threads(task["threads"])
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in task["config"].items()}
-    setting = Setting(UTAConfig(**values), task["batch_size"], task["device"], task["dtype"])
+    setting = Setting(uta_config_from_dict(task["config"]), task["batch_size"], task["device"], task["dtype"])
     run = setting.step(task["name"], task["mask_ratio"])
     if setting.device == "cpu":
         return memory.peak_bytes(run)[0]

@@ -10,12 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from oner_fast.models.oner import OneRConfig
 from oner_fast.train import config
 from oner_fast.train.settings import Data, Objectives, OneRTraining, Optimisation, Run
 
 DEFAULT = "oner_tiny_pictograms_cpu"
+
+C = TypeVar("C")
 
 _ITC = {"itc": 1.0, "xmc": 0.0, "cic": 0.0, "cmc": 0.0}
 _XMC = {"itc": 1.0, "xmc": 1.0, "cic": 0.0, "cmc": 0.0}
@@ -31,13 +34,14 @@ _CLIP = {
 }
 
 
-def recipe(function: Callable[[], OneRTraining]) -> Callable[[], OneRTraining]:
-    """Register a recipe, whose configuration carries its name."""
+def recipe(function: Callable[[], C]) -> Callable[[], C]:
+    """Register a recipe of any kind of training, whose configuration carries its name."""
 
     @functools.wraps(function)
-    def named() -> OneRTraining:
-        settings = function()
-        return replace(settings, run=replace(settings.run, recipe=function.__name__))
+    def named() -> C:
+        settings: Any = function()
+        found: C = replace(settings, run=replace(settings.run, recipe=function.__name__))
+        return found
 
     return config.recipe(named)
 

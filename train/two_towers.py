@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +55,15 @@ class TwoTowers(nn.Module, ABC):
 class NewTowers(TwoTowers):
     """An ``open_clip.CLIP`` from scratch."""
 
+    clip: Any
+
     def __init__(self, config: CLIPConfig, temperature: float) -> None:
         super().__init__()
         self.config = config
-        self.clip: Any = build_clip(config)
+        self.clip = build_clip(config)
         with torch.no_grad():
-            self.clip.logit_scale.fill_(math.log(1 / temperature))
-        self._tokenize: Callable[[list[str]], Tensor] = clip_tokenizer(config)
+            self.log_logit_scale.fill_(math.log(1 / temperature))
+        self._tokenizer: Any = clip_tokenizer(config)
 
     @property
     def log_logit_scale(self) -> nn.Parameter:
@@ -71,7 +72,7 @@ class NewTowers(TwoTowers):
 
     def read(self, captions: list[str]) -> TokenizedText:
         """Token ids, packed."""
-        return pack_tokens(self._tokenize(captions))
+        return pack_tokens(self._tokenizer(captions))
 
     def forward(self, images: Tensor, texts: TokenizedText) -> Embeddings:
         """Of uint8 pictures and packed token ids."""
@@ -89,7 +90,8 @@ class AlignedTowers(TwoTowers):
     def __init__(self, init_image: str, init_text: str, lock_image: bool, device: torch.device) -> None:
         super().__init__()
         path = Path(init_image)
-        self.student, self.about = load_uta(path / "model.safetensors" if path.is_dir() else path)
+        path = path / "model.safetensors" if path.is_dir() else path
+        self.student = load_uta(path).train()
         self.student.requires_grad_(not lock_image)
         teacher = load_teacher(init_text, device=device)
         if teacher.embed_dim != self.student.config.embed_dim:
@@ -97,7 +99,8 @@ class AlignedTowers(TwoTowers):
                 f"{init_text} embeds texts in {teacher.embed_dim} numbers, the student of {init_image} pictures in "
                 f"{self.student.config.embed_dim}"
             )
-        self._encode_text, self._source = teacher.encode_text, init_text
+        self._encode_text = teacher.encode_text
+        self._about = {"teacher": init_text, "teacher_fingerprint": teacher.fingerprint}
         self.scale = nn.Parameter(torch.tensor(math.log(teacher.logit_scale)))
 
     @property
@@ -119,7 +122,7 @@ class AlignedTowers(TwoTowers):
 
     def save(self, folder: Path) -> None:
         """The student, as after its first stage."""
-        save_uta(folder / "model.safetensors", self.student, {**self.about, "teacher": self._source})
+        save_uta(folder / "model.safetensors", self.student, self._about)
 
 
 def build_towers(config: CLIPTraining, device: torch.device) -> TwoTowers:

@@ -16,7 +16,7 @@ from oner_fast.train.uta_settings import Alignment, UTATraining
 
 DEFAULT = "uta_tiny_icons_cpu"
 
-_STEPS = 1000
+_STEPS = 600
 _ALL_TOKENS = 37 / 19
 """How many times the tokens of the student that sees half of 6 x 6 patches the one has that sees them all."""
 
@@ -29,7 +29,7 @@ def uta_tiny_icons_cpu() -> UTATraining:
         alignment=Alignment(teacher="runs/clip_tiny_icons", mask_ratio=0.5),
         data=Data(train_data="data/icons"),
         optim=Optimisation(
-            steps=_STEPS, batch_size=128, lr=1.5e-3, min_lr=1e-5, warmup=100, wd=0.05, grad_clip_norm=3.0
+            steps=_STEPS, batch_size=128, lr=1.5e-3, min_lr=1e-5, warmup=60, wd=0.05, grad_clip_norm=3.0
         ),
         run=Run(run_dir="runs/uta_tiny_icons", threads=2, save_every=200),
     )

@@ -104,6 +104,23 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
     return _filled(UTA(config), state, f"{name}: the weights do not fit the configuration")
 
 
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What a safetensors file says of itself: ``format``, ``config``, and what the student was aligned with.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
 def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -112,6 +129,7 @@ def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor]
         if not path.is_file():
             raise FileNotFoundError(f"there is no model file {path}")
         source = torch.load(path, map_location="cpu", weights_only=True)
+    assert isinstance(source, Mapping)
     for key in ("model_ema", "model", "module", "state_dict"):
         if isinstance(inner := source.get(key), Mapping):
             source = inner

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.data.masking import draw_masks
 from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
-from oner_fast.models.files import load_uta
+from oner_fast.models.files import load_uta, read_metadata
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
 from oner_fast.train import checkpoint, uta
@@ -192,9 +192,9 @@ def make_pictures(folder: Path, count: int = 21) -> Path:
     return folder
 
 
-def command(data: Path, run: Path, teacher: Path, **changes: Any) -> list[str]:
+def command(data: Path, run: Path, source: Path, **changes: Any) -> list[str]:
     given: dict[str, Any] = {
-        "train_data": data, "run_dir": run, "teacher": teacher, "image_size": 24, "patch_size": 4, "width": 16,
+        "train_data": data, "run_dir": run, "teacher": source, "image_size": 24, "patch_size": 4, "width": 16,
         "depth": 1, "heads": 2, "mlp_hidden": 24, "embed_dim": 8, "batch_size": 8, "steps": 6, "warmup": 2, "lr": 0.01,
         "save_every": 2, "log_every_n_steps": 1, "workers": 0, "threads": 1, "precision": "fp32", "device": "cpu",
         "keep_checkpoints": 0,
@@ -241,7 +241,8 @@ def test_it_learns_and_its_file_names_the_teacher(straight: tuple[Path, Path], t
     _, run = straight
     losses = [line["loss"] for line in figures(run)]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
-    model, about = load_uta(run / "model.safetensors")
+    model = load_uta(run / "model.safetensors")
+    about = read_metadata(run / "model.safetensors")
     state = checkpoint.load(run / "checkpoints" / "step-00000006.pt")
     assert about["teacher"] == str(teacher)
     assert about["teacher_fingerprint"] == load_teacher(teacher, grid=6).fingerprint == state["teacher_fingerprint"]
