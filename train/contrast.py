@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from oner_fast import ops
 from oner_fast.data.batch import PairBatch
 from oner_fast.train.distributed import World
-from oner_fast.train.two_towers import Embeddings, TwoTowers
+from oner_fast.train.two_towers import Embeddings, Texts, TwoTowers
 
 
 class ContrastStep:
@@ -67,7 +67,7 @@ class ContrastStep:
     def _loss(self, output: Embeddings) -> Tensor:
         return ops.mixup_info_nce(output.image, output.text, output.logit_scale, group=self.group)
 
-    def _forward(self, images: Tensor, texts: Tensor) -> Embeddings:
+    def _forward(self, images: Tensor, texts: Texts) -> Embeddings:
         with torch.autocast(self.world.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext():
             output: Embeddings = self.module(images, texts)
         return Embeddings(output.image.float(), output.text.float(), output.logit_scale)

@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oner_fast.models.clip import MAX_LOGIT_SCALE, CLIPConfig, build_clip, clip_pixels, clip_tokenizer, save_clip
+from oner_fast.data.batch import TokenizedText
+from oner_fast.models.clip import MAX_LOGIT_SCALE, CLIPConfig, build_clip, clip_tokenizer, save_clip
+from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
 from oner_fast.models.files import load_uta, save_uta
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.clip_settings import CLIPTraining
+
+Texts = Tensor | TokenizedText
 
 
 class Embeddings(NamedTuple):
@@ -30,7 +34,7 @@ class TwoTowers(nn.Module, ABC):
     """``forward(images (B, 3, S, S) uint8, texts) -> Embeddings``; ``texts`` is what :meth:`read` gives."""
 
     @abstractmethod
-    def read(self, captions: list[str]) -> Tensor:
+    def read(self, captions: list[str]) -> Texts:
         """Captions, ready for the text tower; on the CPU, or where that tower lies."""
 
     @property
@@ -66,15 +70,14 @@ class NewTowers(TwoTowers):
         parameter: nn.Parameter = self.clip.logit_scale
         return parameter
 
-    def read(self, captions: list[str]) -> Tensor:
-        """Token ids (B, context_length) int64."""
-        ids: Tensor = self._tokenizer(captions)
-        return ids
+    def read(self, captions: list[str]) -> TokenizedText:
+        """Token ids, packed."""
+        return pack_tokens(self._tokenizer(captions))
 
-    def forward(self, images: Tensor, texts: Tensor) -> Embeddings:
-        """Of uint8 pictures and token ids."""
-        image = self.clip.encode_image(clip_pixels(images, self.config))
-        return Embeddings(image, self.clip.encode_text(texts), self.log_logit_scale.exp())
+    def forward(self, images: Tensor, texts: TokenizedText) -> Embeddings:
+        """Of uint8 pictures and packed token ids."""
+        image = encode_image(self.clip, images, self.config)
+        return Embeddings(image, encode_text(self.clip, texts), self.log_logit_scale.exp())
 
     def save(self, folder: Path) -> None:
         """In open_clip's own form."""

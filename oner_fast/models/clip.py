@@ -102,15 +102,20 @@ def build_clip(config: CLIPConfig) -> nn.Module:
     return model
 
 
+def check_images(images: Tensor, config: CLIPConfig) -> None:
+    """A ValueError where ``images`` is not (B, 3, image_size, image_size)."""
+    size = config.image_size
+    if images.dim() != 4 or images.shape[1:] != (3, size, size):
+        raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
+
+
 def clip_pixels(images: Tensor, config: CLIPConfig) -> Tensor:
     """What the image tower takes: (B, 3, S, S) uint8, or floats in [0, 1], to normalised float32.
 
     Raises:
         ValueError: another shape than (B, 3, image_size, image_size).
     """
-    size = config.image_size
-    if images.dim() != 4 or images.shape[1:] != (3, size, size):
-        raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
+    check_images(images, config)
     top = 255.0 if images.dtype == torch.uint8 else 1.0
     mean = torch.tensor(config.image_mean, device=images.device).view(3, 1, 1) * top
     std = torch.tensor(config.image_std, device=images.device).view(3, 1, 1) * top

@@ -18,6 +18,7 @@ from oner_fast.models.clip import (
     open_clip_config,
     save_clip,
 )
+from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
 from oner_fast.models.peers import peer
 
 CONFIG = CLIPConfig(
@@ -61,6 +62,35 @@ def test_open_clip_loads_the_folder_and_gives_equal_embeddings(folder: Path) -> 
     assert torch.equal(ours.encode_text(ids), theirs.encode_text(ids))
     normalise = preprocess.transforms[-1]
     torch.testing.assert_close(normalise(images().float() / 255), pixels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_towers_are_open_clips(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = build_clip(CONFIG)
+    ids = clip_tokenizer(CONFIG)(TEXTS)
+    text = pack_tokens(ids)
+    assert text.lengths.tolist() == [5, 9] and text.input_ids[4] == text.input_ids[13] == ids.max()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = [encode_image(model, images(count=2), CONFIG), encode_text(model, text)]
+        wanted = [model.encode_image(clip_pixels(images(count=2), CONFIG)), model.encode_text(ids)]
+    if dtype != torch.float32:
+        assert all(each.dtype == dtype for each in found)
+        assert all(
+            torch.cosine_similarity(a.float(), b.float()).min() > 0.999 for a, b in zip(found, wanted, strict=True)
+        )
+        return
+    gradients = []
+    for outputs in (found, wanted):
+        torch.testing.assert_close(outputs, wanted, rtol=1e-4, atol=1e-5)
+        model.zero_grad()
+        torch.cat(outputs).square().sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == dict(model.named_parameters()).keys() - {"logit_scale"}
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: n + m)
+    with pytest.raises(ValueError, match=r"\(B, 3, 32, 32\), got \(3, 3, 16, 16\)"):
+        encode_image(model, images(16), CONFIG)
 
 
 def test_pixels_may_be_bytes_or_fractions() -> None:
