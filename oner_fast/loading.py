@@ -145,8 +145,9 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
     kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if kind == CLIP_FORMAT:
-        values: Any = json.loads(state["model_config"]).items()
-        config = CLIPConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in values})
+        read = json.loads(state["model_config"]).items()
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in read}
+        config = CLIPConfig(**values)
         clip = build_clip(config)
         clip.load_state_dict(part_of(student, "clip."))
         name = str(run)
