@@ -30,6 +30,7 @@ OTHERS = {
     "step": "oner_fast.benchmarks.step",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.peers",
+    "gpu-tune": "oner_fast.benchmarks.gpu.tune",
 }
 Progress = Callable[[str], None]
 

@@ -49,6 +49,7 @@ COMMANDS = {
             "step": "one training step against plain PyTorch, and each op's share of it",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
             "gpu-peers": "the GPU kernels beside other libraries', counted on an emulated A100",
+            "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
         },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
