@@ -11,8 +11,17 @@ from typing import Any
 
 from oner_fast.benchmarks.gpu.kernels import compilations
 from oner_fast.benchmarks.gpu.machine_code import compile_triton
-from oner_fast.kernels.launch import Compilation, Configuration, Key, as_on, configuration, override
+from oner_fast.kernels.launch import (
+    REFERENCE_ARCHITECTURE,
+    Compilation,
+    Configuration,
+    Key,
+    as_on,
+    configuration,
+    override,
+)
 
+UNLISTED = "no list of compilations has it: nothing says whether it spills"
 # A tile, its problems (none: it may be timed), and for each compilation and target what it takes.
 Compiled = tuple[Configuration, list[str], list[dict[str, Any]]]
 Compiler = Callable[[Key, Sequence[Configuration], Sequence[str]], Iterable[Compiled]]
@@ -35,12 +44,13 @@ def compile_tiles(
 ) -> Iterator[Compiled]:
     """Compile all, several at a time, and hand each out when it is done, in order.
 
-    Raises ValueError where no compilation of `oner_fast.kernels` reads the key's tile.
+    What no list of compilations in `oner_fast.kernels` has is not compiled, and that is its problem.
     """
     if not tiles:
         return
-    if not affected(key, configuration(*key, 80), 80):
-        raise ValueError(f"{' '.join(key)}: no list of compilations has it, so that nothing says whether it spills")
+    if not affected(key, configuration(*key, REFERENCE_ARCHITECTURE), REFERENCE_ARCHITECTURE):
+        yield from ((tile, [UNLISTED], []) for tile in tiles)
+        return
     if jobs == 1:
         yield from (compile_tile(key, tile, targets) for tile in tiles)
         return
