@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -135,21 +136,21 @@ def as_on(architecture: int) -> Iterator[None]:
 
 
 class _Noting(dict[str, Configuration]):
-    """The classes of a kernel, which note what is read of them."""
+    """The classes of a kernel, which count what is read of them."""
 
-    def __init__(self, op: str, kernel: str, classes: Mapping[str, Configuration], read: set[Key]) -> None:
+    def __init__(self, op: str, kernel: str, classes: Mapping[str, Configuration], read: Counter[Key]) -> None:
         super().__init__(classes)
         self.of, self.read = (op, kernel), read
 
     def __getitem__(self, shape_class: str) -> Configuration:
-        self.read.add((*self.of, shape_class))
+        self.read[*self.of, shape_class] += 1
         return super().__getitem__(shape_class)
 
 
 @contextmanager
-def asked() -> Iterator[set[Key]]:
-    """The keys of all configurations that are asked for within it."""
-    read: set[Key] = set()
+def asked() -> Iterator[Counter[Key]]:
+    """How often each configuration is asked for within it, by its key."""
+    read: Counter[Key] = Counter()
     places = [(op, kernels) for op in {op for op, _, _ in keys()} for kernels in _table(op).values()]
     before = [dict(kernels) for _, kernels in places]
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from oner_fast.benchmarks.gpu.tiles import commit, label, neighbours
 from oner_fast.benchmarks.gpu.tune_compile import Compiler, compile_tiles
 from oner_fast.benchmarks.gpu.tune_log import Log
 from oner_fast.benchmarks.gpu.tune_timing import Scores, Timer, difference, on_gpu, results, scores, turns
-from oner_fast.benchmarks.gpu.workloads import PHASES, Workload, workloads
+from oner_fast.benchmarks.gpu.workloads import Workload, workloads
 from oner_fast.benchmarks.timing import Rotation
 from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Configuration, Key, asked, configuration, keys
 
@@ -68,7 +69,7 @@ class Tuner:
     seconds: float = 2.0
     say: Callable[[str], None] = print
     _inputs: dict[str, tuple[str, Rotation[Call]]] = field(default_factory=dict)
-    _asking: dict[str, list[tuple[Workload, str, set[Key]]]] = field(default_factory=dict)
+    _asking: dict[str, list[tuple[Workload, Counter[Key], Counter[Key]]]] = field(default_factory=dict)
 
     def tune(self, key: Key) -> int:
         """How often the key's tile was moved."""
@@ -117,21 +118,22 @@ class Tuner:
         return [tile for tile in tiles if not known[label(tile)]]
 
     def _workloads(self, key: Key) -> list[tuple[Workload, str]]:
-        """Each with the phase to time: forward where that asks for the key, else the whole step."""
+        """Each with the phase to time: forward where that alone asks for the key, else the whole step."""
         op = key[0]
         if op not in self._asking:
-            found = []
-            for one in self.of(op):
-                for phase in PHASES:
-                    with asked() as read:
-                        one.run(phase, one.make(0, self.device))
-                    found.append((one, phase, read))
-            self._asking[op] = found
-        first: dict[str, tuple[Workload, str]] = {}
-        for one, phase, read in self._asking[op]:
-            if key in read:
-                first.setdefault(one.name, (one, phase))
-        return list(first.values())
+            self._asking[op] = [
+                (one, self._asked_by(one, "forward"), self._asked_by(one, "step")) for one in self.of(op)
+            ]
+        return [
+            (one, "step" if step[key] > forward[key] else "forward")
+            for one, forward, step in self._asking[op]
+            if step[key]
+        ]
+
+    def _asked_by(self, one: Workload, phase: str) -> Counter[Key]:
+        with asked() as read:
+            one.run(phase, one.make(0, self.device))
+        return read
 
     def _right(self, key: Key, tile: Configuration, timed: Sequence[tuple[Workload, str]]) -> bool:
         committed = configuration(*key, self.architecture)

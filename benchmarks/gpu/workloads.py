@@ -25,7 +25,6 @@ from oner_fast.ops import masked_gather as gather_tokens
 from oner_fast.ops import mixup_info_nce as contrast
 
 _HALF, _WIDE = torch.bfloat16, torch.float32
-PHASES = ("forward", "step")
 
 
 @dataclass(frozen=True)

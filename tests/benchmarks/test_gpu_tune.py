@@ -139,7 +139,7 @@ def test_the_fastest_is_committed_and_launched(log: Log, folder: Path) -> None:
     assert data["sm_90"] == {"forward": {"wide": FASTER.launch}}
     with asked() as read:
         stand_in(KEY, wrong=FASTER).forward(torch.ones(1))
-    assert read == {KEY}
+    assert read == {KEY: 1}
     assert stand_in(KEY, wrong=FASTER).forward(torch.ones(1)) == 2, "this is the tile that a launch is given"
     decided = [one for one in log.records if one["kind"] == "decided"]
     assert [(one["tile"], one["chosen"]) for one in decided] == [
@@ -287,7 +287,34 @@ def test_an_override_holds_within_alone() -> None:
     with asked() as read:
         configuration(*KEY, 80)
     configuration(*OTHER, 80)
-    assert read == {KEY}
+    assert read == {KEY: 1}
+
+
+def test_what_backward_asks_for_is_timed_in_a_whole_step(log: Log) -> None:
+    class Both(torch.autograd.Function):
+        """Asks for KEY in both directions, for OTHER in backward alone."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            configuration(*KEY, 90)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            configuration(*KEY, 90)
+            configuration(*OTHER, 90)
+            return grad
+
+    def make(seed: int, device: str) -> Call:
+        x = torch.ones(3, requires_grad=True)
+        return Call((x,), (x,), (torch.ones(3),))
+
+    both = replace(stand_in(KEY), make=make, forward=Both.apply)
+    tuned = tuner(log, Clock(), of=lambda op: [both, replace(stand_in(KEY), name="one way")])
+    for key in (KEY, OTHER):
+        tuned.tune(key)
+    phases = {(one["key"], one["workload"]): one["phase"] for one in log.records if one["kind"] == "timed"}
+    assert phases == {(KEY, both.name): "step", (KEY, "one way"): "forward", (OTHER, both.name): "step"}
 
 
 def test_every_op_has_workloads_of_its_own_names() -> None:
