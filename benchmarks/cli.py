@@ -31,6 +31,7 @@ OTHERS = {
     "uta": "oner_fast.benchmarks.student",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.peers",
+    "gpu-tune": "oner_fast.benchmarks.gpu.tune",
 }
 Progress = Callable[[str], None]
 

@@ -20,7 +20,7 @@ from oner_fast.benchmarks.limits import limits
 from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
-from oner_fast.ops.implementations import REFERENCE, choose, implementations
+from oner_fast.ops.implementations import REFERENCE, implementations, serving
 
 # A result may err this many times as much as plain eager PyTorch in the same dtype does, and some units more: a single
 # number such as a loss is sometimes right by luck.
@@ -69,50 +69,53 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     torch._dynamo.reset()
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
     if settings.device != "cpu":
-        case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
+        case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, case.make(0, settings.device))])
     # What is promised is promised for the CPU.
     promised = asdict(case.target) if settings.device == "cpu" else {}
     target = {name: value for name, value in promised.items() if value is not None}
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
-    serving = choose(case.op, settings.device, dtype=first.arguments[0].dtype)
-    row.served = serving.name
+    ours = case.contender(OURS)
+    served = serving(case.op, lambda: ours.forward(*ours.layout(first).arguments))
+    row.served = served.name
     if case.timed:
         forwards = {one.name: one.function() for one in case.contenders}
         setup = check(case, forwards, first, row, progress)
         _time(case, forwards, setup, settings, row, progress)
         progress("graph breaks")
-        ours = case.contender(OURS)
         row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    if not case.timed and serving.name == REFERENCE:
-        row.notes.append(f"{serving.name!r} would need all that memory: not run")
+    if not case.timed and served.name == REFERENCE:
+        row.notes.append(f"{served.name!r} would need all that memory: not run")
     elif settings.memory:
         _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row
 
 
-def _ours_by_name(case: Case, device: str) -> list[Contender]:
-    """Ours once more for each implementation of ours that can serve, beside the one that does."""
-    forward, variable = case.contender(OURS).forward, f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
-    able = [
-        name
-        for name, one in implementations(case.op).items()
-        if name in ("triton", "triton_atomic", "cuda") and not one.reasons_against(device, True, dtype=case.dtype)
-    ]
+def _ours_by_name(case: Case, call: Call) -> list[Contender]:
+    """Ours once more for each implementation of ours that can serve the call, beside the one that does."""
+    ours, variable = case.contender(OURS), f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
 
     def forced(name: str) -> Forward:
         def run(*arguments: object) -> object:
             before = os.environ.get(variable)
             os.environ[variable] = name
             try:
-                return forward(*arguments)
+                return ours.forward(*arguments)
             finally:
                 os.environ.pop(variable) if before is None else os.environ.update({variable: before})
 
         return run
 
-    return [Contender(f"{OURS} {name}", forced(name)) for name in able]
+    def able(name: str) -> bool:
+        try:
+            serving(case.op, lambda: forced(name)(*ours.layout(call).arguments))
+        except RuntimeError:
+            return False
+        return True
+
+    known = [name for name in implementations(case.op) if name in ("triton", "triton_atomic", "cuda")]
+    return [Contender(f"{OURS} {name}", forced(name)) for name in known if able(name)]
 
 
 def check(

@@ -18,7 +18,7 @@ from oner_fast.benchmarks.counts import counted_flops, graph_breaks
 from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.memory import saved_bytes
 from oner_fast.benchmarks.ops import cases
-from oner_fast.ops.implementations import choose
+from oner_fast.ops.implementations import serving
 from oner_fast.train.memory import freed_memory_kept
 
 SECONDS = 1.5
@@ -44,9 +44,10 @@ def _no_fresh_pages() -> Iterator[None]:
 
 
 def skip_unless_compiled(case: Case) -> None:
-    serving = choose(case.op, "cpu", dtype=case.make(0, "cpu").arguments[0].dtype)
-    if not serving.compiled:
-        pytest.skip(f"{case.op} is served by {serving.name!r}, which promises nothing")
+    ours = case.contender(OURS)
+    served = serving(case.op, lambda: ours.forward(*ours.layout(case.make(0, "cpu")).arguments))
+    if not served.compiled:
+        pytest.skip(f"{case.op} is served by {served.name!r}, which promises nothing")
 
 
 @every_case

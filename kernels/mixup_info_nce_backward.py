@@ -248,11 +248,8 @@ def _backward(
     )  # fmt: skip
     if query.shape[0] and key.shape[0]:
         atomic = atomic and need_key
-        # Beyond 128 columns there are no registers left to mix in, nor for a third product.
-        widest = min(
-            WIDEST[kind_of(query.dtype)], 128 if atomic or query_other is not None or key_other is not None else 256
-        )
-        launch = deep.launch if query.shape[1] > widest else partial(_whole, atomic)
+        mixed = query_other is not None or key_other is not None
+        launch = partial(_whole, atomic) if keeps_tiles(query, mixed, atomic) else deep.launch
         launch(query_side, key_side, logit_scale, weights, to_query, to_key, dot)
     else:
         for nothing in (to_query.x, to_query.other, to_query.mix, to_key.x, to_key.other, to_key.mix):
@@ -262,6 +259,13 @@ def _backward(
         to_query.x, to_query.other, to_query.mix, to_key.x, to_key.other, to_key.mix,
         dot.sum(dtype=torch.float64).float(),
     )  # fmt: skip
+
+
+def keeps_tiles(query: Tensor, mixed: bool, atomic: bool) -> bool:
+    """Whether rows are narrow enough for a program to keep a tile of them and its sums: `_gradient` serves them, else
+    `mixup_info_nce_deep`."""
+    # Beyond 128 columns there are no registers left to mix in, nor for a third product.
+    return query.shape[1] <= min(WIDEST[kind_of(query.dtype)], 128 if atomic or mixed else 256)
 
 
 def _whole(

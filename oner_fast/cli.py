@@ -59,6 +59,7 @@ COMMANDS = {
             "uta": "the step of UTA's student by mask ratio, beside mask tokens and gathering after the embedding",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
             "gpu-peers": "the GPU kernels beside other libraries', counted on an emulated A100",
+            "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
         },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,24 @@ from torch import Tensor
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.images import eval_transform, to_rgb
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.models.files import config_from_dict, load_model
+from oner_fast.loaded_towers import Images, LoadedTowers, clip_towers, stacked, student_towers
+from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
+from oner_fast.models.files import FORMAT as ONER_FORMAT
+from oner_fast.models.files import (
+    UTA_FORMAT,
+    config_from_dict,
+    load_model,
+    load_uta,
+    read_metadata,
+    uta_config_from_dict,
+)
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.models.teacher import Teacher, load_teacher
+from oner_fast.models.token_towers import tower_of as tower_of_clip
+from oner_fast.models.uta import UTA
 from oner_fast.train import checkpoint
 
-Images = Tensor | Sequence[Image.Image]
+CLIP_FORMAT = "oner_fast.clip"
 
 
 @dataclass(frozen=True)
@@ -63,12 +77,7 @@ class Loaded:
         return _normalise(self.model.encode_patches(self._images(images)))
 
     def _images(self, images: Images) -> Tensor:
-        if isinstance(images, Image.Image):
-            raise TypeError("images must be a list of pictures or a tensor, got one picture")
-        if len(images) == 0:
-            raise ValueError("images must hold at least one picture, got none")
-        pixels = images if isinstance(images, Tensor) else torch.stack([self.preprocess(image) for image in images])
-        return pixels.to(self._device)
+        return stacked(images, self.preprocess).to(self._device)
 
     def _texts(self, texts: Sequence[str]) -> TokenizedText:
         if isinstance(texts, str):
@@ -80,43 +89,91 @@ class Loaded:
         return self.model.cls_token.device
 
 
-def load(source: Path | str, device: torch.device | str = "cpu") -> Loaded:
-    """Load a trained model.
+def load(
+    source: Path | str, device: torch.device | str = "cpu", *, text_tower: str | Path | None = None
+) -> Loaded | LoadedTowers:
+    """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, or a CLIP.
 
     Args:
         source: a run folder (its ``model.safetensors``, or its newest checkpoint while it trains), a
-            ``model.safetensors``, or a checkpoint within a run folder.
+            ``model.safetensors``, a checkpoint within a run folder, or a folder of open_clip's
+            (``open_clip_config.json`` and weights).
         device: where the model computes.
+        text_tower: for UTA's student, the CLIP that embeds texts, as `oner_fast.models.teacher.load_teacher` names
+            them; by default the one that it was aligned to. It is loaded at the first text.
 
     Raises:
         FileNotFoundError: there is no such run or file, or the run has no model and no checkpoint yet.
-        ValueError: the file is not a model of this library.
+        ValueError: the file is not a model of this library, or `text_tower` was given for one that has its own.
     """
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"there is no run folder or model file {path}")
-    if path.is_dir():
-        model = path / "model.safetensors"
-        found = model if model.is_file() else checkpoint.latest(path / "checkpoints")
-        if found is None:
-            raise FileNotFoundError(f"{path} holds neither model.safetensors nor a checkpoint; train it first")
-        path = found
-    tower, tokenizer_json = _from_checkpoint(path) if path.suffix == ".pt" else load_model(path)
+    path = _file_of(path) if path.is_dir() else path
+    if path.name == CONFIG:
+        loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
+    elif path.suffix == ".pt":
+        loaded = _from_checkpoint(path, device)
+    elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
+        loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
+    else:
+        loaded = _oner(*load_model(path), device)
+    if text_tower is None:
+        return loaded
+    if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
+        raise ValueError(f"{source} has a text tower of its own; another can be given to UTA's student alone")
+    return replace(loaded, text_source=str(text_tower))
+
+
+def _file_of(folder: Path) -> Path:
+    """The trained model in a folder, or else its newest checkpoint."""
+    for name in ("model.safetensors", CONFIG):
+        if (folder / name).is_file():
+            return folder / name
+    if (found := checkpoint.latest(folder / "checkpoints")) is None:
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor a checkpoint; train it first")
+    return found
+
+
+def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loaded:
     return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
 
 
-def _from_checkpoint(path: Path) -> tuple[OneR, str]:
+def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
+    """The model of a training that still runs; its checkpoint says under "kind" what it trains."""
     state = checkpoint.load(path)
+    kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if kind == CLIP_FORMAT:
+        read = json.loads(state["model_config"]).items()
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in read}
+        config = CLIPConfig(**values)
+        clip = build_clip(config)
+        clip.load_state_dict(part_of(student, "clip."))
+        name = str(run)
+        teacher = Teacher(
+            tower_of_clip(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
+        )
+        return clip_towers(teacher, run, device)
+    if kind == UTA_FORMAT:
+        uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
+        uta.load_state_dict(part_of(student, "student.") or student)
+        return student_towers(uta, state.get("teacher", ""), run, device)
     if "model_config" not in state:
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
     tower = OneR(config_from_dict(json.loads(state["model_config"])))
-    tower.load_state_dict(tower_of(state["student"]))
-    return tower, state["tokenizer"]
+    tower.load_state_dict(tower_of(student))
+    return _oner(tower, state["tokenizer"], device)
 
 
 def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tower's part of a student's state."""
-    return {name.removeprefix("tower."): tensor for name, tensor in student.items() if name.startswith("tower.")}
+    return part_of(student, "tower.")
+
+
+def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What stands under a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _normalise(embeddings: Tensor) -> Tensor:

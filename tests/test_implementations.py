@@ -9,7 +9,7 @@ import torch
 
 from oner_fast import _extension, ops
 from oner_fast.ops import implementations, library
-from oner_fast.ops.implementations import choose, explain, register
+from oner_fast.ops.implementations import choose, explain, register, serving
 
 PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
 
@@ -46,6 +46,20 @@ def test_best_that_can_serve(toy: str) -> None:
     assert choose(toy, "cpu", dtype=torch.float32).function() == "picky"
     assert choose(toy, "cpu", dtype=torch.float16).name == "reference"
     assert choose(toy, "meta").name == "reference"
+
+
+def test_what_serves_a_call_is_told_without_running_it(toy: str) -> None:
+    def call(dtype: torch.dtype) -> str:
+        chosen = choose(toy, "cpu", dtype=dtype).function()
+        raise AssertionError(f"{chosen} ran")
+
+    assert serving(toy, lambda: call(torch.float32)).name == "picky"
+    assert serving(toy, lambda: call(torch.float16)).name == "reference"
+    with pytest.raises(RuntimeError, match="bad mood"):
+        serving(toy, lambda: choose(toy, "cpu", "picky", dtype=torch.float16))
+    with pytest.raises(ValueError, match="no implementation of 'toy'"):
+        serving(toy, lambda: None)
+    assert choose(toy, "cpu").function() == "picky", "asking is over"
 
 
 def test_argument_wins_over_the_ops_variable_over_the_one_for_all(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,6 @@ def uta_stage2_tiny_icons_cpu() -> CLIPTraining:
     return replace(
         base,
         contrast=Contrast(init_image="runs/uta_tiny_icons", init_text="runs/clip_tiny_icons", lock_text=True),
-        optim=Optimisation(steps=300, batch_size=256, lr=2e-4, min_lr=1e-6, warmup=30, wd=0.05, grad_clip_norm=3.0),
+        optim=Optimisation(steps=200, batch_size=256, lr=2e-4, min_lr=1e-6, warmup=20, wd=0.05, grad_clip_norm=3.0),
         run=replace(base.run, run_dir="runs/uta_stage2_tiny_icons"),
     )

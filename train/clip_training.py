@@ -51,7 +51,7 @@ class ContrastTraining(Training):
         self.student.save(self.folder)
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"kind": "oner_fast.clip"}
+        return dict(self.student.about())
 
     def _forward_flops(self) -> float:
         """Operations of one pair's forward, counted; the contrast adds less than a hundredth."""

@@ -3,8 +3,10 @@ tower that stays as it is (UTA's second stage)."""
 
 from __future__ import annotations
 
+import json
 import math
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +48,11 @@ class TwoTowers(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Write the trained model into the run's folder."""
 
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """What a checkpoint says of the model, so that `oner_fast.load` opens a run that still trains: its `kind`, its
+        `model_config` as JSON, and a student's `teacher`."""
+
     @torch.no_grad()
     def clamp_temperature(self) -> None:
         """Keep logit_scale at 100 at most, as CLIP does; call it after the optimiser's step."""
@@ -78,6 +85,10 @@ class NewTowers(TwoTowers):
         """Of uint8 pictures and packed token ids."""
         image = encode_image(self.clip, images, self.config)
         return Embeddings(image, encode_text(self.clip, texts), self.log_logit_scale.exp())
+
+    def about(self) -> dict[str, str]:
+        """A CLIP."""
+        return {"kind": "oner_fast.clip", "model_config": json.dumps(asdict(self.config))}
 
     def save(self, folder: Path) -> None:
         """In open_clip's own form."""
@@ -119,6 +130,10 @@ class AlignedTowers(TwoTowers):
     def forward(self, images: Tensor, texts: Tensor) -> Embeddings:
         """Of uint8 pictures and the embeddings of their captions."""
         return Embeddings(self.student.encode_image(images), texts, self.scale.exp())
+
+    def about(self) -> dict[str, str]:
+        """A student."""
+        return {"kind": "oner_fast.uta", "model_config": json.dumps(asdict(self.student.config)), **self._about}
 
     def save(self, folder: Path) -> None:
         """The student, as after its first stage."""

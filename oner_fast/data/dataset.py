@@ -144,6 +144,13 @@ class PairDataset:
         text = self._member(i, shard, row, TEXT)
         return caption_of(self.name(i), text, self._fields(i, shard, row) if text is None else {})
 
+    def meta(self, i: int) -> dict[str, Any]:
+        """The fields of sample `i`'s json member without its picture; empty where there is none. Raises as `read`."""
+        shard, row = self._locate(i)
+        if row >= len(self._shards[shard]):
+            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+        return self._fields(i, shard, row)
+
     def captions(self) -> Iterator[str]:
         """Every readable caption, in order; corrupt ones are left out."""
         for i in range(len(self)):

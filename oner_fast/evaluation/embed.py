@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -15,6 +15,8 @@ from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import decode
 from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.retrieval import CaptionGallery, caption_gallery
+
+T = TypeVar("T")
 
 
 class Encoder(Protocol):
@@ -29,18 +31,23 @@ class Encoder(Protocol):
     def encode_text(self, texts: list[str], /) -> Tensor:
         """B captions -> (B, E) float32, L2-normalised."""
 
-    def encode_image_text(self, images: Any, texts: list[str], /) -> Tensor:
-        """B pairs -> (B, E) float32, L2-normalised."""
-
     def encode_patches(self, images: Any, /) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, N, E) float32, L2-normalised, row by row."""
+
+
+class JointEncoder(Encoder, Protocol):
+    """A model that also reads a picture and words in one pass."""
+
+    def encode_image_text(self, images: Any, texts: list[str], /) -> Tensor:
+        """B pairs -> (B, E) float32, L2-normalised."""
 
 
 @dataclass(frozen=True)
 class SplitEmbeddings:
     """A split, embedded: `image` (N, E), `text` (M, E), the gallery of captions and how they match the images.
 
-    `captions` are the captions of each image, `rows` its place in the data, `damaged` names what was left out.
+    `captions` are the captions of each image, `rows` its place in the data, `damaged` names what was left out, `meta`
+    holds the fields of each image's json (empty for image files).
     """
 
     image: Tensor
@@ -49,10 +56,17 @@ class SplitEmbeddings:
     captions: list[list[str]]
     rows: list[int]
     damaged: list[str]
+    meta: list[dict[str, Any]] = field(default_factory=list)
 
 
 def embed_split(
-    loaded: Encoder, dataset: PairDataset, *, batch_size: int = 64, limit: int | None = None, label: str = "pictures"
+    loaded: Encoder,
+    dataset: PairDataset,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    label: str = "pictures",
+    texts: bool = True,
 ) -> SplitEmbeddings:
     """Embed a split of a data set; equal captions become one row of the gallery.
 
@@ -60,21 +74,32 @@ def embed_split(
 
     Args:
         limit: embed this many samples only, evenly spaced.
+        texts: False leaves `text` empty, for a model that reads none.
 
     Raises:
         ValueError: the split has no readable sample.
     """
     rows = spaced(len(dataset), limit)
 
-    def read(row: int) -> tuple[bytes, list[str]]:
-        pair = dataset.read(row)
-        return pair.image, [pair.caption, *pair.meta.get("also", [])]
+    image, kept, pairs, damaged = embed_pairs(loaded, dataset, rows, batch_size=batch_size, label=label)
+    captions = [[caption] for caption, _ in pairs]
+    gallery = caption_gallery(captions, also=[meta.get("also", []) for _, meta in pairs])
+    text = embed_texts(loaded, gallery.texts, batch_size=batch_size) if texts else image[:0]
+    return SplitEmbeddings(image, text, gallery, captions, kept, damaged, [meta for _, meta in pairs])
 
-    image, kept, named, damaged = _embed_pictures(loaded, rows, read, batch_size, label)
-    captions = [several[:1] for several in named]
-    gallery = caption_gallery(captions, also=[several[1:] for several in named])
-    text = embed_texts(loaded, gallery.texts, batch_size=batch_size)
-    return SplitEmbeddings(image, text, gallery, captions, kept, damaged)
+
+def embed_pairs(
+    loaded: Encoder, dataset: PairDataset, rows: Sequence[int], *, batch_size: int = 64, label: str = "pictures"
+) -> tuple[Tensor, list[int], list[tuple[str, dict[str, Any]]], list[str]]:
+    """Embed the pictures of some samples: (N, E) embeddings, the rows that could be read, each one's caption and the
+    fields of its json, and the names of the others.
+    """
+
+    def read(row: int) -> tuple[bytes, tuple[str, dict[str, Any]]]:
+        pair = dataset.read(row)
+        return pair.image, (pair.caption, pair.meta)
+
+    return _embed_pictures(loaded, list(rows), read, batch_size, label)
 
 
 def embed_captioned(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int = 64) -> SplitEmbeddings:
@@ -95,8 +120,8 @@ def embed_captioned(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_
 def embed_files(loaded: Encoder, files: Sequence[Any], *, batch_size: int = 64) -> tuple[Tensor, list[int], list[str]]:
     """Embed image files (paths): (N, E) embeddings, the rows that could be read, and the names of the others."""
 
-    def read(row: int) -> tuple[bytes, list[str]]:
-        return files[row].read_bytes(), []
+    def read(row: int) -> tuple[bytes, None]:
+        return files[row].read_bytes(), None
 
     image, kept, _, damaged = _embed_pictures(loaded, list(range(len(files))), read, batch_size, "images")
     return image, kept, damaged
@@ -104,10 +129,11 @@ def embed_files(loaded: Encoder, files: Sequence[Any], *, batch_size: int = 64) 
 
 def embed_texts(loaded: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
     """Embed captions: (M, E) float32 on the CPU. Batches are cut in the order given."""
+    starts = range(0, len(texts), batch_size)
     with torch.inference_mode():
         parts = [
-            loaded.encode_text(list(texts[start : start + batch_size])).float().cpu()
-            for start in range(0, len(texts), batch_size)
+            loaded.encode_text(list(texts[starts[number] : starts[number] + batch_size])).float().cpu()
+            for number in shown(range(len(starts)), "embedding texts")
         ]
     return torch.cat(parts)
 
@@ -122,25 +148,28 @@ def spaced(count: int, limit: int | None) -> list[int]:
 
 
 def _embed_pictures(
-    loaded: Encoder, rows: list[int], read: Callable[[int], tuple[bytes, list[str]]], batch_size: int, label: str
-) -> tuple[Tensor, list[int], list[list[str]], list[str]]:
-    """Embeddings, the rows kept, their captions, and the names of what could not be read."""
+    loaded: Encoder, rows: list[int], read: Callable[[int], tuple[bytes, T]], batch_size: int, label: str
+) -> tuple[Tensor, list[int], list[T], list[str]]:
+    """Embeddings, the rows kept, what else was read of them, and the names of what could not be read."""
     if batch_size < 1:
         raise ValueError(f"batch_size needs to be at least 1, got {batch_size}")
 
-    def prepare(row: int) -> tuple[int, Tensor, list[str]] | str:
+    def prepare(row: int) -> tuple[int, Tensor, T] | str:
         try:
-            content, captions = read(row)
-            return row, loaded.preprocess(decode(content, f"picture {row}")), captions
+            content, beside = read(row)
+            return row, loaded.preprocess(decode(content, f"picture {row}")), beside
         except (CorruptSample, OSError, ValueError) as error:
             return str(error)
 
-    parts, kept, captions, damaged = [], [], [], []
+    parts: list[Tensor] = []
+    kept: list[int] = []
+    others: list[T] = []
+    damaged: list[str] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.inference_mode():
         # The next batch is decoded while this one is embedded.
-        waiting: list[list[Future[tuple[int, Tensor, list[str]] | str]]] = []
+        waiting: list[list[Future[tuple[int, Tensor, T] | str]]] = []
         starts = list(range(0, len(rows), batch_size))
-        for number in _shown(range(len(starts) + 1), label):
+        for number in shown(range(len(starts) + 1), f"embedding {label}"):
             if number < len(starts):
                 chunk = rows[starts[number] : starts[number] + batch_size]
                 waiting.append([pool.submit(prepare, row) for row in chunk])
@@ -152,22 +181,22 @@ def _embed_pictures(
             if good:
                 parts.append(loaded.encode_image(torch.stack([pixels for _, pixels, _ in good])).float().cpu())
                 kept += [row for row, _, _ in good]
-                captions += [several for _, _, several in good]
+                others += [beside for _, _, beside in good]
     if not parts:
         raise ValueError(f"none of {len(rows)} pictures could be read" + (f"; first: {damaged[0]}" if damaged else ""))
-    return torch.cat(parts), kept, captions, damaged
+    return torch.cat(parts), kept, others, damaged
 
 
-def _shown(steps: range, label: str) -> Iterator[int]:
+def shown(steps: range, label: str) -> Iterator[int]:
     """Show progress on a terminal; a line every quarter elsewhere, once the work is long enough to wait for."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track
 
         console = Console(stderr=True)
-        yield from track(steps, description=f"Embedding {label}", console=console, transient=True)
+        yield from track(steps, description=label.capitalize(), console=console, transient=True)
         return
     for number in steps:
         if len(steps) >= 100 and number and number % (len(steps) // 4) == 0:
-            print(f"embedding {label}: batch {number} of {len(steps) - 1}", file=sys.stderr, flush=True)
+            print(f"{label}: batch {number} of {len(steps) - 1}", file=sys.stderr, flush=True)
         yield number

@@ -1,22 +1,40 @@
-"""Evaluate a trained run on data: every held-out split, and apart by whether its captions hold a new word."""
+"""Evaluate a trained run on data: every held-out split, and apart by whether its captions hold a new word; image files
+with captions; and the classes of a split or of an ImageFolder, zero-shot or learnt from frozen features.
+"""
 
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.composed import composed_queries, composed_recall
-from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_captioned, embed_files, embed_split, embed_texts
+from oner_fast.evaluation.embed import (
+    Encoder,
+    JointEncoder,
+    SplitEmbeddings,
+    embed_captioned,
+    embed_files,
+    embed_split,
+    embed_texts,
+)
+from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.retrieval import retrieval
 from oner_fast.evaluation.splits import split_by_words, vocabulary
-from oner_fast.evaluation.zero_shot import TEMPLATES, accuracy, class_embeddings, read_image_folder
+from oner_fast.evaluation.zero_shot import (
+    TEMPLATES,
+    accuracy,
+    class_embeddings,
+    concept_accuracy,
+    concept_classes,
+    read_image_folder,
+)
 
 
 def held_out_splits(data: Path) -> list[str]:
@@ -47,16 +65,46 @@ def training_words(data: Path) -> set[str] | None:
 
 
 def evaluate_split(
-    loaded: Encoder, dataset: PairDataset, name: str, seen: set[str] | None, **options: Any
+    loaded: Encoder,
+    dataset: PairDataset,
+    name: str,
+    seen: set[str] | None,
+    *,
+    templates: Sequence[str] = (),
+    taught: Mapping[str, Taught] | None = None,
+    probes: Sequence[str] = (),
+    batch_size: int = 64,
+    limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The entries of one split: its own, and those of its captions of seen words and with a new word.
 
     In the two parts only the queries are fewer; the gallery stays the whole split, so that the figures compare.
+
+    Args:
+        templates: prompts in which the split's concepts are told from one another zero-shot; not done without any.
+        taught: for each label, features of the train split that know it; a label that no picture of this split has is
+            left out.
+        probes: what learns from them: `knn`, `linear_probe`.
     """
-    embedded = embed_split(loaded, dataset, label=name, **options)
-    composed = _composed(loaded, dataset, embedded) if has_joint_pass(loaded) else {}
-    entries = {name: _entry(embedded) | composed}
-    if seen is not None:
+    reads = has_text(loaded)
+    embedded = embed_split(loaded, dataset, label=name, batch_size=batch_size, limit=limit, texts=reads)
+    if reads:
+        entry = _entry(embedded)
+    else:
+        entry = {"pairs": len(embedded.image), "damaged": len(embedded.damaged)}
+    if reads and has_joint_pass(loaded):
+        entry |= _composed(cast(JointEncoder, loaded), dataset, embedded)
+    if reads and templates:
+        entry["zero_shot"] = evaluate_concepts(loaded, embedded, templates, batch_size=batch_size)
+    asked = {label: ask(learnt, label, embedded) for label, learnt in (taught or {}).items()}
+    for probe in probes:
+        entry[probe] = {
+            label: getattr(learnt, probe)(*asked[label])
+            for label, learnt in (taught or {}).items()
+            if len(asked[label][0])
+        }
+    entries = {name: entry}
+    if reads and seen is not None:
         texts = embedded.gallery.texts
         for part, rows in zip(("seen_words", "new_words"), split_by_words(texts, seen), strict=True):
             if rows:
@@ -64,14 +112,57 @@ def evaluate_split(
     return entries
 
 
+def has_text(loaded: Any) -> bool:
+    """Whether the model reads words at all; a student without its teacher's text tower does not."""
+    return bool(getattr(loaded, "has_text", True))
+
+
 def has_joint_pass(loaded: Any) -> bool:
-    """Whether the model reads a picture and words in one pass; two trunks do not."""
-    return bool(getattr(getattr(loaded, "config", None), "shared_trunk", True))
+    """Whether the model reads a picture and words in one pass; two trunks and two towers do not."""
+    return hasattr(loaded, "encode_image_text") and bool(getattr(getattr(loaded, "config", None), "shared_trunk", True))
 
 
 def evaluate_retrieval(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int) -> dict[str, Any]:
     """Retrieval among image files with several captions each (COCO's protocol)."""
     return _entry(embed_captioned(loaded, images, batch_size=batch_size))
+
+
+def evaluate_concepts(
+    loaded: Encoder, embedded: SplitEmbeddings, templates: Sequence[str] = TEMPLATES, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Zero-shot accuracy among the concepts of a split's captions; captions of equal pictures are right too."""
+    shown = concept_classes(
+        [[*own, *meta.get("also", [])] for own, meta in zip(embedded.captions, embedded.meta, strict=True)],
+        [meta.get(CONCEPT) for meta in embedded.meta],
+    )
+    described = _describe(loaded, shown.described, templates, batch_size)
+    return concept_accuracy(embedded.image, described, shown) | {"templates": len(templates)}
+
+
+def evaluate_folders(
+    loaded: Encoder, train: Path, test: Path, probes: Sequence[str], *, batch_size: int = 64
+) -> dict[str, dict[str, Any]]:
+    """What `probes` (`knn`, `linear_probe`) learn from one ImageFolder, asked on another: an entry for each.
+
+    Raises:
+        ValueError: a class of `test` that `train` lacks.
+    """
+    files, labels, names = read_image_folder(train)
+    asked_files, asked_labels, asked_names = read_image_folder(test)
+    if unknown := [name for name in asked_names if name not in names]:
+        raise ValueError(f"{test} has the class {unknown[0]!r}, which {train} lacks")
+    image, kept, _ = embed_files(loaded, files, batch_size=batch_size)
+    taught = Taught(names, image, labels[kept])
+    image, kept, damaged = embed_files(loaded, asked_files, batch_size=batch_size)
+    numbers = torch.tensor([names.index(name) for name in asked_names])[asked_labels[kept]]
+    return {probe: getattr(taught, probe)(image, numbers) | {"damaged": len(damaged)} for probe in probes}
+
+
+def _describe(loaded: Encoder, names: Sequence[str], templates: Sequence[str], batch_size: int) -> torch.Tensor:
+    """(C, E) embeddings of classes. The prompts are embedded in batches of their own, with progress shown."""
+    return class_embeddings(
+        lambda prompts: embed_texts(loaded, prompts, batch_size=batch_size), names, templates, batch_size=1 << 20
+    )
 
 
 def evaluate_zero_shot(
@@ -91,7 +182,7 @@ def evaluate_zero_shot(
     names = list(classes) if classes is not None else [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise ValueError(f"{folder} has {len(folders)} sub-folders but {len(names)} class names were given")
-    described = class_embeddings(lambda prompts: embed_texts(loaded, prompts, batch_size=batch_size), names, templates)
+    described = _describe(loaded, names, templates, batch_size)
     image, kept, damaged = embed_files(loaded, files, batch_size=batch_size)
     return accuracy(image, labels[kept], described) | {"templates": len(templates), "damaged": len(damaged)}
 
@@ -132,7 +223,7 @@ def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dic
     }
 
 
-def _composed(loaded: Encoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
+def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
     """Figures of queries with a picture and a word, beside the picture alone and the word alone."""
     queries = composed_queries([several[0] for several in embedded.captions])
     if not queries:
@@ -147,7 +238,7 @@ def _composed(loaded: Encoder, dataset: PairDataset, embedded: SplitEmbeddings) 
 
 
 def embed_composed(
-    loaded: Encoder, dataset: PairDataset, embedded: SplitEmbeddings, queries: Sequence[tuple[int, str]]
+    loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings, queries: Sequence[tuple[int, str]]
 ) -> torch.Tensor:
     """F(I,T) of (row of the split, words) queries: (Q, E) float32."""
     from oner_fast.data.images import decode

@@ -9,6 +9,7 @@ DIRECTIONS = {
     "image_text_to_image": "image + text → image",
 }
 KS = (1, 5, 10)
+CLASSIFIERS = {"zero_shot": "zero-shot", "knn": "k-NN", "linear_probe": "linear probe"}
 
 
 def split_title(name: str) -> str:
@@ -39,6 +40,20 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]
                 yield split, direction, entry[direction]
 
 
+def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(pictures, how, figures) of every classification in the evaluation, as they are called in a table."""
+    for name in CLASSIFIERS:  # of an ImageFolder: an entry of its own
+        if isinstance(entry := evaluation.get(name), dict) and "top1" in entry:
+            yield "image folder", CLASSIFIERS[name], entry
+    for split, entry in evaluation.items():
+        for name, title in CLASSIFIERS.items() if isinstance(entry, dict) and "top1" not in entry else ():
+            found = entry.get(name, {})
+            if "top1" in found:
+                yield split_title(split), f"{title}, concept", found
+            else:
+                yield from ((split_title(split), f"{title}, {label}", figures) for label, figures in found.items())
+
+
 def show(evaluation: dict[str, Any]) -> None:
     """Print the figures to standard output."""
     from rich.console import Console
@@ -65,6 +80,16 @@ def show(evaluation: dict[str, Any]) -> None:
         )
         last = split
     console.print(table)
+    if found := list(classifications(evaluation)):
+        table = Table(title="Classification (in brackets: chance, and the multiple of it)", title_justify="left")
+        table.add_column("pictures")
+        table.add_column("how, label")
+        for heading in ("images", "classes", "top-1", "top-5", "most frequent class"):
+            table.add_column(heading, justify="right")
+        for pictures, how, figures in found:
+            cells = [f"[bold]{percent(figures[f'top{k}'])}[/] [dim]({_beside_top(figures, k)})[/]" for k in (1, 5)]
+            table.add_row(pictures, how, str(figures["images"]), str(figures["classes"]), *cells, _majority(figures))
+        console.print(table)
     for line in _other_lines(evaluation):
         console.print(line, highlight=False)
 
@@ -79,7 +104,26 @@ def plain_lines(evaluation: dict[str, Any]) -> list[str]:
             f"{split_title(split):<18}{DIRECTIONS[direction]:<23}{figures['queries']:>8}"
             + "".join(f"{cell:>26}" for cell in cells)
         )
+    if found := list(classifications(evaluation)):
+        tops = "".join(f"{f'top-{k} (chance, times)':>26}" for k in (1, 5))
+        lines.append(f"{'pictures':<18}{'how, label':<23}{'images':>8}{'classes':>9}{tops}{'most frequent class':>21}")
+        for pictures, how, figures in found:
+            cells = [f"{percent(figures[f'top{k}'])} ({_beside_top(figures, k)})" for k in (1, 5)]
+            lines.append(
+                f"{pictures:<18}{how:<23}{figures['images']:>8}{figures['classes']:>9}"
+                + "".join(f"{cell:>26}" for cell in cells)
+                + f"{_majority(figures):>21}"
+            )
     return lines + _other_lines(evaluation)
+
+
+def _beside_top(figures: dict[str, Any], k: int) -> str:
+    return f"{percent(figures[f'chance@{k}'])}, {times(figures[f'top{k}'], figures[f'chance@{k}'])}"
+
+
+def _majority(figures: dict[str, Any]) -> str:
+    """The share of the most frequent class among the pictures asked about; zero-shot figures have none."""
+    return percent(figures["majority"]) if "majority" in figures else ""
 
 
 def _beside(figures: dict[str, Any], k: int) -> str:
@@ -95,11 +139,4 @@ def _other_lines(evaluation: dict[str, Any]) -> list[str]:
             lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
         if isinstance(entry, dict) and entry.get("damaged"):
             lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged pictures")
-        if isinstance(entry, dict) and "top1" in entry:
-            cells = [
-                f"top-{k} {percent(entry[f'top{k}'])}"
-                f" ({percent(entry[f'chance@{k}'])}, {times(entry[f'top{k}'], entry[f'chance@{k}'])})"
-                for k in (1, 5)
-            ]
-            lines.append(f"zero-shot, {entry['classes']} classes, {entry['images']} images: {', '.join(cells)}")
     return lines

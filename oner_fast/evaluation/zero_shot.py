@@ -4,14 +4,19 @@ A class embedding is the mean of the L2-normalised embeddings of its prompts, no
 "ImageNet zero-shot").
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from oner_fast.data.sources.concepts import concept
+from oner_fast.evaluation.classifier import check_labels
 from oner_fast.evaluation.retrieval import recall
+from oner_fast.models.peers import peer
 
 TEMPLATES = (
     "{}",
@@ -60,17 +65,85 @@ def accuracy(image: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float 
     """
     if labels.shape != image.shape[:1]:
         raise ValueError(f"labels need shape ({len(image)},), got {tuple(labels.shape)}")
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= len(classes)):
-        raise ValueError(f"labels need to be in [0, {len(classes)}), got {int(labels.min())} to {int(labels.max())}")
-    scores = recall(image, classes, torch.arange(len(image)), labels, ks=(1, 5))
+    check_labels(labels, len(classes))
+    return _top(recall(image, classes, torch.arange(len(image)), labels, ks=(1, 5)))
+
+
+def _top(scores: dict[str, float | int]) -> dict[str, float | int]:
     return {
         "top1": scores["R@1"],
         "top5": scores["R@5"],
         "chance@1": scores["chance@1"],
         "chance@5": scores["chance@5"],
-        "images": len(image),
-        "classes": len(classes),
+        "images": scores["queries"],
+        "classes": scores["gallery"],
     }
+
+
+@dataclass(frozen=True)
+class ConceptClasses:
+    """The concepts of some captions as classes.
+
+    `concepts` are the C classes by name, sorted; `described` is what stands for each in a prompt: its most frequent
+    caption. `image` and `label` are (P,) int64: image `image[p]` shows class `label[p]`; an image may show several.
+    """
+
+    concepts: list[str]
+    described: list[str]
+    image: Tensor
+    label: Tensor
+
+
+def concept_classes(captions: Sequence[Sequence[str]], known: Sequence[str | None] | None = None) -> ConceptClasses:
+    """Make the distinct concepts of images' first captions classes (`oner_fast.data.sources.concepts`).
+
+    Args:
+        captions: for each image its caption, then others that are right for it too; those add no class.
+        known: the concept of each image's own caption where the data says it.
+
+    Raises:
+        ValueError: an image without a caption.
+    """
+    if not all(captions):
+        raise ValueError(f"image {[bool(several) for several in captions].index(False)} has no caption")
+    given = known or [None] * len(captions)
+    own = [name or concept(several[0]) for several, name in zip(captions, given, strict=True)]
+    wordings: dict[str, Counter[str]] = {}
+    for name, several in zip(own, captions, strict=True):
+        wordings.setdefault(name, Counter())[several[0]] += 1
+    concepts = sorted(wordings)
+    place = {name: number for number, name in enumerate(concepts)}
+    pairs = [
+        (image, place[name])
+        for image, several in enumerate(captions)
+        for name in dict.fromkeys([own[image], *map(concept, several[1:])])
+        if name in place
+    ]
+    table = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    described = [min(wordings[name], key=lambda text: (-wordings[name][text], text)) for name in concepts]
+    return ConceptClasses(concepts, described, table[:, 0].clone(), table[:, 1].clone())
+
+
+def concept_accuracy(image: Tensor, classes: Tensor, shown: ConceptClasses) -> dict[str, float | int]:
+    """Top-1 and top-5 accuracy of (N, E) images among (C, E) class embeddings, as `accuracy` gives it; any class that
+    an image shows is right.
+    """
+    return _top(recall(image, classes, shown.image, shown.label, ks=(1, 5)))
+
+
+def read_templates(source: str) -> list[str]:
+    """Prompt templates: `openai`, the 80 of CLIP's ImageNet evaluation as open_clip ships them, or a file of lines."""
+    if source != "openai":
+        return read_lines(Path(source), "--templates takes `openai` or a file")
+    # Its templates are functions of the class's name; {} is put in the name's place again.
+    return [template("{}") for template in peer("open_clip").OPENAI_IMAGENET_TEMPLATES]
+
+
+def read_classes(source: str) -> list[str]:
+    """Class names: `imagenet`, the 1,000 that open_clip ships in the order of the WordNet ids, or a file of lines."""
+    if source != "imagenet":
+        return read_lines(Path(source), "--classes takes `imagenet` or a file")
+    return list(peer("open_clip").IMAGENET_CLASSNAMES)
 
 
 def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
@@ -95,8 +168,14 @@ def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     return files, torch.tensor(labels, dtype=torch.int64), names
 
 
-def read_lines(path: Path) -> list[str]:
-    """The non-empty lines of a UTF-8 text file: class names or prompt templates, one a line."""
+def read_lines(path: Path, takes: str = "") -> list[str]:
+    """The non-empty lines of a UTF-8 text file: class names or prompt templates, one a line.
+
+    Raises:
+        FileNotFoundError: no such file; the text ends with `takes`. ValueError: it holds no lines.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}" + (f"; {takes}" if takes else ""))
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     found = [line for line in lines if line]
     if not found:

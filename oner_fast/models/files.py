@@ -122,18 +122,22 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 
 def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        if path.suffix not in (".pt", ".pth", ".bin"):
-            return _read(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no model file {path}")
-        source = torch.load(path, map_location="cpu", weights_only=True)
-    assert isinstance(source, Mapping)
+    if isinstance(source, Mapping):
+        return _unwrapped(source), {}
+    path = Path(source)
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        return _read(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model file {path}")
+    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True)), {}
+
+
+def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict within a checkpoint, without what DistributedDataParallel puts in front of its names."""
     for key in ("model_ema", "model", "module", "state_dict"):
-        if isinstance(inner := source.get(key), Mapping):
-            source = inner
-    return {name.removeprefix("module."): tensor for name, tensor in source.items()}, {}
+        if isinstance(inner := checkpoint.get(key), Mapping):
+            checkpoint = inner
+    return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

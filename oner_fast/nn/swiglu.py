@@ -51,6 +51,6 @@ class _SiluGate(torch.autograd.Function):
         gate, value = gate_value.chunk(2, dim=-1)
         to_gate_value = torch.empty_like(gate_value)
         to_gate, to_value = to_gate_value.chunk(2, dim=-1)
-        torch.mul(grads[0], F.silu(gate), out=to_value)
-        torch.ops.aten.silu_backward.grad_input(grads[0] * value, gate, grad_input=to_gate)
+        to_value.copy_(F.silu(gate).mul_(grads[0]))
+        to_gate.copy_(torch.ops.aten.silu_backward(grads[0] * value, gate))
         return to_gate_value

@@ -1,6 +1,8 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for the raw ops: their products, each multiply-add as two.
 
 As PyTorch counts its own fused attention: what backward computes again counts, and a causal mask takes nothing away.
+Each library of `ops.library` has formulas of its own, since Triton's backward passes make more of it again: whoever
+owns a tile of one side adds to nobody else's result. Zeros that fill a tile up are not counted.
 """
 
 from __future__ import annotations
@@ -46,6 +48,15 @@ def _varlen_attention_backward(
     return (2 + need_query + 2 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
 
 
+def _varlen_attention_backward_in_triton(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
+) -> int:  # fmt: skip
+    """Two kernels, each of which makes the scores and their gradient: three products for query's, four for key's and
+    value's."""
+    return (3 * need_query + 4 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
+
+
 def _mixup_info_nce_statistics(
     query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
     *rest: Any, **out: Any,
@@ -63,6 +74,19 @@ def _mixup_info_nce_backward(
     return (2 + need_key) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
 
+def _mixup_info_nce_backward_in_triton(
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
+    key_other: Tensor | None, *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    """Where tiles are kept whole each side makes the logits again: two products a side. Wider rows make them once."""
+    from oner_fast.kernels.mixup_info_nce_backward import keeps_tiles
+
+    need_key = bool(rest[-1])
+    mixed = query_other is not None or key_other is not None
+    again = need_key and keeps_tiles(query, mixed, atomic=False)
+    return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
+
+
 def register() -> None:
     """Make them known to every FlopCounterMode, now or when its module is imported: that imports Triton where it is
     installed, which `import oner_fast` must not cost. Once a process, after the ops are defined."""
@@ -73,12 +97,15 @@ def register() -> None:
 
 
 def _register_with(counter: ModuleType) -> None:
-    libraries = (torch.ops.oner_fast, torch.ops.oner_fast_triton, torch.ops.oner_fast_triton_atomic)
-    for name, formula in (
-        ("varlen_attention", _varlen_attention),
-        ("varlen_attention_backward", _varlen_attention_backward),
-        ("mixup_info_nce_statistics", _mixup_info_nce_statistics),
-        ("mixup_info_nce_backward", _mixup_info_nce_backward),
+    compiled, triton, atomic = torch.ops.oner_fast, torch.ops.oner_fast_triton, torch.ops.oner_fast_triton_atomic
+    for name, formula, libraries in (
+        ("varlen_attention", _varlen_attention, (compiled, triton, atomic)),
+        ("varlen_attention_backward", _varlen_attention_backward, (compiled,)),
+        ("varlen_attention_backward", _varlen_attention_backward_in_triton, (triton, atomic)),
+        ("mixup_info_nce_statistics", _mixup_info_nce_statistics, (compiled, triton, atomic)),
+        # Keys' gradients that are added atomically need no second set of logits.
+        ("mixup_info_nce_backward", _mixup_info_nce_backward, (compiled, atomic)),
+        ("mixup_info_nce_backward", _mixup_info_nce_backward_in_triton, (triton,)),
     ):
         raw_ops = [getattr(library, name) for library in libraries]
         counter.register_flop_formula(raw_ops, get_raw=True)(formula)

@@ -50,6 +50,15 @@ class Implementation:
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
+_asked_about: str | None = None  # the op whose next choice `serving` waits for
+
+
+class _Chosen(BaseException):
+    """What was chosen, on its way to `serving`; nobody's `except Exception` stops it."""
+
+    def __init__(self, chosen: Implementation) -> None:
+        super().__init__(chosen.name)
+        self.chosen = chosen
 
 
 def register(
@@ -104,6 +113,29 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
     Raises ValueError when the forced name is unknown (listing the known ones) and RuntimeError when it cannot serve
     (listing every reason), or when nothing can.
     """
+    chosen = _choose(op, device, implementation, facts)
+    if _asked_about == op:
+        raise _Chosen(chosen)
+    return chosen
+
+
+def serving(op: str, call: Callable[[], object]) -> Implementation:
+    """What serves `call`, a call of `op`, by all that the op itself tells about it; the op does not run.
+
+    Raises what `choose` raises, and ValueError where `call` does not call the op.
+    """
+    global _asked_about
+    before, _asked_about = _asked_about, op
+    try:
+        call()
+    except _Chosen as found:
+        return found.chosen
+    finally:
+        _asked_about = before
+    raise ValueError(f"the call asks for no implementation of {op!r}: it does not call it")
+
+
+def _choose(op: str, device: str, implementation: str | None, facts: dict[str, Any]) -> Implementation:
     known = implementations(op)
     wanted = forced(op, implementation)
     if wanted is not None:

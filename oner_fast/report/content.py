@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from PIL import Image
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import decode
 from oner_fast.evaluation.composed import composed_queries
-from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_split
+from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, embed_split
 from oner_fast.evaluation.folder import processor, read_config, read_metrics
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
@@ -116,7 +116,9 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
     queries = composed_queries(captions, seed=seed) if has_joint_pass(loaded) else []
     composed = None
     if queries:
-        asked = embed_composed(loaded, dataset, embedded, [(one.image, one.word) for one in queries])
+        asked = embed_composed(
+            cast(JointEncoder, loaded), dataset, embedded, [(one.image, one.word) for one in queries]
+        )
         composed = composed_examples(embedded, queries, asked, picture, seed=seed)
     every = max(1, len(embedded.rows) // BANNER)
     return {

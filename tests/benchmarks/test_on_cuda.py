@@ -13,6 +13,9 @@ from oner_fast.benchmarks import machine, measure, timing
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target
 from oner_fast.benchmarks.measure import Settings
 from oner_fast.benchmarks.ops import OPS, cases
+from oner_fast.benchmarks.rows import Row
+from oner_fast.ops import implementations
+from oner_fast.ops.implementations import choose, register
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_ours_takes_part_by_name_too_and_promises_nothing(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "check", check)
-    monkeypatch.setattr(measure, "choose", lambda op, device, **facts: SimpleNamespace(name="triton"))
+    monkeypatch.setattr(measure, "serving", lambda op, call: SimpleNamespace(name="triton"))
     served: list[str | None] = []
     call = Call((torch.ones(2),))
     ours = Contender(OURS, lambda x: served.append(os.environ.get("ONER_FAST_MASKED_GATHER_IMPLEMENTATION")))
@@ -85,6 +88,41 @@ def test_ours_takes_part_by_name_too_and_promises_nothing(monkeypatch: pytest.Mo
     assert served == ["triton", None]
 
 
+def test_a_row_names_what_serves_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op tells the chooser more than a dtype: what takes narrow heads alone must not stand for wide ones."""
+    ran: list[str] = []
+
+    def narrow(device: str, head_dim: int = 0, **facts: object) -> list[str]:
+        return [f"takes heads up to 4, not {head_dim}"] if head_dim > 4 else []
+
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return choose("toy", "cuda", dtype=x.dtype, head_dim=x.shape[-1]).function(x)
+
+    def check(case: Case, forwards: object, call: Call, row: Row, progress: object) -> dict[str, float]:
+        rows.append((row.served, [one.name for one in case.contenders]))
+        raise KeyboardInterrupt
+
+    rows: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(measure, "check", check)
+    monkeypatch.setattr(implementations, "_registry", dict(implementations._registry))
+    monkeypatch.delenv("ONER_FAST_IMPLEMENTATION", raising=False)
+    for name, preference, reasons in (("triton", 2, narrow), ("cuda", 1, lambda device, **facts: [])):
+        register("toy", name, lambda x: ran.append("ran"), preference=preference, reasons=reasons)
+    for width in (4, 8):
+        call = Call((torch.ones(2, width),))
+        case = Case(
+            "toy", "2", torch.float32, lambda seed, device, call=call: call, [Contender(OURS, op)], lambda call: (), 1,
+            1, "copy",
+        )  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            measure.measure(case, Settings(device="cuda"))
+    assert rows == [
+        ("triton", [OURS, f"{OURS} triton", f"{OURS} cuda"]),
+        ("cuda", [OURS, f"{OURS} cuda"]),
+    ]
+    assert not ran, "asking what serves must not compute anything"
+
+
 def test_baselines_take_part_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.nn.attention.varlen has no CPU kernel: a row on the CPU does not even name it."""
     only = [one for case in cases(True, OPS) for one in case.contenders if one.devices == ("cuda",)]
@@ -96,6 +134,7 @@ def test_baselines_take_part_where_they_run(monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "check", check)
+    monkeypatch.setattr(measure, "serving", lambda op, call: SimpleNamespace(name="reference"))
     call = Call((torch.ones(2),))
     contenders = [Contender(OURS, torch.neg), Contender("eager other", torch.neg, devices=("cuda",))]
     case = Case(

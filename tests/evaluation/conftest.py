@@ -106,5 +106,5 @@ def run(tmp_path: Path, data: Path, reader: Reader, monkeypatch: pytest.MonkeyPa
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "config.json").write_text(json.dumps({"data": {"train_data": str(data)}}))
-    monkeypatch.setattr(oner_fast, "load", lambda path, device: reader, raising=False)
+    monkeypatch.setattr(oner_fast, "load", lambda path, device, **_: reader, raising=False)
     return folder

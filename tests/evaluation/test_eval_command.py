@@ -115,7 +115,7 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
 
 
 def test_interrupted(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(oner_fast, "load", stop, raising=False)

@@ -70,7 +70,7 @@ def test_compiles_without_spills_and_as_committed(one: Compilation, figures: dic
 @pytest.mark.parametrize("target", resources.TUNED)
 @pytest.mark.parametrize("one", EVERY, ids=lambda one: one.name)
 def test_every_specialisation_compiles_without_spills(one: Compilation, target: str) -> None:
-    assert not compile_triton(one, target).problems(one.tensor_cores)
+    assert not resources.compile_named(one.name, target).problems(one.tensor_cores)
 
 
 def test_the_report_has_every_kernel_on_every_target() -> None:

@@ -96,6 +96,55 @@ print([type(one).__name__ for one in sys.meta_path if "oner_fast" in type(one)._
     assert done.stdout.splitlines() == [f"{known} True", "[]"]
 
 
+@pytest.mark.parametrize("library", ["oner_fast_triton", "oner_fast_triton_atomic"])
+def test_tritons_attention_makes_the_scores_in_both_of_its_backward_kernels(library: str) -> None:
+    """Three products for the query's gradient, four for the key's and value's: seven, where C++ needs five."""
+    raw, product = getattr(torch.ops, library), 2 * (12 * 12 // 3) * 2 * 4
+    with FakeTensorMode():
+        query, key, value, out, grad = (torch.empty(12, 2, 4) for _ in range(5))
+        statistics, cu_seqlens = torch.empty(2, 12, 2), torch.empty(4, dtype=torch.int32)
+
+        def backward(need_query: bool, need_key: bool) -> object:
+            given = grad, query, key, value, out, statistics, cu_seqlens, None, False, 1.0
+            return raw.varlen_attention_backward(*given, need_query, need_key)
+
+        forward = counted(lambda: raw.varlen_attention(query, key, value, cu_seqlens, None, False, 1.0))
+        assert forward == 2 * product
+        assert counted(lambda: backward(True, True)) == 7 * product
+        assert counted(lambda: backward(True, False)) == 3 * product
+        assert counted(lambda: backward(False, True)) == 4 * product
+
+
+@pytest.mark.parametrize(
+    ("library", "dtype", "width", "mixed", "both"),
+    [
+        ("oner_fast_triton", torch.bfloat16, 256, False, 4),  # kept whole: each side makes the logits
+        ("oner_fast_triton", torch.bfloat16, 257, False, 3),  # deep: once, for both
+        ("oner_fast_triton", torch.float16, 128, True, 4), ("oner_fast_triton", torch.float16, 129, True, 3),
+        ("oner_fast_triton", torch.float32, 8, False, 3), ("oner_fast_triton_atomic", torch.bfloat16, 64, False, 3),
+        ("oner_fast", torch.bfloat16, 64, False, 3),
+    ],
+)  # fmt: skip
+def test_contrasts_backward_counts_the_logits_that_each_library_makes(
+    library: str, dtype: torch.dtype, width: int, mixed: bool, both: int
+) -> None:
+    pytest.importorskip("triton")
+    raw, product = getattr(torch.ops, library), 2 * 7 * 6 * width
+    with FakeTensorMode():
+        query, key, mix = torch.empty(7, width, dtype=dtype), torch.empty(6, width, dtype=dtype), torch.empty(7)
+        row, column, scale = torch.empty(7), torch.empty(6), torch.empty(())
+        other = query if mixed else None
+
+        def backward(need_key: bool) -> object:
+            return raw.mixup_info_nce_backward(
+                query, other, mix if mixed else None, row, key, None, None, column, scale, None, 0, row, row, column,
+                column, row, None, need_key,
+            )  # fmt: skip
+
+        assert counted(lambda: backward(True)) == both * product
+        assert counted(lambda: backward(False)) == 2 * product
+
+
 def test_without_values_all_sequences_are_as_long_as_the_mean() -> None:
     """As torch.compile meets them."""
     raw = torch.ops.oner_fast.varlen_attention

@@ -1,0 +1,81 @@
+"""What the candidates of a tuning compile to, without a GPU: only the kernels that read the tile are compiled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+from oner_fast.benchmarks.gpu.kernels import compilations
+from oner_fast.benchmarks.gpu.machine_code import compile_triton
+from oner_fast.kernels.launch import (
+    REFERENCE_ARCHITECTURE,
+    Compilation,
+    Configuration,
+    Key,
+    as_on,
+    configuration,
+    override,
+)
+
+UNLISTED = "no list of compilations has it: nothing says whether it spills"
+# A tile, its problems (none: it may be timed), and for each compilation and target what it takes.
+Compiled = tuple[Configuration, list[str], list[dict[str, Any]]]
+Compiler = Callable[[Key, Sequence[Configuration], Sequence[str]], Iterable[Compiled]]
+
+
+def affected(key: Key, tile: Configuration, architecture: int) -> list[Compilation]:
+    """The compilations that read the key's tile, as `tile` makes them."""
+
+    def given(one: Configuration) -> dict[str, Compilation]:
+        with override(*key, one):
+            return {each.name: each for each in compilations()}
+
+    with as_on(architecture):
+        found, other = given(tile), given(replace(tile, num_warps=2 * tile.num_warps))
+    return [one for name, one in found.items() if one.options != other[name].options]
+
+
+def compile_tiles(
+    key: Key, tiles: Sequence[Configuration], targets: Sequence[str], *, jobs: int = os.cpu_count() or 1
+) -> Iterator[Compiled]:
+    """Compile all, several at a time, and hand each out when it is done, in order.
+
+    What no list of compilations in `oner_fast.kernels` has is not compiled, and that is its problem.
+    """
+    if not tiles:
+        return
+    if not affected(key, configuration(*key, REFERENCE_ARCHITECTURE), REFERENCE_ARCHITECTURE):
+        yield from ((tile, [UNLISTED], []) for tile in tiles)
+        return
+    if jobs == 1:
+        yield from (compile_tile(key, tile, targets) for tile in tiles)
+        return
+    # Spawned, not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(min(jobs, len(tiles)), get_context("spawn")) as pool:
+        try:
+            yield from pool.map(compile_tile, [key] * len(tiles), tiles, [targets] * len(tiles))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def compile_tile(key: Key, tile: Configuration, targets: Sequence[str]) -> Compiled:
+    """One tile, on every target."""
+    problems, resources = [], []
+    for target in targets:
+        for one in affected(key, tile, int(target.removeprefix("sm_"))):
+            found = compile_triton(one, target)
+            problems += [f"{one.name} on {target}: {problem}" for problem in found.problems(one.tensor_cores)]
+            resources.append(
+                {
+                    "name": one.name, "target": target, "registers": found.registers, "spills": found.local,
+                    "shared": found.shared, "occupancy": found.occupancy,
+                }
+            )  # fmt: skip
+            if problems:  # one is enough, and compiling the others takes longest
+                return tile, problems, resources
+    return tile, problems, resources

@@ -1,0 +1,55 @@
+"""Accuracy of classes that were scored, beside what chance and what the most frequent class would give."""
+
+import torch
+from torch import Tensor
+
+from oner_fast.evaluation.retrieval import chance
+
+
+def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
+    """Top-1 and top-5 accuracy of (N, C) scores for (N,) int64 labels.
+
+    A class that scores as much as the right one ranks ahead of it. `majority` is what naming the most frequent label of
+    these images would get.
+
+    Returns {"top1", "top5", "chance@1", "chance@5", "majority", "images", "classes"}; shares, not per cent.
+
+    Raises:
+        ValueError: shapes or labels that do not fit, no image, or scores that are NaN.
+    """
+    if scores.dim() != 2 or labels.shape != scores.shape[:1] or not len(scores):
+        raise ValueError(
+            f"need scores (N, C) and labels (N,) with N > 0, got {(*scores.shape,)} and {(*labels.shape,)}"
+        )
+    check_labels(labels, scores.shape[1])
+    if bool(scores.isnan().any()):
+        raise ValueError("the scores hold NaN")
+    own = scores.gather(1, labels[:, None])
+    ranks = (scores >= own).sum(1) - 1
+    one = torch.ones(1, dtype=torch.int64)
+    return {
+        "top1": int((ranks < 1).sum()) / len(ranks),
+        "top5": int((ranks < 5).sum()) / len(ranks),
+        "chance@1": chance(one, scores.shape[1], 1),
+        "chance@5": chance(one, scores.shape[1], 5),
+        "majority": int(labels.bincount().max()) / len(labels),
+        "images": len(scores),
+        "classes": scores.shape[1],
+    }
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """ValueError unless every label is in [0, classes)."""
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
+        raise ValueError(f"labels need to be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
+
+
+def check_features(features: Tensor, labels: Tensor, classes: int) -> None:
+    """ValueError unless features (N, E) are finite and have one label each in [0, classes)."""
+    if features.dim() != 2 or labels.shape != features.shape[:1] or not len(features):
+        raise ValueError(
+            f"need features (N, E) and labels (N,) with N > 0, got {(*features.shape,)} and {(*labels.shape,)}"
+        )
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError("the features hold NaN or infinity; they need to be finite")
+    check_labels(labels, classes)

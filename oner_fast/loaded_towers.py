@@ -1,0 +1,118 @@
+"""A picture tower beside a text tower, ready to use: a CLIP, or UTA's student with its teacher's text tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from oner_fast.data.images import eval_transform, to_rgb
+from oner_fast.models.teacher import CONFIG, Teacher, load_teacher
+from oner_fast.models.uta import UTA
+
+Images = Tensor | Sequence[Image.Image]
+
+
+@dataclass(frozen=True)
+class LoadedTowers:
+    """Two towers with one space. Embeddings are (B, E) float32, L2-normalised.
+
+    `model` is the picture tower, `text_source` what the text tower is loaded from at its first use (see
+    `oner_fast.models.teacher.load_teacher`), empty where there is none; `beside` is the model's own folder, from which
+    a relative path in `text_source` may also start.
+    """
+
+    model: UTA | Teacher
+    image_size: int
+    text_source: str
+    beside: Path
+    device: torch.device
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower."""
+        return bool(self.text_source)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A picture of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
+        return eval_transform(self.image_size)(to_rgb(image))
+
+    @torch.inference_mode()
+    def encode_image(self, images: Images) -> Tensor:
+        """Pictures, or uint8 (B, 3, S, S), to (B, E)."""
+        return _normalise(self.model.encode_image(stacked(images, self.preprocess).to(self.device)))
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Captions to (B, E).
+
+        Raises:
+            ValueError: no text, no text tower, or one that cannot be loaded or does not fit; the text says which.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of strings, got one string")
+        if not texts:
+            raise ValueError("texts must hold at least one text, got none")
+        return _normalise(self.text.encode_text(list(texts)))
+
+    @torch.inference_mode()
+    def encode_patches(self, images: Images) -> Tensor:
+        """Every patch token in the joint space: (B, N, E), the grid row by row."""
+        pixels = stacked(images, self.preprocess).to(self.device)
+        if isinstance(self.model, UTA):
+            return _normalise(self.model.encode_patches(pixels))
+        return _normalise(self.model.tokens(pixels)[:, 1:])
+
+    @cached_property
+    def text(self) -> Teacher:
+        """The text tower, with the rest of its CLIP."""
+        if isinstance(self.model, Teacher):
+            return self.model
+        if not self.text_source:
+            raise ValueError("the student's file names no text tower; give one: oner_fast.load(..., text_tower=...)")
+        places = (Path(self.text_source), self.beside / self.text_source)
+        source = next((str(place) for place in places if (place / CONFIG).is_file()), self.text_source)
+        try:
+            tower = load_teacher(source, device=self.device)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"the text tower {self.text_source!r} cannot be loaded: {error}; name another") from error
+        if tower.embed_dim != self.model.config.embed_dim:
+            raise ValueError(
+                f"the text tower {self.text_source!r} embeds in {tower.embed_dim} numbers, the student in "
+                f"{self.model.config.embed_dim}; name the CLIP that it was aligned to"
+            )
+        return tower
+
+
+def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Pictures as one uint8 tensor (B, 3, S, S); a tensor as it is.
+
+    Raises:
+        TypeError: one picture instead of a list. ValueError: none.
+    """
+    if isinstance(images, Image.Image):
+        raise TypeError("images must be a list of pictures or a tensor, got one picture")
+    if len(images) == 0:
+        raise ValueError("images must hold at least one picture, got none")
+    return images if isinstance(images, Tensor) else torch.stack([preprocess(image) for image in images])
+
+
+def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:
+    """UTA's student with the text tower of `teacher` (empty: none)."""
+    ready = student.to(device).eval().requires_grad_(False)
+    return LoadedTowers(ready, student.config.image_size, teacher, beside, torch.device(device))
+
+
+def clip_towers(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedTowers:
+    """The two towers of a CLIP."""
+    return LoadedTowers(clip, clip.image_size, clip.name, beside, torch.device(device))
+
+
+def _normalise(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings.float(), dim=-1)

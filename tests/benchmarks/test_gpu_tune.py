@@ -1,0 +1,379 @@
+"""`oner-fast bench gpu-tune`: all of it but a GPU's clock, for which stand-ins are wound."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from oner_fast.benchmarks.cases import Call
+from oner_fast.benchmarks.gpu import tiles, tune, tune_compile, tune_timing
+from oner_fast.benchmarks.gpu.tiles import label, neighbours
+from oner_fast.benchmarks.gpu.tune import Tuner
+from oner_fast.benchmarks.gpu.tune_log import Log
+from oner_fast.benchmarks.gpu.workloads import Workload, workloads
+from oner_fast.benchmarks.ops import token_alignment
+from oner_fast.benchmarks.timing import Candidate, Samples
+from oner_fast.kernels import launch
+from oner_fast.kernels.launch import Configuration, Key, as_on, asked, configuration, keys, override
+
+KEY: Key = ("token_alignment", "forward", "wide")
+OTHER: Key = ("token_alignment", "backward", "wide")
+COMMITTED = configuration(*KEY, 90)
+FASTER = replace(COMMITTED, blocks={"BLOCK_D": 512})
+SLOWER = replace(COMMITTED, num_warps=2)
+CHECKERS = Path(os.environ.get("ONER_FAST_GPULESS") or Path(__file__).parents[2].parent / "shared")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the committed tiles, which a tuning may write."""
+    copied = tmp_path / "configurations"
+    shutil.copytree(launch._CONFIGURATIONS, copied)
+    monkeypatch.setattr(launch, "_CONFIGURATIONS", copied)
+    launch.read_again()
+    yield copied
+    launch.read_again()
+
+
+class Clock:
+    """A timer that says what it is told of a tile, 1 second of all others, and notes what it was asked for."""
+
+    def __init__(self, seconds: dict[str, list[float]] | None = None, runs: bool = True) -> None:
+        self.seconds, self.runs, self.asked = seconds or {}, runs, list[list[str]]()
+
+    def __call__(self, candidates: Sequence[Candidate], sets: int, seconds: float) -> dict[str, Samples]:
+        self.asked.append([one.name for one in candidates])
+        for one in candidates if self.runs else ():
+            one.run(len(self.asked))
+        return {one.name: Samples(one.name, self.seconds.get(one.name, [1.0] * 5)) for one in candidates}
+
+    @property
+    def timed(self) -> set[str]:
+        return {name for names in self.asked for name in names}
+
+
+class Compilers:
+    """Compilers that find in some tiles a problem."""
+
+    def __init__(self, spilling: Sequence[Configuration] = ()) -> None:
+        self.spilling, self.compiled = [label(tile) for tile in spilling], list[tuple[Key, str]]()
+
+    def __call__(self, key: Key, given: Sequence[Configuration], targets: Sequence[str]) -> Iterator[Any]:
+        for tile in given:
+            self.compiled.append((key, label(tile)))
+            yield tile, ["7 instructions spill"] if label(tile) in self.spilling else [], [{"targets": targets}]
+
+
+def stand_in(key: Key, wrong: Configuration | None = None) -> Workload:
+    """An op that asks for a tile and returns its inputs; with the tile `wrong`, something else."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if configuration(*key, 90) == wrong else x * 1
+
+    return Workload(f"stand-in {key[1]}", key[0], torch.float32, lambda seed, device: Call((torch.ones(3),)), forward)
+
+
+def tuner(log: Log, clock: Clock, compilers: Compilers | None = None, **more: Any) -> Tuner:
+    given: dict[str, Any] = {"of": lambda op: [stand_in(KEY), stand_in(OTHER)], "say": lambda text: None, **more}
+    return Tuner(90, "a GPU", log, "cpu", clock, compilers or Compilers(), **given)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with Log(tmp_path / "runs" / "log.jsonl", "a GPU", 90) as opened:
+        yield opened
+
+
+def kinds(log: Log, tile: Configuration) -> list[str]:
+    return [one["kind"] for one in log.records if one["tile"] == tile.launch]
+
+
+def test_files_keep_their_form(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        before = path.read_bytes()
+        for op, kernel, shape_class in keys():
+            if op == path.stem:
+                tiles.commit((op, kernel, shape_class), 80, configuration(op, kernel, shape_class, 80))
+        assert path.read_bytes() == before
+
+
+def test_neighbours_are_near_legal_and_different() -> None:
+    for key in keys():
+        committed = configuration(*key, 80)
+        assert tiles.limits(key).keys() <= committed.blocks.keys()
+        sizes = [(committed.blocks[name], *limits) for name, limits in tiles.limits(key).items()]
+        assert all(least <= size <= most for size, least, most in sizes), "what is committed lies within its limits"
+        found = neighbours(key, committed)
+        assert len({label(one) for one in found} | {label(committed)}) == len(found) + 1
+        for one in found:
+            before, after = committed.launch, one.launch
+            assert 1 <= sum(before[name] != after[name] for name in before) <= 2
+            assert all(size & (size - 1) == 0 for size in (*one.blocks.values(), one.num_warps))
+            assert 1 <= one.num_warps <= 8 and 1 <= one.num_stages <= 5
+    whole, deep = (("mixup_info_nce", "statistics", name) for name in ("half 256", "half deep"))
+    assert {one.blocks["BLOCK_K"] for one in neighbours(whole, configuration(*whole, 80))} == {256}, "a row's length"
+    assert {one.blocks["BLOCK_K"] for one in neighbours(deep, configuration(*deep, 80))} == {32, 64, 128}
+    assert len(neighbours(KEY, COMMITTED, 1)) == 3 and len(neighbours(KEY, COMMITTED, 2)) == 5
+
+
+def test_the_fastest_is_committed_and_launched(log: Log, folder: Path) -> None:
+    clock = Clock({label(FASTER): [0.5] * 5})
+    before = configuration(*KEY, 80)
+    assert tuner(log, clock).tune(KEY) == 1, "and its own neighbours are no faster"
+    assert configuration(*KEY, 90) == FASTER and configuration(*KEY, 80) == before == COMMITTED
+    data = json.loads((folder / "token_alignment.json").read_text(encoding="utf-8"))
+    assert data["sm_90"] == {"forward": {"wide": FASTER.launch}}
+    with asked() as read:
+        stand_in(KEY, wrong=FASTER).forward(torch.ones(1))
+    assert read == {KEY: 1}
+    assert stand_in(KEY, wrong=FASTER).forward(torch.ones(1)) == 2, "this is the tile that a launch is given"
+    decided = [one for one in log.records if one["kind"] == "decided"]
+    assert [(one["tile"], one["chosen"]) for one in decided] == [
+        (COMMITTED.launch, FASTER.launch), (FASTER.launch, FASTER.launch),
+    ]  # fmt: skip
+    assert {"compiled", "timed", "timed again"} <= set(kinds(log, FASTER)) and log.records[0]["gpu"] == "a GPU"
+
+
+def test_what_spills_is_never_run(log: Log, folder: Path) -> None:
+    clock, before = Clock({label(FASTER): [0.1] * 5}), (folder / "token_alignment.json").read_bytes()
+    assert tuner(log, clock, Compilers([FASTER])).tune(KEY) == 0
+    assert label(FASTER) not in clock.timed and {label(SLOWER), label(COMMITTED)} <= clock.timed
+    assert kinds(log, FASTER) == ["compiled"] and (folder / "token_alignment.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "moves"),
+    [
+        ([0.98] * 5, 0),  # 2 %: less than the margin
+        ([0.8, 1.0, 0.85, 1.1, 0.9], 0),  # 11 % by the median, but too often no faster
+        ([0.9, 0.91, 0.9, 0.89, 0.92], 1),
+        ([float(1 / 1.04)] * 5, 1),
+    ],
+)
+def test_a_tile_moves_beyond_margin_and_noise_alone(log: Log, seconds: list[float], moves: int) -> None:
+    assert tuner(log, Clock({label(FASTER): seconds})).tune(KEY) == moves
+    assert configuration(*KEY, 90) == (FASTER if moves else COMMITTED)
+
+
+def test_no_workload_pays_for_another(log: Log) -> None:
+    class Uneven(Clock):
+        def __call__(self, candidates: Sequence[Candidate], sets: int, seconds: float) -> dict[str, Samples]:
+            self.seconds = {label(FASTER): [0.5 if len(self.asked) % 2 else 1.1] * 5}
+            return super().__call__(candidates, sets, seconds)
+
+    two = [stand_in(KEY), replace(stand_in(KEY), name="another")]
+    assert tuner(log, Uneven(), of=lambda op: two).tune(KEY) == 0
+
+
+def test_a_wrong_result_is_refused(log: Log) -> None:
+    clock = Clock({label(FASTER): [0.1] * 5})
+    assert tuner(log, clock, of=lambda op: [stand_in(KEY, wrong=FASTER)]).tune(KEY) == 0
+    assert label(FASTER) not in clock.timed and kinds(log, FASTER) == ["compiled", "refused"]
+    assert [one["why"] for one in log.records if one["kind"] == "refused"] == [
+        f"result 0: relative error 1, allowed {64 * 2**-23:.2g}"
+    ]
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+
+    class Interrupted(Clock):
+        def __call__(self, candidates: Sequence[Candidate], sets: int, seconds: float) -> dict[str, Samples]:
+            if self.asked:
+                raise KeyboardInterrupt
+            return super().__call__(candidates, sets, seconds)
+
+    first, again, clock = Compilers(), Compilers(), Clock()
+    with Log(path, "a GPU", 90) as log, pytest.raises(KeyboardInterrupt):
+        interrupted = tuner(log, Interrupted(), first)
+        assert interrupted.tune(KEY) == 0
+        interrupted.tune(OTHER)
+    path.write_bytes(path.read_bytes() + b'{"kind": "timed", "key"')
+    with Log(path, "a GPU", 90) as log:
+        for key in (KEY, OTHER):
+            tuner(log, clock, again).tune(key)
+    assert first.compiled and not again.compiled, "what was compiled is known"
+    assert len(clock.asked) == 1, "the first key is settled"
+    assert [json.loads(line)["kind"] for line in path.read_text().splitlines()].count("decided") == 2
+    with Log(path, "another GPU", 90) as log:
+        assert not log.settled(KEY, COMMITTED, 2)
+    with Log(path, "a GPU", 90) as log:
+        assert log.settled(KEY, COMMITTED, 2) and not log.settled(KEY, COMMITTED, 3), "more candidates are asked for"
+    path.write_text("nonsense\n")
+    with pytest.raises(ValueError, match="line 1: not a record"), Log(path, "a GPU", 90):
+        pass
+
+
+def test_a_gpus_clock_times_graphs_of_all_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU's calls stood in for: compiled first, captured once for each set, replayed in turn."""
+    said: list[str] = []
+
+    @contextmanager
+    def capture(graph: Any, pool: object) -> Iterator[None]:
+        assert pool == "pool"
+        said.append("capture")
+        yield
+        said.append("captured")
+
+    def interleaved(graphs: Sequence[Candidate], seconds: float, device: str) -> dict[str, Samples]:
+        assert seconds == 3.0 and device == "cuda"
+        for one in graphs:
+            one.run(0)
+        return {one.name: Samples(one.name, [4.0, 8.0]) for one in graphs}
+
+    streams = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda: streams, "current_stream": lambda: streams,
+        "stream": lambda stream: nullcontext(), "graph": capture,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: said.append("replay")),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(tune_timing, "interleave", interleaved)
+    one = Candidate("one", lambda number: said.append(f"set {number}"))
+    assert tune_timing.on_gpu([one], 2, 3.0)["one"].seconds == [2.0, 4.0]
+    assert said == ["set 0", "capture", "set 0", "set 1", "captured", "replay"]
+
+
+def test_newer_gpus_that_take_the_tile_are_compiled_for_too() -> None:
+    assert tune.served_by(KEY, 80) == ["sm_80", "sm_90"] and tune.served_by(KEY, 90) == ["sm_90"]
+    tiles.commit(KEY, 90, FASTER)
+    assert tune.served_by(KEY, 80) == ["sm_80"]
+
+
+def test_compilers_see_the_candidate_and_its_architecture() -> None:
+    narrow: Key = ("token_alignment", "forward", "narrow")
+    spilling = replace(configuration(*narrow, 80), blocks={"BLOCK_D": 4096})
+    (one,) = tune_compile.affected(narrow, spilling, 80)
+    assert one.constexprs["BLOCK_D"] == 4096
+    _, problems, resources = tune_compile.compile_tile(narrow, spilling, ["sm_80", "sm_90"])
+    assert "instructions spill" in problems[0] and len(resources) == 1 and resources[0]["spills"] > 0
+    tile = configuration(*narrow, 80)
+    ((same, problems, resources),) = tune_compile.compile_tiles(narrow, [tile], ["sm_80"], jobs=1)
+    assert same == tile and not problems and resources[0]["registers"] > 0
+    unlisted: Key = ("varlen_attention", "rows", "head_dim_128")
+    ((_, problems, _),) = tune_compile.compile_tiles(unlisted, [configuration(*unlisted, 80)], ["sm_80"])
+    assert problems == [tune_compile.UNLISTED]
+    tiles.commit(narrow, 90, spilling)
+    with as_on(90):
+        assert configuration(*narrow, 80) == spilling
+    assert configuration(*narrow, 80) == tile
+
+
+def test_an_override_holds_within_alone() -> None:
+    with pytest.raises(ZeroDivisionError), override(*KEY, FASTER):
+        assert configuration(*KEY, 80) == configuration(*KEY, 120) == FASTER
+        assert configuration(*OTHER, 80) == COMMITTED
+        raise ZeroDivisionError
+    assert configuration(*KEY, 80) == COMMITTED
+    with pytest.raises(KeyError, match="no configuration of 'forward' for 'huge'"), override(*KEY[:2], "huge", FASTER):
+        pass
+    other = Configuration({"BLOCK_M": 64}, 4, 1)
+    with pytest.raises(ValueError, match=r"has the blocks \['BLOCK_D'\], got \['BLOCK_M'\]"), override(*KEY, other):
+        pass
+    with asked() as read:
+        configuration(*KEY, 80)
+    configuration(*OTHER, 80)
+    assert read == {KEY: 1}
+
+
+def test_what_backward_asks_for_is_timed_in_a_whole_step(log: Log) -> None:
+    class Both(torch.autograd.Function):
+        """Asks for KEY in both directions, for OTHER in backward alone."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            configuration(*KEY, 90)
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            configuration(*KEY, 90)
+            configuration(*OTHER, 90)
+            return grad
+
+    def make(seed: int, device: str) -> Call:
+        x = torch.ones(3, requires_grad=True)
+        return Call((x,), (x,), (torch.ones(3),))
+
+    both = replace(stand_in(KEY), make=make, forward=Both.apply)
+    tuned = tuner(log, Clock(), of=lambda op: [both, replace(stand_in(KEY), name="one way")])
+    for key in (KEY, OTHER):
+        tuned.tune(key)
+    phases = {(one["key"], one["workload"]): one["phase"] for one in log.records if one["kind"] == "timed"}
+    assert phases == {(KEY, both.name): "step", (KEY, "one way"): "forward", (OTHER, both.name): "step"}
+
+
+def test_every_op_has_workloads_of_its_own_names() -> None:
+    for op in {op for op, _, _ in keys()}:
+        found = workloads(op)
+        assert found and len({one.name for one in found}) == len(found) and {one.op for one in found} == {op}
+
+
+def test_a_real_kernel_is_searched(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """token_alignment, compiled for sm_80 and run on the CPU: overrides reach its launches and change no result."""
+    if not (CHECKERS / "gpuless").is_dir() or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip(f"no checkers at {CHECKERS} to run compiled kernels")
+    if str(CHECKERS) not in sys.path:
+        sys.path.append(str(CHECKERS))
+    emulate = importlib.import_module("gpuless.emulate")
+    case = token_alignment.case(1, 4, 300, 2, torch.float32, token_alignment.Target())
+    own = Workload(case.key, case.op, case.dtype, case.make, token_alignment.token_alignment)
+    monkeypatch.setattr(tune, "MOST_MOVES", 1)
+    clock = Clock({label(SLOWER): [0.5] * 5}, runs=False)
+    with emulate.active() as launches:
+        found = Tuner(80, "a GPU", log, "cpu", clock, Compilers(), lambda op: [own], 1, say=lambda text: None)
+        assert found.tune(KEY) == 1 and configuration(*KEY, 80) == SLOWER
+        launches.clear()
+        own.run("step", own.make(0, "cpu"))
+        warps = {one.name: one.num_warps for one in launches}
+    assert warps["_forward"] == 2 and warps["_backward"] == 1
+    assert not [one for one in log.records if one["kind"] == "refused"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "--dry-run lists the candidates"),
+        (["--op", "softmax"], "unknown op 'softmax'; known: gather_patches, "),
+        (["--kernel", "sideways"], "unknown kernel 'sideways'"),
+        (["--op", "masking", "--shape-class", "wide"], "unknown class of shapes"),
+        (["--architecture", "sm_75"], "sm_80 or newer, got 'sm_75'"),
+        (["--architecture", "volta", "--dry-run"], "got 'volta'"),
+        (["--changes", "0"], "--changes must be at least 1"),
+        (["--margin", "nan"], "--margin must not be negative"),
+    ],
+)
+def test_bad_input_and_no_gpu_are_said(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() and not argv:
+        pytest.skip("there is a GPU")
+    assert tune.main(argv) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_without_a_gpu_candidates_are_listed_and_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = ["--op", KEY[0], "--kernel", KEY[1], "--shape-class", KEY[2], "--architecture", "sm_80"]
+    assert tune.main([*chosen, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("5 candidates") and f"  {label(FASTER)}" in lines and len(lines) == 6
+    compilers: Callable[..., Any] = Compilers([FASTER])
+    monkeypatch.setattr(tune, "compile_tiles", lambda *task, jobs: compilers(*task))
+    assert tune.main([*chosen, "--compile-only", "--log", str(tmp_path / "log.jsonl")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "4 of 5 candidates" in said[0] and said[1] == f"  {label(FASTER)}: 7 instructions spill"
+    assert len(said) == 2 and len((tmp_path / "log.jsonl").read_text().splitlines()) == 5
