@@ -256,7 +256,14 @@ def test_nothing_is_legal(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "boundaries", [[0, -5, 7, 10**9], [3, 9, 2**31 - 1, -(2**31)], [-(2**31), 2**31 - 1, 0, 0], [9, 9, 9, 9]]
+    "boundaries",
+    [
+        [0, -5, 7, 10**9],
+        [3, 9, 2**31 - 1, -(2**31)],
+        [-(2**31), 2**31 - 1, 0, 0],
+        [9, 9, 9, 9],
+        [0, 200, -200, 50],  # the first tile is taken for one before the second sequence
+    ],
 )
 def test_wrong_boundaries_stay_inside_the_tensors(boundaries: list[int], device: str) -> None:
     """On a GPU nobody looks at their values; the executors look at every address."""
