@@ -192,16 +192,29 @@ def test_a_blind_query_is_as_if_it_were_not_there(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "bad"), [(0, math.nan), (1, math.nan), (2, math.nan), (0, math.inf), (1, -math.inf), (2, math.inf)]
+    ("which", "bad", "causal"),
+    [
+        (0, math.nan, False),
+        (1, math.nan, False),
+        (2, math.nan, False),
+        (0, math.inf, False),
+        (1, -math.inf, False),
+        (2, math.inf, False),
+        (1, -math.inf, True),
+    ],
 )
-def test_what_is_not_finite_goes_where_the_definition_sends_it(which: int, bad: float, device: str) -> None:
+def test_what_is_not_finite_goes_where_the_definition_sends_it(
+    which: int, bad: float, causal: bool, device: str
+) -> None:
     leaves, upstream, cu_q, _ = inputs((2, 2), 64, torch.bfloat16, device, ([5, 6, 12], [5, 6, 12]))
     with torch.no_grad():
         for x in leaves:
             x.abs_()
         leaves[which][7, 1, 3] = bad
     mine, theirs = (
-        with_gradients(lambda *x, name=name: varlen_attention(*x, cu_q, implementation=name), leaves, upstream)
+        with_gradients(
+            lambda *x, name=name: varlen_attention(*x, cu_q, causal=causal, implementation=name), leaves, upstream
+        )
         for name in ("triton", "reference")
     )
     for one, other in zip(mine, theirs, strict=True):
