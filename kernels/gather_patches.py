@@ -84,7 +84,7 @@ def backward_kernel(
     if cu_seqlens is None:
         begin, above = sample * per_sample, sample * stride_gb
     else:
-        begin = tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0).to(tl.int64)  # behind the last: no entry
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0), entries).to(tl.int64)
         above = begin * stride_gk
     within = (channel.to(tl.int64) * PATCH + y % PATCH) * PATCH  # [BLOCK_L]
     place = (within[:, None] + column[None, :]) * stride_gd  # [BLOCK_L, BLOCK_P]

@@ -111,11 +111,11 @@ def _statistics(
             before = high
             high = tl.maximum(high, tl.max(tile, 1))
             tile_high = tl.max(tile, 0) if COLUMNS else high
-            row_base = binary(high)
+            row_base = binary(tl.where(row_here, high, 0.0))
             powers = binary(tile)
             total = total * tl.exp2(binary(before) - row_base) + tl.sum(tl.exp2(powers - row_base[:, None]), 1)
             if COLUMNS:
-                column_base = binary(tile_high)
+                column_base = binary(tl.where(column_here, tile_high, 0.0))
                 tile_total = tl.sum(tl.exp2(powers - column_base[None, :]), 0)
                 if row_tile > first_row:
                     stripe_high = tl.load(column_max + column, mask=column_here, other=0.0)
