@@ -37,6 +37,8 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     range_factor,
 )  # fmt: skip
 
+_CHUNK = 512  # rows, at least
+
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])
 def _tiles(
@@ -126,7 +128,7 @@ def launch(
     (rows, width), columns, device = q.shape, k.shape[0], q.device
     q_unit = q if q_rest is None else query.unit_rows().contiguous()
     k_unit = k.contiguous() if k_rest is None else key.unit_rows()
-    chunk = min(rows, max(512, 2 * width))
+    chunk = min(rows, max(_CHUNK, 2 * width))
     gradient = torch.empty(chunk, columns, dtype=q.dtype, device=device)
     query_sums = torch.empty(rows, width, dtype=torch.float32, device=device)
     key_sums = torch.empty((columns, width) if to_key.x.numel() else (0, width), dtype=torch.float32, device=device)

@@ -145,6 +145,15 @@ def test_wrong_indices_touch_nothing_else(library: Any, width: int) -> None:
             assert not any(each.isnan().any() for each in found.values())
 
 
+def test_more_cells_than_a_warp_has_lanes(library: Any) -> None:
+    """One warp clears the place of a cell in the table and another counts there."""
+    lib, cells = library("masked_gather"), 70
+    kept, grad = torch.arange(cells).flip(0)[None], torch.randn(1, cells, 8)
+    for shuffle in (1, 2):
+        ours = backward(lib, grad, kept, None, 1, cells, 0, "t", shuffle=shuffle)
+        assert torch.equal(ours["to_tokens"], grad.flip(1))
+
+
 def test_nothing_to_do(library: Any) -> None:
     lib = library("masked_gather")
     none = torch.zeros(2, 0, dtype=torch.int64)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oner_fast.kernels import mixup_info_nce as statistics_kernels
+from oner_fast.kernels import mixup_info_nce_deep as deep
 from oner_fast.ops import mixup_info_nce, reference
 
 raw = torch.ops.oner_fast_triton
@@ -230,6 +232,39 @@ def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic:
     exact = [to_query, 9.0 * g.T @ F.normalize(query.double(), dim=1), (g * logits).sum() / 9.0]
     for one, right in zip((results[0], results[3], results[6]), exact, strict=True):
         torch.testing.assert_close(one.double(), right, rtol=unit, atol=unit * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_few_stripes_of_many_row_tiles(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program merges what several row tiles find of its columns, and the partials of all stripes and parts merge."""
+    monkeypatch.setattr(statistics_kernels, "_LARGEST_PARTS", 2)
+    generator = torch.Generator().manual_seed(11)
+    query, key = (torch.randn(n, 40, generator=generator).to(device, dtype) for n in (260, 70))
+    scale, partner = torch.tensor(9.0, device=device), torch.randint(70, (260,), generator=generator).to(device)
+    norms = [raw.mixup_inverse_norms(x, None, None) for x in (query, key)]
+    found = raw.mixup_info_nce_statistics(
+        query, None, None, norms[0], key, None, None, norms[1], scale, partner, -3, True
+    )
+    logits, _, _, own_logit, shared_logit = dense(query, F.normalize(key.double(), dim=1), 9.0, partner, -3)
+    sums = [(logits - logits.amax(d, keepdim=True)).exp().sum(d) for d in (1, 0)]
+    exact = [logits.amax(1), sums[0], logits.amax(0), sums[1], own_logit, shared_logit]
+    for one, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_few_chunks_add_up(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose gradients are kept for a chunk at a time: the keys' sums take the chunks in order."""
+    case = Case(67, 33, FULL)
+    leaves, options = case.arguments(device)
+
+    def gradients() -> tuple[Tensor, ...]:
+        loss = mixup_info_nce(**leaves, **options, implementation="triton")
+        return torch.autograd.grad(loss, list(leaves.values()))
+
+    whole = gradients()
+    monkeypatch.setattr(deep, "_CHUNK", 1)  # so that 2 D = 66 rows are one, and one row another
+    for one, other in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_or_columns_may_be_missing(device: str) -> None:

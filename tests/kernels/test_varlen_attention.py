@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from oner_fast.kernels.varlen_attention import head_blocks, head_of, own_tile, vector_of
 from oner_fast.ops import varlen_attention
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # Empty sequences on either side, more queries than keys (the first are blind under a causal mask) and fewer.
 LENGTHS = ([37, 0, 70, 1, 9], [20, 3, 95, 0, 9])
@@ -190,16 +192,29 @@ def test_a_blind_query_is_as_if_it_were_not_there(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("which", "bad"), [(0, math.nan), (1, math.nan), (2, math.nan), (0, math.inf), (1, -math.inf), (2, math.inf)]
+    ("which", "bad", "causal"),
+    [
+        (0, math.nan, False),
+        (1, math.nan, False),
+        (2, math.nan, False),
+        (0, math.inf, False),
+        (1, -math.inf, False),
+        (2, math.inf, False),
+        (1, -math.inf, True),
+    ],
 )
-def test_what_is_not_finite_goes_where_the_definition_sends_it(which: int, bad: float, device: str) -> None:
+def test_what_is_not_finite_goes_where_the_definition_sends_it(
+    which: int, bad: float, causal: bool, device: str
+) -> None:
     leaves, upstream, cu_q, _ = inputs((2, 2), 64, torch.bfloat16, device, ([5, 6, 12], [5, 6, 12]))
     with torch.no_grad():
         for x in leaves:
             x.abs_()
         leaves[which][7, 1, 3] = bad
     mine, theirs = (
-        with_gradients(lambda *x, name=name: varlen_attention(*x, cu_q, implementation=name), leaves, upstream)
+        with_gradients(
+            lambda *x, name=name: varlen_attention(*x, cu_q, causal=causal, implementation=name), leaves, upstream
+        )
         for name in ("triton", "reference")
     )
     for one, other in zip(mine, theirs, strict=True):
@@ -255,10 +270,19 @@ def test_nothing_is_legal(device: str) -> None:
         assert [x.shape for x in grads] == [query.shape, key.shape, key.shape] and not any(x.any() for x in grads)
 
 
+# Sequences that overlap write the same rows: a race between programs, of which nothing is asked but where it writes.
+@pytest.mark.parametrize("executor", [{"race" if INTERPRETED else "global_race": False}], indirect=True)
 @pytest.mark.parametrize(
-    "boundaries", [[0, -5, 7, 10**9], [3, 9, 2**31 - 1, -(2**31)], [-(2**31), 2**31 - 1, 0, 0], [9, 9, 9, 9]]
+    "boundaries",
+    [
+        [0, -5, 7, 10**9],
+        [3, 9, 2**31 - 1, -(2**31)],
+        [-(2**31), 2**31 - 1, 0, 0],
+        [9, 9, 9, 9],
+        [0, 200, -200, 50],  # the first tile is taken for one before the second sequence
+    ],
 )
-def test_wrong_boundaries_stay_inside_the_tensors(boundaries: list[int], device: str) -> None:
+def test_wrong_boundaries_stay_inside_the_tensors(executor: Any, boundaries: list[int], device: str) -> None:
     """On a GPU nobody looks at their values; the executors look at every address."""
     (query, key, value), upstream, _, _ = inputs((2, 1), 64, torch.float16, device, ([50], [40]))
     query, key, value = query.detach(), key.detach(), value.detach()
