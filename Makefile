@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize lint docs clean
+.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -92,6 +92,9 @@ gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/gpu_resources.md an
 
 sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py
+
+mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs ../shared and nvcc)
+	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
 
 lint: $(STAMP)-dev ## ruff and mypy
 	$(BIN)/ruff check .
