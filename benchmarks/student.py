@@ -3,7 +3,7 @@
 Three ways to the same gradient's shape: ours (hidden patches never enter), the same student fed mask tokens in their
 place, and the same student that embeds every patch and drops the hidden ones afterwards. Forward, token alignment and
 backward, without teacher and optimiser; interleaved, so that the ratios hold on a noisy machine; the peak of memory
-each in a fresh process.
+each in a fresh process. With ``--teacher`` also what the targets cost: computed, and read from a cache on disk.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,15 @@ from oner_fast.benchmarks.timing import Candidate, Samples, interleave, ratio
 from oner_fast.data.masking import draw_masks
 from oner_fast.models.files import uta_config_from_dict
 from oner_fast.models.flops import uta_flops
+from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.train.alignment import with_cls
 from oner_fast.train.memory import freed_memory_kept
+from oner_fast.train.teacher_cache import FeatureCache
 
 VISIBLE, MASK_TOKENS, GATHERED = "visible tokens alone (ours)", "mask tokens", "embed all, then gather"
 NAMES = (VISIBLE, MASK_TOKENS, GATHERED)
+COMPUTED, CACHED = "the teacher's tokens, computed", "the teacher's tokens, from the cache"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 _BACKWARD = 3  # forward, and a backward of twice its operations
 Tell = Callable[[str], None]
@@ -107,10 +112,32 @@ class Row:
     flops: float
 
 
-def measure(setting: Setting, ratios: Sequence[float], rounds: int, tell: Tell) -> list[Row]:
-    """A row for each mask ratio; all steps of all ratios take turns."""
+def teacher_steps(setting: Setting, source: str, folder: Path) -> dict[str, Callable[[], Tensor | None]]:
+    """Calls that give the targets of a batch: by the teacher, and by a cache in ``folder`` that holds them."""
+    c = setting.config
+    dtype = _DTYPES[setting.dtype] or torch.float32
+    teacher = load_teacher(source, grid=c.grid, device=setting.device, dtype=dtype)
+    images = torch.randint(256, (setting.batch_size, 3, c.image_size, c.image_size), dtype=torch.uint8)
+    cache = FeatureCache(folder, {}, shape=(1 + c.cells, teacher.embed_dim), dtype="bf16")
+    cache.put(0, images, teacher.tokens(images))
+    return {COMPUTED: lambda: teacher.tokens(images), CACHED: lambda: cache.get(0, images)}
+
+
+def measure(
+    setting: Setting, ratios: Sequence[float], rounds: int, tell: Tell, teacher: str = ""
+) -> tuple[list[Row], dict[str, Samples]]:
+    """A row for each mask ratio, and the seconds of the teacher's tokens where there is one; all take turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        targets = teacher_steps(setting, teacher, Path(folder)) if teacher else {}
+        return _measure(setting, ratios, rounds, tell, targets)
+
+
+def _measure(
+    setting: Setting, ratios: Sequence[float], rounds: int, tell: Tell, targets: dict[str, Callable[[], Tensor | None]]
+) -> tuple[list[Row], dict[str, Samples]]:
     c = setting.config
     steps = {f"{name}, {each:g}": _called(setting.step(name, each)) for each in ratios for name in NAMES}
+    steps |= {name: _called(run) for name, run in targets.items()}
     with freed_memory_kept():
         samples = interleave(
             [Candidate(name, run) for name, run in steps.items()], rounds=rounds, device=setting.device, progress=tell
@@ -124,14 +151,14 @@ def measure(setting: Setting, ratios: Sequence[float], rounds: int, tell: Tell) 
             peaks[name] = setting.peak(name, each)
         flops = _BACKWARD * uta_flops(c, [tokens] * setting.batch_size)
         rows.append(Row(each, tokens, {name: samples[f"{name}, {each:g}"] for name in NAMES}, peaks, flops))
-    return rows
+    return rows, {name: samples[name] for name in targets}
 
 
-def _called(run: Callable[[], list[Tensor]]) -> Callable[[int], object]:
+def _called(run: Callable[[], object]) -> Callable[[int], object]:
     return lambda call: run()
 
 
-def markdown(setting: Setting, rows: Sequence[Row]) -> str:
+def markdown(setting: Setting, rows: Sequence[Row], targets: dict[str, Samples]) -> str:
     """The table: seconds, their ratio to the first row's, to the other ways, and memory."""
     c = setting.config
     lines = [
@@ -157,6 +184,11 @@ def markdown(setting: Setting, rows: Sequence[Row]) -> str:
         cells.append(f"{row.flops / ours.p50 / 1e9:.0f}")
         cells += [f"{row.peaks[name] / 2**20:.0f}" for name in NAMES]
         lines.append(f"| {' | '.join(cells)} |")
+    if targets:
+        lines += ["", "| targets of a batch | p50 s | share of a step of ours by mask ratio |", "|---|---|---|"]
+    for name, samples in targets.items():
+        shares = (f"{row.mask_ratio:g}: {1 / ratio(row.seconds[VISIBLE], samples).p50:.2f}" for row in rows)
+        lines.append(f"| {name} | {samples.p50:.3f} | {', '.join(shares)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -180,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=list(_DTYPES), default=["fp32"])
     parser.add_argument("--rounds", type=int, default=5, help="samples of each way")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--teacher", default="", help="a CLIP as `train uta` takes it: measure its tokens too")
     parser.add_argument("--out", type=Path, default=None, help="write the tables there, as Markdown")
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -199,8 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(here.line(), flush=True)
     for dtype in arguments.dtypes:
         setting = Setting(config, arguments.batch_size, arguments.device, dtype)
-        rows = measure(setting, arguments.mask_ratios, arguments.rounds, lambda text: print(text, flush=True))
-        parts.append(markdown(setting, rows))
+        tell = partial(print, flush=True)
+        rows, targets = measure(setting, arguments.mask_ratios, arguments.rounds, tell, arguments.teacher)
+        parts.append(markdown(setting, rows, targets))
         print(parts[-1], flush=True)
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oner_fast.benchmarks import student
+from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
 from oner_fast.models.uta import UTAConfig
 
 SMALL = UTAConfig(image_size=32, patch_size=8, width=16, depth=2, heads=2, mlp_hidden=24, embed_dim=8)
@@ -41,6 +42,22 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert [row[:3] for row in cells] == [["0", "17", "1.00"], ["0.5", "9", "0.53"]]
     assert [row[-3:] for row in cells] == [["1", "2", "3"], ["4", "5", "6"]]
     assert cells[0][4] == "1.00" and "32 px, patch 8" in capsys.readouterr().out
+
+
+def test_the_teacher_is_measured_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = CLIPConfig(
+        image_size=32, patch_size=8, vision_width=16, vision_layers=1, vision_heads=2, text_width=16, text_layers=1,
+        text_heads=2, context_length=8, embed_dim=8,
+    )  # fmt: skip
+    save_clip(tmp_path, build_clip(sizes), sizes)
+    monkeypatch.setattr(student.Setting, "peak", lambda self, name, ratio: 0)
+    steps = student.teacher_steps(SETTING, str(tmp_path), tmp_path / "cache")
+    computed, cached = steps[student.COMPUTED](), steps[student.CACHED]()
+    assert computed is not None and cached is not None
+    torch.testing.assert_close(computed, cached.float(), rtol=2**-8, atol=0)
+    rows, targets = student.measure(SETTING, [0.5], 2, lambda text: None, str(tmp_path))
+    text = student.markdown(SETTING, rows, targets)
+    assert f"| {student.COMPUTED} | " in text and f"| {student.CACHED} | " in text
 
 
 def test_the_peak_is_that_of_a_process_of_its_own() -> None:
