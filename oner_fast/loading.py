@@ -17,6 +17,7 @@ from oner_fast.data.batch import TokenizedText
 from oner_fast.data.images import eval_transform, to_rgb
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.loaded_towers import Images, LoadedTowers, clip_towers, stacked, student_towers
+from oner_fast.models import lit, packaged
 from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
 from oner_fast.models.files import FORMAT as ONER_FORMAT
 from oner_fast.models.files import (
@@ -28,7 +29,8 @@ from oner_fast.models.files import (
     uta_config_from_dict,
 )
 from oner_fast.models.oner import OneR, OneRConfig
-from oner_fast.models.teacher import Teacher, load_teacher
+from oner_fast.models.packaged import Encoders
+from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
 from oner_fast.models.token_towers import tower_of as tower_of_clip
 from oner_fast.models.uta import UTA
 from oner_fast.train import checkpoint
@@ -92,12 +94,12 @@ class Loaded:
 def load(
     source: Path | str, device: torch.device | str = "cpu", *, text_tower: str | Path | None = None
 ) -> Loaded | LoadedTowers:
-    """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, or a CLIP.
+    """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, a CLIP, or a LiT.
 
     Args:
         source: a run folder (its ``model.safetensors``, or its newest checkpoint while it trains), a
             ``model.safetensors``, a checkpoint within a run folder, or a folder of open_clip's
-            (``open_clip_config.json`` and weights).
+            (``open_clip_config.json`` and weights) or of `oner-fast train lit` (``lit_config.json`` and heads).
         device: where the model computes.
         text_tower: for UTA's student, the CLIP that embeds texts, as `oner_fast.models.teacher.load_teacher` names
             them; by default the one that it was aligned to. It is loaded at the first text.
@@ -112,6 +114,8 @@ def load(
     path = _file_of(path) if path.is_dir() else path
     if path.name == CONFIG:
         loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
+    elif path.name == lit.CONFIG:
+        loaded = _lit(lit.load_lit(path.parent), path.parent, device)
     elif path.suffix == ".pt":
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
@@ -127,7 +131,7 @@ def load(
 
 def _file_of(folder: Path) -> Path:
     """The trained model in a folder, or else its newest checkpoint."""
-    for name in ("model.safetensors", CONFIG):
+    for name in ("model.safetensors", CONFIG, lit.CONFIG):
         if (folder / name).is_file():
             return folder / name
     if (found := checkpoint.latest(folder / "checkpoints")) is None:
@@ -137,6 +141,12 @@ def _file_of(folder: Path) -> Path:
 
 def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loaded:
     return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
+
+
+def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
+    """Its pictures are first made as small as those that its heads were trained on."""
+    teacher = lit_teacher(str(run), *parts, device=device)
+    return replace(clip_towers(teacher, run, device), image_size=parts[2].image_size)
 
 
 def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
@@ -155,6 +165,13 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
             tower_of_clip(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
         )
         return clip_towers(teacher, run, device)
+    if kind == lit.FORMAT:
+        lit_config = lit.lit_config_from_dict(json.loads(state["model_config"]), str(path))
+        encoders = packaged.packaged_encoders()
+        lit.check_origins(json.loads(state["encoders"]), encoders, str(path))
+        heads = lit.build_heads(lit_config, encoders)
+        heads.load_state_dict(part_of(student, "heads."))
+        return _lit((lit.LiT(encoders, heads).eval(), encoders, lit_config), run, device)
     if kind == UTA_FORMAT:
         uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
         uta.load_state_dict(part_of(student, "student.") or student)

@@ -37,7 +37,8 @@ class StudentTraining(Training):
         alignment, model = self.config.alignment, self.config.model
         if not alignment.teacher:
             raise ValueError(
-                "UTA needs a teacher: --teacher RUN of `oner-fast train clip`, or an open_clip name:weights"
+                "UTA needs a teacher: --teacher RUN of `oner-fast train clip` or `train lit`, or an open_clip "
+                "name:weights"
             )
         half = alignment.teacher_precision == "bf16" or (
             alignment.teacher_precision == "auto" and self.dtype is not None

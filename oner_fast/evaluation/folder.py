@@ -10,11 +10,11 @@ def check_run(run: Path) -> None:
     """Raise FileNotFoundError unless `run` is a run folder with a model in it."""
     if not run.is_dir():
         raise FileNotFoundError(f"no run folder {run}; `oner-fast train` makes one")
-    models = ("model.safetensors", "open_clip_config.json")
+    models = ("model.safetensors", "open_clip_config.json", "lit_config.json")
     if not any((run / name).is_file() for name in models) and not any((run / "checkpoints").glob("step-*.pt")):
         raise FileNotFoundError(
             f"{run} holds no model: neither model.safetensors nor a checkpoint in checkpoints/ nor a CLIP of open_clip "
-            "(open_clip_config.json); has its training begun?"
+            "(open_clip_config.json) nor a LiT (lit_config.json); has its training begun?"
         )
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oner_fast.models import lit
+from oner_fast.models.packaged import Encoders
 from oner_fast.models.peers import peer
 from oner_fast.models.token_towers import TimmViT, TokenTower, tower_of
 
@@ -144,16 +146,8 @@ class Teacher(nn.Module):
             raise ValueError(f"images must have shape (B, 3, S, S), got {tuple(images.shape)}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"images must be uint8, or floats in [0, 1], got {images.dtype}")
-        weight = next(self.model.parameters())
-        pixels = images.to(weight.device).float()
-        top = 255.0 if images.dtype == torch.uint8 else 1.0
-        if pixels.shape[-1] != self.image_size:
-            mode = "bilinear" if self._tower.interpolation == "bilinear" else "bicubic"
-            pixels = F.interpolate(pixels, self.image_size, mode=mode, antialias=True, align_corners=False)
-            pixels = pixels.clamp(0.0, top)
-        mean = torch.tensor(self._tower.mean, device=weight.device).view(3, 1, 1) * top
-        std = torch.tensor(self._tower.std, device=weight.device).view(3, 1, 1) * top
-        return ((pixels - mean) / std).to(self.dtype)
+        device = next(self.model.parameters()).device
+        return self._tower.pixels(images, device).to(self.dtype)
 
     def _check(self) -> int:
         """Token 0 of one picture of noise must be its embedding; returns the embedding's size."""
@@ -185,6 +179,8 @@ def load_teacher(
         source: one of
 
             * a folder with ``open_clip_config.json`` and the weights (a run of ``oner-fast train clip``);
+            * a folder with ``lit_config.json`` and the heads (a run of ``oner-fast train lit``: no CLIP, but two
+              packaged encoders with a common space);
             * ``MODEL:TAG`` of open_clip, such as ``ViT-B-16:openai`` or ``EVA01-g-14-plus:merged2b_s11b_b114k``;
             * ``hf-hub:OWNER/NAME``, a CLIP of open_clip's layout;
             * ``FILE:MODEL``: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of ``timm:MODEL``;
@@ -196,7 +192,7 @@ def load_teacher(
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: the source is none of these, or a model without a grid of tokens in the joint space.
-        ModuleNotFoundError: open_clip or timm is not installed.
+        ModuleNotFoundError: open_clip, timm or an encoder's package is not installed.
     """
     text = str(source)
     common: dict[str, Any] = {"grid": grid, "device": device, "dtype": dtype}
@@ -206,10 +202,12 @@ def load_teacher(
         return _open_clip(text, text, {}, common)
     folder = Path(text.removeprefix("local-dir:"))
     if folder.is_dir():
+        if (folder / lit.CONFIG).is_file():
+            return lit_teacher(str(folder), *lit.load_lit(folder), **common)
         if not (folder / CONFIG).is_file():
             raise FileNotFoundError(
-                f"{folder} holds no {CONFIG}; a teacher's folder is a finished run of 'oner-fast train clip' or a CLIP "
-                "that open_clip saved"
+                f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
+                "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
             )
         if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
             raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
@@ -231,6 +229,17 @@ def load_teacher(
         known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
         raise ValueError(f"a pretrained {model} must be named with its tag, got {text!r}; known: {known}")
     return _open_clip(text, model, {"pretrained": tag, "force_quick_gelu": _quick_gelu(model, tag)}, common)
+
+
+def is_teacher(folder: Path) -> bool:
+    """Whether a folder holds a teacher that this library or open_clip saved."""
+    return any((folder / name).is_file() for name in (CONFIG, lit.CONFIG))
+
+
+def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTConfig, **common: Any) -> Teacher:
+    """The teacher of a LiT; ``common`` is grid, device and dtype, as :func:`load_teacher` takes them."""
+    tower = lit.LiTTower(model.visual, encoders, config.grid)
+    return Teacher(tower, name=name, model=model, tokenize=lambda: encoders.tokenize, **common)
 
 
 def _check_known(model: str) -> None:

@@ -6,13 +6,14 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oner_fast.models.peers import peer
 
 
 class TokenTower(ABC):
-    """An image tower whose pooled embedding is its [CLS] token after the final norm and the projection; the other
+    """An image tower whose pooled embedding is its token 0 ([CLS]) after the final norm and the projection; the other
     tokens pass through the same two.
 
     ``patch_size`` and ``image_size`` are in pixels, ``mean`` and ``std`` of pixel values in [0, 1].
@@ -29,6 +30,18 @@ class TokenTower(ABC):
     @abstractmethod
     def resize(self, image_size: int) -> None:
         """Take pictures of another size: the positions are resampled by the library that the tower is of."""
+
+    def pixels(self, images: Tensor, device: torch.device) -> Tensor:
+        """Pictures (B, 3, S, S) uint8, or floats in [0, 1], resized to ``image_size`` and normalised: float32."""
+        pixels = images.to(device).float()
+        top = 255.0 if images.dtype == torch.uint8 else 1.0
+        if pixels.shape[-1] != self.image_size:
+            mode = "bilinear" if self.interpolation == "bilinear" else "bicubic"
+            pixels = F.interpolate(pixels, self.image_size, mode=mode, antialias=True, align_corners=False)
+            pixels = pixels.clamp(0.0, top)
+        mean = torch.tensor(self.mean, device=device).view(3, 1, 1) * top
+        std = torch.tensor(self.std, device=device).view(3, 1, 1) * top
+        return (pixels - mean) / std
 
     @abstractmethod
     def hidden(self, pixels: Tensor) -> Tensor:
