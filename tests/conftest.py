@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -23,3 +24,40 @@ def _steady() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """``make(seed)`` puts tiny encoders, the same of a seed each time, in the place of the packaged ones, which are too
+    large for a test's installation, and returns a pair of them."""
+    from oner_fast.models import packaged
+    from oner_fast.models.sentence_encoder import SentenceEncoder
+
+    def tokenize(texts: list[str]) -> torch.Tensor:
+        rows = [[1, *(ord(letter) - 95 for letter in text.lower() if "a" <= letter <= "z")] for text in texts]
+        longest = max(len(row) for row in rows)
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+    def build(seed: int) -> packaged.Encoders:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            image = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 4, stride=4), torch.nn.BatchNorm2d(10))
+            text = SentenceEncoder(vocab_size=28, width=12, depth=1, heads=2, hidden=16, positions=64)
+        return packaged.Encoders(
+            image=image.eval().requires_grad_(False),
+            image_width=10,
+            stride=4,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+            text=text.eval().requires_grad_(False),
+            text_width=12,
+            tokenize=tokenize,
+            image_origin=packaged.Origin("tiny-image", "1.0", f"image {seed}"),
+            text_origin=packaged.Origin("tiny-text", "1.0", f"text {seed}"),
+        )
+
+    def make(seed: int) -> packaged.Encoders:
+        monkeypatch.setattr(packaged, "packaged_encoders", lambda: build(seed))
+        return build(seed)
+
+    return make
