@@ -17,7 +17,8 @@ class Alignment:
     """The teacher, which of its tokens are learnt, and from what (UTA, section 3)."""
 
     teacher: str = ""
-    """The frozen CLIP: a run of `oner-fast train clip`, an open_clip name with its weights (ViT-B-16:openai), ..."""
+    """The frozen CLIP: a run of `oner-fast train clip`, an open_clip name with its weights (ViT-B-16:openai), ...; or a
+    run of `oner-fast train lit`, which is no CLIP."""
     objective: Objective = "uta"
     """uta: [CLS] and the visible tokens; the hidden ones never enter the student. Comparison rows: distillation (every
     token enters and is aligned), mask_token (hidden tokens enter as [MASK]; they and [CLS] are aligned, as in EVA)."""

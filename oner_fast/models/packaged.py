@@ -95,8 +95,10 @@ def packaged_encoders() -> Encoders:
     trunk = peer("timm").create_model("tf_efficientnet_lite0", num_classes=0)
     _fill(trunk, from_efficientnet(torch.load(image_file, map_location="cpu", weights_only=True)), image_file)
     text = _sentence_encoder(text_file)
+    # Depth-wise convolutions take two thirds of the time on a CPU where the channels lie last.
+    image = FeatureMap(trunk).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Encoders(
-        image=FeatureMap(trunk).eval().requires_grad_(False),
+        image=image.eval().requires_grad_(False),
         image_width=int(trunk.num_features),
         stride=32,
         mean=(0.5, 0.5, 0.5),

@@ -221,7 +221,7 @@ def test_an_embedding_that_is_not_the_projected_cls_is_refused(
         ("timm:vit_of_nobody", ValueError, "timm has no model 'vit_of_nobody'"),
         ("runs/nothing", FileNotFoundError, "there is no folder runs/nothing"),
         (Path("nothing"), FileNotFoundError, "there is no folder nothing"),
-        (Path("tests"), FileNotFoundError, "tests holds no open_clip_config.json"),
+        (Path("tests"), FileNotFoundError, "tests holds neither open_clip_config.json nor lit_config.json"),
     ],
 )
 def test_sources_that_are_none(source: str | Path, error: type[Exception], message: str, request: Any) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import oner_fast
+from oner_fast.evaluation.cli import main as evaluate
 from oner_fast.models.teacher import load_teacher
 from oner_fast.train import checkpoint, lit, uta
 from oner_fast.train.config import get_recipe
@@ -28,18 +29,22 @@ COMMON = {"batch_size": 8, "warmup": 2, "lr": 0.02, "log_every_n_steps": 1, "wor
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two dozen pictures of one colour, captioned with it."""
+    """Pictures of one colour, captioned with it: two dozen to train on, eight to ask."""
     folder = tmp_path / "pairs"
     folder.mkdir()
-    with tarfile.open(folder / "train-000000.tar", "w") as tar:
-        for i in range(24):
-            name, colour = list(COLOURS.items())[i % 4]
-            png = io.BytesIO()
-            Image.new("RGB", (20, 16 + i), colour).save(png, "PNG")
-            for file, content in ((f"{i:04d}.png", png.getvalue()), (f"{i:04d}.txt", f"{name} picture".encode())):
-                member = tarfile.TarInfo(file)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    splits: dict[str, Any] = {}
+    for split, count in (("train", 24), ("val", 8)):
+        with tarfile.open(folder / f"{split}-000000.tar", "w") as tar:
+            for i in range(count):
+                name, colour = list(COLOURS.items())[i % 4]
+                png = io.BytesIO()
+                Image.new("RGB", (20, 16 + i), colour).save(png, "PNG")
+                for file, content in ((f"{i:04d}.png", png.getvalue()), (f"{i:04d}.txt", f"{name} picture".encode())):
+                    member = tarfile.TarInfo(file)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        splits[split] = {"shards": [{"file": f"{split}-000000.tar", "samples": count}]}
+    (folder / "dataset.json").write_text(json.dumps({"name": "colours", "format": 1, "splits": splits}))
     return folder
 
 
@@ -82,6 +87,23 @@ def test_the_heads_learn_alone_and_are_saved_alone(
     assert lit.main(command(data, again, **SIZES)) == 0
     assert torch.equal(load_file(again / "lit_model.safetensors")["text.weight"], first)
     assert losses(again) == found[6:]
+
+
+def test_micro_batches_change_nothing(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
+    tiny_encoders(0)
+    for parts in (1, 4):
+        assert lit.main(command(data, tmp_path / f"{parts}", **SIZES | {"steps": 3, "accum_freq": parts})) == 0
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
+def test_a_trained_one_finds_the_colours(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
+    tiny_encoders(0)
+    run = tmp_path / "run"
+    assert lit.main(command(data, run, **SIZES | {"steps": 60, "lr": 0.1})) == 0
+    assert evaluate([str(run), "--data", str(data)]) == 0
+    val = json.loads((run / "evaluation.json").read_text())["val"]
+    assert val["pairs"] == 8 and val["image_to_text"]["gallery"] == 4
+    assert val["image_to_text"]["R@1"] == val["text_to_image"]["R@1"] == 1.0
 
 
 def test_other_encoders_cannot_resume(
