@@ -47,9 +47,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["trian"], "unknown command 'trian'; known: train, eval, data, report, bench, doctor"),
-        (["train", "onre"], "unknown name after 'train' 'onre'; known: oner"),
+        (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, uta"),
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index"),
-        (["bench", "op"], "unknown name after 'bench' 'op'; known: ops, step, gpu-resources, gpu-peers, gpu-tune"),
+        (["bench", "op"], "unknown name after 'bench' 'op'; known: ops, step, uta, gpu-resources, gpu-peers, gpu-tune"),
     ],
 )
 def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,13 @@ from PIL import Image
 
 from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.models.clip import CLIPConfig, load_clip
-from oner_fast.models.files import load_uta, save_uta
+from oner_fast.models.files import load_uta, read_metadata, save_uta
 from oner_fast.models.peers import peer
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
 from oner_fast.train import clip
 from oner_fast.train.contrast import ContrastStep
-from oner_fast.train.distributed import World
+from oner_fast.train.distributed import World, setup, shutdown
 from oner_fast.train.two_towers import NewTowers
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -99,22 +102,63 @@ def test_resumed_is_uninterrupted(straight: tuple[Path, Path], tmp_path: Path) -
     assert figures(run) == figures(whole)[6:]
 
 
-def test_micro_batches_change_nothing() -> None:
+def pairs() -> PairBatch:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=draw)
     captions = [f"a {'very ' * (i % 4)}{name} thing" for i, name in enumerate([*COLOURS] * 2)]
-    batch = PairBatch(images, no_text(8), torch.arange(8), captions, 0, 0)
-    found = []
-    for parts in (1, 4):
-        torch.manual_seed(0)
-        towers = NewTowers(CLIPConfig(**SIZES), 0.07)
-        loss = ContrastStep(towers, parts, WORLD, None)(batch)
-        found.append((loss, {name: parameter.grad for name, parameter in towers.named_parameters()}))
-    (loss, gradients), (again, others) = found
+    return PairBatch(images, no_text(8), torch.arange(8), captions, 0, 0)
+
+
+def gradients(batch: PairBatch, parts: int = 1, world: World = WORLD) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a step of the same towers each time, and the gradient of every parameter."""
+    torch.manual_seed(0)
+    towers = NewTowers(CLIPConfig(**SIZES), 0.07)
+    loss = ContrastStep(towers, parts, world, None)(batch)
+    found = {name: parameter.grad for name, parameter in towers.named_parameters() if parameter.grad is not None}
+    assert len(found) == len(list(towers.parameters()))
+    return loss, found
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys() and all(gradient.any() for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_micro_batches_change_nothing() -> None:
+    (loss, wanted), (again, found) = gradients(pairs()), gradients(pairs(), parts=4)
     torch.testing.assert_close(again, loss)
-    assert all(gradient is not None and gradient.any() for gradient in gradients.values())
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5)
+    assert_same(found, wanted)
+
+
+def rank_main(rank: int, size: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    world = setup("cpu", init_method=f"file://{folder}/meet", timeout_seconds=60)
+    try:
+        torch.save(gradients(pairs().split(size)[rank], parts=2, world=world), f"{folder}/{rank}.pt")
+    finally:
+        shutdown()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    loss, wanted = gradients(pairs())
+    # This file as a program: pytest imports it under a name that a child could not import.
+    commands = [[sys.executable, __file__, str(rank), "2", str(tmp_path)] for rank in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for c in commands
+    ]
+    try:
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    for rank in range(2):
+        found, theirs = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found, loss)
+        assert_same(theirs, wanted)
 
 
 def test_the_second_stage_moves_the_student_alone(straight: tuple[Path, Path], tmp_path: Path) -> None:
@@ -124,8 +168,8 @@ def test_the_second_stage_moves_the_student_alone(straight: tuple[Path, Path], t
     save_uta(tmp_path / "uta" / "model.safetensors", student, {"teacher": str(teacher)})
     towers = {"init_image": tmp_path / "uta", "init_text": teacher, "lock_text": True}
     assert clip.main(command(data, tmp_path / "run", **towers)) == 0
-    moved, about = load_uta(tmp_path / "run" / "model.safetensors")
-    assert about["teacher"] == str(teacher)
+    moved = load_uta(tmp_path / "run" / "model.safetensors")
+    assert read_metadata(tmp_path / "run" / "model.safetensors")["teacher"] == str(teacher)
     assert not torch.equal(moved.head.weight, student.head.weight)
     lines = figures(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -146,3 +190,7 @@ def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], chan
         clip.main(command(tmp_path, tmp_path / "run", **changes))
     assert stop.value.code == 2
     assert text in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

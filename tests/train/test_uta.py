@@ -160,7 +160,7 @@ def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:
         for c in commands
     ]
     try:
-        outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
