@@ -105,7 +105,7 @@ def masks_kernel(
     block = first_block + tl.arange(0, BLOCK_CELLS // 4).to(tl.uint32)
     word0, word1, word2, word3 = philox4x32(block, sample, step, stream, key_low, key_high)
     draws = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))  # [BLOCK_CELLS]
-    picked = ~free | smallest(draws, free, count)
+    picked = (real & ~free) | smallest(draws, free, count)
     visible = (picked.to(tl.int32) == seen) & real
     tl.store(mask + program * cells + cell, (~visible).to(tl.uint8), real)
     place = tl.cumsum(visible.to(tl.int32), 0) - 1

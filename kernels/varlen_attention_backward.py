@@ -132,7 +132,7 @@ def _query_kernel(
         v += BLOCK_N * VEC * value_row.to(tl.int64)
 
     blind = (rows + offset < 0) if CAUSAL else (rows < 0)
-    blind, row = blind[:, None], heads * HEAD_DIM
+    blind, row = (blind | (length_k == 0))[:, None], heads * HEAD_DIM
     factor = scale
     if FACTORED:
         factor = (scale * inverse)[:, None]
