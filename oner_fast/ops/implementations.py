@@ -119,10 +119,14 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
     return chosen
 
 
+class NotAsked(ValueError):
+    """A call that was said to call an op asks for no implementation of it."""
+
+
 def serving(op: str, call: Callable[[], object]) -> Implementation:
     """What serves `call`, a call of `op`, by all that the op itself tells about it; the op does not run.
 
-    Raises what `choose` raises, and ValueError where `call` does not call the op.
+    Raises what `choose` raises, and NotAsked where `call` does not call the op.
     """
     global _asked_about
     before, _asked_about = _asked_about, op
@@ -132,7 +136,7 @@ def serving(op: str, call: Callable[[], object]) -> Implementation:
         return found.chosen
     finally:
         _asked_about = before
-    raise ValueError(f"the call asks for no implementation of {op!r}: it does not call it")
+    raise NotAsked(f"the call asks for no implementation of {op!r}: it does not call it")
 
 
 def _choose(op: str, device: str, implementation: str | None, facts: dict[str, Any]) -> Implementation:

@@ -10,8 +10,8 @@ from oner_fast.benchmarks.profiles import CALLS, LISTED, OUTSIDE, REST, phases
 
 
 def test_seconds_of_a_call_by_operation_and_phase() -> None:
-    left, right = (torch.randn(300, 300).requires_grad_() for _ in range(2))
-    upstream = (torch.ones(300, 300),)
+    left, right = (torch.randn(1000, 1000).requires_grad_() for _ in range(2))
+    upstream = (torch.ones(1000, 1000),)
     calls = [Call((left, right), (left, right), upstream), Call((right, left), (left,), upstream)]
     seen = []
 
