@@ -18,7 +18,7 @@ from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, e
 from oner_fast.evaluation.folder import processor, read_config, read_metrics
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
-from oner_fast.evaluation.table import DIRECTIONS, KS, percent, rows, split_title, times
+from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
@@ -83,11 +83,17 @@ def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
                 "cells": [_cell(figures, k) for k in KS],
             }
         )
+    classes: dict[str, list[dict[str, Any]]] = {}
+    for pictures, how, figures in classifications(evaluation):
+        line = {"how": how, "images": figures["images"], "classes": figures["classes"]}
+        cells = [_cell(figures, k, "top") for k in (1, 5)]
+        classes.setdefault(pictures, []).append({**line, "cells": cells, "majority": figures.get("majority")})
     main = "val" if "val" in evaluation else next((row for row, _, _ in rows(evaluation)), None)
     figures = evaluation.get(main, {}) if main else {}
     composed = figures.get("image_text_to_image")
     return {
         "table": table,
+        "classifications": classes,
         "main": figures,
         "headline": {name: _cell(figures[name], 10) for name in DIRECTIONS if name in figures},
         "composed": composed
@@ -99,7 +105,6 @@ def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
                 ("text", composed["text_only"]),
             )
         },
-        "zero_shot": evaluation.get("zero_shot"),
         "about": evaluation.get("about", {}),
     }
 
@@ -138,6 +143,7 @@ def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]
     return {
         "config": list(flattened(config)),
         "recipe": _recipe(config),
+        "from_scratch": _trainer(config) != "lit" and not _initialised(config),
         "data_name": described.get("name"),
         "splits": {
             name: {key: split.get(key) for key in ("samples", "captions")}
@@ -160,11 +166,25 @@ def _recipe(config: dict[str, Any]) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def _trainer(config: dict[str, Any]) -> str:
+    """What follows `oner-fast train`, by the sections that each training's configuration has of its own."""
+    if "alignment" in config:
+        return "uta"
+    if "contrast" in config:
+        return "lit" if "grid" in config.get("model", {}) else "clip"
+    return "oner"
+
+
+def _initialised(config: dict[str, Any]) -> bool:
+    """Whether a tower began with the weights of another run."""
+    return any(config.get("contrast", {}).get(name) for name in ("init_image", "init_text"))
+
+
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
     source, recipe = (described.get("build") or {}).get("source"), _recipe(config)
     made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
     chosen = f" --recipe {recipe}" if recipe else ""
-    trained = [f"oner-fast train oner{chosen} --run.run-dir {shown_as}"] if config else []
+    trained = [f"oner-fast train {_trainer(config)}{chosen} --run.run-dir {shown_as}"] if config else []
     return [*made, *trained, f"oner-fast eval {shown_as}", f"oner-fast report {shown_as}"]
 
 
@@ -207,8 +227,8 @@ def _gap_facts(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _cell(figures: dict[str, Any], k: int) -> dict[str, Any]:
-    share, by_chance = figures[f"R@{k}"], figures[f"chance@{k}"]
+def _cell(figures: dict[str, Any], k: int, measure: str = "R@") -> dict[str, Any]:
+    share, by_chance = figures[f"{measure}{k}"], figures[f"chance@{k}"]
     return {
         "k": k,
         "share": share,

@@ -19,6 +19,7 @@ from oner_fast.evaluation.cli import main as evaluate
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.report.cli import main
+from oner_fast.report.content import about_content
 
 CAPTIONS = ["arrow", "arrow up", "arrow down", "red cat", "cat", "bold arrow", "big red cat", "sun & moon <b>", "sun"]
 
@@ -125,7 +126,7 @@ def test_nothing_is_fetched_from_outside(page: Outside, run: Path) -> None:
 
 def test_links_within_the_page_lead_somewhere(page: Outside) -> None:
     inner = {link[1:] for link in page.links if link.startswith("#")}
-    assert {"figures", "examples", "heat", "composed", "gap", "training", "made"} == inner
+    assert {"figures", "classes", "examples", "heat", "composed", "gap", "training", "made"} == inner
     assert inner <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))  # of the charts too
 
@@ -148,6 +149,43 @@ def test_what_the_page_says(page: Outside, run: Path) -> None:
     assert share in page.text
     assert "undefined" not in page.text.lower()
     assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
+
+
+def test_classification_stands_on_the_page(run: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "evaluation.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    figures = {"top1": 0.125, "top5": 0.5, "chance@1": 0.0625, "chance@5": 0.3125, "images": 1234, "classes": 16}
+    evaluation["val"] |= {"zero_shot": figures, "knn": {"set": figures | {"majority": 0.375}}}
+    evaluation["linear_probe"] = figures | {"majority": 0.25}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main([str(tmp_path), "--data", str(run.parent / "data")]) == 0
+    seen = Outside()
+    seen.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "#classes" in seen.links and "classes" in seen.ids
+    text = re.sub(r"\s+", "", seen.text)
+    for words in ("zero-shot,concept1,2341612.5%", "k-NN,set1,2341612.5%", "imagefolderlinearprobe1,2341612.5%"):
+        assert words in text
+    assert text.count("50.0%") == 3 and "37.5%" in text and "25.0%" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "command", "from_scratch"),
+    [
+        ({"objectives": {}}, "oner", True),
+        ({"alignment": {}}, "uta", True),
+        ({"contrast": {"init_image": ""}, "model": {"width": 8}}, "clip", True),
+        ({"contrast": {"init_image": "runs/uta"}, "model": {"width": 8}}, "clip", False),
+        ({"contrast": {}, "model": {"grid": 6}}, "lit", False),
+    ],
+)
+def test_the_command_is_that_of_the_training(
+    config: dict[str, object], command: str, from_scratch: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config | {"run": {"recipe": "a_recipe_cpu"}}))
+    about = about_content(tmp_path, None, "runs/it")
+    assert about["commands"][0] == f"oner-fast train {command} --recipe a_recipe_cpu --run.run-dir runs/it"
+    assert about["from_scratch"] is from_scratch
 
 
 def test_charts_follow_the_pages_colours(run: Path) -> None:
