@@ -108,8 +108,8 @@ def test_error_against_float64(
 
 
 def test_rows_that_begin_anywhere(device: str) -> None:
-    """An odd width, of numbers that lie apart: no row begins at a multiple of 16 bytes."""
-    check((2, 1), 5, torch.float16, False, device, lengths=([5, 9], [7, 3]), change=lambda x: x.mT.contiguous().mT)
+    """An odd width, of numbers that lie apart: no row begins at a multiple of 16 bytes. A tile is longer than all."""
+    check((2, 1), 5, torch.float16, False, device, lengths=([2, 2], [7, 3]), change=lambda x: x.mT.contiguous().mT)
 
 
 @pytest.mark.slow
@@ -165,6 +165,26 @@ def test_gradients_of_large_scores(size: float, dtype: torch.dtype, width: int, 
         assert (one - truth).abs().max() <= 3 * (other - truth).abs().max() + unit
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_far_below_zero(causal: bool, device: str) -> None:
+    """What lies behind the last key would have the weight exp(512), and must have none."""
+    leaves, upstream, cu_q, cu_k = inputs((2, 2), 64, torch.bfloat16, device, ([5, 6], [7, 8]))
+    with torch.no_grad():
+        leaves[0].copy_(8 + leaves[0] / 8)
+        leaves[1].copy_(leaves[1] / 8 - 8)
+
+    def ours(*x: Tensor) -> Tensor:
+        return varlen_attention(*x, cu_q, cu_k, causal=causal, scale=0.125, implementation="triton")
+
+    mine = with_gradients(ours, leaves, upstream)
+    plainly = with_gradients(lambda *x: eager(*x, ([5, 6], [7, 8]), causal, 0.125), leaves, upstream)
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact = with_gradients(lambda *x: eager(*x, ([5, 6], [7, 8]), causal, 0.125), wide, upstream)
+    for one, other, truth in zip(mine, plainly, exact, strict=True):
+        unit = torch.finfo(one.dtype).eps * truth.abs().max()
+        assert (one - truth).abs().max() <= 3 * (other - truth).abs().max() + unit
+
+
 def test_a_blind_query_is_as_if_it_were_not_there(device: str) -> None:
     """Whatever it holds and whatever comes from above; and what new memory held reaches no result."""
     (query, key, value), upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device)
@@ -189,6 +209,17 @@ def test_a_blind_query_is_as_if_it_were_not_there(device: str) -> None:
     exact = with_gradients(lambda *x: eager(*x, lengths, True, 0.125), leaves, upstream[~blind].double())
     for one, truth in zip((out[~blind], grads[0][~blind], *grads[1:]), exact, strict=True):
         assert (one - truth).abs().max() < 4e-3 * truth.abs().max()
+
+
+def test_a_blind_query_has_no_gradient_beside_keys_that_are_not_finite(device: str) -> None:
+    """It shares its tile with queries that see them."""
+    leaves, upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device, ([9], [4]))
+    query, key, value = (x.detach() for x in leaves)
+    key[2] = math.inf
+    out, statistics = FORWARD(query, key, value, cu_q, cu_k, True, 0.125)
+    grads = BACKWARD(upstream, query, key, value, out, statistics, cu_q, cu_k, True, 0.125, True, True)
+    assert not out[:5].any() and not grads[0][:5].any()
+    assert not out[-1].isfinite().all() and not grads[0][-1].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +310,7 @@ def test_nothing_is_legal(device: str) -> None:
         [3, 9, 2**31 - 1, -(2**31)],
         [-(2**31), 2**31 - 1, 0, 0],
         [9, 9, 9, 9],
-        [0, 200, -200, 50],  # the first tile is taken for one before the second sequence
+        [0, 2000, -2000, 50],  # the first tile is taken for one before the second sequence
     ],
 )
 def test_wrong_boundaries_stay_inside_the_tensors(executor: Any, boundaries: list[int], device: str) -> None:
