@@ -12,6 +12,12 @@ from oner_fast.models.oner import OneRConfig
 MIN_TEMPERATURE = 0.01
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError for one under the least that CLIP lets it become."""
+    if not temperature >= MIN_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {MIN_TEMPERATURE} (logit_scale 100), got {temperature}")
+
+
 @dataclass(frozen=True)
 class Objectives:
     """Weights of the losses (0 leaves one out, and with it the passes that only it needs) and the shape of the
@@ -49,10 +55,7 @@ class Objectives:
         weights = (self.itc, self.xmc, self.cic, self.cmc, self.mlm, self.mim)
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise ValueError(f"weights of the objectives must not be negative, and one must be above 0, got {weights}")
-        if not self.temperature >= MIN_TEMPERATURE:
-            raise ValueError(
-                f"temperature must be at least {MIN_TEMPERATURE} (logit_scale 100), got {self.temperature}"
-            )
+        check_temperature(self.temperature)
         if not 0.0 <= self.momentum <= 1.0:
             raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
         for name in ("mask_patch_ratio", "mask_word_ratio", "force_patch_dropout"):
@@ -109,6 +112,10 @@ class Optimisation:
         for name in ("steps", "batch_size", "accum_freq"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accum_freq:
+            raise ValueError(
+                f"batch_size must be a multiple of accum_freq, got {self.batch_size} and {self.accum_freq}"
+            )
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"needs 0 <= warmup < steps, got warmup {self.warmup} and steps {self.steps}")
         if not 0.0 <= self.min_lr <= self.lr < math.inf:
@@ -161,10 +168,6 @@ class OneRTraining:
             )
         if not self.model.shared_trunk and not objectives.itc:
             raise ValueError("two trunks (shared_trunk=False) need itc above 0: nothing else trains both")
-        if self.optim.batch_size % self.optim.accum_freq:
-            raise ValueError(
-                f"batch_size must be a multiple of accum_freq, got {self.optim.batch_size} and {self.optim.accum_freq}"
-            )
         if objectives.mlm and ratio == 0:
             raise ValueError("mlm is above 0 but mask_word_ratio is 0: no word is masked")
         if objectives.contrastive and not objectives.itc and not self.model.shared_head:

@@ -51,10 +51,6 @@ class UTATraining:
     run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
-        if self.optim.batch_size % self.optim.accum_freq:
-            raise ValueError(
-                f"batch_size must be a multiple of accum_freq, got {self.optim.batch_size} and {self.optim.accum_freq}"
-            )
         if self.model.mask_token != (self.alignment.objective == "mask_token"):
             raise ValueError(
                 f"objective {self.alignment.objective!r} needs mask_token={not self.model.mask_token}: the token "

@@ -1,7 +1,11 @@
-"""A tiny training whose every part is random, for the tests of the step."""
+"""A tiny training whose every part is random, for the tests of the step; and two processes for those of ranks."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,3 +112,27 @@ class Small:
 def small() -> type[Small]:
     """The makers above."""
     return Small
+
+
+@pytest.fixture
+def run_two_ranks() -> Callable[..., None]:
+    """Runs a test's file as a program with (rank, 2, more arguments) for each of two ranks; both must end well.
+
+    As a program because pytest imports the file under a name that a child could not import.
+    """
+
+    def run(file: str, *arguments: Any) -> None:
+        commands = [[sys.executable, file, str(rank), "2", *map(str, arguments)] for rank in range(2)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+            for c in commands
+        ]
+        try:
+            outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+
+    return run

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -140,21 +139,9 @@ def rank_main(rank: int, size: int, folder: str) -> None:
         shutdown()
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+def test_two_processes_are_one(run_two_ranks: Any, tmp_path: Path) -> None:
     loss, wanted = gradients(pairs())
-    # This file as a program: pytest imports it under a name that a child could not import.
-    commands = [[sys.executable, __file__, str(rank), "2", str(tmp_path)] for rank in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for c in commands
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_two_ranks(__file__, tmp_path)
     for rank in range(2):
         found, theirs = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found, loss)

@@ -1,6 +1,5 @@
 import dataclasses
 import os
-import subprocess
 import sys
 
 import pytest
@@ -104,16 +103,8 @@ def rank_main(rank: int, size: int, folder: str) -> None:
     assert not torch.distributed.is_initialized()
 
 
-def test_two_processes(environment, tmp_path):
-    # This file as a program: pytest imports it under a name that a child could not import.
-    commands = [[sys.executable, __file__, str(rank), "2", str(tmp_path)] for rank in range(2)]
-    ranks = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+def test_two_processes(environment, run_two_ranks, tmp_path):
+    run_two_ranks(__file__, tmp_path)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -198,25 +197,13 @@ def run_rank(rank: int, size: int, folder: Path, makers: str) -> None:
     shutdown()
 
 
-def test_two_processes_give_the_gradients_of_one(small: Any, tmp_path: Path) -> None:
+def test_two_processes_give_the_gradients_of_one(small: Any, run_two_ranks: Any, tmp_path: Path) -> None:
     configs = {name: small.config(**values) for name, values in SETS.items()}
     configs["everything, two micro-batches"] = small.config(accum_freq=2, **SETS["everything"])
     configs["CLIP, two micro-batches"] = small.config(accum_freq=2, **SETS["CLIP"])
     torch.save({name: to_dict(config) for name, config in configs.items()}, tmp_path / "cases.pt")
     makers = sys.modules[small.__module__].__file__
-    # This file as a program: pytest imports it under a name that a child could not import.
-    commands = [[sys.executable, __file__, str(rank), "2", str(tmp_path), str(makers)] for rank in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for c in commands
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_two_ranks(__file__, tmp_path, makers)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, config in configs.items():
         step, student = small.step(config)

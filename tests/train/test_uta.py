@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -149,22 +148,10 @@ def rank_main(rank: int, size: int, folder: str, teacher: str) -> None:
         shutdown()
 
 
-def test_two_processes_are_one(teacher: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(teacher: Path, run_two_ranks: Any, tmp_path: Path) -> None:
     step, student = step_of(settings(teacher))
     loss, wanted = step(pictures()), gradients(student)
-    # This file as a program: pytest imports it under a name that a child could not import.
-    commands = [[sys.executable, __file__, str(rank), "2", str(tmp_path), str(teacher)] for rank in range(2)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for c in commands
-    ]
-    try:
-        outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    run_two_ranks(__file__, tmp_path, teacher)
     for rank in range(2):
         found, theirs = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-7)
