@@ -46,7 +46,7 @@ def masked_gather(
         return visible if prefix is None else torch.cat([prefix.expand(batch, -1, -1), visible], dim=1)
     sample = _sample_of_row(cu_seqlens, kept.shape[0])
     rows = placed.reshape(batch * cells, width).index_select(0, sample * cells + kept)
-    if prefix is None or prefix.shape[0] == 0:
+    if prefix is None:
         return rows, cu_seqlens.clone()
     length = prefix.shape[0]
     arange = torch.arange(batch, device=kept.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -125,6 +125,7 @@ def test_error_is_that_of_plain_pytorch(dtype: torch.dtype) -> None:
     samples=st.integers(0, 4), cells=st.integers(0, 6), width=st.integers(0, 70), kept=st.integers(0, 9),
     prefix=st.integers(0, 3), ragged=st.booleans(), seed=st.integers(0, 2**31),
 )  # fmt: skip
+@example(samples=2, cells=3, width=4, kept=2, prefix=0, ragged=True, seed=0)
 def test_any_shape(samples: int, cells: int, width: int, kept: int, prefix: int, ragged: bool, seed: int) -> None:
     torch.manual_seed(seed)
     kept = kept if cells else 0
