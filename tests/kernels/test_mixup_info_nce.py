@@ -235,12 +235,15 @@ def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic:
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])
-def test_few_stripes_of_many_row_tiles(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [260, 9])  # 9: the partials of all parts are fewer than what a program merges at once
+def test_few_stripes_of_many_row_tiles(
+    rows: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A program merges what several row tiles find of its columns, and the partials of all stripes and parts merge."""
     monkeypatch.setattr(statistics_kernels, "_LARGEST_PARTS", 2)
     generator = torch.Generator().manual_seed(11)
-    query, key = (torch.randn(n, 40, generator=generator).to(device, dtype) for n in (260, 70))
-    scale, partner = torch.tensor(9.0, device=device), torch.randint(70, (260,), generator=generator).to(device)
+    query, key = (torch.randn(n, 40, generator=generator).to(device, dtype) for n in (rows, 70))
+    scale, partner = torch.tensor(9.0, device=device), torch.randint(70, (rows,), generator=generator).to(device)
     norms = [raw.mixup_inverse_norms(x, None, None) for x in (query, key)]
     found = raw.mixup_info_nce_statistics(
         query, None, None, norms[0], key, None, None, norms[1], scale, partner, -3, True
