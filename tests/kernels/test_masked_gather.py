@@ -223,15 +223,17 @@ def test_bad_indices_touch_nothing(bad: int, device: str) -> None:
         [0, 2**31 - 1, 0, 0, 6],
         [0, 6, 1, 6, 2],
         [0, 900, 900, 900, 6],
+        [3, 6, 0, 6, 6],  # the third sample writes the first one's list, in numbers of its own
     ],
 )
 def test_bad_boundaries_touch_nothing(executor: Any, starts: list[int], device: str) -> None:
     """Samples that overlap write each other's lists: the sums are anything, but they end and stay inside."""
-    tokens, kept, positions, prefix = (x.detach() for x in make(4, 4, 16, 6, 1, torch.float32, device))
+    tokens, _, positions, prefix = (x.detach() for x in make(4, 4, 16, 6, 1, torch.float32, device))
+    kept = torch.tensor([0, 1, 2, 3, 3, 3], device=device)
     cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
-    result = torch.ops.oner_fast_triton.masked_gather(tokens, kept[0], positions, prefix, cu_seqlens)
+    result = torch.ops.oner_fast_triton.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
     found = torch.ops.oner_fast_triton.masked_gather_backward(
-        torch.randn_like(result), kept[0], cu_seqlens, 4, 4, 1, True, True, True
+        torch.randn_like(result), kept, cu_seqlens, 4, 4, 1, True, True, True
     )
     assert result.shape == (10, 16) and found[0].shape == (4, 4, 16)
 
