@@ -107,9 +107,11 @@ def test_error_against_float64(
     check(heads, head_dim, dtype, causal, device)
 
 
-def test_rows_that_begin_anywhere(device: str) -> None:
+@pytest.mark.parametrize("head_dim", [5, 37])
+def test_rows_that_begin_anywhere(head_dim: int, device: str) -> None:
     """An odd width, of numbers that lie apart: no row begins at a multiple of 16 bytes. A tile is longer than all."""
-    check((2, 1), 5, torch.float16, False, device, lengths=([2, 2], [7, 3]), change=lambda x: x.mT.contiguous().mT)
+    lengths = ([2, 2], [7, 3])
+    check((2, 1), head_dim, torch.float16, False, device, lengths=lengths, change=lambda x: x.mT.contiguous().mT)
 
 
 @pytest.mark.slow
