@@ -170,7 +170,12 @@ class Training(ABC):
                 meter.step(len(batch) * self.world.size)
                 flops.append(self._flops(batch))
                 if self._due(every):
-                    shown = _plain(metrics) | _pace(meter, flops, rate) | self._counts(batch)
+                    pace = _pace(meter, flops, rate)
+                    if pace.get("mfu", 0.0) > 1.0:  # the machine was busy with something else when it was measured
+                        with meter.excluded():
+                            better = gemm_rate(self.world.device, self.dtype or torch.float32, again=True)
+                        pace["mfu"], rate = pace["mfu"] * rate / better, better
+                    shown = _plain(metrics) | pace | self._counts(batch)
                     shown["seconds"] = time.perf_counter() - began
                     flops.clear()
                     log.write(self.steps_done, shown)

@@ -20,7 +20,7 @@ from oner_fast.models.files import load_uta, read_metadata, save_uta
 from oner_fast.models.peers import peer
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
-from oner_fast.train import clip
+from oner_fast.train import clip, loop
 from oner_fast.train.contrast import ContrastStep
 from oner_fast.train.distributed import World, setup, shutdown
 from oner_fast.train.two_towers import NewTowers
@@ -87,6 +87,23 @@ def test_it_learns_and_open_clip_loads_the_run(straight: tuple[Path, Path]) -> N
     with torch.no_grad():
         assert torch.equal(model.encode_image(picture), theirs.eval().encode_image(picture))
     assert load_teacher(run).logit_scale == pytest.approx(lines[-1]["logit_scale"], rel=1e-2)
+
+
+def test_a_rate_that_was_too_low_is_measured_again(
+    straight: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something else kept the processor busy before the first step: MFU is no more than 1 all the same."""
+    asked = []
+
+    def rate(device: torch.device, dtype: torch.dtype, *, again: bool = False) -> float:
+        asked.append(again)
+        return 1e18 if again else 1.0
+
+    monkeypatch.setattr(loop, "gemm_rate", rate)
+    assert clip.main(command(straight[0], tmp_path / "run", steps=5)) == 0
+    shares = [json.loads(line).get("mfu") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [share for share in shares if share is not None]
+    assert asked == [False, True] and found and all(0 < share < 1 for share in found)
 
 
 def test_resumed_is_uninterrupted(straight: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from oner_fast.train.flops import ThroughputMeter, gemm_rate, mfu
 
 
 def test_gemm_rate_is_plausible_measured_once_and_leaves_no_trace():
-    flops._gemm_rate.cache_clear()
+    flops._RATES.clear()
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     start = time.perf_counter()
     rate = gemm_rate("cpu", torch.float32, threads=1)
@@ -18,6 +18,14 @@ def test_gemm_rate_is_plausible_measured_once_and_leaves_no_trace():
     assert gemm_rate(torch.device("cpu"), torch.float32, threads=1) == rate
     assert time.perf_counter() - start < 0.01
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+
+
+def test_measured_again_the_better_rate_stays(monkeypatch):
+    rates = iter([2e9, 5e9, 3e9])
+    monkeypatch.setattr(flops, "_RATES", {})
+    monkeypatch.setattr(flops, "_gemm_rate", lambda *_: next(rates))
+    found = [gemm_rate("cpu", torch.float32, threads=1, again=again) for again in (False, False, True, True, False)]
+    assert found == [2e9, 2e9, 5e9, 5e9, 5e9]
 
 
 def test_the_rate_is_the_operations_of_the_best_product(monkeypatch):
