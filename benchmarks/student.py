@@ -26,11 +26,11 @@ from torch import Tensor
 from oner_fast import ops
 from oner_fast.benchmarks import machine, memory
 from oner_fast.benchmarks.timing import Candidate, Samples, interleave, ratio
-from oner_fast.data.masking import draw_masks
 from oner_fast.models.files import uta_config_from_dict
 from oner_fast.models.flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
+from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.alignment import with_cls
 from oner_fast.train.memory import freed_memory_kept
 from oner_fast.train.teacher_cache import FeatureCache

@@ -11,7 +11,7 @@ from oner_fast import _extension, ops
 from oner_fast.ops import implementations, library
 from oner_fast.ops.implementations import choose, explain, register, serving
 
-PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
+PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "patch_masks", "token_alignment", "varlen_attention"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,15 @@ def test_argument_wins_over_the_ops_variable_over_the_one_for_all(toy: str, monk
     monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "picky")
     assert choose(toy, "cuda").name == "picky"
     assert choose(toy, "cuda", "gpu").name == "gpu"
+
+
+def test_the_variable_for_all_leaves_ops_without_that_name_free(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "gpu")  # only the toy has it
+    assert choose(toy, "cuda").name == "gpu"
+    assert choose("patch_masks", "cpu").name == "reference"
+    monkeypatch.setenv("ONER_FAST_PATCH_MASKS_IMPLEMENTATION", "gpu")
+    with pytest.raises(ValueError, match="patch_masks has no implementation 'gpu'"):
+        choose("patch_masks", "cpu")
 
 
 def test_unknown_name_lists_the_known_ones(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:

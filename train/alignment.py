@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from oner_fast import ops
 from oner_fast.data.batch import PairBatch
-from oner_fast.data.masking import draw_masks
 from oner_fast.models.uta import UTA
+from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.distributed import World, sum_over_ranks
 from oner_fast.train.teacher_features import TeacherFeatures
 from oner_fast.train.uta_settings import UTATraining

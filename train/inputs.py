@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from oner_fast.data.batch import PairBatch
-from oner_fast.data.masking import Vocabulary, mask_words, patch_mask
+from oner_fast.data.word_masks import Vocabulary, mask_words
 from oner_fast.models.oner import ImageInput, OneRConfig, Pass, PassName, TextInput, Wanted
 from oner_fast.nn.embeddings import PatchEmbedding
+from oner_fast.ops.patch_masks import patch_mask
 from oner_fast.train.settings import Objectives
 
 Input = TypeVar("Input", ImageInput, TextInput)

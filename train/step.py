@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from oner_fast.data.batch import PairBatch
-from oner_fast.data.masking import Vocabulary
+from oner_fast.data.word_masks import Vocabulary
 from oner_fast.models.oner import OneR, PassName
 from oner_fast.train.distributed import World, sum_over_ranks
 from oner_fast.train.inputs import StudentInput, student_input, teacher_input

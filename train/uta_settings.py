@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from oner_fast.data.masking import Pattern
 from oner_fast.models.uta import UTAConfig
+from oner_fast.ops.patch_masks import Pattern
 from oner_fast.train.settings import Data, Optimisation, Run
 
 Objective = Literal["uta", "distillation", "mask_token"]

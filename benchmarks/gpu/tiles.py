@@ -24,7 +24,7 @@ LIMITS: dict[str, dict[str, dict[str, tuple[int, int]]]] = {
         "sum_groups": {"BLOCK": (64, 2048)},
         "lists": {"BLOCK_I": (32, 1024)},
     },
-    "masking": {"masks": {}, "boundaries": {"BLOCK": (128, 8192)}},
+    "patch_masks": {"masks": {}, "boundaries": {"BLOCK": (128, 8192)}},
     "mixup_info_nce": {
         "rows": {"BLOCK_M": (1, 128), "BLOCK_D": (32, 1024)},
         "merge": {"BLOCK_N": (32, 1024)},

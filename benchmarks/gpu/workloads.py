@@ -70,7 +70,7 @@ def _served_by(implementation: str) -> Iterator[None]:
 
 def workloads(op: str) -> list[Workload]:
     """Of an op, by the name of its file of tiles."""
-    if op == "masking":
+    if op == "patch_masks":
         return [*(_masks(side, pattern) for side in (14, 32, 64) for pattern in ("random", "block")), _boundaries()]
     if op == "gather_patches":
         return [_patch_gathers(dtype) for dtype in (torch.uint8, _HALF)]
@@ -193,11 +193,11 @@ def _masks(side: int, pattern: str) -> Workload:
         return Call((torch.arange(seed * 1024, (seed + 1) * 1024, device=device),))
 
     def draw(samples: Tensor) -> tuple[Tensor, Tensor]:
-        from oner_fast.kernels.masking import draw_masks
+        from oner_fast.kernels.patch_masks import draw_masks
 
         return draw_masks((1, 2), 0, 0, samples, (side, side), side * side // 2, pattern)
 
-    return Workload(f"masking {pattern} masks of {side} x {side}", "masking", torch.int64, make, draw)
+    return Workload(f"patch_masks {pattern} masks of {side} x {side}", "patch_masks", torch.int64, make, draw)
 
 
 def _boundaries() -> Workload:
@@ -205,8 +205,8 @@ def _boundaries() -> Workload:
         return Call((torch.arange(16384, device=device) % 99,))
 
     def sums(counts: Tensor) -> Tensor:
-        from oner_fast.kernels.masking import boundaries
+        from oner_fast.kernels.patch_masks import boundaries
 
         return boundaries(counts)
 
-    return Workload("masking boundaries of 16384", "masking", torch.int64, make, sums)
+    return Workload("patch_masks boundaries of 16384", "patch_masks", torch.int64, make, sums)

@@ -13,10 +13,10 @@ from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
-from oner_fast.data.philox import AUGMENT, random_u32
 from oner_fast.data.substitution import CANDIDATES, substitutes
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches, in_workers
+from oner_fast.philox import AUGMENT, random_u32
 
 
 class PairSource(Dataset[PairBatch]):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oner_fast.data.philox import PERMUTE, random_u32
+from oner_fast.philox import PERMUTE, random_u32
 
 _ROUNDS = 8
 

@@ -20,10 +20,10 @@ from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
 from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
-from oner_fast.data.philox import AUGMENT, random_u32
 from oner_fast.data.tar_index import IMAGE, KINDS
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches, in_workers
+from oner_fast.philox import AUGMENT, random_u32
 
 logger = logging.getLogger("oner_fast.data")
 

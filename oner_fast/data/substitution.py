@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from oner_fast.data.philox import SUBSTITUTE, random_u32
+from oner_fast.philox import SUBSTITUTE, random_u32
 
 CANDIDATES = 256
 

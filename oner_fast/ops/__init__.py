@@ -6,6 +6,7 @@ from oner_fast.ops import flops, library
 from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
 from oner_fast.ops.mixup_info_nce import mixup_info_nce
+from oner_fast.ops.patch_masks import boundaries, draw_masks, patch_mask
 from oner_fast.ops.token_alignment import token_alignment
 from oner_fast.ops.varlen_attention import varlen_attention
 
@@ -14,4 +15,13 @@ _extension.status()
 library.choose_cuda_ops()
 flops.register()
 
-__all__ = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
+__all__ = [
+    "boundaries",
+    "draw_masks",
+    "gather_patches",
+    "masked_gather",
+    "mixup_info_nce",
+    "patch_mask",
+    "token_alignment",
+    "varlen_attention",
+]

@@ -98,12 +98,16 @@ def implementations(op: str) -> dict[str, Implementation]:
 
 
 def forced(op: str, implementation: str | None = None) -> tuple[str, str] | None:
-    """The name that is forced for `op` and who asks for it, or None when the choice is free."""
+    """Return the name forced for `op` and what forces it, or None where the choice is free."""
     if implementation is not None:
         return implementation, "the argument implementation="
-    for variable in (f"ONER_FAST_{op.upper()}_IMPLEMENTATION", "ONER_FAST_IMPLEMENTATION"):
-        if value := os.environ.get(variable):
-            return value, f"the environment variable {variable}"
+    own = f"ONER_FAST_{op.upper()}_IMPLEMENTATION"
+    if value := os.environ.get(own):
+        return value, f"the environment variable {own}"
+    value = os.environ.get("ONER_FAST_IMPLEMENTATION")
+    # A name that only other ops have (masks have no "cpp") leaves this one free; a name that no op has is a mistake.
+    if value and (value in _registry.get(op, ()) or not any(value in known for known in _registry.values())):
+        return value, "the environment variable ONER_FAST_IMPLEMENTATION"
     return None
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from oner_fast.data.masking import Pattern, draw_masks
+from oner_fast.ops.patch_masks import Pattern, draw_masks
 from oner_fast.report.style import COLOURS, style
 
 PATTERNS: dict[Pattern, str] = {"random": "random", "block": "block-wise", "reversed_block": "reversed block-wise"}

@@ -350,7 +350,7 @@ def test_a_real_kernel_is_searched(log: Log, monkeypatch: pytest.MonkeyPatch) ->
         ([], "--dry-run lists the candidates"),
         (["--op", "softmax"], "unknown op 'softmax'; known: gather_patches, "),
         (["--kernel", "sideways"], "unknown kernel 'sideways'"),
-        (["--op", "masking", "--shape-class", "wide"], "unknown class of shapes"),
+        (["--op", "patch_masks", "--shape-class", "wide"], "unknown class of shapes"),
         (["--architecture", "sm_75"], "sm_80 or newer, got 'sm_75'"),
         (["--architecture", "volta", "--dry-run"], "got 'volta'"),
         (["--changes", "0"], "--changes must be at least 1"),

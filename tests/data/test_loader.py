@@ -10,9 +10,9 @@ from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import ImageTransform, decode, eval_transform
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.permutation import Permutation
-from oner_fast.data.philox import AUGMENT, random_u32
 from oner_fast.data.substitution import CANDIDATES, substitutes
 from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.philox import AUGMENT, random_u32
 
 SIZE, BATCH, SEED = 16, 8, 5
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from oner_fast.data.masking import mask_words
 from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.data.word_masks import mask_words
 
 CAPTIONS = [
     f"{a} {b} {c}"

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from oner_fast.data.batch import PairBatch, no_text
-from oner_fast.data.masking import draw_masks
 from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
 from oner_fast.models.files import load_uta, read_metadata
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
+from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train import checkpoint, uta
 from oner_fast.train.alignment import AlignmentStep, with_cls
 from oner_fast.train.distributed import World, setup, shutdown

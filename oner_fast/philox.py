@@ -59,6 +59,16 @@ def check_step(step: int | Tensor) -> None:
         raise ValueError(f"a step must be in [0, 2^32), not {step}")
 
 
+def mask_stream(base: int, index: int) -> int:
+    """Return the stream of a masking pass: `MASK_PATCH`, `MASK_TEXT` or `MASK_BLOCK` plus its index.
+
+    Raises ValueError for an index outside [0, 12).
+    """
+    if not 0 <= index < MASK_PASSES:
+        raise ValueError(f"a masking pass has an index in [0, {MASK_PASSES}), not {index}")
+    return base + index
+
+
 def random_u32(
     seed: int, stream: int, step: int | Tensor, sample: Tensor, count: int, *, first_block: int = 0
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Patch masks in Triton: one program a sample, whole numbers only, cell for cell those of `oner_fast.data.masking`.
+"""Patch masks in Triton: one program a sample, whole numbers only, cell for cell those of `oner_fast.ops.patch_masks`.
 
 A random mask is the `count` smallest of the pairs (draw, cell). Their threshold is found bit by bit, from the highest
 of 32, by counting the draws below it: 32 sums over the cells instead of a sort. Blocks are tried one after the other;
@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oner_fast.data import block_masks
+from oner_fast import block_masks
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration
-
-MAX_CELLS = 1 << 14
 
 _ASPECTS = tl.constexpr(block_masks.ASPECTS)
 _PARTS = tl.constexpr(len(block_masks.ASPECTS))
@@ -26,7 +24,7 @@ _PADDING = tl.constexpr(block_masks.PADDING)
 
 @triton.jit
 def philox4x32(block, sample, step, stream, key_low, key_high):
-    """Philox4x32-10: four uint32 words of uint32 counters, as `oner_fast.data.philox` makes them."""
+    """Philox4x32-10: four uint32 words of uint32 counters, as `oner_fast.philox` makes them."""
     zero = block * 0
     w0, w1, w2, w3 = block, zero + sample, zero + step, zero + stream
     for _ in tl.static_range(10):
@@ -155,14 +153,14 @@ def draw_masks(
 def boundaries(counts: Tensor) -> Tensor:
     """cu_seqlens (B + 1,) int32."""
     out = torch.empty(len(counts) + 1, dtype=torch.int32, device=counts.device)
-    chosen = configuration("masking", "boundaries", "any", architecture_of(counts))
+    chosen = configuration("patch_masks", "boundaries", "any", architecture_of(counts))
     boundaries_kernel[(1,)](counts.contiguous(), out, len(counts), **chosen.launch)
     return out
 
 
 def _of_cells(cells: int, architecture: int) -> Configuration:
     size = "256 cells" if cells <= 256 else "1024 cells" if cells <= 1024 else "more cells"
-    return configuration("masking", "masks", size, architecture)
+    return configuration("patch_masks", "masks", size, architecture)
 
 
 def _signed(word: int | Tensor) -> int:
@@ -182,7 +180,7 @@ def compilations() -> list[Compilation]:
             made.append(Compilation(name, masks_kernel, signature, {**tile, "step_at": None}, options=options))
         captured = {**signature, "step_at": "*i64"}
         made.append(Compilation(f"{name}_step_on_device", masks_kernel, captured, tile, options=options))
-    chosen = configuration("masking", "boundaries", "any", 80)
+    chosen = configuration("patch_masks", "boundaries", "any", 80)
     signature = {"counts": "*i64", "out": "*i32", "samples": "i32"}
     made.append(Compilation("boundaries", boundaries_kernel, signature, chosen.blocks, options=chosen.options))
     return made

@@ -1,43 +1,14 @@
-from dataclasses import dataclass
+"""Patch masks: their statistics, their keys, and the reference implementation against plain Python."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oner_fast.data.batch import TokenizedText
-from oner_fast.data.block_masks import ASPECTS, aspects
-from oner_fast.data.masking import boundaries, draw_masks, mask_words, patch_mask
-from oner_fast.data.philox import MASK_BLOCK, philox4x32, split_seed
-
-
-@dataclass
-class Words:
-    mask_id: int = 2
-    first_word_id: int = 3
-    vocab_size: int = 1003
-
-
-def text_of(words: list[list[int]]) -> TokenizedText:
-    """Captions given as the numbers of tokens of their words; ids from 500 up in order."""
-    lengths = [sum(caption) for caption in words]
-    word_ids = [w for caption in words for w, tokens in enumerate(caption) for _ in range(tokens)]
-    return TokenizedText(
-        torch.arange(sum(lengths)) % 500 + 500,
-        torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        torch.tensor(word_ids, dtype=torch.int32),
-    )
-
-
-def masked_words(text: TokenizedText, target: torch.Tensor, caption: int) -> list[bool]:
-    """For each word of a caption whether it is a target; fails where a word is a target in part."""
-    part = slice(*text.cu_seqlens[caption : caption + 2].tolist())
-    of_word: dict[int, set[bool]] = {}
-    for word, hit in zip(text.word_ids[part].tolist(), target[part].tolist(), strict=True):
-        of_word.setdefault(word, set()).add(hit)
-    assert all(len(hits) == 1 for hits in of_word.values())
-    return [hits.pop() for hits in of_word.values()]
+from oner_fast.block_masks import ASPECTS, aspects
+from oner_fast.ops import implementations
+from oner_fast.ops.patch_masks import boundaries, draw_masks, patch_mask
+from oner_fast.philox import MASK_BLOCK, philox4x32, split_seed
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,7 +27,7 @@ def test_patch_masks_are_uniform_over_cells_and_pairs():
     assert (off_diagonal - 8 * 7 / (16 * 15)).abs().max() < 0.02
 
 
-def test_patch_masks_belong_to_seed_step_sample_and_pass():
+def test_patch_masks_depend_on_seed_step_sample_and_pass_alone():
     mask = patch_mask(1, 2, torch.arange(64), 64, 32)
     assert torch.equal(patch_mask(1, 2, torch.arange(32, 64), 64, 32), mask[32:])
     for other in (
@@ -67,78 +38,16 @@ def test_patch_masks_belong_to_seed_step_sample_and_pass():
         assert not (other == mask).all(1).any()
 
 
-def test_impossible_masks_are_refused():
+def test_counts_and_passes_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="masked must be in"):
         patch_mask(0, 0, torch.arange(2), 4, 5)
     with pytest.raises(ValueError, match="masking pass"):
         patch_mask(0, 0, torch.arange(2), 4, 2, stream=12)
-    text = text_of([[1], [2]])
-    with pytest.raises(ValueError, match="ratio must be in"):
-        mask_words(text, 0, 0, torch.arange(2), 0, Words(), ratio=1.5)
-    with pytest.raises(ValueError, match="samples must be"):
-        mask_words(text, 0, 0, torch.arange(3), 0, Words())
+    with pytest.raises(ValueError, match="step must be in"):
+        patch_mask(0, 2**32, torch.arange(2), 4, 2)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    words=st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=12), min_size=1, max_size=20),
-    ratio=st.sampled_from([0.0, 0.15, 0.4, 0.5, 1.0]),
-    seed=st.integers(0, 2**32),
-)
-def test_whole_words_in_the_wanted_number(words, ratio, seed):
-    text = text_of(words)
-    masked = mask_words(text, seed, 3, torch.arange(len(words)), 0, Words(), ratio)
-    for caption, lengths in enumerate(words):
-        count, exact = sum(masked_words(text, masked.target, caption)), ratio * len(lengths)
-        assert int(exact + 1e-6) <= count <= int(np.ceil(exact - 1e-6))
-    kept = ~masked.target
-    assert torch.equal(masked.input_ids[kept], text.input_ids[kept])
-
-
-def test_the_mean_is_the_ratio_even_for_single_words():
-    for lengths in ([1], [2, 1], [1, 3, 1]):
-        text = text_of([lengths] * 40000)
-        masked = mask_words(text, 9, 4, torch.arange(40000), 1, Words())
-        rate = np.mean([masked_words(text, masked.target, k) for k in range(0, 40000, 10)], axis=0)
-        assert np.abs(rate - 0.15).max() < 0.02  # each place alike
-
-
-def test_eighty_ten_ten_shared_by_a_words_tokens():
-    text = text_of([[2, 2, 2, 2]] * 20000)
-    masked = mask_words(text, 1, 0, torch.arange(20000), 0, Words(), 0.5)
-    ids, original = masked.input_ids.view(-1, 2), text.input_ids.view(-1, 2)
-    ids, original = ids[masked.target.view(-1, 2)[:, 0]], original[masked.target.view(-1, 2)[:, 0]]
-    is_mask, is_kept = ids == 2, ids == original
-    assert (is_mask[:, 0] == is_mask[:, 1]).all()
-    is_random = ~is_mask[:, 0] & ~is_kept.all(1)
-    assert abs(is_mask[:, 0].double().mean() - 0.8) < 0.01
-    assert abs(is_kept.all(1).double().mean() - 0.1) < 0.01
-    assert abs(is_random.double().mean() - 0.1) < 0.01
-    drawn = ids[is_random]
-    assert drawn.min() >= 3 and drawn.max() < 1003
-    assert (drawn[:, 0] != drawn[:, 1]).double().mean() > 0.99  # each token's id is its own
-    assert abs(drawn.double().mean() - 503) < 15
-
-
-def test_passes_and_parts_of_a_batch():
-    text = text_of([[1, 2], [3], [1, 1, 1], [2, 1]] * 50)
-    samples = torch.arange(200)
-    whole = mask_words(text, 6, 7, samples, 0, Words(), 0.5)
-    parts = [mask_words(part, 6, 7, samples[k * 50 :][:50], 0, Words(), 0.5) for k, part in enumerate(text.split(4))]
-    assert torch.equal(torch.cat([part.input_ids for part in parts]), whole.input_ids)
-    assert torch.equal(torch.cat([part.target for part in parts]), whole.target)
-    assert not torch.equal(mask_words(text, 6, 7, samples, 1, Words(), 0.5).target, whole.target)
-    again = mask_words(text, 6, 7, samples, 0, Words(), 0.5)
-    assert torch.equal(again.input_ids, whole.input_ids)
-
-
-def test_no_caption_no_mask():
-    empty = TokenizedText(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int32), torch.zeros(0).int())
-    masked = mask_words(empty, 0, 0, torch.arange(0), 0, Words())
-    assert masked.input_ids.numel() == 0 and masked.target.dtype == torch.bool
-
-
-def test_the_table_of_aspects_is_what_makes_it():
+def test_the_table_of_aspects_agrees_with_its_formula():
     assert aspects() == ASPECTS and len(ASPECTS) == 64
     assert all(abs(a * b / 2**24 - 1) < 1e-3 for a, b in zip(ASPECTS, reversed(ASPECTS), strict=True))
 
@@ -173,7 +82,7 @@ def plain_blocks(seed: int, step: int, sample: int, height: int, width: int, cou
 
 
 @pytest.mark.parametrize(("height", "width", "count"), [(16, 16, 128), (6, 11, 40), (14, 14, 98), (3, 3, 5)])
-def test_blocks_are_those_of_the_plain_loop(height, width, count):
+def test_block_masks_agree_with_a_plain_python_loop(height, width, count):
     mask = draw_masks(2**40 + 3, 17, torch.arange(12), (height, width), count, "block").mask.view(-1, height, width)
     for sample in range(12):
         expected = plain_blocks(2**40 + 3, 17, sample, height, width, count)
@@ -196,7 +105,7 @@ def test_block_masks_have_the_known_statistics():
     height=st.integers(1, 20), width=st.integers(1, 20), part=st.floats(0, 1), seed=st.integers(0, 2**64 - 1),
     step=st.integers(0, 2**32 - 1), pattern=st.sampled_from(["random", "block", "reversed_block"]),
 )  # fmt: skip
-def test_exact_counts_and_the_cells_that_are_kept(height, width, part, seed, step, pattern):
+def test_counts_are_exact_and_kept_lists_the_visible_cells(height, width, part, seed, step, pattern):
     cells = height * width
     masked = int(part * cells)
     mask, kept = draw_masks(seed, step, torch.arange(5), (height, width), masked, pattern)
@@ -206,14 +115,14 @@ def test_exact_counts_and_the_cells_that_are_kept(height, width, part, seed, ste
         assert torch.equal((~row).nonzero().squeeze(1), visible)
 
 
-def test_reversed_blocks_are_what_stays_visible():
+def test_reversed_blocks_stay_visible():
     block, backwards = (draw_masks(1, 2, torch.arange(50), (14, 14), 98, p).mask for p in ("block", "reversed_block"))
     assert torch.equal(block, ~backwards)
     fewer = draw_masks(1, 2, torch.arange(50), (14, 14), 150, "reversed_block").mask
     assert torch.equal(fewer, ~draw_masks(1, 2, torch.arange(50), (14, 14), 46, "block").mask)
 
 
-def test_block_masks_belong_to_seed_step_sample_and_pass():
+def test_block_masks_depend_on_seed_step_sample_and_pass_alone():
     mask = draw_masks(1, 2, torch.arange(64), (8, 8), 32, "block").mask
     assert torch.equal(draw_masks(1, 2, torch.arange(32, 64), (8, 8), 32, "block").mask, mask[32:])
     assert torch.equal(draw_masks(1, torch.tensor(2), torch.arange(64), (8, 8), 32, "block").mask, mask)
@@ -221,12 +130,12 @@ def test_block_masks_belong_to_seed_step_sample_and_pass():
         assert (draw_masks(seed, step, torch.arange(64), (8, 8), 32, "block", stream).mask != mask).any(1).sum() > 60
 
 
-def test_random_masks_of_a_grid_are_patch_masks():
+def test_random_masks_of_a_grid_agree_with_patch_mask():
     mask = draw_masks(3, 4, torch.arange(9), (5, 7), 12, stream=2).mask
     assert torch.equal(mask, patch_mask(3, 4, torch.arange(9), 35, 12, 2))
 
 
-def test_boundaries_are_cu_seqlens():
+def test_boundaries_are_cumulative_counts():
     assert boundaries(torch.tensor([3, 0, 2])).tolist() == [0, 3, 3, 5]
     assert boundaries(torch.zeros(0, dtype=torch.int64)).dtype == torch.int32
 
@@ -243,5 +152,21 @@ def test_impossible_grids_and_patterns_are_refused():
         draw_masks(0, 0, samples, (4, 4), 2, "block", 12)
     with pytest.raises(ValueError, match="step must be in"):
         draw_masks(0, 2**32, samples, (4, 4), 2, "block")
-    with pytest.raises(ValueError, match="implementation must be triton or reference"):
+    with pytest.raises(ValueError, match="no implementation 'cuda' .*known ones: triton, reference"):
         draw_masks(0, 0, samples, (4, 4), 2, implementation="cuda")
+
+
+def test_the_variable_forces_every_function_of_the_op(monkeypatch):
+    monkeypatch.setenv("ONER_FAST_PATCH_MASKS_IMPLEMENTATION", "nonsense")
+    for call in (
+        lambda: draw_masks(0, 0, torch.arange(2), (4, 4), 2),
+        lambda: patch_mask(0, 0, torch.arange(2), 4, 2),
+        lambda: boundaries(torch.tensor([1, 2])),
+    ):
+        with pytest.raises(ValueError, match="patch_masks has no implementation 'nonsense'"):
+            call()
+
+
+def test_large_grids_on_a_gpu_are_left_to_the_reference_implementation():
+    assert implementations.choose("patch_masks", "cuda", cells=1 << 14).name == "triton"
+    assert implementations.choose("patch_masks", "cuda", cells=(1 << 14) + 1).name == "reference"

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from oner_fast.data.philox import philox4x32, random_u32, split_seed
+from oner_fast.philox import philox4x32, random_u32, split_seed
 
 MIN_AREA = 16
 ATTEMPTS = 10

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from oner_fast.data.philox import philox4x32, random_u32, split_seed
+from oner_fast.philox import philox4x32, random_u32, split_seed
 
 FULL = 0xFFFFFFFF
 
