@@ -202,33 +202,12 @@ def load_teacher(
         return _open_clip(text, text, {}, common)
     folder = Path(text.removeprefix("local-dir:"))
     if folder.is_dir():
-        if (folder / lit.CONFIG).is_file():
-            return lit_teacher(str(folder), *lit.load_lit(folder), **common)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
-                "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
-            )
-        if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
-            raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
-        return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
+        return _from_folder(folder, common)
     if found := _FILE.fullmatch(text):
-        file, model = Path(found["file"]), found["model"]
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
-        if model.startswith("timm:"):
-            return _timm(text, model.removeprefix("timm:"), {"checkpoint_path": str(file)}, common)
-        _check_known(model)
-        return _open_clip(text, model, {"pretrained": str(file)}, common)
-    model, colon, tag = text.partition(":")
-    if isinstance(source, Path) or text.startswith("local-dir:") or (not colon and "/" in text):
+        return _from_file(text, Path(found["file"]), found["model"], common)
+    if isinstance(source, Path) or text.startswith("local-dir:") or (":" not in text and "/" in text):
         raise FileNotFoundError(f"there is no folder {folder}")
-    _check_known(model)
-    tags = peer("open_clip").list_pretrained_tags_by_model(model)
-    if tag not in tags:
-        known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
-        raise ValueError(f"a pretrained {model} must be named with its tag, got {text!r}; known: {known}")
-    return _open_clip(text, model, {"pretrained": tag, "force_quick_gelu": _quick_gelu(model, tag)}, common)
+    return _from_tag(text, common)
 
 
 def is_teacher(folder: Path) -> bool:
@@ -240,6 +219,41 @@ def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTCo
     """The teacher of a LiT; ``common`` is grid, device and dtype, as :func:`load_teacher` takes them."""
     tower = lit.LiTTower(model.visual, encoders, config.grid)
     return Teacher(tower, name=name, model=model, tokenize=lambda: encoders.tokenize, **common)
+
+
+def _from_folder(folder: Path, common: dict[str, Any]) -> Teacher:
+    """The teacher that a run or open_clip saved in `folder`."""
+    if (folder / lit.CONFIG).is_file():
+        return lit_teacher(str(folder), *lit.load_lit(folder), **common)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
+            "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
+        )
+    if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
+        raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
+    return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
+
+
+def _from_file(name: str, file: Path, model: str, common: dict[str, Any]) -> Teacher:
+    """open_clip's or timm's `model` with the weights of a file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    if model.startswith("timm:"):
+        return _timm(name, model.removeprefix("timm:"), {"checkpoint_path": str(file)}, common)
+    _check_known(model)
+    return _open_clip(name, model, {"pretrained": str(file)}, common)
+
+
+def _from_tag(name: str, common: dict[str, Any]) -> Teacher:
+    """The pretrained CLIP that open_clip knows as MODEL:TAG."""
+    model, _, tag = name.partition(":")
+    _check_known(model)
+    tags = peer("open_clip").list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
+        raise ValueError(f"a pretrained {model} must be named with its tag, got {name!r}; known: {known}")
+    return _open_clip(name, model, {"pretrained": tag, "force_quick_gelu": _quick_gelu(model, tag)}, common)
 
 
 def _check_known(model: str) -> None:
