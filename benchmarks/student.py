@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from oner_fast import ops
-from oner_fast.benchmarks import machine, memory
+from oner_fast.benchmarks import machine, peak_memory
 from oner_fast.benchmarks.timing import Candidate, Samples, interleave, ratio
 from oner_fast.data.masking import draw_masks
 from oner_fast.models.files import uta_config_from_dict
-from oner_fast.models.flops import uta_flops
+from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.train.alignment import with_cls
@@ -92,12 +92,12 @@ class Setting:
     def peak(self, name: str, mask_ratio: float) -> int:
         """Bytes above weights and batch, gradients included, in a process of its own."""
         task = {**asdict(self), "name": name, "mask_ratio": mask_ratio, "threads": torch.get_num_threads()}
-        environment = {**os.environ, **memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = {**os.environ, **peak_memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         command = [sys.executable, "-m", "oner_fast.benchmarks.student", "--peak", json.dumps(task)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise memory.Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
+            raise peak_memory.Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
         return int(done.stdout.strip().splitlines()[-1])
 
 
@@ -197,8 +197,8 @@ def _peak(task: dict[str, Any]) -> int:
     setting = Setting(uta_config_from_dict(task["config"]), task["batch_size"], task["device"], task["dtype"])
     run = setting.step(task["name"], task["mask_ratio"])
     if setting.device == "cpu":
-        return memory.peak_bytes(run)[0]
-    return memory.peak_on_gpu(run)[0]
+        return peak_memory.peak_bytes(run)[0]
+    return peak_memory.peak_on_gpu(run)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ from torch import Tensor
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.images import eval_transform, to_rgb
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import Images, LoadedTowers, clip_towers, stacked, student_towers
-from oner_fast.models import lit, packaged
+from oner_fast.loaded_dual_encoder import Images, LoadedDualEncoder, clip_dual_encoder, stacked, student_dual_encoder
+from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
 from oner_fast.models.files import FORMAT as ONER_FORMAT
 from oner_fast.models.files import (
@@ -29,9 +29,9 @@ from oner_fast.models.files import (
     uta_config_from_dict,
 )
 from oner_fast.models.oner import OneR, OneRConfig
-from oner_fast.models.packaged import Encoders
+from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
-from oner_fast.models.token_towers import tower_of as tower_of_clip
+from oner_fast.models.teacher_image_towers import image_tower_of
 from oner_fast.models.uta import UTA
 from oner_fast.train import checkpoint
 
@@ -93,7 +93,7 @@ class Loaded:
 
 def load(
     source: Path | str, device: torch.device | str = "cpu", *, text_tower: str | Path | None = None
-) -> Loaded | LoadedTowers:
+) -> Loaded | LoadedDualEncoder:
     """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, a CLIP, or a LiT.
 
     Args:
@@ -113,18 +113,20 @@ def load(
         raise FileNotFoundError(f"there is no run folder or model file {path}")
     path = _file_of(path) if path.is_dir() else path
     if path.name == CONFIG:
-        loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
+        loaded: Loaded | LoadedDualEncoder = clip_dual_encoder(
+            load_teacher(path.parent, device=device), path.parent, device
+        )
     elif path.name == lit.CONFIG:
         loaded = _lit(lit.load_lit(path.parent), path.parent, device)
     elif path.suffix == ".pt":
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
-        loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
+        loaded = student_dual_encoder(load_uta(path), about.get("teacher", ""), path.parent, device)
     else:
         loaded = _oner(*load_model(path), device)
     if text_tower is None:
         return loaded
-    if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
+    if not isinstance(loaded, LoadedDualEncoder) or isinstance(loaded.model, Teacher):
         raise ValueError(f"{source} has a text tower of its own; another can be given to UTA's student alone")
     return replace(loaded, text_source=str(text_tower))
 
@@ -143,13 +145,13 @@ def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loade
     return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
 
 
-def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
+def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedDualEncoder:
     """Its pictures are first made as small as those that its heads were trained on."""
     teacher = lit_teacher(str(run), *parts, device=device)
-    return replace(clip_towers(teacher, run, device), image_size=parts[2].image_size)
+    return replace(clip_dual_encoder(teacher, run, device), image_size=parts[2].image_size)
 
 
-def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
+def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedDualEncoder:
     """The model of a training that still runs; its checkpoint says under "kind" what it trains."""
     state = checkpoint.load(path)
     kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
@@ -162,12 +164,12 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
         clip.load_state_dict(part_of(student, "clip."))
         name = str(run)
         teacher = Teacher(
-            tower_of_clip(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
+            image_tower_of(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
         )
-        return clip_towers(teacher, run, device)
+        return clip_dual_encoder(teacher, run, device)
     if kind == lit.FORMAT:
         lit_config = lit.lit_config_from_dict(json.loads(state["model_config"]), str(path))
-        encoders = packaged.packaged_encoders()
+        encoders = pretrained_encoders.packaged_encoders()
         lit.check_origins(json.loads(state["encoders"]), encoders, str(path))
         heads = lit.build_heads(lit_config, encoders)
         heads.load_state_dict(part_of(student, "heads."))
@@ -175,7 +177,7 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
     if kind == UTA_FORMAT:
         uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
         uta.load_state_dict(part_of(student, "student.") or student)
-        return student_towers(uta, state.get("teacher", ""), run, device)
+        return student_dual_encoder(uta, state.get("teacher", ""), run, device)
     if "model_config" not in state:
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
     tower = OneR(config_from_dict(json.loads(state["model_config"])))

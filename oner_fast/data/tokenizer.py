@@ -12,7 +12,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from oner_fast.data.batch import TokenizedText
-from oner_fast.data.packing import pack
+from oner_fast.data.ragged import pack
 
 PAD, UNK, MASK = "[PAD]", "[UNK]", "[MASK]"
 _SPECIAL = (PAD, UNK, "[CLS]", "[SEP]", MASK)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from oner_fast.atomic import write_atomic
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -95,7 +95,7 @@ def build_clip(config: CLIPConfig) -> nn.Module:
     Raises:
         ModuleNotFoundError: open_clip is not installed.
     """
-    open_clip = peer("open_clip")
+    open_clip = optional_package("open_clip")
     values = open_clip_config(config)
     model = open_clip.CLIP(**values["model_cfg"])
     open_clip.model.set_model_preprocess_cfg(model, values["preprocess_cfg"])
@@ -124,7 +124,7 @@ def clip_pixels(images: Tensor, config: CLIPConfig) -> Tensor:
 
 def clip_tokenizer(config: CLIPConfig) -> Any:
     """CLIP's byte-pair tokenizer: list of strings -> (B, context_length) int64."""
-    return peer("open_clip").SimpleTokenizer(context_length=config.context_length)
+    return optional_package("open_clip").SimpleTokenizer(context_length=config.context_length)
 
 
 def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:

@@ -15,7 +15,7 @@ from oner_fast import ops
 from oner_fast.data.batch import TokenizedText
 from oner_fast.models.clip import CLIPConfig, check_images
 from oner_fast.nn.linear import packed_linear
-from oner_fast.nn.packing import place_in_caption, select_rows
+from oner_fast.nn.packed_rows import place_in_caption, select_rows
 from oner_fast.nn.transformer import Kept
 
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from oner_fast.atomic import write_atomic
-from oner_fast.models import packaged
-from oner_fast.models.packaged import Encoders
-from oner_fast.models.token_towers import TokenTower
+from oner_fast.models import pretrained_encoders
+from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.teacher_image_towers import TeacherImageTower
 
 CONFIG = "lit_config.json"
 WEIGHTS = "lit_model.safetensors"
@@ -90,7 +90,7 @@ class LiT(nn.Module):
         return self.heads.embed_text(self.text_encoder(ids))
 
 
-class LiTTower(TokenTower):
+class LiTTower(TeacherImageTower):
     """The picture tower: its tokens are the cells of the last feature map, token 0 is their mean. As the head is
     linear, token 0 passed through it is the picture's embedding, and the mean of the other tokens."""
 
@@ -153,7 +153,7 @@ def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
             raise FileNotFoundError(f"{folder} holds no {name}; it is no finished run of 'oner-fast train lit'")
     about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = lit_config_from_dict(about.get("model"), str(folder / CONFIG))
-    encoders = packaged.packaged_encoders()
+    encoders = pretrained_encoders.packaged_encoders()
     check_origins(about.get("encoders"), encoders, str(folder))
     heads = build_heads(config, encoders)
     try:

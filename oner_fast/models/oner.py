@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oner_fast.nn import packing
+from oner_fast.nn import packed_rows
 from oner_fast.nn.embeddings import PatchEmbedding, WordEmbedding
 from oner_fast.nn.heads import Projector
 from oner_fast.nn.transformer import Kept, Sequences, Trunk
@@ -150,9 +150,9 @@ class OneR(nn.Module):
         table = _RowTable(self)
         packed = [table.pack(each) for each in passes]
         lengths = torch.cat([each.lengths for each in packed])
-        cu_seqlens = packing.cumulative(lengths)
+        cu_seqlens = packed_rows.cumulative(lengths)
         rows = torch.cat([each.rows for each in packed])
-        tokens = packing.select_rows(table.rows(), rows)
+        tokens = packed_rows.select_rows(table.rows(), rows)
         sequences = _sequences(passes, packed, cu_seqlens, rows.shape[0])
         sizes = [each.rows.shape[0] for each in packed]
         places = [_places(each, size) for each, size in zip(passes, sizes, strict=True)]
@@ -215,18 +215,18 @@ class _RowTable:
         self.count = 1
         self.first: dict[int, tuple[int, tuple[int, ...]]] = {}
 
-    def pack(self, each: Pass) -> packing.Packed:
+    def pack(self, each: Pass) -> packed_rows.Packed:
         image, text = each.shown()
         if image is not None:
             first_patch, (count, tokens) = self._image(image)
             if text is None:
-                return packing.pack_images(count, tokens, first_patch, self.parts[0].device)
+                return packed_rows.pack_images(count, tokens, first_patch, self.parts[0].device)
         if text is None:
             raise ValueError(f"pass {each.name} has neither image nor text")
         first_word, (words,) = self._text(text)
         if image is None:
-            return packing.pack_texts(text.cu_seqlens, words, first_word)
-        return packing.pack_pairs(text.cu_seqlens, words, tokens, first_patch, first_word)
+            return packed_rows.pack_texts(text.cu_seqlens, words, first_word)
+        return packed_rows.pack_pairs(text.cu_seqlens, words, tokens, first_patch, first_word)
 
     def rows(self) -> Tensor:
         return torch.cat(self.parts)
@@ -249,7 +249,9 @@ class _RowTable:
         self.count += rows.shape[0]
 
 
-def _sequences(passes: Sequence[Pass], packed: Sequence[packing.Packed], cu_seqlens: Tensor, total: int) -> Sequences:
+def _sequences(
+    passes: Sequence[Pass], packed: Sequence[packed_rows.Packed], cu_seqlens: Tensor, total: int
+) -> Sequences:
     """Context passes take their keys from each other's sequences, all others from their own."""
     names = [each.name for each in passes]
     if not any(name in _CONTEXT for name in names):
@@ -261,8 +263,8 @@ def _sequences(passes: Sequence[Pass], packed: Sequence[packing.Packed], cu_seql
     order = torch.cat(
         [torch.arange(starts[source], starts[source] + counts[source], device=device) for source in sources]
     )
-    cu_seqlens_k = packing.cumulative(cu_seqlens.diff().long().index_select(0, order))
-    return Sequences(cu_seqlens, packing.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
+    cu_seqlens_k = packed_rows.cumulative(cu_seqlens.diff().long().index_select(0, order))
+    return Sequences(cu_seqlens, packed_rows.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
 
 
 class _Places(NamedTuple):
@@ -309,7 +311,7 @@ def _places(each: Pass, size: int) -> _Places:
     device, count, words = text.cu_seqlens.device, text.cu_seqlens.shape[0] - 1, text.input_ids.shape[0]
     head = (size - words) // count
     starts = text.cu_seqlens[:-1].long() + torch.arange(count, device=device) * head
-    words_at = torch.arange(words, device=device) + (packing.sample_of_word(text.cu_seqlens, words) + 1) * head
+    words_at = torch.arange(words, device=device) + (packed_rows.sample_of_word(text.cu_seqlens, words) + 1) * head
     patches = starts.unsqueeze(1) + torch.arange(1, head, device=device) if head > 1 else None
     return _Places(starts, patches, words_at)
 

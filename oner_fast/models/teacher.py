@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oner_fast.models import lit
-from oner_fast.models.packaged import Encoders
-from oner_fast.models.peers import peer
-from oner_fast.models.token_towers import TimmViT, TokenTower, tower_of
+from oner_fast.models.optional_packages import optional_package
+from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.teacher_image_towers import TeacherImageTower, TimmViT, image_tower_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 TEXTS = 256  # texts that pass the text tower at once
@@ -43,7 +43,7 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        tower: TokenTower,
+        tower: TeacherImageTower,
         *,
         name: str,
         model: nn.Module | None = None,
@@ -249,7 +249,7 @@ def _from_tag(name: str, common: dict[str, Any]) -> Teacher:
     """The pretrained CLIP that open_clip knows as MODEL:TAG."""
     model, _, tag = name.partition(":")
     _check_known(model)
-    tags = peer("open_clip").list_pretrained_tags_by_model(model)
+    tags = optional_package("open_clip").list_pretrained_tags_by_model(model)
     if tag not in tags:
         known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
         raise ValueError(f"a pretrained {model} must be named with its tag, got {name!r}; known: {known}")
@@ -257,7 +257,7 @@ def _from_tag(name: str, common: dict[str, Any]) -> Teacher:
 
 
 def _check_known(model: str) -> None:
-    if model not in peer("open_clip").list_models():
+    if model not in optional_package("open_clip").list_models():
         raise ValueError(
             f"a teacher must be a folder, MODEL:TAG or FILE:MODEL of open_clip, hf-hub:OWNER/NAME or timm:MODEL; "
             f"open_clip has no model {model!r} (open_clip.list_models() names them)"
@@ -266,18 +266,18 @@ def _check_known(model: str) -> None:
 
 def _quick_gelu(model: str, tag: str) -> bool:
     """Whether these weights were trained with QuickGELU, which a model's name alone does not tell."""
-    return bool(peer("open_clip").get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    return bool(optional_package("open_clip").get_pretrained_cfg(model, tag).get("quick_gelu", False))
 
 
 def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
-    open_clip = peer("open_clip")
+    open_clip = optional_package("open_clip")
     model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
-    tower = tower_of(model, name)
+    tower = image_tower_of(model, name)
     return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
 
 
 def _timm(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
-    timm = peer("timm")
+    timm = optional_package("timm")
     if not timm.is_model(model_name):
         raise ValueError(f"timm has no model {model_name!r} (timm.list_models() names them)")
     return Teacher(TimmViT(timm.create_model(model_name, **options), None, name), name=name, **common)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from oner_fast.nn import packing
+from oner_fast.nn import packed_rows
 from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.nn.linear import Linear
 from oner_fast.nn.rope import RotaryPositions
@@ -151,8 +151,8 @@ class UTA(nn.Module):
     def _embed_packed(self, images: Tensor, kept: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self.patch_embedding.packed(images, kept, cu_seqlens)
         prefix = (self.cls_token + self.cls_position).to(tokens.dtype).unsqueeze(0)
-        rows = packing.pack_texts(cu_seqlens, kept.shape[0], 1).rows  # [CLS] is row 0 of the table
-        x = packing.select_rows(torch.cat([prefix, tokens]), rows)
+        rows = packed_rows.pack_texts(cu_seqlens, kept.shape[0], 1).rows  # [CLS] is row 0 of the table
+        x = packed_rows.select_rows(torch.cat([prefix, tokens]), rows)
         places = torch.cat([kept.new_zeros(1), kept + 1]).index_select(0, rows)
         return x, places, ragged_boundaries(cu_seqlens, 1)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from oner_fast import ops
-from oner_fast.nn.packing import place_in_caption, select_rows
+from oner_fast.nn.packed_rows import place_in_caption, select_rows
 
 
 class PatchEmbedding(nn.Module):

@@ -23,7 +23,7 @@ from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
-from oner_fast.report.pictures import tile
+from oner_fast.report.image_tiles import tile
 
 LICENCE_PAGES = {
     "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",

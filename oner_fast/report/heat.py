@@ -11,7 +11,7 @@ from oner_fast.evaluation.composed import shuffle_key
 from oner_fast.evaluation.embed import Encoder, SplitEmbeddings
 from oner_fast.evaluation.localisation import heat_map, overlay, patch_scores
 from oner_fast.evaluation.splits import words
-from oner_fast.report.pictures import from_pixels
+from oner_fast.report.image_tiles import from_pixels
 
 SIZE = 168  # px of a heat-map's side
 MOST_WORDS = 3

@@ -8,8 +8,8 @@ from typing import Any
 from oner_fast.data.sources import npm
 from oner_fast.data.sources.building import Build, default_workers, report, versions
 from oner_fast.data.sources.concepts import caption_of_name
+from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
 from oner_fast.data.sources.emoji_names import EmojiNames
-from oner_fast.data.sources.pictures import Drawing, IconSet, build_pictures
 from oner_fast.data.sources.progress import say
 
 # Versions are fixed, so that the same pictures come out next year.
@@ -94,7 +94,7 @@ def build_icons(
     if limit is not None:
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
     say(f"icons: {len(drawings):,} drawings at {size} pixels into {build.output}")
-    return build_pictures(build, drawings, size, default_workers() if workers is None else workers, frozenset({style}))
+    return build_drawings(build, drawings, size, default_workers() if workers is None else workers, frozenset({style}))
 
 
 def icon_drawings(tarballs: Mapping[str, Path]) -> Iterator[Drawing]:

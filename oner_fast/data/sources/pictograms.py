@@ -8,7 +8,7 @@ from typing import Any
 
 from oner_fast.data.sources.building import Build, default_workers, report, versions
 from oner_fast.data.sources.concepts import caption_of_name
-from oner_fast.data.sources.pictures import Drawing, IconSet, build_pictures
+from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
 from oner_fast.data.sources.progress import say
 
 OPENMOJI = IconSet("openmoji", "OpenMoji", "OpenMoji contributors", "CC-BY-SA-4.0", "https://openmoji.org")
@@ -55,7 +55,7 @@ def build_pictograms(
     if limit is not None:
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
     say(f"pictograms: {len(drawings):,} drawings at {size} pixels into {build.output}")
-    return build_pictures(build, drawings, size, default_workers() if workers is None else workers)
+    return build_drawings(build, drawings, size, default_workers() if workers is None else workers)
 
 
 def pictogram_drawings() -> Iterator[Drawing]:

