@@ -117,7 +117,7 @@ def _parts(tensor: Any) -> list[Tensor]:
 
 
 def peak_on_gpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
-    """As :func:`peak_bytes`, by the count of torch's allocator."""
+    """As `peak_bytes`, by the count of torch's allocator."""
     for _ in range(WARM_UPS):
         run()
     torch.cuda.synchronize()

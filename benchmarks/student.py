@@ -3,7 +3,7 @@
 Three ways to the same gradient's shape: ours (hidden patches never enter), the same student fed mask tokens in their
 place, and the same student that embeds every patch and drops the hidden ones afterwards. Forward, token alignment and
 backward, without teacher and optimiser; interleaved, so that the ratios hold on a noisy machine; the peak of memory
-each in a fresh process. With ``--teacher`` also what the targets cost: computed, and read from a cache on disk.
+each in a fresh process. With `--teacher` also what the targets cost: computed, and read from a cache on disk.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _EmbedsAll(UTA):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: the student, and one batch of random pictures towards random tokens."""
+    """What is measured: the student, and one batch of random images towards random tokens."""
 
     config: UTAConfig
     batch_size: int
@@ -103,7 +103,7 @@ class Setting:
 
 @dataclass
 class Row:
-    """One mask ratio: tokens a picture that enter our student, seconds and peak bytes of every way."""
+    """One mask ratio: tokens an image that enter our student, seconds and peak bytes of every way."""
 
     mask_ratio: float
     tokens: int
@@ -113,7 +113,7 @@ class Row:
 
 
 def teacher_steps(setting: Setting, source: str, folder: Path) -> dict[str, Callable[[], Tensor | None]]:
-    """Calls that give the targets of a batch: by the teacher, and by a cache in ``folder`` that holds them."""
+    """Calls that give the targets of a batch: by the teacher, and by a cache in `folder` that holds them."""
     c = setting.config
     dtype = _DTYPES[setting.dtype] or torch.float32
     teacher = load_teacher(source, grid=c.grid, device=setting.device, dtype=dtype)

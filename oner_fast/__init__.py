@@ -1,6 +1,6 @@
 """oner_fast: one transformer for images and text, trained fast.
 
-``oner_fast.ops`` holds the fused ops, ``oner_fast.load`` opens a trained model. Importing the package costs little
+`oner_fast.ops` holds the fused ops, `oner_fast.load` opens a trained model. Importing the package costs little
 beyond torch, starts no CUDA context and needs no extra.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m oner_fast`` is ``oner-fast``."""
+"""`python -m oner_fast` is `oner-fast`."""
 
 from oner_fast.cli import main
 

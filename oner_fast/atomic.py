@@ -14,10 +14,10 @@ SUFFIX = ".tmp"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, make it durable and rename it over ``path``.
+    """Let `write` fill a temporary file beside `path`, make it durable and rename it over `path`.
 
-    The order is: write, flush, fsync(file), ``os.replace``, fsync(directory). A kill at any moment leaves
-    ``path`` as it was or as it is to be. Where ``write`` raises, the temporary file is removed and the
+    The order is: write, flush, fsync(file), `os.replace`, fsync(directory). A kill at any moment leaves
+    `path` as it was or as it is to be. Where `write` raises, the temporary file is removed and the
     exception passes on.
 
     Args:
@@ -40,7 +40,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames and removals inside ``folder`` durable."""
+    """Make renames and removals inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +49,7 @@ def sync_directory(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove the temporary files in ``folder`` whose writers are dead; returns their paths, sorted.
+    """Remove the temporary files in `folder` whose writers are dead; returns their paths, sorted.
 
     A live writer holds a lock on its file, which the kernel drops at its death; a file that cannot be
     locked is left alone.

@@ -1,4 +1,4 @@
-"""The command line ``oner-fast``: a subcommand's module is imported only when it is asked for."""
+"""The command line `oner-fast`: a subcommand's module is imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand lives: ``module:main(argv) -> exit code``, and the extra that its module needs."""
+    """Where a subcommand lives: `module:main(argv) -> exit code`, and the extra that its module needs."""
 
     module: str
     help: str
@@ -97,7 +97,7 @@ def _complain(what: str, given: str, known: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``oner-fast`` with `argv` (default: the process's); returns the exit code, 2 for a wrong command line."""
+    """Run `oner-fast` with `argv` (default: the process's); returns the exit code, 2 for a wrong command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)

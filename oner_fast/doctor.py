@@ -1,4 +1,4 @@
-"""``oner-fast doctor``: what is installed, what the machine can do, and which implementation serves each op and why.
+"""`oner-fast doctor`: what is installed, what the machine can do, and which implementation serves each op and why.
 
 Needs the standard library and torch alone. Optional peers are looked up without importing them.
 """
@@ -160,7 +160,7 @@ def report() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``oner-fast doctor``; takes no arguments."""
+    """`oner-fast doctor`; takes no arguments."""
     if any(argument in ("-h", "--help") for argument in argv):
         print(f"usage: oner-fast doctor\n\n{(__doc__ or '').strip()}")
         return 0

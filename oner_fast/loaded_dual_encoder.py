@@ -1,4 +1,4 @@
-"""A picture tower beside a text tower, ready to use: a CLIP, or UTA's student with its teacher's text tower."""
+"""An image tower beside a text tower, ready to use: a CLIP, or UTA's student with its teacher's text tower."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Images = Tensor | Sequence[Image.Image]
 class LoadedDualEncoder:
     """Two towers with one space. Embeddings are (B, E) float32, L2-normalised.
 
-    `model` is the picture tower, `text_source` what the text tower is loaded from at its first use (see
+    `model` is the image tower, `text_source` what the text tower is loaded from at its first use (see
     `oner_fast.models.teacher.load_teacher`), empty where there is none; `beside` is the model's own folder, from which
     a relative path in `text_source` may also start.
     """
@@ -40,12 +40,12 @@ class LoadedDualEncoder:
         return bool(self.text_source)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
+        """An image of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
         return eval_transform(self.image_size)(to_rgb(image))
 
     @torch.inference_mode()
     def encode_image(self, images: Images) -> Tensor:
-        """Pictures, or uint8 (B, 3, S, S), to (B, E)."""
+        """Images, or uint8 (B, 3, S, S), to (B, E)."""
         return _normalise(self.model.encode_image(stacked(images, self.preprocess).to(self.device)))
 
     @torch.inference_mode()
@@ -91,10 +91,10 @@ class LoadedDualEncoder:
 
 
 def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Pictures as one uint8 tensor (B, 3, S, S); a tensor as it is.
+    """Images as one uint8 tensor (B, 3, S, S); a tensor as it is.
 
     Raises:
-        TypeError: one picture instead of a list. ValueError: none.
+        TypeError: one image instead of a list. ValueError: none.
     """
     if isinstance(images, Image.Image):
         raise TypeError("images must be a list of pictures or a tensor, got one picture")

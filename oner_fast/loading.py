@@ -1,4 +1,4 @@
-"""Trained models ready to use: ``oner_fast.load(run or file)``."""
+"""Trained models ready to use: `oner_fast.load(run or file)`."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Loaded:
         return self.model.config
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
+        """An image of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
         return eval_transform(self.config.image_size)(to_rgb(image))
 
     @torch.inference_mode()
     def encode_image(self, images: Images) -> Tensor:
-        """F(I) of pictures, or of uint8 (B, 3, S, S); (B, E)."""
+        """F(I) of images, or of uint8 (B, 3, S, S); (B, E)."""
         return _normalise(self.model.encode_image(self._images(images)))
 
     @torch.inference_mode()
@@ -97,9 +97,9 @@ def load(
     """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, a CLIP, or a LiT.
 
     Args:
-        source: a run folder (its ``model.safetensors``, or its newest checkpoint while it trains), a
-            ``model.safetensors``, a checkpoint within a run folder, or a folder of open_clip's
-            (``open_clip_config.json`` and weights) or of `oner-fast train lit` (``lit_config.json`` and heads).
+        source: a run folder (its `model.safetensors`, or its newest checkpoint while it trains), a
+            `model.safetensors`, a checkpoint within a run folder, or a folder of open_clip's
+            (`open_clip_config.json` and weights) or of `oner-fast train lit` (`lit_config.json` and heads).
         device: where the model computes.
         text_tower: for UTA's student, the CLIP that embeds texts, as `oner_fast.models.teacher.load_teacher` names
             them; by default the one that it was aligned to. It is loaded at the first text.
@@ -146,7 +146,7 @@ def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loade
 
 
 def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedDualEncoder:
-    """Its pictures are first made as small as those that its heads were trained on."""
+    """Its images are first made as small as those that its heads were trained on."""
     teacher = lit_teacher(str(run), *parts, device=device)
     return replace(clip_dual_encoder(teacher, run, device), image_size=parts[2].image_size)
 

@@ -28,7 +28,7 @@ def _steady() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-    """``make(seed)`` puts tiny encoders, the same of a seed each time, in the place of the packaged ones, which are too
+    """`make(seed)` puts tiny encoders, the same of a seed each time, in the place of the packaged ones, which are too
     large for a test's installation, and returns a pair of them."""
     from oner_fast.models import pretrained_encoders
     from oner_fast.models.sentence_encoder import SentenceEncoder

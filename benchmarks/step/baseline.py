@@ -34,7 +34,7 @@ _RENAMED = (
 
 
 def plain_name(name: str) -> str:
-    """What a parameter of :class:`Student` or :class:`OneR` is called in the plain model."""
+    """What a parameter of `Student` or `OneR` is called in the plain model."""
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs)
     return name

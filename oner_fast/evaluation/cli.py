@@ -43,7 +43,7 @@ class Options:
     data: Path | None = None
     """Data to evaluate on (a folder with dataset.json, or a tar); the run's own by default."""
     split: tuple[str, ...] = ()
-    """Splits to evaluate; all but `train` by default."""
+    """Split to evaluate; all but `train` by default."""
     coco_json: Path | None = None
     """Captions of images: Karpathy's json or COCO's captions json; needs --coco-images."""
     coco_images: Path | None = None
@@ -51,9 +51,9 @@ class Options:
     coco_split: str = "test"
     """The split of Karpathy's json."""
     image_folder: Path | None = None
-    """Pictures for zero-shot classification: FOLDER/class/picture.jpg."""
+    """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
-    """Pictures of the same classes from which --knn and --linear-probe learn those of --image-folder."""
+    """Images of the same classes from which --knn and --linear-probe learn those of --image-folder."""
     classes: str | None = None
     """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; their own names by
     default."""
@@ -62,16 +62,16 @@ class Options:
     zero_shot: bool = True
     """Tell the concepts of each held-out split's captions from one another, zero-shot."""
     knn: bool = False
-    """Weighted k-NN from the features of training pictures."""
+    """Weighted k-NN from the features of training images."""
     linear_probe: bool = False
-    """Logistic regression on the features of training pictures."""
+    """Logistic regression on the features of training images."""
     label: tuple[str, ...] = ()
     """What k-NN and the probe learn of a captioned data set: `concept`, or a field of its samples' json; `concept` and
     `set` by default."""
     label_classes: int = 1000
-    """Take the pictures of this many of a label's classes, the most frequent ones."""
+    """Take the images of this many of a label's classes, the most frequent ones."""
     batch_size: int = 64
-    """Pictures embedded at once."""
+    """Images embedded at once."""
     device: str = "cpu"
     """Where the model computes: cpu, cuda, cuda:1, ..."""
     limit: int | None = None

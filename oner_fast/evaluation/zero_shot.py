@@ -152,7 +152,7 @@ def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     Both are sorted by name, so that the class numbers are the ones torchvision gives.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no sub-folder with pictures in it.
+        FileNotFoundError: no such folder. ValueError: no sub-folder with images in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")

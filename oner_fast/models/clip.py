@@ -60,7 +60,7 @@ class CLIPConfig:
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """The configuration as open_clip's ``open_clip_config.json`` holds it: ``model_cfg`` and ``preprocess_cfg``."""
+    """The configuration as open_clip's `open_clip_config.json` holds it: `model_cfg` and `preprocess_cfg`."""
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
@@ -90,7 +90,7 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def build_clip(config: CLIPConfig) -> nn.Module:
-    """An ``open_clip.CLIP`` with random weights (torch's generator), in training mode.
+    """An `open_clip.CLIP` with random weights (torch's generator), in training mode.
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
@@ -103,7 +103,7 @@ def build_clip(config: CLIPConfig) -> nn.Module:
 
 
 def check_images(images: Tensor, config: CLIPConfig) -> None:
-    """A ValueError where ``images`` is not (B, 3, image_size, image_size)."""
+    """A ValueError where `images` is not (B, 3, image_size, image_size)."""
     size = config.image_size
     if images.dim() != 4 or images.shape[1:] != (3, size, size):
         raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
@@ -128,9 +128,9 @@ def clip_tokenizer(config: CLIPConfig) -> Any:
 
 
 def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
-    """Write ``open_clip_config.json`` and ``open_clip_model.safetensors`` into ``folder``.
+    """Write `open_clip_config.json` and `open_clip_model.safetensors` into `folder`.
 
-    open_clip loads it as ``open_clip.create_model_and_transforms("local-dir:FOLDER")``. Each file is whole at any
+    open_clip loads it as `open_clip.create_model_and_transforms("local-dir:FOLDER")`. Each file is whole at any
     moment.
     """
     folder = Path(folder)
@@ -142,11 +142,11 @@ def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
 
 
 def load_clip(folder: Path | str) -> tuple[nn.Module, CLIPConfig]:
-    """Read what :func:`save_clip` wrote: the model (float32, evaluation mode) and its sizes.
+    """Read what `save_clip` wrote: the model (float32, evaluation mode) and its sizes.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the configuration is of a model that :class:`CLIPConfig` does not describe, or the weights do not
+        ValueError: the configuration is of a model that `CLIPConfig` does not describe, or the weights do not
             fit it.
     """
     folder = Path(folder)

@@ -1,4 +1,4 @@
-"""The towers of an ``open_clip.CLIP`` computed by this library's ops: the same parameters, the same embeddings, faster.
+"""The towers of an `open_clip.CLIP` computed by this library's ops: the same parameters, the same embeddings, faster.
 
 Captions are packed without padding, patches go from bytes to the first product in one pass, and the last block of each
 tower computes only the token that is pooled.
@@ -32,7 +32,7 @@ def pack_tokens(ids: Tensor) -> TokenizedText:
 
 
 def encode_image(model: nn.Module, images: Tensor, config: CLIPConfig) -> Tensor:
-    """``model.encode_image`` of uint8 (B, 3, S, S), or floats in [0, 1], not yet normalised; (B, embed_dim).
+    """`model.encode_image` of uint8 (B, 3, S, S), or floats in [0, 1], not yet normalised; (B, embed_dim).
 
     Raises:
         ValueError: another shape than (B, 3, image_size, image_size).
@@ -53,7 +53,7 @@ def encode_image(model: nn.Module, images: Tensor, config: CLIPConfig) -> Tensor
 
 
 def encode_text(model: nn.Module, text: TokenizedText) -> Tensor:
-    """``model.encode_text`` of packed captions (see :func:`pack_tokens`); (B, embed_dim)."""
+    """`model.encode_text` of packed captions (see `pack_tokens`); (B, embed_dim)."""
     clip: Any = model
     starts = text.cu_seqlens
     places = place_in_caption(starts, text.input_ids.shape[0])
@@ -63,7 +63,7 @@ def encode_text(model: nn.Module, text: TokenizedText) -> Tensor:
 
 
 def _run(transformer: Any, x: Tensor, cu_seqlens: Tensor, pooled: Tensor, *, causal: bool) -> Tensor:
-    """The blocks on packed tokens (T, D); of the last one only the rows ``pooled`` (B,), one a sequence: (B, D)."""
+    """The blocks on packed tokens (T, D); of the last one only the rows `pooled` (B,), one a sequence: (B, D)."""
     one_each = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=x.device)
     for block in transformer.resblocks[:-1]:
         x = _block(block, x, cu_seqlens, None, causal)

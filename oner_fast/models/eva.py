@@ -1,4 +1,4 @@
-"""UTA's weights under other names: the released layout (EVA's), and that of timm's ``Eva``.
+"""UTA's weights under other names: the released layout (EVA's), and that of timm's `Eva`.
 
 A state dict is converted by splitting, joining and reshaping alone: there and back again is the same to the bit.
 """
@@ -47,31 +47,31 @@ class _Row(NamedTuple):
 
 
 def to_eva(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The state dict of a :class:`oner_fast.models.uta.UTA` in the released layout: ``blocks.0.attn.q_proj.weight``,
-    ``attn.q_bias``, ``mlp.w1`` (gate), ``w2`` (value), ``ffn_ln``, ``w3``. The tables of RoPE are not in it."""
+    """The state dict of a `oner_fast.models.uta.UTA` in the released layout: `blocks.0.attn.q_proj.weight`,
+    `attn.q_bias`, `mlp.w1` (gate), `w2` (value), `ffn_ln`, `w3`. The tables of RoPE are not in it."""
     return _convert(state, config, "eva")
 
 
 def to_timm(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The same for timm's ``Eva`` (``qkv_fused=False``): ``attn.q_proj.bias``, ``mlp.fc1_g`` (gate), ``fc1_x`` (value),
-    ``norm``, ``fc2``. open_clip puts ``visual.trunk.`` in front."""
+    """The same for timm's `Eva` (`qkv_fused=False`): `attn.q_proj.bias`, `mlp.fc1_g` (gate), `fc1_x` (value),
+    `norm`, `fc2`. open_clip puts `visual.trunk.` in front."""
     return _convert(state, config, "timm")
 
 
 def from_eva(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The inverse of :func:`to_eva`, of a state dict with or without ``visual.`` in front of its names.
+    """The inverse of `to_eva`, of a state dict with or without `visual.` in front of its names.
 
-    Products may be fused (``attn.qkv``, ``mlp.w12``), RoPE's tables, a mask token that ``config`` lacks and a text
+    Products may be fused (`attn.qkv`, `mlp.w12`), RoPE's tables, a mask token that `config` lacks and a text
     tower are passed over, and positions of another grid are resampled.
 
     Raises:
-        ValueError: names are missing or unknown, or a shape does not fit ``config``; the text lists them.
+        ValueError: names are missing or unknown, or a shape does not fit `config`; the text lists them.
     """
     return _revert(state, config, "eva")
 
 
 def from_timm(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The inverse of :func:`to_timm`, with or without ``visual.trunk.`` in front; otherwise as :func:`from_eva`."""
+    """The inverse of `to_timm`, with or without `visual.trunk.` in front; otherwise as `from_eva`."""
     return _revert(state, config, "timm")
 
 
@@ -96,7 +96,7 @@ def without_prefix(state: Mapping[str, Tensor]) -> State:
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """Learned positions (1, 1 + N, D), [CLS] first, for a grid of ``grid`` cells a side: (1, 1 + grid**2, D).
+    """Learned positions (1, 1 + N, D), [CLS] first, for a grid of `grid` cells a side: (1, 1 + grid**2, D).
 
     Bicubic with antialiasing, in float32; the same tensor where the grid is that already. ValueError where N is no
     square.

@@ -25,15 +25,15 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
-    """Write ``tower`` and its tokenizer to ``path``, which is whole at any moment."""
+    """Write `tower` and its tokenizer to `path`, which is whole at any moment."""
     _write(
         Path(path), tower, {"format": FORMAT, "config": json.dumps(asdict(tower.config)), "tokenizer": tokenizer_json}
     )
 
 
 def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``model`` to ``path``, which is whole at any moment, with more lines for the file's metadata (what it was
-    aligned with, for example). ValueError where one of them is named ``format`` or ``config``."""
+    """Write `model` to `path`, which is whole at any moment, with more lines for the file's metadata (what it was
+    aligned with, for example). ValueError where one of them is named `format` or `config`."""
     own = {"format": UTA_FORMAT, "config": json.dumps(asdict(model.config))}
     extra = dict(extra_metadata or {})
     if taken := own.keys() & extra.keys():
@@ -59,7 +59,7 @@ def _ordered(data: bytes) -> bytes:
 
 
 def load_model(path: Path | str) -> tuple[OneR, str]:
-    """Read what :func:`save_model` wrote: the tower (float32, evaluation mode) and the tokenizer's JSON.
+    """Read what `save_model` wrote: the tower (float32, evaluation mode) and the tokenizer's JSON.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -76,17 +76,17 @@ def load_model(path: Path | str) -> tuple[OneR, str]:
 
 
 def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
-    """A student (float32, evaluation mode) from weights in any layout of :mod:`oner_fast.models.eva`.
+    """A student (float32, evaluation mode) from weights in any layout of `oner_fast.models.eva`.
 
     Args:
-        source: what :func:`save_uta` wrote; a safetensors file or a PyTorch checkpoint (weights alone are read) in
+        source: what `save_uta` wrote; a safetensors file or a PyTorch checkpoint (weights alone are read) in
             EVA's or timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
-        config: the sizes. None takes them from the file, where :func:`save_uta` wrote it. Given, positions of another
+        config: the sizes. None takes them from the file, where `save_uta` wrote it. Given, positions of another
             grid are resampled to its.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the weights are in no known layout or do not fit, or ``config`` is needed.
+        ValueError: the weights are in no known layout or do not fit, or `config` is needed.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     state, metadata = _read_any(source)
@@ -105,7 +105,7 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """What a safetensors file says of itself: ``format``, ``config``, and what the student was aligned with.
+    """What a safetensors file says of itself: `format`, `config`, and what the student was aligned with.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -1,7 +1,7 @@
 """A LiT-like teacher: one trained linear head on each of two frozen encoders that packages bring.
 
-It is no CLIP. In LiT (Zhai et al., CVPR 2022) the picture tower is locked and the text tower trained; here both are
-locked, as both are small and trained already, and the heads alone learn a common space from captioned pictures.
+It is no CLIP. In LiT (Zhai et al., CVPR 2022) the image tower is locked and the text tower trained; here both are
+locked, as both are small and trained already, and the heads alone learn a common space from captioned images.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FORMAT = "oner_fast.lit"
 
 @dataclass(frozen=True)
 class LiTConfig:
-    """Sizes of the heads, and of the pictures that they are trained on."""
+    """Sizes of the heads, and of the images that they are trained on."""
 
     image_size: int = 48
-    """Pixels a side of the pictures, a student's; they are enlarged to grid times the encoder's stride (6 x 32 px)."""
+    """Pixels a side of the images, a student's; they are enlarged to grid times the encoder's stride (6 x 32 px)."""
     grid: int = 6
     """Cells a side of the feature map, so tokens are grid x grid: the student's grid."""
     embed_dim: int = 256
@@ -45,7 +45,7 @@ class LiTConfig:
 
 
 class LiTHeads(nn.Module):
-    """What is trained: ``image`` and ``text``, two linear maps to the common space, and the logarithm of
+    """What is trained: `image` and `text`, two linear maps to the common space, and the logarithm of
     logit_scale."""
 
     def __init__(self, image_width: int, text_width: int, embed_dim: int, temperature: float = 0.07) -> None:
@@ -60,7 +60,7 @@ class LiTHeads(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """The picture encoder with its head."""
+    """The image encoder with its head."""
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ImageTower(nn.Module):
 
 
 class LiT(nn.Module):
-    """Both towers, as :class:`oner_fast.models.teacher.Teacher` takes them."""
+    """Both towers, as `oner_fast.models.teacher.Teacher` takes them."""
 
     def __init__(self, encoders: Encoders, heads: LiTHeads) -> None:
         super().__init__()
@@ -91,8 +91,8 @@ class LiT(nn.Module):
 
 
 class LiTTower(TeacherImageTower):
-    """The picture tower: its tokens are the cells of the last feature map, token 0 is their mean. As the head is
-    linear, token 0 passed through it is the picture's embedding, and the mean of the other tokens."""
+    """The image tower: its tokens are the cells of the last feature map, token 0 is their mean. As the head is
+    linear, token 0 passed through it is the image's embedding, and the mean of the other tokens."""
 
     interpolation = "bicubic"
 
@@ -127,8 +127,8 @@ def build_heads(config: LiTConfig, encoders: Encoders, temperature: float = 0.07
 
 
 def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: dict[str, dict[str, str]]) -> None:
-    """Write ``lit_config.json`` (sizes, and the encoders' packages with the SHA-256 of their weights) and
-    ``lit_model.safetensors`` (the heads alone) into ``folder``. Each file is whole at any moment."""
+    """Write `lit_config.json` (sizes, and the encoders' packages with the SHA-256 of their weights) and
+    `lit_model.safetensors` (the heads alone) into `folder`. Each file is whole at any moment."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
@@ -139,7 +139,7 @@ def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: di
 
 
 def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
-    """Read what :func:`save_lit` wrote, and the encoders from their packages (float32, evaluation mode).
+    """Read what `save_lit` wrote, and the encoders from their packages (float32, evaluation mode).
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
@@ -164,7 +164,7 @@ def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
 
 
 def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
-    """The configuration out of JSON; ``name`` stands in the error.
+    """The configuration out of JSON; `name` stands in the error.
 
     Raises:
         ValueError: it holds other fields than the sizes of a LiT.
@@ -177,7 +177,7 @@ def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
 
 
 def check_origins(saved: Any, encoders: Encoders, name: str) -> None:
-    """A ValueError where ``saved`` names other weights than ``encoders`` has."""
+    """A ValueError where `saved` names other weights than `encoders` has."""
     for side, now in encoders.origins().items():
         before = saved.get(side) if isinstance(saved, dict) else None
         if not isinstance(before, dict) or before.get("sha256") != now["sha256"]:

@@ -86,7 +86,7 @@ class Wanted(NamedTuple):
 class PassOutput(NamedTuple):
     """Outputs of the trunk after the final norm: [CLS] (B, D), patches (B, M, D) or None, words (T, D) or None.
 
-    Where a :class:`Wanted` chose outputs, patches are (P, D) and words (W, D), in its order.
+    Where a `Wanted` chose outputs, patches are (P, D) and words (W, D), in its order.
     """
 
     cls: Tensor
@@ -122,9 +122,9 @@ class OneR(nn.Module):
     def forward(
         self, passes: Sequence[Pass], wanted: Mapping[PassName, Wanted] | None = None
     ) -> dict[PassName, PassOutput]:
-        """All ``passes`` as one packed variable-length batch (one for each trunk where there are two), by name.
+        """All `passes` as one packed variable-length batch (one for each trunk where there are two), by name.
 
-        With ``wanted`` only these outputs and [CLS] (of a pass it does not name, [CLS] alone): the last block then
+        With `wanted` only these outputs and [CLS] (of a pass it does not name, [CLS] alone): the last block then
         computes no more than they need.
 
         Raises:
@@ -288,7 +288,7 @@ class _Places(NamedTuple):
         return torch.cat([each.flatten() for each in self if each is not None])
 
     def moved(self, kept: Tensor, start: int) -> _Places:
-        """Where the rows lie among ``kept``, ascending rows of the batch in which this pass begins at ``start``."""
+        """Where the rows lie among `kept`, ascending rows of the batch in which this pass begins at `start`."""
         cls, patches, words = (None if each is None else torch.searchsorted(kept, each + start) for each in self)
         assert cls is not None
         return _Places(cls, patches, words)
@@ -302,7 +302,7 @@ class _Places(NamedTuple):
 
 
 def _places(each: Pass, size: int) -> _Places:
-    """Of one pass, whose packed outputs are ``size`` rows."""
+    """Of one pass, whose packed outputs are `size` rows."""
     image, text = each.shown()
     if text is None:
         assert image is not None

@@ -17,7 +17,7 @@ _libraries: list[Any] = []  # their declarations stand as long as they are held
 
 @cache
 def optional_package(name: str) -> ModuleType:
-    """Import ``open_clip`` or ``timm``.
+    """Import `open_clip` or `timm`.
 
     Both import torchvision, whose compiled ops are missing where its build does not fit torch's (PyPI's wheel beside a
     CPU build of torch). Neither calls one, so that the ops are declared and nothing more.

@@ -1,4 +1,4 @@
-"""Two trained encoders that packages of PyPI bring along: EfficientNet-Lite0 (ImageNet) for pictures, all-MiniLM-L6-v2
+"""Two trained encoders that packages of PyPI bring along: EfficientNet-Lite0 (ImageNet) for images, all-MiniLM-L6-v2
 for sentences. Neither has seen the other; a LiT-like teacher's heads bring them together."""
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two, frozen: ``image`` turns normalised pixels (B, 3, S, S) into (B, image_width, S / stride, S / stride),
-    ``text`` turns ids (B, L) int64 into (B, text_width), ``tokenize`` makes the ids."""
+    """The two, frozen: `image` turns normalised pixels (B, 3, S, S) into (B, image_width, S / stride, S / stride),
+    `text` turns ids (B, L) int64 into (B, text_width), `tokenize` makes the ids."""
 
     image: nn.Module
     image_width: int
@@ -172,7 +172,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
 
 
 def _weights(package: str, name: str) -> tuple[Path, Origin]:
-    """The file ``name`` of an installed package, which is searched and not imported."""
+    """The file `name` of an installed package, which is searched and not imported."""
     module = package.replace("-", "_")
     try:
         version, found = importlib.metadata.version(package), importlib.util.find_spec(module)

@@ -51,7 +51,7 @@ class Layer(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """``forward(ids (B, L) int64, padded with 0) -> (B, width)``: the mean over the tokens that are no padding, not
+    """`forward(ids (B, L) int64, padded with 0) -> (B, width)`: the mean over the tokens that are no padding, not
     normalised. The defaults are all-MiniLM-L6-v2's sizes."""
 
     def __init__(
@@ -85,7 +85,7 @@ class SentenceEncoder(nn.Module):
 
 
 def from_bert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A BERT's state dict under the names of :class:`SentenceEncoder`; its pooler, which a mean needs not, is left out.
+    """A BERT's state dict under the names of `SentenceEncoder`; its pooler, which a mean needs not, is left out.
 
     Raises:
         ValueError: it holds a tensor that a BERT has not.

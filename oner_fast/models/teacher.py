@@ -52,7 +52,7 @@ class Teacher(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``model`` is the whole CLIP where there is a text tower; ``tokenize`` makes its tokenizer on first use."""
+        """`model` is the whole CLIP where there is a text tower; `tokenize` makes its tokenizer on first use."""
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -71,15 +71,15 @@ class Teacher(nn.Module):
         self.embed_dim = self._check()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode, whatever is asked of the module that holds it."""
+        """Stay in evaluation mode, whatever is asked of the module that holds it."""
         return super().train(False)
 
     def tokens(self, images: Tensor) -> Tensor:
         """[CLS] and every patch token, after the final norm and the projection: (B, 1 + grid * grid, embed_dim) in the
-        teacher's dtype, the grid row by row, not normalised. Token 0 is :meth:`encode_image`.
+        teacher's dtype, the grid row by row, not normalised. Token 0 is `encode_image`.
 
         Args:
-            images: (B, 3, S, S) uint8, or floats in [0, 1]; any S, resized to ``image_size``.
+            images: (B, 3, S, S) uint8, or floats in [0, 1]; any S, resized to `image_size`.
         """
         pixels = self._pixels(images)
         with torch.inference_mode():
@@ -150,7 +150,7 @@ class Teacher(nn.Module):
         return self._tower.pixels(images, device).to(self.dtype)
 
     def _check(self) -> int:
-        """Token 0 of one picture of noise must be its embedding; returns the embedding's size."""
+        """Token 0 of one image of noise must be its embedding; returns the embedding's size."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(256, (1, 3, self.image_size, self.image_size), dtype=torch.uint8, generator=generator)
         tokens, pooled = self.tokens(noise), self.encode_image(noise)
@@ -178,13 +178,13 @@ def load_teacher(
     Args:
         source: one of
 
-            * a folder with ``open_clip_config.json`` and the weights (a run of ``oner-fast train clip``);
-            * a folder with ``lit_config.json`` and the heads (a run of ``oner-fast train lit``: no CLIP, but two
+            * a folder with `open_clip_config.json` and the weights (a run of `oner-fast train clip`);
+            * a folder with `lit_config.json` and the heads (a run of `oner-fast train lit`: no CLIP, but two
               packaged encoders with a common space);
-            * ``MODEL:TAG`` of open_clip, such as ``ViT-B-16:openai`` or ``EVA01-g-14-plus:merged2b_s11b_b114k``;
-            * ``hf-hub:OWNER/NAME``, a CLIP of open_clip's layout;
-            * ``FILE:MODEL``: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of ``timm:MODEL``;
-            * ``timm:MODEL``, such as ``timm:vit_base_patch16_clip_224.openai``: an image tower without texts.
+            * `MODEL:TAG` of open_clip, such as `ViT-B-16:openai` or `EVA01-g-14-plus:merged2b_s11b_b114k`;
+            * `hf-hub:OWNER/NAME`, a CLIP of open_clip's layout;
+            * `FILE:MODEL`: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of `timm:MODEL`;
+            * `timm:MODEL`, such as `timm:vit_base_patch16_clip_224.openai`: an image tower without texts.
         grid: cells a side that the teacher shall have (the student's): its input is resized to grid * patch pixels
             and its positions resampled. By default its own.
         dtype: of the weights and of what it returns: torch.float32 or torch.bfloat16.
@@ -216,7 +216,7 @@ def is_teacher(folder: Path) -> bool:
 
 
 def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTConfig, **common: Any) -> Teacher:
-    """The teacher of a LiT; ``common`` is grid, device and dtype, as :func:`load_teacher` takes them."""
+    """The teacher of a LiT; `common` is grid, device and dtype, as `load_teacher` takes them."""
     tower = lit.LiTTower(model.visual, encoders, config.grid)
     return Teacher(tower, name=name, model=model, tokenize=lambda: encoders.tokenize, **common)
 

@@ -16,7 +16,7 @@ class TeacherImageTower(ABC):
     """An image tower whose pooled embedding is its token 0 ([CLS]) after the final norm and the projection; the other
     tokens pass through the same two.
 
-    ``patch_size`` and ``image_size`` are in pixels, ``mean`` and ``std`` of pixel values in [0, 1].
+    `patch_size` and `image_size` are in pixels, `mean` and `std` of pixel values in [0, 1].
     """
 
     patch_size: int
@@ -29,10 +29,10 @@ class TeacherImageTower(ABC):
 
     @abstractmethod
     def resize(self, image_size: int) -> None:
-        """Take pictures of another size: the positions are resampled by the library that the tower is of."""
+        """Take images of another size: the positions are resampled by the library that the tower is of."""
 
     def pixels(self, images: Tensor, device: torch.device) -> Tensor:
-        """Pictures (B, 3, S, S) uint8, or floats in [0, 1], resized to ``image_size`` and normalised: float32."""
+        """Images (B, 3, S, S) uint8, or floats in [0, 1], resized to `image_size` and normalised: float32."""
         pixels = images.to(device).float()
         top = 255.0 if images.dtype == torch.uint8 else 1.0
         if pixels.shape[-1] != self.image_size:

@@ -93,17 +93,17 @@ class UTA(nn.Module):
         Args:
             images: (B, C, S, S) uint8, or floating in [0, 1]; only the kept patches are read.
             kept: the cells that enter, row-major, each at most once in an image: (B, K) int64, all where None; with
-                ``cu_seqlens`` flat, (T,).
-            cu_seqlens: (B + 1,) int32, the boundaries of the images in a flat ``kept``.
+                `cu_seqlens` flat, (T,).
+            cu_seqlens: (B + 1,) int32, the boundaries of the images in a flat `kept`.
             masked: (B, N) bool, the same number in each image: these cells enter as the mask token and their position.
-                Only without ``kept`` and where ``config.mask_token``: the comparison "the same student, fed mask
+                Only without `kept` and where `config.mask_token`: the comparison "the same student, fed mask
                 tokens".
 
         Returns:
-            (B, 1 + K, E), [CLS] first; with ``cu_seqlens`` the pair ``(packed (T + B, E), cu_seqlens_out (B + 1,))``.
+            (B, 1 + K, E), [CLS] first; with `cu_seqlens` the pair `(packed (T + B, E), cu_seqlens_out (B + 1,))`.
 
         Raises:
-            ValueError, IndexError: a shape, dtype or cell that does not fit, or ``masked`` beside ``kept``.
+            ValueError, IndexError: a shape, dtype or cell that does not fit, or `masked` beside `kept`.
         """
         if cu_seqlens is None:
             x, places = self._embed(images, kept, masked)
@@ -116,7 +116,7 @@ class UTA(nn.Module):
         return self.head(self._run(x, places, cu_seqlens_out, 1 + self.config.cells)), cu_seqlens_out
 
     def encode_image(self, images: Tensor, projected: bool = True) -> Tensor:
-        """images (B, C, S, S), all patches seen; the output of [CLS] (B, E), not normalised. Without ``projected`` what
+        """images (B, C, S, S), all patches seen; the output of [CLS] (B, E), not normalised. Without `projected` what
         the head is given, (B, D): the final norm's output. The last block computes no other output."""
         x, places = self._embed(images, None, None)
         batch, tokens = x.shape[:2]
@@ -127,7 +127,7 @@ class UTA(nn.Module):
 
     def encode_patches(self, images: Tensor, projected: bool = True) -> Tensor:
         """images (B, C, S, S), all patches seen; the patches' outputs (B, N, E), row-major, not normalised. Without
-        ``projected`` what the head is given, (B, N, D)."""
+        `projected` what the head is given, (B, N, D)."""
         x, places = self._embed(images, None, None)
         outputs = self._run(x.flatten(0, 1), places.flatten(), _even(x), x.shape[1])
         outputs = outputs.unflatten(0, (x.shape[0], -1))[:, 1:]

@@ -41,7 +41,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor, cells: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """images (B, C, S, S) uint8 or floating; cells (B, M) int64, all by default; masked (B, M) bool; -> (B, M, D).
 
-        Every row of ``masked`` holds the same number of True. ValueError where it does not, or the images have another
+        Every row of `masked` holds the same number of True. ValueError where it does not, or the images have another
         size than the embedding's.
         """
         self._check_size(images)
@@ -85,7 +85,7 @@ class PatchEmbedding(nn.Module):
 
     @classmethod
     def masked_places(cls, masked: Tensor) -> Tensor:
-        """Where the masked cells of each image stand, ascending: (B, count) int64; errors as :meth:`masked_count`'s."""
+        """Where the masked cells of each image stand, ascending: (B, count) int64; errors as `masked_count`'s."""
         return torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, : cls.masked_count(masked)]
 
     def _check_size(self, images: Tensor) -> None:

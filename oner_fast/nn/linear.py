@@ -13,7 +13,7 @@ _TILE = 64
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, the same parameters and the same result; in bfloat16 on the CPU its products come in few shapes.
+    """`nn.Linear`, the same parameters and the same result; in bfloat16 on the CPU its products come in few shapes.
 
     oneDNN compiles and keeps a kernel for every shape of a bfloat16 product, and a packed batch has another number of
     rows each step: without this, more than half of the products' time goes into compiling, and memory grows each step.
@@ -25,7 +25,7 @@ class Linear(nn.Linear):
 
 
 def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of (T, in_features), as :class:`Linear` computes it; (T, out_features)."""
+    """`F.linear` of (T, in_features), as `Linear` computes it; (T, out_features)."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
     if input.device.type != "cpu" or dtype != torch.bfloat16 or input.ndim != 2 or input.shape[0] <= _TILE:
         return F.linear(input, weight, bias)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def rope_angles(
     grid: int, head_dim: int, theta: float = 10000.0, rope_grid: int = 16, device: torch.device | None = None
 ) -> Tensor:
-    """The angle of each pair in each cell of a ``grid`` x ``grid`` image: (grid**2, head_dim / 2) float64, row-major.
+    """The angle of each pair in each cell of a `grid` x `grid` image: (grid**2, head_dim / 2) float64, row-major.
 
     Place i of an axis counts as i * rope_grid / grid, so that every resolution spans the same angles; frequency f of
     the head_dim / 4 of an axis is theta**(-4 f / head_dim). ValueError where head_dim is no multiple of 4.
@@ -60,7 +60,7 @@ class RotaryPositions(nn.Module):
 
 
 def rotate_first(x: Tensor, rotation: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Turn the first ``parts`` of x (T, P, H, Dh) by rotation (T, Dh / 2), complex.
+    """Turn the first `parts` of x (T, P, H, Dh) by rotation (T, Dh / 2), complex.
 
     Returns:
         The turned (T, parts, H, Dh), in x's dtype, and the others (T, P - parts, H, Dh), a view. Products are float32

@@ -32,7 +32,7 @@ class RotaryAttention(nn.Module):
         self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
     ) -> Tensor:
         """x (T, D), rotation (T, Dh / 2) complex, cu_seqlens (S + 1,) int32, longest an upper bound of the lengths; ->
-        (T, D), or (R, D) where ``kept`` names R rows."""
+        (T, D), or (R, D) where `kept` names R rows."""
         width, weight = x.shape[1], self.qkv.weight
         no_bias = torch.zeros_like(self.q_bias)
         if kept is None:
@@ -67,14 +67,14 @@ class RotaryBlock(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
     ) -> Tensor:
-        """(T, D) -> (T, D), or (R, D) where ``kept`` names R rows; the rest as :class:`RotaryAttention`."""
+        """(T, D) -> (T, D), or (R, D) where `kept` names R rows; the rest as `RotaryAttention`."""
         mixed = self.attention(self.norm_attention(x), rotation, cu_seqlens, longest, kept)
         x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
         return x + self.mlp(self.norm_mlp(x))
 
 
 class RotaryTrunk(nn.Module):
-    """``depth`` blocks and a final LayerNorm, for packed tokens (T, D)."""
+    """`depth` blocks and a final LayerNorm, for packed tokens (T, D)."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class RotaryTrunk(nn.Module):
     ) -> Tensor:
         """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm.
 
-        With ``kept`` only these R rows: (R, D). The last block then computes the others' keys and values alone.
+        With `kept` only these R rows: (R, D). The last block then computes the others' keys and values alone.
         """
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):

@@ -14,7 +14,7 @@ from oner_fast.nn.linear import Linear
 class SwiGLU(nn.Module):
     """out(LayerNorm(SiLU(gate(x)) * value(x))), with biases; (T, D) -> (T, D).
 
-    Gate and value are one product: the first ``hidden`` rows of ``gate_value`` are the gate's.
+    Gate and value are one product: the first `hidden` rows of `gate_value` are the gate's.
     """
 
     def __init__(self, width: int, hidden: int, eps: float = 1e-6) -> None:

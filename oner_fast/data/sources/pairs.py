@@ -135,7 +135,7 @@ def _attribution(source: Path, meta: dict[str, str], splits: dict[str, Any]) -> 
 
 
 def _split(pairs: Sequence[Pair], percent: int, by: str) -> tuple[dict[str, list[Pair]], int]:
-    """The pairs of each split, shuffled; how many training pairs were dropped as their picture validates."""
+    """The pairs of each split, shuffled; how many training pairs were dropped as their image validates."""
 
     def validates(pair: Pair) -> bool:
         return percentile(concept(pair.caption) if by == "concept" else pair.caption) < percent
