@@ -45,9 +45,8 @@ class Shard:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     """Write `samples` to the tar `path`, through a temporary file that is synced to the disk and then renamed."""
-    from webdataset.writer import (
-        TarWriter,
-    )  # imports torch, which a finished build does not need
+    # Imported late: it imports torch, which takes seconds, and a finished build needs neither.
+    from webdataset.writer import TarWriter
 
     count = 0
     with replacing(path) as file, TarWriter(file, encoder=False, mtime=0, user=OWNER, group=OWNER) as tar:
