@@ -13,7 +13,7 @@ EXTRAS ?= train
 TORCH ?=
 TORCH_CPU ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-# The Triton of the tests where torch brings none; benchmarks/gpu_resources.md was made by it.
+# The Triton of the tests where torch brings none; benchmarks/results/gpu_resources.md was made by it.
 TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
@@ -86,7 +86,7 @@ gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels a
 	ONER_FAST_GPU=1 $(BIN)/pytest -ra tests/gpu tests/kernels $(PYTEST)
 	$(BIN)/oner-fast bench ops --device cuda --out runs/gpu
 
-gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/gpu_resources.md and benchmarks/gpu_peers.md again
+gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/results/gpu_resources.md and benchmarks/results/gpu_peers.md again
 	$(BIN)/oner-fast bench gpu-resources
 	$(BIN)/oner-fast bench gpu-peers --peers $(PEERS)
 

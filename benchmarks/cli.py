@@ -30,7 +30,7 @@ OTHERS = {
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
-    "gpu-peers": "oner_fast.benchmarks.gpu.peers",
+    "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",
 }
 Progress = Callable[[str], None]

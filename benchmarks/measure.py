@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from oner_fast.benchmarks import memory
+from oner_fast.benchmarks import peak_memory
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Forward, Layout, Result, name_of, step
 from oner_fast.benchmarks.counts import graph_breaks
 from oner_fast.benchmarks.limits import limits
@@ -215,9 +215,9 @@ def _memory(case: Case, settings: Settings, row: Row, progress: Callable[[str], 
     for contender in _weighed(case, settings, row):
         progress(f"memory of {contender.name}")
         try:
-            found = memory.measure(case, contender.name, settings.quick, settings.device)
+            found = peak_memory.measure(case, contender.name, settings.quick, settings.device)
             row.memory[contender.name] = asdict(found)
-        except memory.Unavailable as error:
+        except peak_memory.Unavailable as error:
             row.notes.append(f"memory of {contender.name}: {error}")
 
 

@@ -71,6 +71,8 @@ class Report:
             "the caches. A ratio is the median of the ratios within a round. Every result was compared with float64 "
             "first. The limit is the machine's own, measured in the same rounds.",
             "",
+            "The command also writes `results.json` beside this page, with every figure of every candidate.",
+            "",
         ]
         timed = [row for row in self.rows if row.times]
         if timed:

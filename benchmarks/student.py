@@ -3,7 +3,7 @@
 Three ways to the same gradient's shape: ours (hidden patches never enter), the same student fed mask tokens in their
 place, and the same student that embeds every patch and drops the hidden ones afterwards. Forward, token alignment and
 backward, without teacher and optimiser; interleaved, so that the ratios hold on a noisy machine; the peak of memory
-each in a fresh process. With ``--teacher`` also what the targets cost: computed, and read from a cache on disk.
+each in a fresh process. With `--teacher` also what the targets cost: computed, and read from a cache on disk.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from oner_fast import ops
-from oner_fast.benchmarks import machine, memory
+from oner_fast.benchmarks import machine, peak_memory
 from oner_fast.benchmarks.timing import Candidate, Samples, interleave, ratio
 from oner_fast.models.files import uta_config_from_dict
-from oner_fast.models.flops import uta_flops
+from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.ops.patch_masks import draw_masks
@@ -56,7 +56,7 @@ class _EmbedsAll(UTA):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: the student, and one batch of random pictures towards random tokens."""
+    """What is measured: the student, and one batch of random images towards random tokens."""
 
     config: UTAConfig
     batch_size: int
@@ -92,18 +92,18 @@ class Setting:
     def peak(self, name: str, mask_ratio: float) -> int:
         """Bytes above weights and batch, gradients included, in a process of its own."""
         task = {**asdict(self), "name": name, "mask_ratio": mask_ratio, "threads": torch.get_num_threads()}
-        environment = {**os.environ, **memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = {**os.environ, **peak_memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         command = [sys.executable, "-m", "oner_fast.benchmarks.student", "--peak", json.dumps(task)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise memory.Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
+            raise peak_memory.Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
         return int(done.stdout.strip().splitlines()[-1])
 
 
 @dataclass
 class Row:
-    """One mask ratio: tokens a picture that enter our student, seconds and peak bytes of every way."""
+    """One mask ratio: tokens an image that enter our student, seconds and peak bytes of every way."""
 
     mask_ratio: float
     tokens: int
@@ -113,7 +113,7 @@ class Row:
 
 
 def teacher_steps(setting: Setting, source: str, folder: Path) -> dict[str, Callable[[], Tensor | None]]:
-    """Calls that give the targets of a batch: by the teacher, and by a cache in ``folder`` that holds them."""
+    """Calls that give the targets of a batch: by the teacher, and by a cache in `folder` that holds them."""
     c = setting.config
     dtype = _DTYPES[setting.dtype] or torch.float32
     teacher = load_teacher(source, grid=c.grid, device=setting.device, dtype=dtype)
@@ -197,8 +197,8 @@ def _peak(task: dict[str, Any]) -> int:
     setting = Setting(uta_config_from_dict(task["config"]), task["batch_size"], task["device"], task["dtype"])
     run = setting.step(task["name"], task["mask_ratio"])
     if setting.device == "cpu":
-        return memory.peak_bytes(run)[0]
-    return memory.peak_on_gpu(run)[0]
+        return peak_memory.peak_bytes(run)[0]
+    return peak_memory.peak_on_gpu(run)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,8 +16,8 @@ import torch
 from oner_fast.benchmarks.cases import OURS, Case, step
 from oner_fast.benchmarks.counts import counted_flops, graph_breaks
 from oner_fast.benchmarks.measure import Settings, measure
-from oner_fast.benchmarks.memory import saved_bytes
 from oner_fast.benchmarks.ops import cases
+from oner_fast.benchmarks.peak_memory import saved_bytes
 from oner_fast.ops.implementations import serving
 from oner_fast.train.memory import freed_memory_kept
 

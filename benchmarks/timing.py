@@ -83,7 +83,7 @@ class Ratio:
 
 
 class Rotation(Generic[T]):
-    """Sets of inputs, together at least twice as large as the caches, handed out in turn.
+    """Set of inputs, together at least twice as large as the caches, handed out in turn.
 
     Args:
         make: gives the set of a number, counted from 0.

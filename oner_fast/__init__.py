@@ -1,7 +1,8 @@
 """oner_fast: one transformer for images and text, trained fast.
 
-``oner_fast.ops`` holds the fused ops, ``oner_fast.load`` opens a trained model. Importing the package costs little
-beyond torch, starts no CUDA context and needs no extra.
+`oner_fast.ops` holds the fused ops, and `oner_fast.load` opens a trained model. Importing the package takes little
+longer
+than importing torch, starts no CUDA context and needs no extra.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m oner_fast`` is ``oner-fast``."""
+"""Run `oner-fast` as `python -m oner_fast`."""
 
 from oner_fast.cli import main
 

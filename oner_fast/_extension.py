@@ -1,4 +1,4 @@
-"""The C++ extension: loaded once, and where it is missing, why, and how to get it."""
+"""Load the C++ extension once; where it is missing, say why and how to get it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REINSTALL = (
 
 @dataclass(frozen=True)
 class Status:
-    """Whether the compiled ops are in use; if not, the reason and the remedy."""
+    """Whether the compiled ops are loaded; if not, the reason and the remedy."""
 
     loaded: bool
     reason: str = ""
@@ -28,12 +28,12 @@ class Status:
 
 
 def library_path() -> Path:
-    """Where the extension is: in the package, or, for another build of it, where ONER_FAST_LIBRARY says."""
+    """Path of the extension: in the package, or the path in ONER_FAST_LIBRARY, which names another build."""
     return Path(os.environ.get("ONER_FAST_LIBRARY") or _FOLDER / "_C.so")
 
 
 def build_report() -> dict[str, Any]:
-    """What the build wrote about itself (_build.json beside the library); empty where nothing was built."""
+    """The build's own record (_build.json beside the library); empty where nothing was built."""
     try:
         report = json.loads((library_path().parent / "_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,7 +46,7 @@ _warned = False
 
 
 def status() -> Status:
-    """Whether the extension is there; loads it at the first call."""
+    """Whether the extension is loaded; the first call loads it."""
     global _status
     if _status is None:
         _status = _load()
@@ -72,7 +72,7 @@ def _load() -> Status:
 
 
 def warn_if_missing() -> None:
-    """Say once in a process that an op runs slower than it could, and what to do about it."""
+    """Warn once in a process that ops run slower than they could, and name the remedy."""
     global _warned
     state = status()
     if not state.loaded and not _warned and not torch.compiler.is_compiling():

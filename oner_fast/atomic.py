@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whatever kills the writer."""
+"""Replace files atomically: after a kill at any moment, either the old file or the new one is there."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ SUFFIX = ".tmp"
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, make it durable and rename it over ``path``.
+    """Let `write` fill a temporary file beside `path`, make it durable and rename it to `path`.
 
-    The order is: write, flush, fsync(file), ``os.replace``, fsync(directory). A kill at any moment leaves
-    ``path`` as it was or as it is to be. Where ``write`` raises, the temporary file is removed and the
-    exception passes on.
+    The order is: write, flush, fsync(file), `os.replace`, fsync(directory). A kill at any moment leaves either the old
+    file or the new one. Where `write` raises, the temporary file is removed and the exception passes on.
 
     Args:
         path: the file to make or replace; its folder exists.
@@ -31,7 +30,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            # Renamed while still locked, so that no sweep can take a finished file for a dead writer's.
+            # Rename the file while it is locked, so that no sweep takes it for a dead writer's.
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -40,7 +39,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sync_directory(folder: Path) -> None:
-    """Make renames and removals inside ``folder`` durable."""
+    """Make renames and removals inside `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,10 +48,10 @@ def sync_directory(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove the temporary files in ``folder`` whose writers are dead; returns their paths, sorted.
+    """Remove the temporary files in `folder` whose writers are dead; returns their paths, sorted.
 
-    A live writer holds a lock on its file, which the kernel drops at its death; a file that cannot be
-    locked is left alone.
+    A live writer holds a lock on its file, which the kernel drops when the writer ends. A file that cannot be locked is
+    left alone.
     """
     removed = []
     for path in sorted(folder.glob(f".*{SUFFIX}")):
@@ -67,6 +66,6 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def _lock(file: BinaryIO) -> None:
-    # Some network file systems have no locks; writing is still atomic there.
+    # Some network file systems have no locks; writing is still atomic on them.
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

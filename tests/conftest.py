@@ -28,9 +28,9 @@ def _steady() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-    """``make(seed)`` puts tiny encoders, the same of a seed each time, in the place of the packaged ones, which are too
+    """`make(seed)` puts tiny encoders, the same of a seed each time, in the place of the packaged ones, which are too
     large for a test's installation, and returns a pair of them."""
-    from oner_fast.models import packaged
+    from oner_fast.models import pretrained_encoders
     from oner_fast.models.sentence_encoder import SentenceEncoder
 
     def tokenize(texts: list[str]) -> torch.Tensor:
@@ -38,12 +38,12 @@ def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
         longest = max(len(row) for row in rows)
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
 
-    def build(seed: int) -> packaged.Encoders:
+    def build(seed: int) -> pretrained_encoders.Encoders:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             image = torch.nn.Sequential(torch.nn.Conv2d(3, 10, 4, stride=4), torch.nn.BatchNorm2d(10))
             text = SentenceEncoder(vocab_size=28, width=12, depth=1, heads=2, hidden=16, positions=64)
-        return packaged.Encoders(
+        return pretrained_encoders.Encoders(
             image=image.eval().requires_grad_(False),
             image_width=10,
             stride=4,
@@ -52,12 +52,12 @@ def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
             text=text.eval().requires_grad_(False),
             text_width=12,
             tokenize=tokenize,
-            image_origin=packaged.Origin("tiny-image", "1.0", f"image {seed}"),
-            text_origin=packaged.Origin("tiny-text", "1.0", f"text {seed}"),
+            image_origin=pretrained_encoders.Origin("tiny-image", "1.0", f"image {seed}"),
+            text_origin=pretrained_encoders.Origin("tiny-text", "1.0", f"text {seed}"),
         )
 
-    def make(seed: int) -> packaged.Encoders:
-        monkeypatch.setattr(packaged, "packaged_encoders", lambda: build(seed))
+    def make(seed: int) -> pretrained_encoders.Encoders:
+        monkeypatch.setattr(pretrained_encoders, "packaged_encoders", lambda: build(seed))
         return build(seed)
 
     return make

@@ -118,7 +118,7 @@ def test_without_extension_the_definitions_serve(unbuilt: Path) -> None:
     program = """
 import warnings, torch, oner_fast
 from oner_fast.ops import masked_gather
-from oner_fast.data.packing import pack
+from oner_fast.data.ragged import pack
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):

@@ -35,7 +35,7 @@ import importlib.util, torch, warnings
 import oner_fast, oner_fast.kernels, oner_fast.train, oner_fast.benchmarks
 from oner_fast import _extension
 from oner_fast.ops import masked_gather
-from oner_fast.data.packing import pack, pack_python
+from oner_fast.data.ragged import pack, pack_python
 for name in ("kernels", "train", "benchmarks"):
     spec = importlib.util.find_spec(name)
     assert spec is None or "oner" not in (spec.origin or ""), spec

@@ -130,7 +130,7 @@ def test_bad_inputs_are_named(runs: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Eight pictures to train on and six to ask, of four colours."""
+    """Eight images to train on and six to ask, of four colours."""
     folder = tmp_path / "data"
     folder.mkdir()
     splits: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from oner_fast.data.batch import PairBatch
-from oner_fast.models import packaged
+from oner_fast.models import pretrained_encoders
 from oner_fast.models.lit import check_origins
 from oner_fast.train import lit_recipes
 from oner_fast.train.clip_training import ContrastTraining
@@ -28,7 +28,7 @@ class HeadTraining(ContrastTraining):
 
     def _build(self) -> nn.Module:
         c = self.config
-        return LiTTowers(c.model, packaged.packaged_encoders(), c.contrast.temperature, self.world.device)
+        return LiTTowers(c.model, pretrained_encoders.packaged_encoders(), c.contrast.temperature, self.world.device)
 
     def _flops(self, batch: PairBatch) -> float:
         """A forward of everything, and a backward that ends at the heads' weights."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from oner_fast.models.lit import FORMAT, ImageTower, LiTConfig, LiTTower, build_heads, pooled_features, save_lit
-from oner_fast.models.packaged import Encoders
+from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.train.two_towers import Embeddings, TwoTowers
 
 

@@ -13,7 +13,7 @@ from oner_fast.data.batch import PairBatch
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.workers import Batches
 from oner_fast.models.files import save_uta
-from oner_fast.models.flops import uta_flops
+from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.alignment import AlignmentStep

@@ -32,7 +32,7 @@ ALLOWED_UNITS = 4.0
 
 
 @dataclass(frozen=True)
-class Peer:
+class Rival:
     """A contestant of another package: `forward` as in a Contender; `unchecked`: its asserts must be off."""
 
     name: str
@@ -124,10 +124,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "mixup_info_nce": lambda: mixup_info_nce.case(512, 256, torch.float16, Target()),
     "varlen_attention": _attention_case,
 }
-PEERS: dict[str, list[Peer]] = {
-    "mixup_info_nce": [Peer("memeff 0.3.1", _memeff), Peer("inf-cl 1.2.1", _inf_cl, unchecked=True)],
+RIVALS: dict[str, list[Rival]] = {
+    "mixup_info_nce": [Rival("memeff 0.3.1", _memeff), Rival("inf-cl 1.2.1", _inf_cl, unchecked=True)],
     "varlen_attention": [
-        Peer(f"flash-attention-triton 0.1.1, {kind}", partial(_flash_attention_triton, kind == "deterministic"), True)
+        Rival(f"flash-attention-triton 0.1.1, {kind}", partial(_flash_attention_triton, kind == "deterministic"), True)
         for kind in ("deterministic", "atomics")
     ],
 }
@@ -141,7 +141,7 @@ def contestants(workload: str) -> dict[str, bool]:
     if workload not in WITHOUT_INDUCTOR:
         names |= {INDUCTOR + one.name.removeprefix("compiled "): False
                   for one in CASES[workload]().contenders if one.compiled}  # fmt: skip
-    return names | {one.name: one.unchecked for one in PEERS.get(workload, [])}
+    return names | {one.name: one.unchecked for one in RIVALS.get(workload, [])}
 
 
 def contender(workload: str, name: str) -> Contender:
@@ -155,7 +155,7 @@ def contender(workload: str, name: str) -> Contender:
 
         one = case.contender(f"compiled {name.removeprefix(INDUCTOR)}")
         return replace(one, forward=compiled(one.forward), compiled=False)
-    return next(one for one in PEERS[workload] if one.name == name).load()
+    return next(one for one in RIVALS[workload] if one.name == name).load()
 
 
 def run(workload: str, name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from oner_fast.benchmarks.gpu.kernels import compilations, compile_cuda, cuda_so
 from oner_fast.benchmarks.gpu.machine_code import TARGETS, Figures, compile_triton, versions
 from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, as_on
 
-DEFAULT_FILE = Path("benchmarks/gpu_resources.md")
+DEFAULT_FILE = Path("benchmarks/results/gpu_resources.md")
 COMMAND = "oner-fast bench gpu-resources"
 TUNED = ("sm_80", "sm_90")  # what must not spill; the others show that the kernels compile there too
 HEAD = "| kernel | target | registers | spills | shared KiB | warps | occupancy | tensor-core | async copies |"

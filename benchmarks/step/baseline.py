@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from oner_fast.benchmarks.step.baseline_model import Batch, Block, Masks, PlainModel, Tower, teacher_keys
 from oner_fast.benchmarks.step.ours import OurStep
-from oner_fast.benchmarks.step.plain import Batch, Block, Masks, PlainModel, Tower, teacher_keys
 from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.oner import OneR
@@ -34,7 +34,7 @@ _RENAMED = (
 
 
 def plain_name(name: str) -> str:
-    """What a parameter of :class:`Student` or :class:`OneR` is called in the plain model."""
+    """What a parameter of `Student` or `OneR` is called in the plain model."""
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs)
     return name

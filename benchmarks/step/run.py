@@ -1,4 +1,4 @@
-"""``oner-fast bench step``: one OneR step against the same step in plain PyTorch, eager and compiled."""
+"""`oner-fast bench step`: one OneR step against the same step in plain PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measure(
 ) -> tuple[Row, dict[str, list[Share]]]:
     """Check that all candidates compute the same step, then measure them in turn; the row, and the shares of each.
 
-    All run with the memory that the trainer sets (:func:`freed_memory_kept`), the plain ones too.
+    All run with the memory that the trainer sets (`freed_memory_kept`), the plain ones too.
 
     Args:
         dtype: "fp32", or "bf16": autocast of every candidate.

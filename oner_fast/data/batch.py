@@ -1,4 +1,4 @@
-"""What a training step receives: packed captions and a batch of image-text pairs."""
+"""The inputs of a training step: packed captions and a batch of image-text pairs."""
 
 from dataclasses import dataclass, field, replace
 
@@ -8,10 +8,12 @@ from torch import Tensor
 
 @dataclass
 class TokenizedText:
-    """Captions as one packed run of tokens, without padding and without special tokens.
+    """Captions packed into one run of tokens, without padding and without special tokens.
 
-    `input_ids`: (T,) int64. `cu_seqlens`: (B+1,) int32, where each caption starts and the last one ends.
-    `word_ids`: (T,) int32, the number of a token's word within its caption.
+    Attributes:
+        input_ids: (T,) int64 token ids.
+        cu_seqlens: (B + 1,) int32, the start of each caption and the end of the last one.
+        word_ids: (T,) int32, the number of each token's word within its caption.
     """
 
     input_ids: Tensor
@@ -23,11 +25,11 @@ class TokenizedText:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each caption: (B,) int32."""
+        """Number of tokens of each caption: (B,) int32."""
         return self.cu_seqlens.diff()
 
     def slice(self, start: int, stop: int) -> "TokenizedText":
-        """Captions start to stop - 1, contiguous. On a GPU this waits for the device: split before moving."""
+        """Captions `start` to `stop - 1`, contiguous. On a GPU this waits for the device, so split before moving."""
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"captions {start} to {stop} are not within the {len(self)} of this text")
         first, last = self.cu_seqlens[[start, stop]].tolist()
@@ -39,12 +41,12 @@ class TokenizedText:
         return self.slice(i, i + 1)
 
     def split(self, parts: int) -> "list[TokenizedText]":
-        """Contiguous parts of equal numbers of captions. Raises ValueError where they do not divide."""
+        """Split into contiguous parts with equal numbers of captions. Raises ValueError where they do not divide."""
         size = _part_size(len(self), parts)
         return [self.slice(k * size, (k + 1) * size) for k in range(parts)]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenizedText":
-        """The same text on another device."""
+        """Copy the text to another device."""
         return TokenizedText(
             self.input_ids.to(device, non_blocking=non_blocking),
             self.cu_seqlens.to(device, non_blocking=non_blocking),
@@ -52,23 +54,26 @@ class TokenizedText:
         )
 
     def pin_memory(self) -> "TokenizedText":
-        """The same text in page-locked memory."""
+        """Copy the text to page-locked memory."""
         return TokenizedText(self.input_ids.pin_memory(), self.cu_seqlens.pin_memory(), self.word_ids.pin_memory())
 
 
 def no_text(count: int) -> TokenizedText:
-    """`count` captions without a token: the text of a batch of pictures alone."""
+    """`count` captions without tokens, for a batch of images alone."""
     empty = torch.zeros(0, dtype=torch.int64)
     return TokenizedText(empty, torch.zeros(count + 1, dtype=torch.int32), empty.int())
 
 
 @dataclass
 class PairBatch:
-    """One rank's part of one step's batch.
+    """One rank's part of the batch of one step.
 
-    `images`: (B, 3, S, S) uint8, contiguous. `text`: the B captions, packed. `samples`: (B,) int64, the place of each
-    pair in the global batch, which with the step keys every random draw. `corrupt` counts the samples that could not be
-    read and were replaced, substitutes included, and `corrupt_names` says of each its name and what is wrong.
+    Attributes:
+        images: (B, 3, S, S) uint8, contiguous.
+        text: the B captions, packed.
+        samples: (B,) int64, the place of each pair in the global batch; place and step key every random draw.
+        corrupt: how many samples could not be read and were replaced, substitutes included.
+        corrupt_names: the name of each of them, and what is wrong with it.
     """
 
     images: Tensor
@@ -84,7 +89,7 @@ class PairBatch:
         return self.images.shape[0]
 
     def split(self, parts: int) -> "list[PairBatch]":
-        """Contiguous micro-batches of equal size; the count of corrupt pairs stays with the first.
+        """Split into contiguous micro-batches of equal size; the first keeps the count of corrupt samples.
 
         Raises ValueError where the pairs do not divide into `parts`.
         """
@@ -108,7 +113,7 @@ class PairBatch:
         return chunks
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairBatch":
-        """The same batch with its tensors on another device."""
+        """Copy the batch's tensors to another device."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=non_blocking),
@@ -117,7 +122,7 @@ class PairBatch:
         )
 
     def pin_memory(self) -> "PairBatch":
-        """The same batch with its tensors in page-locked memory, for copies that overlap with the step."""
+        """Copy the batch's tensors to page-locked memory, so that copies to a GPU overlap with the step."""
         return replace(
             self,
             images=self.images.pin_memory(),

@@ -1,4 +1,4 @@
-"""Image-text pairs at random access in webdataset-format tars, those that img2dataset writes included."""
+"""Random access to the image-text pairs of tars in webdataset's format, img2dataset's tars included."""
 
 import glob
 import json
@@ -20,7 +20,7 @@ _OPEN_FILES = 256
 
 
 class CorruptSample(Exception):
-    """A sample that cannot be read: `name` says which, `why` says why."""
+    """A sample cannot be read: `name` says which, `why` says why."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name, why)
@@ -33,7 +33,7 @@ class CorruptSample(Exception):
 
 @dataclass(frozen=True)
 class RawPair:
-    """A pair as it lies on disk: the encoded picture, its caption, and the metadata of its json member."""
+    """A pair as stored: the encoded image, its caption, and the metadata of its json member."""
 
     key: str
     image: bytes
@@ -42,14 +42,21 @@ class RawPair:
 
 
 class PairDataset:
-    """The pairs of a split, numbered from 0 in the order of the shards' names and of the samples in them.
+    """The pairs of a split, numbered from 0 in the order of the shards' names and of the samples in each shard.
 
-    `path` is a dataset folder, a tar, a glob or brace pattern, or a list of those. In a folder, `split` chooses the
-    shards: those that `dataset.json` lists, else `<split>-*.tar`, else, for "train", every tar. Files are opened when
-    first read, in each process anew. `damage` lists what the index found broken, each entry also logged once; the
-    samples it hit keep their numbers and raise CorruptSample when read.
+    Each process opens a file when it first reads from it.
 
-    Raises ValueError where nothing matches, or the split is unknown.
+    Args:
+        path: a dataset folder, a tar, a glob or brace pattern, or a list of those.
+        split: chooses the shards of a folder: those that `dataset.json` lists, else `<split>-*.tar`, else, for
+            "train", every tar.
+
+    Attributes:
+        damage: the damage that the index found, one sentence each, also logged once. A damaged sample keeps its number
+            and raises CorruptSample when it is read.
+
+    Raises:
+        ValueError: nothing matches `path`, or the split is unknown.
     """
 
     def __init__(self, path: str | Path | Sequence[str | Path], split: str = "train") -> None:
@@ -66,7 +73,7 @@ class PairDataset:
             self._shards.append(index)
             self._first.append(total)
             self.damage += index.damage
-            if expected is not None and found < expected:  # lost samples keep their numbers, so that no other moves
+            if expected is not None and found < expected:  # lost samples keep their numbers, so that the others do too
                 self.damage.append(f"{tar.name}: {found} samples of the {expected} that dataset.json lists")
                 found = expected
             total += found
@@ -75,7 +82,7 @@ class PairDataset:
         for sentence in self.damage:
             logger.warning("damaged data: %s", sentence)
         if total == 0:
-            raise ValueError(f"no samples in {path}: the tars hold no picture or caption members")
+            raise ValueError(f"no samples in {path}: the tars hold no image or caption members")
 
     def _reset(self) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -95,31 +102,32 @@ class PairDataset:
         self.close()
 
     def close(self) -> None:
-        """Closes the files; they open again when read."""
+        """Close the files; the next read opens them again."""
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
         self._files = OrderedDict()
 
     @property
     def shards(self) -> list[Path]:
-        """The tars, in order."""
+        """Paths of the tars, in order."""
         return [shard.path for shard in self._shards]
 
     def name(self, i: int) -> str:
-        """What sample `i` is called in messages: the tar and the key. Raises IndexError outside the dataset."""
+        """Name of sample `i` for messages: its tar and its key. Raises IndexError outside the dataset."""
         shard, row = self._locate(i)
         index = self._shards[shard]
         return f"{index.path.name}:{index.key(row)}" if row < len(index) else f"{index.path.name}:sample {row}"
 
     def read(self, i: int, meta: bool = True) -> RawPair:
-        """Sample `i`. Without `meta` its json member is read only where the caption is in it, and left empty.
+        """Read sample `i`. Where `meta` is false, its metadata are left empty.
 
-        Raises CorruptSample where a member is missing, cut off or not what it should be, or the caption is empty;
-        IndexError outside the dataset.
+        Raises:
+            CorruptSample: a member is missing, cut off or malformed, or the caption is empty.
+            IndexError: `i` is outside the dataset.
         """
         shard, row = self._locate(i)
         if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
         text = self._member(i, shard, row, TEXT)
         fields = self._fields(i, shard, row) if meta or text is None else {}
         image = self.picture(i)
@@ -127,32 +135,32 @@ class PairDataset:
         return RawPair(self._shards[shard].key(row), image, caption, fields if meta else {})
 
     def picture(self, i: int) -> bytes:
-        """The encoded picture of sample `i`, which may lack a caption. Raises as `read` does."""
+        """Read the encoded image of sample `i`, which may lack a caption. Raises as `read` does."""
         shard, row = self._locate(i)
         if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
         image = self._member(i, shard, row, IMAGE)
         if image is None:
-            raise CorruptSample(self.name(i), "it has no picture")
+            raise CorruptSample(self.name(i), "it has no image")
         return image
 
     def caption(self, i: int) -> str:
-        """The caption of sample `i` without its picture. Raises as `read` does."""
+        """Read the caption of sample `i` without its image. Raises as `read` does."""
         shard, row = self._locate(i)
         if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
         text = self._member(i, shard, row, TEXT)
         return caption_of(self.name(i), text, self._fields(i, shard, row) if text is None else {})
 
     def meta(self, i: int) -> dict[str, Any]:
-        """The fields of sample `i`'s json member without its picture; empty where there is none. Raises as `read`."""
+        """Read the json member of sample `i` without its image; empty where there is none. Raises as `read`."""
         shard, row = self._locate(i)
         if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "lost with the end of a damaged tar")
+            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
         return self._fields(i, shard, row)
 
     def captions(self) -> Iterator[str]:
-        """Every readable caption, in order; corrupt ones are left out."""
+        """Iterate over the readable captions, in order."""
         for i in range(len(self)):
             try:
                 yield self.caption(i)
@@ -195,7 +203,7 @@ class PairDataset:
 
 
 def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
-    """The caption in a text member, or else in the metadata, without white space around it.
+    """Caption of a sample, from its text member or else its metadata, without surrounding white space.
 
     Raises CorruptSample(name, why) where there is none, it is empty, or it is not UTF-8.
     """
@@ -215,7 +223,7 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
 
 
 def fields_of(name: str, data: bytes) -> dict[str, Any]:
-    """The fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object."""
+    """Fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object."""
     try:
         fields = json.loads(data)
     except ValueError as error:
@@ -226,7 +234,7 @@ def fields_of(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _shards(path: str | Path | Sequence[str | Path], split: str) -> list[tuple[Path, int | None]]:
-    """The tars that a path names, each with its number of samples where dataset.json tells."""
+    """Tars that a path names, each with its number of samples where dataset.json states it."""
     if not isinstance(path, (str, Path)):
         return [shard for one in path for shard in _shards(one, split)]
     place = Path(path)
@@ -263,9 +271,9 @@ def _folder(folder: Path, split: str) -> list[tuple[Path, int | None]]:
 
 
 def _braces(pattern: str) -> list[str]:
-    """Expands webdataset's brace ranges, as in shard-{00000..00009}.tar."""
+    """Expand webdataset's brace ranges, such as shard-{00000..00009}.tar."""
     if "{" not in pattern:
         return [pattern]
-    import braceexpand  # installed with webdataset; needed for such patterns alone
+    import braceexpand  # webdataset installs it; only such patterns need it
 
     return list(braceexpand.braceexpand(pattern))

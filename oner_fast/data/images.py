@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 tensors: decoding, and transforms replayed from integers."""
+"""Decode images to uint8 tensors, with transforms that given integers decide."""
 
 import io
 import math
@@ -12,17 +12,23 @@ from torch import Tensor
 
 from oner_fast.data.dataset import CorruptSample
 
-RANDOMS = 5  # the 32-bit integers that one training transform takes
+RANDOMS = 5  # number of 32-bit integers that one training transform takes
 
 _ORIENTATION = 0x0112
 _ONE = 1 << 32
 
 
 def decode(data: bytes, name: str = "image", side: int = 0) -> Image.Image:
-    """Decodes a picture to RGB, upright, on white where it is transparent.
+    """Decode an image to RGB, upright, on white where it is transparent.
 
-    `side`: where given, a JPEG may be decoded at a half, a quarter or an eighth of its size, its sides no smaller than
-    that many pixels. Raises CorruptSample(name, why) for bytes that are no whole picture.
+    Args:
+        data: an image file.
+        name: the image's name in an error.
+        side: if given, a JPEG may be decoded at a half, a quarter or an eighth of its size, with no side smaller than
+            this many pixels.
+
+    Raises:
+        CorruptSample: the bytes are not a whole image.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
@@ -35,13 +41,13 @@ def decode(data: bytes, name: str = "image", side: int = 0) -> Image.Image:
     except MemoryError:
         raise
     except UnidentifiedImageError as error:  # its own message names an address in memory
-        raise CorruptSample(name, "not a readable picture (of no known format)") from error
+        raise CorruptSample(name, "not a readable image (of no known format)") from error
     except Exception as error:  # decoders raise whatever they meet first in damaged bytes
-        raise CorruptSample(name, f"not a readable picture ({type(error).__name__}: {error})") from error
+        raise CorruptSample(name, f"not a readable image ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as RGB: transparency on white, 16-bit and float grey scaled to 8 bits."""
+    """Convert an image of any mode to RGB: transparency on white, 16-bit and float grey scaled to 8 bits."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -58,22 +64,25 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if image.mode.startswith("I"):  # integer grey is 16-bit
         values = values / 257.0
-    elif values.size and values.max() <= 1.0:  # float grey is a fraction of one, or out of 255
+    elif values.size and values.max() <= 1.0:  # float grey ranges over [0, 1] or over [0, 255]
         values = values * 255.0
     return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as a contiguous uint8 tensor (3, height, width)."""
+    """Convert an RGB image to a contiguous uint8 tensor (3, height, width)."""
     return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Random resized crop and horizontal flip, replayed from integers.
+    """Random resized crop and horizontal flip, decided by given integers.
 
-    `size`: the side of the result in pixels. `scale`: the least and the greatest part of the picture's area that a crop
-    covers. `aspect`: the greatest ratio of its sides. `flip`: the probability of a horizontal flip.
+    Attributes:
+        size: side of the result in pixels.
+        scale: least and greatest part of the image's area that a crop covers.
+        aspect: greatest ratio of a crop's sides.
+        flip: probability of a horizontal flip.
     """
 
     size: int
@@ -92,19 +101,19 @@ class ImageTransform:
 
     @property
     def decode_side(self) -> int:
-        """The least side of a picture from which the smallest crop still needs no enlarging."""
+        """Smallest side, in pixels, of an image whose smallest crop needs no enlarging."""
         return math.ceil(self.size * math.sqrt(self.aspect / self.scale[0]))
 
     def __call__(self, image: Image.Image, randoms: NDArray[np.int64]) -> Tensor:
-        """Crops, resizes and flips an RGB picture: uint8 (3, size, size).
+        """Crop, resize and flip an RGB image: uint8 (3, size, size).
 
-        `randoms`: `RANDOMS` integers in [0, 2^32) (area, aspect, left, top, flip) that decide everything.
+        `randoms` holds `RANDOMS` integers in [0, 2^32), for area, aspect, left, top and flip. They decide the result.
         """
         area, aspect, left, top, flip = (int(value) for value in randoms[:RANDOMS])
         width, height = image.size
         low, high = self.scale
         pixels = width * height * (low + (high - low) * (area / _ONE))
-        # The greater half of the draws widens and the lesser narrows by the same factor: no library exp or log.
+        # Draws above a half widen the crop and the others narrow it by the same factor, without exp or log.
         lean = 2 * aspect / _ONE - 1
         ratio = 1 + abs(lean) * (self.aspect - 1)
         ratio = ratio if lean >= 0 else 1 / ratio
@@ -123,7 +132,7 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to `size` pixels (bicubic), then the centre square."""
+    """Resize the shorter side to `size` pixels (bicubic), then cut out the centre square."""
 
     size: int
 
@@ -132,11 +141,11 @@ class EvalTransform:
 
     @property
     def decode_side(self) -> int:
-        """0: evaluation decodes at full size."""
+        """Always 0: evaluation decodes images at full size."""
         return 0
 
     def __call__(self, image: Image.Image, randoms: NDArray[np.int64] | None = None) -> Tensor:
-        """An RGB picture as uint8 (3, size, size); `randoms` are ignored."""
+        """Convert an RGB image to uint8 (3, size, size); `randoms` are ignored."""
         width, height = image.size
         if (width, height) != (self.size, self.size):
             shorter = min(width, height)
@@ -148,7 +157,7 @@ class EvalTransform:
 
 
 def eval_transform(size: int) -> EvalTransform:
-    """The transform of evaluation: shorter side to `size` pixels, bicubic, and the centre square."""
+    """Transform for evaluation: the shorter side resized to `size` pixels, bicubic, and the centre square."""
     return EvalTransform(size)
 
 

@@ -20,7 +20,7 @@ from oner_fast.philox import AUGMENT, random_u32
 
 
 class PairSource(Dataset[PairBatch]):
-    """Makes the batch of any step: `source[step]`. It holds no state that a batch depends on."""
+    """Make the batch of any step: `source[step]`. No state of a source changes a batch."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class PairSource(Dataset[PairBatch]):
         self._epoch = 0
 
     def __getitem__(self, step: int) -> PairBatch:
-        """This rank's part of the batch of `step`, whichever process asks."""
+        """Make this rank's part of the batch of `step`, in any process."""
         epoch, within = divmod(step, self.steps_per_epoch)
         slots = within * self.batch_size + self.places
         if epoch != self._epoch:
@@ -70,7 +70,7 @@ class PairSource(Dataset[PairBatch]):
     def _fill(
         self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int
     ) -> tuple[list[str], str]:
-        """Puts a slot's picture in its place; returns the samples that proved corrupt, and the caption."""
+        """Read the image of a slot into `place`; returns the corrupt samples met, and the caption."""
         try:
             return [], self._read(place, randoms, first)
         except CorruptSample as error:
@@ -97,7 +97,7 @@ class PairSource(Dataset[PairBatch]):
 
 
 class _Steps(Sampler[int]):
-    """start, start + 1, ... for ever."""
+    """Yield start, start + 1, ... without end."""
 
     def __init__(self, start: int) -> None:
         self.start = start
@@ -113,18 +113,24 @@ class PairLoader(Batches):
     """Endless batches from `start_step` on; the batch of a step is a pure function of (seed, step).
 
     Step s is batch k = s mod steps_per_epoch of epoch s // steps_per_epoch, where steps_per_epoch is
-    len(dataset) // batch_size; its global batch holds the slots [k * batch_size, (k + 1) * batch_size) of that epoch's
-    permutation, and rank r the r-th contiguous part of it. Neither the number of workers, nor the world size, nor the
-    step begun at changes any byte. A sample that cannot be read is counted in `corrupt`, named once in the log
-    "oner_fast.data", and replaced by a substitute that depends on (seed, epoch, slot) alone.
+    len(dataset) // batch_size. Its global batch holds the slots [k * batch_size, (k + 1) * batch_size) of that epoch's
+    permutation, and rank r gets the r-th contiguous part. The number of workers, the world size and the first step do
+    not
+    change any byte. A sample that cannot be read is counted in `corrupt` and named once in the log "oner_fast.data". A
+    substitute, which depends on (seed, epoch, slot) alone, takes its place.
 
-    Without a `tokenizer` the batches have an empty `text`; with `captions=False` no caption is read either, and the
-    samples may lack them. `batch_size` is global. `transform` defaults to ImageTransform(image_size). With workers > 0
-    batches are made in as many processes, `prefetch` batches ahead in each; they leave Ctrl-C and SIGTERM to the
-    training process, and end when it does, however it ends. `state_dict` names the step that comes next.
+    Args:
+        tokenizer: None leaves `text` empty.
+        batch_size: pairs in a global batch.
+        transform: `ImageTransform(image_size)` by default.
+        workers: processes that make batches; 0 makes them in this process. Workers ignore Ctrl-C and SIGTERM, which the
+            training process handles, and end when it ends for any reason.
+        prefetch: batches that each worker makes ahead.
+        captions: False reads no captions; then samples may lack them.
 
-    Raises ValueError where the batch does not divide among the ranks, exceeds the dataset, or image_size is not the
-    transform's.
+    Raises:
+        ValueError: the batch does not divide among the ranks or exceeds the dataset, or `image_size` is not the
+            transform's.
     """
 
     def __init__(
@@ -154,7 +160,7 @@ class PairLoader(Batches):
             workers=workers,
         )
         if tokenizer is not None and not captions:
-            raise ValueError("captions=False leaves a tokenizer nothing to read: give tokenizer=None")
+            raise ValueError("captions=False leaves the tokenizer no captions: give tokenizer=None")
         if batch_size > len(dataset):
             raise ValueError(f"batch_size {batch_size} exceeds the dataset's {len(dataset)} samples")
         transform = transform or ImageTransform(image_size)
@@ -175,12 +181,12 @@ class PairLoader(Batches):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in an epoch; what is left over of the permutation waits for another epoch's."""
+        """Number of whole batches in an epoch; an epoch leaves out the remaining samples of its permutation."""
         return self.source.steps_per_epoch
 
     @property
     def epoch(self) -> int:
-        """The epoch of the step that comes next."""
+        """Epoch of the next step."""
         return self.step // self.steps_per_epoch
 
     def _start(self) -> Iterator[PairBatch]:
@@ -191,8 +197,8 @@ class PairLoader(Batches):
         return in_workers(self.source, steps, self._workers, self._prefetch, self._pin_memory)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the data stands: the seed, the step that comes next, its epoch, its first slot in that epoch, and the
-        samples of the dataset."""
+        """Position in the data: the seed, the next step, its epoch, its first slot in that epoch, and the number of
+        samples."""
         return {
             "seed": self.seed,
             "step": self.step,
@@ -202,7 +208,7 @@ class PairLoader(Batches):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken. Raises ValueError where this loader's order is another one."""
+        """Continue where `state` was taken. Raises ValueError where the state belongs to another order of samples."""
         if state["seed"] != self.seed:
             raise ValueError(f"the state was taken with seed {state['seed']}, this loader has seed {self.seed}")
         self.close()

@@ -12,15 +12,17 @@ _ROUNDS = 8
 
 
 class Permutation:
-    """A pseudo-random permutation of range(n), different for every (seed, epoch), evaluated at any place in O(1).
+    """Pseudo-random permutation of range(n), different for each (seed, epoch) and evaluated at any place in O(1).
 
-    An item is a pair (left, right) in an a x b grid with a * b >= n; a round adds a keyed hash of one half to the
-    other, modulo its side, which can be undone, so every round is a bijection. A value of n or more is sent through
-    again. The grid exceeds n by less than a, so that walks are rare.
+    An item is a pair (left, right) in an a x b grid with a * b >= n. A round adds a keyed hash of one half to the
+    other,
+    modulo its side. This can be undone, so each round is a bijection. A value of n or more passes through the rounds
+    again.
+    The grid exceeds n by less than a, so that this is rare.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
-        """Raises ValueError where n < 1, or seed or epoch do not fit 64 and 32 bits."""
+        """Raise ValueError where n < 1, or where seed or epoch do not fit 64 and 32 bits."""
         if n < 1:
             raise ValueError(f"a permutation needs at least 1 item, not {n}")
         self.n = n
@@ -33,11 +35,11 @@ class Permutation:
         return self.n
 
     def __getitem__(self, index: int) -> int:
-        """The item at place `index`. Raises IndexError outside [0, n)."""
+        """Item at place `index`. Raises IndexError outside [0, n)."""
         return int(self.take(np.asarray([index]))[0])
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The items at the places `indices`, an integer array of any shape. Raises IndexError outside [0, n)."""
+        """Items at the places `indices`, an integer array of any shape. Raises IndexError outside [0, n)."""
         places = np.asarray(indices, dtype=np.int64)
         if places.size and (places.min() < 0 or places.max() >= self.n):
             raise IndexError(f"places must be in [0, {self.n}), not {places.min()} to {places.max()}")
@@ -59,7 +61,7 @@ class Permutation:
 
 
 def _hash(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 over `values` mixed with a key."""
+    """Mix `values` with a key, by the finaliser of SplitMix64."""
     mixed = (values + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

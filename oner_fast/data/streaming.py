@@ -29,7 +29,7 @@ logger = logging.getLogger("oner_fast.data")
 
 
 class _StreamSource(IterableDataset[PairBatch]):
-    """A rank's batches from its streams, pass after pass; worker w of W makes the batches w, w + W, ..."""
+    """Yield a rank's batches from its streams, pass after pass; worker w of W makes the batches w, w + W, ..."""
 
     def __init__(
         self,
@@ -80,14 +80,18 @@ class _StreamSource(IterableDataset[PairBatch]):
                     last_good = epoch
                 except CorruptSample as error:
                     if epoch > last_good + 1:
-                        raise RuntimeError(f"a whole pass over the streams gave no good pair; {error}") from error
+                        raise RuntimeError(f"a whole pass over the streams gave no readable pair; {error}") from error
                     self.failures.append(str(error))
             failures, self.failures = self.failures, []
             text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(self.size)
             yield PairBatch(images, text, samples, captions, step, epoch, len(failures), failures)
 
     def _pairs(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Samples with their pass. Each pass takes the streams in another order; with too few, samples are dealt."""
+        """Yield samples with the number of their pass.
+
+        Each pass takes the streams in another order. Where there are fewer streams than workers, the workers share the
+        samples.
+        """
         parts, part = self.world_size * workers, self.rank * workers + worker
         for epoch in count(self.start_pass):
             order = Permutation(len(self.urls), self.seed, epoch).take(np.arange(len(self.urls))).tolist()
@@ -123,7 +127,7 @@ class _StreamSource(IterableDataset[PairBatch]):
         name = f"{sample['__url__']}:{sample['__key__']}"
         image = next((data for extension, data in sample.items() if KINDS.get(extension) == IMAGE), None)
         if image is None:
-            raise CorruptSample(name, "it has no picture")
+            raise CorruptSample(name, "it has no image")
         if not self.captions:
             place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
             return ""
@@ -134,14 +138,22 @@ class _StreamSource(IterableDataset[PairBatch]):
 
 
 class StreamedPairs(Batches):
-    """Endless batches from streamed tars, in the form that `PairLoader` gives.
+    """Endless batches from streamed tars, in the form of `PairLoader`'s.
 
-    `urls`: one address or several, braces expanded: `pipe:COMMAND` (its output is a tar; an object store is read with
-    its own client so), `http(s)://...`, or a path. Streams are divided among ranks and workers, or their samples where
-    there are fewer streams; `shuffle` samples are mixed in a buffer. What cannot be read is counted and left out.
-    Exact resume is not promised, and the log says so once. A `pipe:` command runs in a shell: name only your own.
+    Streams are divided among ranks and workers; where there are too few, their samples are divided instead. Samples
+    that
+    cannot be read are counted and left out. A run cannot resume exactly, and the log says so once. A `pipe:` command
+    runs
+    in a shell, so name only commands that you trust.
 
-    Raises ValueError as PairLoader does, and where there is no address; RuntimeError where a pass gives no sample.
+    Args:
+        urls: one address or several, with braces expanded: `pipe:COMMAND` (the command writes a tar; an object store is
+            read by its own client in this way), `http(s)://...`, or a path.
+        shuffle: number of samples that a buffer mixes.
+
+    Raises:
+        ValueError: as PairLoader, and where there is no address.
+        RuntimeError: a pass gives no sample.
     """
 
     def __init__(
@@ -203,22 +215,22 @@ class StreamedPairs(Batches):
         return in_workers(source, None, self._workers, self._prefetch, self._pin_memory)
 
     def __next__(self) -> PairBatch:
-        """The batch of the next step."""
+        """Make the batch of the next step."""
         batch = super().__next__()
         self.epoch = batch.epoch
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The seed, the step that comes next, and the pass; a stream has no position to return to."""
+        """The seed, the next step and the pass; a stream has no position to return to."""
         return {"seed": self.seed, "step": self.step, "epoch": self.epoch, "position": 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counts on from the state's step, with a new pass over the streams."""
+        """Continue counting from the state's step, with a new pass over the streams."""
         self.close()
         self.step, self.epoch = int(state["step"]), int(state["epoch"]) + 1
 
 
 def _expand(url: str) -> list[str]:
-    import braceexpand  # installed with webdataset
+    import braceexpand  # webdataset installs it
 
     return [url] if "{" not in url else list(braceexpand.braceexpand(url))

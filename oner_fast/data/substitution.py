@@ -1,4 +1,4 @@
-"""What takes the place of a sample that cannot be read."""
+"""Choose substitutes for samples that cannot be read."""
 
 from collections.abc import Iterator
 
@@ -10,10 +10,11 @@ CANDIDATES = 256
 
 
 def substitutes(seed: int, epoch: int, slot: int, n: int) -> Iterator[int]:
-    """The candidates for a corrupt slot, in the order in which they are tried: `CANDIDATES` sample numbers below n.
+    """Yield the candidates for a corrupt slot in the order of trial: `CANDIDATES` sample numbers below n.
 
-    They depend on (seed, epoch, slot) alone, so that no other slot moves, the batch keeps its size, no rank waits, and
-    every worker and every restart chooses the same substitute.
+    They depend on (seed, epoch, slot) alone. Therefore no other slot changes, the batch keeps its size, no rank waits,
+    and
+    each worker and each restart chooses the same substitute.
     """
     draws = random_u32(seed, SUBSTITUTE, epoch, torch.tensor([slot]), CANDIDATES)[0]
     yield from ((draws * n) >> 32).tolist()

@@ -1,4 +1,4 @@
-"""The members of a tar, read header by header, past damage: what `tarfile` gives up on is named and skipped."""
+"""List the members of a tar header by header, naming and skipping damage at which `tarfile` stops."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _LARGEST_EXTENSION = 1 << 20  # a long name or a PAX record is small; a damaged 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar: its name, where its bytes begin, how many, and whether the tar holds them all."""
+    """A regular file in a tar: its name, the offset and size of its bytes, and whether the tar holds all of them."""
 
     name: str
     offset: int
@@ -25,17 +25,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Damage:
-    """A place at which the tar is not as it should be."""
+    """A damaged place in a tar."""
 
     offset: int
     why: str
 
 
 def members(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
-    """The regular members of a tar of `size` bytes, and its damage, in order.
+    """Yield the regular members of a tar of `size` bytes, and its damage, in order.
 
-    Understands ustar, GNU (long names, large sizes) and PAX (path, size). After a damaged header the scan goes on at
-    the next block that is a header with a right checksum.
+    Handles ustar, GNU (long names, large sizes) and PAX (path, size). After a damaged header the scan continues at the
+    next
+    block that is a header with a correct checksum.
     """
     position, ended = 0, False
     long_name: str | None = None
@@ -95,17 +96,17 @@ def _parse(header: bytes) -> tuple[str, int, bytes]:
 
 
 def _number(digits: bytes) -> int:
-    if digits[0] & 0x80:  # GNU's binary form of a number too large for octal
+    if digits[0] & 0x80:  # GNU's binary form, for numbers too large for octal
         value = int.from_bytes(digits[1:], "big") + ((digits[0] & 0x7F) << 8 * (len(digits) - 1))
         if value >> 62:
-            raise ValueError("a number beyond any file")
+            raise ValueError("a number larger than any file")
         return value
     text = digits.strip(b"\0 ").decode("ascii", "replace")
     return int(text, 8) if text else 0
 
 
 def _records(content: bytes) -> dict[str, str]:
-    """The `length key=value` records of a PAX header; what is malformed ends them."""
+    """Parse the `length key=value` records of a PAX header, up to the first malformed one."""
     records: dict[str, str] = {}
     while content:
         length, _, _ = content.partition(b" ")
@@ -118,7 +119,7 @@ def _records(content: bytes) -> dict[str, str]:
 
 
 def _next_header(file: BinaryIO, position: int, size: int) -> int | None:
-    """The place of the next block that is a header, or None."""
+    """Offset of the next block that is a header, or None."""
     while position + BLOCK <= size:
         file.seek(position)
         chunk = file.read(_CHUNK)

@@ -1,4 +1,4 @@
-"""An index of a tar shard: where each sample's picture, caption and metadata lie, and what is damaged.
+"""Index of a tar shard: the offsets of each sample's image, caption and metadata, and the damage.
 
 Samples follow webdataset's rule: members whose path is equal up to the first dot of its last part belong together.
 """
@@ -30,9 +30,12 @@ _HEADER = 512
 class TarIndex:
     """The samples of one tar, in the order in which their keys first appear, and its damage.
 
-    `offsets`, `sizes`: (samples, 3) int64, bytes, of the picture, the caption and the metadata; a missing member has
-    offset and size -1. A sample with a damaged member keeps its row, so that no other sample moves. `damage`: one
-    sentence for each damaged place, naming the tar, the key and the offset.
+    A sample with a damaged member keeps its row, so that other samples keep theirs.
+
+    Attributes:
+        offsets, sizes: (samples, 3) int64, in bytes, of the image, the caption and the metadata; -1 for a missing
+            member.
+        damage: one sentence for each damaged place, with the tar, the key and the offset.
     """
 
     path: Path
@@ -47,7 +50,7 @@ class TarIndex:
         return len(self.offsets)
 
     def key(self, i: int) -> str:
-        """The key of sample `i`."""
+        """Key of sample `i`."""
         start = int(self._name_ends[i - 1]) if i else 0
         return self._names[start : int(self._name_ends[i])].tobytes().decode("utf-8", "replace")
 
@@ -58,11 +61,11 @@ class TarIndex:
 
     @staticmethod
     def file(tar: Path) -> Path:
-        """Where the index of a tar is kept: beside it, `<tar>.index.npz`."""
+        """Path of a tar's index: `<tar>.index.npz` beside it."""
         return tar.with_name(tar.name + ".index.npz")
 
     def save(self) -> None:
-        """Writes the index beside its tar, atomically and with equal bytes for equal tars. Raises OSError."""
+        """Write the index beside its tar, atomically, with equal bytes for equal tars. Raises OSError."""
         target = self.file(self.path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
@@ -86,7 +89,7 @@ class TarIndex:
 
 
 def build_index(path: str | Path) -> TarIndex:
-    """Scans a tar's headers. Damage is listed, never raised; OSError where the file cannot be read at all."""
+    """Scan a tar's headers. Damage is listed, not raised. Raises OSError where the file cannot be read at all."""
     path = Path(path)
     rows: dict[str, int] = {}
     places = array("q")
@@ -139,18 +142,18 @@ def _incomplete(index: TarIndex) -> list[str]:
     found = index.offsets >= 0
     without_image = np.flatnonzero(~found[:, IMAGE]).tolist()
     without_text = np.flatnonzero(~found[:, TEXT] & ~found[:, META]).tolist()
-    if len(without_text) == len(index):  # a tar of pictures alone
+    if len(without_text) == len(index):  # a tar of images alone
         without_text = []
     tar = index.path.name
-    return [f"{tar}: key {index.key(i)!r} has no whole picture" for i in without_image] + [
+    return [f"{tar}: key {index.key(i)!r} has no whole image" for i in without_image] + [
         f"{tar}: key {index.key(i)!r} has no caption" for i in without_text
     ]
 
 
 def load_index(path: str | Path) -> TarIndex:
-    """The index kept beside a tar; made anew where it is missing, of another format, or the tar has changed.
+    """Load the index beside a tar, or build it where it is missing, has another format, or the tar has changed.
 
-    A new one is saved, or only held in memory where the folder is not writable.
+    A new index is saved; where the folder is not writable, it is only held in memory.
     """
     path = Path(path)
     index = _read(path)
@@ -180,11 +183,11 @@ def _read(path: Path) -> TarIndex | None:
                 stored["name_ends"],
             )
     except (OSError, KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
-        return None  # missing or damaged: the tar itself is the authority
+        return None  # missing or damaged: the tar itself decides
 
 
 def _probe(path: Path, offsets: NDArray[np.int64]) -> int:
-    """A checksum of a few headers, because tars are padded and another tar may well have the same size."""
+    """Checksum of a few headers; sizes are not enough, since padded tars often have equal sizes."""
     images = offsets[:, IMAGE]
     images = images[images >= _HEADER]
     checksum = 0

@@ -1,4 +1,4 @@
-"""Captions to word-piece ids: lower-cased BERT WordPiece, trained here or loaded from a path or a package."""
+"""Turn captions into word-piece ids: lower-cased BERT WordPiece, trained here or loaded from a path or a package."""
 
 import importlib.metadata
 import importlib.util
@@ -12,7 +12,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from oner_fast.data.batch import TokenizedText
-from oner_fast.data.packing import pack
+from oner_fast.data.ragged import pack
 
 PAD, UNK, MASK = "[PAD]", "[UNK]", "[MASK]"
 _SPECIAL = (PAD, UNK, "[CLS]", "[SEP]", MASK)
@@ -22,20 +22,28 @@ _FILES = ("tokenizer.json", "vocab.txt")
 
 
 class Tokenizer:
-    """WordPiece without the specials of BERT: the model brings its own [CLS].
+    """WordPiece without BERT's special tokens, as the model has a [CLS] of its own.
 
-    `vocab_size`, `pad_id`, `unk_id`, `mask_id`; ids below `first_word_id` are special and stand for no word.
+    Attributes:
+        vocab_size: number of pieces.
+        pad_id, unk_id, mask_id: ids of [PAD], [UNK] and [MASK].
+        first_word_id: ids below it are special tokens and stand for no word.
     """
 
     def __init__(self, vocabulary: dict[str, int], normalizer: normalizers.Normalizer | None = None) -> None:
-        """`vocabulary`: piece to id, pieces inside a word with "##" before them; `normalizer`: BERT's, lower-casing.
+        """Make a tokenizer from a vocabulary.
 
-        Raises ValueError where [PAD], [UNK] or [MASK] is missing, or where specials stand amid the words.
+        Args:
+            vocabulary: piece to id; pieces within a word begin with "##".
+            normalizer: BERT's, lower-casing, by default.
+
+        Raises:
+            ValueError: [PAD], [UNK] or [MASK] is missing, or special tokens stand among the words.
         """
         missing = [token for token in (PAD, UNK, MASK) if token not in vocabulary]
         if missing:
             raise ValueError(f"the vocabulary has no {', '.join(missing)}; a BERT WordPiece vocabulary is needed")
-        # No special is registered as such: "[MASK]" written in a caption is text like any other.
+        # No special token is registered as one, so that "[MASK]" in a caption is ordinary text.
         self._backend = _word_piece(vocabulary, normalizer)
         self.pad_id, self.unk_id, self.mask_id = vocabulary[PAD], vocabulary[UNK], vocabulary[MASK]
         self.vocab_size = max(vocabulary.values()) + 1
@@ -45,9 +53,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Trains a vocabulary of at most `vocab_size` pieces; the same captions, in any order, give the same bytes.
+        """Train a vocabulary of at most `vocab_size` pieces; the same captions, in any order, give the same bytes.
 
-        Raises ValueError where `vocab_size` does not hold the specials and every character.
+        Raises ValueError where `vocab_size` is too small for the special tokens and every character.
         """
         captions = list(captions)
         backend = _word_piece({PAD: 0, UNK: 1, MASK: 2}, None)
@@ -55,7 +63,7 @@ class Tokenizer:
         firsts = sorted({word[0] for word in words})
         inner = sorted({_INNER + character for word in words for character in word[1:]})
         # The trainer numbers inner characters in the order of a randomly seeded hash map, and breaks ties by number.
-        # Given as reserved tokens they have fixed numbers, and the outcome is a function of the captions.
+        # As reserved tokens the characters have fixed numbers, so that the captions alone decide the vocabulary.
         reserved = [PAD, UNK, MASK, *firsts, *inner]
         if vocab_size < len(reserved):
             raise ValueError(f"vocab_size must be at least {len(reserved)} to hold every character, not {vocab_size}")
@@ -67,10 +75,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path) -> "Tokenizer":
-        """Reads a tokenizer.json or a vocab.txt: that file, a folder holding one, or an installed package holding one.
+        """Load a tokenizer.json or a vocab.txt: that file, a folder with one, or an installed package with one.
 
-        A package is named as it is imported or as it is installed; it is searched, not imported. Raises ValueError
-        naming what was looked for.
+        A package is named as it is imported or as it is installed; it is searched, not imported. Raises ValueError,
+        which names
+        the files looked for, where there is none.
         """
         file = _find(source)
         if file.suffix == ".json":
@@ -86,22 +95,22 @@ class Tokenizer:
         return cls(model["vocab"], tokenizers.Tokenizer.from_str(text).normalizer)
 
     def save(self, path: str | Path) -> None:
-        """Writes a tokenizer.json; equal tokenizers give equal bytes."""
+        """Write a tokenizer.json; equal tokenizers give equal bytes."""
         Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def to_json(self) -> str:
-        """The whole tokenizer as text, for a file that holds more than it."""
+        """Text of the whole tokenizer, for a file that holds more than the tokenizer."""
         return self._backend.to_str()
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
-        """Reads what `to_json` gave."""
+        """Make a tokenizer from the text of `to_json`."""
         return cls._from_json(text, "the text")
 
     def __call__(self, captions: list[str], max_tokens: int = 78) -> TokenizedText:
-        """Packs the captions' ids; a longer caption keeps its first `max_tokens`, an empty one becomes one [UNK].
+        """Pack the captions' ids; a longer caption keeps its first `max_tokens`, and an empty one becomes one [UNK].
 
-        Raises TypeError where one string is given instead of a list, ValueError where max_tokens < 1.
+        Raises TypeError for one string instead of a list, and ValueError where max_tokens < 1.
         """
         if isinstance(captions, str):
             raise TypeError("captions must be a list of strings, not one string")
@@ -115,7 +124,7 @@ class Tokenizer:
         return TokenizedText(input_ids, cu_seqlens, word_ids.int())
 
     def decode(self, ids: Sequence[int] | torch.Tensor) -> str:
-        """The text of ids, pieces joined to words; specials are written out."""
+        """Text of ids, with pieces joined to words; special tokens are written out."""
         numbers = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         return self._backend.decode(numbers, skip_special_tokens=False)
 
@@ -152,7 +161,7 @@ def _is_reserved(token: str) -> bool:
 
 
 def _words(backend: tokenizers.Tokenizer, captions: Iterable[str]) -> set[str]:
-    """The distinct words of captions, as the trainer will see them."""
+    """The distinct words of the captions, as the trainer will see them."""
     normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
     return {word for caption in set(captions) for word, _ in split(normalize(caption))}
 
@@ -173,7 +182,7 @@ def _find(source: str | Path) -> Path:
 
 
 def _package_folders(name: str) -> list[Path]:
-    """The folders of an installed package, looked up without importing it."""
+    """Folders of an installed package, found without importing it."""
     folders: list[Path] = []
     module = name.replace("-", "_")
     if module.isidentifier():

@@ -1,4 +1,4 @@
-"""Batches made ahead in worker processes, which leave signals to the training process and end when it does."""
+"""Make batches ahead in worker processes, which ignore signals and end with the training process."""
 
 import logging
 import multiprocessing
@@ -20,10 +20,12 @@ _WATCH_SECONDS = 1.0
 
 
 class Batches(Iterator[PairBatch]):
-    """Endless batches with a place: `step` comes next. Counts and names the corrupt samples met in them.
+    """Endless batches with a position: `step` comes next.
 
-    `corrupt`: how many reads failed so far; `corrupt_names`: the sentences logged, each once. `ahead`: where set before
-    the first batch, it is called with each batch one step before that batch is given out.
+    Attributes:
+        corrupt: number of reads that failed so far.
+        corrupt_names: the sentences logged about them, each once.
+        ahead: if set before the first batch, it is called with each batch one step before that batch is returned.
     """
 
     ahead: Callable[[PairBatch], object] | None = None
@@ -48,35 +50,35 @@ class Batches(Iterator[PairBatch]):
 
     @abstractmethod
     def _start(self) -> Iterator[PairBatch]:
-        """Batches from `step` on."""
+        """Yield batches from `step` on."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, int]:
-        """The place, for a checkpoint."""
+        """Position for a checkpoint."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a place. Raises ValueError where it is not one of these data."""
+        """Continue from a position. Raises ValueError where it belongs to other data."""
 
     def __next__(self) -> PairBatch:
-        """The batch of the next step."""
+        """Make the batch of the next step."""
         if self._batches is None:
             self._batches = self._start() if self.ahead is None else _one_ahead(self._start(), self.ahead)
         try:
             batch = next(self._batches)
         except BaseException:
-            self._batches = None  # an interrupted iterator may have moved on: begin again at this step
+            self._batches = None  # an interrupted iterator may have advanced, so a new one begins at this step
             raise
         self.step += 1
         self.corrupt += batch.corrupt
         for sentence in batch.corrupt_names:
             if sentence not in self.corrupt_names:
                 self.corrupt_names.add(sentence)
-                logger.warning("corrupt sample, another takes its slot: %s", sentence)
+                logger.warning("corrupt sample, replaced by another: %s", sentence)
         return batch
 
     def close(self) -> None:
-        """Ends the workers; the next batch starts them again."""
+        """End the workers; the next batch starts them again."""
         self._batches = None
 
     def __enter__(self) -> Self:
@@ -98,7 +100,7 @@ def _one_ahead(batches: Iterator[PairBatch], begin: Callable[[PairBatch], object
 def in_workers(
     source: Dataset[PairBatch], sampler: Iterable[int] | None, workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[PairBatch]:
-    """Iterates a source of whole batches in worker processes, `prefetch` batches ahead in each."""
+    """Iterate over a source of whole batches in worker processes, `prefetch` batches ahead in each."""
     return iter(
         DataLoader(
             source,
@@ -109,7 +111,7 @@ def in_workers(
             worker_init_fn=_begin_worker,
             prefetch_factor=prefetch,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # its own, so that starting it draws nothing from the training's
+            generator=torch.Generator(),  # a generator of its own, so that it draws nothing from the training's
         )
     )
 
@@ -119,8 +121,8 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _begin_worker(_: int) -> None:
-    """Leaves the signals of a stopping run to the training process, and ends with it."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process must not wait for threads it does not have
+    """Ignore the signals that stop a run, as the training process handles them, and end when that process ends."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process must not wait for threads that it lacks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     trainer = multiprocessing.parent_process()
@@ -128,12 +130,12 @@ def _begin_worker(_: int) -> None:
 
 
 def _watch(parent: int, trainer: int | None) -> None:
-    """Ends this process when its parent is gone, or on the trainer's own SIGTERM; a SIGTERM to all is passed over.
+    """End this process when its parent has ended, or on the trainer's own SIGTERM; ignore a SIGTERM sent to all.
 
-    A worker that waits for room in its result pipe would never see that nobody reads it, so a thread looks.
+    A worker that waits for space in its result pipe cannot notice that nobody reads from it, so a thread checks.
     """
     while os.getppid() == parent:
         received = signal.sigtimedwait({signal.SIGTERM}, _WATCH_SECONDS)
         if received is not None and received.si_pid in (parent, trainer):
             break
-    os._exit(0)  # PyTorch takes any other status for a crash
+    os._exit(0)  # PyTorch treats any other status as a crash

@@ -13,8 +13,23 @@ import torch
 import tyro
 
 import oner_fast
+from oner_fast.data.dataset import PairDataset
+from oner_fast.evaluation.coco import read_captions
+from oner_fast.evaluation.embed import embed_texts
 from oner_fast.evaluation.folder import check_run, find_data, processor, read_config
+from oner_fast.evaluation.labels import LABELS, teach
+from oner_fast.evaluation.run import (
+    evaluate_folders,
+    evaluate_retrieval,
+    evaluate_split,
+    evaluate_zero_shot,
+    has_text,
+    held_out_splits,
+    training_words,
+    write_json,
+)
 from oner_fast.evaluation.table import show
+from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,7 @@ class Options:
     data: Path | None = None
     """Data to evaluate on (a folder with dataset.json, or a tar); the run's own by default."""
     split: tuple[str, ...] = ()
-    """Splits to evaluate; all but `train` by default."""
+    """Split to evaluate; all but `train` by default."""
     coco_json: Path | None = None
     """Captions of images: Karpathy's json or COCO's captions json; needs --coco-images."""
     coco_images: Path | None = None
@@ -36,9 +51,9 @@ class Options:
     coco_split: str = "test"
     """The split of Karpathy's json."""
     image_folder: Path | None = None
-    """Pictures for zero-shot classification: FOLDER/class/picture.jpg."""
+    """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
-    """Pictures of the same classes from which --knn and --linear-probe learn those of --image-folder."""
+    """Images of the same classes from which --knn and --linear-probe learn those of --image-folder."""
     classes: str | None = None
     """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; their own names by
     default."""
@@ -47,16 +62,16 @@ class Options:
     zero_shot: bool = True
     """Tell the concepts of each held-out split's captions from one another, zero-shot."""
     knn: bool = False
-    """Weighted k-NN from the features of training pictures."""
+    """Weighted k-NN from the features of training images."""
     linear_probe: bool = False
-    """Logistic regression on the features of training pictures."""
+    """Logistic regression on the features of training images."""
     label: tuple[str, ...] = ()
     """What k-NN and the probe learn of a captioned data set: `concept`, or a field of its samples' json; `concept` and
     `set` by default."""
     label_classes: int = 1000
-    """Take the pictures of this many of a label's classes, the most frequent ones."""
+    """Take the images of this many of a label's classes, the most frequent ones."""
     batch_size: int = 64
-    """Pictures embedded at once."""
+    """Images embedded at once."""
     device: str = "cpu"
     """Where the model computes: cpu, cuda, cuda:1, ..."""
     limit: int | None = None
@@ -88,79 +103,105 @@ def evaluate(options: Options) -> dict[str, Any]:
     """Evaluate as the options say and write RUN/evaluation.json.
 
     Returns:
-        An entry for each split (`pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for `coco` and
-        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked, and `about`: what it was made with.
+        An entry for each split (`pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for `coco`, and for
+        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` says what they were made with.
+
+    Raises:
+        FileNotFoundError: a run, its data or a file is missing.
+        ValueError: options do not fit each other, the data or the model.
     """
     check_run(options.run)
-    _check_probes(options)
-    if (options.coco_json is None) != (options.coco_images is None):
-        raise ValueError("--coco-json and --coco-images go together")
-    elsewhere = options.coco_json is not None or options.image_folder is not None
-    own = not elsewhere or options.data is not None
-    data = find_data(options.run, options.data) if own else None
-
-    from oner_fast.evaluation import run as steps
-    from oner_fast.evaluation.coco import read_captions
-    from oner_fast.evaluation.zero_shot import TEMPLATES, read_templates
-
+    _check_options(options)
+    data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
-
-    asked = list(options.split)
-    if data is not None:
-        known = steps.held_out_splits(data)
-        unknown = [name for name in asked if name not in known]
-        if unknown:
-            raise ValueError(f"{data} has no held-out split {unknown[0]!r}; it has {', '.join(known)}")
-        asked = asked or known
-    loaded = oner_fast.load(options.run, options.device, text_tower=options.text_tower)
-    if not steps.has_text(loaded) and (not _probes(options) or options.coco_json is not None):
-        raise ValueError(
-            f"{options.run} names no text tower, so that it answers --knn and --linear-probe alone; give --text-tower"
-        )
-    if steps.has_text(loaded):
-        steps.embed_texts(loaded, ["a picture"])  # a text tower that cannot be loaded shows before any picture is read
+    splits = [] if data is None else _asked_splits(options, data)
+    loaded = _load(options)
     evaluation: dict[str, Any] = {}
     if data is not None:
-        taught = _taught(loaded, data, options)
-        trained_on = data if options.data is None else _training_data(options.run, data)
-        seen = steps.training_words(trained_on)
-        for name in asked:
-            dataset = steps.PairDataset(data, split=name)
-            evaluation |= steps.evaluate_split(
-                loaded,
-                dataset,
-                name,
-                seen,
-                templates=templates if options.zero_shot else (),
-                taught=taught,
-                probes=_probes(options),
-                batch_size=options.batch_size,
-                limit=options.limit,
-            )
-        if missing := [name for name in options.label if not any(_has(evaluation[split], name) for split in asked)]:
-            raise ValueError(f"no picture of {', '.join(asked)} has a {missing[0]!r} that the train split teaches")
+        evaluation |= _splits(loaded, data, splits, templates, options)
     if options.coco_json is not None and options.coco_images is not None:
         images = read_captions(options.coco_json, options.coco_images, split=options.coco_split)
-        evaluation["coco"] = steps.evaluate_retrieval(loaded, images, batch_size=options.batch_size)
+        evaluation["coco"] = evaluate_retrieval(loaded, images, batch_size=options.batch_size)
     if options.image_folder is not None:
-        if steps.has_text(loaded):
-            evaluation["zero_shot"] = _zero_shot(loaded, options, templates)
-        if options.image_folder_train is not None:
-            evaluation |= steps.evaluate_folders(
-                loaded,
-                options.image_folder_train,
-                options.image_folder,
-                _probes(options),
-                batch_size=options.batch_size,
-            )
+        evaluation |= _image_folder(loaded, options.image_folder, templates, options)
     evaluation["about"] = {
         "recipe": read_config(options.run).get("recipe"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
-    steps.write_json(options.run / "evaluation.json", evaluation)
+    write_json(options.run / "evaluation.json", evaluation)
     return evaluation
+
+
+def _data(options: Options) -> Path | None:
+    """The data set to evaluate on: none where only captions or an ImageFolder were given."""
+    elsewhere = options.coco_json is not None or options.image_folder is not None
+    if elsewhere and options.data is None:
+        return None
+    return find_data(options.run, options.data)
+
+
+def _asked_splits(options: Options, data: Path) -> list[str]:
+    """The splits that were asked for, or every held-out split."""
+    known = held_out_splits(data)
+    if unknown := [name for name in options.split if name not in known]:
+        raise ValueError(f"{data} has no held-out split {unknown[0]!r}; it has {', '.join(known)}")
+    return list(options.split) or known
+
+
+def _load(options: Options) -> Any:
+    """The model, whose text tower can be loaded where it names one."""
+    loaded = oner_fast.load(options.run, options.device, text_tower=options.text_tower)
+    if has_text(loaded):
+        embed_texts(loaded, ["a picture"])  # a text tower that cannot be loaded fails here, before any image is read
+    elif not _probes(options) or options.coco_json is not None:
+        raise ValueError(
+            f"{options.run} names no text tower, so that it answers --knn and --linear-probe alone; give --text-tower"
+        )
+    return loaded
+
+
+def _splits(
+    loaded: Any, data: Path, splits: Sequence[str], templates: Sequence[str], options: Options
+) -> dict[str, Any]:
+    """The entries of every split and of its parts."""
+    taught = _taught(loaded, data, options)
+    seen = training_words(data if options.data is None else _training_data(options.run, data))
+    entries: dict[str, Any] = {}
+    for name in splits:
+        entries |= evaluate_split(
+            loaded,
+            PairDataset(data, split=name),
+            name,
+            seen,
+            templates=templates if options.zero_shot else (),
+            taught=taught,
+            probes=_probes(options),
+            batch_size=options.batch_size,
+            limit=options.limit,
+        )
+    if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
+        raise ValueError(f"no picture of {', '.join(splits)} has a {missing[0]!r} that the train split teaches")
+    return entries
+
+
+def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: Options) -> dict[str, Any]:
+    """The entries of an ImageFolder: zero-shot where the model reads text, and the probes where they were asked for."""
+    entries: dict[str, Any] = {}
+    if has_text(loaded):
+        entries["zero_shot"] = evaluate_zero_shot(
+            loaded,
+            folder,
+            classes=read_classes(options.classes) if options.classes else None,
+            templates=templates,
+            batch_size=options.batch_size,
+        )
+    if options.image_folder_train is not None:
+        entries |= evaluate_folders(
+            loaded, options.image_folder_train, folder, _probes(options), batch_size=options.batch_size
+        )
+    return entries
 
 
 def _training_data(run: Path, other: Path) -> Path:
@@ -175,7 +216,8 @@ def _probes(options: Options) -> list[str]:
     return [name for name in ("knn", "linear_probe") if getattr(options, name)]
 
 
-def _check_probes(options: Options) -> None:
+def _check_options(options: Options) -> None:
+    """Raise ValueError where one option needs another."""
     probes = _probes(options)
     if options.image_folder_train is not None and (options.image_folder is None or not probes):
         raise ValueError("--image-folder-train needs --image-folder, and --knn or --linear-probe")
@@ -185,15 +227,14 @@ def _check_probes(options: Options) -> None:
         )
     if options.label and not probes:
         raise ValueError("--label says what --knn and --linear-probe learn; give one of them")
+    if (options.coco_json is None) != (options.coco_images is None):
+        raise ValueError("--coco-json and --coco-images go together")
 
 
 def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
     """The features of the train split that k-NN and the probe learn from."""
     if not _probes(options):
         return {}
-    from oner_fast.data.dataset import PairDataset
-    from oner_fast.evaluation.labels import LABELS, teach
-
     listing = data / "dataset.json"
     if not listing.is_file() or "train" not in json.loads(listing.read_text(encoding="utf-8"))["splits"]:
         raise ValueError(f"--knn and --linear-probe need a train split, and {data} has none")
@@ -209,17 +250,3 @@ def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
 
 def _has(entry: dict[str, Any], label: str) -> bool:
     return any(label in entry.get(probe, {}) for probe in ("knn", "linear_probe"))
-
-
-def _zero_shot(loaded: Any, options: Options, templates: Sequence[str]) -> dict[str, Any]:
-    from oner_fast.evaluation.run import evaluate_zero_shot
-    from oner_fast.evaluation.zero_shot import read_classes
-
-    assert options.image_folder is not None
-    return evaluate_zero_shot(
-        loaded,
-        options.image_folder,
-        classes=read_classes(options.classes) if options.classes else None,
-        templates=templates,
-        batch_size=options.batch_size,
-    )

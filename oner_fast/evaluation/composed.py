@@ -1,8 +1,8 @@
-"""Retrieval with a picture and words together: the query is F(I,T), the gallery is F(I) (OneR, section 1,
+"""Retrieval with an image and words together: the query is F(I,T), the gallery is F(I) (OneR, section 1,
 "Multimodal retrieval").
 
-A query is a picture and one word that its caption lacks; its targets are the pictures whose captions are made of just
-the words of the query's caption and the added word. The picture of the query itself is no answer.
+A query is an image and one word that its caption lacks; its targets are the images whose captions are made of just
+the words of the query's caption and the added word. The image of the query itself is no answer.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from oner_fast.evaluation.splits import words
 
 @dataclass(frozen=True)
 class ComposedQuery:
-    """A picture (row of the split), the word added, and the rows of the pictures that answer it."""
+    """An image (row of the split), the word added, and the rows of the images that answer it."""
 
     image: int
     word: str
@@ -33,7 +33,7 @@ def composed_queries(captions: Sequence[str], *, limit: int = 512, seed: int = 0
     found = []
     for target, rows in by_words.items():
         for word in sorted(target):
-            # A number says too little of a picture to be a fair question.
+            # A number says too little of an image to be a fair question.
             if len(target) > 1 and not word.isdigit():
                 found += [ComposedQuery(image, word, rows) for image in by_words.get(target - {word}, [])]
     return sorted(found, key=lambda query: shuffle_key(seed, f"{query.image} {query.word}"))[:limit]
@@ -45,7 +45,7 @@ def shuffle_key(seed: int, name: str) -> str:
 
 
 def composed_scores(query: Tensor, gallery: Tensor, queries: Sequence[ComposedQuery]) -> Tensor:
-    """(Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for a query's own picture."""
+    """(Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for a query's own image."""
     scores = query.double() @ gallery.double().T
     own = torch.tensor([one.image for one in queries], dtype=torch.int64)
     return scores.scatter(1, own[:, None], -torch.inf)

@@ -1,4 +1,4 @@
-"""Embed pictures and captions with a loaded model, batch by batch; a damaged picture is left out and named."""
+"""Embed images and captions with a loaded model, batch by batch; a damaged image is left out and named."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ class Encoder(Protocol):
     """What evaluation needs of a model; `oner_fast.load` gives one."""
 
     def preprocess(self, image: Image.Image, /) -> Tensor:
-        """A picture as (3, S, S) uint8."""
+        """An image as (3, S, S) uint8."""
 
     def encode_image(self, images: Any, /) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, E) float32, L2-normalised."""
@@ -36,7 +36,7 @@ class Encoder(Protocol):
 
 
 class JointEncoder(Encoder, Protocol):
-    """A model that also reads a picture and words in one pass."""
+    """A model that also reads an image and words in one pass."""
 
     def encode_image_text(self, images: Any, texts: list[str], /) -> Tensor:
         """B pairs -> (B, E) float32, L2-normalised."""
@@ -70,7 +70,7 @@ def embed_split(
 ) -> SplitEmbeddings:
     """Embed a split of a data set; equal captions become one row of the gallery.
 
-    A sample's `also` (in its json) lists captions of pictures with the same pixels: they are right answers too.
+    A sample's `also` (in its json) lists captions of images with the same pixels: they are right answers too.
 
     Args:
         limit: embed this many samples only, evenly spaced.
@@ -91,7 +91,7 @@ def embed_split(
 def embed_pairs(
     loaded: Encoder, dataset: PairDataset, rows: Sequence[int], *, batch_size: int = 64, label: str = "pictures"
 ) -> tuple[Tensor, list[int], list[tuple[str, dict[str, Any]]], list[str]]:
-    """Embed the pictures of some samples: (N, E) embeddings, the rows that could be read, each one's caption and the
+    """Embed the images of some samples: (N, E) embeddings, the rows that could be read, each one's caption and the
     fields of its json, and the names of the others.
     """
 

@@ -66,11 +66,11 @@ def teach(
     limit: int | None = None,
     batch_size: int = 64,
 ) -> dict[str, Taught]:
-    """Embed the training pictures that have one of the labels.
+    """Embed the training images that have one of the labels.
 
     Args:
         names: of the labels; one with fewer than two classes in the data is left out.
-        most: take the pictures of a label's so many most frequent classes.
+        most: take the images of a label's so many most frequent classes.
         limit: take this many samples of the split only, evenly spaced.
     """
     if most < 2:

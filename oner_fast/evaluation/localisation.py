@@ -1,7 +1,7 @@
-"""Word-patch localisation: where in a picture the model sees a word (OneR, section 1, "Word-patch localisation").
+"""Word-patch localisation: where in an image the model sees a word (OneR, section 1, "Word-patch localisation").
 
 The cosine of every patch output with a text embedding, softmax over the patches, laid out on the grid, enlarged
-(bicubic) to the picture and stretched to [0, 1]. No gradients are involved.
+(bicubic) to the image and stretched to [0, 1]. No gradients are involved.
 """
 
 import torch
@@ -62,11 +62,11 @@ def heat_map(scores: Tensor, size: tuple[int, int], *, grid: tuple[int, int] | N
 
 
 def overlay(image: Tensor, heat: Tensor, *, fade: float = 0.35) -> Tensor:
-    """Lay a heat map over a picture.
+    """Lay a heat map over an image.
 
     Args:
         image: (3, H, W) uint8; heat: (H, W) in [0, 1].
-        fade: how far the picture is washed out towards white first, so that the heat stands out.
+        fade: how far the image is washed out towards white first, so that the heat stands out.
 
     Returns:
         (3, H, W) uint8.

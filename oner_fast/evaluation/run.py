@@ -82,7 +82,7 @@ def evaluate_split(
 
     Args:
         templates: prompts in which the split's concepts are told from one another zero-shot; not done without any.
-        taught: for each label, features of the train split that know it; a label that no picture of this split has is
+        taught: for each label, features of the train split that know it; a label that no image of this split has is
             left out.
         probes: what learns from them: `knn`, `linear_probe`.
     """
@@ -118,7 +118,7 @@ def has_text(loaded: Any) -> bool:
 
 
 def has_joint_pass(loaded: Any) -> bool:
-    """Whether the model reads a picture and words in one pass; two trunks and two towers do not."""
+    """Whether the model reads an image and words in one pass; two trunks and two towers do not."""
     return hasattr(loaded, "encode_image_text") and bool(getattr(getattr(loaded, "config", None), "shared_trunk", True))
 
 
@@ -130,7 +130,7 @@ def evaluate_retrieval(loaded: Encoder, images: Sequence[CaptionedImage], *, bat
 def evaluate_concepts(
     loaded: Encoder, embedded: SplitEmbeddings, templates: Sequence[str] = TEMPLATES, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Zero-shot accuracy among the concepts of a split's captions; captions of equal pictures are right too."""
+    """Zero-shot accuracy among the concepts of a split's captions; captions of equal images are right too."""
     shown = concept_classes(
         [[*own, *meta.get("also", [])] for own, meta in zip(embedded.captions, embedded.meta, strict=True)],
         [meta.get(CONCEPT) for meta in embedded.meta],
@@ -224,7 +224,7 @@ def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dic
 
 
 def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
-    """Figures of queries with a picture and a word, beside the picture alone and the word alone."""
+    """Figures of queries with an image and a word, beside the image alone and the word alone."""
     queries = composed_queries([several[0] for several in embedded.captions])
     if not queries:
         return {}

@@ -41,7 +41,7 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]
 
 
 def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(pictures, how, figures) of every classification in the evaluation, as they are called in a table."""
+    """(images, how, figures) of every classification in the evaluation, as they are called in a table."""
     for name in CLASSIFIERS:  # of an ImageFolder: an entry of its own
         if isinstance(entry := evaluation.get(name), dict) and "top1" in entry:
             yield "image folder", CLASSIFIERS[name], entry
@@ -122,7 +122,7 @@ def _beside_top(figures: dict[str, Any], k: int) -> str:
 
 
 def _majority(figures: dict[str, Any]) -> str:
-    """The share of the most frequent class among the pictures asked about; zero-shot figures have none."""
+    """The share of the most frequent class among the images asked about; zero-shot figures have none."""
     return percent(figures["majority"]) if "majority" in figures else ""
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from oner_fast.data.sources.concepts import concept
 from oner_fast.evaluation.classifier import check_labels
 from oner_fast.evaluation.retrieval import recall
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 TEMPLATES = (
     "{}",
@@ -136,14 +136,14 @@ def read_templates(source: str) -> list[str]:
     if source != "openai":
         return read_lines(Path(source), "--templates takes `openai` or a file")
     # Its templates are functions of the class's name; {} is put in the name's place again.
-    return [template("{}") for template in peer("open_clip").OPENAI_IMAGENET_TEMPLATES]
+    return [template("{}") for template in optional_package("open_clip").OPENAI_IMAGENET_TEMPLATES]
 
 
 def read_classes(source: str) -> list[str]:
     """Class names: `imagenet`, the 1,000 that open_clip ships in the order of the WordNet ids, or a file of lines."""
     if source != "imagenet":
         return read_lines(Path(source), "--classes takes `imagenet` or a file")
-    return list(peer("open_clip").IMAGENET_CLASSNAMES)
+    return list(optional_package("open_clip").IMAGENET_CLASSNAMES)
 
 
 def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
@@ -152,7 +152,7 @@ def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     Both are sorted by name, so that the class numbers are the ones torchvision gives.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no sub-folder with pictures in it.
+        FileNotFoundError: no such folder. ValueError: no sub-folder with images in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")

@@ -1,4 +1,4 @@
-"""A two-tower CLIP to train: open_clip's own architecture, so that its checkpoint is one of open_clip's."""
+"""A two-tower CLIP to train. It has open_clip's architecture, so that open_clip loads its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from oner_fast.atomic import write_atomic
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -33,9 +33,9 @@ class CLIPConfig:
     text_layers: int = 12
     text_heads: int = 8
     context_length: int = 77
-    """Tokens of a text with its start and its end; longer ones are cut."""
+    """Tokens of a text, with its start and its end; longer texts are cut."""
     vocab_size: int = 49408
-    """CLIP's byte-pair vocabulary, which open_clip's tokenizer brings."""
+    """Size of CLIP's byte-pair vocabulary, which open_clip's tokenizer brings."""
     embed_dim: int = 512
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -60,7 +60,7 @@ class CLIPConfig:
 
 
 def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
-    """The configuration as open_clip's ``open_clip_config.json`` holds it: ``model_cfg`` and ``preprocess_cfg``."""
+    """Content of open_clip's `open_clip_config.json` for this configuration: `model_cfg` and `preprocess_cfg`."""
     return {
         "model_cfg": {
             "embed_dim": config.embed_dim,
@@ -90,12 +90,12 @@ def open_clip_config(config: CLIPConfig) -> dict[str, Any]:
 
 
 def build_clip(config: CLIPConfig) -> nn.Module:
-    """An ``open_clip.CLIP`` with random weights (torch's generator), in training mode.
+    """Build an `open_clip.CLIP` with random weights (from torch's generator), in training mode.
 
     Raises:
         ModuleNotFoundError: open_clip is not installed.
     """
-    open_clip = peer("open_clip")
+    open_clip = optional_package("open_clip")
     values = open_clip_config(config)
     model = open_clip.CLIP(**values["model_cfg"])
     open_clip.model.set_model_preprocess_cfg(model, values["preprocess_cfg"])
@@ -103,17 +103,17 @@ def build_clip(config: CLIPConfig) -> nn.Module:
 
 
 def check_images(images: Tensor, config: CLIPConfig) -> None:
-    """A ValueError where ``images`` is not (B, 3, image_size, image_size)."""
+    """Raise ValueError where `images` is not (B, 3, image_size, image_size)."""
     size = config.image_size
     if images.dim() != 4 or images.shape[1:] != (3, size, size):
         raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
 
 
 def clip_pixels(images: Tensor, config: CLIPConfig) -> Tensor:
-    """What the image tower takes: (B, 3, S, S) uint8, or floats in [0, 1], to normalised float32.
+    """Normalise images for the image tower: (B, 3, S, S) uint8, or floats in [0, 1], to float32.
 
     Raises:
-        ValueError: another shape than (B, 3, image_size, image_size).
+        ValueError: the shape is not (B, 3, image_size, image_size).
     """
     check_images(images, config)
     top = 255.0 if images.dtype == torch.uint8 else 1.0
@@ -123,15 +123,14 @@ def clip_pixels(images: Tensor, config: CLIPConfig) -> Tensor:
 
 
 def clip_tokenizer(config: CLIPConfig) -> Any:
-    """CLIP's byte-pair tokenizer: list of strings -> (B, context_length) int64."""
-    return peer("open_clip").SimpleTokenizer(context_length=config.context_length)
+    """Make CLIP's byte-pair tokenizer: list of strings -> (B, context_length) int64."""
+    return optional_package("open_clip").SimpleTokenizer(context_length=config.context_length)
 
 
 def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
-    """Write ``open_clip_config.json`` and ``open_clip_model.safetensors`` into ``folder``.
+    """Write `open_clip_config.json` and `open_clip_model.safetensors` into `folder`.
 
-    open_clip loads it as ``open_clip.create_model_and_transforms("local-dir:FOLDER")``. Each file is whole at any
-    moment.
+    open_clip loads them as `open_clip.create_model_and_transforms("local-dir:FOLDER")`. Each file is replaced at once.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,17 +141,16 @@ def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
 
 
 def load_clip(folder: Path | str) -> tuple[nn.Module, CLIPConfig]:
-    """Read what :func:`save_clip` wrote: the model (float32, evaluation mode) and its sizes.
+    """Read the files of `save_clip`: the model (float32, evaluation mode) and its sizes.
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the configuration is of a model that :class:`CLIPConfig` does not describe, or the weights do not
-            fit it.
+        ValueError: `CLIPConfig` does not describe the configuration's model, or the weights do not fit it.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; it is no finished run of 'oner-fast train clip'")
+            raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train clip'")
     config = _config(json.loads((folder / CONFIG).read_text()), folder / CONFIG)
     model = build_clip(config)
     try:
@@ -182,9 +180,9 @@ def _config(values: dict[str, Any], path: Path) -> CLIPConfig:
             image_std=tuple(preprocess["std"]),
         )
     except KeyError as error:
-        raise ValueError(f"{path} lacks {error}, which a two-tower CLIP of this library has") from error
+        raise ValueError(f"{path} lacks {error}, which a two-tower CLIP of this library needs") from error
     written = open_clip_config(config)["model_cfg"]
     if written != model:
         known = ", ".join(field.name for field in fields(CLIPConfig))
-        raise ValueError(f"{path} holds more than the sizes of a two-tower CLIP of this library: {known}")
+        raise ValueError(f"{path} holds settings that a two-tower CLIP of this library lacks: {known}")
     return config

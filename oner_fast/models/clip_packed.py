@@ -1,4 +1,4 @@
-"""The towers of an ``open_clip.CLIP`` computed by this library's ops: the same parameters, the same embeddings, faster.
+"""Compute the towers of an `open_clip.CLIP` by this library's ops: the same parameters and embeddings, but faster.
 
 Captions are packed without padding, patches go from bytes to the first product in one pass, and the last block of each
 tower computes only the token that is pooled.
@@ -15,14 +15,15 @@ from oner_fast import ops
 from oner_fast.data.batch import TokenizedText
 from oner_fast.models.clip import CLIPConfig, check_images
 from oner_fast.nn.linear import packed_linear
-from oner_fast.nn.packing import place_in_caption, select_rows
+from oner_fast.nn.packed_rows import place_in_caption, select_rows
 from oner_fast.nn.transformer import Kept
 
 
 def pack_tokens(ids: Tensor) -> TokenizedText:
-    """What CLIP's tokenizer gives, (B, context_length) on the CPU, without the padding after each end token.
+    """Remove the padding after each end token from the output of CLIP's tokenizer, (B, context_length) on the CPU.
 
-    The end token has the greatest id; with causal attention, nothing after it reaches the embedding, which is its.
+    The end token has the greatest id. Attention is causal, so no later token changes its output, which is the
+    embedding.
     """
     lengths = ids.argmax(dim=1) + 1
     shown = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
@@ -32,10 +33,10 @@ def pack_tokens(ids: Tensor) -> TokenizedText:
 
 
 def encode_image(model: nn.Module, images: Tensor, config: CLIPConfig) -> Tensor:
-    """``model.encode_image`` of uint8 (B, 3, S, S), or floats in [0, 1], not yet normalised; (B, embed_dim).
+    """Compute `model.encode_image` of uint8 (B, 3, S, S), or floats in [0, 1], not yet normalised: (B, embed_dim).
 
     Raises:
-        ValueError: another shape than (B, 3, image_size, image_size).
+        ValueError: the shape is not (B, 3, image_size, image_size).
     """
     check_images(images, config)
     visual: Any = model.visual
@@ -53,7 +54,7 @@ def encode_image(model: nn.Module, images: Tensor, config: CLIPConfig) -> Tensor
 
 
 def encode_text(model: nn.Module, text: TokenizedText) -> Tensor:
-    """``model.encode_text`` of packed captions (see :func:`pack_tokens`); (B, embed_dim)."""
+    """Compute `model.encode_text` of packed captions (see `pack_tokens`): (B, embed_dim)."""
     clip: Any = model
     starts = text.cu_seqlens
     places = place_in_caption(starts, text.input_ids.shape[0])
@@ -63,7 +64,7 @@ def encode_text(model: nn.Module, text: TokenizedText) -> Tensor:
 
 
 def _run(transformer: Any, x: Tensor, cu_seqlens: Tensor, pooled: Tensor, *, causal: bool) -> Tensor:
-    """The blocks on packed tokens (T, D); of the last one only the rows ``pooled`` (B,), one a sequence: (B, D)."""
+    """Run the blocks on packed tokens (T, D); the last computes only the rows `pooled` (B,), one a sequence: (B, D)."""
     one_each = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=x.device)
     for block in transformer.resblocks[:-1]:
         x = _block(block, x, cu_seqlens, None, causal)
@@ -83,7 +84,7 @@ def _block(block: Any, x: Tensor, cu_seqlens: Tensor, kept: Kept | None, causal:
         pair = packed_linear(hidden, weight[width:], bias[width:]).unflatten(-1, (2, attention.num_heads, -1))
         key, value = pair.unbind(1)
         boundaries, x = kept.cu_seqlens, x.index_select(0, kept.rows)
-    # Aligned at the end, so that the one query of an end token sees its whole caption.
+    # Queries are aligned at the end, so that the one query of an end token sees its whole caption.
     mixed = ops.varlen_attention(query, key, value, boundaries, cu_seqlens, causal=causal)
     x = x + packed_linear(mixed.flatten(1), attention.out_proj.weight, attention.out_proj.bias)
     up, down = block.mlp.c_fc, block.mlp.c_proj

@@ -1,6 +1,6 @@
-"""UTA's weights under other names: the released layout (EVA's), and that of timm's ``Eva``.
+"""Convert UTA's weights to and from other names: the released layout (EVA's), and that of timm's `Eva`.
 
-A state dict is converted by splitting, joining and reshaping alone: there and back again is the same to the bit.
+A conversion only splits, joins and reshapes, so a round trip gives the same bits.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ _QKV = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
 
 
 class _Row(NamedTuple):
-    """One tensor of ours, the names that hold it elsewhere (its rows in this order), and its shape there, where another
-    than ours."""
+    """One tensor of ours, the names that hold its rows in another layout, in order, and its shape there if it differs."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -47,36 +46,44 @@ class _Row(NamedTuple):
 
 
 def to_eva(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The state dict of a :class:`oner_fast.models.uta.UTA` in the released layout: ``blocks.0.attn.q_proj.weight``,
-    ``attn.q_bias``, ``mlp.w1`` (gate), ``w2`` (value), ``ffn_ln``, ``w3``. The tables of RoPE are not in it."""
+    """Convert the state dict of a `oner_fast.models.uta.UTA` to the released layout.
+
+    Its names are `blocks.0.attn.q_proj.weight`, `attn.q_bias`, `mlp.w1` (gate), `w2` (value), `ffn_ln`, `w3`. The
+    tables of
+    RoPE are not in it.
+    """
     return _convert(state, config, "eva")
 
 
 def to_timm(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The same for timm's ``Eva`` (``qkv_fused=False``): ``attn.q_proj.bias``, ``mlp.fc1_g`` (gate), ``fc1_x`` (value),
-    ``norm``, ``fc2``. open_clip puts ``visual.trunk.`` in front."""
+    """Convert the state dict of a `oner_fast.models.uta.UTA` to the layout of timm's `Eva` (`qkv_fused=False`).
+
+    Its names are `attn.q_proj.bias`, `mlp.fc1_g` (gate), `fc1_x` (value), `norm`, `fc2`. open_clip puts `visual.trunk.`
+    in
+    front.
+    """
     return _convert(state, config, "timm")
 
 
 def from_eva(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The inverse of :func:`to_eva`, of a state dict with or without ``visual.`` in front of its names.
+    """Invert `to_eva`, for a state dict with or without `visual.` in front of its names.
 
-    Products may be fused (``attn.qkv``, ``mlp.w12``), RoPE's tables, a mask token that ``config`` lacks and a text
-    tower are passed over, and positions of another grid are resampled.
+    Products may be fused (`attn.qkv`, `mlp.w12`). RoPE's tables, a mask token that `config` lacks and a text tower are
+    ignored, and positions of another grid are resampled.
 
     Raises:
-        ValueError: names are missing or unknown, or a shape does not fit ``config``; the text lists them.
+        ValueError: names are missing or unknown, or a shape does not fit `config`; the message lists them.
     """
     return _revert(state, config, "eva")
 
 
 def from_timm(state: Mapping[str, Tensor], config: UTAConfig) -> State:
-    """The inverse of :func:`to_timm`, with or without ``visual.trunk.`` in front; otherwise as :func:`from_eva`."""
+    """Invert `to_timm`, for names with or without `visual.trunk.` in front; otherwise as `from_eva`."""
     return _revert(state, config, "timm")
 
 
 def layout_of(state: Mapping[str, Tensor]) -> Layout:
-    """Whose names these are. ValueError where nobody's that is known here."""
+    """Name the layout of a state dict. Raises ValueError where it is unknown."""
     if "cls_position" in state:
         return "oner_fast"
     names = without_prefix(state).keys()
@@ -88,7 +95,7 @@ def layout_of(state: Mapping[str, Tensor]) -> Layout:
 
 
 def without_prefix(state: Mapping[str, Tensor]) -> State:
-    """The vision tower's part of a CLIP's state dict, under its own names; all of it where there is no prefix."""
+    """Entries of a CLIP's vision tower, under the tower's own names; all entries where there is no prefix."""
     for prefix in _PREFIXES:
         if f"{prefix}pos_embed" in state:
             return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
@@ -96,10 +103,10 @@ def without_prefix(state: Mapping[str, Tensor]) -> State:
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """Learned positions (1, 1 + N, D), [CLS] first, for a grid of ``grid`` cells a side: (1, 1 + grid**2, D).
+    """Resample learned positions (1, 1 + N, D), [CLS] first, to `grid` cells a side: (1, 1 + grid**2, D).
 
-    Bicubic with antialiasing, in float32; the same tensor where the grid is that already. ValueError where N is no
-    square.
+    The resampling is bicubic with antialiasing, in float32. A grid of that size is returned as it is. Raises ValueError
+    where N is not a square.
     """
     old = round((positions.shape[1] - 1) ** 0.5) if positions.ndim == 3 else 0
     if positions.ndim != 3 or 1 + old**2 != positions.shape[1]:
@@ -113,7 +120,7 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def _rows(config: UTAConfig, layout: Layout) -> Iterator[_Row]:
-    """Every tensor of the model but the positions of [CLS] and patches, which are one tensor elsewhere."""
+    """Every tensor of the model except the positions of [CLS] and patches, which other layouts join into one tensor."""
     c, side = config, config.patch_size
     yield _Row("cls_token", ("cls_token",), (1, 1, c.width))
     if c.mask_token:
@@ -169,7 +176,7 @@ def _revert(state: Mapping[str, Tensor], config: UTAConfig, layout: Layout) -> S
 
 
 def _unfused(state: State, layout: Layout) -> State:
-    """The same with fused products split, and the biases of timm's fused layout under the names of its split one."""
+    """Split fused products, and rename the biases of timm's fused layout to those of its split layout."""
     result: State = {}
     for name, tensor in state.items():
         block, _, end = name.rpartition("attn.")

@@ -1,4 +1,4 @@
-"""A trained model as one safetensors file that holds all it needs: weights, configuration, and OneR's tokenizer."""
+"""Save and load a model as one safetensors file that holds its weights, configuration, and OneR's tokenizer."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
-    """Write ``tower`` and its tokenizer to ``path``, which is whole at any moment."""
+    """Write `tower` and its tokenizer to `path`, which is replaced at once."""
     _write(
         Path(path), tower, {"format": FORMAT, "config": json.dumps(asdict(tower.config)), "tokenizer": tokenizer_json}
     )
 
 
 def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | None = None) -> None:
-    """Write ``model`` to ``path``, which is whole at any moment, with more lines for the file's metadata (what it was
-    aligned with, for example). ValueError where one of them is named ``format`` or ``config``."""
+    """Write `model` to `path`, which is replaced at once.
+
+    `extra_metadata` adds entries to the file's metadata, for example the teacher. Raises ValueError where one of them
+    is
+    named `format` or `config`.
+    """
     own = {"format": UTA_FORMAT, "config": json.dumps(asdict(model.config))}
     extra = dict(extra_metadata or {})
     if taken := own.keys() & extra.keys():
-        raise ValueError(f"extra_metadata may not hold {', '.join(sorted(taken))}: the file's own lines")
+        raise ValueError(f"extra_metadata may not hold {', '.join(sorted(taken))}, which the file itself uses")
     _write(Path(path), model, own | extra)
 
 
@@ -49,7 +53,7 @@ def _write(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same file with its metadata sorted: safetensors writes a hash map, whose order differs each time."""
+    """Sort the file's metadata, which safetensors writes from a hash map in an order that differs each time."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -59,7 +63,7 @@ def _ordered(data: bytes) -> bytes:
 
 
 def load_model(path: Path | str) -> tuple[OneR, str]:
-    """Read what :func:`save_model` wrote: the tower (float32, evaluation mode) and the tokenizer's JSON.
+    """Read the file of `save_model`: the tower (float32, evaluation mode) and the tokenizer's JSON.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -76,17 +80,17 @@ def load_model(path: Path | str) -> tuple[OneR, str]:
 
 
 def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
-    """A student (float32, evaluation mode) from weights in any layout of :mod:`oner_fast.models.eva`.
+    """Load a student (float32, evaluation mode) from weights in any layout of `oner_fast.models.eva`.
 
     Args:
-        source: what :func:`save_uta` wrote; a safetensors file or a PyTorch checkpoint (weights alone are read) in
-            EVA's or timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
-        config: the sizes. None takes them from the file, where :func:`save_uta` wrote it. Given, positions of another
-            grid are resampled to its.
+        source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint (only the weights are read) in EVA's or
+            timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
+        config: the sizes. By default they come from the file of `save_uta`. If given, positions of another grid are
+            resampled to its grid.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the weights are in no known layout or do not fit, or ``config`` is needed.
+        ValueError: the weights are in no known layout or do not fit, or `config` is needed.
     """
     name = "the state dict" if isinstance(source, Mapping) else str(source)
     state, metadata = _read_any(source)
@@ -105,11 +109,11 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """What a safetensors file says of itself: ``format``, ``config``, and what the student was aligned with.
+    """Read the metadata of a safetensors file: `format`, `config`, and the teacher of a student.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file.
+        ValueError: it is not a safetensors file.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,7 +137,7 @@ def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor]
 
 
 def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict within a checkpoint, without what DistributedDataParallel puts in front of its names."""
+    """State dict within a checkpoint, without the prefix that DistributedDataParallel adds to its names."""
     for key in ("model_ema", "model", "module", "state_dict"):
         if isinstance(inner := checkpoint.get(key), Mapping):
             checkpoint = inner
@@ -141,7 +145,7 @@ def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+    """Read the tensors and the metadata of a safetensors file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no model file {path}")
     try:
@@ -161,12 +165,12 @@ def _filled(model: _Model, state: Mapping[str, Tensor], problem: str) -> _Model:
 
 
 def config_from_dict(values: dict[str, object]) -> OneRConfig:
-    """A configuration from JSON; ValueError for an unknown key."""
+    """Make a configuration from JSON values; ValueError for an unknown key."""
     return OneRConfig(**_settings(OneRConfig, values))
 
 
 def uta_config_from_dict(values: dict[str, object]) -> UTAConfig:
-    """A student's configuration from JSON; ValueError for an unknown key."""
+    """Make a student's configuration from JSON values; ValueError for an unknown key."""
     return UTAConfig(**_settings(UTAConfig, values))
 
 

@@ -1,7 +1,7 @@
 """A LiT-like teacher: one trained linear head on each of two frozen encoders that packages bring.
 
-It is no CLIP. In LiT (Zhai et al., CVPR 2022) the picture tower is locked and the text tower trained; here both are
-locked, as both are small and trained already, and the heads alone learn a common space from captioned pictures.
+It is not a CLIP. In LiT (Zhai et al., CVPR 2022) the image tower is locked and the text tower is trained. Here both are
+locked, as both are small and pretrained, and only the heads learn a common space from captioned images.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from oner_fast.atomic import write_atomic
-from oner_fast.models import packaged
-from oner_fast.models.packaged import Encoders
-from oner_fast.models.token_towers import TokenTower
+from oner_fast.models import pretrained_encoders
+from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.teacher_image_towers import TeacherImageTower
 
 CONFIG = "lit_config.json"
 WEIGHTS = "lit_model.safetensors"
@@ -30,12 +30,12 @@ FORMAT = "oner_fast.lit"
 
 @dataclass(frozen=True)
 class LiTConfig:
-    """Sizes of the heads, and of the pictures that they are trained on."""
+    """Sizes of the heads, and of the images that they are trained on."""
 
     image_size: int = 48
-    """Pixels a side of the pictures, a student's; they are enlarged to grid times the encoder's stride (6 x 32 px)."""
+    """Pixels a side of the student's images, which are enlarged to grid times the encoder's stride (6 x 32 px)."""
     grid: int = 6
-    """Cells a side of the feature map, so tokens are grid x grid: the student's grid."""
+    """Cells a side of the feature map, which gives grid x grid tokens; the student's grid."""
     embed_dim: int = 256
 
     def __post_init__(self) -> None:
@@ -45,8 +45,7 @@ class LiTConfig:
 
 
 class LiTHeads(nn.Module):
-    """What is trained: ``image`` and ``text``, two linear maps to the common space, and the logarithm of
-    logit_scale."""
+    """The trained part: `image` and `text`, linear maps to the common space, and the logarithm of logit_scale."""
 
     def __init__(self, image_width: int, text_width: int, embed_dim: int, temperature: float = 0.07) -> None:
         super().__init__()
@@ -54,26 +53,26 @@ class LiTHeads(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
 
     def embed_text(self, features: Tensor) -> Tensor:
-        """The sentence encoder's (B, W) -> (B, E)."""
-        # The sentence encoder was trained to directions; of root mean square 1 they suit a linear map's initialisation.
+        """Project the sentence encoder's features (B, W) to (B, E)."""
+        # The sentence encoder gives directions; at root mean square 1 they suit the initialisation of a linear map.
         return self.text(F.normalize(features, dim=-1) * features.shape[-1] ** 0.5)
 
 
 class ImageTower(nn.Module):
-    """The picture encoder with its head."""
+    """The image encoder with its head."""
 
     def __init__(self, encoder: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, S, S) -> (B, E): the head of the pooled feature map."""
+        """Embed normalised pixels (B, 3, S, S): the head applied to the pooled feature map, (B, E)."""
         embeddings: Tensor = self.head(pooled_features(self.encoder(pixels)))
         return embeddings
 
 
 class LiT(nn.Module):
-    """Both towers, as :class:`oner_fast.models.teacher.Teacher` takes them."""
+    """Both towers, in the form that `oner_fast.models.teacher.Teacher` takes."""
 
     def __init__(self, encoders: Encoders, heads: LiTHeads) -> None:
         super().__init__()
@@ -82,17 +81,19 @@ class LiT(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """Its logarithm, as in a CLIP."""
+        """Logarithm of the scale, as in a CLIP."""
         return self.heads.logit_scale
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Ids (B, L) int64 -> (B, E), not normalised."""
+        """Embed ids (B, L) int64: (B, E), not normalised."""
         return self.heads.embed_text(self.text_encoder(ids))
 
 
-class LiTTower(TokenTower):
-    """The picture tower: its tokens are the cells of the last feature map, token 0 is their mean. As the head is
-    linear, token 0 passed through it is the picture's embedding, and the mean of the other tokens."""
+class LiTTower(TeacherImageTower):
+    """The image tower, whose tokens are the cells of the last feature map and, as token 0, their mean.
+
+    The head is linear, so token 0 passed through it is both the image's embedding and the mean of the other tokens.
+    """
 
     interpolation = "bicubic"
 
@@ -117,18 +118,20 @@ class LiTTower(TokenTower):
 
 
 def pooled_features(features: Tensor) -> Tensor:
-    """The mean over a feature map's cells: (B, C, g, g) -> (B, C)."""
+    """Average a feature map over its cells: (B, C, g, g) -> (B, C)."""
     return features.mean(dim=(2, 3))
 
 
 def build_heads(config: LiTConfig, encoders: Encoders, temperature: float = 0.07) -> LiTHeads:
-    """Untrained heads that fit the encoders."""
+    """Build untrained heads that fit the encoders."""
     return LiTHeads(encoders.image_width, encoders.text_width, config.embed_dim, temperature)
 
 
 def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: dict[str, dict[str, str]]) -> None:
-    """Write ``lit_config.json`` (sizes, and the encoders' packages with the SHA-256 of their weights) and
-    ``lit_model.safetensors`` (the heads alone) into ``folder``. Each file is whole at any moment."""
+    """Write `lit_config.json` and `lit_model.safetensors` into `folder`; each file is replaced at once.
+
+    The first holds the sizes and the encoders' packages with the SHA-256 of their weights, the second the heads alone.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
@@ -139,21 +142,20 @@ def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: di
 
 
 def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
-    """Read what :func:`save_lit` wrote, and the encoders from their packages (float32, evaluation mode).
+    """Read the files of `save_lit`, and the encoders from their packages (float32, evaluation mode).
 
     Raises:
         FileNotFoundError: the folder lacks one of the two files.
-        ValueError: they are not what save_lit writes, or an encoder's weights are not those that the heads were
-            trained on.
+        ValueError: the files are not those of `save_lit`, or the heads were trained on other weights of an encoder.
         ModuleNotFoundError: a package is not installed.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}; it is no finished run of 'oner-fast train lit'")
+            raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train lit'")
     about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config = lit_config_from_dict(about.get("model"), str(folder / CONFIG))
-    encoders = packaged.packaged_encoders()
+    encoders = pretrained_encoders.packaged_encoders()
     check_origins(about.get("encoders"), encoders, str(folder))
     heads = build_heads(config, encoders)
     try:
@@ -164,10 +166,10 @@ def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
 
 
 def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
-    """The configuration out of JSON; ``name`` stands in the error.
+    """Make the configuration from JSON values; an error names `name`.
 
     Raises:
-        ValueError: it holds other fields than the sizes of a LiT.
+        ValueError: the fields are not the sizes of a LiT.
     """
     known = {field.name for field in fields(LiTConfig)}
     if not isinstance(values, dict) or values.keys() != known:
@@ -177,7 +179,7 @@ def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
 
 
 def check_origins(saved: Any, encoders: Encoders, name: str) -> None:
-    """A ValueError where ``saved`` names other weights than ``encoders`` has."""
+    """Raise ValueError where `saved` names other weights than those of `encoders`."""
     for side, now in encoders.origins().items():
         before = saved.get(side) if isinstance(saved, dict) else None
         if not isinstance(before, dict) or before.get("sha256") != now["sha256"]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oner_fast.nn import packing
+from oner_fast.nn import packed_rows
 from oner_fast.nn.embeddings import PatchEmbedding, WordEmbedding
 from oner_fast.nn.heads import Projector
 from oner_fast.nn.transformer import Kept, Sequences, Trunk
@@ -20,8 +20,7 @@ _CONTEXT: dict[PassName, PassName] = {"image_given_text": "text_given_image", "t
 
 @dataclass(frozen=True)
 class OneRConfig:
-    """Sizes of the tower. The defaults are ViT-B/16 at 224 px with BERT's vocabulary (a choice, as the paper's trunk
-    is)."""
+    """Sizes of the tower. The defaults, ViT-B/16 at 224 px with BERT's vocabulary, are our choice."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -34,9 +33,9 @@ class OneRConfig:
     embed_dim: int = 256
     projector_hidden: int = 4096
     shared_trunk: bool = True
-    """False: one trunk for each modality, the two-tower comparison row (no image+text pass)."""
+    """False: one trunk for each modality, the two-tower row of the comparison (no image+text pass)."""
     shared_head: bool = True
-    """False: one projection head for each modality, the comparison row "one trunk, two heads"."""
+    """False: one projection head for each modality, the row "one trunk, two heads" of the comparison."""
     grad_checkpointing: bool = False
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -44,8 +43,13 @@ class OneRConfig:
 
 @dataclass(frozen=True)
 class ImageInput:
-    """images (B, 3, S, S) uint8 or floating; cells (B, M) int64, the patches that take part (None: all), and masked
-    (B, M) bool, those of them shown as the mask token (None: none; else the same number in each image)."""
+    """Images of a pass.
+
+    Attributes:
+        images: (B, 3, S, S) uint8 or floating.
+        cells: (B, M) int64, the patches that take part; all where None.
+        masked: (B, M) bool, the patches shown as the mask token, the same number in each image; none where None.
+    """
 
     images: Tensor
     cells: Tensor | None = None
@@ -54,7 +58,7 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class TextInput:
-    """input_ids (T,) int64 of packed captions without specials, cu_seqlens (B + 1,) int32."""
+    """Texts of a pass: input_ids (T,) int64 of packed captions without special tokens, cu_seqlens (B + 1,) int32."""
 
     input_ids: Tensor
     cu_seqlens: Tensor
@@ -62,22 +66,28 @@ class TextInput:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward of the frame: F(I), F(T), F(I,T), F(I|T) or F(T|I); the last two run in lock step, so both are
-    given."""
+    """One forward pass of the framework: F(I), F(T), F(I,T), F(I|T) or F(T|I).
+
+    The last two run in lock step, so both are given.
+    """
 
     name: PassName
     image: ImageInput | None = None
     text: TextInput | None = None
 
     def shown(self) -> tuple[ImageInput | None, TextInput | None]:
-        """What this pass itself puts into its sequences; a context pass may hold the other modality besides."""
+        """The inputs of this pass's own sequences; a context pass may also hold the other modality."""
         image = self.image if self.name in ("image", "image_text", "image_given_text") else None
         return image, self.text if self.name in ("text", "image_text", "text_given_image") else None
 
 
 class Wanted(NamedTuple):
-    """Which outputs of a pass are read, besides [CLS]: rows (P,) int64 into its B M patches, rows (W,) int64 into its T
-    words; None: none of them."""
+    """Outputs of a pass that are read, besides [CLS].
+
+    Attributes:
+        patches: rows (P,) int64 into the pass's B M patches; None for no patch.
+        words: rows (W,) int64 into its T words; None for no word.
+    """
 
     patches: Tensor | None = None
     words: Tensor | None = None
@@ -86,7 +96,7 @@ class Wanted(NamedTuple):
 class PassOutput(NamedTuple):
     """Outputs of the trunk after the final norm: [CLS] (B, D), patches (B, M, D) or None, words (T, D) or None.
 
-    Where a :class:`Wanted` chose outputs, patches are (P, D) and words (W, D), in its order.
+    Where a `Wanted` chose outputs, patches are (P, D) and words (W, D), in its order.
     """
 
     cls: Tensor
@@ -95,8 +105,10 @@ class PassOutput(NamedTuple):
 
 
 class OneR(nn.Module):
-    """The unified tower: input maps, one trunk, one projection head. No modality-specific block, token or type
-    embedding."""
+    """The unified tower: input maps, one trunk, one projection head.
+
+    No block, token or type embedding belongs to one modality.
+    """
 
     def __init__(self, config: OneRConfig) -> None:
         super().__init__()
@@ -122,14 +134,15 @@ class OneR(nn.Module):
     def forward(
         self, passes: Sequence[Pass], wanted: Mapping[PassName, Wanted] | None = None
     ) -> dict[PassName, PassOutput]:
-        """All ``passes`` as one packed variable-length batch (one for each trunk where there are two), by name.
+        """Run all `passes` as one packed variable-length batch (one for each trunk where there are two), by name.
 
-        With ``wanted`` only these outputs and [CLS] (of a pass it does not name, [CLS] alone): the last block then
-        computes no more than they need.
+        With `wanted`, only these outputs and [CLS] are computed; a pass that it does not name gives [CLS] alone. The
+        last block
+        then computes no more than they need.
 
         Raises:
-            ValueError: a pass twice or without its input, a context pass without its twin, other numbers of images and
-                captions, or a pass that two trunks do not know.
+            ValueError: a pass is given twice or without its input, a context pass without the other one, the numbers of
+                images and captions differ, or two trunks cannot run a pass.
         """
         _check(passes)
         if self.text_trunk is None:
@@ -137,7 +150,7 @@ class OneR(nn.Module):
         texts = [each for each in passes if each.name == "text"]
         images = [each for each in passes if each.name == "image"]
         if len(texts) + len(images) != len(passes):
-            raise ValueError("two trunks know the passes image and text only; set shared_trunk=True for the others")
+            raise ValueError("two trunks run the passes image and text only; set shared_trunk=True for the others")
         outputs: dict[PassName, PassOutput] = {}
         for trunk, part in ((self.trunk, images), (self.text_trunk, texts)):
             if part:
@@ -150,9 +163,9 @@ class OneR(nn.Module):
         table = _RowTable(self)
         packed = [table.pack(each) for each in passes]
         lengths = torch.cat([each.lengths for each in packed])
-        cu_seqlens = packing.cumulative(lengths)
+        cu_seqlens = packed_rows.cumulative(lengths)
         rows = torch.cat([each.rows for each in packed])
-        tokens = packing.select_rows(table.rows(), rows)
+        tokens = packed_rows.select_rows(table.rows(), rows)
         sequences = _sequences(passes, packed, cu_seqlens, rows.shape[0])
         sizes = [each.rows.shape[0] for each in packed]
         places = [_places(each, size) for each, size in zip(passes, sizes, strict=True)]
@@ -169,12 +182,13 @@ class OneR(nn.Module):
         }
 
     def project(self, cls: Tensor, name: PassName) -> Tensor:
-        """Outputs (..., D) of the named pass through the projection head; (..., embed_dim), not normalised."""
+        """Project outputs (..., D) of the named pass by its head: (..., embed_dim), not normalised."""
         head = self.text_head if self.text_head is not None and name == "text" else self.head
         return head(cls)
 
     def project_cls(self, outputs: Mapping[PassName, PassOutput]) -> dict[PassName, Tensor]:
-        """The projected [CLS] of each pass (B, embed_dim), not normalised: one product a head for all of its passes."""
+        """Project the [CLS] of each pass: (B, embed_dim), not normalised. Each head makes one product for all of its
+        passes."""
         found: dict[PassName, Tensor] = {}
         texts = [name for name in outputs if self.text_head is not None and name == "text"]
         for names in (texts, [name for name in outputs if name not in texts]):
@@ -185,19 +199,19 @@ class OneR(nn.Module):
         return {name: found[name] for name in outputs}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, S, S), uint8 or floats in [0, 1]; the projected F(I) (B, embed_dim), not normalised."""
+        """Embed images (B, 3, S, S), uint8 or floats in [0, 1]: the projected F(I), (B, embed_dim), not normalised."""
         return self._encode(Pass("image", image=ImageInput(images)))
 
     def encode_text(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Packed captions (T,), (B + 1,); the projected F(T) (B, embed_dim), not normalised."""
+        """Embed packed captions (T,), (B + 1,): the projected F(T), (B, embed_dim), not normalised."""
         return self._encode(Pass("text", text=TextInput(input_ids, cu_seqlens)))
 
     def encode_image_text(self, images: Tensor, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """The projected F(I,T) (B, embed_dim), not normalised."""
+        """Embed image-text pairs: the projected F(I,T), (B, embed_dim), not normalised."""
         return self._encode(Pass("image_text", ImageInput(images), TextInput(input_ids, cu_seqlens)))
 
     def encode_patches(self, images: Tensor) -> Tensor:
-        """Every patch output of F(I) through the projection head: (B, N, embed_dim), row-major, not normalised."""
+        """Project each patch output of F(I): (B, N, embed_dim), row-major, not normalised."""
         patches = self([Pass("image", image=ImageInput(images))])["image"].patches
         assert patches is not None
         return self.project(patches, "image")
@@ -215,18 +229,18 @@ class _RowTable:
         self.count = 1
         self.first: dict[int, tuple[int, tuple[int, ...]]] = {}
 
-    def pack(self, each: Pass) -> packing.Packed:
+    def pack(self, each: Pass) -> packed_rows.Packed:
         image, text = each.shown()
         if image is not None:
             first_patch, (count, tokens) = self._image(image)
             if text is None:
-                return packing.pack_images(count, tokens, first_patch, self.parts[0].device)
+                return packed_rows.pack_images(count, tokens, first_patch, self.parts[0].device)
         if text is None:
             raise ValueError(f"pass {each.name} has neither image nor text")
         first_word, (words,) = self._text(text)
         if image is None:
-            return packing.pack_texts(text.cu_seqlens, words, first_word)
-        return packing.pack_pairs(text.cu_seqlens, words, tokens, first_patch, first_word)
+            return packed_rows.pack_texts(text.cu_seqlens, words, first_word)
+        return packed_rows.pack_pairs(text.cu_seqlens, words, tokens, first_patch, first_word)
 
     def rows(self) -> Tensor:
         return torch.cat(self.parts)
@@ -249,8 +263,10 @@ class _RowTable:
         self.count += rows.shape[0]
 
 
-def _sequences(passes: Sequence[Pass], packed: Sequence[packing.Packed], cu_seqlens: Tensor, total: int) -> Sequences:
-    """Context passes take their keys from each other's sequences, all others from their own."""
+def _sequences(
+    passes: Sequence[Pass], packed: Sequence[packed_rows.Packed], cu_seqlens: Tensor, total: int
+) -> Sequences:
+    """Let context passes take their keys from each other's sequences, and all other passes from their own."""
     names = [each.name for each in passes]
     if not any(name in _CONTEXT for name in names):
         return Sequences(cu_seqlens)
@@ -261,8 +277,8 @@ def _sequences(passes: Sequence[Pass], packed: Sequence[packing.Packed], cu_seql
     order = torch.cat(
         [torch.arange(starts[source], starts[source] + counts[source], device=device) for source in sources]
     )
-    cu_seqlens_k = packing.cumulative(cu_seqlens.diff().long().index_select(0, order))
-    return Sequences(cu_seqlens, packing.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
+    cu_seqlens_k = packed_rows.cumulative(cu_seqlens.diff().long().index_select(0, order))
+    return Sequences(cu_seqlens, packed_rows.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
 
 
 class _Places(NamedTuple):
@@ -286,7 +302,7 @@ class _Places(NamedTuple):
         return torch.cat([each.flatten() for each in self if each is not None])
 
     def moved(self, kept: Tensor, start: int) -> _Places:
-        """Where the rows lie among ``kept``, ascending rows of the batch in which this pass begins at ``start``."""
+        """Find the rows among `kept`, ascending rows of the batch, in which this pass begins at `start`."""
         cls, patches, words = (None if each is None else torch.searchsorted(kept, each + start) for each in self)
         assert cls is not None
         return _Places(cls, patches, words)
@@ -300,7 +316,7 @@ class _Places(NamedTuple):
 
 
 def _places(each: Pass, size: int) -> _Places:
-    """Of one pass, whose packed outputs are ``size`` rows."""
+    """Find the rows of a pass whose packed outputs are `size` rows."""
     image, text = each.shown()
     if text is None:
         assert image is not None
@@ -309,7 +325,7 @@ def _places(each: Pass, size: int) -> _Places:
     device, count, words = text.cu_seqlens.device, text.cu_seqlens.shape[0] - 1, text.input_ids.shape[0]
     head = (size - words) // count
     starts = text.cu_seqlens[:-1].long() + torch.arange(count, device=device) * head
-    words_at = torch.arange(words, device=device) + (packing.sample_of_word(text.cu_seqlens, words) + 1) * head
+    words_at = torch.arange(words, device=device) + (packed_rows.sample_of_word(text.cu_seqlens, words) + 1) * head
     patches = starts.unsqueeze(1) + torch.arange(1, head, device=device) if head > 1 else None
     return _Places(starts, patches, words_at)
 
@@ -331,13 +347,15 @@ def _check(passes: Sequence[Pass]) -> None:
         counts = {count for one in passes if one.name in (each.name, other) for count in _sample_counts(one)}
         if len(counts) > 1:
             together = each.name if other is None else f"{each.name} and {other}"
-            raise ValueError(f"{together} must have one caption an image, got {' and '.join(map(str, sorted(counts)))}")
+            raise ValueError(
+                f"{together} must have one caption for each image, got {' and '.join(map(str, sorted(counts)))}"
+            )
         if counts == {0}:
             raise ValueError(f"pass {each.name} must hold at least one sample, got 0")
 
 
 def _sample_counts(each: Pass) -> list[int]:
-    """The numbers of images and of captions that a pass shows."""
+    """Numbers of images and of captions in a pass's own sequences."""
     image, text = each.shown()
     images = [] if image is None else [image.images.shape[0]]
     return images if text is None else [*images, text.cu_seqlens.shape[0] - 1]

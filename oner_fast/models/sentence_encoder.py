@@ -1,5 +1,5 @@
-"""A BERT that embeds a sentence as the mean of its tokens: MiniLM (Wang et al., NeurIPS 2020) as sentence-transformers
-trains and publishes it."""
+"""A BERT that embeds a sentence as the mean of its tokens: MiniLM (Wang et al., NeurIPS 2020), in
+sentence-transformers' version."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Layer(nn.Module):
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, L, W), mask (B, 1, 1, L) bool, True where a token may be looked at."""
+        """Transform x (B, L, W); mask (B, 1, 1, L) bool is True at the tokens that may be attended to."""
         q, k, v = (
             part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
@@ -51,8 +51,10 @@ class Layer(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """``forward(ids (B, L) int64, padded with 0) -> (B, width)``: the mean over the tokens that are no padding, not
-    normalised. The defaults are all-MiniLM-L6-v2's sizes."""
+    """Embed ids (B, L) int64, padded with 0, as the mean over the other tokens: (B, width), not normalised.
+
+    The defaults are all-MiniLM-L6-v2's sizes.
+    """
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class SentenceEncoder(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads, hidden, eps) for _ in range(depth))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """See the class. ValueError where a text is longer than the table of positions."""
+        """Embed sentences; see the class. Raises ValueError where a text is longer than the table of positions."""
         longest = self.positions.num_embeddings
         if ids.dim() != 2 or not 1 <= ids.shape[1] <= longest:
             raise ValueError(f"ids must have shape (B, 1 to {longest}), got {tuple(ids.shape)}")
@@ -85,10 +87,10 @@ class SentenceEncoder(nn.Module):
 
 
 def from_bert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A BERT's state dict under the names of :class:`SentenceEncoder`; its pooler, which a mean needs not, is left out.
+    """Rename a BERT's state dict to the names of `SentenceEncoder`, without the pooler, which a mean does not need.
 
     Raises:
-        ValueError: it holds a tensor that a BERT has not.
+        ValueError: it holds a tensor that a BERT lacks.
     """
     found = {}
     for name, tensor in state.items():

@@ -1,5 +1,7 @@
-"""A frozen CLIP as UTA's teacher (section 2 of the specification: Liu et al., TMLR 2024, arXiv 2405.19009): all of its
-image tokens in the joint space, and its text tower for zero-shot."""
+"""A frozen CLIP as UTA's teacher (Liu et al., TMLR 2024, arXiv 2405.19009, section 2).
+
+It gives all of its image tokens in the joint space, and its text tower for zero-shot.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oner_fast.models import lit
-from oner_fast.models.packaged import Encoders
-from oner_fast.models.peers import peer
-from oner_fast.models.token_towers import TimmViT, TokenTower, tower_of
+from oner_fast.models.optional_packages import optional_package
+from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.teacher_image_towers import TeacherImageTower, TimmViT, image_tower_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-TEXTS = 256  # texts that pass the text tower at once
+TEXTS = 256  # number of texts that pass the text tower at once
 CONFIG = "open_clip_config.json"
 
 _FILE = re.compile(r"(?P<file>.+\.(?:safetensors|pt|pth|bin)):(?P<model>.+)")
@@ -30,20 +32,21 @@ Tokenize = Callable[[list[str]], Tensor]
 
 
 class Teacher(nn.Module):
-    """A CLIP that gives targets and learns nothing: frozen, in evaluation mode for ever, computed without a graph.
+    """A frozen CLIP that gives targets: always in evaluation mode, computed without a graph.
 
     Its outputs are ordinary tensors, which a loss may save for its backward pass.
 
     Attributes:
-        name: where it comes from.
-        embed_dim: numbers of an embedding.
-        grid: cells a side. image_size: pixels a side of what enters the tower.
+        name: its source.
+        embed_dim: size of an embedding.
+        grid: cells a side.
+        image_size: pixels a side of the tower's input.
         logit_scale: 1 / temperature that the CLIP was trained to (1.0 for an image tower alone).
     """
 
     def __init__(
         self,
-        tower: TokenTower,
+        tower: TeacherImageTower,
         *,
         name: str,
         model: nn.Module | None = None,
@@ -52,7 +55,8 @@ class Teacher(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``model`` is the whole CLIP where there is a text tower; ``tokenize`` makes its tokenizer on first use."""
+        """Wrap `tower`. `model` is the whole CLIP where there is a text tower; `tokenize` makes its tokenizer on first
+        use."""
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -71,31 +75,35 @@ class Teacher(nn.Module):
         self.embed_dim = self._check()
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode, whatever is asked of the module that holds it."""
+        """Stay in evaluation mode, also where the module that holds the teacher is set to training."""
         return super().train(False)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """[CLS] and every patch token, after the final norm and the projection: (B, 1 + grid * grid, embed_dim) in the
-        teacher's dtype, the grid row by row, not normalised. Token 0 is :meth:`encode_image`.
+        """Embed [CLS] and each patch token, after the final norm and the projection.
+
+        Token 0 is `encode_image`'s embedding.
 
         Args:
-            images: (B, 3, S, S) uint8, or floats in [0, 1]; any S, resized to ``image_size``.
+            images: (B, 3, S, S) uint8, or floats in [0, 1], of any size S; they are resized to `image_size`.
+
+        Returns:
+            (B, 1 + grid * grid, embed_dim) in the teacher's dtype, the grid row by row, not normalised.
         """
         pixels = self._pixels(images)
         with torch.inference_mode():
             hidden = self._tower.hidden(pixels)
-        # The last product outside of inference mode makes an ordinary tensor without a copy.
+        # Outside of inference mode the last product makes an ordinary tensor without a copy.
         with torch.no_grad():
             return _ordinary(self._tower.project(hidden))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """The CLIP's own embedding of (B, 3, S, S) uint8, or floats in [0, 1]; (B, embed_dim), not normalised."""
+        """Embed (B, 3, S, S) uint8, or floats in [0, 1], as the CLIP does: (B, embed_dim), not normalised."""
         with torch.inference_mode():
             embeddings = self._tower.pooled(self._pixels(images))
         return _ordinary(embeddings)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(B, embed_dim), not normalised, in the teacher's dtype.
+        """Embed texts: (B, embed_dim) in the teacher's dtype, not normalised.
 
         Raises:
             ValueError: the teacher is an image tower alone.
@@ -114,15 +122,18 @@ class Teacher(nn.Module):
 
     @cached_property
     def tokenizer(self) -> Tokenize:
-        """The text tower's: list of strings -> (B, context_length) int64."""
+        """Tokenizer of the text tower: list of strings -> (B, context_length) int64."""
         if self._make_tokenizer is None:
             raise ValueError(f"{self.name} is an image tower without a text tower, so it has no tokenizer")
         return self._make_tokenizer()
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal over what decides the image features: the tower's kind, sizes, preprocessing, dtype
-        and every weight of it. The name and the text tower do not enter."""
+        """SHA-256, in hexadecimal, of everything that decides the image features.
+
+        That is the tower's kind, sizes, preprocessing, dtype and each of its weights; the name and the text tower are
+        left out.
+        """
         tower = self._tower
         described = {
             "kind": type(tower.module).__qualname__,
@@ -141,7 +152,7 @@ class Teacher(nn.Module):
         return digest.hexdigest()
 
     def _pixels(self, images: Tensor) -> Tensor:
-        """Resized and normalised (B, 3, image_size, image_size), on the device and in the dtype of the weights."""
+        """Resize and normalise: (B, 3, image_size, image_size), on the device and in the dtype of the weights."""
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
             raise ValueError(f"images must have shape (B, 3, S, S), got {tuple(images.shape)}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -150,13 +161,13 @@ class Teacher(nn.Module):
         return self._tower.pixels(images, device).to(self.dtype)
 
     def _check(self) -> int:
-        """Token 0 of one picture of noise must be its embedding; returns the embedding's size."""
+        """Check that token 0 of an image of noise is its embedding; returns the size of an embedding."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(256, (1, 3, self.image_size, self.image_size), dtype=torch.uint8, generator=generator)
         tokens, pooled = self.tokens(noise), self.encode_image(noise)
         count = 1 + self.grid**2
         if tokens.shape[1] != count:
-            raise ValueError(f"{self.name}: {count} tokens expected of a grid of {self.grid}, got {tokens.shape[1]}")
+            raise ValueError(f"{self.name}: a grid of {self.grid} must give {count} tokens, got {tokens.shape[1]}")
         agreement = float(F.cosine_similarity(tokens[:, 0].float(), pooled.float()).min())
         if not agreement > 0.99:
             raise ValueError(
@@ -178,20 +189,21 @@ def load_teacher(
     Args:
         source: one of
 
-            * a folder with ``open_clip_config.json`` and the weights (a run of ``oner-fast train clip``);
-            * a folder with ``lit_config.json`` and the heads (a run of ``oner-fast train lit``: no CLIP, but two
-              packaged encoders with a common space);
-            * ``MODEL:TAG`` of open_clip, such as ``ViT-B-16:openai`` or ``EVA01-g-14-plus:merged2b_s11b_b114k``;
-            * ``hf-hub:OWNER/NAME``, a CLIP of open_clip's layout;
-            * ``FILE:MODEL``: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of ``timm:MODEL``;
-            * ``timm:MODEL``, such as ``timm:vit_base_patch16_clip_224.openai``: an image tower without texts.
-        grid: cells a side that the teacher shall have (the student's): its input is resized to grid * patch pixels
-            and its positions resampled. By default its own.
-        dtype: of the weights and of what it returns: torch.float32 or torch.bfloat16.
+            * a folder with `open_clip_config.json` and the weights (a run of `oner-fast train clip`);
+            * a folder with `lit_config.json` and the heads (a run of `oner-fast train lit`: not a CLIP, but two
+                pretrained encoders with a common space);
+            * `MODEL:TAG` of open_clip, such as `ViT-B-16:openai` or `EVA01-g-14-plus:merged2b_s11b_b114k`;
+            * `hf-hub:OWNER/NAME`, a CLIP in open_clip's layout;
+            * `FILE:MODEL`: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of `timm:MODEL`;
+            * `timm:MODEL`, such as `timm:vit_base_patch16_clip_224.openai`: an image tower without texts.
+        grid: cells a side that the teacher should have (the student's): its input is resized to grid * patch pixels and
+            its positions are resampled. Its own grid by default.
+        device: where the teacher computes.
+        dtype: dtype of the weights and outputs: torch.float32 or torch.bfloat16.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: the source is none of these, or a model without a grid of tokens in the joint space.
+        ValueError: the source is none of these, or its model has no grid of tokens in the joint space.
         ModuleNotFoundError: open_clip, timm or an encoder's package is not installed.
     """
     text = str(source)
@@ -202,33 +214,12 @@ def load_teacher(
         return _open_clip(text, text, {}, common)
     folder = Path(text.removeprefix("local-dir:"))
     if folder.is_dir():
-        if (folder / lit.CONFIG).is_file():
-            return lit_teacher(str(folder), *lit.load_lit(folder), **common)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
-                "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
-            )
-        if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
-            raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
-        return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
+        return _from_folder(folder, common)
     if found := _FILE.fullmatch(text):
-        file, model = Path(found["file"]), found["model"]
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
-        if model.startswith("timm:"):
-            return _timm(text, model.removeprefix("timm:"), {"checkpoint_path": str(file)}, common)
-        _check_known(model)
-        return _open_clip(text, model, {"pretrained": str(file)}, common)
-    model, colon, tag = text.partition(":")
-    if isinstance(source, Path) or text.startswith("local-dir:") or (not colon and "/" in text):
+        return _from_file(text, Path(found["file"]), found["model"], common)
+    if isinstance(source, Path) or text.startswith("local-dir:") or (":" not in text and "/" in text):
         raise FileNotFoundError(f"there is no folder {folder}")
-    _check_known(model)
-    tags = peer("open_clip").list_pretrained_tags_by_model(model)
-    if tag not in tags:
-        known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
-        raise ValueError(f"a pretrained {model} must be named with its tag, got {text!r}; known: {known}")
-    return _open_clip(text, model, {"pretrained": tag, "force_quick_gelu": _quick_gelu(model, tag)}, common)
+    return _from_tag(text, common)
 
 
 def is_teacher(folder: Path) -> bool:
@@ -237,13 +228,48 @@ def is_teacher(folder: Path) -> bool:
 
 
 def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTConfig, **common: Any) -> Teacher:
-    """The teacher of a LiT; ``common`` is grid, device and dtype, as :func:`load_teacher` takes them."""
+    """Wrap a LiT as a teacher; `common` holds grid, device and dtype, as in `load_teacher`."""
     tower = lit.LiTTower(model.visual, encoders, config.grid)
     return Teacher(tower, name=name, model=model, tokenize=lambda: encoders.tokenize, **common)
 
 
+def _from_folder(folder: Path, common: dict[str, Any]) -> Teacher:
+    """Load the teacher that a run or open_clip saved in `folder`."""
+    if (folder / lit.CONFIG).is_file():
+        return lit_teacher(str(folder), *lit.load_lit(folder), **common)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
+            "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
+        )
+    if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
+        raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
+    return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
+
+
+def _from_file(name: str, file: Path, model: str, common: dict[str, Any]) -> Teacher:
+    """Load open_clip's or timm's `model` with the weights of a file."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    if model.startswith("timm:"):
+        return _timm(name, model.removeprefix("timm:"), {"checkpoint_path": str(file)}, common)
+    _check_known(model)
+    return _open_clip(name, model, {"pretrained": str(file)}, common)
+
+
+def _from_tag(name: str, common: dict[str, Any]) -> Teacher:
+    """Load the pretrained CLIP that open_clip knows as MODEL:TAG."""
+    model, _, tag = name.partition(":")
+    _check_known(model)
+    tags = optional_package("open_clip").list_pretrained_tags_by_model(model)
+    if tag not in tags:
+        known = ", ".join(f"{model}:{each}" for each in tags) or "none; give FILE:MODEL"
+        raise ValueError(f"a pretrained {model} must be named with its tag, got {name!r}; known: {known}")
+    return _open_clip(name, model, {"pretrained": tag, "force_quick_gelu": _quick_gelu(model, tag)}, common)
+
+
 def _check_known(model: str) -> None:
-    if model not in peer("open_clip").list_models():
+    if model not in optional_package("open_clip").list_models():
         raise ValueError(
             f"a teacher must be a folder, MODEL:TAG or FILE:MODEL of open_clip, hf-hub:OWNER/NAME or timm:MODEL; "
             f"open_clip has no model {model!r} (open_clip.list_models() names them)"
@@ -252,18 +278,18 @@ def _check_known(model: str) -> None:
 
 def _quick_gelu(model: str, tag: str) -> bool:
     """Whether these weights were trained with QuickGELU, which a model's name alone does not tell."""
-    return bool(peer("open_clip").get_pretrained_cfg(model, tag).get("quick_gelu", False))
+    return bool(optional_package("open_clip").get_pretrained_cfg(model, tag).get("quick_gelu", False))
 
 
 def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
-    open_clip = peer("open_clip")
+    open_clip = optional_package("open_clip")
     model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
-    tower = tower_of(model, name)
+    tower = image_tower_of(model, name)
     return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
 
 
 def _timm(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
-    timm = peer("timm")
+    timm = optional_package("timm")
     if not timm.is_model(model_name):
         raise ValueError(f"timm has no model {model_name!r} (timm.list_models() names them)")
     return Teacher(TimmViT(timm.create_model(model_name, **options), None, name), name=name, **common)

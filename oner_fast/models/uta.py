@@ -1,7 +1,7 @@
-"""UTA's student: a ViT of EVA-02's kind, fed the visible patches alone (Liu et al., TMLR 2024, arXiv 2405.19009).
+"""UTA's student: a ViT in EVA-02's style that sees the visible patches alone (Liu et al., TMLR 2024, arXiv 2405.19009).
 
-No mask token and no decoder: [CLS] and the kept patches pass through the trunk, and each output, after the final norm
-and one Linear, lives in the joint space of the CLIP teacher that it is aligned with.
+There is no mask token and no decoder. [CLS] and the kept patches pass through the trunk, and the final norm and one
+Linear map each output to the joint space of the CLIP teacher that the student is aligned with.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from oner_fast.nn import packing
+from oner_fast.nn import packed_rows
 from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.nn.linear import Linear
 from oner_fast.nn.rope import RotaryPositions
@@ -33,17 +33,17 @@ class UTAConfig:
     embed_dim: int = 1024
     rope_theta: float = 10000.0
     rope_grid: int = 16
-    """Cells of the axis to which the places of every grid are rescaled before they become angles."""
+    """Cells of the axis to which the positions of each grid are rescaled before they become angles."""
     layer_norm_eps: float = 1e-6
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
     grad_checkpointing: bool = False
     mask_token: bool = False
-    """A learned mask token, for the comparison rows that feed masked patches to the student; UTA has none."""
+    """Use a learned mask token, for comparisons that feed masked patches to the student; UTA has none."""
 
     @property
     def grid(self) -> int:
-        """Cells of a side."""
+        """Cells a side."""
         return self.image_size // self.patch_size
 
     @property
@@ -58,7 +58,7 @@ UTA_SIZES: dict[str, UTAConfig] = {
     "l": UTAConfig(336, 14, width=1024, depth=24, heads=16, mlp_hidden=2730),
     "g": UTAConfig(336, 14, width=1408, depth=40, heads=16, mlp_hidden=4096),
 }
-"""The paper's B, L and g, and one for a CPU."""
+"""The paper's B, L and g, and one size for a CPU."""
 
 
 class UTA(nn.Module):
@@ -88,22 +88,22 @@ class UTA(nn.Module):
         *,
         masked: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The outputs of [CLS] and of the kept patches in the joint space, not normalised.
+        """Compute the outputs of [CLS] and of the kept patches in the joint space, not normalised.
 
         Args:
             images: (B, C, S, S) uint8, or floating in [0, 1]; only the kept patches are read.
             kept: the cells that enter, row-major, each at most once in an image: (B, K) int64, all where None; with
-                ``cu_seqlens`` flat, (T,).
-            cu_seqlens: (B + 1,) int32, the boundaries of the images in a flat ``kept``.
-            masked: (B, N) bool, the same number in each image: these cells enter as the mask token and their position.
-                Only without ``kept`` and where ``config.mask_token``: the comparison "the same student, fed mask
+                `cu_seqlens` flat, (T,).
+            cu_seqlens: (B + 1,) int32, the boundaries of the images in a flat `kept`.
+            masked: (B, N) bool, the same number in each image: these cells enter as the mask token with their position.
+                Only without `kept` and where `config.mask_token`, for the comparison "the same student, fed mask
                 tokens".
 
         Returns:
-            (B, 1 + K, E), [CLS] first; with ``cu_seqlens`` the pair ``(packed (T + B, E), cu_seqlens_out (B + 1,))``.
+            (B, 1 + K, E), [CLS] first; with `cu_seqlens` the pair `(packed (T + B, E), cu_seqlens_out (B + 1,))`.
 
         Raises:
-            ValueError, IndexError: a shape, dtype or cell that does not fit, or ``masked`` beside ``kept``.
+            ValueError, IndexError: a shape, dtype or cell does not fit, or `masked` is given with `kept`.
         """
         if cu_seqlens is None:
             x, places = self._embed(images, kept, masked)
@@ -111,13 +111,17 @@ class UTA(nn.Module):
             outputs = self.head(self._run(x.flatten(0, 1), places.flatten(), _even(x), tokens))
             return outputs.unflatten(0, (-1, tokens))
         if kept is None or masked is not None:
-            raise ValueError("cu_seqlens divides a flat kept, without masked: pass kept of shape (T,) and no masked")
+            raise ValueError("cu_seqlens divides a flat kept: pass kept of shape (T,) and no masked")
         x, places, cu_seqlens_out = self._embed_packed(images, kept, cu_seqlens)
         return self.head(self._run(x, places, cu_seqlens_out, 1 + self.config.cells)), cu_seqlens_out
 
     def encode_image(self, images: Tensor, projected: bool = True) -> Tensor:
-        """images (B, C, S, S), all patches seen; the output of [CLS] (B, E), not normalised. Without ``projected`` what
-        the head is given, (B, D): the final norm's output. The last block computes no other output."""
+        """Embed images (B, C, S, S), with all patches visible: the output of [CLS], (B, E), not normalised.
+
+        Where `projected` is false, returns the input of the head, (B, D), which is the final norm's output. The last
+        block
+        computes no other output.
+        """
         x, places = self._embed(images, None, None)
         batch, tokens = x.shape[:2]
         first = torch.arange(batch, device=x.device)
@@ -126,8 +130,11 @@ class UTA(nn.Module):
         return self.head(outputs) if projected else outputs
 
     def encode_patches(self, images: Tensor, projected: bool = True) -> Tensor:
-        """images (B, C, S, S), all patches seen; the patches' outputs (B, N, E), row-major, not normalised. Without
-        ``projected`` what the head is given, (B, N, D)."""
+        """Compute the patches' outputs of images (B, C, S, S), with all patches visible: (B, N, E), row-major, not
+        normalised.
+
+        Where `projected` is false, returns the input of the head, (B, N, D).
+        """
         x, places = self._embed(images, None, None)
         outputs = self._run(x.flatten(0, 1), places.flatten(), _even(x), x.shape[1])
         outputs = outputs.unflatten(0, (x.shape[0], -1))[:, 1:]
@@ -138,9 +145,10 @@ class UTA(nn.Module):
         return self.trunk(x, rotation, cu_seqlens, longest, kept)
 
     def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The trunk's input (B, 1 + K, D), and the places of its tokens (B, 1 + K): 0 for [CLS], else 1 + cell."""
+        """Embed the trunk's input (B, 1 + K, D); also returns the places of its tokens (B, 1 + K): 0 for [CLS], else 1
+        + cell."""
         if masked is not None and kept is not None:
-            raise ValueError("masked cells keep their place among all patches: pass either kept or masked")
+            raise ValueError("masked cells stay among all patches: pass either kept or masked")
         tokens = self.patch_embedding(images, kept, masked)
         batch, count, width = tokens.shape
         prefix = (self.cls_token + self.cls_position).to(tokens.dtype).expand(batch, 1, width)
@@ -151,12 +159,12 @@ class UTA(nn.Module):
     def _embed_packed(self, images: Tensor, kept: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = self.patch_embedding.packed(images, kept, cu_seqlens)
         prefix = (self.cls_token + self.cls_position).to(tokens.dtype).unsqueeze(0)
-        rows = packing.pack_texts(cu_seqlens, kept.shape[0], 1).rows  # [CLS] is row 0 of the table
-        x = packing.select_rows(torch.cat([prefix, tokens]), rows)
+        rows = packed_rows.pack_texts(cu_seqlens, kept.shape[0], 1).rows  # [CLS] is row 0 of the table
+        x = packed_rows.select_rows(torch.cat([prefix, tokens]), rows)
         places = torch.cat([kept.new_zeros(1), kept + 1]).index_select(0, rows)
         return x, places, ragged_boundaries(cu_seqlens, 1)
 
 
 def _even(x: Tensor) -> Tensor:
-    """cu_seqlens (B + 1,) int32 of x (B, L, D)."""
+    """Boundaries of x (B, L, D): cu_seqlens (B + 1,) int32."""
     return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]

@@ -1,4 +1,4 @@
-"""The only modality-specific maps of the tower: pixels to tokens and word ids to tokens."""
+"""The modality-specific input maps of the tower: pixels to tokens and word ids to tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from oner_fast import ops
-from oner_fast.nn.packing import place_in_caption, select_rows
+from oner_fast.nn.packed_rows import place_in_caption, select_rows
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens with learned absolute positions; a masked patch's pixels are never read or embedded.
+    """Embed patches with learned absolute positions; the pixels of a masked patch are never read or embedded.
 
-    A masked cell is the mask token with its position and keeps its place in the sequence; a dropped cell (patch
-    dropout) is absent altogether.
+    A masked cell becomes the mask token with the cell's position and keeps its place in the sequence. A dropped cell
+    (patch
+    dropout) is absent.
     """
 
     def __init__(
@@ -39,10 +40,15 @@ class PatchEmbedding(nn.Module):
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, images: Tensor, cells: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-        """images (B, C, S, S) uint8 or floating; cells (B, M) int64, all by default; masked (B, M) bool; -> (B, M, D).
+        """Embed images (B, C, S, S), uint8 or floating: (B, M, D).
 
-        Every row of ``masked`` holds the same number of True. ValueError where it does not, or the images have another
-        size than the embedding's.
+        Args:
+            images: (B, C, S, S) uint8 or floating.
+            cells: (B, M) int64; all cells by default.
+            masked: (B, M) bool, with the same number of True in each row.
+
+        Raises:
+            ValueError: the rows of `masked` differ in number, or the images have another size than the embedding's.
         """
         self._check_size(images)
         batch, count = images.shape[0], self.grid**2
@@ -52,10 +58,12 @@ class PatchEmbedding(nn.Module):
             return self._embed(images, cells) + select_rows(self.positions, cells.flatten()).view(batch, -1, self.width)
         if self.mask_token is None:
             raise ValueError("masked needs a mask token, and this embedding was built with mask_token=False")
-        order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible first, each part in place order
+        order = torch.argsort(
+            masked.to(torch.uint8), dim=1, stable=True
+        )  # visible cells first, each part in the order of places
         visible = order[:, : masked.shape[1] - self.masked_count(masked)]
         tokens = self._embed(images, cells.gather(1, visible))  # [B, V, D]
-        # Slot b V + v is the v-th visible patch of image b, slot B V the mask token.
+        # Row b V + v is the v-th visible patch of image b, and row B V is the mask token.
         slots = torch.full_like(cells, batch * visible.shape[1])
         slots.scatter_(1, visible, torch.arange(visible.numel(), device=cells.device).view_as(visible))
         table = torch.cat([tokens.flatten(0, 1), self.mask_token.to(tokens.dtype).unsqueeze(0)])
@@ -63,19 +71,27 @@ class PatchEmbedding(nn.Module):
         return placed.view(batch, -1, self.width)
 
     def packed(self, images: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """images (B, C, S, S); cells (T,) int64, those of all images one after another, and their boundaries cu_seqlens
-        (B + 1,) int32; -> (T, D). ValueError where the images have another size than the embedding's."""
+        """Embed a packed selection of patches: (T, D).
+
+        Args:
+            images: (B, C, S, S) uint8 or floating.
+            cells: (T,) int64, those of all images one after another.
+            cu_seqlens: (B + 1,) int32, their boundaries.
+
+        Raises:
+            ValueError: the images have another size than the embedding's.
+        """
         self._check_size(images)
         return self._embed(images, cells, cu_seqlens) + select_rows(self.positions, cells)
 
     @property
     def width(self) -> int:
-        """Numbers of a token."""
+        """Size of a token."""
         return self.positions.shape[1]
 
     @staticmethod
     def masked_count(masked: Tensor) -> int:
-        """How many cells of each image are masked; a ValueError where images differ (checked on the CPU)."""
+        """Number of masked cells of each image. Raises ValueError where the images differ (checked on the CPU)."""
         counts = masked.sum(dim=1)
         if masked.device.type == "cpu" and bool((counts != counts[:1]).any()):
             raise ValueError(
@@ -85,7 +101,7 @@ class PatchEmbedding(nn.Module):
 
     @classmethod
     def masked_places(cls, masked: Tensor) -> Tensor:
-        """Where the masked cells of each image stand, ascending: (B, count) int64; errors as :meth:`masked_count`'s."""
+        """Cells of each image that are masked, ascending: (B, count) int64. Raises as `masked_count`."""
         return torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, : cls.masked_count(masked)]
 
     def _check_size(self, images: Tensor) -> None:
@@ -103,7 +119,7 @@ class PatchEmbedding(nn.Module):
 
 
 class WordEmbedding(nn.Module):
-    """Word ids of packed captions to tokens, with learned absolute positions within the caption."""
+    """Embed the word ids of packed captions, with learned absolute positions within the caption."""
 
     def __init__(self, vocab_size: int, max_tokens: int, width: int) -> None:
         super().__init__()
@@ -113,9 +129,9 @@ class WordEmbedding(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """input_ids (T,) int64 of packed captions, cu_seqlens (B + 1,) int32; -> (T, D).
+        """Embed input_ids (T,) int64 of packed captions with boundaries cu_seqlens (B + 1,) int32: (T, D).
 
-        ValueError where a caption is longer than the positions reach (checked on the CPU).
+        Raises ValueError where a caption is longer than the positions (checked on the CPU).
         """
         places = place_in_caption(cu_seqlens, input_ids.shape[0])
         limit = self.positions.shape[0]

@@ -1,4 +1,4 @@
-"""The heads: projector and predictor (MoCo v3's shape without batch statistics), masked words, masked patches."""
+"""Heads: projector and predictor (MoCo v3's shape without batch statistics), masked words, masked patches."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 class Projector(nn.Sequential):
-    """width - hidden - hidden - embed_dim. LayerNorm and GELU between: no batch statistics, so that packing,
-    accumulation and the number of ranks change nothing."""
+    """Project width - hidden - hidden - embed_dim, with LayerNorm and GELU between.
+
+    There are no batch statistics, so that packing, accumulation and the number of ranks do not change the result.
+    """
 
     def __init__(self, width: int, hidden: int, embed_dim: int) -> None:
         super().__init__(*_mlp((width, hidden, hidden, embed_dim)))
 
 
 class Predictor(nn.Sequential):
-    """embed_dim - hidden - embed_dim, on the student's side only."""
+    """Predict embed_dim - hidden - embed_dim, on the student's side only."""
 
     def __init__(self, embed_dim: int, hidden: int) -> None:
         super().__init__(*_mlp((embed_dim, hidden, embed_dim)))
 
 
 class MaskedWordHead(nn.Module):
-    """Logits over the vocabulary from word tokens; the decoder shares the word embedding's weight (as in BERT)."""
+    """Logits over the vocabulary from word tokens; the decoder shares the word embedding's weight, as in BERT."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -45,7 +47,7 @@ class MaskedWordHead(nn.Module):
         self.apply(init_weights)
 
     def forward(self, tokens: Tensor, words: Tensor) -> Tensor:
-        """tokens (M, D), words (V, D) the embedding's weight; -> (M, V)."""
+        """Compute logits of tokens (M, D) with the embedding's weight `words` (V, D): (M, V)."""
         return packed_linear(self.norm(F.gelu(self.transform(tokens))), words, self.bias)
 
 
@@ -58,7 +60,7 @@ class MaskedPatchHead(nn.Linear):
 
 
 def normalised_pixels(patches: Tensor, eps: float = 1e-6) -> Tensor:
-    """Each patch (..., C * p * p) less its own mean, over its own standard deviation (float32)."""
+    """Subtract from each patch (..., C * p * p) its mean and divide by its standard deviation, in float32."""
     patches = patches.float()
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + eps).sqrt()

@@ -1,4 +1,4 @@
-"""A linear layer for packed batches, whose number of rows is another one each step."""
+"""A linear layer for packed batches, whose number of rows differs at each step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ _TILE = 64
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, the same parameters and the same result; in bfloat16 on the CPU its products come in few shapes.
+    """`nn.Linear` with the same parameters and result; in bfloat16 on the CPU its products have few shapes.
 
-    oneDNN compiles and keeps a kernel for every shape of a bfloat16 product, and a packed batch has another number of
-    rows each step: without this, more than half of the products' time goes into compiling, and memory grows each step.
+    oneDNN compiles and keeps a kernel for each shape of a bfloat16 product, and the number of rows of a packed batch
+    differs at each step. Without this layer, more than half of the products' time is compilation, and memory grows at
+    each
+    step.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(T, in_features) -> (T, out_features)."""
+        """Compute (T, in_features) -> (T, out_features)."""
         return packed_linear(input, self.weight, self.bias)
 
 
 def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of (T, in_features), as :class:`Linear` computes it; (T, out_features)."""
+    """Compute `F.linear` of (T, in_features) as `Linear` does: (T, out_features)."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
     if input.device.type != "cpu" or dtype != torch.bfloat16 or input.ndim != 2 or input.shape[0] <= _TILE:
         return F.linear(input, weight, bias)
@@ -34,7 +36,7 @@ def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _TiledLinear(torch.autograd.Function):
-    """The rows up to a multiple of the tile in one product, the last tile, which overlaps them, in another."""
+    """Compute the rows up to a multiple of the tile in one product, and the last tile, which overlaps them, in another."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,7 +71,7 @@ def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     whole = x.shape[0] - x.shape[0] % _TILE
     result = grad[:whole].t() @ x[:whole]
     if whole < x.shape[0]:
-        # The rows that the first product has are zero in the second.
+        # In the second product the rows of the first are zero.
         tail = grad.new_zeros(_TILE, grad.shape[1])
         tail[whole - x.shape[0] :] = grad[whole:]
         result += tail.t() @ x[-_TILE:]

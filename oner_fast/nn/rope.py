@@ -1,7 +1,7 @@
-"""Two-dimensional rotary positions: the numbers of a head in pairs, each turned by an angle of its token's place.
+"""Two-dimensional rotary positions: each pair of a head's numbers turns by an angle that its token's cell decides.
 
-The first half of the pairs turns with the row of the token's cell, the second half with its column. Pairs are
-neighbours (2 i, 2 i + 1), as in EVA-02, so that its weights serve as they are: one complex product turns a whole head.
+The first half of the pairs turns with the row of the cell, the second half with its column. A pair is two neighbours
+(2 i, 2 i + 1), as in EVA-02, so that its weights fit unchanged; one complex product turns a whole head.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 def rope_angles(
     grid: int, head_dim: int, theta: float = 10000.0, rope_grid: int = 16, device: torch.device | None = None
 ) -> Tensor:
-    """The angle of each pair in each cell of a ``grid`` x ``grid`` image: (grid**2, head_dim / 2) float64, row-major.
+    """Compute the angle of each pair in each cell of a `grid` x `grid` image: (grid**2, head_dim / 2) float64,
+    row-major.
 
-    Place i of an axis counts as i * rope_grid / grid, so that every resolution spans the same angles; frequency f of
-    the head_dim / 4 of an axis is theta**(-4 f / head_dim). ValueError where head_dim is no multiple of 4.
+    Place i of an axis counts as i * rope_grid / grid, so that each resolution spans the same angles. Frequency f of the
+    head_dim / 4 of an axis is theta**(-4 f / head_dim). Raises ValueError where head_dim is not a multiple of 4.
     """
     if head_dim % 4:
-        raise ValueError(f"rotary positions of two axes need a head width that 4 divides, got {head_dim}")
+        raise ValueError(f"rotary positions of two axes need a head_dim that is a multiple of 4, got {head_dim}")
     frequencies = theta ** (-torch.arange(head_dim // 4, dtype=torch.float64, device=device) * 4 / head_dim)
     axis = torch.arange(grid, dtype=torch.float64, device=device) * (rope_grid / grid)
     angles = axis.unsqueeze(1) * frequencies  # [G, Dh / 4]
@@ -31,9 +32,9 @@ def rope_angles(
 
 
 class RotaryPositions(nn.Module):
-    """The rotations of [CLS] (none) and of every cell, to be gathered at the tokens that are there.
+    """Table of the rotations of [CLS] (none) and of each cell, from which the tokens present are gathered.
 
-    The table stays float64 whatever its module is cast to, and is no part of a state dict.
+    The table stays float64 when its module is cast, and is not part of a state dict.
     """
 
     table: Tensor
@@ -44,7 +45,8 @@ class RotaryPositions(nn.Module):
         self.register_buffer("table", self._table(None), persistent=False)
 
     def forward(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """places (T,) int64, 0 for [CLS], 1 + cell for a patch; -> (T, Dh / 2) complex64, complex128 for float64."""
+        """Gather rotations for places (T,) int64, 0 for [CLS] and 1 + cell for a patch: (T, Dh / 2) complex64,
+        complex128 for float64."""
         rows = self.table.index_select(0, places)
         return torch.view_as_complex(rows if dtype == torch.float64 else rows.float())
 
@@ -55,16 +57,17 @@ class RotaryPositions(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositions:
         super()._apply(fn, recurse)
-        self.table = self._table(self.table.device)  # wherever it went, and whatever it was cast to on the way
+        self.table = self._table(self.table.device)  # on the module's new device, in float64 also after a cast
         return self
 
 
 def rotate_first(x: Tensor, rotation: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Turn the first ``parts`` of x (T, P, H, Dh) by rotation (T, Dh / 2), complex.
+    """Turn the first `parts` of x (T, P, H, Dh) by rotation (T, Dh / 2), complex.
+
+    Products are float32 for half types. Only the rotation is kept for the gradient.
 
     Returns:
-        The turned (T, parts, H, Dh), in x's dtype, and the others (T, P - parts, H, Dh), a view. Products are float32
-        for half types. For the gradient the rotation alone is kept.
+        The turned part (T, parts, H, Dh), in x's dtype, and the others (T, P - parts, H, Dh), a view.
     """
     if x.requires_grad and torch.is_grad_enabled():
         turned, rest = _RotateFirst.apply(x, rotation, parts)

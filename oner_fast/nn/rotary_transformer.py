@@ -1,4 +1,4 @@
-"""The packed pre-norm transformer of EVA-02's kind: rotary positions in attention, SwiGLU with a norm inside."""
+"""The packed pre-norm transformer in EVA-02's style: rotary positions in attention, SwiGLU with an inner norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from oner_fast.nn.transformer import Kept, init_weights
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head attention within packed sequences, queries and keys turned; q and v have a bias, k has none."""
+    """Multi-head attention within packed sequences, with rotated queries and keys; q and v have a bias, k has none."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -31,8 +31,15 @@ class RotaryAttention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
     ) -> Tensor:
-        """x (T, D), rotation (T, Dh / 2) complex, cu_seqlens (S + 1,) int32, longest an upper bound of the lengths; ->
-        (T, D), or (R, D) where ``kept`` names R rows."""
+        """Attend within sequences: (T, D), or (R, D) where `kept` names R rows.
+
+        Args:
+            x: (T, D).
+            rotation: (T, Dh / 2) complex.
+            cu_seqlens: (S + 1,) int32, the boundaries of the sequences.
+            longest: an upper bound of their lengths.
+            kept: the rows to compute.
+        """
         width, weight = x.shape[1], self.qkv.weight
         no_bias = torch.zeros_like(self.q_bias)
         if kept is None:
@@ -55,7 +62,7 @@ class RotaryAttention(nn.Module):
 
 
 class RotaryBlock(nn.Module):
-    """x + RotaryAttention(LayerNorm(x)), then x + SwiGLU(LayerNorm(x))."""
+    """Compute x + RotaryAttention(LayerNorm(x)), then x + SwiGLU(LayerNorm(x))."""
 
     def __init__(self, width: int, heads: int, mlp_hidden: int, eps: float) -> None:
         super().__init__()
@@ -67,14 +74,14 @@ class RotaryBlock(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
     ) -> Tensor:
-        """(T, D) -> (T, D), or (R, D) where ``kept`` names R rows; the rest as :class:`RotaryAttention`."""
+        """Compute (T, D) -> (T, D), or (R, D) where `kept` names R rows; for the arguments see `RotaryAttention`."""
         mixed = self.attention(self.norm_attention(x), rotation, cu_seqlens, longest, kept)
         x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
         return x + self.mlp(self.norm_mlp(x))
 
 
 class RotaryTrunk(nn.Module):
-    """``depth`` blocks and a final LayerNorm, for packed tokens (T, D)."""
+    """`depth` blocks and a final LayerNorm, for packed tokens (T, D)."""
 
     def __init__(
         self,
@@ -90,7 +97,7 @@ class RotaryTrunk(nn.Module):
         self.norm = nn.LayerNorm(width, eps)
         self.grad_checkpointing = grad_checkpointing
         self.apply(init_weights)
-        # Branches shrink with their depth, so that the residual stream grows by the same share at each.
+        # Branches start smaller the deeper they are, so that each adds the same share to the residual stream.
         for layer, block in enumerate(self.blocks, start=1):
             assert isinstance(block, RotaryBlock)
             for out in (block.attention.out, block.mlp.out):
@@ -100,9 +107,9 @@ class RotaryTrunk(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
     ) -> Tensor:
-        """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm.
+        """Transform x (T, D), the embedded tokens of all sequences, and apply the final norm: (T, D).
 
-        With ``kept`` only these R rows: (R, D). The last block then computes the others' keys and values alone.
+        With `kept`, returns only these R rows, (R, D); the last block computes only keys and values of the others.
         """
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):

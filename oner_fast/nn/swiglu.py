@@ -12,9 +12,9 @@ from oner_fast.nn.linear import Linear
 
 
 class SwiGLU(nn.Module):
-    """out(LayerNorm(SiLU(gate(x)) * value(x))), with biases; (T, D) -> (T, D).
+    """Compute out(LayerNorm(SiLU(gate(x)) * value(x))), with biases; (T, D) -> (T, D).
 
-    Gate and value are one product: the first ``hidden`` rows of ``gate_value`` are the gate's.
+    Gate and value are one product: the first `hidden` rows of `gate_value` belong to the gate.
     """
 
     def __init__(self, width: int, hidden: int, eps: float = 1e-6) -> None:
@@ -24,12 +24,12 @@ class SwiGLU(nn.Module):
         self.out = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """Compute (T, D) -> (T, D)."""
         return self.out(self.norm(silu_gate(self.gate_value(x))))
 
 
 def silu_gate(gate_value: Tensor) -> Tensor:
-    """SiLU of the first half of (T, 2 F) times the second: (T, F). For the gradient the input alone is kept."""
+    """Multiply SiLU of the first half of (T, 2 F) by the second half: (T, F). Only the input is kept for the gradient."""
     if gate_value.requires_grad and torch.is_grad_enabled():
         gated: Tensor = _SiluGate.apply(gate_value)
         return gated

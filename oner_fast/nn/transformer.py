@@ -1,4 +1,4 @@
-"""The packed pre-norm transformer: every sequence of a step in one (T, D) tensor, no padding anywhere."""
+"""The packed pre-norm transformer: all sequences of a step in one (T, D) tensor, without padding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from oner_fast.nn.linear import Linear, packed_linear
 
 
 class Sequences(NamedTuple):
-    """How a packed (T, D) tensor divides into sequences, and where each takes its keys from.
+    """Sequences of a packed (T, D) tensor, and the keys that each attends to.
 
-    ``key_rows`` (T,) int64 and ``cu_seqlens_k`` (S + 1,): sequence i attends to the rows
-    ``key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]`` of the same layer's input. None: each attends to itself.
+    Sequence i attends to the rows `key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]` of the same layer's input, with
+    `key_rows`
+    (T,) int64 and `cu_seqlens_k` (S + 1,). Where both are None, each sequence attends to itself.
     """
 
     cu_seqlens: Tensor
@@ -26,8 +27,10 @@ class Sequences(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The rows whose output is wanted: ``rows`` (R,) int64 ascending, ``cu_seqlens`` (S + 1,) their numbers in each
-    sequence."""
+    """Rows to compute in the last block.
+
+    `rows` (R,) int64 are ascending, and `cu_seqlens` (S + 1,) int32 are their boundaries by sequence.
+    """
 
     rows: Tensor
     cu_seqlens: Tensor
@@ -45,8 +48,7 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
-        """x (T, D); -> (T, D), or (R, D) where ``kept`` names R rows. Each sequence attends to the keys that
-        ``sequences`` gives it."""
+        """Attend from x (T, D) to the keys that `sequences` gives: (T, D), or (R, D) where `kept` names R rows."""
         cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens, sequences.cu_seqlens_k
         if kept is None:
             query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
@@ -72,12 +74,12 @@ class Mlp(nn.Module):
         self.out = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, D) -> (T, D)."""
+        """Compute (T, D) -> (T, D)."""
         return self.out(self.activation(self.up(x)))
 
 
 class Block(nn.Module):
-    """x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x))."""
+    """Compute x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x))."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -87,14 +89,14 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
 
     def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
-        """(T, D) -> (T, D), or (R, D) where ``kept`` names R rows."""
+        """Compute (T, D) -> (T, D), or (R, D) where `kept` names R rows."""
         mixed = self.attention(self.norm_attention(x), sequences, kept)
         x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
         return x + self.mlp(self.norm_mlp(x))
 
 
 class Trunk(nn.Module):
-    """The one trunk: ``depth`` blocks and a final LayerNorm, for packed tokens (T, D) of any modality."""
+    """The one trunk: `depth` blocks and a final LayerNorm, for packed tokens (T, D) of any modality."""
 
     def __init__(
         self, width: int, depth: int, heads: int, mlp_ratio: float = 4.0, grad_checkpointing: bool = False
@@ -104,15 +106,15 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.grad_checkpointing = grad_checkpointing
         self.apply(init_weights)
-        # Residual branches start small, so that the sum over 2 x depth of them keeps the scale of the input.
+        # Residual branches start small, so that the sum of 2 x depth branches keeps the scale of the input.
         for module in self.modules():
             if isinstance(module, (Attention, Mlp)):
                 nn.init.trunc_normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, x: Tensor, sequences: Sequences, kept: Kept | None = None) -> Tensor:
-        """x (T, D), the embedded tokens of all sequences; -> (T, D), after the final norm.
+        """Transform x (T, D), the embedded tokens of all sequences, and apply the final norm: (T, D).
 
-        With ``kept`` only these R rows: (R, D). The last block then computes the others' keys and values alone.
+        With `kept`, returns only these R rows, (R, D); the last block computes only keys and values of the others.
         """
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
@@ -125,7 +127,7 @@ class Trunk(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal 0.02 for linear and embedding weights, zero biases."""
+    """Set linear and embedding weights to truncated normal 0.02, and biases to zero."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.trunc_normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -1,1 +1,1 @@
-"""The report of a run: one self-contained page of pictures and figures, and the same charts as PNG files."""
+"""The report of a run: one self-contained page of images and figures, and the same charts as PNG files."""

@@ -23,7 +23,7 @@ from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
-from oner_fast.report.pictures import tile
+from oner_fast.report.image_tiles import tile
 
 LICENCE_PAGES = {
     "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
@@ -110,7 +110,7 @@ def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict[str, Any]:
-    """Retrieval examples, heat-maps, and queries of a picture with a word, from one split."""
+    """Retrieval examples, heat-maps, and queries of an image with a word, from one split."""
     embedded = embed_split(loaded, dataset, limit=EXAMPLE_PICTURES)
     picture = _pictures(dataset, embedded)
 

@@ -15,7 +15,7 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Hit:
-    """One of the top five: a picture or a caption, whether it is right, and its cosine with the query."""
+    """One of the top five: an image or a caption, whether it is right, and its cosine with the query."""
 
     right: bool
     cosine: float
@@ -74,7 +74,7 @@ def image_examples(
     best: int = 3,
     worst: int = 3,
 ) -> Panels:
-    """Pictures with their five nearest captions. `picture` gives the data address of a row of the split."""
+    """Images with their five nearest captions. `picture` gives the data address of a row of the split."""
     matches = embedded.gallery.matches
     ranks = match_ranks(embedded.image, embedded.text, matches.image, matches.text)
     right = _table(matches.image, matches.text)
@@ -102,7 +102,7 @@ def text_examples(
     best: int = 4,
     worst: int = 2,
 ) -> Panels:
-    """Captions with their five nearest pictures."""
+    """Captions with their five nearest images."""
     matches = embedded.gallery.matches
     ranks = match_ranks(embedded.text, embedded.image, matches.text, matches.image)
     right = _table(matches.text, matches.image)
@@ -131,7 +131,7 @@ def composed_examples(
     drawn: int = 6,
     best: int = 2,
 ) -> Panels:
-    """Pictures with an added word, and the five nearest pictures. `query` is (Q, E), F(I,T) of the queries."""
+    """Images with an added word, and the five nearest images. `query` is (Q, E), F(I,T) of the queries."""
     scores = composed_scores(query, embedded.image, queries)
     wrong = scores.clone()
     for number, one in enumerate(queries):

@@ -1,4 +1,4 @@
-"""The examples as PNG files, for use outside the page: retrieval, words and picture together, heat-maps."""
+"""The examples as PNG files, for use outside the page: retrieval, words and image together, heat-maps."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from oner_fast.report.examples import Example
 from oner_fast.report.heat import HeatRow
 from oner_fast.report.style import COLOURS, style
 
-CELL = 1.2  # distance of two pictures, each 1 wide
+CELL = 1.2  # distance of two images, each 1 wide
 
 
 def write(content: dict[str, Any], folder: Path) -> None:
@@ -30,7 +30,7 @@ def write(content: dict[str, Any], folder: Path) -> None:
 
 
 def _canvas(columns: int, rows: int, left: float, height: float) -> tuple[Figure, Axes]:
-    """A figure measured in pictures: x from -left, y downwards, a row `height` high. One axes for all is fast."""
+    """A figure measured in images: x from -left, y downwards, a row `height` high. One axes for all is fast."""
     wide, high = left + columns * CELL, rows * height
     figure = Figure(figsize=((wide + 0.3) * 0.9, (high + 0.2) * 0.9))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -70,7 +70,7 @@ def _heat(rows: list[HeatRow], path: Path) -> None:
 def _show(
     axes: Axes, x: float, y: float, address: str, colour: str, *, marked: bool = False, margin: float = 0.09
 ) -> None:
-    """Draw a picture on a white tile of side 1 with its upper left corner at (x, y)."""
+    """Draw an image on a white tile of side 1 with its upper left corner at (x, y)."""
     picture = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
     scale = (1 - 2 * margin) / max(picture.size)
     width, height = picture.width * scale, picture.height * scale

@@ -1,4 +1,4 @@
-"""Heat-maps of words over pictures, a few captions drawn by seed."""
+"""Heat-maps of words over images, a few captions drawn by seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from oner_fast.evaluation.composed import shuffle_key
 from oner_fast.evaluation.embed import Encoder, SplitEmbeddings
 from oner_fast.evaluation.localisation import heat_map, overlay, patch_scores
 from oner_fast.evaluation.splits import words
-from oner_fast.report.pictures import from_pixels
+from oner_fast.report.image_tiles import from_pixels
 
 SIZE = 168  # px of a heat-map's side
 MOST_WORDS = 3
@@ -19,7 +19,7 @@ MOST_WORDS = 3
 
 @dataclass(frozen=True)
 class HeatRow:
-    """A picture, its caption, and (text, data address) for the caption and each of its words."""
+    """An image, its caption, and (text, data address) for the caption and each of its words."""
 
     caption: str
     picture: str
@@ -37,7 +37,7 @@ def heat_rows(
     """Captions of two or three words, drawn by seed; where there are none, any captions.
 
     Args:
-        open_picture: gives the picture of a row of the split.
+        open_picture: gives the image of a row of the split.
     """
     captions = [several[0] for several in embedded.captions]
     order = sorted(range(len(captions)), key=lambda row: (shuffle_key(seed, f"heat {captions[row]}"), row))

@@ -37,7 +37,7 @@ def tiny(*contenders: Contender, target: Target = NOTHING) -> Case:
 @pytest.fixture(autouse=True)
 def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: object) -> None:
-        raise measuring.memory.Unavailable("not measured in this test")
+        raise measuring.peak_memory.Unavailable("not measured in this test")
 
     monkeypatch.setattr(measuring.memory, "measure", refuse)
 

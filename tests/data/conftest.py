@@ -1,4 +1,4 @@
-"""Small tars of drawn pictures for the tests of the data."""
+"""Small tars of drawn images for the tests of the data."""
 
 import io
 import json
@@ -35,11 +35,11 @@ Member = tuple[str, bytes]
 
 
 class Tars:
-    """Makers of pictures, samples and tars."""
+    """Makers of images, samples and tars."""
 
     @staticmethod
     def draw(i: int, side: int = 24, kind: str = "PNG") -> bytes:
-        """A picture that differs from every other."""
+        """An image that differs from every other."""
         y, x = np.mgrid[:side, :side]
         pixels = np.stack([(x * (i % 7 + 1) * 9) % 256, (y * (i % 5 + 1) * 9) % 256, (x + y + i * 13) % 256], axis=2)
         out = io.BytesIO()

@@ -80,7 +80,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed():
     assert decode(data, side=100).size == (128, 128)
     assert decode(data, side=200).size == (256, 256)
     transform = ImageTransform(64, scale=(0.25, 1.0))
-    assert transform.decode_side >= 128  # the smallest crop of a picture of that side is no smaller than 64 px
+    assert transform.decode_side >= 128  # the smallest crop of an image of that side is no smaller than 64 px
     assert decode(data, side=600).size == (512, 512)
 
 

@@ -180,7 +180,7 @@ def test_a_fixed_transform_can_stand_in(make, dataset):
 
 @pytest.fixture
 def broken(tars, tmp_path):
-    """The same pairs with sample 3's picture cut short, 17's caption empty and 30's no picture."""
+    """The same pairs with sample 3's image cut short, 17's caption empty and 30's no image."""
     members = tars.pairs(range(42))
     for place, (name, data) in enumerate(members):
         if name == "000000003.png":

@@ -1,4 +1,4 @@
-"""Batches of pictures alone: no caption is read, so none need be there; the pictures are those of the pairs."""
+"""Batches of images alone: no caption is read, so none need be there; the images are those of the pairs."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ COMMON = {"batch_size": 8, "seed": 3, "image_size": 16}
 
 @pytest.fixture(scope="module")
 def both(tars, tmp_path_factory):
-    """The same twenty pictures with captions and without."""
+    """The same twenty images with captions and without."""
     folder = tmp_path_factory.mktemp("alone")
     pairs = tars.pairs(range(20))
     alone = [member for member in pairs if member[0].endswith("png")]

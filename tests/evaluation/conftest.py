@@ -1,4 +1,4 @@
-"""A small data set and a model that reads it: each picture's colour is its number, and the model knows the captions."""
+"""A small data set and a model that reads it: each image's colour is its number, and the model knows the captions."""
 
 import hashlib
 import io
@@ -31,12 +31,12 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture
 def draw() -> Callable[[int], bytes]:
-    """A maker of such pictures."""
+    """A maker of such images."""
     return picture
 
 
 class Reader:
-    """Embeds a picture as the words of its caption, with a little of its own, so that retrieval is nearly perfect."""
+    """Embeds an image as the words of its caption, with a little of its own, so that retrieval is nearly perfect."""
 
     def __init__(self, captions: dict[int, str], *, width: int = 32, collapsed: bool = False) -> None:
         self.captions, self.width, self.collapsed = captions, width, collapsed

@@ -27,7 +27,7 @@ SHAPES = ("square", "circle", "arrow", "star", "moon", "sun", "house", "tree")
 
 
 def write(folder: Path, splits: dict[str, list[tuple[int, dict[str, Any]]]], draw: Draw) -> Path:
-    """A data set of pictures by number, each with the fields of its json."""
+    """A data set of images by number, each with the fields of its json."""
     folder.mkdir()
     listing: dict[str, Any] = {}
     for name, samples in splits.items():
@@ -48,7 +48,7 @@ def drawn(tmp_path: Path, draw: Draw, reader: Any, run: Path) -> Path:
     """Shapes in three styles; `val` has shapes that are never trained on, `style` a style that is not."""
 
     def sample(number: int, shape: str, style: str) -> tuple[int, dict[str, Any]]:
-        reader.captions[number] = f"{style} {shape}"  # what the picture shows: its style, too
+        reader.captions[number] = f"{style} {shape}"  # what the image shows: its style, too
         return number, {"caption": shape, "concept": shape, "set": style}
 
     styles = ("inked", "painted", "pixelled")
@@ -70,7 +70,7 @@ def test_concepts_are_classes_described_by_their_most_frequent_caption() -> None
     assert found.concepts == ["24", "moon", "rice sheaf"]
     assert found.described == ["24", "moon", "Sheaf of rice"]
     pairs = list(zip(found.image.tolist(), found.label.tolist(), strict=True))
-    assert pairs == [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2), (4, 0)]  # "crescent" is no picture's own caption
+    assert pairs == [(0, 2), (1, 2), (2, 2), (3, 1), (3, 2), (4, 0)]  # "crescent" is no image's own caption
     image = torch.eye(3)[[2, 2, 0, 2, 0]]
     result = concept_accuracy(image, torch.eye(3), found)
     assert result["top1"] == 0.8 and result["classes"] == 3 and result["images"] == 5

@@ -1,4 +1,4 @@
-"""Captions apart by vocabulary, and queries of a picture with a word."""
+"""Captions apart by vocabulary, and queries of an image with a word."""
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ from oner_fast.benchmarks.gpu.kernels import compilations, first_of_each_kernel
 from oner_fast.benchmarks.gpu.machine_code import Figures, compile_triton, occupancy, versions
 from oner_fast.kernels.launch import Compilation
 
-COMMITTED = Path(__file__).parents[2] / "benchmarks" / "gpu_resources.md"
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_resources.md"
 NAME = "one of our kernels"
 FIRST = first_of_each_kernel()
 EVERY = compilations()

@@ -19,7 +19,7 @@ from oner_fast.models.clip import (
     save_clip,
 )
 from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 CONFIG = CLIPConfig(
     image_size=32,
@@ -50,7 +50,7 @@ def images(size: int = 32, count: int = 3) -> torch.Tensor:
 
 @torch.no_grad()
 def test_open_clip_loads_the_folder_and_gives_equal_embeddings(folder: Path) -> None:
-    open_clip = peer("open_clip")
+    open_clip = optional_package("open_clip")
     ours, config = load_clip(folder)
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")

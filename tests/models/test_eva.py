@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oner_fast.models.eva import from_eva, from_timm, layout_of, resample_positions, to_eva, to_timm
 from oner_fast.models.files import UTA_FORMAT, load_model, load_uta, save_uta, uta_config_from_dict
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.uta import UTA, UTAConfig
 
 CONFIG = UTAConfig(32, 8, width=32, depth=2, heads=2, mlp_hidden=40, embed_dim=24, rope_grid=16)
@@ -37,7 +37,7 @@ def student(config: UTAConfig = CONFIG) -> UTA:
 
 def timm_eva(**changes: Any) -> nn.Module:
     """timm's class with the arguments of its eva02_base_patch16_clip_224, but small and without a norm in attention."""
-    peer("timm")
+    optional_package("timm")
     from timm.models.eva import Eva
 
     arguments: dict[str, Any] = dict(
@@ -51,7 +51,7 @@ def timm_eva(**changes: Any) -> nn.Module:
 
 
 def pictures(size: int = CONFIG.image_size) -> tuple[Tensor, Tensor]:
-    """Three pictures as bytes, and as timm takes them."""
+    """Three images as bytes, and as timm takes them."""
     images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (CONFIG.image_mean, CONFIG.image_std))
     return images, (images / 255 - mean) / std
@@ -82,7 +82,7 @@ def test_timm_s_model_gives_the_same_outputs(changes: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def test_open_clip_s_tower_gives_the_same_outputs() -> None:
-    open_clip, timm = peer("open_clip"), peer("timm")
+    open_clip, timm = optional_package("open_clip"), optional_package("timm")
     name = "uta_tiny_of_a_test"
 
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
@@ -112,7 +112,7 @@ def test_open_clip_s_tower_gives_the_same_outputs() -> None:
 @torch.no_grad()
 def test_the_released_layout_is_what_timm_reads() -> None:
     """timm's own filter of EVA checkpoints, and ours, from the same state dict."""
-    peer("timm")
+    optional_package("timm")
     from timm.models.eva import checkpoint_filter_fn
 
     model, theirs = student(), timm_eva()
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_positions_of_another_grid_are_resampled() -> None:
-    peer("timm")
+    optional_package("timm")
     from timm.layers import resample_abs_pos_embed
 
     positions = torch.randn(1, 17, 32)

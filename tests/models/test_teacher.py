@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from oner_fast.models import teacher as module
 from oner_fast.models.clip import CLIPConfig, build_clip, clip_pixels, load_clip, save_clip
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.teacher import Teacher, load_teacher
-from oner_fast.models.token_towers import TimmViT
+from oner_fast.models.teacher_image_towers import TimmViT
 
 TEXT = {"context_length": 9, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 CONFIG = CLIPConfig(
@@ -39,7 +39,7 @@ TRUNKS = {
 def write_folder(folder: Path, vision: dict[str, Any], preprocess: dict[str, Any] | None = None) -> Path:
     """A folder as open_clip saves one, of random weights."""
     model_cfg = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": TEXT, "custom_text": "timm_model_name" in vision}
-    open_clip = peer("open_clip")
+    open_clip = optional_package("open_clip")
     kind = open_clip.model.CustomTextCLIP if model_cfg["custom_text"] else open_clip.CLIP
     torch.manual_seed(0)
     model = kind(**{name: value for name, value in model_cfg.items() if name != "custom_text"})
@@ -71,11 +71,15 @@ def test_token_0_is_the_embedding_on_every_grid_and_from_every_size(kind: str, f
         torch.testing.assert_close(tokens[:, 0], teacher.encode_image(images(size)))
         assert float(tokens.std(dim=1).mean()) > 1e-4  # the patches differ from each other
     # open_clip itself, built for that size, gives the same embedding.
-    theirs = peer("open_clip").create_model(f"local-dir:{folders[kind]}", force_image_size=teacher.image_size).eval()
+    theirs = (
+        optional_package("open_clip")
+        .create_model(f"local-dir:{folders[kind]}", force_image_size=teacher.image_size)
+        .eval()
+    )
     pixels = clip_pixels(images(teacher.image_size), CLIPConfig(image_size=teacher.image_size, patch_size=1))
     with torch.no_grad():
         torch.testing.assert_close(teacher.encode_image(images(teacher.image_size)), theirs.encode_image(pixels))
-        ids = peer("open_clip").get_tokenizer(f"local-dir:{folders[kind]}")(["a house"])
+        ids = optional_package("open_clip").get_tokenizer(f"local-dir:{folders[kind]}")(["a house"])
         torch.testing.assert_close(teacher.encode_text(["a house"]), theirs.encode_text(ids))
     assert teacher.logit_scale == pytest.approx(1 / 0.07)
 
@@ -131,7 +135,7 @@ def test_weights_in_a_file_of_a_named_model(folders: dict[str, Path], tmp_path: 
     names.mkdir()
     model_cfg = json.loads((folders["vit"] / "open_clip_config.json").read_text())["model_cfg"]
     (names / "tiny-of-this-test.json").write_text(json.dumps(model_cfg))
-    peer("open_clip").add_model_config(names)
+    optional_package("open_clip").add_model_config(names)
     file = folders["vit"] / "open_clip_model.safetensors"
     teacher = load_teacher(f"{file}:tiny-of-this-test")
     assert torch.equal(teacher.tokens(images()), load_teacher(folders["vit"]).tokens(images()))
@@ -140,7 +144,7 @@ def test_weights_in_a_file_of_a_named_model(folders: dict[str, Path], tmp_path: 
 
 
 def test_an_image_tower_of_timm_has_no_texts(tmp_path: Path) -> None:
-    trunk = peer("timm").create_model("test_vit")
+    trunk = optional_package("timm").create_model("test_vit")
     save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
     teacher = load_teacher(f"{tmp_path}/trunk.safetensors:timm:test_vit", grid=2)
     assert (teacher.image_size, teacher.logit_scale) == (32, 1.0)
@@ -153,7 +157,8 @@ def test_an_image_tower_of_timm_has_no_texts(tmp_path: Path) -> None:
 
 def trunk_of(kind: str) -> Any:
     """A small ViT of timm: with register tokens, with rotary positions (EVA), or distilled."""
-    models, sizes = peer("timm").models, {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    models = optional_package("timm").models
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     if kind == "registers":
         trunk = models.vision_transformer.VisionTransformer(**sizes, num_classes=20, reg_tokens=3)
     elif kind == "eva":
@@ -206,8 +211,10 @@ def test_models_without_joint_tokens_are_refused(vision: dict[str, Any], message
 def test_an_embedding_that_is_not_the_projected_cls_is_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.TokenTower, "pooled", lambda self, pixels: self.project(self.hidden(pixels)).mean(1))
-    monkeypatch.delattr("oner_fast.models.token_towers.OpenClipViT.pooled")
+    monkeypatch.setattr(
+        module.TeacherImageTower, "pooled", lambda self, pixels: self.project(self.hidden(pixels)).mean(1)
+    )
+    monkeypatch.delattr("oner_fast.models.teacher_image_towers.OpenClipViT.pooled")
     with pytest.raises(ValueError, match="not its projected .CLS. token"):
         load_teacher(folders["vit"])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner_fast import _extension
-from oner_fast.models.flops import uta_flops
+from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.nn.rope import rope_angles
 from oner_fast.nn.rotary_transformer import RotaryBlock

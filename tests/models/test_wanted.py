@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oner_fast.models.flops import trunk_flops
+from oner_fast.models.forward_flops import trunk_flops
 from oner_fast.models.oner import ImageInput, OneR, OneRConfig, Pass, PassName, PassOutput, TextInput, Wanted
 
 SIZES: dict[str, Any] = {

@@ -17,7 +17,7 @@ from PIL import Image
 from oner_fast.data.batch import PairBatch, no_text
 from oner_fast.models.clip import CLIPConfig, load_clip
 from oner_fast.models.files import load_uta, read_metadata, save_uta
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
 from oner_fast.train import clip, loop
@@ -82,7 +82,7 @@ def test_it_learns_and_open_clip_loads_the_run(straight: tuple[Path, Path]) -> N
     assert lines[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3) != lines[-1]["logit_scale"]
     model, config = load_clip(run)
     assert config == CLIPConfig(**SIZES)
-    theirs, _, preprocess = peer("open_clip").create_model_and_transforms(f"local-dir:{run}")
+    theirs, _, preprocess = optional_package("open_clip").create_model_and_transforms(f"local-dir:{run}")
     picture = preprocess(Image.new("RGB", (20, 20), (250, 10, 10))).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(model.encode_image(picture), theirs.eval().encode_image(picture))

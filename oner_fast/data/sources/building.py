@@ -1,4 +1,4 @@
-"""What every builder needs: a folder that knows which build it holds, work that survives an interruption, a pool."""
+"""Parts of every builder: a folder that records its build, work that survives an interruption, and a process pool."""
 
 import json
 import multiprocessing
@@ -25,8 +25,9 @@ _OURS = re.compile(r"\.?(train|val|style)-\d{6}\.tar(\.index\.npz)?(\.\d+(\.tmp)
 class Build:
     """A dataset folder under construction.
 
-    `options`: everything the bytes depend on. It is kept in the folder, so that a second run goes on only with its own
-    build. Raises ValueError where the folder holds another one and `overwrite` is false.
+    `options` holds everything that the bytes depend on. The folder keeps it, so that a second run continues its own
+    build
+    only. Raises ValueError where the folder holds another build and `overwrite` is false.
     """
 
     def __init__(self, output: str | Path, name: str, options: dict[str, Any], overwrite: bool = False) -> None:
@@ -48,7 +49,7 @@ class Build:
         self.finished = self._is_finished()
 
     def begin(self) -> None:
-        """Marks the folder as being built, and removes what an interrupted run left half written."""
+        """Mark the folder as under construction, and remove the incomplete files of an interrupted run."""
         self.work.mkdir(exist_ok=True)
         if not (self.work / "options.json").exists():
             write_json(self.work / "options.json", self.options)
@@ -61,7 +62,7 @@ class Build:
                 path.unlink()
 
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Indexes every shard `record` lists, writes `dataset.json` last, and drops the working files."""
+        """Index each shard that `record` lists, write `dataset.json` last, and remove the working files."""
         shards = [shard["file"] for split in record["splits"].values() for shard in split["shards"]]
         with progress("indexing shards", len(shards)) as advance:
             for file in shards:
@@ -78,7 +79,7 @@ class Build:
         return content
 
     def dataset(self) -> dict[str, Any]:
-        """The folder's `dataset.json`."""
+        """Content of the folder's `dataset.json`."""
         content: dict[str, Any] = json.loads((self.output / "dataset.json").read_text(encoding="utf-8"))
         return content
 
@@ -117,9 +118,9 @@ class Build:
 
 
 def index_tars(tars: Sequence[Path]) -> None:
-    """Builds the index of each tar (or of each in a folder) beside it, and names the damage found.
+    """Build the index of each tar, or of each tar in a folder, beside it, and print the damage found.
 
-    Raises ValueError without a tar to index, or where one does not exist.
+    Raises ValueError where there is no tar to index, or one does not exist.
     """
     tars = [tar for path in tars for tar in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
     if not tars:
@@ -136,33 +137,34 @@ def index_tars(tars: Sequence[Path]) -> None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed versions of `packages`; they decide the bytes of a build."""
+    """Installed versions of `packages`, which decide the bytes of a build."""
     return {package: version(package) for package in packages}
 
 
 def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """`work(job)` for every job, in order, by `workers` processes (1: in this one). Leaving the loop stops them."""
+    """Yield `work(job)` for each job, in order, from `workers` processes (1: this process). Leaving the loop stops
+    them."""
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     if workers == 1 or len(jobs) <= 1:
         yield from map(work, jobs)
         return
-    # fork starts at once but is safe only without other threads
+    # fork is the fastest start, but it is safe only without other threads
     method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
     with multiprocessing.get_context(method).Pool(min(workers, len(jobs)), _ignore_interrupts) as pool:
         yield from pool.imap(work, jobs)
 
 
 def default_workers() -> int:
-    """One for each processor this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report(content: dict[str, Any], output: Path, verdict: str = "is complete") -> None:
-    """Says what a dataset holds, and the `verdict` on it."""
+    """Print the contents of a dataset, and the `verdict` on it."""
     for name, split in content["splits"].items():
         size = sum(shard["bytes"] for shard in split["shards"]) / 1e6
-        say(f"  {name}: {split['samples']:,} pictures, {split['captions']:,} captions, {size:.1f} MB")
+        say(f"  {name}: {split['samples']:,} images, {split['captions']:,} captions, {size:.1f} MB")
     for reason, count in content.get("dropped", {}).items():
         if isinstance(count, int) and count:
             say(f"  left out, {reason}: {count:,}")

@@ -1,4 +1,4 @@
-"""What a caption is about, and the split that follows from it: no concept of a validation split is ever trained on."""
+"""The concept of a caption, and the split that follows from it: training never sees a concept of a validation split."""
 
 import hashlib
 import re
@@ -13,15 +13,16 @@ _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": None, "\u201d":
 
 
 def singular(word: str) -> str:
-    """The word without a plural s; short words and words in -ss ("us", "glass") stay as they are."""
+    """Remove a plural s; short words and words in -ss ("us", "glass") stay as they are."""
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
 
 
 def concept(caption: str) -> str:
-    """The lower-cased words of `caption` without digits, stop words and plural s, sorted, joined by blanks.
+    """Lower-cased words of `caption` without digits, stop words and plural s, sorted and joined by blanks.
 
-    "Batteries 10" and "batteries 20" are one concept, and so are "arrow down" and "down arrow". A caption without any
-    such word ("24", "to") is its own concept.
+    "Batteries 10" and "batteries 20" are one concept, and so are "arrow down" and "down arrow". A caption without such
+    a
+    word ("24", "to") is its own concept.
     """
     text = caption.lower().translate(_QUOTES).replace("'s", "")
     words = sorted(singular(word) for word in _WORD.findall(text) if word not in STOP_WORDS)
@@ -29,7 +30,7 @@ def concept(caption: str) -> str:
 
 
 def percentile(text: str) -> int:
-    """sha1(text) mod 100: a number in [0, 100) that never changes."""
+    """Compute sha1(text) mod 100: a number in [0, 100) that never changes."""
     return int.from_bytes(hashlib.sha1(text.encode()).digest()) % 100
 
 
@@ -39,6 +40,6 @@ def split_of(caption: str, percent: int = VALIDATION_PERCENT) -> str:
 
 
 def caption_of_name(name: str) -> str:
-    """A file or icon name as words: "arrow-down_bold" and "arrowDown Bold" give "arrow down bold"."""
+    """Turn a file or icon name into words: "arrow-down_bold" and "arrowDown Bold" give "arrow down bold"."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name.translate(_QUOTES))
     return " ".join(re.sub(r"[-_:/\s]+", " ", spaced).lower().split())

@@ -1,4 +1,4 @@
-"""English names of emoji from `emojibase-data`: by code points, by squeezed name, and of flags."""
+"""English names of emoji from `emojibase-data`, by code points, by squeezed name, and for flags."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ _COUNTRIES_OF_GB = {"gb-eng": "flag england", "gb-sct": "flag scotland", "gb-wls
 
 @dataclass(frozen=True)
 class EmojiName:
-    """The name of an emoji in lower case, and other words for it."""
+    """Name of an emoji in lower case, and other words for it."""
 
     label: str
     tags: tuple[str, ...]
 
 
 class EmojiNames:
-    """The names in a `data.json` of emojibase (a list of objects with hexcode, label and tags) and in its `shortcodes`.
+    """Names of a `data.json` of emojibase (a list of objects with hexcode, label and tags) and of its `shortcodes`.
 
-    `shortcodes`: any number of objects hexcode -> short name or names; they only help to find an emoji by name.
+    `shortcodes` are any number of objects hexcode -> short name or names; they only help to find an emoji by its name.
     """
 
     def __init__(self, data: Sequence[dict[str, Any]], *shortcodes: Mapping[str, str | list[str]]) -> None:
@@ -54,15 +54,15 @@ class EmojiNames:
 
     @staticmethod
     def has_skin_tone(points: str) -> bool:
-        """Whether the code points hold a skin tone."""
+        """Whether the code points include a skin tone."""
         return not _TONES.isdisjoint(points.split("-"))
 
     def by_name(self, name: str) -> EmojiName | None:
-        """The emoji whose name is `name` but for blanks and signs ("aerialtramway"), or None."""
+        """Emoji whose name is `name` without blanks and punctuation ("aerialtramway"), or None."""
         return self._squeezed.get(_NOT_ALNUM.sub("", name.lower().replace("flag-for-", "flag-")))
 
     def flag(self, code: str) -> str | None:
-        """The name of a flag by its region's code ("al": "flag albania") or in words; None for other codes."""
+        """Name of a flag, from its region's code ("al": "flag albania") or from words; None for other codes."""
         if code in self._flags:
             return self._flags[code]
         if code in _COUNTRIES_OF_GB:

@@ -1,4 +1,4 @@
-"""`icons`: emoji and icons in colour from npm packages, and game-icons, in one colour but rich in concepts."""
+"""`icons`: coloured emoji and icons from npm packages, and game-icons, which have one colour but many concepts."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any
 from oner_fast.data.sources import npm
 from oner_fast.data.sources.building import Build, default_workers, report, versions
 from oner_fast.data.sources.concepts import caption_of_name
+from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
 from oner_fast.data.sources.emoji_names import EmojiNames
-from oner_fast.data.sources.pictures import Drawing, IconSet, build_pictures
 from oner_fast.data.sources.progress import say
 
-# Versions are fixed, so that the same pictures come out next year.
+# The versions are fixed, so that a build next year gives the same images.
 SETS = {
     "noto": "1.2.9",
     "noto-v1": "1.2.5",
@@ -46,14 +46,14 @@ EMOJI_SETS = frozenset(list(SETS)[:8])
 FLAG_SETS = frozenset({"flag", "circle-flags"})
 LICENCES = frozenset({"MIT", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0", "CC-BY-SA-4.0"})
 
-# Mozilla's emoji: a hand of their own (flat, muted, without outlines, other poses and crops), yet nearly every concept
-# is also drawn by the sets trained on, so that what the split measures is the style and not the vocabulary.
+# Mozilla's emoji have a style of their own: flat, muted, without outlines, with other poses and crops. The sets trained
+# on draw nearly all of their concepts too, so that the split measures the style and not the vocabulary.
 STYLE = "fxemoji"
 
 _PACKAGES = ("resvg-py", "pillow", "webdataset")
 _SKIN_TONE = re.compile(r"(^|-)(light|medium|medium-light|medium-dark|dark)-skin-tone")
 _SHORTCODES = tuple(f"en/shortcodes/{name}.json" for name in ("cldr", "emojibase-legacy", "iamcal", "joypixels"))
-# What tells two drawings of one thing apart, and is no word for it: sizes, counters, "flat" and "duo" twins.
+# Words of names that tell apart two drawings of one thing but do not name it: sizes, counters, "flat" and "duo" twins.
 _VARIANT = re.compile(r"(-(\d+|flat|duo|fill|one|two|three|four|five|six))+$")
 
 
@@ -68,15 +68,24 @@ def build_icons(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Builds the dataset `icons` in the folder `output`, or completes it; returns what `dataset.json` holds.
+    """Build the dataset `icons` in the folder `output`, or complete it; returns the content of `dataset.json`.
 
-    `size`: pixels a side. `workers`: processes that draw; the bytes do not depend on it. `style`: the set that is never
-    trained on and makes the split "style". `sets`: which sets to take. `cache`: where the tarballs are kept, by default
-    `npm-cache` beside `output`. `limit`: only so many drawings, evenly from every set. Raises ValueError where `output`
-    holds another build and `overwrite` is false, or a set is unknown; NpmError where npm is missing or fails.
+    Args:
+        output: the folder of the dataset.
+        size: pixels a side.
+        workers: processes that draw, one for each processor by default; the bytes do not depend on it.
+        style: the set that makes the split "style" and is never trained on.
+        sets: the sets to take.
+        cache: the folder that keeps the fetched packages; `npm-cache` beside `output` by default.
+        limit: take only this many drawings, evenly from all sets.
+        overwrite: replace another build in `output`.
+
+    Raises:
+        ValueError: a set is unknown, an option is out of range, or `output` holds another build.
+        NpmError: npm is missing or fails.
     """
     if size < 8:
-        raise ValueError(f"size is {size}; pictures need at least 8 pixels a side")
+        raise ValueError(f"size is {size}; images need at least 8 pixels a side")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
     for name in (*sets, style):
@@ -94,11 +103,11 @@ def build_icons(
     if limit is not None:
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
     say(f"icons: {len(drawings):,} drawings at {size} pixels into {build.output}")
-    return build_pictures(build, drawings, size, default_workers() if workers is None else workers, frozenset({style}))
+    return build_drawings(build, drawings, size, default_workers() if workers is None else workers, frozenset({style}))
 
 
 def icon_drawings(tarballs: Mapping[str, Path]) -> Iterator[Drawing]:
-    """Every drawing of the packages (name -> tarball, emojibase-data among them), in a fixed order."""
+    """Yield every drawing of the packages (name -> tarball, emojibase-data among them), in a fixed order."""
     names = EmojiNames(*npm.read_json(tarballs[EMOJI_NAMES[0]], "en/data.json", *_SHORTCODES))
     for package, path in tarballs.items():
         if package != EMOJI_NAMES[0]:
@@ -135,7 +144,7 @@ def _set_drawings(
 
 
 def _describe(set_name: str, name: str, points: Sequence[str], names: EmojiNames) -> tuple[str, tuple[str, ...]] | None:
-    """The caption and tags of an icon; None where it has a skin tone or no words."""
+    """Caption and tags of an icon; None where it has a skin tone or no words."""
     if set_name in FLAG_SETS:
         flag = names.flag(name.removesuffix("-1x1").removesuffix("-4x3"))
         return (flag, ()) if flag else None
@@ -147,7 +156,7 @@ def _describe(set_name: str, name: str, points: Sequence[str], names: EmojiNames
     found = found or names.by_name(name)
     if found:
         return found.label, found.tags
-    # this set writes its names without gaps; only those that emojibase knows can be read
+    # this set writes names without blanks; only names that emojibase knows can be split into words
     return None if set_name == "fxemoji" else (caption_of_name(name), ())
 
 

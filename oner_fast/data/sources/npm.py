@@ -1,4 +1,4 @@
-"""Packages of the npm registry as tarballs on disk, fetched once with npm itself."""
+"""Fetch packages of the npm registry as tarballs, once, with npm itself."""
 
 import json
 import os
@@ -17,14 +17,16 @@ AT_ONCE = 4
 
 
 class NpmError(RuntimeError):
-    """npm is not there, or could not fetch a package."""
+    """npm is missing, or could not fetch a package."""
 
 
 def fetch(packages: Mapping[str, str], cache: Path) -> dict[str, Path]:
-    """The tarball of every package (name -> version), fetched into `cache` where it is not there yet.
+    """Fetch the tarball of each package (name -> version) into `cache` unless it is there.
 
-    An interrupted call keeps what is whole. Raises NpmError where npm is missing or fails; without anything to fetch
-    npm is not needed.
+    An interrupted call keeps every complete tarball. Without anything to fetch npm is not needed.
+
+    Raises:
+        NpmError: npm is missing or fails.
     """
     tarballs = {package: cache / tarball(package, release) for package, release in packages.items()}
     missing = [package for package, path in tarballs.items() if not path.exists()]
@@ -49,12 +51,12 @@ def fetch(packages: Mapping[str, str], cache: Path) -> dict[str, Path]:
 
 
 def tarball(package: str, release: str) -> str:
-    """The file name that `npm pack` gives a package."""
+    """File name that `npm pack` gives a package."""
     return f"{package.removeprefix('@').replace('/', '-')}-{release}.tgz"
 
 
 def read_json(path: Path, *members: str) -> list[Any]:
-    """The JSON files `members` of a package's tarball; an absent one is {}. Raises NpmError where it is damaged."""
+    """Read the JSON files `members` of a package's tarball; an absent one is {}. Raises NpmError for damage."""
     found: dict[str, Any] = {}
     try:
         with tarfile.open(path) as tar:

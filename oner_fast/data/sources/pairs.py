@@ -1,44 +1,18 @@
-"""`pairs`: a user's own pictures and captions as a dataset, the pictures' bytes as they are."""
+"""`pairs`: build a dataset from a user's own images and captions."""
 
-import csv
 import hashlib
-import io
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
-from oner_fast.data.sources.building import Build, default_workers, each, report, versions
+from oner_fast.data.sources.building import Build, default_workers, report, versions
 from oner_fast.data.sources.concepts import VALIDATION_PERCENT, concept, percentile
-from oner_fast.data.sources.progress import progress, say
-from oner_fast.data.sources.writer import Sample, Shard, split_record, write_json, write_shard
+from oner_fast.data.sources.pair_shards import ShardJob, shard_jobs, write_shards
+from oner_fast.data.sources.pair_sources import Columns, Found, Pair, digest, read_source
+from oner_fast.data.sources.progress import say
+from oner_fast.data.sources.writer import Shard, split_record
 
-SHARD = 1024
 NAMED = 1000
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A picture's path, its caption, and the row of its source it stands in."""
-
-    row: int
-    image: Path
-    name: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class _ShardJob:
-    path: Path
-    done: Path
-    pairs: Sequence[Pair]
-    resize: int | None
-    meta: dict[str, str]
 
 
 def build_pairs(
@@ -58,137 +32,110 @@ def build_pairs(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Packs the pairs of a CSV or TSV file, or of a folder with a `.txt` beside each picture; returns `dataset.json`.
+    """Pack the pairs of a CSV or TSV file, or of a folder with a `.txt` beside each image.
 
-    `image_key`, `caption_key`: the columns. `separator`: between columns, found from the header line unless told.
-    `root`: where relative paths start. `resize`: pictures whose shorter side is longer are shrunk to it, in pixels; all
-    others keep their bytes. `validation_percent`: share of concepts (`split_by` "concept") or captions that go to
-    "val". A picture with captions on both sides is in "val" only. Pictures that cannot be decoded and rows without a
-    caption are counted and named in `dataset.json`. Raises ValueError for a wrong source or another build in `output`.
+    An image with captions in both splits goes to "val" only. Images that cannot be decoded and rows without a caption
+    are counted and named in `dataset.json`.
+
+    Args:
+        source: a CSV or TSV file with a header line, or a folder.
+        output: the folder of the dataset.
+        image_key: the column of image paths.
+        caption_key: the column of captions.
+        separator: the character between columns; found from the header line by default.
+        root: the folder where relative image paths start; the folder of the file by default.
+        resize: shrink each image whose shorter side is longer than this to it, in pixels; the others keep their bytes.
+        validation_percent: share of the concepts or captions, whichever `split_by` names, that goes to "val".
+        licence: written into every sample.
+        author: written into every sample.
+        workers: processes that read and check images; one for each processor by default.
+        limit: take only the first so many pairs.
+        overwrite: replace another build in `output`.
+
+    Returns:
+        The content of `dataset.json`.
+
+    Raises:
+        ValueError: an option is out of range, `source` holds no readable pair, or `output` holds another build.
     """
     source = Path(source)
+    _check_options(resize, validation_percent, split_by)
+    columns = Columns(image_key, caption_key, separator)
+    found = _some_pairs(source, columns, Path(root) if root else source.parent, limit)
+    options = {
+        "pairs": digest(found.pairs),
+        "resize": resize,
+        "validation_percent": validation_percent,
+        "split_by": split_by,
+        "licence": licence,
+        "author": author,
+        "packages": versions("pillow", "webdataset"),
+    }
+    build = Build(output, "pairs", options, overwrite)
+    if build.finished:
+        content = build.dataset()
+        report(content, build.output, "was complete already")
+        return content
+    build.begin()
+    say(f"pairs: {len(found.pairs):,} of {source} into {build.output}")
+    content = _pack(build, source, found, default_workers() if workers is None else workers)
+    report(content, build.output)
+    return content
+
+
+def _check_options(resize: int | None, validation_percent: int, split_by: str) -> None:
     if resize is not None and resize < 8:
         raise ValueError(f"resize is {resize}; it needs at least 8 pixels")
     if not 0 <= validation_percent <= 90:
         raise ValueError(f"validation_percent is {validation_percent}; it must be from 0 to 90")
     if split_by not in ("concept", "caption"):
         raise ValueError(f"unknown split_by {split_by!r}; known: concept, caption")
-    if source.is_dir():
-        rows, dropped = _folder_pairs(source)
-    elif source.is_file():
-        rows, dropped = _table_pairs(source, image_key, caption_key, separator, Path(root) if root else source.parent)
-    else:
-        raise ValueError(f"no pairs at {source}: no such file or folder")
-    rows = rows[:limit]
-    if not rows:
-        raise ValueError(f"no pairs in {source}: " + ("; ".join(dropped[:5]) or "it has no rows"))
-    build = Build(
-        output,
-        "pairs",
-        {
-            "pairs": _digest(rows),
-            "resize": resize,
-            "validation_percent": validation_percent,
-            "split_by": split_by,
-            "licence": licence,
-            "author": author,
-            "packages": versions("pillow", "webdataset"),
-        },
-        overwrite,
-    )
-    if build.finished:
-        content = build.dataset()
-        report(content, build.output, "was complete already")
-        return content
-    build.begin()
-    say(f"pairs: {len(rows):,} of {source} into {build.output}")
-    splits, shared = _split(rows, validation_percent, split_by)
-    meta = {"set": source.stem, "licence": licence, "author": author}
-    jobs = _jobs(build, splits, resize, meta)
-    done = _write(jobs, default_workers() if workers is None else workers)
+
+
+def _some_pairs(source: Path, columns: Columns, root: Path, limit: int | None) -> Found:
+    """Read at most `limit` pairs. Raises ValueError where there is none."""
+    found = read_source(source, columns, root)
+    pairs = found.pairs[:limit]
+    if not pairs:
+        raise ValueError(f"no pairs in {source}: " + ("; ".join(found.dropped[:5]) or "it has no rows"))
+    return Found(pairs, found.dropped)
+
+
+def _pack(build: Build, source: Path, found: Found, workers: int) -> dict[str, Any]:
+    """Split the pairs, write their shards and finish the build; returns the content of `dataset.json`."""
+    options = build.options
+    splits, shared = _split(found.pairs, options["validation_percent"], options["split_by"])
+    meta = {"set": source.stem, "licence": options["licence"], "author": options["author"]}
+    jobs = shard_jobs(build, splits, options["resize"], meta)
+    done = write_shards(jobs, workers)
     corrupt = [line for entry in done.values() for line in entry["corrupt"]]
-    for line in [*dropped, *corrupt][:20]:
+    for line in [*found.dropped, *corrupt][:20]:
         say(f"  left out: {line}")
     content = _record(splits, jobs, done)
     if not content["splits"]:
         raise ValueError(f"no picture of {source} can be read: {'; '.join(corrupt[:5])}")
-    content["attribution"] = [
-        {
-            "set": source.stem,
-            "title": source.name,
-            "author": author,
-            "licence": licence,
-            "samples": sum(split["samples"] for split in content["splits"].values()),
-        }
-    ]
+    content["attribution"] = [_attribution(source, meta, content["splits"])]
     content["dropped"] = {
         "unreadable pictures": len(corrupt),
-        "rows without a caption or picture": len(dropped),
+        "rows without a caption or picture": len(found.dropped),
         "training captions of validation pictures": shared,
-        "named": [*dropped, *corrupt][:NAMED],
+        "named": [*found.dropped, *corrupt][:NAMED],
     }
-    content = build.finish(content)
-    report(content, build.output)
-    return content
+    return build.finish(content)
 
 
-def _table_pairs(
-    source: Path, image_key: str, caption_key: str, separator: str | None, root: Path
-) -> tuple[list[Pair], list[str]]:
-    pairs: list[Pair] = []
-    dropped: list[str] = []
-    try:
-        with source.open(newline="", encoding="utf-8-sig") as file:
-            header = file.readline()
-            file.seek(0)
-            table = csv.DictReader(file, delimiter=separator or ("\t" if "\t" in header else ","))
-            columns = list(table.fieldnames or [])
-            for key in (image_key, caption_key):
-                if key not in columns:
-                    raise ValueError(f"no column {key!r} in {source}; it has {', '.join(columns) or 'none'}")
-            for i, row in enumerate(table):
-                name, caption = (row[image_key] or "").strip(), " ".join((row[caption_key] or "").split())
-                if name and caption:
-                    pairs.append(Pair(i, root / name, name, caption))
-                else:
-                    dropped.append(f"row {i + 2}: no {'caption' if name else 'picture'}")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8: {error}") from error
-    except csv.Error as error:
-        raise ValueError(f"{source} cannot be read as a table: {error}") from error
-    return pairs, dropped
-
-
-def _folder_pairs(source: Path) -> tuple[list[Pair], list[str]]:
-    pairs: list[Pair] = []
-    dropped: list[str] = []
-    images = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-    for i, image in enumerate(images):
-        name = image.relative_to(source).as_posix()
-        try:
-            caption = " ".join(image.with_suffix(".txt").read_text(encoding="utf-8").split())
-        except FileNotFoundError:
-            dropped.append(f"{name}: no {image.with_suffix('.txt').name} beside it")
-            continue
-        except UnicodeDecodeError:
-            dropped.append(f"{name}: its caption is not UTF-8")
-            continue
-        if caption:
-            pairs.append(Pair(i, image, name, caption))
-        else:
-            dropped.append(f"{name}: its caption is empty")
-    return pairs, dropped
-
-
-def _digest(pairs: Sequence[Pair]) -> str:
-    digest = hashlib.sha1()
-    for pair in pairs:
-        digest.update(f"{pair.row}\t{pair.name}\t{pair.caption}\n".encode())
-    return digest.hexdigest()
+def _attribution(source: Path, meta: dict[str, str], splits: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "set": meta["set"],
+        "title": source.name,
+        "author": meta["author"],
+        "licence": meta["licence"],
+        "samples": sum(split["samples"] for split in splits.values()),
+    }
 
 
 def _split(pairs: Sequence[Pair], percent: int, by: str) -> tuple[dict[str, list[Pair]], int]:
-    """The pairs of each split, shuffled; how many training pairs were dropped as their picture validates."""
+    """The pairs of each split, shuffled; how many training pairs were dropped as their image validates."""
 
     def validates(pair: Pair) -> bool:
         return percentile(concept(pair.caption) if by == "concept" else pair.caption) < percent
@@ -203,81 +150,8 @@ def _split(pairs: Sequence[Pair], percent: int, by: str) -> tuple[dict[str, list
     return splits, len(rest) - len(train)
 
 
-def _jobs(
-    build: Build, splits: dict[str, list[Pair]], resize: int | None, meta: dict[str, str]
-) -> dict[str, list[_ShardJob]]:
-    return {
-        name: [
-            _ShardJob(
-                path := build.output / f"{name}-{start // SHARD:06d}.tar",
-                build.work / f"{path.name}.json",
-                members[start : start + SHARD],
-                resize,
-                meta,
-            )
-            for start in range(0, len(members), SHARD)
-        ]
-        for name, members in splits.items()
-    }
-
-
-def _write(jobs: dict[str, list[_ShardJob]], workers: int) -> dict[Path, dict[str, Any]]:
-    """Writes the shards that are not there yet; what each holds, by its path."""
-    every = [job for members in jobs.values() for job in members]
-    missing = [job for job in every if not (job.path.exists() and job.done.exists())]
-    with progress("packing pairs", sum(len(job.pairs) for job in every)) as advance:
-        advance(sum(len(job.pairs) for job in every) - sum(len(job.pairs) for job in missing))
-        for count in each(_write_one, missing, workers):
-            advance(count)
-    return {job.path: json.loads(job.done.read_text(encoding="utf-8")) for job in every}
-
-
-def _write_one(job: _ShardJob) -> int:
-    corrupt: list[str] = []
-    captions: set[str] = set()
-    shard = write_shard(job.path, _samples(job, captions, corrupt))
-    write_json(job.done, {"shard": asdict(shard), "captions": sorted(captions), "corrupt": corrupt})
-    return len(job.pairs)
-
-
-def _samples(job: _ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[Sample]:
-    """The readable pairs; adds to `captions` and `corrupt` on the way."""
-    for pair in job.pairs:
-        try:
-            image, extension = _read(pair.image, job.resize)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            corrupt.append(f"{pair.name}: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
-            continue
-        meta = {"caption": pair.caption, "concept": concept(pair.caption), "name": pair.name, **job.meta}
-        captions.add(pair.caption)
-        yield Sample(f"{pair.row:09d}", image, extension, meta)
-
-
-def _read(path: Path, resize: int | None) -> tuple[bytes, str]:
-    """A picture's bytes, decoded once to be sure of them, and the extension of its real format."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format or ""
-        if kind not in EXTENSIONS:
-            raise ValueError(f"a {kind} picture; {', '.join(EXTENSIONS)} can be read")
-        image.load()
-        if resize is None or min(image.size) <= resize:
-            return data, EXTENSIONS[kind]
-        scale = resize / min(image.size)
-        size = (max(resize, round(image.width * scale)), max(resize, round(image.height * scale)))
-        lossy = kind in ("JPEG", "WEBP")
-        colour = image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB" if lossy else "RGBA")
-        small = colour.resize(size, Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    if lossy:
-        small.save(buffer, kind, quality=92)
-        return buffer.getvalue(), EXTENSIONS[kind]
-    small.save(buffer, "PNG")
-    return buffer.getvalue(), "png"
-
-
 def _record(
-    splits: dict[str, list[Pair]], jobs: dict[str, list[_ShardJob]], done: dict[Path, dict[str, Any]]
+    splits: dict[str, list[Pair]], jobs: dict[str, list[ShardJob]], done: dict[Path, dict[str, Any]]
 ) -> dict[str, Any]:
     record = {}
     for name in splits:

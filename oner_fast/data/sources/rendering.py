@@ -1,4 +1,4 @@
-"""SVG to PNG on white, and what tells equal and blank pictures."""
+"""Render SVG to PNG on white, and recognise equal and blank images."""
 
 import hashlib
 import io
@@ -13,9 +13,11 @@ WHITE = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Picture:
-    """A rendered picture. `digest`: sha1 of its pixels, hex; equal pixels have equal digests. Blank: one flat colour.
+    """A rendered image.
 
-    A drawing that cannot be rendered has `error` set and no bytes.
+    `digest` is the SHA-1 of its pixels in hexadecimal, equal for equal pixels. `blank` means one flat colour. A drawing
+    that
+    cannot be rendered has an `error` and no bytes.
     """
 
     png: bytes
@@ -25,9 +27,9 @@ class Picture:
 
 
 def render(svg: str | Path, size: int) -> Picture:
-    """Draws `svg` (markup, or the path of a file) centred on a white square of `size` x `size` pixels.
+    """Draw `svg` (markup, or the path of a file) centred on a white square of `size` x `size` pixels.
 
-    Shapes without a colour come out black. Pictures without colour are stored as 8-bit grey, others as RGB.
+    Shapes without a colour come out black. Images without colour are stored as 8-bit grey, others as RGB.
     """
     try:
         markup = svg if isinstance(svg, str) else svg.read_text(encoding="utf-8")

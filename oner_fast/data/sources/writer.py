@@ -1,4 +1,4 @@
-"""Tar shards in webdataset's format with the same bytes every time, and the `dataset.json` that lists them."""
+"""Write tar shards in webdataset's format, with the same bytes every time, and the `dataset.json` that lists them."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ OWNER = "oner_fast"
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair. `key`: without a dot. `image`: encoded in the format of `extension`. `meta`: what KEY.json holds."""
+    """One pair. `key` has no dot, `image` is a file in the format of `extension`, and `meta` is the content of
+    KEY.json."""
 
     key: str
     image: bytes
@@ -23,7 +24,7 @@ class Sample:
     meta: dict[str, Any]
 
     def members(self) -> dict[str, Any]:
-        """The sample as webdataset's writer takes it."""
+        """Members of the sample, as webdataset's writer takes them."""
         return {
             "__key__": self.key,
             self.extension: self.image,
@@ -34,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as `dataset.json` lists it."""
+    """Entry of a shard in `dataset.json`."""
 
     file: str
     samples: int
@@ -43,8 +44,9 @@ class Shard:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
-    """Writes `samples` to the tar `path`: to a temporary file, which is synced to the disk and then renamed."""
-    from webdataset.writer import TarWriter  # it imports torch, which takes seconds; a finished build needs neither
+    """Write `samples` to the tar `path`, through a temporary file that is synced to the disk and then renamed."""
+    # Imported late: it imports torch, which takes seconds, and a finished build needs neither.
+    from webdataset.writer import TarWriter
 
     count = 0
     with replacing(path) as file, TarWriter(file, encoder=False, mtime=0, user=OWNER, group=OWNER) as tar:
@@ -55,7 +57,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
 
 
 def measure(path: Path, samples: int) -> Shard:
-    """The record of a shard that is on the disk."""
+    """Describe a shard that is on the disk."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Shard(path.name, samples, path.stat().st_size, digest)
@@ -63,7 +65,7 @@ def measure(path: Path, samples: int) -> Shard:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the place of `path` only once it is whole and on the disk."""
+    """Open a file that replaces `path` once it is complete and on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -81,13 +83,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes `content` as JSON, atomically."""
+    """Write `content` as JSON, atomically."""
     with replacing(path) as file:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def split_record(shards: list[Shard], captions: int, concepts: int) -> dict[str, Any]:
-    """A split as `dataset.json` lists it. `captions`, `concepts`: how many different ones."""
+    """Entry of a split in `dataset.json`, with the numbers of distinct captions and concepts."""
     return {
         "samples": sum(shard.samples for shard in shards),
         "captions": captions,

@@ -12,7 +12,7 @@ for package in ("PIL", "webdataset", "rich", "numpy"):
 from PIL import Image  # noqa: E402
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
-from oner_fast.data.sources import pairs  # noqa: E402
+from oner_fast.data.sources import pair_shards  # noqa: E402
 from oner_fast.data.sources.concepts import concept, percentile  # noqa: E402
 from oner_fast.data.sources.pairs import build_pairs  # noqa: E402
 
@@ -139,12 +139,12 @@ def test_a_validation_picture_is_never_trained_on(tmp_path: Path) -> None:
 def test_same_bytes_for_any_workers_and_after_an_interruption(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pairs, "SHARD", 16)
+    monkeypatch.setattr(pair_shards, "SHARD", 16)
     whole = build_pairs(table, tmp_path / "one", workers=1)
     assert len(whole["splits"]["train"]["shards"]) >= 3
     assert shas(build_pairs(table, tmp_path / "two", workers=2)) == shas(whole)
     count = 0
-    real = pairs._read
+    real = pair_shards._read_image
 
     def interrupted(path: Path, resize: int | None) -> tuple[bytes, str]:
         nonlocal count
@@ -153,7 +153,7 @@ def test_same_bytes_for_any_workers_and_after_an_interruption(
             raise KeyboardInterrupt
         return real(path, resize)
 
-    monkeypatch.setattr(pairs, "_read", interrupted)
+    monkeypatch.setattr(pair_shards, "_read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_pairs(table, tmp_path / "cut", workers=1)
     assert [path.name for path in (tmp_path / "cut").glob("*.tar*")] == ["train-000000.tar"]

@@ -1,4 +1,4 @@
-"""open_clip and timm, imported when a CLIP of theirs is asked for: they are optional."""
+"""Import open_clip and timm, which are optional, when they are needed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 import torch
 
 _MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
-_libraries: list[Any] = []  # their declarations stand as long as they are held
+_libraries: list[Any] = []  # a library's declarations last as long as the object
 
 
 @cache
-def peer(name: str) -> ModuleType:
-    """Import ``open_clip`` or ``timm``.
+def optional_package(name: str) -> ModuleType:
+    """Import `open_clip` or `timm`.
 
     Both import torchvision, whose compiled ops are missing where its build does not fit torch's (PyPI's wheel beside a
-    CPU build of torch). Neither calls one, so that the ops are declared and nothing more.
+    CPU
+    build of torch). Neither package calls these ops, so declaring them is enough.
 
     Raises:
-        ModuleNotFoundError: it is not installed; the text says how to install it.
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
     """
     while True:
         try:

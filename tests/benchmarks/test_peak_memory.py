@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from oner_fast.benchmarks import memory
+from oner_fast.benchmarks import peak_memory
 from oner_fast.benchmarks.cases import Call
-from oner_fast.benchmarks.memory import saved_bytes
 from oner_fast.benchmarks.ops import cases
+from oner_fast.benchmarks.peak_memory import saved_bytes
 
 MIB = 2**20
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
@@ -24,7 +24,7 @@ def test_the_peak_sees_what_is_allocated_and_freed_within_a_call() -> None:
     """64 MiB live at once beside 8 MiB that come back, though only 8 MiB are left: 72."""
     program = """
 import json, torch
-from oner_fast.benchmarks.memory import peak_bytes
+from oner_fast.benchmarks.peak_memory import peak_bytes
 def run():
     result = torch.ones(2 * 2**20)
     for _ in range(3):
@@ -34,7 +34,7 @@ def run():
 peak, results = peak_bytes(run)
 print(json.dumps([peak, results[0].nbytes]))
 """
-    environment = {**os.environ, **memory.ENVIRONMENT}
+    environment = {**os.environ, **peak_memory.ENVIRONMENT}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, cwd="/"
     )
@@ -47,7 +47,7 @@ print(json.dumps([peak, results[0].nbytes]))
 def test_a_case_is_measured_in_a_process_of_its_own() -> None:
     """Tokens (16, 98, 768) float32 come out: 4.6 MiB."""
     case = cases(quick=True, ops=["masked_gather"])[0]
-    found = memory.measure(case, "eager embedding", quick=True)
+    found = peak_memory.measure(case, "eager embedding", quick=True)
     out = 16 * 98 * 768 * 4
     assert out - MIB / 2 <= found.peak
     assert found.saved == 2 * 16 * 98 * 8 and found.saved_beyond_inputs == 0  # numbers of rows and of positions
@@ -55,8 +55,8 @@ def test_a_case_is_measured_in_a_process_of_its_own() -> None:
 
 def test_a_process_that_fails_says_why() -> None:
     case = cases(quick=True, ops=["masked_gather"])[0]
-    with pytest.raises(memory.Unavailable, match="has no contender 'nobody'"):
-        memory.measure(case, "nobody", quick=True)
+    with pytest.raises(peak_memory.Unavailable, match="has no contender 'nobody'"):
+        peak_memory.measure(case, "nobody", quick=True)
 
 
 def test_saved_bytes_count_each_storage_once() -> None:

@@ -25,7 +25,7 @@ from oner_fast.benchmarks.gpu.contest import CASES, contestants
 from oner_fast.benchmarks.gpu.emulation import Unavailable, checkers
 
 COMMAND = "oner-fast bench gpu-peers"
-DEFAULT_FILE = Path("benchmarks/gpu_peers.md")
+DEFAULT_FILE = Path("benchmarks/results/gpu_peers.md")
 PACKAGES = ("memeff==0.3.1", "inf-cl==1.2.1", "flash-attention-triton==0.1.1")
 HEAD = (
     "| who | error | MB | of the ideal | eager MB | MB of sectors | thousand instructions | tensor MFLOP "

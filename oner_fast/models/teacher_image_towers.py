@@ -1,4 +1,4 @@
-"""The image towers of open_clip and timm as UTA needs them: every token in the joint space, not [CLS] alone."""
+"""Image towers of open_clip and timm for UTA, which needs each token in the joint space and not [CLS] alone."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 
-class TokenTower(ABC):
-    """An image tower whose pooled embedding is its token 0 ([CLS]) after the final norm and the projection; the other
-    tokens pass through the same two.
+class TeacherImageTower(ABC):
+    """An image tower that gives all of its tokens in the joint space.
 
-    ``patch_size`` and ``image_size`` are in pixels, ``mean`` and ``std`` of pixel values in [0, 1].
+    Its pooled embedding is token 0 ([CLS]) after the final norm and the projection; the other tokens pass through the
+    same
+    two.
+
+    Attributes:
+        patch_size, image_size: in pixels.
+        mean, std: of pixel values in [0, 1].
     """
 
     patch_size: int
@@ -25,14 +30,14 @@ class TokenTower(ABC):
     std: tuple[float, ...]
     interpolation: str
     module: nn.Module
-    """What holds the weights."""
+    """The module that holds the weights."""
 
     @abstractmethod
     def resize(self, image_size: int) -> None:
-        """Take pictures of another size: the positions are resampled by the library that the tower is of."""
+        """Take images of another size; the tower's own library resamples the positions."""
 
     def pixels(self, images: Tensor, device: torch.device) -> Tensor:
-        """Pictures (B, 3, S, S) uint8, or floats in [0, 1], resized to ``image_size`` and normalised: float32."""
+        """Resize images (B, 3, S, S) uint8, or floats in [0, 1], to `image_size` and normalise them: float32."""
         pixels = images.to(device).float()
         top = 255.0 if images.dtype == torch.uint8 else 1.0
         if pixels.shape[-1] != self.image_size:
@@ -45,18 +50,19 @@ class TokenTower(ABC):
 
     @abstractmethod
     def hidden(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, S, S) -> [CLS] and the grid row by row, before the projection (B, 1 + N, D)."""
+        """Compute [CLS] and the grid, row by row, of normalised pixels (B, 3, S, S), before the projection: (B, 1 + N,
+        D)."""
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
-        """(B, 1 + N, D) -> (B, 1 + N, E)."""
+        """Project (B, 1 + N, D) -> (B, 1 + N, E)."""
 
     @abstractmethod
     def pooled(self, pixels: Tensor) -> Tensor:
-        """The library's own embedding of normalised pixels (B, 3, S, S); (B, E)."""
+        """Embed normalised pixels (B, 3, S, S) by the library's own pooling: (B, E)."""
 
 
-class OpenClipViT(TokenTower):
+class OpenClipViT(TeacherImageTower):
     """open_clip's own VisionTransformer."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
@@ -68,14 +74,14 @@ class OpenClipViT(TokenTower):
         if visual.proj is None:
             raise ValueError(f"{name}: the image tower has no projection, so that its tokens are in no joint space")
         self.patch_size = _square(visual.patch_size, name, "patches")
-        self.image_size = _square(visual.image_size, name, "pictures")
+        self.image_size = _square(visual.image_size, name, "images")
         self.mean, self.std, self.interpolation = _preprocessing(visual)
 
     def resize(self, image_size: int) -> None:
         grid = image_size // self.patch_size
         self._visual.grid_size, self._visual.image_size = (grid, grid), (image_size, image_size)
         state = {"visual.positional_embedding": self._visual.positional_embedding.detach()}
-        peer("open_clip").model.resize_pos_embed(state, self._model)
+        optional_package("open_clip").model.resize_pos_embed(state, self._model)
         self._visual.positional_embedding = nn.Parameter(state["visual.positional_embedding"], requires_grad=False)
         self.image_size = image_size
 
@@ -97,7 +103,7 @@ class OpenClipViT(TokenTower):
         return self._visual(pixels)
 
 
-class TimmViT(TokenTower):
+class TimmViT(TeacherImageTower):
     """A ViT of timm, alone or as the trunk of open_clip's TimmModel (EVA, for one)."""
 
     def __init__(self, trunk: nn.Module, visual: nn.Module | None, name: str) -> None:
@@ -113,7 +119,7 @@ class TimmViT(TokenTower):
         if hasattr(trunk, "head_dist"):
             raise ValueError(_other_pooling(name, "distillation token"))
         self.patch_size = _square(embedding.patch_size, name, "patches")
-        self.image_size = _square(embedding.img_size, name, "pictures")
+        self.image_size = _square(embedding.img_size, name, "images")
         cfg: dict[str, Any] = known.pretrained_cfg
         cfg = cfg if visual is None else {**cfg, **getattr(visual, "preprocess_cfg", {})}
         self.mean, self.std, self.interpolation = tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]
@@ -128,7 +134,7 @@ class TimmViT(TokenTower):
         return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1) if registers else tokens
 
     def project(self, hidden: Tensor) -> Tensor:
-        # Each token as the [CLS] token of a sequence of one: timm's own pooling, norm and head see no difference.
+        # Each token becomes the [CLS] token of a sequence of one, so that timm's own pooling, norm and head apply.
         out = self._trunk.forward_head(hidden.reshape(-1, 1, hidden.shape[-1]))
         out = out if self._visual is None else self._visual.head(out)
         return out.view(*hidden.shape[:2], -1)
@@ -137,15 +143,15 @@ class TimmViT(TokenTower):
         return self.module(pixels)
 
 
-def tower_of(model: nn.Module, name: str) -> TokenTower:
-    """The token tower of an open_clip model.
+def image_tower_of(model: nn.Module, name: str) -> TeacherImageTower:
+    """Wrap the image tower of an open_clip model.
 
     Raises:
-        ValueError: its image tower has no token grid (a ResNet, a ConvNeXt), pools otherwise than by [CLS], or has no
+        ValueError: its image tower has no token grid (a ResNet, a ConvNeXt), does not pool by [CLS], or has no
             projection.
     """
     visual: Any = model.visual
-    if isinstance(visual, peer("open_clip").transformer.VisionTransformer):
+    if isinstance(visual, optional_package("open_clip").transformer.VisionTransformer):
         return OpenClipViT(model, name)
     if hasattr(visual, "trunk"):
         return TimmViT(visual.trunk, visual, name)
@@ -174,8 +180,8 @@ def _square(size: int | tuple[int, ...], name: str, what: str) -> int:
 
 
 def _preprocessing(visual: Any) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Mean, standard deviation and interpolation; CLIP's where the model does not say."""
-    constants = peer("open_clip").constants
+    """Mean, standard deviation and interpolation; CLIP's where the model states none."""
+    constants = optional_package("open_clip").constants
     found = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD, "interpolation": "bicubic"}
     found |= getattr(visual, "preprocess_cfg", {})
     return tuple(found["mean"]), tuple(found["std"]), found["interpolation"]

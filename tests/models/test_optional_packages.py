@@ -7,19 +7,19 @@ import sys
 
 import pytest
 
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 
 
 @pytest.mark.parametrize("name", ["open_clip", "timm"])
 def test_they_import(name: str) -> None:
-    assert peer(name).__name__ == name and peer(name) is sys.modules[name]
+    assert optional_package(name).__name__ == name and optional_package(name) is sys.modules[name]
 
 
 def test_what_is_missing_is_named() -> None:
     program = (
         "import sys; sys.modules['open_clip'] = None\n"
-        "from oner_fast.models.peers import peer\n"
-        "try: peer('open_clip')\n"
+        "from oner_fast.models.optional_packages import optional_package\n"
+        "try: optional_package('open_clip')\n"
         "except ModuleNotFoundError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)

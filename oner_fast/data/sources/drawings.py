@@ -1,4 +1,4 @@
-"""From drawings to a dataset: render, drop blank and equal pictures, split by concept, shuffle, shard."""
+"""Build a dataset from drawings: render, drop blank and equal images, split by concept, shuffle, write shards."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SHARD = 2048
 
 @dataclass(frozen=True)
 class IconSet:
-    """Where drawings come from: what must be said of it wherever they are shown."""
+    """Origin of a set of drawings, with the attribution that must accompany them."""
 
     name: str
     title: str
@@ -30,7 +30,7 @@ class IconSet:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture to be drawn. `svg`: markup, or the path of a file. `tags`: other words for it, kept in its json."""
+    """An image to draw. `svg` is markup or the path of a file; `tags` are other words for it, kept in its json."""
 
     icon_set: IconSet
     name: str
@@ -40,7 +40,7 @@ class Drawing:
 
     @property
     def key(self) -> str:
-        """The sample's key in its shard."""
+        """Key of the sample in its shard."""
         return f"{self.icon_set.name}-{self.name}".replace("/", "-").replace(".", "-")
 
 
@@ -51,20 +51,21 @@ class _Kept:
     also: list[str]
 
 
-def build_pictures(
+def build_drawings(
     build: Build, drawings: Sequence[Drawing], size: int, workers: int, style: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Builds the dataset of `drawings` at `size` pixels a side, and returns what `dataset.json` holds.
+    """Build the dataset of `drawings` at `size` pixels a side; returns the content of `dataset.json`.
 
     The sets named in `style` make the split "style" and are never in "train" or "val". An interrupted call loses at
-    most the part it was at; the next one goes on there and ends with the same bytes.
+    most the
+    part that it was drawing; the next call continues there and writes the same bytes.
     """
     build.begin()
     parts = [drawings[start : start + PART] for start in range(0, len(drawings), PART)]
     _render_parts(build.work, parts, len(drawings), size, workers)
     kept, dropped, failed = _choose(build.work, parts)
     if not kept:
-        raise ValueError(f"none of {len(drawings)} drawings gave a picture: {'; '.join(failed[:5])}")
+        raise ValueError(f"none of {len(drawings)} drawings gave an image: {'; '.join(failed[:5])}")
     for line in failed[:10]:
         say(f"  cannot be drawn: {line}")
     splits = _write_splits(build, kept, style)
@@ -83,7 +84,7 @@ def _render_parts(work: Path, parts: Sequence[Sequence[Drawing]], total: int, si
     missing = [i for i in range(len(parts)) if not _part(work, i).exists()]
     jobs = [(tuple(drawing.svg for drawing in parts[i]), size) for i in missing]
     done = each(_render_part, jobs, workers)
-    with progress("drawing pictures", total) as advance:
+    with progress("drawing images", total) as advance:
         advance(total - sum(len(svgs) for svgs, _ in jobs))
         for i, pictures in zip(missing, done, strict=True):
             _save_part(_part(work, i), pictures)
@@ -100,7 +101,7 @@ def _part(work: Path, i: int) -> Path:
 
 
 def _save_part(path: Path, pictures: Sequence[Picture]) -> None:
-    """One line of JSON with the length, digest, blankness and error of each picture, then their bytes."""
+    """Write one line of JSON with the length, digest, blankness and error of each image, then the images' bytes."""
     head = [(len(picture.png), picture.digest, picture.blank, picture.error) for picture in pictures]
     with replacing(path) as file:
         file.write(json.dumps(head).encode() + b"\n")
@@ -115,7 +116,7 @@ def _load_part(path: Path) -> list[Picture]:
 
 
 def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept], dict[str, int], list[str]]:
-    """What stays: the first of pictures with equal pixels takes the captions of the others as its `also`."""
+    """Choose the drawings to keep: of images with equal pixels the first, whose `also` lists the others' captions."""
     first: dict[str, _Kept] = {}
     dropped = {"blank": 0, "equal pixels": 0, "not drawable": 0}
     failed: list[str] = []
@@ -145,7 +146,7 @@ def _write_splits(build: Build, kept: Sequence[_Kept], style: frozenset[str]) ->
     splits = {}
     with progress("writing shards", len(kept)) as advance:
         for name, members in ((name, members) for name, members in by_split.items() if members):
-            # an order that depends on nothing but the keys, so that a shard is not one set
+            # the order depends on the keys alone, so that each shard mixes the sets
             members.sort(key=lambda one: (hashlib.sha1(one.drawing.key.encode()).digest(), one.drawing.key))
             shards: list[Shard] = []
             for start in range(0, len(members), SHARD):

@@ -1,5 +1,4 @@
-"""Floating-point operations of a forward, counted from the model's definition (a product of M x K and K x N is 2 M N
-K)."""
+"""Count the floating-point operations of a forward pass from the model's definition; (M x K) times (K x N) is 2 M N K."""
 
 from __future__ import annotations
 
@@ -15,8 +14,12 @@ def trunk_flops(
     key_lengths: Iterable[int] | None = None,
     wanted: Iterable[float] | None = None,
 ) -> float:
-    """One forward of the trunk over packed sequences of ``lengths`` tokens, which attend to ``key_lengths`` (their
-    own where None). Of the last block only ``wanted`` outputs of each sequence are computed (all where None)."""
+    """Count one forward of the trunk over packed sequences of `lengths` tokens.
+
+    They attend to `key_lengths` (their own where None). The last block computes only `wanted` outputs of each sequence
+    (all
+    where None).
+    """
     queries = list(lengths)
     keys = queries if key_lengths is None else list(key_lengths)
     outputs = queries if wanted is None else list(wanted)
@@ -30,27 +33,27 @@ def trunk_flops(
 
 
 def embedding_flops(config: OneRConfig, patches: int) -> float:
-    """Embedding ``patches`` patches."""
+    """Count the embedding of `patches` patches."""
     return 2 * len(config.image_mean) * config.patch_size**2 * config.width * patches
 
 
 def head_flops(config: OneRConfig, samples: int, predictor_hidden: int = 0) -> float:
-    """The projector, and the predictor where ``predictor_hidden`` > 0, on ``samples`` rows."""
+    """Count the projector, and the predictor where `predictor_hidden` > 0, on `samples` rows."""
     hidden, embed = config.projector_hidden, config.embed_dim
     projector = config.width * hidden + hidden * hidden + hidden * embed
     return 2.0 * samples * (projector + 2 * embed * predictor_hidden)
 
 
 def contrast_flops(pairs: int, embed_dim: int, symmetric_inputs: int = 1) -> float:
-    """Forward of ``symmetric_inputs`` logit matrices of ``pairs`` x ``pairs``."""
+    """Count the forward of `symmetric_inputs` logit matrices of `pairs` x `pairs`."""
     return 2.0 * pairs * pairs * embed_dim * symmetric_inputs
 
 
 def uta_flops(config: UTAConfig, tokens_per_sample: Iterable[int], patches: int | None = None) -> float:
-    """One forward of UTA's student over images that give ``tokens_per_sample`` tokens each, [CLS] counted.
+    """Count one forward of UTA's student over images that give `tokens_per_sample` tokens each, [CLS] included.
 
-    Every token's output is projected. ``patches`` are embedded: all tokens but [CLS] where None, fewer where mask
-    tokens stand for some.
+    Each token's output is projected. `patches` are embedded: all tokens but [CLS] where None, fewer where mask tokens
+    replace some.
     """
     c, lengths = config, list(tokens_per_sample)
     tokens, pairs = sum(lengths), sum(length**2 for length in lengths)

@@ -1,4 +1,4 @@
-"""The tools that count GPU kernels without a GPU. What they find is benchmarks/gpu_peers.md."""
+"""The tools that count GPU kernels without a GPU. What they find is benchmarks/results/gpu_peers.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from oner_fast.benchmarks.cases import OURS
-from oner_fast.benchmarks.gpu import contest, peers
+from oner_fast.benchmarks.gpu import contest, rivals
 from oner_fast.benchmarks.gpu.emulation import Unavailable, checkers, count, emulated_a100
 
 FOUND = {
@@ -33,14 +33,17 @@ def test_without_checkers_it_says_where_they_should_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONER_FAST_GPULESS", str(tmp_path))
-    assert peers.main(["--out", str(tmp_path / "peers.md")]) == 2
+    assert rivals.main(["--out", str(tmp_path / "peers.md")]) == 2
     assert f"the GPU emulator is not in {tmp_path}" in capsys.readouterr().err
     assert not (tmp_path / "peers.md").exists()
 
 
 def test_the_report_says_what_was_not_measured_and_why_somebody_is_missing(emulator: None) -> None:
-    entries = [peers.Entry("mixup_info_nce", OURS, FOUND), peers.Entry("mixup_info_nce", "other", {}, "wrong: error 1")]
-    text = peers.markdown(entries)
+    entries = [
+        rivals.Entry("mixup_info_nce", OURS, FOUND),
+        rivals.Entry("mixup_info_nce", "other", {}, "wrong: error 1"),
+    ]
+    text = rivals.markdown(entries)
     assert "Nothing here was measured" in text and "estimate, +-30 %" in text
     assert "| **oner_fast** | 1.0e-03 | 34.00 |" in text and "20.0, memory" in text  # 34 MB at 1.7 TB/s
     assert "* other: wrong: error 1" in text and "masked_gather" not in text

@@ -7,7 +7,7 @@ for package in ("resvg_py", "PIL", "webdataset", "rich"):
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
 from oner_fast.data.sources.building import Build  # noqa: E402
-from oner_fast.data.sources.pictures import Drawing, IconSet, build_pictures  # noqa: E402
+from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings  # noqa: E402
 
 ONE = IconSet("one", "Set One", "Ann", "MIT", "https://example.org")
 TWO = IconSet("two", "Set Two", "Bob", "CC-BY-4.0", "https://example.org")
@@ -30,7 +30,7 @@ DRAWINGS = [
 
 
 def test_blank_equal_and_broken_drawings_are_dropped_and_counted(tmp_path: Path) -> None:
-    content = build_pictures(Build(tmp_path, "test", {}), DRAWINGS, 16, 1)
+    content = build_drawings(Build(tmp_path, "test", {}), DRAWINGS, 16, 1)
     assert content["dropped"] | {"failed": 0} == {"blank": 1, "equal pixels": 2, "not drawable": 1, "failed": 0}
     assert content["dropped"]["failed"][0].startswith("one broken: ")
     assert [(entry["set"], entry["samples"]) for entry in content["attribution"]] == [("one", 2), ("two", 1)]
@@ -42,7 +42,7 @@ def test_blank_equal_and_broken_drawings_are_dropped_and_counted(tmp_path: Path)
 
 
 def test_a_style_set_is_a_split_of_its_own(tmp_path: Path) -> None:
-    content = build_pictures(Build(tmp_path, "test", {}), DRAWINGS, 16, 1, frozenset({"two"}))
+    content = build_drawings(Build(tmp_path, "test", {}), DRAWINGS, 16, 1, frozenset({"two"}))
     style = PairDataset(tmp_path, "style")
     assert content["splits"]["style"]["samples"] == len(style) == 1
     assert style.read(0).meta["set"] == "two"
@@ -50,4 +50,4 @@ def test_a_style_set_is_a_split_of_its_own(tmp_path: Path) -> None:
 
 def test_nothing_drawable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of 1 drawings gave a picture: one broken"):
-        build_pictures(Build(tmp_path, "test", {}), [DRAWINGS[4]], 16, 1)
+        build_drawings(Build(tmp_path, "test", {}), [DRAWINGS[4]], 16, 1)

@@ -1,0 +1,101 @@
+"""Write the shards of a user's own pairs, keeping the bytes of the images."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from oner_fast.data.sources.building import Build, each
+from oner_fast.data.sources.concepts import concept
+from oner_fast.data.sources.pair_sources import Pair
+from oner_fast.data.sources.progress import progress
+from oner_fast.data.sources.writer import Sample, write_json, write_shard
+
+SHARD = 1024
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    path: Path
+    done: Path
+    pairs: Sequence[Pair]
+    resize: int | None
+    meta: dict[str, str]
+
+
+def shard_jobs(
+    build: Build, splits: dict[str, list[Pair]], resize: int | None, meta: dict[str, str]
+) -> dict[str, list[ShardJob]]:
+    return {
+        name: [
+            ShardJob(
+                path := build.output / f"{name}-{start // SHARD:06d}.tar",
+                build.work / f"{path.name}.json",
+                members[start : start + SHARD],
+                resize,
+                meta,
+            )
+            for start in range(0, len(members), SHARD)
+        ]
+        for name, members in splits.items()
+    }
+
+
+def write_shards(jobs: dict[str, list[ShardJob]], workers: int) -> dict[Path, dict[str, Any]]:
+    """Write the shards that are not there yet; what each holds, by its path."""
+    every = [job for members in jobs.values() for job in members]
+    missing = [job for job in every if not (job.path.exists() and job.done.exists())]
+    with progress("packing pairs", sum(len(job.pairs) for job in every)) as advance:
+        advance(sum(len(job.pairs) for job in every) - sum(len(job.pairs) for job in missing))
+        for count in each(_write_one, missing, workers):
+            advance(count)
+    return {job.path: json.loads(job.done.read_text(encoding="utf-8")) for job in every}
+
+
+def _write_one(job: ShardJob) -> int:
+    corrupt: list[str] = []
+    captions: set[str] = set()
+    shard = write_shard(job.path, _samples(job, captions, corrupt))
+    write_json(job.done, {"shard": asdict(shard), "captions": sorted(captions), "corrupt": corrupt})
+    return len(job.pairs)
+
+
+def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[Sample]:
+    """The readable pairs; adds to `captions` and `corrupt` on the way."""
+    for pair in job.pairs:
+        try:
+            image, extension = _read_image(pair.image, job.resize)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            corrupt.append(f"{pair.name}: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
+            continue
+        meta = {"caption": pair.caption, "concept": concept(pair.caption), "name": pair.name, **job.meta}
+        captions.add(pair.caption)
+        yield Sample(f"{pair.row:09d}", image, extension, meta)
+
+
+def _read_image(path: Path, resize: int | None) -> tuple[bytes, str]:
+    """An image's bytes, decoded once to be sure of them, and the extension of its real format."""
+    data = path.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        kind = image.format or ""
+        if kind not in EXTENSIONS:
+            raise ValueError(f"a {kind} picture; {', '.join(EXTENSIONS)} can be read")
+        image.load()
+        if resize is None or min(image.size) <= resize:
+            return data, EXTENSIONS[kind]
+        scale = resize / min(image.size)
+        size = (max(resize, round(image.width * scale)), max(resize, round(image.height * scale)))
+        lossy = kind in ("JPEG", "WEBP")
+        colour = image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB" if lossy else "RGBA")
+        small = colour.resize(size, Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    if lossy:
+        small.save(buffer, kind, quality=92)
+        return buffer.getvalue(), EXTENSIONS[kind]
+    small.save(buffer, "PNG")
+    return buffer.getvalue(), "png"
