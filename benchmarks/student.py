@@ -31,9 +31,9 @@ from oner_fast.models.files import uta_config_from_dict
 from oner_fast.models.flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
-from oner_fast.train.alignment import with_cls
-from oner_fast.train.memory import freed_memory_kept
-from oner_fast.train.teacher_cache import FeatureCache
+from oner_fast.train.engine.allocator import freed_memory_kept
+from oner_fast.train.uta.step import with_cls
+from oner_fast.train.uta.teacher_cache import FeatureCache
 
 VISIBLE, MASK_TOKENS, GATHERED = "visible tokens alone (ours)", "mask tokens", "embed all, then gather"
 NAMES = (VISIBLE, MASK_TOKENS, GATHERED)

@@ -33,7 +33,7 @@ from oner_fast.models.packaged import Encoders
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
 from oner_fast.models.token_towers import tower_of as tower_of_clip
 from oner_fast.models.uta import UTA
-from oner_fast.train import checkpoint
+from oner_fast.train.engine import checkpoint
 
 CLIP_FORMAT = "oner_fast.clip"
 

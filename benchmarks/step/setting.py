@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from oner_fast.data.batch import PairBatch, TokenizedText
-from oner_fast.train import recipes
-from oner_fast.train.settings import OneRTraining
+from oner_fast.train.oner import recipes
+from oner_fast.train.oner.settings import OneRTraining
 
 PAIRS = 8
 SHORTEST, LONGEST = 8, 40

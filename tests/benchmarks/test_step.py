@@ -15,8 +15,8 @@ from oner_fast.benchmarks.step.baseline import PlainStep, plain_model
 from oner_fast.benchmarks.step.ours import OurStep
 from oner_fast.benchmarks.step.setting import synthetic_batch, vitb16
 from oner_fast.benchmarks.step.shares import REST, kind_of, shares
-from oner_fast.train.settings import OneRTraining
-from oner_fast.train.student import Student
+from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.student import Student
 
 
 def tiny() -> OneRTraining:

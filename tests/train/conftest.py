@@ -14,11 +14,12 @@ import torch
 
 from oner_fast.data.batch import PairBatch, TokenizedText
 from oner_fast.models.oner import OneR, OneRConfig
-from oner_fast.train.distributed import World
-from oner_fast.train.ema import build_teacher
-from oner_fast.train.settings import Objectives, OneRTraining, Optimisation, Run
-from oner_fast.train.step import TrainingStep
-from oner_fast.train.student import Student
+from oner_fast.train.config.common import Optimisation, Run
+from oner_fast.train.engine.distributed import World
+from oner_fast.train.oner.ema import build_teacher
+from oner_fast.train.oner.settings import Objectives, OneRTraining
+from oner_fast.train.oner.step import TrainingStep
+from oner_fast.train.oner.student import Student
 
 
 @dataclass(frozen=True)

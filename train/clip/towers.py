@@ -1,0 +1,156 @@
+"""The two towers of a contrastive training: a CLIP of open_clip's architecture, or an aligned student beside a text
+tower that stays as it is (UTA's second stage)."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from oner_fast.data.batch import TokenizedText
+from oner_fast.models.clip import MAX_LOGIT_SCALE, CLIPConfig, build_clip, clip_tokenizer, save_clip
+from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
+from oner_fast.models.files import load_uta, save_uta
+from oner_fast.models.teacher import load_teacher
+from oner_fast.models.uta import UTA
+from oner_fast.train.clip.settings import CLIPTraining
+
+Texts = Tensor | TokenizedText
+
+
+class Embeddings(NamedTuple):
+    """image and text (B, E), not normalised; logit_scale 0-d."""
+
+    image: Tensor
+    text: Tensor
+    logit_scale: Tensor
+
+
+class TwoTowers(nn.Module, ABC):
+    """``forward(images (B, 3, S, S) uint8, texts) -> Embeddings``; ``texts`` is what :meth:`read` gives."""
+
+    @abstractmethod
+    def read(self, captions: list[str]) -> Texts:
+        """Captions, ready for the text tower; on the CPU, or where that tower lies."""
+
+    @property
+    @abstractmethod
+    def log_logit_scale(self) -> nn.Parameter:
+        """The logarithm of logit_scale."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the trained model into the run's folder."""
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """What a checkpoint says of the model, so that `oner_fast.load` opens a run that still trains: its `kind`, its
+        `model_config` as JSON, and a student's `teacher`."""
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep logit_scale at 100 at most, as CLIP does; call it after the optimiser's step."""
+        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+class NewTowers(TwoTowers):
+    """An ``open_clip.CLIP`` from scratch."""
+
+    clip: Any
+
+    def __init__(self, config: CLIPConfig, temperature: float) -> None:
+        super().__init__()
+        self.config = config
+        self.clip = build_clip(config)
+        with torch.no_grad():
+            self.log_logit_scale.fill_(math.log(1 / temperature))
+        self._tokenizer: Any = clip_tokenizer(config)
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        parameter: nn.Parameter = self.clip.logit_scale
+        return parameter
+
+    def read(self, captions: list[str]) -> TokenizedText:
+        """Token ids, packed."""
+        return pack_tokens(self._tokenizer(captions))
+
+    def forward(self, images: Tensor, texts: TokenizedText) -> Embeddings:
+        """Of uint8 pictures and packed token ids."""
+        image = encode_image(self.clip, images, self.config)
+        return Embeddings(image, encode_text(self.clip, texts), self.log_logit_scale.exp())
+
+    def about(self) -> dict[str, str]:
+        """A CLIP."""
+        return {"kind": "oner_fast.clip", "model_config": json.dumps(asdict(self.config))}
+
+    def save(self, folder: Path) -> None:
+        """In open_clip's own form."""
+        save_clip(folder, self.clip, self.config)
+
+
+class AlignedTowers(TwoTowers):
+    """A student of UTA and the text tower of its teacher."""
+
+    def __init__(self, init_image: str, init_text: str, lock_image: bool, device: torch.device) -> None:
+        super().__init__()
+        path = Path(init_image)
+        path = path / "model.safetensors" if path.is_dir() else path
+        self.student = load_uta(path).train()
+        self.student.requires_grad_(not lock_image)
+        teacher = load_teacher(init_text, device=device)
+        if teacher.embed_dim != self.student.config.embed_dim:
+            raise ValueError(
+                f"{init_text} embeds texts in {teacher.embed_dim} numbers, the student of {init_image} pictures in "
+                f"{self.student.config.embed_dim}"
+            )
+        self._encode_text = teacher.encode_text
+        self._about = {"teacher": init_text, "teacher_fingerprint": teacher.fingerprint}
+        self.scale = nn.Parameter(torch.tensor(math.log(teacher.logit_scale)))
+
+    @property
+    def log_logit_scale(self) -> nn.Parameter:
+        return self.scale
+
+    @property
+    def image_tower(self) -> UTA:
+        """The student."""
+        return self.student
+
+    def read(self, captions: list[str]) -> Tensor:
+        """Embeddings (B, E): the text tower takes no gradient."""
+        return self._encode_text(captions).float()
+
+    def forward(self, images: Tensor, texts: Tensor) -> Embeddings:
+        """Of uint8 pictures and the embeddings of their captions."""
+        return Embeddings(self.student.encode_image(images), texts, self.scale.exp())
+
+    def about(self) -> dict[str, str]:
+        """A student."""
+        return {"kind": "oner_fast.uta", "model_config": json.dumps(asdict(self.student.config)), **self._about}
+
+    def save(self, folder: Path) -> None:
+        """The student, as after its first stage."""
+        save_uta(folder / "model.safetensors", self.student, self._about)
+
+
+def build_towers(config: CLIPTraining, device: torch.device) -> TwoTowers:
+    """The towers that ``config`` asks for.
+
+    Raises:
+        FileNotFoundError, ValueError: a tower to start from is not there, or the two do not fit.
+    """
+    c = config.contrast
+    if not c.init_image:
+        return NewTowers(config.model, c.temperature)
+    towers = AlignedTowers(c.init_image, c.init_text, c.lock_image, device)
+    side = towers.image_tower.config.image_size
+    if side != config.model.image_size:
+        raise ValueError(f"the student of {c.init_image} takes {side} px: give --image-size {side}")
+    return towers

@@ -1,0 +1,85 @@
+"""The gradient of a step of UTA: the student's tokens turned towards the frozen teacher's (UTA, equation 3)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from oner_fast import ops
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.masking import draw_masks
+from oner_fast.models.uta import UTA
+from oner_fast.train.engine.distributed import World, sum_over_ranks
+from oner_fast.train.uta.settings import UTATraining
+from oner_fast.train.uta.teacher_features import TeacherFeatures
+
+_STREAM = 0  # of the masks' random numbers
+
+
+class AlignmentStep:
+    """``step(batch)`` leaves the gradient of the whole batch in the student's parameters and returns the loss (0-d).
+
+    Every sample has the same number of tokens, so the mean over micro-batches and ranks is the mean over the batch.
+    """
+
+    def __init__(
+        self,
+        config: UTATraining,
+        student: UTA,
+        features: TeacherFeatures,
+        world: World,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.config, self.features, self.world, self.autocast_dtype = config, features, world, autocast_dtype
+        self.module: nn.Module = student
+        if world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.module = DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True)
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        count = self.config.optim.accum_freq
+        parts = [part.to(self.world.device, non_blocking=True) for part in batch.split(count)]
+        targets = self.features.take(batch).chunk(count)
+        total = torch.zeros((), device=self.world.device)
+        for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
+            with nullcontext() if index == count - 1 else self._without_sync():
+                loss = self.loss(part, target) / count
+                loss.backward()
+            total += loss.detach()
+        return sum_over_ranks(total) / self.world.size
+
+    def loss(self, batch: PairBatch, target: Tensor) -> Tensor:
+        """Minus the mean cosine of a micro-batch; ``target`` (B, 1 + N, E) are the teacher's tokens, [CLS] first."""
+        alignment, model = self.config.alignment, self.config.model
+        hidden = alignment.hidden(model.cells)
+        if alignment.objective == "distillation":
+            return ops.token_alignment(self._student(batch.images), target)
+        masks = draw_masks(
+            self.config.run.seed,
+            batch.step,
+            batch.samples,
+            (model.grid, model.grid),
+            hidden,
+            alignment.mask,
+            _STREAM,
+        )
+        if alignment.objective == "uta":
+            return ops.token_alignment(self._student(batch.images, masks.kept), target, with_cls(masks.kept))
+        rows = with_cls(masks.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :hidden])
+        tokens = self._student(batch.images, masked=masks.mask)
+        return ops.token_alignment(ops.masked_gather(tokens, rows), target, rows)
+
+    def _student(self, images: Tensor, kept: Tensor | None = None, *, masked: Tensor | None = None) -> Tensor:
+        with torch.autocast(self.world.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext():
+            return self.module(images, kept, masked=masked)
+
+    def _without_sync(self) -> AbstractContextManager[object]:
+        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
+
+
+def with_cls(cells: Tensor) -> Tensor:
+    """Patches (B, K) as places among tokens with [CLS] in front: (B, 1 + K)."""
+    return torch.nn.functional.pad(cells + 1, (1, 0))
