@@ -15,8 +15,7 @@ from oner_fast.train.clip.step import ContrastStep
 from oner_fast.train.clip.towers import TwoTowers, build_towers
 from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
-
-_BACKWARD = 3  # forward, and a backward of twice its operations
+from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 
 
 class ContrastTraining(Training):
@@ -45,7 +44,7 @@ class ContrastTraining(Training):
         return {}
 
     def _flops(self, batch: PairBatch) -> float:
-        return _BACKWARD * self._pair_flops * len(batch)
+        return FORWARD_AND_BACKWARD * self._pair_flops * len(batch)
 
     def _export(self) -> None:
         self.student.save(self.folder)

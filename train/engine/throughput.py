@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+FORWARD_AND_BACKWARD = 3
+"""A step's operations over those of its forward: a backward takes twice the forward's."""
+
 _SECONDS = 0.3
 _LARGEST = 8192
 _RATES: dict[tuple[torch.device, torch.dtype, int], float] = {}

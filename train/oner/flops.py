@@ -5,10 +5,9 @@ from __future__ import annotations
 from oner_fast.data.batch import PairBatch
 from oner_fast.models import flops
 from oner_fast.models.oner import PassName
+from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.oner.inputs import student_passes
 from oner_fast.train.oner.settings import OneRTraining
-
-_BACKWARD = 3  # forward, and a backward of twice its operations
 
 
 def step_flops(config: OneRTraining, batch: PairBatch) -> float:
@@ -67,4 +66,4 @@ def step_flops(config: OneRTraining, batch: PairBatch) -> float:
         student += 2 * expected * model.width * (model.width + model.vocab_size)
     if objectives.mim:
         student += flops.embedding_flops(model, images * pairs * hidden)
-    return _BACKWARD * student + teacher
+    return FORWARD_AND_BACKWARD * student + teacher

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.masking import draw_masks
 from oner_fast.models.uta import UTA
 from oner_fast.train.engine.distributed import World, sum_over_ranks
+from oner_fast.train.engine.replica import Replica
 from oner_fast.train.uta.settings import UTATraining
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
@@ -33,11 +31,8 @@ class AlignmentStep:
         world: World,
         autocast_dtype: torch.dtype | None,
     ) -> None:
-        self.config, self.features, self.world, self.autocast_dtype = config, features, world, autocast_dtype
-        self.module: nn.Module = student
-        if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.module = DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True)
+        self.config, self.features, self.world = config, features, world
+        self.replica = Replica(student, world, autocast_dtype)
 
     def __call__(self, batch: PairBatch) -> Tensor:
         count = self.config.optim.accum_freq
@@ -45,7 +40,7 @@ class AlignmentStep:
         targets = self.features.take(batch).chunk(count)
         total = torch.zeros((), device=self.world.device)
         for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
-            with nullcontext() if index == count - 1 else self._without_sync():
+            with self.replica.synced_at(index, count):
                 loss = self.loss(part, target) / count
                 loss.backward()
             total += loss.detach()
@@ -56,7 +51,7 @@ class AlignmentStep:
         alignment, model = self.config.alignment, self.config.model
         hidden = alignment.hidden(model.cells)
         if alignment.objective == "distillation":
-            return ops.token_alignment(self._student(batch.images), target)
+            return ops.token_alignment(self.replica(batch.images), target)
         masks = draw_masks(
             self.config.run.seed,
             batch.step,
@@ -67,17 +62,10 @@ class AlignmentStep:
             _STREAM,
         )
         if alignment.objective == "uta":
-            return ops.token_alignment(self._student(batch.images, masks.kept), target, with_cls(masks.kept))
+            return ops.token_alignment(self.replica(batch.images, masks.kept), target, with_cls(masks.kept))
         rows = with_cls(masks.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :hidden])
-        tokens = self._student(batch.images, masked=masks.mask)
+        tokens = self.replica(batch.images, masked=masks.mask)
         return ops.token_alignment(ops.masked_gather(tokens, rows), target, rows)
-
-    def _student(self, images: Tensor, kept: Tensor | None = None, *, masked: Tensor | None = None) -> Tensor:
-        with torch.autocast(self.world.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext():
-            return self.module(images, kept, masked=masked)
-
-    def _without_sync(self) -> AbstractContextManager[object]:
-        return self.module.no_sync() if isinstance(self.module, DistributedDataParallel) else nullcontext()
 
 
 def with_cls(cells: Tensor) -> Tensor:

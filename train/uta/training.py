@@ -18,12 +18,11 @@ from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
+from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.uta.settings import UTATraining
 from oner_fast.train.uta.step import AlignmentStep
 from oner_fast.train.uta.teacher_cache import FeatureCache, feature_key
 from oner_fast.train.uta.teacher_features import TeacherFeatures
-
-_BACKWARD = 3  # forward, and a backward of twice its operations
 
 
 class StudentTraining(Training):
@@ -84,7 +83,7 @@ class StudentTraining(Training):
     def _flops(self, batch: PairBatch) -> float:
         alignment, model = self.config.alignment, self.config.model
         tokens = 1 + model.cells - (alignment.hidden(model.cells) if alignment.objective == "uta" else 0)
-        return _BACKWARD * uta_flops(model, [tokens] * len(batch))
+        return FORWARD_AND_BACKWARD * uta_flops(model, [tokens] * len(batch))
 
     def _export(self) -> None:
         save_uta(self.folder / "model.safetensors", self.student, self._about())
