@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from oner_fast.train.clip.recipes import DEFAULT
-from oner_fast.train.clip.settings import CLIPTraining
-from oner_fast.train.clip.training import ContrastTraining
+from oner_fast.train.clip.settings import CLIPConfiguration
+from oner_fast.train.clip.training import CLIPTraining
 from oner_fast.train.engine.launch import launch
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
     """
-    return launch(argv, "oner-fast train clip", CLIPTraining, DEFAULT, ContrastTraining)
+    return launch(argv, "oner-fast train clip", CLIPConfiguration, DEFAULT, CLIPTraining)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from oner_fast.models.clip import CLIPConfig
-from oner_fast.train.clip.settings import CLIPTraining, Contrast
+from oner_fast.train.clip.settings import CLIPConfiguration, Contrast
 from oner_fast.train.config.common import Data, Optimisation, Run
 from oner_fast.train.config.registry import recipe
 
@@ -13,9 +13,9 @@ DEFAULT = "clip_tiny_icons_cpu"
 
 
 @recipe
-def clip_tiny_icons_cpu() -> CLIPTraining:
+def clip_tiny_icons_cpu() -> CLIPConfiguration:
     """A CLIP of 6 x 6 patches on 28,000 icons, to be the teacher of UTA (21 minutes on one busy CPU core)."""
-    return CLIPTraining(
+    return CLIPConfiguration(
         model=CLIPConfig(
             image_size=48,
             patch_size=8,
@@ -35,7 +35,7 @@ def clip_tiny_icons_cpu() -> CLIPTraining:
 
 
 @recipe
-def uta_stage2_tiny_icons_cpu() -> CLIPTraining:
+def uta_stage2_tiny_icons_cpu() -> CLIPConfiguration:
     """UTA's second stage: the aligned student of uta_tiny_icons_cpu against its teacher's text tower, on pairs."""
     base = clip_tiny_icons_cpu()
     return replace(

@@ -34,8 +34,8 @@ class Contrast:
 
 
 @dataclass(frozen=True)
-class CLIPTraining:
-    """The whole configuration of a run; saved beside it as config.json. ``model`` describes the towers that are new;
+class CLIPConfiguration:
+    """The whole configuration of a run; saved beside it as config.json. `model` describes the towers that are new;
     its image_size is that of the pictures in any case."""
 
     model: CLIPConfig = field(default_factory=CLIPConfig)

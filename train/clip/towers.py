@@ -19,7 +19,7 @@ from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
 from oner_fast.models.files import load_uta, save_uta
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
-from oner_fast.train.clip.settings import CLIPTraining
+from oner_fast.train.clip.settings import CLIPConfiguration
 
 Texts = Tensor | TokenizedText
 
@@ -33,7 +33,7 @@ class Embeddings(NamedTuple):
 
 
 class TwoTowers(nn.Module, ABC):
-    """``forward(images (B, 3, S, S) uint8, texts) -> Embeddings``; ``texts`` is what :meth:`read` gives."""
+    """`forward(images (B, 3, S, S) uint8, texts) -> Embeddings`; `texts` is what `read` gives."""
 
     @abstractmethod
     def read(self, captions: list[str]) -> Texts:
@@ -60,7 +60,7 @@ class TwoTowers(nn.Module, ABC):
 
 
 class NewTowers(TwoTowers):
-    """An ``open_clip.CLIP`` from scratch."""
+    """An `open_clip.CLIP` from scratch."""
 
     clip: Any
 
@@ -140,8 +140,8 @@ class AlignedTowers(TwoTowers):
         save_uta(folder / "model.safetensors", self.student, self._about)
 
 
-def build_towers(config: CLIPTraining, device: torch.device) -> TwoTowers:
-    """The towers that ``config`` asks for.
+def build_towers(config: CLIPConfiguration, device: torch.device) -> TwoTowers:
+    """The towers that `config` asks for.
 
     Raises:
         FileNotFoundError, ValueError: a tower to start from is not there, or the two do not fit.

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Precision = Literal["auto", "fp32", "amp_bf16"]
+
 MIN_TEMPERATURE = 0.01
 
 
@@ -78,7 +80,7 @@ class Run:
     """The recipe that the settings began from; the recipe itself writes it."""
     seed: int = 0
     device: str = "auto"
-    precision: Literal["auto", "fp32", "amp_bf16"] = "auto"
+    precision: Precision = "auto"
     """auto: bfloat16 autocast where the processor multiplies in it, else float32."""
     threads: int = 0
     """Threads of the CPU's ops; 0 leaves torch's choice."""

@@ -21,7 +21,7 @@ C = TypeVar("C")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass instance as plain JSON values: tuples become lists, enums their names, paths strings and
-    non-finite floats ``"inf"``, ``"-inf"``, ``"nan"``."""
+    non-finite floats `"inf"`, `"-inf"`, `"nan"`."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"to_dict needs a dataclass instance, got {config!r}")
     return {f.name: _plain(getattr(config, f.name), f.name) for f in dataclasses.fields(config) if f.init}
@@ -46,13 +46,13 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
-    """The inverse of :func:`to_dict`: build ``cls`` from plain values, checking every one.
+    """The inverse of `to_dict`: build `cls` from plain values, checking every one.
 
     A field that is missing takes its default, so that an older file still loads.
 
     Raises:
         ValueError: an unknown key, a missing field without default, or a value outside a Literal or enum.
-        TypeError: a value of a wrong type. Both name the place, such as ``optim.betas[1]``.
+        TypeError: a value of a wrong type. Both name the place, such as `optim.betas[1]`.
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise TypeError(f"from_dict needs a dataclass, got {cls!r}")
@@ -156,7 +156,7 @@ def _name(kind: Any) -> str:
 
 
 def save_json(config: Any, path: Path | str) -> None:
-    """Write :func:`to_dict` of ``config`` to ``path`` atomically, making its folder where needed."""
+    """Write `to_dict` of `config` to `path` atomically, making its folder where needed."""
     path = Path(path)
     text = json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +164,11 @@ def save_json(config: Any, path: Path | str) -> None:
 
 
 def load_json(cls: type[C], path: Path | str) -> C:
-    """Read what :func:`save_json` wrote as an instance of ``cls``.
+    """Read what `save_json` wrote as an instance of `cls`.
 
     Raises:
-        ValueError: the file is not JSON, or as in :func:`from_dict`; the text names the file.
-        TypeError: as in :func:`from_dict`.
+        ValueError: the file is not JSON, or as in `from_dict`; the text names the file.
+        TypeError: as in `from_dict`.
     """
     path = Path(path)
     try:

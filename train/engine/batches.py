@@ -38,12 +38,12 @@ class Sized(Protocol):
 
 
 def is_stream(address: str) -> bool:
-    """Whether ``train_data`` names streams: ``pipe:COMMAND`` or an address with a scheme, such as ``https://``."""
+    """Whether `train_data` names streams: `pipe:COMMAND` or an address with a scheme, such as `https://`."""
     return address.startswith("pipe:") or "://" in address
 
 
 def build_tokenizer(data: Data) -> Tokenizer:
-    """Learn the vocabulary from the training captions, or load the one that ``data.tokenizer`` names.
+    """Learn the vocabulary from the training captions, or load the one that `data.tokenizer` names.
 
     Raises:
         ValueError: the captions are streamed, so that there are none to learn from before the training.
@@ -58,7 +58,7 @@ def build_tokenizer(data: Data) -> Tokenizer:
 def open_batches(
     config: Sized, tokenizer: Tokenizer | None, world: World, *, max_tokens: int = 0, captions: bool = True
 ) -> Batches:
-    """This rank's batches from step 0 on; ``load_state_dict`` goes on elsewhere.
+    """This rank's batches from step 0 on; `load_state_dict` goes on elsewhere.
 
     Args:
         tokenizer: None leaves the captions as strings.

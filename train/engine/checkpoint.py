@@ -1,6 +1,6 @@
 """Checkpoints by step that a kill at any moment cannot spoil.
 
-A checkpoint ``step-00000500.pt`` is torch's zip format, whose members carry a CRC-32 each: reading the file
+A checkpoint `step-00000500.pt` is torch's zip format, whose members carry a CRC-32 each: reading the file
 once tells whether it is whole.
 """
 
@@ -43,7 +43,7 @@ class DamagedCheckpoint(ValueError):
 
 
 def prepare(folder: Path | str) -> None:
-    """Make ``folder`` where needed and remove the temporary files of writers that died; call it once at start."""
+    """Make `folder` where needed and remove the temporary files of writers that died; call it once at start."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for path in remove_leftovers(folder):
@@ -51,20 +51,20 @@ def prepare(folder: Path | str) -> None:
 
 
 def save(folder: Path | str, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write ``state`` as the checkpoint of ``step`` and remove the oldest ones.
+    """Write `state` as the checkpoint of `step` and remove the oldest ones.
 
     Args:
         folder: where the checkpoints lie; made where needed.
         step: the number of finished steps.
         state: string keys; tensors, numbers, strings, None and dicts, lists and tuples of them. The keys
-            ``step`` and ``format`` are the checkpoint's own.
+            `step` and `format` are the checkpoint's own.
         keep: how many checkpoints stay, those of the highest steps; the one just written always does. 0: all.
 
     Returns:
         The path written. It appears under its name only when whole and on disk.
 
     Raises:
-        TypeError: ``state`` holds something that could not be loaded again; the text names its place.
+        TypeError: `state` holds something that could not be loaded again; the text names its place.
         ValueError: a negative step or keep, or a key that is the checkpoint's own.
     """
     folder = Path(folder)
@@ -88,10 +88,10 @@ def save(folder: Path | str, step: int, state: dict[str, Any], keep: int) -> Pat
 
 
 def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, with ``weights_only=True``: no code in the file can run.
+    """Read a checkpoint, with `weights_only=True`: no code in the file can run.
 
     Returns:
-        The state as given to :func:`save`, and ``step``.
+        The state as given to `save`, and `step`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -109,7 +109,7 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
 
 
 def saved(folder: Path | str) -> list[Path]:
-    """The checkpoints in ``folder`` by ascending step, whole or damaged; empty where there is no folder."""
+    """The checkpoints in `folder` by ascending step, whole or damaged; empty where there is no folder."""
     found = []
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -120,7 +120,7 @@ def saved(folder: Path | str) -> list[Path]:
 
 
 def latest(folder: Path | str) -> Path | None:
-    """The whole checkpoint of the highest step, or None where ``folder`` holds none.
+    """The whole checkpoint of the highest step, or None where `folder` holds none.
 
     A damaged one is named in a warning and the next lower step is tried.
 
@@ -141,15 +141,15 @@ def latest(folder: Path | str) -> Path | None:
 
 
 def resolve(folder: Path | str, resume: str) -> Path | None:
-    """What ``resume`` means: the checkpoint to continue from, or None to start afresh.
+    """What `resume` means: the checkpoint to continue from, or None to start afresh.
 
     Args:
         folder: the run's checkpoints.
-        resume: ``latest`` (None where there is none yet), ``none``, or the path of a checkpoint, of a folder
+        resume: `latest` (None where there is none yet), `none`, or the path of a checkpoint, of a folder
             of checkpoints or of a run.
 
     Raises:
-        FileNotFoundError: ``resume`` is a path without a checkpoint.
+        FileNotFoundError: `resume` is a path without a checkpoint.
         DamagedCheckpoint: the checkpoint is damaged.
     """
     if resume == "none":

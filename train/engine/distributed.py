@@ -38,8 +38,8 @@ def setup(device: str = "auto", *, init_method: str | None = None, timeout_secon
     """Join the process group that torchrun's environment describes; alone, nothing is started.
 
     Args:
-        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``; a single process may name ``cuda:1``.
-        init_method: how the ranks meet, by default through ``MASTER_ADDR`` and ``MASTER_PORT``.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`; a single process may name `cuda:1`.
+        init_method: how the ranks meet, by default through `MASTER_ADDR` and `MASTER_PORT`.
         timeout_seconds: how long a collective waits for a rank before it fails.
 
     Returns:
@@ -89,7 +89,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of ``tensor`` over the ranks, as a new tensor of its shape, dtype and device, without gradient.
+    """The sum of `tensor` over the ranks, as a new tensor of its shape, dtype and device, without gradient.
 
     Every rank must call it with the same shape and dtype, in the same order.
     """

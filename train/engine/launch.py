@@ -1,4 +1,4 @@
-"""From a command line to a training and its exit status, for every kind of training."""
+"""Run a training from its command line to its exit status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from oner_fast.train.config.command_line import parse
 from oner_fast.train.engine import distributed
 from oner_fast.train.engine.allocator import freed_memory_kept
 from oner_fast.train.engine.distributed import World
-from oner_fast.train.engine.loop import Training
+from oner_fast.train.engine.loop import C, Training
 from oner_fast.train.engine.nonfinite import NonFiniteError
 from oner_fast.train.engine.signals import stop_on_signals
 
@@ -22,21 +21,25 @@ _EXIT = {"SIGINT": 130, "SIGTERM": 143}
 
 
 def launch(
-    argv: Sequence[str] | None, prog: str, kind: type, default_recipe: str, build: Callable[[Any, World], Training]
+    argv: Sequence[str] | None,
+    prog: str,
+    kind: type[C],
+    default_recipe: str,
+    build: Callable[[C, World], Training[C]],
 ) -> int:
     """Parse the command line and train.
 
     Args:
-        argv: the arguments without the program's name; ``sys.argv``'s where None.
+        argv: the arguments without the program's name; None takes those of `sys.argv`.
         prog: the program's name in messages.
-        kind: the dataclass of the configuration; recipes of other kinds are not offered.
-        default_recipe: the recipe without ``--recipe``.
+        kind: the dataclass of the configuration; recipes of other kinds are refused.
+        default_recipe: the recipe used without `--recipe`.
         build: makes the training of a configuration and a world.
 
     Returns:
-        0 done, 130 and 143 stopped by a signal and saved, 1 a clear error.
+        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
     """
-    config = parse(sys.argv[1:] if argv is None else argv, default_recipe, prog, kind)
+    config: C = parse(sys.argv[1:] if argv is None else argv, default_recipe, prog, kind)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         return _train(config, build)
@@ -48,7 +51,7 @@ def launch(
         return _EXIT["SIGINT"]
 
 
-def _train(config: Any, build: Callable[[Any, World], Training]) -> int:
+def _train(config: C, build: Callable[[C, World], Training[C]]) -> int:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)

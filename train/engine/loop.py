@@ -1,4 +1,4 @@
-"""The training of any model here: resumable at any step, the same bits whether interrupted or not."""
+"""The loop of every training: resumable at any step, with the same bits whether interrupted or not."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
-from oner_fast.train.config.common import Optimisation, Run
+from oner_fast.train.config.common import Optimisation, Precision, Run
 from oner_fast.train.config.serialization import from_dict, save_json, to_dict
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.engine.distributed import World, barrier, sum_over_ranks
@@ -29,12 +29,14 @@ from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
-# Settings of the data that change neither the samples nor their order: the place they lie at, and the pace.
+# Settings of the data that change neither the samples nor their order: their place and the pace.
 _FREE_DATA = ("workers", "train_data", "tokenizer")
 
 
 class Configuration(Protocol):
-    """A dataclass of dataclasses, of which every training needs these two."""
+    """A dataclass of dataclasses, as far as the loop reads it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def optim(self) -> Optimisation: ...
@@ -43,28 +45,35 @@ class Configuration(Protocol):
     def run(self) -> Run: ...
 
 
+C = TypeVar("C", bound=Configuration)
+
+
 @dataclass(frozen=True)
 class Gradient:
-    """What a step reports once the gradient of the whole batch lies in the parameters: the loss over all ranks (0-d),
-    and other metrics by name (0-d tensors or numbers)."""
+    """The report of a step once the gradient of the whole batch is in the parameters.
+
+    Attributes:
+        loss: 0-d, over all ranks.
+        metrics: further metrics by name; 0-d tensors or numbers.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
 
 
-class Training(ABC):
-    """Everything a run holds, built from its configuration; :meth:`run` trains from the last checkpoint to the end.
+class Training(ABC, Generic[C]):
+    """A run, built from its configuration; `run` trains from the last checkpoint to the end.
 
-    A kind of training says what is built, what a step computes and what is saved; the loop owns the order of things:
-    learning rate, gradient norm, steps that are not finite, checkpoints, signals, metrics and progress.
+    A subclass defines what is built, what a step computes and what is saved. The loop owns the order: learning rate,
+    gradient norm, steps that are not finite, checkpoints, signals, metrics and progress.
     """
 
     title: ClassVar[str]
-    """What stands before the progress bar."""
-    config: Any
-    """The configuration as it is trained: what was given, with what the data or the checkpoint decided."""
+    """The name before the progress bar."""
+    config: C
+    """The given configuration, completed by what the data or the checkpoint decided."""
 
-    def __init__(self, config: Any, world: World) -> None:
+    def __init__(self, config: C, world: World) -> None:
         self.world, self.folder = world, Path(config.run.run_dir)
         self.checkpoints = self.folder / "checkpoints"
         if config.optim.batch_size % (world.size * config.optim.accum_freq):
@@ -76,7 +85,7 @@ class Training(ABC):
         _refuse_to_overwrite(self.checkpoints, start)
         state = None if start is None else checkpoint.load(start, world.device)
         self.dtype = autocast_dtype(config.run.precision, world.device)
-        precision = "fp32" if self.dtype is None else "amp_bf16"
+        precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
         self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
         if state is not None:
             _refuse_other_configuration(str(start), state["config"], self.config)
@@ -98,15 +107,15 @@ class Training(ABC):
             self.batches.load_state_dict(state["data"])
         self._ready()
 
-    # What a kind of training defines.
+    # A subclass defines these.
 
     @abstractmethod
     def _build(self) -> nn.Module:
-        """The module whose parameters are trained; what else the step needs is kept aside."""
+        """Build the module whose parameters are trained; anything else that the step needs is kept aside."""
 
     @abstractmethod
     def _open_batches(self) -> Batches:
-        """This rank's batches from step 0 on."""
+        """Open this rank's batches from step 0 on."""
 
     @abstractmethod
     def _gradient(self, batch: PairBatch) -> Gradient:
@@ -114,37 +123,37 @@ class Training(ABC):
 
     @abstractmethod
     def _flops(self, batch: PairBatch) -> float:
-        """Floating-point operations that the definition of this rank's part of the step needs."""
+        """Count the floating-point operations that the definition of this rank's part of the step needs."""
 
     @abstractmethod
     def _export(self) -> None:
-        """Write the trained model into the run's folder (the main rank alone is asked)."""
+        """Write the trained model into the run's folder; only the main rank calls this."""
 
-    def _resolve(self, config: Any, state: dict[str, Any] | None) -> Any:
-        """``config`` with what only the data or the checkpoint's ``state`` can tell."""
+    def _resolve(self, config: C, state: dict[str, Any] | None) -> C:
+        """Complete `config` by what only the data or the checkpoint's `state` can tell."""
         return config
 
     def _ready(self) -> None:
-        """All is built and restored: make the step."""
+        """Make the step, once everything is built and restored."""
 
     def _extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside parameters, optimiser, data and random state."""
+        """Return what a checkpoint holds beside parameters, optimiser, data and random state."""
         return {}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`_extra_state`."""
+        """Restore what `_extra_state` returned."""
 
     def _updated(self) -> dict[str, Tensor | float]:
-        """The optimiser has taken its step; returns metrics."""
+        """React to the optimiser's step; return metrics."""
         return {}
 
     def _snapshot(self) -> None:
-        """Record what the report shows of this moment (the main rank alone is asked)."""
+        """Record what the report shows of this moment; only the main rank calls this."""
 
     # The loop.
 
     def run(self, stop: StopRequest) -> str | None:
-        """Train to the last step. Returns None when done, or the name of the signal that ended the run early."""
+        """Train to the last step. Return None when done, or the name of the signal that ended the run early."""
         c, total = self.config, self.config.optim.steps
         main = self.world.is_main
         if main:
@@ -197,11 +206,11 @@ class Training(ABC):
         return None
 
     def _due(self, every: int) -> bool:
-        """Whether what happens ``every`` so many steps (0: never), and at the end, happens now."""
+        """Tell whether something is due now that happens every so many steps (0: never) and at the end."""
         return every > 0 and (self.steps_done % every == 0 or self.steps_done == self.config.optim.steps)
 
     def _step(self, batch: PairBatch) -> dict[str, Tensor | float]:
-        """One optimisation step; its metrics, still on the device."""
+        """Take one optimisation step and return its metrics, still on the device."""
         o = self.config.optim
         lr = cosine_lr(self.steps_done, peak=o.lr, total_steps=o.steps, warmup_steps=o.warmup, floor=o.min_lr)
         set_lr(self.optimizer, lr)
@@ -215,12 +224,12 @@ class Training(ABC):
         return metrics
 
     def _counts(self, batch: PairBatch) -> dict[str, float]:
-        """Epoch, steps skipped so far, and corrupt samples that all ranks have met since the run was started."""
+        """Count epochs, steps skipped so far, and corrupt samples of all ranks since the run was started."""
         corrupt = sum_over_ranks(torch.tensor(self.batches.corrupt))
         return {"epoch": batch.epoch, "skipped_steps": self.guard.skipped, "corrupt_samples": int(corrupt)}
 
     def _save(self) -> None:
-        """Rank 0 writes; what differs between ranks is a pure function of the step."""
+        """Write a checkpoint from rank 0: whatever differs between ranks is a pure function of the step."""
         if self.world.is_main:
             state: dict[str, Any] = {
                 "student": self.student.state_dict(),
@@ -240,7 +249,7 @@ def _plain(metrics: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, float]:
-    """Samples a second, data wait and MFU since the last reading; nothing where no step has counted yet."""
+    """Read samples a second, data wait and MFU since the last reading; nothing where no step has counted yet."""
     pace = meter.read()
     if pace is None:
         return {}
@@ -252,7 +261,7 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
 
 
 def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
-    """A folder with checkpoints goes on from its newest or not at all: later ones would be taken for this run's."""
+    """Refuse a folder with newer checkpoints: they would be taken for this run's."""
     existing = checkpoint.saved(checkpoints)
     if existing and (start is None or start.resolve() != existing[-1].resolve()):
         raise ValueError(
@@ -261,8 +270,8 @@ def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
         )
 
 
-def _refuse_other_configuration(name: str, saved: str, config: Any) -> None:
-    """A resumed run must learn the same thing: everything but the place, the pace and the bookkeeping has to agree."""
+def _refuse_other_configuration(name: str, saved: str, config: Configuration) -> None:
+    """Refuse to resume with other settings, except those of the place, the pace and the bookkeeping."""
     before_all = from_dict(type(config), json.loads(saved))
     differences = []
     for part in dataclasses.fields(config):

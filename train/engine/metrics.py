@@ -1,4 +1,4 @@
-"""The run's metrics: ``metrics.jsonl``, one object a logged step, and TensorBoard where it is installed."""
+"""The run's metrics: `metrics.jsonl`, one object a logged step, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE = "metrics.jsonl"
 
 
 class MetricLog:
-    """Appends metrics to ``folder/metrics.jsonl`` and writes them to ``folder/tensorboard``.
+    """Appends metrics to `folder/metrics.jsonl` and writes them to `folder/tensorboard`.
 
     A resumed run has no step twice: what was logged after the checkpoint it continues from is dropped from
     both, the JSON lines atomically.
@@ -28,7 +28,7 @@ class MetricLog:
         resume_step: finished steps of the checkpoint that is continued, 0 for a new run. Lines with a higher
             step, and a last line that was cut short, are removed.
         tensorboard: whether to write TensorBoard events too, where the package is installed.
-        enabled: False makes every method do nothing; give ``world.is_main``.
+        enabled: False makes every method do nothing; give `world.is_main`.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class MetricLog:
         Args:
             step: finished steps.
             metrics: numbers, strings, booleans, None, or tensors and arrays of one element. NaN and infinity
-                are written as null, and the line's ``nonfinite`` lists their names.
+                are written as null, and the line's `nonfinite` lists their names.
 
         Raises:
             TypeError: a value of another type.
-            ValueError: a metric is named ``step`` or ``nonfinite``, or a tensor has several elements.
+            ValueError: a metric is named `step` or `nonfinite`, or a tensor has several elements.
         """
         if self._file is None:
             return
@@ -97,7 +97,7 @@ class MetricLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, or of the one in the run folder ``path``; a last line that was cut
+    """The lines of a `metrics.jsonl`, or of the one in the run folder `path`; a last line that was cut
     short is left out.
 
     Raises:

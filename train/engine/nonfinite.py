@@ -17,7 +17,7 @@ class NonFiniteGuard:
     """Decides for each step whether the optimiser may run.
 
     Attributes:
-        limit: so many steps skipped in a row raise :class:`NonFiniteError`.
+        limit: so many steps skipped in a row raise `NonFiniteError`.
         skipped: steps skipped in the whole run.
         consecutive: steps skipped since the last good one.
     """
@@ -39,7 +39,7 @@ class NonFiniteGuard:
             grad_norm: of any shape, on the same device, before clipping.
 
         Raises:
-            NonFiniteError: this is the ``limit``-th skipped step in a row.
+            NonFiniteError: this is the `limit`-th skipped step in a row.
         """
         good_loss = torch.isfinite(loss.detach()).all()
         good_norm = torch.isfinite(grad_norm.detach()).all()
@@ -62,5 +62,5 @@ class NonFiniteGuard:
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the counts of :meth:`state_dict`."""
+        """Take over the counts of `state_dict`."""
         self.skipped, self.consecutive = int(state["skipped"]), int(state["consecutive"])

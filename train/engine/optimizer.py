@@ -22,10 +22,10 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of ``module`` that require a gradient, as two groups for an optimiser.
+    """The parameters of `module` that require a gradient, as two groups for an optimiser.
 
-    The groups hold named parameters, ``[(name, parameter)]`` under ``params``, in the order of
-    ``named_parameters()``: first those that decay, then the rest with ``weight_decay`` 0. An empty group stays,
+    The groups hold named parameters, `[(name, parameter)]` under `params`, in the order of
+    `named_parameters()`: first those that decay, then the rest with `weight_decay` 0. An empty group stays,
     so that a state loads by position.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -42,7 +42,7 @@ def build_adamw(
     eps: float = 1e-6,
     weight_decay: float = 0.1,
 ) -> torch.optim.AdamW:
-    """AdamW over :func:`parameter_groups`; ``param_names`` of each group lists its parameters.
+    """AdamW over `parameter_groups`; `param_names` of each group lists its parameters.
 
     Fused where all parameters lie on one CPU or CUDA device, one loop over them elsewhere; either is
     deterministic, as each element is updated on its own.
@@ -60,13 +60,13 @@ def build_adamw(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group of ``optimizer`` the learning rate ``lr``."""
+    """Give every group of `optimizer` the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
-    """Scale the gradients in place so that their joint L2 norm is at most ``max_norm``.
+    """Scale the gradients in place so that their joint L2 norm is at most `max_norm`.
 
     Args:
         parameters: those without a gradient are passed over.
@@ -77,7 +77,7 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float | None) -
         it is not finite the gradients are worthless afterwards, and the step is to be skipped.
 
     Raises:
-        ValueError: ``max_norm`` is not positive.
+        ValueError: `max_norm` is not positive.
     """
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive or None, got {max_norm}")

@@ -8,7 +8,7 @@ import torch
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 for ``amp_bf16``, None for ``fp32``; ``auto`` chooses bfloat16 where the device multiplies in it
+    """bfloat16 for `amp_bf16`, None for `fp32`; `auto` chooses bfloat16 where the device multiplies in it
     natively."""
     if precision == "auto":
         return torch.bfloat16 if has_native_bf16(device) else None

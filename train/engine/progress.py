@@ -35,8 +35,8 @@ class Progress:
 
     On a terminal a bar with step, total and time left stands above a table of two rows, the names and the
     newest values of the loss and its parts, learning rate, gradient norm, samples a second, data wait, MFU and
-    modality gap. Elsewhere every ``every`` steps, and for the first and the last, one line
-    ``step  120/2000  loss 3.1416  ...`` with the same values in fixed columns.
+    modality gap. Elsewhere every `every` steps, and for the first and the last, one line
+    `step  120/2000  loss 3.1416  ...` with the same values in fixed columns.
 
     Args:
         total: steps of the whole run.
@@ -44,7 +44,7 @@ class Progress:
         every: steps between two plain lines.
         title: what stands before the bar.
         console: where to write; stdout by default.
-        enabled: False shows nothing; give ``world.is_main``.
+        enabled: False shows nothing; give `world.is_main`.
         clock: seconds, monotonic.
     """
 
@@ -85,11 +85,11 @@ class Progress:
         self.close()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show that ``step`` steps are finished.
+        """Show that `step` steps are finished.
 
         Args:
             step: finished steps.
-            metrics: new values, by the names of ``metrics.jsonl``; those not given keep their last value. What
+            metrics: new values, by the names of `metrics.jsonl`; those not given keep their last value. What
                 has no column is ignored.
         """
         self.step = step

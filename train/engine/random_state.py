@@ -10,7 +10,7 @@ import torch
 
 
 def seed_generators(seed: int) -> None:
-    """Seed every generator that :func:`random_state` knows, so that equal runs have equal states from the start."""
+    """Seed every generator that `random_state` knows, so that equal runs have equal states from the start."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy: Any = sys.modules.get("numpy")
@@ -20,7 +20,7 @@ def seed_generators(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The state of the generators of torch (CPU), torch (the current CUDA device, where CUDA is in use),
-    numpy (where imported) and Python; plain values that ``torch.load(weights_only=True)`` reads back.
+    numpy (where imported) and Python; plain values that `torch.load(weights_only=True)` reads back.
 
     It is this process's state. Ranks have equal ones, as every draw of a training is a function of (seed, step).
     """
@@ -36,7 +36,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`random_state` returned; a generator that this process has not is passed over."""
+    """Restore what `random_state` returned; a generator that this process has not is passed over."""
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

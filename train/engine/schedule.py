@@ -6,15 +6,15 @@ import math
 
 
 def cosine_lr(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0, floor: float = 0.0) -> float:
-    """Learning rate of the step ``step`` (counted from 0): linear warm-up, then half a cosine.
+    """Learning rate of the step `step` (counted from 0): linear warm-up, then half a cosine.
 
-    Warm-up step ``s`` has ``peak * (s + 1) / warmup_steps``, so that no step is idle. The steps
-    ``warmup_steps`` and the one before it have ``peak``; ``step >= total_steps`` has ``floor``, which the last
-    step, ``total_steps - 1``, is just above.
+    Warm-up step `s` has `peak * (s + 1) / warmup_steps`, so that no step is idle. The steps
+    `warmup_steps` and the one before it have `peak`; `step >= total_steps` has `floor`, which the last
+    step, `total_steps - 1`, is just above.
 
     Raises:
         ValueError: a negative step, no steps at all, a warm-up outside [0, total_steps), or not
-            ``0 <= floor <= peak``.
+            `0 <= floor <= peak`.
     """
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}")
@@ -28,11 +28,11 @@ def cosine_lr(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0
 
 
 def teacher_momentum(step: int, *, total_steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """Momentum of the teacher's moving average after the step ``step``: half a cosine from ``start`` at step 0
-    to ``end`` at ``total_steps`` and later (as in MoCo v3 and BYOL).
+    """Momentum of the teacher's moving average after the step `step`: half a cosine from `start` at step 0
+    to `end` at `total_steps` and later (as in MoCo v3 and BYOL).
 
     Raises:
-        ValueError: a negative step, no steps at all, or not ``0 <= start <= end <= 1``.
+        ValueError: a negative step, no steps at all, or not `0 <= start <= end <= 1`.
     """
     if step < 0 or total_steps < 1:
         raise ValueError(f"needs step >= 0 and total_steps >= 1, got {step=}, {total_steps=}")

@@ -23,7 +23,7 @@ class StopRequest:
     """What the signals asked for so far.
 
     Attributes:
-        requested: None, ``"SIGINT"`` or ``"SIGTERM"``: the first signal that came to this process.
+        requested: None, `"SIGINT"` or `"SIGTERM"`: the first signal that came to this process.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
         """What all ranks do now: None to go on, else the name of a signal that some rank received.
 
         Every rank must call it at the same step; all get the same answer, SIGINT before SIGTERM, and
-        ``requested`` becomes it. Alone, it is ``requested``.
+        `requested` becomes it. Alone, it is `requested`.
         """
         if world.size > 1:
             votes = torch.tensor([self.requested == name for name in _NAMES], dtype=torch.int32)
@@ -68,7 +68,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """While inside, SIGINT and SIGTERM only set ``requested``; a second SIGINT raises KeyboardInterrupt.
+    """While inside, SIGINT and SIGTERM only set `requested`; a second SIGINT raises KeyboardInterrupt.
 
     The handlers that were there before come back at the end. Outside the main thread, where Python allows no
     handlers, the request stays None and a warning says so.

@@ -96,7 +96,7 @@ def mfu(model_flops: float, seconds: float, rate: float) -> float:
     Args:
         model_flops: operations the model's definition needs (no recomputation, no padding), of one rank.
         seconds: wall-clock time they took.
-        rate: FLOP/s, from :func:`gemm_rate`.
+        rate: FLOP/s, from `gemm_rate`.
 
     Raises:
         ValueError: time or rate is not positive.
@@ -179,7 +179,7 @@ class ThroughputMeter:
             self._outside += self._clock() - start
 
     def step(self, samples: int) -> None:
-        """A step over ``samples`` samples has ended."""
+        """A step over `samples` samples has ended."""
         now = self._clock()
         seconds, waited = now - self._last - self._outside, self._wait
         self._last, self._wait, self._outside = now, 0.0, 0.0
@@ -190,7 +190,7 @@ class ThroughputMeter:
         self._whole = _add(self._whole, samples, seconds, waited)
 
     def read(self) -> Throughput | None:
-        """The pace since the last ``read``; None where no step counted since."""
+        """The pace since the last `read`; None where no step counted since."""
         window, self._window = self._window, Throughput(0, 0, 0.0, 0.0)
         return window if window.steps else None
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from oner_fast.train.engine.launch import launch
 from oner_fast.train.lit.recipes import DEFAULT
-from oner_fast.train.lit.settings import LiTTraining
-from oner_fast.train.lit.training import HeadTraining
+from oner_fast.train.lit.settings import LiTConfiguration
+from oner_fast.train.lit.training import LiTTraining
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
     """
-    return launch(argv, "oner-fast train lit", LiTTraining, DEFAULT, HeadTraining)
+    return launch(argv, "oner-fast train lit", LiTConfiguration, DEFAULT, LiTTraining)
 
 
 if __name__ == "__main__":

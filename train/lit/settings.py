@@ -20,7 +20,7 @@ class HeadContrast:
 
 
 @dataclass(frozen=True)
-class LiTTraining:
+class LiTConfiguration:
     """The whole configuration of a run; saved beside it as config.json."""
 
     model: LiTConfig = field(default_factory=LiTConfig)

@@ -10,16 +10,15 @@ from torch import nn
 from oner_fast.data.batch import PairBatch
 from oner_fast.models import packaged
 from oner_fast.models.lit import check_origins
-from oner_fast.train.clip.training import ContrastTraining
-from oner_fast.train.lit.settings import LiTTraining
+from oner_fast.train.clip.training import TwoTowerTraining
+from oner_fast.train.lit.settings import LiTConfiguration
 from oner_fast.train.lit.towers import LiTTowers
 
 
-class HeadTraining(ContrastTraining):
-    """Pictures against their captions; two linear heads and the temperature learn, the encoders stay as they are."""
+class LiTTraining(TwoTowerTraining[LiTConfiguration]):
+    """Contrast images with their captions: two linear heads and the temperature learn, the encoders stay fixed."""
 
     title = "lit"
-    config: LiTTraining  # type: ignore[assignment]
     student: LiTTowers
 
     def _build(self) -> nn.Module:
@@ -27,7 +26,7 @@ class HeadTraining(ContrastTraining):
         return LiTTowers(c.model, packaged.packaged_encoders(), c.contrast.temperature, self.world.device)
 
     def _flops(self, batch: PairBatch) -> float:
-        """A forward of everything, and a backward that ends at the heads' weights."""
+        """Count a forward of everything, and a backward that ends at the heads' weights."""
         encoders = self.student.encoders
         heads = 2 * (encoders.image_width + encoders.text_width) * self.config.model.embed_dim
         return (self._pair_flops + heads) * len(batch)

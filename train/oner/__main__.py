@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from oner_fast.train.engine.launch import launch
 from oner_fast.train.oner.recipes import DEFAULT
-from oner_fast.train.oner.settings import OneRTraining
-from oner_fast.train.oner.training import TowerTraining
+from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.training import OneRTraining
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
     """
-    return launch(argv, "oner-fast train oner", OneRTraining, DEFAULT, TowerTraining)
+    return launch(argv, "oner-fast train oner", OneRConfiguration, DEFAULT, OneRTraining)
 
 
 if __name__ == "__main__":

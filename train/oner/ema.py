@@ -10,7 +10,7 @@ from oner_fast.models.oner import OneR
 
 
 def build_teacher(tower: OneR) -> OneR:
-    """A copy of ``tower`` that takes no gradient."""
+    """A copy of `tower` that takes no gradient."""
     return copy.deepcopy(tower).requires_grad_(False)
 
 

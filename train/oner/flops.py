@@ -7,11 +7,11 @@ from oner_fast.models import flops
 from oner_fast.models.oner import PassName
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.oner.inputs import student_passes
-from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.settings import OneRConfiguration
 
 
-def step_flops(config: OneRTraining, batch: PairBatch) -> float:
-    """Operations of one step on ``batch``, the local part of it: student forward and backward, teacher forward,
+def step_flops(config: OneRConfiguration, batch: PairBatch) -> float:
+    """Operations of one step on `batch`, the local part of it: student forward and backward, teacher forward,
     contrast.
 
     Recomputation (accumulation's first forward, checkpointing) is not counted, and nothing is ever padded.

@@ -30,10 +30,10 @@ class WordTargets:
 
 @dataclass(frozen=True)
 class StudentInput:
-    """The student's passes of a micro-batch; ``words`` and ``patches`` say which outputs of which pass are to be
+    """The student's passes of a micro-batch; `words` and `patches` say which outputs of which pass are to be
     predicted.
 
-    ``patches[name]`` (B, M) bool marks masked ones among the pass's patches.
+    `patches[name]` (B, M) bool marks masked ones among the pass's patches.
     """
 
     passes: tuple[Pass, ...]

@@ -25,7 +25,7 @@ def contrastive_losses(
 
     Args:
         query: the student's embeddings (N, E) of its passes, after the predictor where there is one.
-        key: the teacher's embeddings (N, E) of ``image`` and ``text`` (the student's own where there is no teacher).
+        key: the teacher's embeddings (N, E) of `image` and `text` (the student's own where there is no teacher).
         logit_scale: 1 / temperature.
         group: the ranks whose batches together are the batch of the contrast.
     """

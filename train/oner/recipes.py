@@ -12,7 +12,7 @@ from dataclasses import replace
 from oner_fast.models.oner import OneRConfig
 from oner_fast.train.config.common import Data, Optimisation, Run
 from oner_fast.train.config.registry import recipe
-from oner_fast.train.oner.settings import Objectives, OneRTraining
+from oner_fast.train.oner.settings import Objectives, OneRConfiguration
 
 DEFAULT = "oner_tiny_pictograms_cpu"
 
@@ -30,8 +30,8 @@ _CLIP = {
 }
 
 
-def _row(base: OneRTraining, name: str, objectives: dict[str, float | bool], **model: bool) -> OneRTraining:
-    """``base`` with other contrasts (and, for the comparison rows, other towers), in a run folder of its own."""
+def _row(base: OneRConfiguration, name: str, objectives: dict[str, float | bool], **model: bool) -> OneRConfiguration:
+    """`base` with other contrasts (and, for the comparison rows, other towers), in a run folder of its own."""
     return replace(
         base,
         model=replace(base.model, **model),  # type: ignore[arg-type]
@@ -41,9 +41,9 @@ def _row(base: OneRTraining, name: str, objectives: dict[str, float | bool], **m
 
 
 @recipe
-def oner_tiny_pictograms_cpu() -> OneRTraining:
+def oner_tiny_pictograms_cpu() -> OneRConfiguration:
     """The demo: the whole of OneR on 10,500 pictograms (about five minutes on two CPU cores)."""
-    return OneRTraining(
+    return OneRConfiguration(
         model=OneRConfig(
             image_size=48,
             patch_size=16,
@@ -62,9 +62,9 @@ def oner_tiny_pictograms_cpu() -> OneRTraining:
 
 
 @recipe
-def oner_small_icons_cpu() -> OneRTraining:
+def oner_small_icons_cpu() -> OneRConfiguration:
     """The whole of OneR on 28,000 icons (about 25 minutes on two CPU cores)."""
-    return OneRTraining(
+    return OneRConfiguration(
         model=OneRConfig(
             image_size=48,
             patch_size=16,
@@ -83,40 +83,40 @@ def oner_small_icons_cpu() -> OneRTraining:
 
 
 @recipe
-def oner_itc_tiny_pictograms_cpu() -> OneRTraining:
+def oner_itc_tiny_pictograms_cpu() -> OneRConfiguration:
     """Ablation at the demo's size: ITC alone in one tower, which the paper reports to collapse."""
     return _row(oner_tiny_pictograms_cpu(), "oner_itc_tiny", _ITC)
 
 
 @recipe
-def oner_xmc_tiny_pictograms_cpu() -> OneRTraining:
+def oner_xmc_tiny_pictograms_cpu() -> OneRConfiguration:
     """Ablation at the demo's size: ITC + XMC."""
     return _row(oner_tiny_pictograms_cpu(), "oner_xmc_tiny", _XMC)
 
 
 @recipe
-def oner_xmc_cic_tiny_pictograms_cpu() -> OneRTraining:
+def oner_xmc_cic_tiny_pictograms_cpu() -> OneRConfiguration:
     """Ablation at the demo's size: ITC + XMC + CIC."""
     return _row(oner_tiny_pictograms_cpu(), "oner_xmc_cic_tiny", _XMC_CIC)
 
 
 @recipe
-def clip_tiny_pictograms_cpu() -> OneRTraining:
+def twotowers_tiny_pictograms_cpu() -> OneRConfiguration:
     """Comparison at the demo's size: CLIP, two towers."""
-    return _row(oner_tiny_pictograms_cpu(), "clip_tiny", _CLIP, shared_trunk=False, shared_head=False)
+    return _row(oner_tiny_pictograms_cpu(), "twotowers_tiny", _CLIP, shared_trunk=False, shared_head=False)
 
 
 @recipe
-def twoheads_tiny_pictograms_cpu() -> OneRTraining:
+def twoheads_tiny_pictograms_cpu() -> OneRConfiguration:
     """Comparison at the demo's size: one trunk, two heads, ITC."""
     return _row(oner_tiny_pictograms_cpu(), "twoheads_tiny", _ITC, shared_head=False)
 
 
 @recipe
-def oner_vitb16_4m_a100x32() -> OneRTraining:
+def oner_vitb16_4m_a100x32() -> OneRConfiguration:
     """The paper's model: ViT-B/16 on CC3M + SBU + Visual Genome + COCO, ITC + CMC + MLM + MIM (optimiser and epochs:
     a choice)."""
-    return OneRTraining(
+    return OneRConfiguration(
         model=OneRConfig(grad_checkpointing=False),
         data=Data(train_data="data/4m", tokenizer="data/bert-base-uncased-vocab.txt", workers=8, aug_scale=0.5),
         optim=Optimisation(steps=39_000, batch_size=4096, lr=1e-3, min_lr=1e-5, warmup=2000, wd=0.1),
@@ -131,7 +131,7 @@ def oner_vitb16_4m_a100x32() -> OneRTraining:
 
 
 @recipe
-def oner_vitb16_cc3m_a100x8() -> OneRTraining:
+def oner_vitb16_cc3m_a100x8() -> OneRConfiguration:
     """The last row of the paper's ablation: OneR (ITC + CMC) on CC3M, 40 epochs."""
     base = oner_vitb16_4m_a100x32()
     return replace(
@@ -144,30 +144,30 @@ def oner_vitb16_cc3m_a100x8() -> OneRTraining:
 
 
 @recipe
-def oner_itc_vitb16_cc3m_a100x8() -> OneRTraining:
+def oner_itc_vitb16_cc3m_a100x8() -> OneRConfiguration:
     """Ablation: ITC alone in one tower (the paper: ImageNet zero-shot 1.6, it collapses)."""
     return _row(oner_vitb16_cc3m_a100x8(), "oner_itc_vitb16_cc3m", _ITC)
 
 
 @recipe
-def oner_xmc_vitb16_cc3m_a100x8() -> OneRTraining:
+def oner_xmc_vitb16_cc3m_a100x8() -> OneRConfiguration:
     """Ablation: ITC + XMC (the paper: 22.1)."""
     return _row(oner_vitb16_cc3m_a100x8(), "oner_xmc_vitb16_cc3m", _XMC)
 
 
 @recipe
-def oner_xmc_cic_vitb16_cc3m_a100x8() -> OneRTraining:
+def oner_xmc_cic_vitb16_cc3m_a100x8() -> OneRConfiguration:
     """Ablation: ITC + XMC + CIC (the paper: 22.9)."""
     return _row(oner_vitb16_cc3m_a100x8(), "oner_xmc_cic_vitb16_cc3m", _XMC_CIC)
 
 
 @recipe
-def clip_vitb16_cc3m_a100x8() -> OneRTraining:
+def twotowers_vitb16_cc3m_a100x8() -> OneRConfiguration:
     """Comparison: CLIP, two towers (the paper: 17.1)."""
-    return _row(oner_vitb16_cc3m_a100x8(), "clip_vitb16_cc3m", _CLIP, shared_trunk=False, shared_head=False)
+    return _row(oner_vitb16_cc3m_a100x8(), "twotowers_vitb16_cc3m", _CLIP, shared_trunk=False, shared_head=False)
 
 
 @recipe
-def twoheads_vitb16_cc3m_a100x8() -> OneRTraining:
+def twoheads_vitb16_cc3m_a100x8() -> OneRConfiguration:
     """Comparison: one trunk, two heads, ITC (the paper: 17.5)."""
     return _row(oner_vitb16_cc3m_a100x8(), "twoheads_vitb16_cc3m", _ITC, shared_head=False)

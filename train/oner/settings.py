@@ -60,7 +60,7 @@ class Objectives:
 
 
 @dataclass(frozen=True)
-class OneRTraining:
+class OneRConfiguration:
     """The whole configuration of a run; saved beside it as config.json."""
 
     model: OneRConfig = field(default_factory=OneRConfig)

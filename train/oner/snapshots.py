@@ -14,16 +14,16 @@ from oner_fast.data.images import decode, eval_transform
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.oner import OneR
 from oner_fast.train.engine.batches import is_stream
-from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.settings import OneRConfiguration
 
 _log = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """``take(step)`` writes ``snapshots/step-%08d.npz``: image (n, E) and text (n, E) float16, L2-normalised, and
+    """`take(step)` writes `snapshots/step-%08d.npz`: image (n, E) and text (n, E) float16, L2-normalised, and
     step."""
 
-    def __init__(self, config: OneRTraining, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
+    def __init__(self, config: OneRConfiguration, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
         self.folder, self.tower = folder / "snapshots", tower
         wanted = config.run.snapshot_every and not is_stream(config.data.train_data)
         images, captions = _pairs(config) if wanted else ([], [])
@@ -47,7 +47,7 @@ class Snapshots:
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
-def _pairs(config: OneRTraining) -> tuple[list[torch.Tensor], list[str]]:
+def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
     """Pairs spread evenly over the validation split; none where there is no such split."""
     try:
         dataset = PairDataset(config.data.train_data, config.data.val_split)

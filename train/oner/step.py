@@ -17,7 +17,7 @@ from oner_fast.train.engine.replica import Replica
 from oner_fast.train.engine.two_pass import first_pass, second_pass
 from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
 from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
-from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.student import Student, StudentOutput
 
 
@@ -53,7 +53,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        config: OneRTraining,
+        config: OneRConfiguration,
         student: Student,
         teacher: OneR | None,
         vocabulary: Vocabulary,

@@ -29,7 +29,7 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """``forward(StudentInput) -> StudentOutput``: all passes as one packed batch."""
+    """`forward(StudentInput) -> StudentOutput`: all passes as one packed batch."""
 
     def __init__(self, config: OneRConfig, objectives: Objectives) -> None:
         super().__init__()

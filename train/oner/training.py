@@ -1,4 +1,4 @@
-"""The training of a unified tower: passes and contrasts of OneR, its moving-average teacher, and its snapshots."""
+"""The training of OneR: its step, its moving-average teacher, and its snapshots."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.engine.schedule import teacher_momentum
 from oner_fast.train.oner.ema import build_teacher, update_teacher
 from oner_fast.train.oner.flops import step_flops
-from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.snapshots import Snapshots
 from oner_fast.train.oner.step import TrainingStep
 from oner_fast.train.oner.student import Student
 
 
-class TowerTraining(Training):
+class OneRTraining(Training[OneRConfiguration]):
     """OneR and its comparison rows."""
 
     title = "oner"
-    config: OneRTraining
     student: Student
     _snapshots: Snapshots | None = None
 
@@ -38,7 +37,7 @@ class TowerTraining(Training):
         """The tower that is evaluated and saved: the student's, as MoCo keeps its query encoder."""
         return self.student.tower
 
-    def _resolve(self, config: OneRTraining, state: dict[str, Any] | None) -> OneRTraining:
+    def _resolve(self, config: OneRConfiguration, state: dict[str, Any] | None) -> OneRConfiguration:
         self.tokenizer = self._tokenizer(config, None if state is None else state["tokenizer"])
         return replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
 
@@ -93,8 +92,8 @@ class TowerTraining(Training):
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
 
-    def _tokenizer(self, config: OneRTraining, saved: str | None) -> Tokenizer:
-        """The checkpoint's where the run is resumed; else learnt or loaded, by rank 0 alone. Saved beside the run."""
+    def _tokenizer(self, config: OneRConfiguration, saved: str | None) -> Tokenizer:
+        """Take the checkpoint's tokenizer, or let rank 0 learn or load one; save it in the run's folder."""
         path = self.folder / "tokenizer.json"
         if self.world.is_main:
             tokenizer = build_tokenizer(config.data) if saved is None else Tokenizer.from_json(saved)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from oner_fast.train.engine.launch import launch
 from oner_fast.train.uta.recipes import DEFAULT
-from oner_fast.train.uta.settings import UTATraining
-from oner_fast.train.uta.training import StudentTraining
+from oner_fast.train.uta.settings import UTAConfiguration
+from oner_fast.train.uta.training import UTATraining
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
     """
-    return launch(argv, "oner-fast train uta", UTATraining, DEFAULT, StudentTraining)
+    return launch(argv, "oner-fast train uta", UTAConfiguration, DEFAULT, UTATraining)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import replace
 from oner_fast.models.uta import UTA_SIZES
 from oner_fast.train.config.common import Data, Optimisation, Run
 from oner_fast.train.config.registry import recipe
-from oner_fast.train.uta.settings import Alignment, UTATraining
+from oner_fast.train.uta.settings import Alignment, UTAConfiguration
 
 DEFAULT = "uta_tiny_icons_cpu"
 
@@ -22,9 +22,9 @@ _ALL_TOKENS = 37 / 19
 
 
 @recipe
-def uta_tiny_icons_cpu() -> UTATraining:
+def uta_tiny_icons_cpu() -> UTAConfiguration:
     """UTA from the icons' pictures alone, towards the CLIP of clip_tiny_icons_cpu (14 minutes on one busy core)."""
-    return UTATraining(
+    return UTAConfiguration(
         model=UTA_SIZES["tiny"],
         alignment=Alignment(teacher="runs/clip_tiny_icons", mask_ratio=0.5),
         data=Data(train_data="data/icons"),
@@ -35,7 +35,7 @@ def uta_tiny_icons_cpu() -> UTATraining:
     )
 
 
-def _row(name: str, steps: int = _STEPS, **alignment: object) -> UTATraining:
+def _row(name: str, steps: int = _STEPS, **alignment: object) -> UTAConfiguration:
     """The tiny recipe with another objective or mask, in a run folder of its own."""
     base = uta_tiny_icons_cpu()
     return replace(
@@ -48,39 +48,39 @@ def _row(name: str, steps: int = _STEPS, **alignment: object) -> UTATraining:
 
 
 @recipe
-def uta_random_tiny_icons_cpu() -> UTATraining:
+def uta_random_tiny_icons_cpu() -> UTAConfiguration:
     """Ablation: uniform random masks."""
     return _row("uta_random_tiny_icons", mask="random")
 
 
 @recipe
-def uta_block_tiny_icons_cpu() -> UTATraining:
+def uta_block_tiny_icons_cpu() -> UTAConfiguration:
     """Ablation: block-wise masks, which hide the centre."""
     return _row("uta_block_tiny_icons", mask="block")
 
 
 @recipe
-def distillation_tiny_icons_cpu() -> UTATraining:
+def distillation_tiny_icons_cpu() -> UTAConfiguration:
     """Comparison: feature distillation, every token enters the student; as many tokens in all as the UTA recipe."""
     return _row("distillation_tiny_icons", round(_STEPS / _ALL_TOKENS), objective="distillation")
 
 
 @recipe
-def distillation_long_tiny_icons_cpu() -> UTATraining:
+def distillation_long_tiny_icons_cpu() -> UTAConfiguration:
     """Comparison: feature distillation for as many steps as the UTA recipe, at twice its cost."""
     return _row("distillation_long_tiny_icons", objective="distillation")
 
 
 @recipe
-def masktoken_tiny_icons_cpu() -> UTATraining:
+def masktoken_tiny_icons_cpu() -> UTAConfiguration:
     """Comparison: mask-token prediction (EVA's MIM); as many tokens in all as the UTA recipe."""
     return _row("masktoken_tiny_icons", round(_STEPS / _ALL_TOKENS), objective="mask_token", mask="block")
 
 
 @recipe
-def uta_b16_in21k_a100x8() -> UTATraining:
+def uta_b16_in21k_a100x8() -> UTAConfiguration:
     """The paper's B student: ImageNet-21K without labels, 150 epochs, towards EVA01-CLIP-g/14-plus."""
-    return UTATraining(
+    return UTAConfiguration(
         model=UTA_SIZES["b"],
         alignment=Alignment(teacher="EVA01-g-14-plus:merged2b_s11b_b114k"),
         data=Data(train_data="data/in21k", workers=12, aug_scale=0.4, aug_flip=0.5),
@@ -99,7 +99,7 @@ def uta_b16_in21k_a100x8() -> UTATraining:
 
 
 @recipe
-def uta_l14_in21k_a100x32() -> UTATraining:
+def uta_l14_in21k_a100x32() -> UTAConfiguration:
     """The paper's L student at 336 px: ImageNet-21K without labels, 150 epochs, towards EVA01-CLIP-g/14-plus."""
     base = uta_b16_in21k_a100x8()
     return replace(

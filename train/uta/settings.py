@@ -36,12 +36,12 @@ class Alignment:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
 
     def hidden(self, cells: int) -> int:
-        """How many of ``cells`` patches are hidden from the student."""
+        """How many of `cells` patches are hidden from the student."""
         return 0 if self.objective == "distillation" else int(self.mask_ratio * cells)
 
 
 @dataclass(frozen=True)
-class UTATraining:
+class UTAConfiguration:
     """The whole configuration of a run; saved beside it as config.json."""
 
     model: UTAConfig = field(default_factory=UTAConfig)

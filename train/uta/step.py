@@ -11,21 +11,21 @@ from oner_fast.data.masking import draw_masks
 from oner_fast.models.uta import UTA
 from oner_fast.train.engine.distributed import World, sum_over_ranks
 from oner_fast.train.engine.replica import Replica
-from oner_fast.train.uta.settings import UTATraining
+from oner_fast.train.uta.settings import UTAConfiguration
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
 _STREAM = 0  # of the masks' random numbers
 
 
 class AlignmentStep:
-    """``step(batch)`` leaves the gradient of the whole batch in the student's parameters and returns the loss (0-d).
+    """`step(batch)` leaves the gradient of the whole batch in the student's parameters and returns the loss (0-d).
 
     Every sample has the same number of tokens, so the mean over micro-batches and ranks is the mean over the batch.
     """
 
     def __init__(
         self,
-        config: UTATraining,
+        config: UTAConfiguration,
         student: UTA,
         features: TeacherFeatures,
         world: World,
@@ -47,7 +47,7 @@ class AlignmentStep:
         return sum_over_ranks(total) / self.world.size
 
     def loss(self, batch: PairBatch, target: Tensor) -> Tensor:
-        """Minus the mean cosine of a micro-batch; ``target`` (B, 1 + N, E) are the teacher's tokens, [CLS] first."""
+        """Minus the mean cosine of a micro-batch; `target` (B, 1 + N, E) are the teacher's tokens, [CLS] first."""
         alignment, model = self.config.alignment, self.config.model
         hidden = alignment.hidden(model.cells)
         if alignment.objective == "distillation":

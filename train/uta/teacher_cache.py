@@ -37,7 +37,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CacheError:
-    """1 - cosine between tokens as computed and as stored: the greatest and the mean over ``tokens`` of them."""
+    """1 - cosine between tokens as computed and as stored: the greatest and the mean over `tokens` of them."""
 
     largest: float
     mean: float
@@ -58,9 +58,9 @@ def feature_key(
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """All that decides the teacher's tokens of a step: what a :class:`FeatureCache` is opened with.
+    """All that decides the teacher's tokens of a step: what a `FeatureCache` is opened with.
 
-    ``batch_size`` is global. The number of ranks is no part: entries name their places in the global batch.
+    `batch_size` is global. The number of ranks is no part: entries name their places in the global batch.
     """
     return {
         "teacher": teacher.fingerprint,
@@ -76,9 +76,9 @@ class FeatureCache:
 
     Args:
         folder: made where it is absent.
-        key: what the tokens depend on, JSON values by name (see :func:`feature_key`).
+        key: what the tokens depend on, JSON values by name (see `feature_key`).
         shape: (T, D) of one sample.
-        dtype: ``bf16``, or ``int8`` with one float32 scale a token (the largest magnitude over 127): half the bytes.
+        dtype: `bf16`, or `int8` with one float32 scale a token (the largest magnitude over 127): half the bytes.
 
     Raises:
         ValueError: the folder was filled under another key, shape or dtype; the text names the differences.
@@ -121,10 +121,10 @@ class FeatureCache:
         A damaged entry, or one of other pictures, is told in the log and counts as absent.
 
         Args:
-            images: (B, 3, S, S) uint8 on the CPU, the pictures of the step from ``place`` of the global batch on.
+            images: (B, 3, S, S) uint8 on the CPU, the pictures of the step from `place` of the global batch on.
 
         Returns:
-            bfloat16 (``bf16``) or float32 (``int8``).
+            bfloat16 (`bf16`) or float32 (`int8`).
         """
         path = self._path(step, place, images.shape[0])
         if not path.is_file():
@@ -145,7 +145,7 @@ class FeatureCache:
         return self._restore(tensors)
 
     def put(self, step: int, images: Tensor, features: Tensor, place: int = 0) -> Tensor:
-        """Store the tokens (B, T, D) of a step's pictures; returns them as :meth:`get` will.
+        """Store the tokens (B, T, D) of a step's pictures; returns them as `get` will.
 
         Raises:
             ValueError: another shape than the cache's.
@@ -205,7 +205,7 @@ def _checksum(*tensors: Tensor) -> str:
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """What differs, by name: ``seed 0 -> 1``."""
+    """What differs, by name: `seed 0 -> 1`."""
     before = {**{name: value for name, value in theirs.items() if name != "key"}, **theirs.get("key", {})}
     now = {**{name: value for name, value in mine.items() if name != "key"}, **mine["key"]}
     return [

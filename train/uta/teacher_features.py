@@ -23,10 +23,10 @@ class _Pending(NamedTuple):
 
 
 class TeacherFeatures:
-    """``take(batch)`` gives a batch's tokens (B, 1 + N, E), which ``submit(batch)`` may have begun before.
+    """`take(batch)` gives a batch's tokens (B, 1 + N, E), which `submit(batch)` may have begun before.
 
     On a GPU the teacher runs on a stream of its own: submit the next batch before the student's step of this one
-    (``Batches.ahead`` does), and both run at once. On the CPU that gains nothing. With a cache a step's tokens have the
+    (`Batches.ahead` does), and both run at once. On the CPU that gains nothing. With a cache a step's tokens have the
     same bits whether they were stored before or are computed now; a run that fills it waits for the copy of each step.
     """
 

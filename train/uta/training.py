@@ -19,17 +19,16 @@ from oner_fast.models.uta import UTA
 from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
-from oner_fast.train.uta.settings import UTATraining
+from oner_fast.train.uta.settings import UTAConfiguration
 from oner_fast.train.uta.step import AlignmentStep
 from oner_fast.train.uta.teacher_cache import FeatureCache, feature_key
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
 
-class StudentTraining(Training):
+class UTATraining(Training[UTAConfiguration]):
     """UTA and its comparison rows. No caption is ever read."""
 
     title = "uta"
-    config: UTATraining
     student: UTA
 
     def _build(self) -> nn.Module:

@@ -13,7 +13,7 @@ from oner_fast.models.oner import OneR
 from oner_fast.nn.heads import normalised_pixels
 from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
 from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
-from oner_fast.train.oner.settings import Objectives, OneRTraining
+from oner_fast.train.oner.settings import Objectives, OneRConfiguration
 from oner_fast.train.oner.student import Student
 
 
@@ -107,7 +107,7 @@ def hidden_patches(student: Student, inputs: StudentInput, name: Any, tokens: Te
 
 
 def plain_step(
-    config: OneRTraining, student: Student, teacher: OneR | None, batch: Any, vocabulary: Any
+    config: OneRConfiguration, student: Student, teacher: OneR | None, batch: Any, vocabulary: Any
 ) -> dict[str, Tensor]:
     """Every part of the loss of a batch, unweighted, and their weighted sum under "loss"."""
     objectives, inputs = (

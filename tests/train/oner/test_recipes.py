@@ -14,13 +14,13 @@ from oner_fast.models.oner import OneR
 from oner_fast.train.config.registry import get_recipe, recipes
 from oner_fast.train.config.serialization import from_dict, load_json, save_json, to_dict
 from oner_fast.train.oner.recipes import DEFAULT
-from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.student import Student
 
 NAMES = [name for name, build in recipes().items() if build.__module__ == "oner_fast.train.oner.recipes"]
 
 
-def contrasts(config: OneRTraining) -> tuple[bool, ...]:
+def contrasts(config: OneRConfiguration) -> tuple[bool, ...]:
     weights = config.objectives
     return tuple(bool(weight) for weight in (weights.itc, weights.xmc, weights.cic, weights.cmc))
 
@@ -28,9 +28,9 @@ def contrasts(config: OneRTraining) -> tuple[bool, ...]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_whole(name: str) -> None:
     config, build = get_recipe(name), recipes()[name]
-    assert isinstance(config, OneRTraining) and config == build()
+    assert isinstance(config, OneRConfiguration) and config == build()
     assert build.__name__ == name and len(name.split("_")) >= 4
-    assert name.split("_")[0] in ("oner", "clip", "twoheads")
+    assert name.split("_")[0] in ("oner", "twotowers", "twoheads")
     first = (build.__doc__ or "").strip().splitlines()[0]
     assert 20 < len(first) <= 120 and first[0].isupper()
     o, run = config.optim, config.run
@@ -43,9 +43,9 @@ def test_a_recipe_is_whole(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_through_json(name: str, tmp_path: Path) -> None:
     config = get_recipe(name)
-    assert from_dict(OneRTraining, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(OneRConfiguration, json.loads(json.dumps(to_dict(config)))) == config
     save_json(config, tmp_path / "config.json")
-    assert load_json(OneRTraining, tmp_path / "config.json") == config
+    assert load_json(OneRConfiguration, tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,7 +108,7 @@ def test_rows_differ_in_what_is_compared_alone(ending: str) -> None:
         mine = dataclasses.replace(config.run, run_dir=base.run.run_dir, recipe=base.run.recipe)
         assert mine == base.run, name
         weights = dataclasses.replace(config.objectives, itc=1.0, xmc=0.0, cic=0.0, cmc=1.0)
-        if name.startswith("clip_"):
+        if name.startswith("twotowers_"):
             assert not config.objectives.momentum_teacher and config.objectives.symmetric
             assert config.objectives.learnable_temperature and not config.objectives.mlm and not config.objectives.mim
         else:

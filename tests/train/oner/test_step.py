@@ -13,7 +13,7 @@ import torch
 
 from oner_fast.train.config.serialization import from_dict, to_dict
 from oner_fast.train.engine.distributed import World, setup, shutdown
-from oner_fast.train.oner.settings import OneRTraining
+from oner_fast.train.oner.settings import OneRConfiguration
 
 ALL = {"xmc": 2.0, "cic": 0.5, "learnable_temperature": True, "force_patch_dropout": 0.25}
 CLIP = {"cmc": 0, "mlm": 0, "mim": 0, "momentum_teacher": False, "symmetric": True, "learnable_temperature": True}
@@ -33,7 +33,7 @@ def gradients(student: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
 
 
-def tolerance(config: OneRTraining) -> float:
+def tolerance(config: OneRConfiguration) -> float:
     """Masked losses are summed in float32, all else in float64."""
     return 2e-5 if config.objectives.mlm or config.objectives.mim else 1e-10
 
@@ -184,7 +184,7 @@ def run_rank(rank: int, size: int, folder: Path, makers: str) -> None:
     world: World = setup("cpu", init_method=f"file://{folder}/meet", timeout_seconds=60)
     results: dict[str, Any] = {}
     for name, config in torch.load(folder / "cases.pt", weights_only=True).items():
-        training: OneRTraining = from_dict(OneRTraining, config)
+        training: OneRConfiguration = from_dict(OneRConfiguration, config)
         student = small.student(training)
         step = small.step_of(training, student, world)
         mine = small.part(small.batch(), rank, size)

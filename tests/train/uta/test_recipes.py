@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from oner_fast.train.clip import recipes as clip_recipes
-from oner_fast.train.clip.settings import CLIPTraining
+from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.config.registry import get_recipe, recipes
 from oner_fast.train.uta import recipes as uta_recipes
-from oner_fast.train.uta.settings import UTATraining
+from oner_fast.train.uta.settings import UTAConfiguration
 
 
-def tokens(config: UTATraining) -> int:
+def tokens(config: UTAConfiguration) -> int:
     """Tokens that enter the student over a run."""
     alignment, cells = config.alignment, config.model.cells
     seen = cells - (alignment.hidden(cells) if alignment.objective == "uta" else 0)
@@ -20,7 +20,7 @@ def tokens(config: UTATraining) -> int:
 
 @pytest.mark.parametrize("name", ["distillation_tiny_icons_cpu", "masktoken_tiny_icons_cpu"])
 def test_comparison_rows_see_as_many_tokens(name: str) -> None:
-    ours, theirs = get_recipe(uta_recipes.DEFAULT, UTATraining), get_recipe(name, UTATraining)
+    ours, theirs = get_recipe(uta_recipes.DEFAULT, UTAConfiguration), get_recipe(name, UTAConfiguration)
     assert tokens(theirs) == pytest.approx(tokens(ours), rel=0.005)
     assert theirs.data == ours.data and theirs.alignment.teacher == ours.alignment.teacher
 
@@ -34,7 +34,7 @@ def test_the_long_row_takes_as_many_steps_at_twice_the_tokens() -> None:
     ("name", "grid", "kept"), [("uta_b16_in21k_a100x8", 14, 98), ("uta_l14_in21k_a100x32", 24, 288)]
 )
 def test_the_papers_settings(name: str, grid: int, kept: int) -> None:
-    c = get_recipe(name, UTATraining)
+    c = get_recipe(name, UTAConfiguration)
     assert c.model.grid == grid and c.model.cells - c.alignment.hidden(c.model.cells) == kept
     assert c.model.embed_dim == 1024 and c.alignment.mask == "reversed_block" and c.alignment.objective == "uta"
     o = c.optim
@@ -46,9 +46,9 @@ def test_the_papers_settings(name: str, grid: int, kept: int) -> None:
 
 
 def test_the_teacher_fits_the_tiny_student() -> None:
-    teacher = get_recipe(clip_recipes.DEFAULT, CLIPTraining)
-    student = get_recipe(uta_recipes.DEFAULT, UTATraining)
-    stage2 = get_recipe("uta_stage2_tiny_icons_cpu", CLIPTraining)
+    teacher = get_recipe(clip_recipes.DEFAULT, CLIPConfiguration)
+    student = get_recipe(uta_recipes.DEFAULT, UTAConfiguration)
+    stage2 = get_recipe("uta_stage2_tiny_icons_cpu", CLIPConfiguration)
     assert (teacher.model.grid, teacher.model.embed_dim) == (student.model.grid, student.model.embed_dim)
     assert student.alignment.teacher == teacher.run.run_dir == stage2.contrast.init_text
     assert stage2.contrast.init_image == student.run.run_dir and stage2.contrast.lock_text
@@ -56,5 +56,5 @@ def test_the_teacher_fits_the_tiny_student() -> None:
 
 
 def test_kinds_do_not_mix() -> None:
-    assert uta_recipes.DEFAULT in recipes(UTATraining) and uta_recipes.DEFAULT not in recipes(CLIPTraining)
-    assert all(config().run.recipe == name for name, config in recipes(UTATraining).items())
+    assert uta_recipes.DEFAULT in recipes(UTAConfiguration) and uta_recipes.DEFAULT not in recipes(CLIPConfiguration)
+    assert all(config().run.recipe == name for name, config in recipes(UTAConfiguration).items())

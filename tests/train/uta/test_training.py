@@ -23,7 +23,7 @@ from oner_fast.train.config.common import Optimisation, Run
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.engine.distributed import World, setup, shutdown
 from oner_fast.train.uta import __main__ as uta
-from oner_fast.train.uta.settings import Alignment, UTATraining
+from oner_fast.train.uta.settings import Alignment, UTAConfiguration
 from oner_fast.train.uta.step import AlignmentStep, with_cls
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
@@ -48,8 +48,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_teacher(tmp_path_factory.mktemp("teacher") / "clip")
 
 
-def settings(teacher: Path, objective: str = "uta", accum_freq: int = 1, **alignment: Any) -> UTATraining:
-    return UTATraining(
+def settings(teacher: Path, objective: str = "uta", accum_freq: int = 1, **alignment: Any) -> UTAConfiguration:
+    return UTAConfiguration(
         model=replace(MODEL, mask_token=objective == "mask_token"),
         alignment=Alignment(teacher=str(teacher), objective=objective, **alignment),  # type: ignore[arg-type]
         optim=Optimisation(batch_size=8, accum_freq=accum_freq),
@@ -63,7 +63,7 @@ def pictures(count: int = 8, step: int = 3) -> PairBatch:
     return PairBatch(images, no_text(count), torch.arange(count), [""] * count, step, 0)
 
 
-def shaken(config: UTATraining) -> UTA:
+def shaken(config: UTAConfiguration) -> UTA:
     torch.manual_seed(1)
     student = UTA(config.model)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def shaken(config: UTATraining) -> UTA:
     return student
 
 
-def step_of(config: UTATraining, world: World = WORLD) -> tuple[AlignmentStep, UTA]:
+def step_of(config: UTAConfiguration, world: World = WORLD) -> tuple[AlignmentStep, UTA]:
     student = shaken(config)
     source = load_teacher(config.alignment.teacher, grid=config.model.grid)
     return AlignmentStep(config, student, TeacherFeatures(source), world, None), student
