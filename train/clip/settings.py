@@ -1,4 +1,4 @@
-"""What a training of a two-tower CLIP can be told, as frozen dataclasses. Flags carry open_clip's names."""
+"""The configuration of a two-tower CLIP, as frozen dataclasses. Flags carry open_clip's names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oner_fast.train.config.common import Data, Optimisation, Run, check_tempera
 
 @dataclass(frozen=True)
 class Contrast:
-    """Where the towers come from, and how they are contrasted."""
+    """The origin of the towers, and their contrast."""
 
     init_image: str = ""
     """A run of `oner-fast train uta`, whose student becomes the image tower (UTA's second stage); empty: a new ViT."""
@@ -36,7 +36,7 @@ class Contrast:
 @dataclass(frozen=True)
 class CLIPConfiguration:
     """The whole configuration of a run; saved beside it as config.json. `model` describes the towers that are new;
-    its image_size is that of the pictures in any case."""
+    its image_size is that of the images in any case."""
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
     contrast: Contrast = field(default_factory=Contrast)

@@ -1,5 +1,7 @@
-"""The two towers of a contrastive training: a CLIP of open_clip's architecture, or an aligned student beside a text
-tower that stays as it is (UTA's second stage)."""
+"""The two towers of a contrastive training.
+
+They are a CLIP of open_clip's architecture, or an aligned student and a frozen text tower (UTA's second stage).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ Texts = Tensor | TokenizedText
 
 
 class Embeddings(NamedTuple):
-    """image and text (B, E), not normalised; logit_scale 0-d."""
+    """Image and text embeddings (B, E), not normalised, and logit_scale (0-d)."""
 
     image: Tensor
     text: Tensor
@@ -33,11 +35,11 @@ class Embeddings(NamedTuple):
 
 
 class TwoTowers(nn.Module, ABC):
-    """`forward(images (B, 3, S, S) uint8, texts) -> Embeddings`; `texts` is what `read` gives."""
+    """Two towers: `forward(images, texts)` takes uint8 images (B, 3, S, S) and what `read` returns."""
 
     @abstractmethod
     def read(self, captions: list[str]) -> Texts:
-        """Captions, ready for the text tower; on the CPU, or where that tower lies."""
+        """Prepare captions for the text tower; the result is on the CPU or on that tower's device."""
 
     @property
     @abstractmethod
@@ -50,8 +52,11 @@ class TwoTowers(nn.Module, ABC):
 
     @abstractmethod
     def about(self) -> dict[str, str]:
-        """What a checkpoint says of the model, so that `oner_fast.load` opens a run that still trains: its `kind`, its
-        `model_config` as JSON, and a student's `teacher`."""
+        """Describe the model for a checkpoint, so that `oner_fast.load` opens a run that is still training.
+
+        Returns:
+            Its `kind`, its `model_config` as JSON, and a student's `teacher`.
+        """
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
@@ -60,7 +65,7 @@ class TwoTowers(nn.Module, ABC):
 
 
 class NewTowers(TwoTowers):
-    """An `open_clip.CLIP` from scratch."""
+    """A CLIP of open_clip from scratch."""
 
     clip: Any
 
@@ -78,25 +83,25 @@ class NewTowers(TwoTowers):
         return parameter
 
     def read(self, captions: list[str]) -> TokenizedText:
-        """Token ids, packed."""
+        """Return packed token ids."""
         return pack_tokens(self._tokenizer(captions))
 
     def forward(self, images: Tensor, texts: TokenizedText) -> Embeddings:
-        """Of uint8 pictures and packed token ids."""
+        """Embed uint8 images (B, 3, S, S) and packed token ids."""
         image = encode_image(self.clip, images, self.config)
         return Embeddings(image, encode_text(self.clip, texts), self.log_logit_scale.exp())
 
     def about(self) -> dict[str, str]:
-        """A CLIP."""
+        """Describe a CLIP."""
         return {"kind": "oner_fast.clip", "model_config": json.dumps(asdict(self.config))}
 
     def save(self, folder: Path) -> None:
-        """In open_clip's own form."""
+        """Write the CLIP in open_clip's own form."""
         save_clip(folder, self.clip, self.config)
 
 
 class AlignedTowers(TwoTowers):
-    """A student of UTA and the text tower of its teacher."""
+    """A student of UTA, and the text tower of its teacher."""
 
     def __init__(self, init_image: str, init_text: str, lock_image: bool, device: torch.device) -> None:
         super().__init__()
@@ -107,7 +112,7 @@ class AlignedTowers(TwoTowers):
         teacher = load_teacher(init_text, device=device)
         if teacher.embed_dim != self.student.config.embed_dim:
             raise ValueError(
-                f"{init_text} embeds texts in {teacher.embed_dim} numbers, the student of {init_image} pictures in "
+                f"{init_text} embeds texts in {teacher.embed_dim} numbers, the student of {init_image} images in "
                 f"{self.student.config.embed_dim}"
             )
         self._encode_text = teacher.encode_text
@@ -124,27 +129,28 @@ class AlignedTowers(TwoTowers):
         return self.student
 
     def read(self, captions: list[str]) -> Tensor:
-        """Embeddings (B, E): the text tower takes no gradient."""
+        """Return embeddings (B, E): the text tower takes no gradient."""
         return self._encode_text(captions).float()
 
     def forward(self, images: Tensor, texts: Tensor) -> Embeddings:
-        """Of uint8 pictures and the embeddings of their captions."""
+        """Embed uint8 images (B, 3, S, S); `texts` (B, E) are embeddings already."""
         return Embeddings(self.student.encode_image(images), texts, self.scale.exp())
 
     def about(self) -> dict[str, str]:
-        """A student."""
+        """Describe a student."""
         return {"kind": "oner_fast.uta", "model_config": json.dumps(asdict(self.student.config)), **self._about}
 
     def save(self, folder: Path) -> None:
-        """The student, as after its first stage."""
+        """Write the student, as after its first stage."""
         save_uta(folder / "model.safetensors", self.student, self._about)
 
 
 def build_towers(config: CLIPConfiguration, device: torch.device) -> TwoTowers:
-    """The towers that `config` asks for.
+    """Build the towers that `config` asks for.
 
     Raises:
-        FileNotFoundError, ValueError: a tower to start from is not there, or the two do not fit.
+        FileNotFoundError: a tower to start from is not there.
+        ValueError: the two towers do not fit.
     """
     c = config.contrast
     if not c.init_image:

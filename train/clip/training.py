@@ -13,12 +13,12 @@ from oner_fast.data.workers import Batches
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.step import ContrastStep
 from oner_fast.train.clip.towers import TwoTowers, build_towers
-from oner_fast.train.engine.batches import Sized, open_batches
+from oner_fast.train.engine.batches import BatchConfiguration, open_batches
 from oner_fast.train.engine.loop import Configuration, Gradient, Training
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 
 
-class ContrastConfiguration(Configuration, Sized, Protocol):
+class ContrastConfiguration(Configuration, BatchConfiguration, Protocol):
     """The configuration of a contrast of two towers, as far as its training reads it."""
 
 

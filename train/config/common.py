@@ -19,21 +19,21 @@ def check_temperature(temperature: float) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pairs come from and how they are read."""
+    """The image-text pairs, and how they are read."""
 
     train_data: str = "data/pictograms"
-    """A dataset folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
+    """A data set's folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
     val_split: str = "val"
     """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
     workers: int = 1
     """Processes that decode; the order and the bytes of batches do not depend on their number."""
     tokenizer: str = "train"
-    """`train` learns a WordPiece vocabulary from the captions; else a path or a package that holds one."""
+    """`train` learns a WordPiece vocabulary from the captions; anything else is a path or a package that holds one."""
     tokenizer_vocab: int = 8192
-    """Largest vocabulary that is learnt from the captions."""
+    """Upper limit on the vocabulary that is learnt from the captions."""
     aug_scale: float = 0.6
-    """Smallest share of a picture's area that a random crop keeps (the whole of it is the largest)."""
+    """Smallest share of an image's area that a random crop keeps; the largest is the whole image."""
     aug_flip: float = 0.0
     """Probability of a horizontal flip; 0 because captions speak of left and right."""
 
@@ -44,9 +44,9 @@ class Optimisation:
 
     steps: int = 1000
     batch_size: int = 4096
-    """Pairs a step, over all ranks and micro-batches: the N of the contrast."""
+    """Pairs per step, over all ranks and micro-batches: the N of the contrast."""
     accum_freq: int = 1
-    """Micro-batches a step; the contrast still sees the whole batch."""
+    """Micro-batches per step; the contrast still sees the whole batch."""
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup: int = 100
@@ -73,11 +73,11 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Run:
-    """How and where the run is carried out; nothing here changes what is learnt, but precision, seed and threads."""
+    """The run itself. Of these settings only precision, seed and threads change what is learnt."""
 
     run_dir: str = "runs/oner"
     recipe: str = ""
-    """The recipe that the settings began from; the recipe itself writes it."""
+    """The recipe that the settings began from; the recipe fills it in."""
     seed: int = 0
     device: str = "auto"
     precision: Precision = "auto"

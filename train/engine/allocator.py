@@ -1,4 +1,4 @@
-"""What the C library does with memory that a step has freed."""
+"""Keep freed memory in glibc's heap between steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _DEFAULTS = {_M_MMAP_MAX: 65536, _M_TRIM_THRESHOLD: 128 << 10, _M_MMAP_THRESHOLD
 
 @contextlib.contextmanager
 def freed_memory_kept() -> Iterator[bool]:
-    """Let this process keep what it frees for its next allocations; gives whether the C library (glibc) agreed.
+    """Keep freed memory for the next allocations of this process; yield whether the C library (glibc) agreed.
 
-    By default every tensor beyond 32 MB is fresh memory from the system, which is cleared page by page when it is first
-    written. A training step allocates the same tensors again and again: after a few steps it meets no new page. Outside
-    the context glibc's defaults hold: a program that goes on after a training gets its memory back.
+    By default every tensor above 32 MB is fresh memory from the system, which is cleared page by page when it is first
+    written. A training step allocates the same tensors again and again, so after a few steps it touches no new page.
+    Outside the context glibc's defaults hold: a program that goes on after a training gets its memory back.
     """
     library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     set_option, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""Where a training's batches come from: tars on disk, read in an exactly reproducible order, or streams."""
+"""The batches of a training: from tars on disk, in an exactly reproducible order, or from streams."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from oner_fast.train.config.common import Data, Optimisation, Run
 from oner_fast.train.engine.distributed import World
 
 
-class Pictured(Protocol):
-    """A model's configuration that says the side of its pictures, in pixels."""
+class HasImageSize(Protocol):
+    """A model's configuration that has the side of its images, in pixels."""
 
     @property
     def image_size(self) -> int: ...
 
 
-class Sized(Protocol):
+class BatchConfiguration(Protocol):
     """A training's configuration, as far as its batches depend on it."""
 
     @property
-    def model(self) -> Pictured: ...
+    def model(self) -> HasImageSize: ...
 
     @property
     def data(self) -> Data: ...
@@ -38,7 +38,7 @@ class Sized(Protocol):
 
 
 def is_stream(address: str) -> bool:
-    """Whether `train_data` names streams: `pipe:COMMAND` or an address with a scheme, such as `https://`."""
+    """Tell whether `train_data` names streams: `pipe:COMMAND` or an address with a scheme, such as `https://`."""
     return address.startswith("pipe:") or "://" in address
 
 
@@ -56,14 +56,14 @@ def build_tokenizer(data: Data) -> Tokenizer:
 
 
 def open_batches(
-    config: Sized, tokenizer: Tokenizer | None, world: World, *, max_tokens: int = 0, captions: bool = True
+    config: BatchConfiguration, tokenizer: Tokenizer | None, world: World, *, max_tokens: int = 0, captions: bool = True
 ) -> Batches:
-    """This rank's batches from step 0 on; `load_state_dict` goes on elsewhere.
+    """Open this rank's batches from step 0 on; `load_state_dict` continues elsewhere.
 
     Args:
         tokenizer: None leaves the captions as strings.
         max_tokens: the longest caption, in tokens.
-        captions: False reads pictures alone; samples may then lack a caption.
+        captions: False reads images only; samples may then lack a caption.
 
     Raises:
         ValueError: there is no such data, or fewer samples than a batch needs.

@@ -1,4 +1,4 @@
-"""Checkpoints by step that a kill at any moment cannot spoil.
+"""Checkpoints by step, which a kill at any moment cannot spoil.
 
 A checkpoint `step-00000500.pt` is torch's zip format, whose members carry a CRC-32 each: reading the file
 once tells whether it is whole.
@@ -141,7 +141,7 @@ def latest(folder: Path | str) -> Path | None:
 
 
 def resolve(folder: Path | str, resume: str) -> Path | None:
-    """What `resume` means: the checkpoint to continue from, or None to start afresh.
+    """Find the checkpoint to continue from; None starts afresh.
 
     Args:
         folder: the run's checkpoints.

@@ -1,4 +1,4 @@
-"""One process or many: the ranks of a run as torchrun starts them."""
+"""The ranks of a run, as torchrun starts them; or one process alone."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def shutdown() -> None:
 
 
 def is_main() -> bool:
-    """Whether this process is rank 0, or alone."""
+    """Tell whether this process is rank 0, or alone."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

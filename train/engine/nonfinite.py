@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on every rank, counted, and not for ever."""
+"""Steps whose loss or gradient is not finite are skipped on every rank and counted; too many end the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NonFiniteGuard:
         self.consecutive = 0
 
     def check(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
-        """Whether the step is to be taken: loss and gradient norm are finite on every rank.
+        """Tell whether to take the step: loss and gradient norm are finite on every rank.
 
         Waits for the device once. Every rank must call it; all get the same answer.
 

@@ -16,8 +16,11 @@ _FUSED = ("cpu", "cuda")
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: not to a parameter of at most one dimension (biases, norms, scales), a
-    table of positions, or a [CLS] or mask token."""
+    """Tell whether weight decay applies to a parameter.
+
+    It does not apply to a parameter of at most one dimension (biases, norms, scales), a table of positions, or a [CLS]
+    or mask token.
+    """
     return parameter.ndim > 1 and not _POSITION.search(name) and not _TOKEN.search(name)
 
 

@@ -1,4 +1,4 @@
-"""Which dtype the matrix products run in."""
+"""The dtype of matrix products."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import torch
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 for `amp_bf16`, None for `fp32`; `auto` chooses bfloat16 where the device multiplies in it
-    natively."""
+    """Return bfloat16 for `amp_bf16` and None for `fp32`; `auto` is bfloat16 where the device has it natively."""
     if precision == "auto":
         return torch.bfloat16 if has_native_bf16(device) else None
     return torch.bfloat16 if precision == "amp_bf16" else None
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are faster than float32's there: AMX on x86, AVX-512-BF16 but for Intel's, which has
-    one unit for it and two for float32 (0.6x was measured), BF16 on ARM, sm_80 and later."""
+    """Tell whether products of bfloat16 are faster than float32's on a device.
+
+    They are with AMX on x86, BF16 on ARM, on GPUs from sm_80 on, and with AVX-512-BF16, except Intel's, which has one
+    unit for it and two for float32 (0.6x was measured).
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":

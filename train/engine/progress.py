@@ -1,4 +1,4 @@
-"""What a person sees while training: a live table on a terminal, aligned lines elsewhere."""
+"""The display of a training: a live table on a terminal, aligned lines elsewhere."""
 
 from __future__ import annotations
 

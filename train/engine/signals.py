@@ -20,7 +20,7 @@ _NOTE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at o
 
 
 class StopRequest:
-    """What the signals asked for so far.
+    """The request of the signals received so far.
 
     Attributes:
         requested: None, `"SIGINT"` or `"SIGTERM"`: the first signal that came to this process.
@@ -32,7 +32,7 @@ class StopRequest:
         self._process = os.getpid()
 
     def agree(self, world: World) -> str | None:
-        """What all ranks do now: None to go on, else the name of a signal that some rank received.
+        """Agree over all ranks: None to go on, else the name of a signal that some rank received.
 
         Every rank must call it at the same step; all get the same answer, SIGINT before SIGTERM, and
         `requested` becomes it. Alone, it is `requested`.

@@ -1,4 +1,4 @@
-"""How fast the machine multiplies, how fast the training goes, and the share of one in the other."""
+"""The machine's rate of multiplication, the pace of a training, and the share that one is of the other (MFU)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RATES: dict[tuple[torch.device, torch.dtype, int], float] = {}
 def gemm_rate(
     device: torch.device | str, dtype: torch.dtype, threads: int | None = None, *, again: bool = False
 ) -> float:
-    """Floating-point operations a second of a large square matrix product: the rate that MFU is a share of.
+    """Measure the FLOP/s of a large square matrix product: the rate that MFU is a share of.
 
     Measured once a process for each argument triple, in about 0.3 s; the best of the repetitions counts. No
     global random state is touched.
@@ -91,7 +91,7 @@ def _wait(device: torch.device) -> None:
 
 
 def mfu(model_flops: float, seconds: float, rate: float) -> float:
-    """Model FLOP utilisation: the share of the measured rate that the model's own operations used.
+    """Return the model FLOP utilisation: the share of the measured rate that the model's own operations used.
 
     Args:
         model_flops: operations the model's definition needs (no recomputation, no padding), of one rank.
@@ -139,12 +139,14 @@ class Throughput:
 
 
 class ThroughputMeter:
-    """Times the steps of a loop::
+    """Time the steps of a loop.
 
-        with meter.waiting():
-            batch = next(batches)
-        ...
-        meter.step(len(batch))
+    ```python
+    with meter.waiting():
+        batch = next(batches)
+    ...
+    meter.step(len(batch))
+    ```
 
     Args:
         warmup: the first steps, which are not counted: they start workers and choose kernels.
@@ -162,7 +164,7 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time inside counts as waiting for data."""
+        """Count the time inside as waiting for data."""
         start = self._clock()
         try:
             yield
@@ -171,7 +173,7 @@ class ThroughputMeter:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Time inside is not the training's, such as a checkpoint or an evaluation."""
+        """Leave out the time inside, such as that of a checkpoint or an evaluation."""
         start = self._clock()
         try:
             yield
@@ -179,7 +181,7 @@ class ThroughputMeter:
             self._outside += self._clock() - start
 
     def step(self, samples: int) -> None:
-        """A step over `samples` samples has ended."""
+        """Note the end of a step over `samples` samples."""
         now = self._clock()
         seconds, waited = now - self._last - self._outside, self._wait
         self._last, self._wait, self._outside = now, 0.0, 0.0
@@ -190,12 +192,12 @@ class ThroughputMeter:
         self._whole = _add(self._whole, samples, seconds, waited)
 
     def read(self) -> Throughput | None:
-        """The pace since the last `read`; None where no step counted since."""
+        """Return the pace since the last `read`; None where no step counted since."""
         window, self._window = self._window, Throughput(0, 0, 0.0, 0.0)
         return window if window.steps else None
 
     def total(self) -> Throughput | None:
-        """The pace of all steps but the warm-up; None where there is none yet."""
+        """Return the pace of all steps after the warm-up; None where there is none yet."""
         return self._whole if self._whole.steps else None
 
 

@@ -1,4 +1,4 @@
-"""What a training of heads on two packaged encoders can be told, as frozen dataclasses."""
+"""The configuration of heads on two packaged encoders, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oner_fast.train.config.common import Data, Optimisation, Run, check_tempera
 
 @dataclass(frozen=True)
 class HeadContrast:
-    """How the heads are contrasted."""
+    """The contrast of the heads."""
 
     temperature: float = 0.07
     """1 / logit_scale at the start; it is learnt, and logit_scale stays at 100 at most."""

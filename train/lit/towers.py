@@ -15,7 +15,7 @@ from oner_fast.train.clip.towers import Embeddings, TwoTowers
 
 
 class LiTTowers(TwoTowers):
-    """Heads alone are parameters and stand in a checkpoint; the encoders lie beside, in evaluation mode."""
+    """Trained heads on frozen encoders. Only the heads are parameters and enter a checkpoint."""
 
     def __init__(self, config: LiTConfig, encoders: Encoders, temperature: float, device: torch.device) -> None:
         super().__init__()
@@ -31,20 +31,22 @@ class LiTTowers(TwoTowers):
         return self.heads.logit_scale
 
     def read(self, captions: list[str]) -> Tensor:
-        """Token ids (B, L), padded."""
+        """Return padded token ids (B, L)."""
         return self._encoders.tokenize(captions)
 
     def forward(self, images: Tensor, texts: Tensor) -> Embeddings:
-        """Of uint8 pictures and token ids. The pooled features are all that the pictures' head needs: it is linear,
-        so that a picture's embedding is the mean of its tokens."""
+        """Embed uint8 images (B, 3, S, S) and padded token ids (B, L).
+
+        The image head is linear, so an image's embedding is the mean of its tokens' and needs the pooled features only.
+        """
         image_encoder, text_encoder = self._frozen
         with torch.no_grad():
-            picture = pooled_features(image_encoder(self._tower[0].pixels(images, images.device)))
+            features = pooled_features(image_encoder(self._tower[0].pixels(images, images.device)))
             text = text_encoder(texts)
-        return Embeddings(self.heads.image(picture), self.heads.embed_text(text), self.log_logit_scale.exp())
+        return Embeddings(self.heads.image(features), self.heads.embed_text(text), self.log_logit_scale.exp())
 
     def about(self) -> dict[str, str]:
-        """A LiT, and the weights that its heads belong to."""
+        """Describe a LiT and the weights that its heads belong to."""
         return {
             "kind": FORMAT,
             "model_config": json.dumps(asdict(self.config)),
@@ -52,10 +54,10 @@ class LiTTowers(TwoTowers):
         }
 
     def save(self, folder: Path) -> None:
-        """The heads, and where the encoders come from."""
+        """Write the heads and the origin of the encoders."""
         save_lit(folder, self.heads, self.config, self._encoders.origins())
 
     @property
     def encoders(self) -> Encoders:
-        """The frozen two."""
+        """The two frozen encoders."""
         return self._encoders

@@ -1,4 +1,4 @@
-"""The floating-point operations that a training step's definition needs: what MFU is a share of."""
+"""The floating-point operations that the definition of a step of OneR needs, of which MFU is a share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from oner_fast.train.oner.settings import OneRConfiguration
 
 
 def step_flops(config: OneRConfiguration, batch: PairBatch) -> float:
-    """Operations of one step on `batch`, the local part of it: student forward and backward, teacher forward,
-    contrast.
+    """Count the operations of a step on `batch`, this rank's part: student forward and backward, teacher, contrast.
 
     Recomputation (accumulation's first forward, checkpointing) is not counted, and nothing is ever padded.
     """

@@ -1,4 +1,4 @@
-"""What the student and the teacher see in a step: the passes with their masks, and what is to be predicted."""
+"""The inputs of student and teacher in a step: the passes with their masks, and the targets of prediction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGE, _JOINT, _DROP_IMAGE, _DROP_JOINT = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class WordTargets:
-    """rows (M,) int64 into a pass's packed words, and the ids (M,) int64 that stood there."""
+    """Rows (M,) int64 of a pass's packed words, and the original ids (M,) int64."""
 
     rows: Tensor
     ids: Tensor
@@ -30,10 +30,12 @@ class WordTargets:
 
 @dataclass(frozen=True)
 class StudentInput:
-    """The student's passes of a micro-batch; `words` and `patches` say which outputs of which pass are to be
-    predicted.
+    """The student's passes of a micro-batch.
 
-    `patches[name]` (B, M) bool marks masked ones among the pass's patches.
+    Attributes:
+        passes: the passes.
+        words: the masked words to predict, by pass.
+        patches: (B, M) bool by pass; marks the masked patches to predict.
     """
 
     passes: tuple[Pass, ...]
@@ -42,16 +44,16 @@ class StudentInput:
 
     @property
     def word_count(self) -> int:
-        """Masked words of all passes."""
+        """The number of masked words in all passes."""
         return sum(targets.rows.shape[0] for targets in self.words.values())
 
     @property
     def patch_count(self) -> int:
-        """Masked patches of all passes."""
+        """The number of masked patches in all passes."""
         return sum(int(masked.sum()) for masked in self.patches.values())
 
     def wanted(self) -> dict[PassName, Wanted]:
-        """The outputs that a loss reads besides [CLS]: the masked words and patches."""
+        """Return the outputs that a loss reads besides [CLS]: the masked words and patches."""
         found: dict[PassName, Wanted] = {}
         for name in self.words.keys() | self.patches.keys():
             rows, masked = None, self.patches.get(name)
@@ -64,7 +66,7 @@ class StudentInput:
         return found
 
     def to(self, device: torch.device) -> StudentInput:
-        """The same input on another device; inputs shared by passes stay shared."""
+        """Move the input to another device; inputs shared by passes stay shared."""
         moved: dict[int, Any] = {}
 
         def move(value: Input | None) -> Input | None:
@@ -80,8 +82,11 @@ class StudentInput:
 
 
 def student_passes(objectives: Objectives, shared_trunk: bool) -> tuple[PassName, ...]:
-    """The passes that the weights ask for: I and T for ITC, XMC and their masked objective (and as keys, where there
-    is no teacher), (I,T) for CMC and for masked multimodal modelling, F(.|.) for CIC."""
+    """Return the passes that the weights ask for.
+
+    I and T serve ITC, XMC and their masked objective, and as keys where there is no teacher. (I,T) serves CMC and
+    masked multimodal modelling. F(.|.) serves CIC.
+    """
     both = bool(objectives.itc or objectives.xmc or (objectives.contrastive and not objectives.momentum_teacher))
     passes: tuple[PassName, ...] = ()
     if both or objectives.mim:
@@ -120,7 +125,7 @@ def student_input(
 
 
 def teacher_input(batch: PairBatch) -> tuple[Pass, ...]:
-    """F(I) and F(T) without any mask."""
+    """Return the inputs of F(I) and F(T) without any mask."""
     image = ImageInput(batch.images)
     return Pass("image", image=image), Pass("text", text=TextInput(batch.text.input_ids, batch.text.cu_seqlens))
 

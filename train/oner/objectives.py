@@ -21,7 +21,7 @@ def contrastive_losses(
     objectives: Objectives,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
-    """The losses whose weight is above 0, unweighted, by name.
+    """Compute the losses whose weight is above 0: unweighted, 0-d, by name.
 
     Args:
         query: the student's embeddings (N, E) of its passes, after the predictor where there is one.
@@ -63,8 +63,12 @@ def contrastive_losses(
 
 
 def modality_gap(image: Tensor, text: Tensor) -> Tensor:
-    """Distance between the centroids of the L2-normalised embeddings (N, E) of images and of texts, over all ranks;
-    0-d, without gradient."""
+    """Return the distance (0-d, without gradient) between the centroids of images and of texts over all ranks.
+
+    Args:
+        image: embeddings (N, E), which are L2-normalised here.
+        text: embeddings (N, E), which are L2-normalised here.
+    """
     unit = [torch.nn.functional.normalize(each.detach().float(), dim=-1) for each in (image, text)]
     difference = sum_over_ranks((unit[0] - unit[1]).sum(dim=0))
     count = sum_over_ranks(torch.tensor(image.shape[0], device=image.device))

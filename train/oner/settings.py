@@ -11,8 +11,10 @@ from oner_fast.train.config.common import Data, Optimisation, Run, check_tempera
 
 @dataclass(frozen=True)
 class Objectives:
-    """Weights of the losses (0 leaves one out, and with it the passes that only it needs) and the shape of the
-    contrast."""
+    """Weights of the losses, and the form of the contrast.
+
+    A weight of 0 omits the loss and the passes that only it needs.
+    """
 
     itc: float = 1.0
     """F(I) against F(T) and the swapped pair."""

@@ -1,4 +1,4 @@
-"""Embeddings of the same validation pairs over a training: what the report draws its map and the modality gap from."""
+"""Embeddings of the same validation pairs over a training, for the report's map and modality gap."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ _log = logging.getLogger(__name__)
 
 
 class Snapshots:
-    """`take(step)` writes `snapshots/step-%08d.npz`: image (n, E) and text (n, E) float16, L2-normalised, and
-    step."""
+    """Snapshots of the embeddings: `take(step)` writes `snapshots/step-%08d.npz`.
+
+    A file holds `image` (n, E) and `text` (n, E), float16 and L2-normalised, and `step`.
+    """
 
     def __init__(self, config: OneRConfiguration, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
         self.folder, self.tower = folder / "snapshots", tower
@@ -32,7 +34,7 @@ class Snapshots:
 
     @torch.no_grad()
     def take(self, step: int) -> None:
-        """Embed the pairs with the tower as it is now; nothing where there are no pairs."""
+        """Embed the pairs with the tower as it is now; do nothing where there are no pairs."""
         if self.images is None or self.text is None:
             return
         device, training = self.tower.cls_token.device, self.tower.training
@@ -48,7 +50,7 @@ class Snapshots:
 
 
 def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
-    """Pairs spread evenly over the validation split; none where there is no such split."""
+    """Read pairs spread evenly over the validation split; none where there is no such split."""
     try:
         dataset = PairDataset(config.data.train_data, config.data.val_split)
     except ValueError as error:

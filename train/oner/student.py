@@ -19,8 +19,14 @@ from oner_fast.train.oner.settings import Objectives
 
 
 class StudentOutput(NamedTuple):
-    """embeddings (B, E) of each pass, not normalised; logit_scale 0-d; sums of the masked losses over the
-    micro-batch, 0-d."""
+    """The student's output for a micro-batch.
+
+    Attributes:
+        embeddings: (B, E) of each pass, not normalised.
+        logit_scale: 0-d.
+        mlm_sum: sum of the masked-word losses, 0-d.
+        mim_sum: sum of the masked-patch losses, 0-d.
+    """
 
     embeddings: dict[PassName, Tensor]
     logit_scale: Tensor
@@ -29,7 +35,7 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """`forward(StudentInput) -> StudentOutput`: all passes as one packed batch."""
+    """The tower with predictor, heads and temperature; `forward` runs all passes as one packed batch."""
 
     def __init__(self, config: OneRConfig, objectives: Objectives) -> None:
         super().__init__()
@@ -56,7 +62,7 @@ class Student(nn.Module):
                 head.requires_grad_(self.contrastive)
 
     def forward(self, inputs: StudentInput) -> StudentOutput:
-        """Embeddings (B, embed_dim) of each pass, and the sums of the masked losses."""
+        """Compute the embeddings (B, embed_dim) of each pass and the sums of the masked losses."""
         outputs = self.tower(inputs.passes, inputs.wanted())
         embeddings: dict[PassName, Tensor] = {}
         if self.contrastive:
@@ -75,7 +81,7 @@ class Student(nn.Module):
         self.log_logit_scale.clamp_(max=math.log(1 / MIN_TEMPERATURE))
 
     def _mlm(self, inputs: StudentInput, outputs: dict[PassName, PassOutput]) -> Tensor:
-        """Sum of the cross-entropies of the masked words."""
+        """Sum the cross-entropies of the masked words."""
         if self.word_head is None:
             return torch.zeros((), device=self.log_logit_scale.device)
         hidden = [_chosen(outputs[name].words) for name in inputs.words]
@@ -84,7 +90,7 @@ class Student(nn.Module):
         return F.cross_entropy(logits.float(), ids, reduction="sum")
 
     def _mim(self, inputs: StudentInput, outputs: dict[PassName, PassOutput]) -> Tensor:
-        """Sum over masked patches of the mean absolute error of their normalised pixels."""
+        """Sum the mean absolute error of normalised pixels over masked patches."""
         if self.patch_head is None:
             return torch.zeros((), device=self.log_logit_scale.device)
         sums = []

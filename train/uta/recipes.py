@@ -18,12 +18,12 @@ DEFAULT = "uta_tiny_icons_cpu"
 
 _STEPS = 600
 _ALL_TOKENS = 37 / 19
-"""How many times the tokens of the student that sees half of 6 x 6 patches the one has that sees them all."""
+"""Tokens of a student that sees all of 6 x 6 patches, over those of one that sees half of them."""
 
 
 @recipe
 def uta_tiny_icons_cpu() -> UTAConfiguration:
-    """UTA from the icons' pictures alone, towards the CLIP of clip_tiny_icons_cpu (14 minutes on one busy core)."""
+    """UTA from the icons' images alone, towards the CLIP of clip_tiny_icons_cpu (14 minutes on one busy core)."""
     return UTAConfiguration(
         model=UTA_SIZES["tiny"],
         alignment=Alignment(teacher="runs/clip_tiny_icons", mask_ratio=0.5),
@@ -84,7 +84,7 @@ def uta_b16_in21k_a100x8() -> UTAConfiguration:
         model=UTA_SIZES["b"],
         alignment=Alignment(teacher="EVA01-g-14-plus:merged2b_s11b_b114k"),
         data=Data(train_data="data/in21k", workers=12, aug_scale=0.4, aug_flip=0.5),
-        # 150 epochs of 14.2 M pictures; warm-up of one epoch.
+        # 150 epochs of 14.2 M images; warm-up of one epoch.
         optim=Optimisation(
             steps=1_040_000, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup=6_930, wd=0.05, grad_clip_norm=3.0
         ),

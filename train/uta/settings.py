@@ -1,4 +1,4 @@
-"""What a training of UTA can be told, as frozen dataclasses."""
+"""The configuration of UTA, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Objective = Literal["uta", "distillation", "mask_token"]
 
 @dataclass(frozen=True)
 class Alignment:
-    """The teacher, which of its tokens are learnt, and from what (UTA, section 3)."""
+    """The teacher, the tokens that are aligned to it, and the tokens that the student sees (UTA, section 3)."""
 
     teacher: str = ""
     """The frozen CLIP: a run of `oner-fast train clip`, an open_clip name with its weights (ViT-B-16:openai), ...; or a
@@ -36,7 +36,7 @@ class Alignment:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
 
     def hidden(self, cells: int) -> int:
-        """How many of `cells` patches are hidden from the student."""
+        """Return how many of `cells` patches are hidden from the student."""
         return 0 if self.objective == "distillation" else int(self.mask_ratio * cells)
 
 

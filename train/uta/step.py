@@ -1,4 +1,4 @@
-"""The gradient of a step of UTA: the student's tokens turned towards the frozen teacher's (UTA, equation 3)."""
+"""The gradient of a step of UTA: the student's tokens aligned to the frozen teacher's (UTA, equation 3)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,12 @@ class AlignmentStep:
         return sum_over_ranks(total) / self.world.size
 
     def loss(self, batch: PairBatch, target: Tensor) -> Tensor:
-        """Minus the mean cosine of a micro-batch; `target` (B, 1 + N, E) are the teacher's tokens, [CLS] first."""
+        """Return minus the mean cosine (0-d) of a micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            target: the teacher's tokens (B, 1 + N, E), [CLS] first.
+        """
         alignment, model = self.config.alignment, self.config.model
         hidden = alignment.hidden(model.cells)
         if alignment.objective == "distillation":
@@ -69,5 +74,5 @@ class AlignmentStep:
 
 
 def with_cls(cells: Tensor) -> Tensor:
-    """Patches (B, K) as places among tokens with [CLS] in front: (B, 1 + K)."""
+    """Turn patch indices (B, K) into token indices (B, 1 + K) of a sequence that begins with [CLS]."""
     return torch.nn.functional.pad(cells + 1, (1, 0))

@@ -1,9 +1,8 @@
-"""A teacher's image tokens on disk: what a frozen teacher says of a replayed batch is computed once.
+"""A cache on disk of a frozen teacher's image tokens, so that they are computed once for many runs.
 
-The batch of a step is a pure function of (seed, step), crops included, so that runs that share data, crop, seed and
-batch size (other students, ablations, another student's initialisation) see the same pictures at the same step. An
-entry is one rank's part of one step; it also holds a checksum of the pictures that it was computed from, and is served
-for these alone.
+The batch of a step is a pure function of (seed, step), crops included. Runs that share data, crop, seed and batch size
+(other students, ablations, other initialisations) therefore see the same images at the same step. An entry is one
+rank's part of one step. It also holds a checksum of the images that it was computed from, and is served only for them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CacheError:
-    """1 - cosine between tokens as computed and as stored: the greatest and the mean over `tokens` of them."""
+    """1 - cosine between tokens as computed and as stored: the largest and the mean over `tokens` tokens."""
 
     largest: float
     mean: float
@@ -45,7 +44,7 @@ class CacheError:
 
 
 def data_identity(dataset: PairDataset) -> str:
-    """SHA-256 over the names and bytes' counts of a dataset's tars, and the number of its samples."""
+    """Return the SHA-256 of the names and sizes of a data set's tars, and of its number of samples."""
     described = [[path.name, path.stat().st_size] for path in dataset.shards] + [[len(dataset)]]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
@@ -58,7 +57,7 @@ def feature_key(
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """All that decides the teacher's tokens of a step: what a `FeatureCache` is opened with.
+    """Return the key of a `FeatureCache`: everything that determines the teacher's tokens of a step.
 
     `batch_size` is global. The number of ranks is no part: entries name their places in the global batch.
     """
@@ -72,7 +71,7 @@ def feature_key(
 
 
 class FeatureCache:
-    """Tokens (B, T, D) by step, one file an entry, each whole at any moment; several ranks and runs may share a folder.
+    """Tokens (B, T, D) by step: one file per entry, whole at any moment; several ranks and runs may share a folder.
 
     Args:
         folder: made where it is absent.
@@ -106,7 +105,7 @@ class FeatureCache:
 
     @property
     def bytes_per_sample(self) -> int:
-        """Bytes on disk of one sample's tokens, headers aside."""
+        """Bytes on disk of one sample's tokens, without headers."""
         tokens, width = self.shape
         return tokens * (2 * width if self.dtype == "bf16" else width + 4)
 
@@ -116,12 +115,12 @@ class FeatureCache:
         return sum(path.stat().st_size for path in self.folder.glob("step-*.safetensors"))
 
     def get(self, step: int, images: Tensor, place: int = 0) -> Tensor | None:
-        """The tokens (B, T, D) of a step's pictures, or None where they are not stored.
+        """Return the tokens (B, T, D) of a step's images, or None where they are not stored.
 
-        A damaged entry, or one of other pictures, is told in the log and counts as absent.
+        A damaged entry, or one of other images, is logged and counts as absent.
 
         Args:
-            images: (B, 3, S, S) uint8 on the CPU, the pictures of the step from `place` of the global batch on.
+            images: (B, 3, S, S) uint8 on the CPU, the images of the step from `place` of the global batch on.
 
         Returns:
             bfloat16 (`bf16`) or float32 (`int8`).
@@ -140,12 +139,12 @@ class FeatureCache:
             logger.warning("cached features %s are damaged and are computed again", path)
             return None
         if metadata.get("pictures") != _checksum(images):
-            logger.warning("cached features %s are of other pictures and are computed again", path)
+            logger.warning("cached features %s are of other images and are computed again", path)
             return None
         return self._restore(tensors)
 
     def put(self, step: int, images: Tensor, features: Tensor, place: int = 0) -> Tensor:
-        """Store the tokens (B, T, D) of a step's pictures; returns them as `get` will.
+        """Store the tokens (B, T, D) of a step's images; return them as `get` will.
 
         Raises:
             ValueError: another shape than the cache's.
@@ -170,7 +169,7 @@ class FeatureCache:
         return restored
 
     def error(self) -> CacheError | None:
-        """What storing has cost over all entries of the folder; None where there is none."""
+        """Return the error of storing over all entries of the folder; None where there is no entry."""
         largest, total, count = 0.0, 0.0, 0
         for path in sorted(self.folder.glob("step-*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -205,7 +204,7 @@ def _checksum(*tensors: Tensor) -> str:
 
 
 def _differences(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """What differs, by name: `seed 0 -> 1`."""
+    """List the differences by name, such as `seed 0 -> 1`."""
     before = {**{name: value for name, value in theirs.items() if name != "key"}, **theirs.get("key", {})}
     now = {**{name: value for name, value in mine.items() if name != "key"}, **mine["key"]}
     return [

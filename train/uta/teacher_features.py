@@ -1,4 +1,4 @@
-"""The teacher's targets of a training's batches: from the cache where they are, beside the student's work on a GPU."""
+"""The teacher's targets for a training's batches, from the cache or computed, on a GPU beside the student's work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oner_fast.train.uta.teacher_cache import FeatureCache
 
 
 class _Pending(NamedTuple):
-    """Tokens on the way, when they are there, and whether a cache still has to be given them."""
+    """Tokens in flight, the event after which they are ready, and whether they still have to be cached."""
 
     step: int
     tokens: Tensor
@@ -23,11 +23,12 @@ class _Pending(NamedTuple):
 
 
 class TeacherFeatures:
-    """`take(batch)` gives a batch's tokens (B, 1 + N, E), which `submit(batch)` may have begun before.
+    """The tokens (B, 1 + N, E) of a batch by `take(batch)`; `submit(batch)` may start their computation earlier.
 
-    On a GPU the teacher runs on a stream of its own: submit the next batch before the student's step of this one
-    (`Batches.ahead` does), and both run at once. On the CPU that gains nothing. With a cache a step's tokens have the
-    same bits whether they were stored before or are computed now; a run that fills it waits for the copy of each step.
+    On a GPU the teacher runs on its own stream: submit the next batch before the student's step of this one
+    (`Batches.ahead` does), and both run at once. On the CPU that gains nothing. With a cache, a step's tokens have the
+    same bits whether they were stored before or are computed now. A run that fills the cache waits for the copy of
+    each step.
     """
 
     def __init__(self, teacher: Teacher, cache: FeatureCache | None = None) -> None:
@@ -40,12 +41,11 @@ class TeacherFeatures:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a batch submitted early is computed beside other work: on a GPU."""
+        """Whether a batch submitted early is computed beside other work, as on a GPU."""
         return self._stream is not None
 
     def submit(self, batch: PairBatch) -> None:
-        """Begin with a batch, whose pictures lie on the CPU (pinned, for copies that overlap) or on the teacher's
-        device."""
+        """Start a batch, whose images are on the CPU (pinned, for copies that overlap) or on the teacher's device."""
         stored = None
         if self.cache is not None:
             stored = self.cache.get(batch.step, batch.images.cpu(), _place(batch))
@@ -57,9 +57,9 @@ class TeacherFeatures:
         self._pending.append(_Pending(batch.step, tokens, ready, self.cache is not None and stored is None))
 
     def take(self, batch: PairBatch) -> Tensor:
-        """The batch's tokens in the teacher's dtype, ordered before what the current stream does next.
+        """Return the batch's tokens in the teacher's dtype, ordered before the next work of the current stream.
 
-        What was submitted of other steps before it is dropped: a restarted loader submits its batches again.
+        Earlier submissions of other steps are dropped: a restarted loader submits its batches again.
         """
         while self._pending and self._pending[0].step != batch.step:
             self._pending.popleft()
@@ -80,7 +80,7 @@ class TeacherFeatures:
         return self.teacher.tokens(batch.images) if stored is None else stored.to(self.teacher.dtype), None
 
     def _beside(self, batch: PairBatch, stored: Tensor | None) -> tuple[Tensor, torch.cuda.Event]:
-        """On the teacher's stream: the tokens, and the event that they are there."""
+        """Compute or copy the tokens on the teacher's stream; return them and the event after which they are ready."""
         assert self._stream is not None
         if batch.images.is_cuda:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -96,5 +96,5 @@ class TeacherFeatures:
 
 
 def _place(batch: PairBatch) -> int:
-    """Where this rank's part begins in the global batch."""
+    """Return the index in the global batch at which this rank's part begins."""
     return int(batch.samples[0])

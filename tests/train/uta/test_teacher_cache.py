@@ -100,7 +100,7 @@ def test_damage_is_found_and_counts_as_absent(damage: str, tmp_path: Path, caplo
 def test_features_of_other_pictures_are_not_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = open_cache(tmp_path)
     cache.put(7, images(), features())
-    assert cache.get(7, images(seed=1)) is None and "of other pictures" in caplog.text
+    assert cache.get(7, images(seed=1)) is None and "of other images" in caplog.text
 
 
 def test_two_ranks_write_files_of_their_own(tmp_path: Path) -> None:
