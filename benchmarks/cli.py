@@ -21,7 +21,7 @@ from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import OPS, cases
 from oner_fast.benchmarks.report import Report, milliseconds, verdict
 from oner_fast.benchmarks.rows import Row
-from oner_fast.train.memory import freed_memory_kept
+from oner_fast.train.engine.allocator import freed_memory_kept
 
 DEFAULT_FOLDER = Path("runs/bench")
 SECONDS, QUICK_SECONDS = 12.0, 1.5

@@ -31,15 +31,15 @@ from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.ops.patch_masks import draw_masks
-from oner_fast.train.alignment import with_cls
-from oner_fast.train.memory import freed_memory_kept
-from oner_fast.train.teacher_cache import FeatureCache
+from oner_fast.train.engine.allocator import freed_memory_kept
+from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
+from oner_fast.train.uta.step import with_cls
+from oner_fast.train.uta.teacher_cache import FeatureCache
 
 VISIBLE, MASK_TOKENS, GATHERED = "visible tokens alone (ours)", "mask tokens", "embed all, then gather"
 NAMES = (VISIBLE, MASK_TOKENS, GATHERED)
 COMPUTED, CACHED = "the teacher's tokens, computed", "the teacher's tokens, from the cache"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-_BACKWARD = 3  # forward, and a backward of twice its operations
 Tell = Callable[[str], None]
 
 
@@ -149,7 +149,7 @@ def _measure(
         for name in NAMES:
             tell(f"memory of {name} at {each:g}")
             peaks[name] = setting.peak(name, each)
-        flops = _BACKWARD * uta_flops(c, [tokens] * setting.batch_size)
+        flops = FORWARD_AND_BACKWARD * uta_flops(c, [tokens] * setting.batch_size)
         rows.append(Row(each, tokens, {name: samples[f"{name}, {each:g}"] for name in NAMES}, peaks, flops))
     return rows, {name: samples[name] for name in targets}
 

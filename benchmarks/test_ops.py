@@ -19,7 +19,7 @@ from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import cases
 from oner_fast.benchmarks.peak_memory import saved_bytes
 from oner_fast.ops.implementations import serving
-from oner_fast.train.memory import freed_memory_kept
+from oner_fast.train.engine.allocator import freed_memory_kept
 
 SECONDS = 1.5
 ATTEMPTS = 3

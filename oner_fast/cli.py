@@ -22,7 +22,7 @@ class Command:
     module: str
     help: str
     extra: str | None
-    names: dict[str, str] | None = None  # the words that may follow, with their help; each word of `train` is a module
+    names: dict[str, str] | None = None  # the words that may follow, with their help; each word of `train` is a package
 
 
 COMMANDS = {
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest[0] not in command.names:
             return _complain(f"name after '{name}'", rest[0], list(command.names))
         if name == "train":
-            module, rest = f"{module}.{rest[0]}", rest[1:]
+            module, rest = f"{module}.{rest[0]}.__main__", rest[1:]
     try:
         run = importlib.import_module(module).main
         return int(run(rest) or 0)

@@ -33,7 +33,7 @@ from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
 from oner_fast.models.teacher_image_towers import image_tower_of
 from oner_fast.models.uta import UTA
-from oner_fast.train import checkpoint
+from oner_fast.train.engine import checkpoint
 
 CLIP_FORMAT = "oner_fast.clip"
 

@@ -67,7 +67,7 @@ def test_a_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("argv", "module", "rest"),
     [
-        (["train", "oner", "--lr", "1"], "oner_fast.train.oner", ["--lr", "1"]),
+        (["train", "oner", "--lr", "1"], "oner_fast.train.oner.__main__", ["--lr", "1"]),
         (["eval", "runs/x"], "oner_fast.evaluation.cli", ["runs/x"]),
         (["data", "pairs", "my.csv"], "oner_fast.data.sources.cli", ["pairs", "my.csv"]),
         (["report", "runs/x"], "oner_fast.report.cli", ["runs/x"]),
@@ -89,7 +89,7 @@ def test_dispatch(argv: list[str], module: str, rest: list[str], monkeypatch: py
 @pytest.mark.parametrize(
     ("argv", "module"),
     [
-        (["train", "oner"], "oner_fast.train.oner"),
+        (["train", "oner"], "oner_fast.train.oner.__main__"),
         (["eval"], "oner_fast.evaluation.cli"),
         (["data", "pictograms"], "oner_fast.data.sources.cli"),
         (["report"], "oner_fast.report.cli"),

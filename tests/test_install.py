@@ -52,7 +52,7 @@ CLIENT = """
 import oner_fast.kernels
 import torch
 from oner_fast.ops import masked_gather
-from oner_fast.train import signals
+from oner_fast.train.engine import signals
 
 out: torch.Tensor = masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
 wrong: int = masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))

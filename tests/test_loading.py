@@ -13,9 +13,9 @@ import oner_fast
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR, OneRConfig
-from oner_fast.train import checkpoint
-from oner_fast.train.settings import Objectives
-from oner_fast.train.student import Student
+from oner_fast.train.engine import checkpoint
+from oner_fast.train.oner.settings import Objectives
+from oner_fast.train.oner.student import Student
 
 CAPTIONS = ["a red square", "a green circle above a blue square", "blue"]
 TOKENIZER = Tokenizer.train(CAPTIONS, 60)

@@ -19,7 +19,7 @@ from oner_fast.evaluation.cli import main
 from oner_fast.models.clip import CLIPConfig, build_clip, clip_pixels, clip_tokenizer, load_clip, save_clip
 from oner_fast.models.files import save_uta
 from oner_fast.models.uta import UTA, UTAConfig
-from oner_fast.train import checkpoint
+from oner_fast.train.engine import checkpoint
 
 CLIP = CLIPConfig(
     image_size=16, patch_size=8, vision_width=32, vision_layers=1, vision_heads=2, text_width=16, text_layers=1,

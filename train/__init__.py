@@ -1,1 +1,1 @@
-"""Training scripts, their recipes and the engine they share; imported as ``oner_fast.train``."""
+"""Trainings: one folder per system, the engine that they share, and configurations."""

@@ -12,9 +12,9 @@ from oner_fast.benchmarks.step.ours import OurStep
 from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.oner import OneR
-from oner_fast.train.inputs import StudentInput, student_input
-from oner_fast.train.optim import decays
-from oner_fast.train.student import Student
+from oner_fast.train.engine.optimizer import decays
+from oner_fast.train.oner.inputs import StudentInput, student_input
+from oner_fast.train.oner.student import Student
 
 _RENAMED = (
     ("patch_embedding.project.", "patch_embedding."),

@@ -8,12 +8,12 @@ from torch import Tensor
 from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.oner import OneR
-from oner_fast.train.distributed import World
-from oner_fast.train.ema import build_teacher, update_teacher
-from oner_fast.train.optim import build_adamw, clip_grad_norm
-from oner_fast.train.settings import OneRTraining
-from oner_fast.train.step import TrainingStep
-from oner_fast.train.student import Student
+from oner_fast.train.engine.distributed import World
+from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm
+from oner_fast.train.oner.ema import build_teacher, update_teacher
+from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.step import TrainingStep
+from oner_fast.train.oner.student import Student
 
 
 class OurStep:
@@ -27,7 +27,7 @@ class OurStep:
 
     name = "ours"
 
-    def __init__(self, config: OneRTraining, batch: PairBatch, dtype: torch.dtype | None) -> None:
+    def __init__(self, config: OneRConfiguration, batch: PairBatch, dtype: torch.dtype | None) -> None:
         self.config, self.batch = config, batch
         torch.manual_seed(0)
         self.student = Student(config.model, config.objectives).train()

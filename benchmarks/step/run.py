@@ -22,9 +22,9 @@ from oner_fast.benchmarks.step.ours import OurStep
 from oner_fast.benchmarks.step.setting import synthetic_batch, vitb16
 from oner_fast.benchmarks.step.shares import Share, shares
 from oner_fast.benchmarks.timing import Candidate, interleave
-from oner_fast.train.cost import step_flops
-from oner_fast.train.memory import freed_memory_kept
-from oner_fast.train.settings import OneRTraining
+from oner_fast.train.engine.allocator import freed_memory_kept
+from oner_fast.train.oner.flops import step_flops
+from oner_fast.train.oner.settings import OneRConfiguration
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 # Relative: the losses, and the L2 distance of each gradient. bfloat16 rounds to 2^-9 in every layer.
@@ -37,7 +37,7 @@ Tell = Callable[[str], None]
 @freed_memory_kept()
 def measure(
     dtype: str,
-    config: OneRTraining | None = None,
+    config: OneRConfiguration | None = None,
     *,
     rounds: int = 5,
     compiled: bool = True,

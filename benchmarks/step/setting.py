@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from oner_fast.data.batch import PairBatch, TokenizedText
-from oner_fast.train import recipes
-from oner_fast.train.settings import OneRTraining
+from oner_fast.train.oner import recipes
+from oner_fast.train.oner.settings import OneRConfiguration
 
 PAIRS = 8
 SHORTEST, LONGEST = 8, 40
@@ -25,13 +25,13 @@ class Words:
     first_word_id: int = 3
 
 
-def vitb16() -> OneRTraining:
+def vitb16() -> OneRConfiguration:
     """The paper's recipe (ITC + CMC + MLM + MIM, momentum teacher) at ViT-B/16, 224 px, with 8 pairs a step."""
     base = recipes.oner_vitb16_4m_a100x32()
     return replace(base, optim=replace(base.optim, batch_size=PAIRS, accum_freq=1))
 
 
-def synthetic_batch(config: OneRTraining, shortest: int = SHORTEST, longest: int = LONGEST) -> PairBatch:
+def synthetic_batch(config: OneRConfiguration, shortest: int = SHORTEST, longest: int = LONGEST) -> PairBatch:
     """Random images and captions; their lengths lie evenly between `shortest` and `longest` tokens, in random order."""
     pairs, model = config.optim.batch_size, config.model
     draw = torch.Generator().manual_seed(0)

@@ -15,11 +15,11 @@ from oner_fast.benchmarks.step.baseline import PlainStep, plain_model
 from oner_fast.benchmarks.step.ours import OurStep
 from oner_fast.benchmarks.step.setting import synthetic_batch, vitb16
 from oner_fast.benchmarks.step.shares import REST, kind_of, shares
-from oner_fast.train.settings import OneRTraining
-from oner_fast.train.student import Student
+from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.student import Student
 
 
-def tiny() -> OneRTraining:
+def tiny() -> OneRConfiguration:
     base = vitb16()
     model = replace(
         base.model, image_size=48, width=32, depth=2, heads=4, vocab_size=300, projector_hidden=48, embed_dim=16

@@ -14,11 +14,12 @@ import torch
 
 from oner_fast.data.batch import PairBatch, TokenizedText
 from oner_fast.models.oner import OneR, OneRConfig
-from oner_fast.train.distributed import World
-from oner_fast.train.ema import build_teacher
-from oner_fast.train.settings import Objectives, OneRTraining, Optimisation, Run
-from oner_fast.train.step import TrainingStep
-from oner_fast.train.student import Student
+from oner_fast.train.config.common import Optimisation, Run
+from oner_fast.train.engine.distributed import World
+from oner_fast.train.oner.ema import build_teacher
+from oner_fast.train.oner.settings import Objectives, OneRConfiguration
+from oner_fast.train.oner.step import TrainingStep
+from oner_fast.train.oner.student import Student
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ class Small:
     @staticmethod
     def config(
         accum_freq: int = 1, seed: int = 7, model: dict[str, Any] | None = None, **objectives: Any
-    ) -> OneRTraining:
+    ) -> OneRConfiguration:
         """A model of nine patches; `objectives` are Objectives' fields."""
         sizes: dict[str, Any] = {
             "image_size": 12, "patch_size": 4, "width": 8, "depth": 2, "heads": 2, "vocab_size": 29,
             "max_text_tokens": 9, "embed_dim": 5, "projector_hidden": 7,
         }  # fmt: skip
-        return OneRTraining(
+        return OneRConfiguration(
             model=OneRConfig(**{**sizes, **(model or {})}),
             objectives=Objectives(**{"predictor_hidden": 6, "mask_word_ratio": 0.4, **objectives}),
             optim=Optimisation(batch_size=8, accum_freq=accum_freq),
@@ -75,14 +76,14 @@ class Small:
                     parameter.copy_(0.3 * noise + (1.0 if "norm" in name and "weight" in name else 0.0))
 
     @classmethod
-    def student(cls, config: OneRTraining, dtype: torch.dtype = torch.float64) -> Student:
+    def student(cls, config: OneRConfiguration, dtype: torch.dtype = torch.float64) -> Student:
         """The same weights each time."""
         student = Student(config.model, config.objectives).to(dtype)
         cls.shake(student, 1)
         return student
 
     @classmethod
-    def teacher(cls, config: OneRTraining, student: Student) -> OneR | None:
+    def teacher(cls, config: OneRConfiguration, student: Student) -> OneR | None:
         """A teacher of other weights than the student's, where the configuration has one."""
         if not config.objectives.momentum_teacher:
             return None
@@ -91,13 +92,13 @@ class Small:
         return teacher
 
     @classmethod
-    def step(cls, config: OneRTraining, dtype: torch.dtype = torch.float64) -> tuple[TrainingStep, Student]:
+    def step(cls, config: OneRConfiguration, dtype: torch.dtype = torch.float64) -> tuple[TrainingStep, Student]:
         """A step of one process, and its student."""
         student = cls.student(config, dtype)
         return cls.step_of(config, student), student
 
     @classmethod
-    def step_of(cls, config: OneRTraining, student: Student, world: World | None = None) -> TrainingStep:
+    def step_of(cls, config: OneRConfiguration, student: Student, world: World | None = None) -> TrainingStep:
         """A step that trains `student`."""
         teacher = cls.teacher(config, student)
         return TrainingStep(config, student, teacher, cls.vocabulary, world or cls.world, None)

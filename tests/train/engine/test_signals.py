@@ -1,0 +1,65 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from oner_fast.train.engine.distributed import World
+from oner_fast.train.engine.signals import stop_on_signals
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_the_first_signal_only_asks(name, capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stop:
+        assert stop.requested is None and stop.agree(ALONE) is None
+        os.kill(os.getpid(), signal.Signals[name])
+        assert stop.requested == name == stop.agree(ALONE)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == name
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert ("Ctrl-C again stops at once" in capfd.readouterr().err) == (name == "SIGINT")
+
+
+def test_the_second_ctrl_c_interrupts_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_forked_children_leave_ctrl_c_to_the_parent_and_obey_sigterm():
+    code = (
+        "import os, signal, time\n"
+        "from oner_fast.train.engine.signals import stop_on_signals\n"
+        "with stop_on_signals() as stop:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(30); os._exit(3)\n"
+        "    _, status = os.waitpid(child, 0)\n"
+        "print(os.WTERMSIG(status), stop.requested)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("15 None\n", "")
+
+
+def test_outside_the_main_thread_it_says_that_it_cannot(caplog):
+    seen = []
+
+    def work():
+        with stop_on_signals() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None] and "not in the main thread" in caplog.text

@@ -1,0 +1,1 @@
+"""CLIP with two towers, and the contrastive second stage of UTA."""

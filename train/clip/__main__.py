@@ -1,0 +1,26 @@
+"""Train a CLIP, or UTA's second stage: `oner-fast train clip`.
+
+Several processes: `PYTHONSAFEPATH=1 torchrun -m oner_fast.train.clip`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oner_fast.train.clip.recipes import DEFAULT
+from oner_fast.train.clip.settings import CLIPConfiguration
+from oner_fast.train.clip.training import CLIPTraining
+from oner_fast.train.engine.launch import launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Returns:
+        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+    """
+    return launch(argv, "oner-fast train clip", CLIPConfiguration, DEFAULT, CLIPTraining)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

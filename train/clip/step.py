@@ -1,0 +1,55 @@
+"""The gradient of a step of CLIP: the contrast of the whole batch, exact under micro-batches and ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oner_fast import ops
+from oner_fast.data.batch import PairBatch
+from oner_fast.train.clip.towers import Embeddings, Texts, TwoTowers
+from oner_fast.train.engine.distributed import World
+from oner_fast.train.engine.replica import Replica
+from oner_fast.train.engine.two_pass import Features, first_pass, second_pass
+
+
+class ContrastStep:
+    """`step(batch)` leaves the gradient of the whole batch in the towers and returns the loss (0-d, of all ranks).
+
+    With `accum_freq` > 1 the contrast still sees all pairs, by two-pass accumulation
+    (`oner_fast.train.engine.two_pass`).
+    """
+
+    def __init__(self, towers: TwoTowers, accum_freq: int, world: World, autocast_dtype: torch.dtype | None) -> None:
+        self.towers, self.accum_freq, self.world = towers, accum_freq, world
+        self.replica = Replica(towers, world, autocast_dtype)
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        inputs = [
+            (
+                part.images.to(self.world.device, non_blocking=True),
+                self.towers.read(part.captions).to(self.world.device),
+            )
+            for part in batch.split(self.accum_freq)
+        ]
+        if len(inputs) == 1:
+            loss = self._loss(self._forward(inputs[0]))
+            loss.backward()
+            return loss.detach()
+        leaves = first_pass(self.replica, self._forward, inputs)
+        loss = self._loss(leaves)
+        loss.backward()
+        second_pass(self.replica, self._forward, inputs, leaves)
+        return loss.detach()
+
+    def _loss(self, features: Features) -> Tensor:
+        return ops.mixup_info_nce(
+            features.embeddings["image"],
+            features.embeddings["text"],
+            features.logit_scale,
+            group=self.replica.group,
+        )
+
+    def _forward(self, inputs: tuple[Tensor, Texts]) -> Features:
+        output: Embeddings = self.replica(*inputs)
+        return Features({"image": output.image.float(), "text": output.text.float()}, output.logit_scale)

@@ -1,0 +1,73 @@
+"""The contrastive training of two towers, and its form as a CLIP from scratch or as UTA's second stage."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.workers import Batches
+from oner_fast.train.clip.settings import CLIPConfiguration
+from oner_fast.train.clip.step import ContrastStep
+from oner_fast.train.clip.towers import TwoTowers, build_towers
+from oner_fast.train.engine.batches import BatchConfiguration, open_batches
+from oner_fast.train.engine.loop import Configuration, Gradient, Training
+from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
+
+
+class ContrastConfiguration(Configuration, BatchConfiguration, Protocol):
+    """The configuration of a contrast of two towers, as far as its training reads it."""
+
+
+C = TypeVar("C", bound=ContrastConfiguration)
+
+
+class TwoTowerTraining(Training[C]):
+    """Contrast images with their captions: both towers' embeddings normalised, both directions (CLIP)."""
+
+    student: TwoTowers
+
+    def _open_batches(self) -> Batches:
+        return open_batches(self.config, None, self.world)
+
+    def _ready(self) -> None:
+        self.step = ContrastStep(self.student, self.config.optim.accum_freq, self.world, self.dtype)
+        self._pair_flops = self._forward_flops()
+
+    def _gradient(self, batch: PairBatch) -> Gradient:
+        loss = self.step(batch)
+        return Gradient(loss, {"logit_scale": self.student.log_logit_scale.detach().exp()})
+
+    def _updated(self) -> dict[str, Tensor | float]:
+        self.student.clamp_temperature()
+        return {}
+
+    def _flops(self, batch: PairBatch) -> float:
+        return FORWARD_AND_BACKWARD * self._pair_flops * len(batch)
+
+    def _export(self) -> None:
+        self.student.save(self.folder)
+
+    def _extra_state(self) -> dict[str, Any]:
+        return dict(self.student.about())
+
+    def _forward_flops(self) -> float:
+        """Count the operations of one pair's forward; the contrast adds less than a hundredth."""
+        side = self.config.model.image_size
+        images = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.world.device)
+        texts = self.student.read(["a"]).to(self.world.device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.student(images, texts)
+        return float(counter.get_total_flops())
+
+
+class CLIPTraining(TwoTowerTraining[CLIPConfiguration]):
+    """A CLIP from scratch, or an aligned student against its teacher's text tower."""
+
+    title = "clip"
+
+    def _build(self) -> nn.Module:
+        return build_towers(self.config, self.world.device)

@@ -1,0 +1,99 @@
+"""The settings that every system shares: data, optimisation and run. Flags carry open_clip's names where it has one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "amp_bf16"]
+
+MIN_TEMPERATURE = 0.01
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise `ValueError` for a temperature below CLIP's lower limit."""
+    if not temperature >= MIN_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {MIN_TEMPERATURE} (logit_scale 100), got {temperature}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The image-text pairs, and how they are read."""
+
+    train_data: str = "data/pictograms"
+    """A data set's folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
+    train_split: str = "train"
+    val_split: str = "val"
+    """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
+    workers: int = 1
+    """Processes that decode; the order and the bytes of batches do not depend on their number."""
+    tokenizer: str = "train"
+    """`train` learns a WordPiece vocabulary from the captions; anything else is a path or a package that holds one."""
+    tokenizer_vocab: int = 8192
+    """Upper limit on the vocabulary that is learnt from the captions."""
+    aug_scale: float = 0.6
+    """Smallest share of an image's area that a random crop keeps; the largest is the whole image."""
+    aug_flip: float = 0.0
+    """Probability of a horizontal flip; 0 because captions speak of left and right."""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """AdamW with linear warm-up and half a cosine."""
+
+    steps: int = 1000
+    batch_size: int = 4096
+    """Pairs per step, over all ranks and micro-batches: the N of the contrast."""
+    accum_freq: int = 1
+    """Micro-batches per step; the contrast still sees the whole batch."""
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup: int = 100
+    """Steps of warm-up."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    wd: float = 0.1
+    grad_clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accum_freq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accum_freq:
+            raise ValueError(
+                f"batch_size must be a multiple of accum_freq, got {self.batch_size} and {self.accum_freq}"
+            )
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"needs 0 <= warmup < steps, got warmup {self.warmup} and steps {self.steps}")
+        if not 0.0 <= self.min_lr <= self.lr < math.inf:
+            raise ValueError(f"needs 0 <= min_lr <= lr, got min_lr {self.min_lr} and lr {self.lr}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run itself. Of these settings only precision, seed and threads change what is learnt."""
+
+    run_dir: str = "runs/oner"
+    recipe: str = ""
+    """The recipe that the settings began from; the recipe fills it in."""
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = "auto"
+    """auto: bfloat16 autocast where the processor multiplies in it, else float32."""
+    threads: int = 0
+    """Threads of the CPU's ops; 0 leaves torch's choice."""
+    resume: str = "latest"
+    """latest, none, or the path of a checkpoint."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    log_every_n_steps: int = 10
+    snapshot_every: int = 0
+    """Steps between snapshots of the embeddings of validation pairs; 0: none."""
+    snapshot_pairs: int = 256
+    deterministic: bool = True
+    """Train under torch.use_deterministic_algorithms(True)."""
+    max_skipped_steps: int = 20
+    """Non-finite steps in a row that end the run."""

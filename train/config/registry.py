@@ -1,0 +1,96 @@
+"""Recipes: named functions that return a whole configuration, registered under their own names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+Recipe = Callable[[], Any]
+
+_PACKAGE = "oner_fast.train"
+_RECIPES: dict[str, Recipe] = {}
+_NAME = re.compile(r"[a-z0-9]+(_[a-z0-9]+){2,}")
+
+
+class UnknownRecipe(ValueError):
+    """No recipe of this kind has this name. The message lists the recipes that exist."""
+
+
+def recipe(function: Callable[[], C]) -> Callable[[], C]:
+    """Register a function `model_data_hardware() -> dataclass instance` under its own name.
+
+    A configuration with a field `run.recipe` gets the name there.
+
+    Raises:
+        ValueError: the name does not have three parts in lower case, the docstring is missing, or the name is taken.
+    """
+    name = function.__name__
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a recipe is named model_data_hardware in lower case, got {name!r}")
+    if not (function.__doc__ or "").strip():
+        raise ValueError(f"recipe {name!r} needs a docstring: its first line is what --list-recipes prints")
+    known = _RECIPES.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (function.__module__, function.__qualname__):
+        raise ValueError(f"recipe {name!r} is already defined in {known.__module__}")
+
+    @functools.wraps(function)
+    def named() -> C:
+        config: Any = function()
+        if hasattr(getattr(config, "run", None), "recipe"):
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, recipe=name))
+        found: C = config
+        return found
+
+    _RECIPES[name] = named
+    return named
+
+
+def recipes(kind: type = object) -> dict[str, Recipe]:
+    """Return the registered recipes by name in alphabetical order; only those that return a `kind` if one is given."""
+    return {name: make for name, make in sorted(_RECIPES.items()) if kind is object or isinstance(make(), kind)}
+
+
+def get_recipe(name: str, kind: type = object) -> Any:
+    """Build the configuration of the recipe `name`.
+
+    Raises:
+        UnknownRecipe: no recipe of this name returns a `kind`. The message names the command that the recipe belongs
+            to, or else the nearest name and all known ones.
+    """
+    known = recipes(kind)
+    if name not in known:
+        raise UnknownRecipe(_describe_unknown(name, known))
+    config = _RECIPES[name]()
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"recipe {name!r} must return a dataclass instance, got {type(config).__name__}")
+    return config
+
+
+def _describe_unknown(name: str, known: dict[str, Recipe]) -> str:
+    import_all_recipes()
+    if name in _RECIPES:
+        return f"recipe {name!r} belongs to '{command_of(_RECIPES[name]())}'"
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown recipe {name!r}.{hint} Known recipes: {', '.join(known) or 'none'}"
+
+
+def command_of(config: Any) -> str:
+    """Return the command that trains a configuration, after the folder of `train/` that defines its class."""
+    return f"oner-fast train {type(config).__module__.removeprefix(_PACKAGE + '.').partition('.')[0]}"
+
+
+def import_all_recipes() -> None:
+    """Import `recipes.py` of every system in `train/`, so that all their recipes are registered."""
+    for found in pkgutil.iter_modules(importlib.import_module(_PACKAGE).__path__):
+        name = f"{_PACKAGE}.{found.name}.recipes"
+        if found.ispkg and importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)

@@ -1,0 +1,86 @@
+"""The batches of a training: from tars on disk, in an exactly reproducible order, or from streams."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from oner_fast.data.dataset import PairDataset
+from oner_fast.data.images import ImageTransform
+from oner_fast.data.loader import PairLoader
+from oner_fast.data.streaming import StreamedPairs
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.data.workers import Batches
+from oner_fast.train.config.common import Data, Optimisation, Run
+from oner_fast.train.engine.distributed import World
+
+
+class HasImageSize(Protocol):
+    """A model's configuration that has the side of its images, in pixels."""
+
+    @property
+    def image_size(self) -> int: ...
+
+
+class BatchConfiguration(Protocol):
+    """A training's configuration, as far as its batches depend on it."""
+
+    @property
+    def model(self) -> HasImageSize: ...
+
+    @property
+    def data(self) -> Data: ...
+
+    @property
+    def optim(self) -> Optimisation: ...
+
+    @property
+    def run(self) -> Run: ...
+
+
+def is_stream(address: str) -> bool:
+    """Tell whether `train_data` names streams: `pipe:COMMAND` or an address with a scheme, such as `https://`."""
+    return address.startswith("pipe:") or "://" in address
+
+
+def build_tokenizer(data: Data) -> Tokenizer:
+    """Learn the vocabulary from the training captions, or load the one that `data.tokenizer` names.
+
+    Raises:
+        ValueError: the captions are streamed, so that there are none to learn from before the training.
+    """
+    if data.tokenizer != "train":
+        return Tokenizer.load(data.tokenizer)
+    if is_stream(data.train_data):
+        raise ValueError("streamed train_data needs --tokenizer PATH: a vocabulary is learnt from tars on disk only")
+    return Tokenizer.train(PairDataset(data.train_data, data.train_split).captions(), data.tokenizer_vocab)
+
+
+def open_batches(
+    config: BatchConfiguration, tokenizer: Tokenizer | None, world: World, *, max_tokens: int = 0, captions: bool = True
+) -> Batches:
+    """Open this rank's batches from step 0 on; `load_state_dict` continues elsewhere.
+
+    Args:
+        tokenizer: None leaves the captions as strings.
+        max_tokens: the longest caption, in tokens.
+        captions: False reads images only; samples may then lack a caption.
+
+    Raises:
+        ValueError: there is no such data, or fewer samples than a batch needs.
+    """
+    data, image_size = config.data, config.model.image_size
+    common: dict[str, Any] = {
+        "batch_size": config.optim.batch_size,
+        "seed": config.run.seed,
+        "image_size": image_size,
+        "transform": ImageTransform(image_size, (data.aug_scale, 1.0), flip=data.aug_flip),
+        "workers": data.workers,
+        "rank": world.rank,
+        "world_size": world.size,
+        "max_tokens": max_tokens,
+        "pin_memory": world.device.type == "cuda",
+        "captions": captions,
+    }
+    if is_stream(data.train_data):
+        return StreamedPairs(data.train_data, tokenizer, **common)
+    return PairLoader(PairDataset(data.train_data, data.train_split), tokenizer, **common)

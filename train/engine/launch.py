@@ -1,0 +1,66 @@
+"""Run a training from its command line to its exit status."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from oner_fast.train.config.command_line import parse
+from oner_fast.train.engine import distributed
+from oner_fast.train.engine.allocator import freed_memory_kept
+from oner_fast.train.engine.distributed import World
+from oner_fast.train.engine.loop import C, Training
+from oner_fast.train.engine.nonfinite import NonFiniteError
+from oner_fast.train.engine.signals import stop_on_signals
+
+_EXIT = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def launch(
+    argv: Sequence[str] | None,
+    prog: str,
+    kind: type[C],
+    default_recipe: str,
+    build: Callable[[C, World], Training[C]],
+) -> int:
+    """Parse the command line and train.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of `sys.argv`.
+        prog: the program's name in messages.
+        kind: the dataclass of the configuration; recipes of other kinds are refused.
+        default_recipe: the recipe used without `--recipe`.
+        build: makes the training of a configuration and a world.
+
+    Returns:
+        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+    """
+    config: C = parse(sys.argv[1:] if argv is None else argv, default_recipe, prog, kind)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    try:
+        return _train(config, build)
+    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped without saving; the last checkpoint stands", file=sys.stderr)
+        return _EXIT["SIGINT"]
+
+
+def _train(config: C, build: Callable[[C, World], Training[C]]) -> int:
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    world = distributed.setup(config.run.device)
+    try:
+        with freed_memory_kept() if world.device.type == "cpu" else nullcontext(), stop_on_signals() as stop:
+            signal = build(config, world).run(stop)
+    finally:
+        distributed.shutdown()
+    return 0 if signal is None else _EXIT[signal]

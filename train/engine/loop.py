@@ -1,0 +1,287 @@
+"""The loop of every training: resumable at any step, with the same bits whether interrupted or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.workers import Batches
+from oner_fast.train.config.common import Optimisation, Precision, Run
+from oner_fast.train.config.serialization import from_dict, save_json, to_dict
+from oner_fast.train.engine import checkpoint
+from oner_fast.train.engine.distributed import World, barrier, sum_over_ranks
+from oner_fast.train.engine.metrics import MetricLog
+from oner_fast.train.engine.nonfinite import NonFiniteGuard
+from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, set_lr
+from oner_fast.train.engine.precision import autocast_dtype
+from oner_fast.train.engine.progress import Progress
+from oner_fast.train.engine.random_state import seed_generators
+from oner_fast.train.engine.schedule import cosine_lr
+from oner_fast.train.engine.signals import StopRequest
+from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
+
+# Settings of the data that change neither the samples nor their order: their place and the pace.
+_FREE_DATA = ("workers", "train_data", "tokenizer")
+
+
+class Configuration(Protocol):
+    """A dataclass of dataclasses, as far as the loop reads it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def optim(self) -> Optimisation: ...
+
+    @property
+    def run(self) -> Run: ...
+
+
+C = TypeVar("C", bound=Configuration)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The report of a step once the gradient of the whole batch is in the parameters.
+
+    Attributes:
+        loss: 0-d, over all ranks.
+        metrics: further metrics by name; 0-d tensors or numbers.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class Training(ABC, Generic[C]):
+    """A run, built from its configuration; `run` trains from the last checkpoint to the end.
+
+    A subclass defines what is built, what a step computes and what is saved. The loop owns the order: learning rate,
+    gradient norm, steps that are not finite, checkpoints, signals, metrics and progress.
+    """
+
+    title: ClassVar[str]
+    """The name before the progress bar."""
+    config: C
+    """The given configuration, completed by what the data or the checkpoint decided."""
+
+    def __init__(self, config: C, world: World) -> None:
+        self.world, self.folder = world, Path(config.run.run_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        if config.optim.batch_size % (world.size * config.optim.accum_freq):
+            raise ValueError(
+                f"batch_size must be a multiple of ranks x accum_freq, got {config.optim.batch_size} for "
+                f"{world.size} ranks and accum_freq {config.optim.accum_freq}"
+            )
+        start = checkpoint.resolve(self.checkpoints, config.run.resume)
+        _refuse_to_overwrite(self.checkpoints, start)
+        state = None if start is None else checkpoint.load(start, world.device)
+        self.dtype = autocast_dtype(config.run.precision, world.device)
+        precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
+        self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
+        if state is not None:
+            _refuse_other_configuration(str(start), state["config"], self.config)
+        seed_generators(config.run.seed)
+        o = self.config.optim
+        self.student = self._build().to(world.device).train()
+        self.optimizer = build_adamw(self.student, o.lr, (o.beta1, o.beta2), o.eps, o.wd)
+        self.guard = NonFiniteGuard(self.config.run.max_skipped_steps)
+        self.steps_done = 0
+        if state is not None:
+            self.student.load_state_dict(state["student"])
+            self._load_extra_state(state)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.guard.load_state_dict(state["guard"])
+            checkpoint.set_random_state(state["random"])
+            self.steps_done = int(state["step"])
+        self.batches = self._open_batches()
+        if state is not None:
+            self.batches.load_state_dict(state["data"])
+        self._ready()
+
+    # A subclass defines these.
+
+    @abstractmethod
+    def _build(self) -> nn.Module:
+        """Build the module whose parameters are trained; anything else that the step needs is kept aside."""
+
+    @abstractmethod
+    def _open_batches(self) -> Batches:
+        """Open this rank's batches from step 0 on."""
+
+    @abstractmethod
+    def _gradient(self, batch: PairBatch) -> Gradient:
+        """Leave the gradient of the whole batch, over all ranks and micro-batches, in the parameters."""
+
+    @abstractmethod
+    def _flops(self, batch: PairBatch) -> float:
+        """Count the floating-point operations that the definition of this rank's part of the step needs."""
+
+    @abstractmethod
+    def _export(self) -> None:
+        """Write the trained model into the run's folder; only the main rank calls this."""
+
+    def _resolve(self, config: C, state: dict[str, Any] | None) -> C:
+        """Complete `config` by what only the data or the checkpoint's `state` can tell."""
+        return config
+
+    def _ready(self) -> None:
+        """Make the step, once everything is built and restored."""
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds beside parameters, optimiser, data and random state."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `_extra_state` returned."""
+
+    def _updated(self) -> dict[str, Tensor | float]:
+        """React to the optimiser's step; return metrics."""
+        return {}
+
+    def _snapshot(self) -> None:
+        """Record what the report shows of this moment; only the main rank calls this."""
+
+    # The loop.
+
+    def run(self, stop: StopRequest) -> str | None:
+        """Train to the last step. Return None when done, or the name of the signal that ended the run early."""
+        c, total = self.config, self.config.optim.steps
+        main = self.world.is_main
+        if main:
+            save_json(c, self.folder / "config.json")
+            checkpoint.prepare(self.checkpoints)
+        meter, began = ThroughputMeter(), time.perf_counter()
+        rate = gemm_rate(self.world.device, self.dtype or torch.float32)
+        every, flops = c.run.log_every_n_steps, list[float]()
+        with (
+            MetricLog(self.folder, resume_step=self.steps_done, enabled=main) as log,
+            Progress(total, start=self.steps_done, every=every, title=self.title, enabled=main) as progress,
+            self.batches,
+        ):
+            if main and self.steps_done:
+                progress.note(f"resumed after step {self.steps_done}")
+            if main and self.steps_done == 0:
+                self._snapshot()
+            while self.steps_done < total:
+                with meter.waiting():
+                    batch = next(self.batches)
+                metrics = self._step(batch)
+                self.steps_done += 1
+                meter.step(len(batch) * self.world.size)
+                flops.append(self._flops(batch))
+                if self._due(every):
+                    pace = _pace(meter, flops, rate)
+                    if pace.get("mfu", 0.0) > 1.0:  # the machine was busy with something else when it was measured
+                        with meter.excluded():
+                            better = gemm_rate(self.world.device, self.dtype or torch.float32, again=True)
+                        pace["mfu"], rate = pace["mfu"] * rate / better, better
+                    shown = _plain(metrics) | pace | self._counts(batch)
+                    shown["seconds"] = time.perf_counter() - began
+                    flops.clear()
+                    log.write(self.steps_done, shown)
+                    progress.update(self.steps_done, shown)
+                else:
+                    progress.update(self.steps_done, {})
+                with meter.excluded():
+                    asked = stop.agree(self.world)
+                    if main and self._due(c.run.snapshot_every):
+                        self._snapshot()
+                    if asked or self._due(c.run.save_every):
+                        self._save()
+                if asked and self.steps_done < total:
+                    progress.note(f"{asked}: saved step {self.steps_done}; the same command goes on from there")
+                    return asked
+        if main:
+            self._export()
+        barrier()
+        return None
+
+    def _due(self, every: int) -> bool:
+        """Tell whether something is due now that happens every so many steps (0: never) and at the end."""
+        return every > 0 and (self.steps_done % every == 0 or self.steps_done == self.config.optim.steps)
+
+    def _step(self, batch: PairBatch) -> dict[str, Tensor | float]:
+        """Take one optimisation step and return its metrics, still on the device."""
+        o = self.config.optim
+        lr = cosine_lr(self.steps_done, peak=o.lr, total_steps=o.steps, warmup_steps=o.warmup, floor=o.min_lr)
+        set_lr(self.optimizer, lr)
+        result = self._gradient(batch)
+        norm = clip_grad_norm(self.student.parameters(), o.grad_clip_norm)
+        metrics: dict[str, Tensor | float] = {"loss": result.loss, **result.metrics, "lr": lr, "grad_norm": norm}
+        if self.guard.check(result.loss, norm):
+            self.optimizer.step()
+            metrics |= self._updated()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics
+
+    def _counts(self, batch: PairBatch) -> dict[str, float]:
+        """Count epochs, steps skipped so far, and corrupt samples of all ranks since the run was started."""
+        corrupt = sum_over_ranks(torch.tensor(self.batches.corrupt))
+        return {"epoch": batch.epoch, "skipped_steps": self.guard.skipped, "corrupt_samples": int(corrupt)}
+
+    def _save(self) -> None:
+        """Write a checkpoint from rank 0: whatever differs between ranks is a pure function of the step."""
+        if self.world.is_main:
+            state: dict[str, Any] = {
+                "student": self.student.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "guard": self.guard.state_dict(),
+                "data": self.batches.state_dict(),
+                "config": json.dumps(to_dict(self.config)),
+                "random": checkpoint.random_state(),
+            }
+            state |= self._extra_state()
+            checkpoint.save(self.checkpoints, self.steps_done, state, self.config.run.keep_checkpoints)
+        barrier()
+
+
+def _plain(metrics: dict[str, Tensor | float]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, float]:
+    """Read samples a second, data wait and MFU since the last reading; nothing where no step has counted yet."""
+    pace = meter.read()
+    if pace is None:
+        return {}
+    return {
+        "samples_per_second": pace.samples_per_second,
+        "data_wait": pace.data_wait,
+        "mfu": mfu(sum(flops[-pace.steps :]), pace.seconds, rate),
+    }
+
+
+def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
+    """Refuse a folder with newer checkpoints: they would be taken for this run's."""
+    existing = checkpoint.saved(checkpoints)
+    if existing and (start is None or start.resolve() != existing[-1].resolve()):
+        raise ValueError(
+            f"{checkpoints} holds {len(existing)} checkpoints up to {existing[-1].name}; "
+            "resume with --resume latest, or give another --run-dir"
+        )
+
+
+def _refuse_other_configuration(name: str, saved: str, config: Configuration) -> None:
+    """Refuse to resume with other settings, except those of the place, the pace and the bookkeeping."""
+    before_all = from_dict(type(config), json.loads(saved))
+    differences = []
+    for part in dataclasses.fields(config):
+        before, now = getattr(before_all, part.name), getattr(config, part.name)
+        for each in dataclasses.fields(before):
+            if part.name == "run" and each.name not in ("seed", "precision"):
+                continue
+            if part.name == "data" and each.name in _FREE_DATA:
+                continue
+            if getattr(before, each.name) != getattr(now, each.name):
+                differences.append(f"{each.name} {getattr(before, each.name)!r} -> {getattr(now, each.name)!r}")
+    if differences:
+        raise ValueError(f"{name} was trained with other settings ({'; '.join(differences)}); give another --run-dir")

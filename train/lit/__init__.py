@@ -1,0 +1,1 @@
+"""A LiT-like teacher: trained heads on two frozen packaged encoders."""

@@ -1,0 +1,26 @@
+"""Train the heads of a LiT-like teacher: `oner-fast train lit`.
+
+Several processes: `PYTHONSAFEPATH=1 torchrun -m oner_fast.train.lit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oner_fast.train.engine.launch import launch
+from oner_fast.train.lit.recipes import DEFAULT
+from oner_fast.train.lit.settings import LiTConfiguration
+from oner_fast.train.lit.training import LiTTraining
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Returns:
+        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+    """
+    return launch(argv, "oner-fast train lit", LiTConfiguration, DEFAULT, LiTTraining)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""OneR: one transformer for images and text."""

@@ -1,0 +1,23 @@
+"""Train OneR: `oner-fast train oner`; several processes: `PYTHONSAFEPATH=1 torchrun -m oner_fast.train.oner`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oner_fast.train.engine.launch import launch
+from oner_fast.train.oner.recipes import DEFAULT
+from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.training import OneRTraining
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Returns:
+        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+    """
+    return launch(argv, "oner-fast train oner", OneRConfiguration, DEFAULT, OneRTraining)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

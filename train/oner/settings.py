@@ -1,0 +1,92 @@
+"""The configuration of OneR: every number that shapes a training, as frozen dataclasses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from oner_fast.models.oner import OneRConfig
+from oner_fast.train.config.common import Data, Optimisation, Run, check_temperature
+
+
+@dataclass(frozen=True)
+class Objectives:
+    """Weights of the losses, and the form of the contrast.
+
+    A weight of 0 omits the loss and the passes that only it needs.
+    """
+
+    itc: float = 1.0
+    """F(I) against F(T) and the swapped pair."""
+    xmc: float = 0.0
+    """Cross-modal mixup: mean of F(I) and F(T) on both sides."""
+    cic: float = 0.0
+    """Contextual invariance: mean of F(I|T) and F(T|I) against the mean of F(I) and F(T)."""
+    cmc: float = 1.0
+    """Contextual mixup: F(I,T) against the mean of F(I) and F(T)."""
+    mlm: float = 1.0
+    """Masked words, in the text pass and in the image+text pass."""
+    mim: float = 1.0
+    """Masked patches, in the image pass and in the image+text pass."""
+    temperature: float = 0.2
+    """1 / logit_scale (MoCo v3's 0.2 by default)."""
+    learnable_temperature: bool = False
+    symmetric: bool = False
+    """Cross-entropy over columns too (CLIP); False is MoCo v3's query-to-key form."""
+    momentum_teacher: bool = True
+    """Keys from the moving-average teacher; False: from the student itself, with gradient and without predictor
+    (CLIP)."""
+    momentum: float = 0.996
+    """The teacher's momentum at the first step; it rises to 1 with half a cosine."""
+    predictor_hidden: int = 4096
+    mask_patch_ratio: float = 0.5
+    mask_word_ratio: float = 0.15
+    force_patch_dropout: float = 0.0
+    """Share of the patches left out of the student's passes, before they are embedded."""
+
+    def __post_init__(self) -> None:
+        weights = (self.itc, self.xmc, self.cic, self.cmc, self.mlm, self.mim)
+        if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(f"weights of the objectives must not be negative, and one must be above 0, got {weights}")
+        check_temperature(self.temperature)
+        if not 0.0 <= self.momentum <= 1.0:
+            raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
+        for name in ("mask_patch_ratio", "mask_word_ratio", "force_patch_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether any of the four contrasts is on."""
+        return any((self.itc, self.xmc, self.cic, self.cmc))
+
+
+@dataclass(frozen=True)
+class OneRConfiguration:
+    """The whole configuration of a run; saved beside it as config.json."""
+
+    model: OneRConfig = field(default_factory=OneRConfig)
+    objectives: Objectives = field(default_factory=Objectives)
+    data: Data = field(default_factory=Data)
+    optim: Optimisation = field(default_factory=Optimisation)
+    run: Run = field(default_factory=Run)
+
+    def __post_init__(self) -> None:
+        objectives, ratio = self.objectives, self.objectives.mask_word_ratio
+        if self.model.patch_size < 1 or self.model.image_size % self.model.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {self.model.image_size} and {self.model.patch_size}"
+            )
+        if not self.model.shared_trunk and not objectives.itc:
+            raise ValueError("two trunks (shared_trunk=False) need itc above 0: nothing else trains both")
+        if objectives.mlm and ratio == 0:
+            raise ValueError("mlm is above 0 but mask_word_ratio is 0: no word is masked")
+        if objectives.contrastive and not objectives.itc and not self.model.shared_head:
+            raise ValueError("two heads (shared_head=False) need itc above 0: the other contrasts do not reach both")
+        cells = (self.model.image_size // self.model.patch_size) ** 2
+        cells -= int(self.objectives.force_patch_dropout * cells)
+        if self.objectives.mim and int(self.objectives.mask_patch_ratio * cells) == 0:
+            ratio = self.objectives.mask_patch_ratio
+            raise ValueError(f"mim is above 0 but mask_patch_ratio {ratio} of {cells} patches masks none")
+        if not self.model.shared_trunk and any((self.objectives.xmc, self.objectives.cic, self.objectives.cmc)):
+            raise ValueError("two trunks (shared_trunk=False) have no joint pass: set xmc, cic and cmc to 0")

@@ -1,0 +1,134 @@
+"""The gradient of a step of OneR: all passes and objectives, exact under micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.word_masks import Vocabulary
+from oner_fast.models.oner import OneR, PassName
+from oner_fast.train.engine.distributed import World, sum_over_ranks
+from oner_fast.train.engine.replica import Replica
+from oner_fast.train.engine.two_pass import first_pass, second_pass
+from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
+from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
+from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.student import Student, StudentOutput
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The loss of a step.
+
+    Attributes:
+        loss: 0-d, over all ranks.
+        parts: the losses that make it up by name, unweighted; 0-d, over all ranks.
+        modality_gap: 0-d, of all ranks' keys; None without a contrast.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    modality_gap: Tensor | None
+
+
+class _MaskedSums(NamedTuple):
+    """This rank's shares of the masked losses and their weighted sum (all 0-d)."""
+
+    mlm: Tensor
+    mim: Tensor
+    weighted: Tensor
+
+
+class TrainingStep:
+    """`step(batch)` leaves the gradient of the whole batch in the student's parameters.
+
+    With `accum_freq` > 1 the contrast still sees all pairs, by two-pass accumulation
+    (`oner_fast.train.engine.two_pass`). Masks are part of the input, so both passes are the same computation.
+    """
+
+    def __init__(
+        self,
+        config: OneRConfiguration,
+        student: Student,
+        teacher: OneR | None,
+        vocabulary: Vocabulary,
+        world: World,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.config, self.teacher, self.vocabulary, self.world = config, teacher, vocabulary, world
+        self.replica = Replica(student, world, autocast_dtype)
+
+    def __call__(self, batch: PairBatch) -> StepResult:
+        c, device = self.config, self.world.device
+        parts = batch.split(c.optim.accum_freq)
+        masked = [student_input(part, c.objectives, c.model, c.run.seed, self.vocabulary) for part in parts]
+        counts = torch.tensor([sum(m.word_count for m in masked), sum(m.patch_count for m in masked)], device=device)
+        words, patches = sum_over_ranks(counts).clamp(min=1).unbind()
+        inputs = [each.to(device) for each in masked]
+        keys = self._keys([part.to(device) for part in parts])
+        if len(inputs) == 1:
+            output: StudentOutput = self.replica(inputs[0])
+            losses, contrast = self._contrast(output.embeddings, keys, output.logit_scale)
+            sums = self._masked(output, words, patches)
+            (contrast + sums.weighted * self.world.size).backward()
+            embeddings = output.embeddings
+        else:
+            embeddings, losses, contrast, sums = self._accumulate(inputs, keys, words, patches)
+        totals = sum_over_ranks(torch.stack([sums.mlm, sums.mim])).unbind()
+        masked_parts = {"mlm": totals[0], "mim": totals[1]}
+        weights = {"mlm": c.objectives.mlm, "mim": c.objectives.mim}
+        losses |= {name: value for name, value in masked_parts.items() if weights[name]}
+        loss = contrast.detach() + sum(weights[name] * value for name, value in masked_parts.items())
+        shown = keys or embeddings
+        gap = modality_gap(shown["image"], shown["text"]) if c.objectives.contrastive else None
+        return StepResult(loss, {name: value.detach() for name, value in losses.items()}, gap)
+
+    def _accumulate(
+        self, inputs: list[StudentInput], keys: dict[PassName, Tensor], words: Tensor, patches: Tensor
+    ) -> tuple[dict[PassName, Tensor], dict[str, Tensor], Tensor, _MaskedSums]:
+        leaves = first_pass(self.replica, self.replica, inputs)
+        losses, contrast = self._contrast(leaves.embeddings, keys, leaves.logit_scale)
+        if contrast.requires_grad:
+            contrast.backward()
+        zero = torch.zeros((), device=self.world.device)
+        total = _MaskedSums(zero, zero, zero)
+
+        def masked_loss(output: StudentOutput) -> Tensor:
+            nonlocal total
+            sums = self._masked(output, words, patches)
+            total = _MaskedSums(*(a + b.detach() for a, b in zip(total, sums, strict=True)))
+            return sums.weighted * self.world.size
+
+        second_pass(self.replica, self.replica, inputs, leaves, masked_loss)
+        return {name: leaf.detach() for name, leaf in leaves.embeddings.items()}, losses, contrast, total
+
+    def _keys(self, parts: list[PairBatch]) -> dict[PassName, Tensor]:
+        """Embed the whole local batch with the teacher; empty where the student gives the keys."""
+        if self.teacher is None or not self.config.objectives.contrastive:
+            return {}
+        found: dict[PassName, list[Tensor]] = {"image": [], "text": []}
+        with torch.no_grad(), self.replica.autocast():
+            for part in parts:
+                for name, projected in self.teacher.project_cls(self.teacher(teacher_input(part), {})).items():
+                    found[name].append(projected)
+        return {name: torch.cat(each) for name, each in found.items()}
+
+    def _contrast(
+        self, query: Mapping[PassName, Tensor], keys: Mapping[PassName, Tensor], scale: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        objectives = self.config.objectives
+        if not objectives.contrastive:
+            return {}, torch.zeros((), device=self.world.device)
+        losses = contrastive_losses(query, keys or query, scale, objectives, self.replica.group)
+        weighted = [getattr(objectives, name) * loss for name, loss in losses.items()]
+        return losses, torch.stack(weighted).sum()
+
+    def _masked(self, output: StudentOutput, words: Tensor, patches: Tensor) -> _MaskedSums:
+        """Divide the sums of this rank's masked positions by the count of all ranks and micro-batches."""
+        mlm, mim = output.mlm_sum / words, output.mim_sum / patches
+        return _MaskedSums(mlm, mim, self.config.objectives.mlm * mlm + self.config.objectives.mim * mim)

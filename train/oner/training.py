@@ -1,0 +1,103 @@
+"""The training of OneR: its step, its moving-average teacher, and its snapshots."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from oner_fast.data.batch import PairBatch
+from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.data.workers import Batches
+from oner_fast.models.files import save_model
+from oner_fast.models.oner import OneR
+from oner_fast.train.engine.batches import build_tokenizer, open_batches
+from oner_fast.train.engine.distributed import barrier
+from oner_fast.train.engine.loop import Gradient, Training
+from oner_fast.train.engine.schedule import teacher_momentum
+from oner_fast.train.oner.ema import build_teacher, update_teacher
+from oner_fast.train.oner.flops import step_flops
+from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.snapshots import Snapshots
+from oner_fast.train.oner.step import TrainingStep
+from oner_fast.train.oner.student import Student
+
+
+class OneRTraining(Training[OneRConfiguration]):
+    """OneR and its comparison rows."""
+
+    title = "oner"
+    student: Student
+    _snapshots: Snapshots | None = None
+
+    @property
+    def exported(self) -> OneR:
+        """The tower that is evaluated and saved: the student's, as MoCo keeps its query encoder."""
+        return self.student.tower
+
+    def _resolve(self, config: OneRConfiguration, state: dict[str, Any] | None) -> OneRConfiguration:
+        self.tokenizer = self._tokenizer(config, None if state is None else state["tokenizer"])
+        return replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
+
+    def _build(self) -> nn.Module:
+        student = Student(self.config.model, self.config.objectives).to(self.world.device)
+        self.teacher = build_teacher(student.tower) if self.config.objectives.momentum_teacher else None
+        return student
+
+    def _open_batches(self) -> Batches:
+        return open_batches(self.config, self.tokenizer, self.world, max_tokens=self.config.model.max_text_tokens)
+
+    def _ready(self) -> None:
+        self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, self.world, self.dtype)
+        if self.world.is_main:
+            self._snapshots = Snapshots(self.config, self.folder, self.tokenizer, self.exported)
+
+    def _gradient(self, batch: PairBatch) -> Gradient:
+        result = self.step(batch)
+        metrics: dict[str, Tensor | float] = {f"loss/{name}": value for name, value in result.parts.items()}
+        if result.modality_gap is not None:
+            metrics["modality_gap"] = result.modality_gap
+        return Gradient(result.loss, metrics)
+
+    def _updated(self) -> dict[str, Tensor | float]:
+        self.student.clamp_temperature()
+        if self.teacher is None:
+            return {}
+        momentum = teacher_momentum(
+            self.steps_done, total_steps=self.config.optim.steps, start=self.config.objectives.momentum
+        )
+        update_teacher(self.teacher, self.student.tower, momentum)
+        return {"momentum": momentum}
+
+    def _flops(self, batch: PairBatch) -> float:
+        return step_flops(self.config, batch)
+
+    def _snapshot(self) -> None:
+        if self._snapshots is not None:
+            self._snapshots.take(self.steps_done)
+
+    def _export(self) -> None:
+        save_model(self.folder / "model.safetensors", self.exported, self.tokenizer.to_json())
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "model_config": json.dumps(asdict(self.config.model)),
+            "tokenizer": self.tokenizer.to_json(),
+        }
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+
+    def _tokenizer(self, config: OneRConfiguration, saved: str | None) -> Tokenizer:
+        """Take the checkpoint's tokenizer, or let rank 0 learn or load one; save it in the run's folder."""
+        path = self.folder / "tokenizer.json"
+        if self.world.is_main:
+            tokenizer = build_tokenizer(config.data) if saved is None else Tokenizer.from_json(saved)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save(path)
+        barrier()
+        return Tokenizer.load(path)

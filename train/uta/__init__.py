@@ -1,0 +1,1 @@
+"""UTA: a vision transformer whose tokens are aligned to those of a frozen CLIP."""

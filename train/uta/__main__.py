@@ -1,0 +1,23 @@
+"""Train UTA: `oner-fast train uta`; several processes: `PYTHONSAFEPATH=1 torchrun -m oner_fast.train.uta`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from oner_fast.train.engine.launch import launch
+from oner_fast.train.uta.recipes import DEFAULT
+from oner_fast.train.uta.settings import UTAConfiguration
+from oner_fast.train.uta.training import UTATraining
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Returns:
+        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+    """
+    return launch(argv, "oner-fast train uta", UTAConfiguration, DEFAULT, UTATraining)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,78 @@
+"""The gradient of a step of UTA: the student's tokens aligned to the frozen teacher's (UTA, equation 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oner_fast import ops
+from oner_fast.data.batch import PairBatch
+from oner_fast.models.uta import UTA
+from oner_fast.ops.patch_masks import draw_masks
+from oner_fast.train.engine.distributed import World, sum_over_ranks
+from oner_fast.train.engine.replica import Replica
+from oner_fast.train.uta.settings import UTAConfiguration
+from oner_fast.train.uta.teacher_features import TeacherFeatures
+
+_STREAM = 0  # of the masks' random numbers
+
+
+class AlignmentStep:
+    """`step(batch)` leaves the gradient of the whole batch in the student's parameters and returns the loss (0-d).
+
+    Every sample has the same number of tokens, so the mean over micro-batches and ranks is the mean over the batch.
+    """
+
+    def __init__(
+        self,
+        config: UTAConfiguration,
+        student: UTA,
+        features: TeacherFeatures,
+        world: World,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        self.config, self.features, self.world = config, features, world
+        self.replica = Replica(student, world, autocast_dtype)
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        count = self.config.optim.accum_freq
+        parts = [part.to(self.world.device, non_blocking=True) for part in batch.split(count)]
+        targets = self.features.take(batch).chunk(count)
+        total = torch.zeros((), device=self.world.device)
+        for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
+            with self.replica.synced_at(index, count):
+                loss = self.loss(part, target) / count
+                loss.backward()
+            total += loss.detach()
+        return sum_over_ranks(total) / self.world.size
+
+    def loss(self, batch: PairBatch, target: Tensor) -> Tensor:
+        """Return minus the mean cosine (0-d) of a micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            target: the teacher's tokens (B, 1 + N, E), [CLS] first.
+        """
+        alignment, model = self.config.alignment, self.config.model
+        hidden = alignment.hidden(model.cells)
+        if alignment.objective == "distillation":
+            return ops.token_alignment(self.replica(batch.images), target)
+        masks = draw_masks(
+            self.config.run.seed,
+            batch.step,
+            batch.samples,
+            (model.grid, model.grid),
+            hidden,
+            alignment.mask,
+            _STREAM,
+        )
+        if alignment.objective == "uta":
+            return ops.token_alignment(self.replica(batch.images, masks.kept), target, with_cls(masks.kept))
+        rows = with_cls(masks.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :hidden])
+        tokens = self.replica(batch.images, masked=masks.mask)
+        return ops.token_alignment(ops.masked_gather(tokens, rows), target, rows)
+
+
+def with_cls(cells: Tensor) -> Tensor:
+    """Turn patch indices (B, K) into token indices (B, 1 + K) of a sequence that begins with [CLS]."""
+    return torch.nn.functional.pad(cells + 1, (1, 0))
