@@ -36,5 +36,6 @@ def find(tool: str) -> str | None:
 
 
 def missing(*tools: str) -> list[str]:
-    """Return the tools that are not here, in the order given."""
-    return [tool for tool in tools if find(tool) is None]
+    """Return the names of the tools that are not here, in the order given; a compiler by the name in `CXX`."""
+    cxx = os.environ.get("CXX")
+    return [cxx if tool == "g++" and cxx else tool for tool in tools if find(tool) is None]

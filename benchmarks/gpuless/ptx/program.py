@@ -208,7 +208,7 @@ class Program:
             self._instruction(inst, frame)
 
     def _declare_registers(self, text: str, scope: Scope) -> None:
-        found = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text)
+        found = re.match(r"\.reg\s*\.(\w+)\s+(.*)", text)
         if found is None or found[1] not in REGISTER_CLASS:
             raise PtxError(f"registers of this type are not emulated: {text}")
         cls = REGISTER_CLASS[found[1]]
