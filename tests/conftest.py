@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,11 +11,50 @@ import hypothesis
 import pytest
 import torch
 
+from oner_fast.benchmarks.gpuless import tools
+
 # Programs that tests start with -c or -m must not find the folder the tests are run from on their path.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 hypothesis.settings.register_profile("oner_fast", deadline=None, max_examples=40, derandomize=True)
 hypothesis.settings.load_profile("oner_fast")
+
+# The tools without which tests of GPU kernels are skipped.
+LADDER = tuple(dict.fromkeys([*tools.FOR_INTERPRETER, *tools.FOR_AOT, *tools.FOR_EMULATE, *tools.FOR_CUDA]))
+MOST_REASONS = 7  # that the end of a run lists one by one
+
+
+def pytest_configure() -> None:
+    """Refuse to run in continuous integration where tests of GPU kernels would be skipped."""
+    if os.environ.get("ONER_FAST_CI") == "1" and (absent := tools.missing(*LADDER)):
+        raise pytest.UsageError(
+            f"ONER_FAST_CI=1 lets no test of a GPU kernel be skipped, and needs {', '.join(absent)}"
+        )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what was skipped and why, in a few lines: the most frequent reasons first."""
+    given = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    reasons = Counter(str(one[2] if isinstance(one, tuple) else one).removeprefix("Skipped: ") for one in given)
+    if not reasons:
+        return
+    terminalreporter.section(f"{reasons.total()} skipped")
+    for reason, count in reasons.most_common(MOST_REASONS):
+        terminalreporter.write_line(f"{count:5}  {reason.splitlines()[0][:110]}")
+    if others := reasons.most_common()[MOST_REASONS:]:
+        total = sum(count for _, count in others)
+        terminalreporter.write_line(f"{total:5}  for {len(others)} other reasons (-rs lists every skip)")
+
+
+@pytest.fixture(scope="session")
+def needs() -> Callable[..., None]:
+    """`needs("nvcc", "g++")` skips a test where a tool is missing, and names it."""
+
+    def check(*names: str) -> None:
+        if absent := tools.missing(*names):
+            pytest.skip(f"needs {', '.join(absent)}")
+
+    return check
 
 
 @pytest.fixture(autouse=True)

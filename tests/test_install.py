@@ -150,6 +150,8 @@ def test_wheel(source: Path, tmp_path: Path, mypy_cache: Path) -> None:
         names
     )
     assert {"oner_fast/train/__init__.py", "oner_fast/benchmarks/__init__.py"} <= set(names)
+    emulator = "oner_fast/benchmarks/gpuless/ptx"
+    assert {f"{emulator}/{name}" for name in ("kernel.py", "runtime.cpp", "runtime.h")} <= set(names)
     assert any(name.startswith("oner_fast/_native.") for name in names)
     assert any(name.startswith("oner_fast/report/") and name.endswith(".html.j2") for name in names)
     tops = {name.split("/")[0] for name in names}

@@ -31,7 +31,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils._pytree import tree_map
 
 from oner_fast.benchmarks.cases import Forward
-from oner_fast.benchmarks.gpu.emulation import A100
+from oner_fast.benchmarks.gpu.emulated_a100 import A100
 
 # What only a CUDA build of torch has, in the program that inductor writes, and what stands for it here.
 REPLACED = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import oner_fast.kernels
 from oner_fast.benchmarks.gpu.machine_code import Figures, of_cubin
+from oner_fast.benchmarks.gpuless import tools
 from oner_fast.kernels.launch import Compilation
 
 SOURCES = Path(oner_fast.kernels.__file__).resolve().parents[1] / "csrc"
@@ -43,8 +44,8 @@ def cuda_sources() -> list[Path]:
 
 def compile_cuda(source: Path, target: str) -> list[Figures]:
     """Every kernel of a CUDA C++ file, by name. Raises FileNotFoundError without nvcc."""
-    if (nvcc := shutil.which("nvcc")) is None:
-        raise FileNotFoundError("nvcc is not on PATH")
+    if (nvcc := tools.find("nvcc")) is None:
+        raise FileNotFoundError("nvcc was not found")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [nvcc, "-cubin", f"-arch={target}", "-std=c++17", "-O3", "-I", str(SOURCES), str(source)]

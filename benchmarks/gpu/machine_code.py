@@ -1,4 +1,4 @@
-"""What machine code says of a kernel: registers, spills, shared memory, occupancy, tensor cores, asynchronous copies.
+"""Read off machine code: registers, spills, shared memory, occupancy, tensor cores, asynchronous copies.
 
 Needs no GPU and no driver: Triton's wheel brings ptxas, cuobjdump and nvdisasm, and compiles for AMD's GPUs too.
 """
@@ -6,48 +6,19 @@ Needs no GPU and no driver: Triton's wheel brings ptxas, cuobjdump and nvdisasm,
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from oner_fast.benchmarks.gpuless import architectures, sass
+from oner_fast.benchmarks.gpuless.compilation import compile_kernel
 from oner_fast.kernels.launch import Compilation
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-WARP_REGISTERS, REGISTERS = 256, 65536  # registers are handed to a warp in units, out of so many a multiprocessor
-RESERVED = 1024  # bytes of shared memory that the system takes of each block
 MATRIX = re.compile(r"([HIDBQ]MMA|[HIQ]GMMA|UTC\w*MMA)\b|v_mfma|v_wmma")
 ASYNCHRONOUS = re.compile(r"(LDGSTS|UTMALDG|UBLKCP)\b|global_load_lds|buffer_load\w*_lds")
 LOCAL = re.compile(r"(LDL|STL)\b")
-INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 AMD_INSTRUCTION = re.compile(r"^\s+([vs]_[a-z0-9_]+|ds_\w+|global_\w+|buffer_\w+)", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Of a multiprocessor: warps, blocks and bytes of shared memory at once, and the bytes that one block may have."""
-
-    warps: int
-    blocks: int
-    shared: int
-    shared_block: int
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-CHIPS = {
-    "sm_80": Chip(64, 32, 164 * 1024, 163 * 1024),
-    "sm_86": Chip(48, 16, 100 * 1024, 99 * 1024),
-    "sm_89": Chip(48, 24, 100 * 1024, 99 * 1024),
-    "sm_90": Chip(64, 32, 228 * 1024, 227 * 1024),
-    "sm_100": Chip(64, 32, 228 * 1024, 227 * 1024),
-}
-AMD_SHARED_BLOCK = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -81,9 +52,9 @@ class Figures:
         """Everything that must not be on a GPU that we tune for."""
         if self.error:
             return [f"does not compile: {self.error}"]
-        limit = CHIPS[self.target].shared_block if self.target in CHIPS else AMD_SHARED_BLOCK
+        limit = architectures.shared_block_limit(self.target)
         found = [f"{self.local} instructions spill"] if self.local else []
-        if self.shared > limit:
+        if limit is not None and self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, {limit} is the most")
         if tensor_cores and not self.matrix:
             found.append("no tensor-core instruction")
@@ -91,20 +62,20 @@ class Figures:
 
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> float | None:
-    """By the rules of CUDA's occupancy calculator; None for a target or a block that it does not know."""
-    if target not in CHIPS or not warps:
+    """Return the share of a multiprocessor's warps; None for a target or a block that the rules do not know."""
+    capability = architectures.capability_of(target)
+    if capability not in architectures.ARCHITECTURES or not warps:
         return None
-    chip = CHIPS[target]
-    of_warp = -(-registers * 32 // WARP_REGISTERS) * WARP_REGISTERS
-    by_registers = REGISTERS // 4 // of_warp * 4 // warps if of_warp else chip.blocks
-    by_shared = chip.shared // (-(-(shared + RESERVED) // 128) * 128)
-    return min(by_registers, by_shared, chip.warps // warps, chip.blocks) * warps / chip.warps
+    return architectures.occupancy(capability, registers, shared, warps).share
 
 
 def compile_triton(compilation: Compilation, target: str) -> Figures:
     """Compile one kernel, as a launch would, for a GPU that need not be here."""
     try:
-        compiled = triton.compile(_source(compilation), target=_gpu(target), options=dict(compilation.options))
+        compiled = compile_kernel(
+            compilation.kernel, compilation.signature, compilation.constexprs, compilation.divisible,
+            compilation.options, target,
+        )  # fmt: skip
     except Exception as error:  # whatever a compiler throws belongs into the report
         return Figures(compilation.name, target, error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
@@ -121,14 +92,11 @@ def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
 
     Raises ValueError where the disassembly cannot be read.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = _run("cuobjdump", "-res-usage", file.name), _run("nvdisasm", "-c", file.name)
+    usage, code = sass.disassemble(cubin)
     listings = dict(re.findall(r"^\s*\.section\s+\.text\.(\S+?),.*?\n(.*?)(?=^\s*\.section\s|\Z)", code, re.S | re.M))
     found = {}
     for name, numbers in re.findall(r"Function (\S+?):\s*(REG:.*)", usage):
-        names = INSTRUCTION.findall(listings[name])
+        names = [found[1] for found in sass.INSTRUCTION.finditer(listings[name])]
         if not names:
             raise ValueError(f"nvdisasm lists no instruction of {name}")
         of = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
@@ -140,27 +108,9 @@ def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
 
 
 def versions() -> str:
-    """What compiled: another version allots other registers."""
-    release = re.search(r"V(\d[\d.]*)", _run("ptxas", "--version"))
+    """Name the compilers: another version allots other registers."""
+    release = re.search(r"V(\d[\d.]*)", sass.run_tool("ptxas", "--version"))
     return f"Triton {triton.__version__}, ptxas {release[1] if release else 'unknown'}"
-
-
-def _source(compilation: Compilation) -> ASTSource:
-    kernel = compilation.kernel
-    constants = {p.name: p.default for p in kernel.params if p.name not in compilation.signature and p.has_default}
-    constants.update(compilation.constexprs)
-    types = {name: "constexpr" if name in constants else compilation.signature[name] for name in kernel.arg_names}
-    divisible: Mapping[str, int] = {
-        **{name: 16 for name, kind in types.items() if kind.startswith("*")}, **compilation.divisible,
-    }  # fmt: skip
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", by]] for name, by in divisible.items()}
-    return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
-
-
-def _gpu(target: str) -> GPUTarget:
-    if target.startswith("sm_"):
-        return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
 
 
 def _of_amd(name: str, target: str, assembly: str, shared: int, warps: int) -> Figures:
@@ -175,7 +125,3 @@ def _of_amd(name: str, target: str, assembly: str, shared: int, warps: int) -> F
 
 def _count(pattern: re.Pattern[str], names: list[str]) -> int:
     return sum(bool(pattern.match(name)) for name in names)
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from oner_fast.benchmarks.gpu.kernels import compilations, compile_cuda, cuda_sources, first_of_each_kernel
 from oner_fast.benchmarks.gpu.machine_code import TARGETS, Figures, compile_triton, versions
+from oner_fast.benchmarks.gpuless import tools
 from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, as_on
 
 DEFAULT_FILE = Path("benchmarks/results/gpu_resources.md")
@@ -84,7 +84,7 @@ def compile_named(name: str, target: str) -> Figures:
 
 
 def _cuda_tasks() -> list[tuple[Path, str]]:
-    if shutil.which("nvcc") is None:
+    if tools.find("nvcc") is None:
         return []
     return [(source, target) for source in cuda_sources() for target in TARGETS if target.startswith("sm_")]
 
@@ -140,7 +140,9 @@ def row(one: Figures) -> str:
 
 
 def nvcc_version() -> str:
-    """Of the compiler that made the CUDA C++ part."""
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    """Name the compiler that made the CUDA C++ part."""
+    said = subprocess.run(
+        [tools.find("nvcc") or "nvcc", "--version"], capture_output=True, text=True, check=True
+    ).stdout
     release = re.search(r"V(\d[\d.]*)", said)
     return f"nvcc {release[1] if release else 'unknown'}"

@@ -1,8 +1,8 @@
 """`oner-fast bench gpu-peers`: the GPU kernels beside other libraries' and torch.compile's, on one emulated A100.
 
 No GPU is needed, and nothing is measured: the compiled kernels run on the CPU, and what they move and compute is
-counted, forward and backward together, once their results have been compared with float64. Needs the checkers of
-../shared.
+counted, forward and backward together, once their results have been compared with float64. Needs Triton and a C++
+compiler.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.gpu.contest import CASES, contestants
-from oner_fast.benchmarks.gpu.emulation import Unavailable, checkers
+from oner_fast.benchmarks.gpuless import estimate as model
+from oner_fast.benchmarks.gpuless import tools
 
 COMMAND = "oner-fast bench gpu-peers"
 DEFAULT_FILE = Path("benchmarks/results/gpu_peers.md")
@@ -31,8 +32,6 @@ HEAD = (
     "| who | error | MB | of the ideal | eager MB | MB of sectors | thousand instructions | tensor MFLOP "
     "| bank conflicts | kernels | eager operations | estimate, +-30 %: us, bound |"
 )
-# Shares of the peak that good kernels reach on tensor cores and in issuing; as in the checkers' model.
-TENSOR_SHARE, ISSUE_SHARE = 0.73, 0.9
 FLOPS_OF_INSTRUCTION = 2 * 16 * 8 * 16
 
 
@@ -59,12 +58,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run every contestant and write the table; 1 where ours is wrong or cannot run, 2 without an emulator."""
+    """Run every contestant and write the table; 1 where ours is wrong or cannot run, 2 where a tool is missing."""
     options = parser().parse_args(argv)
-    try:
-        checkers("emulate")
-    except Unavailable as error:
-        print(f"{COMMAND}: {error}", file=sys.stderr)
+    if absent := tools.missing(*tools.FOR_EMULATE):
+        print(f"{COMMAND}: kernels cannot be emulated without {', '.join(absent)}", file=sys.stderr)
         return 2
     install(options.peers)
     tasks = [(op, name, off) for op in options.op for name, off in contestants(op).items()]
@@ -149,13 +146,13 @@ def row(one: Entry, ideal: float) -> str:
 
 
 def estimate(found: dict[str, Any]) -> str:
-    """Microseconds on an A100 by the checkers' constants, and what bounds them. An estimate, +-30 %."""
-    chip = checkers("estimate").CHIPS["A100"]
+    """Return the microseconds on an A100 by the constants of `gpuless.estimate`, and what bounds them; +-30 %."""
+    chip = model.CHIPS["A100"]
     quarters = 4 * chip.sms * chip.hertz
     seconds = {
         "memory": found["dram"] / chip.bytes_per_second,
-        "tensor cores": found["tensor_flops"] / FLOPS_OF_INSTRUCTION * chip.hmma / quarters / TENSOR_SHARE,
-        "issue": found["instructions"] / quarters / ISSUE_SHARE,
+        "tensor cores": found["tensor_flops"] / FLOPS_OF_INSTRUCTION * chip.hmma / quarters / model.TENSOR_SHARE,
+        "issue": found["instructions"] / quarters / model.PIPE_SHARE,
     }
     bound = max(seconds, key=lambda name: seconds[name])
     return f"{seconds[bound] * 1e6:.1f}, {bound}"

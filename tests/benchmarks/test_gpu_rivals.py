@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+pytest.importorskip("triton", reason="needs triton")
 
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.gpu import contest, rivals
-from oner_fast.benchmarks.gpu.emulation import Unavailable, checkers, count, emulated_a100
+from oner_fast.benchmarks.gpu.emulated_a100 import count, emulated_a100
+from oner_fast.benchmarks.gpuless import tools
 
 FOUND = {
     "error": 1e-3, "allowed": 0.1, "launches": 3, "operations": 1, "dram": 34_000_000, "eager": 1_000_000,
@@ -22,23 +22,20 @@ FOUND = {
 
 
 @pytest.fixture
-def emulator() -> None:
-    try:
-        checkers("emulate")
-    except Unavailable as error:
-        pytest.skip(str(error))
+def emulator(needs: Callable[..., None]) -> None:
+    needs(*tools.FOR_EMULATE)
 
 
-def test_without_checkers_it_says_where_they_should_be(
+def test_a_missing_tool_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("ONER_FAST_GPULESS", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert rivals.main(["--out", str(tmp_path / "peers.md")]) == 2
-    assert f"the GPU emulator is not in {tmp_path}" in capsys.readouterr().err
+    assert "kernels cannot be emulated without no-such-compiler" in capsys.readouterr().err
     assert not (tmp_path / "peers.md").exists()
 
 
-def test_the_report_says_what_was_not_measured_and_why_somebody_is_missing(emulator: None) -> None:
+def test_the_report_says_what_was_not_measured_and_why_somebody_is_missing() -> None:
     entries = [
         rivals.Entry("mixup_info_nce", OURS, FOUND),
         rivals.Entry("mixup_info_nce", "other", {}, "wrong: error 1"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="needs triton")
 
 from oner_fast.benchmarks.cases import Call
 from oner_fast.benchmarks.gpu import tiles, tune, tune_compile, tune_timing
@@ -25,6 +23,7 @@ from oner_fast.benchmarks.gpu.tiles import label, neighbours
 from oner_fast.benchmarks.gpu.tune import Tuner
 from oner_fast.benchmarks.gpu.tune_log import Log
 from oner_fast.benchmarks.gpu.workloads import Workload, workloads
+from oner_fast.benchmarks.gpuless import emulate, tools
 from oner_fast.benchmarks.ops import token_alignment
 from oner_fast.benchmarks.timing import Candidate, Samples
 from oner_fast.kernels import launch
@@ -35,7 +34,6 @@ OTHER: Key = ("token_alignment", "backward", "wide")
 COMMITTED = configuration(*KEY, 90)
 FASTER = replace(COMMITTED, blocks={"BLOCK_D": 512})
 SLOWER = replace(COMMITTED, num_warps=2)
-CHECKERS = Path(os.environ.get("ONER_FAST_GPULESS") or Path(__file__).parents[2].parent / "shared")
 
 
 @pytest.fixture(autouse=True)
@@ -323,13 +321,11 @@ def test_every_op_has_workloads_of_its_own_names() -> None:
         assert found and len({one.name for one in found}) == len(found) and {one.op for one in found} == {op}
 
 
-def test_a_real_kernel_is_searched(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_kernel_is_searched(log: Log, monkeypatch: pytest.MonkeyPatch, needs: Callable[..., None]) -> None:
     """token_alignment, compiled for sm_80 and run on the CPU: overrides reach its launches and change no result."""
-    if not (CHECKERS / "gpuless").is_dir() or os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip(f"no checkers at {CHECKERS} to run compiled kernels")
-    if str(CHECKERS) not in sys.path:
-        sys.path.append(str(CHECKERS))
-    emulate = importlib.import_module("gpuless.emulate")
+    needs(*tools.FOR_EMULATE)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted kernels are not compiled")
     case = token_alignment.case(1, 4, 300, 2, torch.float32, token_alignment.Target())
     own = Workload(case.key, case.op, case.dtype, case.make, token_alignment.token_alignment)
     monkeypatch.setattr(tune, "MOST_MOVES", 1)

@@ -1,16 +1,14 @@
-"""CUDA C++ without a GPU: nvcc compiles csrc/cuda, its own host code makes the launches, and the checkers of ../shared
-(or $ONER_FAST_GPULESS) run the sm_80 PTX on the CPU, with bounds, races and barriers checked."""
+"""CUDA C++ without a GPU: nvcc compiles csrc/cuda, its own host code makes the launches, and the sm_80 PTX runs on the
+CPU, with bounds, races and barriers checked."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -21,34 +19,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from oner_fast.benchmarks.gpuless import tools
+from oner_fast.benchmarks.gpuless.ptx import Kernel
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 KERNELS = ["masked_gather", "gather_patches", "token_alignment", "mixup_info_nce"]
-CHECKERS = Path(os.environ.get("ONER_FAST_GPULESS") or ROOT.parent / "shared")
-IN_CI = os.environ.get("ONER_FAST_CI") == "1"
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 
 I32, I64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
-
-
-def nvcc() -> str:
-    """The compiler; skips the test where there is none, but never where it must be."""
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    if found is None:
-        assert not IN_CI, "nvcc was not found: these tests must not be skipped here"
-        pytest.skip("nvcc was not found")
-    return found
-
-
-def emulator() -> Any:
-    """gpuless.ptx; skips the test where it is not, but never where it must be."""
-    if not (CHECKERS / "gpuless").is_dir():
-        assert not IN_CI, f"the checkers are missing at {CHECKERS}: these tests must not be skipped here"
-        pytest.skip(f"no checkers at {CHECKERS}")
-    if str(CHECKERS) not in sys.path:
-        sys.path.append(str(CHECKERS))
-    return importlib.import_module("gpuless.ptx")
 
 
 @cache
@@ -75,12 +54,11 @@ Kept = structure("Kept")
 class Library:
     """One .cu as a shared library whose launches are emulated. `log` keeps the counters of the launches of a call."""
 
-    def __init__(self, name: str) -> None:
-        self.ptx_module = emulator()
-        folder = self.build(name)
+    def __init__(self, name: str, compiler: str) -> None:
+        folder = self.build(name, compiler)
         self.library = ctypes.CDLL(str(folder / "kernels.so"))
         self.entries = entries((folder / f"{name}.ptx").read_text(encoding="utf-8"))
-        self.kernels: dict[str, Any] = {}
+        self.kernels: dict[str, Kernel] = {}
         self.log: list[Any] = []
         self.shared: list[int] = []  # bytes of dynamic shared memory that each asked for
         self.settings: dict[str, Any] = {}
@@ -91,8 +69,8 @@ class Library:
         self.library.oner_fast_test_launcher(self.launcher)
 
     @staticmethod
-    def build(name: str) -> Path:
-        compiler, runtime = nvcc(), Path(__file__).parent / "runtime.cpp"
+    def build(name: str, compiler: str) -> Path:
+        runtime = Path(__file__).parent / "runtime.cpp"
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         sources = [*sorted(SOURCES.glob("*.cuh")), SOURCES / "launch.h", SOURCES / f"{name}.cu", runtime]
         digest = hashlib.sha256(version.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
@@ -119,7 +97,7 @@ class Library:
         try:
             kernel = self.kernel(name.decode())
             places = (POINTER * len(kernel.params)).from_address(arguments)
-            given = [ctypes.string_at(place, p.bytes) for place, p in zip(places, kernel.params, strict=True)]
+            given = [ctypes.string_at(place, p.size) for place, p in zip(places, kernel.params, strict=True)]
             sizes = [tuple((ctypes.c_uint32 * 3).from_address(at)) for at in (grid, block)]
             stats = kernel.launch(*sizes, given, shared=shared, tensors=self.tensors, **self.settings)
             self.log.append(stats)
@@ -129,9 +107,9 @@ class Library:
             self.failure = self.failure or error
             return 1
 
-    def kernel(self, name: str) -> Any:
+    def kernel(self, name: str) -> Kernel:
         if name not in self.kernels:
-            self.kernels[name] = self.ptx_module.Kernel(self.entries[name], name)
+            self.kernels[name] = Kernel(self.entries[name], name)
         return self.kernels[name]
 
     def call(self, function: str, fields: dict[str, Any], keep: Sequence[Tensor] = (), **settings: Any) -> None:
@@ -204,16 +182,19 @@ def entries(ptx: str) -> dict[str, str]:
 
 
 @cache
-def library_of(name: str) -> Library:
-    return Library(name)
+def library_of(name: str, compiler: str) -> Library:
+    return Library(name, compiler)
 
 
 @pytest.fixture(scope="session")
-def library() -> Callable[[str], Library]:
+def library(compiler: str, needs: Callable[..., None]) -> Callable[[str], Library]:
     """The emulated library of a .cu by its name."""
-    return library_of
+    needs("g++")
+    return lambda name: library_of(name, compiler)
 
 
 @pytest.fixture(scope="session")
-def compiler() -> str:
-    return nvcc()
+def compiler(needs: Callable[..., None]) -> str:
+    """The path of nvcc."""
+    needs("nvcc")
+    return tools.find("nvcc") or ""

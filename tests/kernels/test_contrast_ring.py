@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -45,16 +45,12 @@ def part_of(x: Tensor, rank: int) -> Tensor:
     return mine.detach().clone().requires_grad_(x.requires_grad)
 
 
-def run_rank(rank: int, folder: str, checkers: str) -> None:
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=len(SIZES))
-    executor: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if (Path(checkers) / "gpuless").is_dir():
-        sys.path.append(checkers)
-        mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "emulate"
-        executor = importlib.import_module(f"gpuless.{mode}").active()
+    mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "emulate"
     results = {}
-    with executor:
+    with importlib.import_module(f"oner_fast.benchmarks.gpuless.{mode}").active():
         for name in TOLERANCES:
             given = {argument: part_of(x, rank) for argument, x in inputs(getattr(torch, name)).items()}
             loss = mixup_info_nce(**given, group=dist.group.WORLD, implementation="triton")
@@ -67,9 +63,8 @@ def run_rank(rank: int, folder: str, checkers: str) -> None:
 def test_two_ranks_equal_one(device: str, tmp_path: Path) -> None:
     if device == "cuda":
         pytest.skip("two ranks with NCCL need two GPUs")
-    checkers = os.environ.get("ONER_FAST_GPULESS") or str(Path(__file__).parents[2].parent / "shared")
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), checkers], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        [sys.executable, __file__, str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -89,9 +84,9 @@ def test_two_ranks_equal_one(device: str, tmp_path: Path) -> None:
             assert (mean - right).abs().max() <= tolerance * right.abs().max()
 
 
-def main(folder: str, checkers: str) -> None:
+def main(folder: str) -> None:
     forks = multiprocessing.get_context("fork")
-    children = [forks.Process(target=run_rank, args=(rank, folder, checkers)) for rank in range(len(SIZES))]
+    children = [forks.Process(target=run_rank, args=(rank, folder)) for rank in range(len(SIZES))]
     for child in children:
         child.start()
     for child in children:

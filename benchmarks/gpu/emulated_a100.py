@@ -1,17 +1,10 @@
-"""An A100 that is not there: kernels run on the CPU, and what they moved and computed is counted.
-
-Needs the checkers of ../shared, or of the folder that ONER_FAST_GPULESS names.
-"""
+"""Pretend to have an A100: kernels run on the CPU, and what they move and compute is counted."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from oner_fast.benchmarks.gpuless import emulate
 from oner_fast.ops import library
 
 SECTOR = 32
@@ -33,7 +27,7 @@ A100 = SimpleNamespace(
 
 @dataclass(frozen=True)
 class Counts:
-    """Of forward and backward together.
+    """Counts of forward and backward together.
 
     Args:
         launches: of kernels; `operations`: of eager PyTorch between them.
@@ -55,23 +49,9 @@ class Counts:
     conflicts: int
 
 
-class Unavailable(Exception):
-    """Nothing can be emulated here; says why."""
-
-
-def checkers(module: str) -> Any:
-    """A module of the checkers. Raises Unavailable where they are not."""
-    folder = Path(os.environ.get("ONER_FAST_GPULESS") or Path(__file__).resolve().parents[3] / "shared")
-    if not (folder / "gpuless").is_dir():
-        raise Unavailable(f"the GPU emulator is not in {folder} (ONER_FAST_GPULESS names another folder)")
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    return importlib.import_module(f"gpuless.{module}")
-
-
 @contextmanager
 def emulated_a100() -> Iterator[list[Any]]:
-    """Triton's kernels run on CPU tensors, and torch.cuda answers as an A100 would; gives the log of launches."""
+    """Run Triton's kernels on CPU tensors while torch.cuda answers as an A100 would; give the log of launches."""
     answers: dict[str, Any] = {
         "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (A100.major, A100.minor),
@@ -82,11 +62,11 @@ def emulated_a100() -> Iterator[list[Any]]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         # Blocks may order each other by atomics, and a peer's races are its own affair: results are checked.
-        yield stack.enter_context(checkers("emulate").active(global_race=False, race=False))
+        yield stack.enter_context(emulate.active(global_race=False, race=False))
 
 
 def count(run: Callable[[], Sequence[Tensor]], log: list[Any]) -> tuple[Counts, Sequence[Tensor]]:
-    """Run once inside `emulated_a100` and count; also gives what it returned."""
+    """Run once inside `emulated_a100`; return the counts and the results."""
     log.clear()
     eager = _Eager()
     launch = library._Launcher.__call__
@@ -143,5 +123,5 @@ class _Eager(TorchDispatchMode):
 
 
 def _bytes(x: Tensor) -> int:
-    """Of the memory that it covers: an expanded tensor is read once."""
+    """Return the bytes of memory that a tensor covers: an expanded tensor is read once."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
