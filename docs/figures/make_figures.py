@@ -288,10 +288,10 @@ def speedup() -> Drawing:
     rows = []
     for line in REPORT.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 9 and (ratio := re.fullmatch(r"([\d.]+)x", cells[5])):
+        if len(cells) == 9 and (found := re.fullmatch(r"([\d.]+)x", cells[5])):
             name = "training step" if cells[0].startswith("step") else cells[0].split(" ")[0]
             dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(cells[2], cells[2])
-            rows.append((name, dtype, float(ratio[1])))
+            rows.append((name, dtype, float(found[1])))
     d = Drawing(WIDTH, 82 + 28 * len(rows), "Speed against the fastest form of PyTorch")
     d.text(20, 32, "Times as fast as the fastest of PyTorch on two cores of a Xeon with AMX")
     x0, unit = 236, 112
