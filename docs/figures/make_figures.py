@@ -6,6 +6,7 @@ is a sketch with the real proportions of a small example. Nothing is random: the
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 from pathlib import Path
@@ -320,9 +321,12 @@ FIGURES = (
 
 
 def main() -> None:
-    """Write every figure beside this file."""
+    """Write every figure."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder; beside this file by default")
+    folder = parser.parse_args().out
     for figure in FIGURES:
-        figure().save(HERE / f"{figure.__name__}.svg")
+        figure().save(folder / f"{figure.__name__}.svg")
 
 
 if __name__ == "__main__":
