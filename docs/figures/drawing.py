@@ -1,0 +1,107 @@
+"""A small SVG canvas whose colours follow the reader's light or dark theme."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+_LIGHT = {
+    "ground": "#fbfbfd",
+    "edge": "#d7dae1",
+    "ink": "#1c1f26",
+    "soft": "#5d6472",
+    "image": "#3d6fd6",
+    "word": "#d97d0b",
+    "cls": "#12966f",
+    "faint": "#dfe3ea",
+    "key": "#8a4fc9",
+}
+_DARK = {
+    "ground": "#1a1d23",
+    "edge": "#3a404b",
+    "ink": "#e8eaee",
+    "soft": "#a3abb9",
+    "image": "#7aa2f7",
+    "word": "#f0a94a",
+    "cls": "#4fd0a5",
+    "faint": "#333943",
+    "key": "#c49bf2",
+}
+
+
+def _rules(colours: dict[str, str]) -> str:
+    fills = "".join(f".{name}{{fill:{value}}}" for name, value in colours.items())
+    strokes = "".join(f".s-{name}{{stroke:{value}}}" for name, value in colours.items())
+    return fills + strokes
+
+
+class Drawing:
+    """Shapes and text in the order they are added, on a card that has a background of its own.
+
+    The card keeps the drawing readable where a page's theme differs from the reader's system theme. Colours are names:
+    ground, edge, ink, soft, image, word, cls, faint, key.
+    """
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.width, self.height, self.title = width, height, title
+        self._parts: list[str] = []
+
+    def rect(self, x: float, y: float, w: float, h: float, fill: str, *, edge: str = "", round: float = 2) -> None:
+        """Add a rectangle; `edge` names the colour of its outline, if it has one."""
+        stroke = f' class="{fill} s-{edge}"' if edge else f' class="{fill}"'
+        self._parts.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}"{stroke}/>')
+
+    def squares(self, corners: list[tuple[float, float]], side: float, fill: str) -> None:
+        """Add many squares of one size and colour, by their upper left corners."""
+        path = "".join(f"M{x:g} {y:g}h{side:g}v{side:g}h-{side:g}z" for x, y in corners)
+        self._parts.append(f'<path d="{path}" class="{fill}"/>')
+
+    def frame(self, x: float, y: float, w: float, h: float, edge: str = "ink", *, dashed: bool = False) -> None:
+        """Add an outline without a fill."""
+        dash = ' stroke-dasharray="4 3"' if dashed else ""
+        self._parts.append(
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="3" fill="none" class="s-{edge}"'
+            f' stroke-width="1.5"{dash}/>'
+        )
+
+    def text(
+        self, x: float, y: float, words: str, colour: str = "ink", *, size: int = 15, anchor: str = "start"
+    ) -> None:
+        """Add one line of text; `anchor` is start, middle or end."""
+        place = f'x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}"'
+        self._parts.append(f'<text {place} class="{colour}">{escape(words)}</text>')
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, edge: str = "soft", *, width: float = 1.5) -> None:
+        """Add a straight line."""
+        self._parts.append(
+            f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="s-{edge}" stroke-width="{width:g}"/>'
+        )
+
+    def arrow(self, x1: float, y1: float, x2: float, y2: float, edge: str = "soft", *, both: bool = False) -> None:
+        """Add an arrow that is horizontal or vertical; `both` gives it two heads."""
+        self.line(x1, y1, x2, y2, edge)
+        ends = [(x1, y1, x2, y2), (x2, y2, x1, y1)] if both else [(x1, y1, x2, y2)]
+        for fx, fy, x, y in ends:
+            dx, dy = _sign(x - fx), _sign(y - fy)
+            left = (x - 6 * dx + 3.5 * dy, y - 6 * dy + 3.5 * dx)
+            right = (x - 6 * dx - 3.5 * dy, y - 6 * dy - 3.5 * dx)
+            points = " ".join(f"{px:g},{py:g}" for px, py in ((x, y), left, right))
+            self._parts.append(f'<polygon points="{points}" class="{edge}"/>')
+
+    def save(self, path: Path) -> None:
+        """Write the drawing as an SVG file."""
+        style = f"{_rules(_LIGHT)}@media(prefers-color-scheme:dark){{{_rules(_DARK)}}}"
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
+            f' height="{self.height}" role="img" font-family="system-ui, Helvetica, Arial, sans-serif">',
+            f"<title>{escape(self.title)}</title>",
+            f"<style>{style}</style>",
+            f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="8" class="ground s-edge"/>',
+            *self._parts,
+            "</svg>",
+        ]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
