@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint docs clean
+.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint format docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -22,6 +22,7 @@ PYTEST ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 STAMP = $(VENV)/.oner-fast-installed
 
 help: ## say what there is
@@ -96,13 +97,22 @@ sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanit
 mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs ../shared and nvcc)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
 
-lint: $(STAMP)-dev ## ruff and mypy
+lint: $(STAMP)-dev ## ruff, mypy, clang-format, and the files of .github against their schemas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+
+format: $(STAMP)-dev ## format Python and C++ in place
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(STAMP)-docs ## build the documentation into build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove what builds and runs of the tools left (data, runs and environments stay)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

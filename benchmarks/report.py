@@ -1,4 +1,4 @@
-"""The report of a run: results.json, report.md and plots, written whole after every row and never edited by hand."""
+"""The report of a run: results.json, report.md, report.html and plots, written whole after every row, never by hand."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from oner_fast.atomic import write_atomic
 from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.page import page
 from oner_fast.benchmarks.rows import Row
 
 MIB = 2**20
@@ -53,13 +55,20 @@ class Report:
         return cls(data["command"], data["machine"], data["machine_facts"], rows, data["finished"], data["started"])
 
     def write(self, folder: Path) -> list[Path]:
-        """results.json and report.md in `folder`, made where it is missing; each is replaced at once."""
+        """Write results.json, report.md and report.html into `folder`, made where it is missing; return their paths.
+
+        Each file is replaced at once. The HTML page holds the plots; the Markdown refers to them.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        data, page = folder / "results.json", folder / "report.md"
-        text = json.dumps(self.as_dict(), indent=1) + "\n"
-        write_atomic(data, lambda file: file.write(text.encode()))
-        write_atomic(page, lambda file: file.write(self.markdown(folder).encode()))
-        return [data, page]
+        markdown = self.markdown(folder)
+        texts = {
+            "results.json": json.dumps(self.as_dict(), indent=1) + "\n",
+            "report.md": markdown,
+            "report.html": page(markdown, folder),
+        }
+        for name, text in texts.items():
+            write_atomic(folder / name, partial(_write, text))
+        return [folder / name for name in texts]
 
     def markdown(self, folder: Path | None = None) -> str:
         """The report; with a folder, the plots that lie in it are shown."""
@@ -94,6 +103,10 @@ class Report:
         for row in self.rows:
             lines += _details(row)
         return "\n".join(lines).rstrip() + "\n"
+
+
+def _write(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())
 
 
 def milliseconds(seconds: float) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_verdicts() -> None:
 
 def test_the_report_is_the_same_from_its_json(tmp_path: Path) -> None:
     report = Report("oner-fast bench ops", "a machine", {"threads": 2}, [row()], finished=True)
-    data, page = report.write(tmp_path)
+    data, page, _ = report.write(tmp_path)
     again = Report.read(data)
     assert again.as_dict() == report.as_dict() == json.loads(data.read_text())
     assert again.markdown() == page.read_text()
@@ -97,3 +98,18 @@ def test_plots(tmp_path: Path) -> None:
     assert [path.name for path in drawn] == ["speedup.png", "share.png", "memory.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
     assert "![speedup](speedup.png)" in Report("c", "m", {}, [row()]).markdown(tmp_path)
+
+
+def test_the_html_page_needs_no_other_file(tmp_path: Path) -> None:
+    plots.draw([row()], tmp_path)
+    refused = row()
+    refused.refused = {"eager a": "result <0>: relative error 1 & more"}
+    *_, path = Report("oner-fast bench ops", "a machine", {}, [refused], finished=False).write(tmp_path)
+    page = path.read_text()
+    assert path.name == "report.html" and page.count("data:image/png;base64,") == 3
+    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
+    assert "<h3>mixup_info_nce, N 8, D 4, float32</h3>" in page and "<code>oner-fast bench ops</code>" in page
+    assert "<strong>This run was not finished:</strong>" in page
+    assert "<li>refused, wrong: eager a: result &lt;0&gt;: relative error 1 &amp; more</li>" in page
+    heads = [line for line in page.splitlines() if line.startswith("<tr><th>")]
+    assert "<th>best baseline, ms</th>" in heads[0] and not re.search(r"^\||^#|\*\*", page, re.M)
