@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from drawing import Drawing
 
-from oner_fast.data.masking import Pattern, draw_masks
+from oner_fast.ops.patch_masks import Pattern, draw_masks
 
 HERE = Path(__file__).resolve().parent
 REPORT = HERE.parents[1] / "benchmarks" / "results" / "cpu" / "report.md"
