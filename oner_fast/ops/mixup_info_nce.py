@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import checks, contrast_ring, reference
 from oner_fast.ops.collectives import row_counts_and_any
 from oner_fast.ops.contrast_ring import Ring, Rows
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_cuda, why_not_triton
+from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
 

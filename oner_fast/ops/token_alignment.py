@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import checks, reference
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_cuda, why_not_triton
+from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 
 @define(

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import attention_backends as backends
 from oner_fast.ops import checks, reference
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
+from oner_fast.ops.library import define, raw_ops, why_not_triton
 
 
 @define(
