@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oner_fast.ops.implementations import Facts
+
 OURS = "oner_fast"
 Forward = Callable[..., Any]
 
@@ -122,6 +124,7 @@ class Case:
         timed: False measures memory alone (the baselines would not fit).
         counted: the FLOPs that PyTorch's counter must find in eager code; None where it has none that count.
         saved: the bytes that ours keeps for backward beyond its inputs.
+        facts: the facts of our call by its arguments, as in `oner_fast.ops.implementations`; None: its dtype alone.
         notes: what a reader of the row must know.
     """
 
@@ -139,6 +142,7 @@ class Case:
     timed: bool = True
     counted: float | None = None
     saved: int = 0
+    facts: Callable[..., Facts] | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -153,6 +157,10 @@ class Case:
                 return one
         known = ", ".join(one.name for one in self.contenders)
         raise ValueError(f"{self.key} has no contender {name!r}; known: {known}")
+
+    def facts_of(self, call: Call, device: str) -> Facts:
+        """Return the facts by which the op chooses the implementation of our `call`, laid out as ours takes it."""
+        return (self.op, device, {"dtype": self.dtype}) if self.facts is None else self.facts(*call.arguments)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -20,7 +20,7 @@ from oner_fast.benchmarks.limits import limits
 from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
-from oner_fast.ops.implementations import REFERENCE, NotAsked, choose, implementations, serving
+from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
 # A result may err this many times as much as plain eager PyTorch in the same dtype does, and some units more: a single
 # number such as a loss is sometimes right by luck.
@@ -69,17 +69,15 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     torch._dynamo.reset()
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
     if settings.device != "cpu":
-        case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, case.make(0, settings.device))])
+        case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
     # What is promised is promised for the CPU.
     promised = asdict(case.target) if settings.device == "cpu" else {}
     target = {name: value for name, value in promised.items() if value is not None}
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
     ours = case.contender(OURS)
-    try:
-        served = serving(case.op, lambda: ours.forward(*ours.layout(first).arguments))
-    except NotAsked:  # something else stands in the op's place
-        served = choose(case.op, settings.device, dtype=first.arguments[0].dtype)
+    op, device, facts = case.facts_of(ours.layout(first), settings.device)
+    served = choose(op, device, **facts)
     row.served = served.name
     if case.timed:
         forwards = {one.name: one.function() for one in case.contenders}
@@ -95,7 +93,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     return row
 
 
-def _ours_by_name(case: Case, call: Call) -> list[Contender]:
+def _ours_by_name(case: Case, device: str) -> list[Contender]:
     """Ours once more for each implementation of ours that can serve the call, beside the one that does."""
     ours, variable = case.contender(OURS), f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
 
@@ -110,15 +108,10 @@ def _ours_by_name(case: Case, call: Call) -> list[Contender]:
 
         return run
 
-    def able(name: str) -> bool:
-        try:
-            serving(case.op, lambda: forced(name)(*ours.layout(call).arguments))
-        except RuntimeError:
-            return False
-        return True
-
-    known = [name for name in implementations(case.op) if name in ("triton", "triton_atomic", "cuda")]
-    return [Contender(f"{OURS} {name}", forced(name)) for name in known if able(name)]
+    op, kind, facts = case.facts_of(ours.layout(case.make(0, device)), device)
+    known = implementations(op)
+    able = [name for name, one in known.items() if not one.reasons_against(kind, asked_for=True, **facts)]
+    return [Contender(f"{OURS} {name}", forced(name)) for name in able if name in ("triton", "triton_atomic", "cuda")]
 
 
 def check(

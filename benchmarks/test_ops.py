@@ -18,7 +18,7 @@ from oner_fast.benchmarks.counts import counted_flops, graph_breaks
 from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import cases
 from oner_fast.benchmarks.peak_memory import saved_bytes
-from oner_fast.ops.implementations import serving
+from oner_fast.ops.implementations import choose
 from oner_fast.train.engine.allocator import freed_memory_kept
 
 SECONDS = 1.5
@@ -45,7 +45,8 @@ def _no_fresh_pages() -> Iterator[None]:
 
 def skip_unless_compiled(case: Case) -> None:
     ours = case.contender(OURS)
-    served = serving(case.op, lambda: ours.forward(*ours.layout(case.make(0, "cpu")).arguments))
+    op, device, facts = case.facts_of(ours.layout(case.make(0, "cpu")), "cpu")
+    served = choose(op, device, **facts)
     if not served.compiled:
         pytest.skip(f"{case.op} is served by {served.name!r}, which promises nothing")
 

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.kernels import kept as kept_lists
 from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
-from oner_fast.ops.library import statistics_dtype
 
 _SAMPLES_A_GROUP = 64  # shapes alone decide the groups, so that a gradient's bits do not depend on the GPU
 _GROUPS = 16

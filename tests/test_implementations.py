@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from oner_fast import _extension, ops
 from oner_fast.ops import implementations, library
-from oner_fast.ops.implementations import choose, explain, register, serving
+from oner_fast.ops.implementations import choose, explain, register
 
 PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "patch_masks", "token_alignment", "varlen_attention"]
 
@@ -48,18 +49,51 @@ def test_best_that_can_serve(toy: str) -> None:
     assert choose(toy, "meta").name == "reference"
 
 
-def test_what_serves_a_call_is_told_without_running_it(toy: str) -> None:
-    def call(dtype: torch.dtype) -> str:
-        chosen = choose(toy, "cpu", dtype=dtype).function()
-        raise AssertionError(f"{chosen} ran")
+def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]]:
+    """A call of every public op: the function, its arguments, and its options."""
+    tokens, kept = torch.randn(1, 4, 8), torch.zeros(1, 2, dtype=torch.int64)
+    rows, boundaries = torch.randn(4, 2, 8, requires_grad=True), torch.tensor([0, 1, 4], dtype=torch.int32)
+    return {
+        "gather_patches": (ops.gather_patches, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), kept, 4), {}),
+        "masked_gather": (ops.masked_gather, (tokens.double(), kept), {}),
+        "mixup_info_nce": (ops.mixup_info_nce, (tokens[0], tokens[0], 2.0), {}),
+        "token_alignment": (ops.token_alignment, (tokens[:, :2], tokens, kept), {}),
+        "varlen_attention": (ops.varlen_attention, (rows, rows, rows, boundaries), {"max_seqlen_q": 3, "scale": 0.5}),
+    }
 
-    assert serving(toy, lambda: call(torch.float32)).name == "picky"
-    assert serving(toy, lambda: call(torch.float16)).name == "reference"
-    with pytest.raises(RuntimeError, match="bad mood"):
-        serving(toy, lambda: choose(toy, "cpu", "picky", dtype=torch.float16))
-    with pytest.raises(ValueError, match="no implementation of 'toy'"):
-        serving(toy, lambda: None)
-    assert choose(toy, "cpu").function() == "picky", "asking is over"
+
+@pytest.mark.parametrize("op", sorted(calls()))
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_facts_of_a_call_are_those_its_implementation_is_chosen_by(
+    op: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, dict[str, Any]]] = []
+
+    def note(name: str, device: str, implementation: str | None = None, **facts: Any) -> implementations.Implementation:
+        asked.append((name, device, facts))
+        return choose(name, device, implementation, **facts)
+
+    module = importlib.import_module(f"oner_fast.ops.{op}")
+    monkeypatch.setattr(module, "choose", note)
+    function, arguments, options = calls()[op]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = module.facts(*arguments, **options)
+        function(*arguments, **options)
+    assert asked == [expected] and expected[:2] == (op, "cpu")
+
+
+def test_the_facts_of_attention_tell_lengths_head_dimension_and_gradient() -> None:
+    _, arguments, options = calls()["varlen_attention"]
+    facts = importlib.import_module("oner_fast.ops.varlen_attention").facts
+    known = facts(*arguments, **options)[2]
+    assert known == {
+        "dtype": torch.float32, "causal": False, "scale": 0.5, "max_seqlen_q": 3, "max_seqlen_k": 3,
+        "needs_grad": True, "head_dim": 8,
+    }  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        known = facts(*arguments, arguments[3], causal=True)[2]
+    assert known["dtype"] == torch.bfloat16 and known["causal"] and not known["needs_grad"]
+    assert known["max_seqlen_q"] is None and known["max_seqlen_k"] is None
 
 
 def test_argument_wins_over_the_ops_variable_over_the_one_for_all(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from oner_fast.benchmarks.gpu.emulated_a100 import count, emulated_a100
 from oner_fast.benchmarks.measure import relative_error
 from oner_fast.benchmarks.ops import gather_patches, masked_gather, mixup_info_nce, token_alignment
 from oner_fast.ops import reference, varlen_attention
+from oner_fast.ops.varlen_attention import facts
 
 INDUCTOR = "torch.compile: "
 HEADS, WIDTH, LENGTHS = 4, 64, [256, 256]
@@ -110,6 +111,7 @@ def _attention_case() -> Case:
         make=make,
         contenders=[Contender(OURS, partial(varlen_attention, **known))],
         exact=exact_by(partial(reference.varlen_attention, **known)),
+        facts=partial(facts, **known),
         flops=14.0 * pairs * HEADS * WIDTH,
         # q, k, v in and the result out; then those, the result, its gradient in, and three gradients out.
         bytes=float(12 * total * HEADS * WIDTH * 2),

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target, both, exact_by
 from oner_fast.benchmarks.ops.masked_gather import random_kept
 from oner_fast.ops import gather_patches, reference
+from oner_fast.ops.gather_patches import facts
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -80,6 +81,7 @@ def case(batch: int, side: int, patch: int, share: float, target: Target) -> Cas
             *both("index, normalise", index_the_view, layout=with_constants),
         ],
         exact=exact_by(in_float64),
+        facts=facts,
         flops=2.0 * pixels,
         bytes=float(pixels + 4 * pixels + batch * kept * 8),
         limit="copy",

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target, both, exact_by
 from oner_fast.ops import masked_gather, reference
+from oner_fast.ops.masked_gather import facts
 
 
 def random_kept(batch: int, tokens: int, kept: int, generator: torch.Generator) -> Tensor:
@@ -70,6 +71,7 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
             *both("embedding", embedding, quick=("eager",), layout=flat, restore=restore),
         ],
         exact=exact_by(reference.masked_gather),
+        facts=facts,
         flops=2.0 * batch * kept * width,
         bytes=float(moved),
         limit="copy",

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target, both, exact_by
 from oner_fast.ops import mixup_info_nce, reference
+from oner_fast.ops.mixup_info_nce import facts
 
 
 def two_cross_entropies(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
@@ -71,6 +72,7 @@ def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool 
         make=make,
         contenders=contenders() if timed else [Contender(OURS, mixup_info_nce)],
         exact=exact_by(reference.mixup_info_nce),
+        facts=facts,
         # Logits, logits again in backward, and the two products of the gradients: O(N D) memory has no way around.
         flops=8.0 * rows * rows * width,
         bytes=float(6 * rows * width * size),

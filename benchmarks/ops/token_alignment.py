@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target, both, exact_by
 from oner_fast.benchmarks.ops.masked_gather import random_kept
 from oner_fast.ops import reference, token_alignment
+from oner_fast.ops.token_alignment import facts
 
 
 def _chosen(teacher: Tensor, kept: Tensor) -> Tensor:
@@ -68,6 +69,7 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
             *both("rows, vecdot", of_rows, layout=flat, restore=restore),
         ],
         exact=exact_by(reference.token_alignment),
+        facts=facts,
         flops=10.0 * rows * width,
         # Both are read forward and backward, the student's gradient is written.
         bytes=float(5 * rows * width * size + 2 * rows * 8),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Result, Target, exact_by
 from oner_fast.ops import reference, varlen_attention
+from oner_fast.ops.varlen_attention import facts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 HEADS, WIDTH = 12, 64
@@ -189,9 +190,7 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
 
     longest = max(lengths)
 
-    def ours(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor) -> Tensor:
-        return varlen_attention(query, key, value, boundaries, max_seqlen_q=longest, max_seqlen_k=longest)
-
+    lengths_known = {"max_seqlen_q": longest, "max_seqlen_k": longest}
     size = torch.empty(0, dtype=dtype).element_size()
     squares = sum(length**2 for length in lengths)
     return Case(
@@ -199,8 +198,9 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
         shape=f"{label}, {HEADS} heads of {WIDTH}",
         dtype=dtype,
         make=make,
-        contenders=[Contender(OURS, ours), *baselines(lengths, dtype)],
+        contenders=[Contender(OURS, partial(varlen_attention, **lengths_known)), *baselines(lengths, dtype)],
         exact=exact_by(reference.varlen_attention),
+        facts=partial(facts, **lengths_known),
         # Seven products: two forward; the scores again and four gradients backward.
         flops=14.0 * squares * HEADS * WIDTH,
         bytes=float(12 * total * HEADS * WIDTH * size),

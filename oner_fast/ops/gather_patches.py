@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oner_fast.ops import checks, reference
-from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.implementations import Facts, choose, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 
@@ -145,6 +145,11 @@ register(
 )  # fmt: skip
 
 
+def facts(images: Tensor, *rest: Any, **options: Any) -> Facts:
+    """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
+    return "gather_patches", images.device.type, {"dtype": images.dtype}
+
+
 @overload
 def gather_patches(
     images: Tensor,
@@ -205,5 +210,7 @@ def gather_patches(
         IndexError: a value of `kept` outside [0, N) (values are read on the CPU; on CUDA only with ONER_FAST_DEBUG=1).
     """
     checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
-    serving = choose("gather_patches", images.device.type, implementation, dtype=images.dtype)
-    return serving.function(images, kept, patch_size, mean, std, dtype, cu_seqlens=cu_seqlens)
+    op, device, known = facts(images)
+    return choose(op, device, implementation, **known).function(
+        images, kept, patch_size, mean, std, dtype, cu_seqlens=cu_seqlens
+    )

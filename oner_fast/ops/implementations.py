@@ -1,10 +1,14 @@
-"""The one place that decides which implementation serves an op.
+"""Choose the implementation of an op: the one place that decides.
 
-An implementation is a plain function with an op's arguments, registered under a name with the device types it runs on,
-its place in the order of preference, and a predicate that lists every reason why it cannot serve. A call takes the
-first one in that order without a reason against it. The argument ``implementation=`` of any op forces one; so do the
-environment variables ``ONER_FAST_<OP>_IMPLEMENTATION`` (one op) and ``ONER_FAST_IMPLEMENTATION`` (all ops); the
-argument wins, then the op's own variable.
+An implementation is a plain function with an op's arguments. It is registered under a name, with the device types it
+runs on, a preference, and a predicate that lists every reason why it cannot run. A call takes the implementation of the
+highest preference that has no reason against it. The argument `implementation=` of any op forces one. So do the
+environment variables `ONER_FAST_<OP>_IMPLEMENTATION` (one op) and `ONER_FAST_IMPLEMENTATION` (all ops that have one of
+that name). The argument wins over the variables, and the op's own variable over the one for all.
+
+What decides about a call is its facts. The module of each op has a function `facts`, which takes the op's arguments
+and returns them without computing anything. The op passes them to `choose`. A tool that wants to know which
+implementation a call would take does the same, and need not make the call.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 from oner_fast import _extension
 
 REFERENCE = "reference"
+Facts = tuple[str, str, dict[str, Any]]  # of a call: the op, the device type, and what its implementations ask about
 
 
 def _no_reasons(device: str, **facts: Any) -> list[str]:
@@ -25,8 +30,18 @@ def _no_reasons(device: str, **facts: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. `devices` None means every device; a higher `preference` is tried first; on the
-    devices of `on_request` it serves only where its name is given."""
+    """One way to compute an op.
+
+    Args:
+        op: the name of the op.
+        name: unique among the op's implementations.
+        function: takes the op's arguments.
+        devices: the device types it runs on; None for all.
+        preference: the highest is tried first.
+        reasons: `reasons(device, **facts)` lists why it cannot run.
+        compiled: it needs the C++ extension.
+        on_request: further device types, on which it runs only where its name is forced.
+    """
 
     op: str
     name: str
@@ -38,7 +53,10 @@ class Implementation:
     on_request: tuple[str, ...] = ()
 
     def reasons_against(self, device: str, asked_for: bool = False, **facts: Any) -> list[str]:
-        """Every reason why this implementation cannot serve on `device`; empty when it can. `asked_for`: by name."""
+        """List every reason why this implementation cannot run on `device`; empty where it can.
+
+        `asked_for` says that its name is forced.
+        """
         found = []
         if self.devices is not None and device not in self.devices and not (asked_for and device in self.on_request):
             asked = f", and on {' and '.join(self.on_request)} when asked for by name" if self.on_request else ""
@@ -50,15 +68,6 @@ class Implementation:
 
 
 _registry: dict[str, dict[str, Implementation]] = {}
-_asked_about: str | None = None  # the op whose next choice `serving` waits for
-
-
-class _Chosen(BaseException):
-    """What was chosen, on its way to `serving`; nobody's `except Exception` stops it."""
-
-    def __init__(self, chosen: Implementation) -> None:
-        super().__init__(chosen.name)
-        self.chosen = chosen
 
 
 def register(
@@ -72,13 +81,18 @@ def register(
     compiled: bool = False,
     on_request: tuple[str, ...] = (),
 ) -> None:
-    """Make `function` known as the implementation `name` of `op`.
+    """Register `function` as the implementation `name` of `op`, in the place of one that had the name.
 
-    `reasons(device, **facts)` returns why it cannot serve: `device` is a device type ("cpu", "cuda"), the facts are
-    what the op tells about a call (dtype=..., head_dim=...); without facts, as the doctor asks, it speaks of the
-    machine alone. `compiled` marks what the C++ extension holds. `preference`: the definition in `reference` has 0, the
-    highest that can serve is taken. `on_request`: devices on which it serves too, but only when its name is given.
-    Registering a name again replaces it.
+    Args:
+        op: the name of the op, known or new.
+        name: the name to force it by.
+        function: takes the op's arguments.
+        devices: the device types ("cpu", "cuda") it runs on; None for all.
+        preference: the highest that can run is chosen. Reference implementations have 0.
+        reasons: `reasons(device, **facts)` lists why it cannot run. The facts are those of a call (dtype=...,
+            head_dim=...). Without facts, as the doctor asks, the list is about the machine alone.
+        compiled: it needs the C++ extension.
+        on_request: further device types, on which it runs only where its name is forced.
     """
     known = _registry.setdefault(op, {})
     known[name] = Implementation(op, name, function, devices, preference, reasons, compiled, on_request)
@@ -86,12 +100,15 @@ def register(
 
 
 def ops() -> list[str]:
-    """The names of all ops that have an implementation."""
+    """Return the names of all registered ops, sorted."""
     return sorted(_registry)
 
 
 def implementations(op: str) -> dict[str, Implementation]:
-    """The implementations of `op` by name, best first. An unknown op raises ValueError listing the known ones."""
+    """Return the implementations of `op` by name, the highest preference first.
+
+    Raises ValueError for an unknown op, listing the known ones.
+    """
     if op not in _registry:
         raise ValueError(f"unknown op {op!r}; known ops: {', '.join(ops()) or 'none'}")
     return _registry[op]
@@ -112,38 +129,18 @@ def forced(op: str, implementation: str | None = None) -> tuple[str, str] | None
 
 
 def choose(op: str, device: str, implementation: str | None = None, **facts: Any) -> Implementation:
-    """The implementation that serves a call of `op` on the device type `device`.
+    """Choose the implementation for a call of `op` on the device type `device`.
 
-    Raises ValueError when the forced name is unknown (listing the known ones) and RuntimeError when it cannot serve
-    (listing every reason), or when nothing can.
+    Args:
+        op: the name of the op.
+        device: the device type of the call ("cpu", "cuda").
+        implementation: the name that the caller forces, if any.
+        facts: what the op tells about the call.
+
+    Raises:
+        ValueError: the op or the forced name is unknown. The message lists the known ones.
+        RuntimeError: the forced implementation cannot run, or none can. The message lists every reason.
     """
-    chosen = _choose(op, device, implementation, facts)
-    if _asked_about == op:
-        raise _Chosen(chosen)
-    return chosen
-
-
-class NotAsked(ValueError):
-    """A call that was said to call an op asks for no implementation of it."""
-
-
-def serving(op: str, call: Callable[[], object]) -> Implementation:
-    """What serves `call`, a call of `op`, by all that the op itself tells about it; the op does not run.
-
-    Raises what `choose` raises, and NotAsked where `call` does not call the op.
-    """
-    global _asked_about
-    before, _asked_about = _asked_about, op
-    try:
-        call()
-    except _Chosen as found:
-        return found.chosen
-    finally:
-        _asked_about = before
-    raise NotAsked(f"the call asks for no implementation of {op!r}: it does not call it")
-
-
-def _choose(op: str, device: str, implementation: str | None, facts: dict[str, Any]) -> Implementation:
     known = implementations(op)
     wanted = forced(op, implementation)
     if wanted is not None:
@@ -167,7 +164,10 @@ def _choose(op: str, device: str, implementation: str | None, facts: dict[str, A
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves an op on a device type, and what each of the others has against it."""
+    """The implementation chosen for an op on a device type, why, and the reasons against each of the others.
+
+    `serves` is its name, or None where none can run.
+    """
 
     op: str
     device: str
@@ -177,7 +177,7 @@ class Choice:
 
 
 def explain(device: str = "cpu") -> list[Choice]:
-    """For every op: which implementation serves on `device`, why, and why not the others (for `oner-fast doctor`)."""
+    """Explain for every op which implementation is chosen on `device`, and why (for `oner-fast doctor`)."""
     choices = []
     for op in ops():
         known = implementations(op)

@@ -168,8 +168,3 @@ def _triton_runs_on_the_cpu() -> bool:
         return bool(triton.runtime.driver.active.get_active_torch_device().type == "cpu")
     except RuntimeError:  # no driver at all
         return False
-
-
-def statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    """Of sums and statistics: float32, or float64 for a float64 tensor."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

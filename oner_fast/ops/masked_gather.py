@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from oner_fast.ops import checks, reference
-from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.implementations import Facts, choose, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 
@@ -115,6 +115,11 @@ register(
 )  # fmt: skip
 
 
+def facts(tokens: Tensor, *rest: Any, **options: Any) -> Facts:
+    """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
+    return "masked_gather", tokens.device.type, {"dtype": tokens.dtype}
+
+
 @overload
 def masked_gather(
     tokens: Tensor,
@@ -168,5 +173,5 @@ def masked_gather(
         IndexError: a value of `kept` outside [0, N) (values are read on the CPU; on CUDA only with ONER_FAST_DEBUG=1).
     """
     checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
-    serving = choose("masked_gather", tokens.device.type, implementation, dtype=tokens.dtype)
-    return serving.function(tokens, kept, positions, prefix, cu_seqlens=cu_seqlens)
+    op, device, known = facts(tokens)
+    return choose(op, device, implementation, **known).function(tokens, kept, positions, prefix, cu_seqlens=cu_seqlens)

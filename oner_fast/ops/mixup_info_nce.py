@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import checks, contrast_ring, reference
 from oner_fast.ops.collectives import row_counts_and_any
 from oner_fast.ops.contrast_ring import Ring, Rows
-from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_cuda, why_not_triton
+from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
 
@@ -335,6 +336,11 @@ register(
 )  # fmt: skip
 
 
+def facts(query: Tensor, *rest: Any, **options: Any) -> Facts:
+    """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
+    return "mixup_info_nce", query.device.type, {"dtype": query.dtype}
+
+
 def mixup_info_nce(
     query: Tensor,
     key: Tensor,
@@ -376,8 +382,8 @@ def mixup_info_nce(
         ValueError, TypeError, IndexError: an argument's shape, dtype, device or value is not as above.
     """
     checks.is_tensor("mixup_info_nce", "query", query)
-    serving = choose("mixup_info_nce", query.device.type, implementation, dtype=query.dtype)
-    return serving.function(
+    op, device, known = facts(query)
+    return choose(op, device, implementation, **known).function(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, symmetric=symmetric, group=group,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from oner_fast.block_masks import MAX_CELLS, MAX_SIDE, pick_blocks
-from oner_fast.ops.implementations import choose, register
+from oner_fast.ops.implementations import Facts, choose, register
 from oner_fast.ops.library import on_gpu_of, why_not_triton
 from oner_fast.philox import MASK_BLOCK, MASK_PATCH, check_step, mask_stream, random_u32, split_seed
 
@@ -37,6 +37,11 @@ class PatchMasks(NamedTuple):
 
     mask: Tensor
     kept: Tensor
+
+
+def facts(samples: Tensor, cells: int = 0) -> Facts:
+    """Return the facts of a call for these samples and a grid of `cells` cells; nothing is computed."""
+    return _OP, samples.device.type, {"cells": cells}
 
 
 def draw_masks(
@@ -82,7 +87,8 @@ def draw_masks(
         )
     own_stream = mask_stream(MASK_PATCH if pattern == "random" else MASK_BLOCK, stream)
     check_step(step)
-    chosen = choose(_OP, samples.device.type, implementation, cells=cells)
+    op, device, known = facts(samples, cells)
+    chosen = choose(op, device, implementation, **known)
     masks: PatchMasks = chosen.function(seed, own_stream, step, samples, grid, masked, pattern)
     return masks
 
@@ -120,7 +126,8 @@ def patch_mask(
     _check_count(masked, cells)
     own_stream = mask_stream(MASK_PATCH, stream)
     check_step(step)
-    chosen = choose(_OP, samples.device.type, implementation, cells=cells)
+    op, device, known = facts(samples, cells)
+    chosen = choose(op, device, implementation, **known)
     if chosen.name == "reference":
         return _random_mask(seed, own_stream, step, samples, cells, masked)
     mask: Tensor = chosen.function(seed, own_stream, step, samples, (1, cells), masked, "random").mask
@@ -141,7 +148,8 @@ def boundaries(counts: Tensor, *, implementation: str | None = None) -> Tensor:
         ValueError: the implementation is unknown.
         RuntimeError: the forced implementation cannot run here.
     """
-    return _BOUNDARIES[choose(_OP, counts.device.type, implementation).name](counts)
+    op, device, known = facts(counts)
+    return _BOUNDARIES[choose(op, device, implementation, **known).name](counts)
 
 
 def _check_count(masked: int, cells: int) -> None:

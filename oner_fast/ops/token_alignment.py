@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import checks, reference
-from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_cuda, why_not_triton
+from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 
 
 @define(
@@ -67,6 +68,11 @@ register(
 )  # fmt: skip
 
 
+def facts(student: Tensor, *rest: Any, **options: Any) -> Facts:
+    """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
+    return "token_alignment", student.device.type, {"dtype": student.dtype}
+
+
 def token_alignment(
     student: Tensor, teacher: Tensor, kept: Tensor | None = None, *, implementation: str | None = None
 ) -> Tensor:
@@ -85,6 +91,5 @@ def token_alignment(
         ValueError, TypeError, IndexError: an argument's shape, dtype, device or value is not as above.
     """
     checks.is_tensor("token_alignment", "student", student)
-    return choose("token_alignment", student.device.type, implementation, dtype=student.dtype).function(
-        student, teacher, kept
-    )
+    op, device, known = facts(student)
+    return choose(op, device, implementation, **known).function(student, teacher, kept)

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import attention_backends as backends
 from oner_fast.ops import checks, reference
 from oner_fast.ops.by_length import attend_by_length
-from oner_fast.ops.implementations import choose, register
-from oner_fast.ops.library import define, raw_ops, statistics_dtype, why_not_triton
+from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops.library import define, raw_ops, why_not_triton
 
 
 @define(
@@ -98,6 +99,38 @@ class _VarlenAttention(torch.autograd.Function):
         )
 
 
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks for, or None where it leaves the query as it is."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def facts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Facts:
+    """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
+    leaves = [x for x in (query, key, value) if isinstance(x, Tensor)]
+    known = {
+        "dtype": _autocast_dtype(query) or query.dtype, "causal": causal, "scale": scale, "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_q if cu_seqlens_k is None else max_seqlen_k,
+        "needs_grad": torch.is_grad_enabled() and any(x.requires_grad for x in leaves),
+    }  # fmt: skip
+    if query.ndim == 3:
+        known["head_dim"] = query.shape[2]
+    return "varlen_attention", query.device.type, known
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -129,20 +162,15 @@ def varlen_attention(
         ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
     """
     checks.is_tensor("varlen_attention", "query", query)
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := _autocast_dtype(query)) is not None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    leaves = [x for x in (query, key, value) if isinstance(x, Tensor)]
-    facts: dict[str, Any] = {} if query.ndim != 3 else {"head_dim": query.shape[2]}
-    serving = choose(
-        "varlen_attention", device, implementation, dtype=query.dtype, causal=causal, scale=scale,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_q if cu_seqlens_k is None else max_seqlen_k,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in leaves), **facts,
+    op, device, known = facts(
+        query, key, value, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
     )  # fmt: skip
-    return serving.function(
+    return choose(op, device, implementation, **known).function(
         query, key, value, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
     )  # fmt: skip

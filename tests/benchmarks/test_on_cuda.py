@@ -14,8 +14,8 @@ from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target
 from oner_fast.benchmarks.measure import Settings
 from oner_fast.benchmarks.ops import OPS, cases
 from oner_fast.benchmarks.rows import Row
-from oner_fast.ops import implementations
-from oner_fast.ops.implementations import choose, register
+from oner_fast.ops import implementations, library
+from oner_fast.ops.implementations import Facts, choose, register
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_ours_takes_part_by_name_too_and_promises_nothing(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "check", check)
-    monkeypatch.setattr(measure, "serving", lambda op, call: SimpleNamespace(name="triton"))
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: name)  # Triton is installed, say
     served: list[str | None] = []
     call = Call((torch.ones(2),))
     ours = Contender(OURS, lambda x: served.append(os.environ.get("ONER_FAST_MASKED_GATHER_IMPLEMENTATION")))
@@ -95,8 +95,12 @@ def test_a_row_names_what_serves_its_own_shape(monkeypatch: pytest.MonkeyPatch) 
     def narrow(device: str, head_dim: int = 0, **facts: object) -> list[str]:
         return [f"takes heads up to 4, not {head_dim}"] if head_dim > 4 else []
 
+    def facts(x: torch.Tensor) -> Facts:
+        return "toy", "cuda", {"dtype": x.dtype, "head_dim": x.shape[-1]}
+
     def op(x: torch.Tensor) -> torch.Tensor:
-        return choose("toy", "cuda", dtype=x.dtype, head_dim=x.shape[-1]).function(x)
+        name, device, known = facts(x)
+        return choose(name, device, **known).function(x)
 
     def check(case: Case, forwards: object, call: Call, row: Row, progress: object) -> dict[str, float]:
         rows.append((row.served, [one.name for one in case.contenders]))
@@ -112,7 +116,7 @@ def test_a_row_names_what_serves_its_own_shape(monkeypatch: pytest.MonkeyPatch) 
         call = Call((torch.ones(2, width),))
         case = Case(
             "toy", "2", torch.float32, lambda seed, device, call=call: call, [Contender(OURS, op)], lambda call: (), 1,
-            1, "copy",
+            1, "copy", facts=facts,
         )  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             measure.measure(case, Settings(device="cuda"))
@@ -134,7 +138,6 @@ def test_baselines_take_part_where_they_run(monkeypatch: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "check", check)
-    monkeypatch.setattr(measure, "serving", lambda op, call: SimpleNamespace(name="reference"))
     call = Call((torch.ones(2),))
     contenders = [Contender(OURS, torch.neg), Contender("eager other", torch.neg, devices=("cuda",))]
     case = Case(
