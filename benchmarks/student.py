@@ -163,7 +163,7 @@ def markdown(setting: Setting, rows: Sequence[Row], targets: dict[str, Samples])
     c = setting.config
     lines = [
         f"### {c.image_size} px, patch {c.patch_size}, width {c.width}, {c.depth} layers, {setting.batch_size} "
-        f"pictures, {setting.dtype}",
+        f"images, {setting.dtype}",
         "",
         "| mask ratio | tokens | their share | ours: p50 s | its share | mask tokens: p50 s | slower than ours "
         "| embed all, gather: p50 s | slower than ours | GFLOP/s of ours | peak MiB: ours | mask tokens | embed all |",
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(UTA_SIZES), default="b", help="the student (default: b)")
     parser.add_argument("--image-size", type=int, default=None, help="pixels a side; the size's own by default")
     parser.add_argument("--depth", type=int, default=None, help="layers; the size's own by default")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures a step (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images a step (default: 8)")
     parser.add_argument("--mask-ratios", type=float, nargs="+", default=[0.0, 0.4, 0.5, 0.75])
     parser.add_argument("--dtypes", nargs="+", choices=list(_DTYPES), default=["fp32"])
     parser.add_argument("--rounds", type=int, default=5, help="samples of each way")

@@ -69,7 +69,7 @@ def test_what_is_not_there_is_named(tars, tmp_path):
         ([("k.png", b"x"), ("k.json", b'{"caption": null}')], "it has no caption"),
         ([("k.png", b"x"), ("k.txt", b" \n")], "its caption is empty"),
         ([("k.png", b"x"), ("k.txt", b"\xff\xfe")], "not UTF-8"),
-        ([("k.txt", b"x")], "no picture"),
+        ([("k.txt", b"x")], "no image"),
         ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"{")], "its json cannot be read"),
         ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"[1]")], "its json is a list"),
     ],

@@ -62,16 +62,16 @@ def test_turned_by_its_exif():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_whole_pictures_decode_and_cut_ones_are_corrupt(kind):
+def test_whole_images_decode_and_cut_ones_are_corrupt(kind):
     data = encoded(picture(64, 48), kind)
     assert decode(data).size == (64, 48)
-    with pytest.raises(CorruptSample, match="a.tar:k: not a readable picture"):
+    with pytest.raises(CorruptSample, match="a.tar:k: not a readable image"):
         decode(data[: len(data) // 2], "a.tar:k")
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"<html>not found</html>", bytes(1000)])
-def test_what_is_no_picture(data):
-    with pytest.raises(CorruptSample, match="not a readable picture"):
+def test_what_is_no_image(data):
+    with pytest.raises(CorruptSample, match="not a readable image"):
         decode(data)
 
 

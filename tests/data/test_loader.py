@@ -215,7 +215,7 @@ def test_a_corrupt_sample_moves_no_other(make, broken, caplog):
     assert met == {3, 17, 30} and hurt.corrupt == counted >= 7 and whole.corrupt == 0
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3 == len(hurt.corrupt_names)  # each named once
-    for said in ("broken.tar:000000003: not a readable picture", "000000017: its caption is empty", "000000030: not"):
+    for said in ("broken.tar:000000003: not a readable image", "000000017: its caption is empty", "000000030: not"):
         assert sum(said in message for message in messages) == 1
 
 

@@ -107,7 +107,7 @@ def test_streams_without_a_pair_are_an_error(stream, tars, tmp_path):
     with pytest.raises(RuntimeError, match="gave no sample: stream: .*nowhere"):
         next(stream(str(tmp_path / "nowhere.tar")))
     bad = tars.write(tmp_path / "bad.tar", [("a.png", b"x"), ("a.txt", b"a")])
-    with pytest.raises(RuntimeError, match="no good pair; .*bad.tar:a: not a readable picture"):
+    with pytest.raises(RuntimeError, match="no readable pair; .*bad.tar:a: not a readable image"):
         next(stream(f"pipe:cat {bad}"))
 
 

@@ -133,7 +133,7 @@ def test_a_flipped_header_costs_its_own_member_only(tars, tmp_path):
     assert np.array_equal(index.offsets, expected)
     assert "a.tar: header is damaged (checksum " in index.damage[0]
     assert f"at byte {place} after key '000000002'" in index.damage[0]
-    assert index.damage[1:] == ["a.tar: key '000000003' has no whole picture"]
+    assert index.damage[1:] == ["a.tar: key '000000003' has no whole image"]
 
 
 def test_a_lost_last_header(tars, tmp_path):
@@ -173,7 +173,7 @@ def test_missing_and_double_members_are_named(tars, tmp_path):
     assert index.keys == ["a", "b", "c"]
     assert bytes_at(index, 2, TEXT) == b"c"
     assert "key 'c' has a second txt" in index.damage[0]
-    assert index.damage[1:] == ["a.tar: key 'b' has no whole picture", "a.tar: key 'a' has no caption"]
+    assert index.damage[1:] == ["a.tar: key 'b' has no whole image", "a.tar: key 'a' has no caption"]
 
 
 def test_sizes_beyond_octal(tars, tmp_path):

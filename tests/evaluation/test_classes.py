@@ -157,7 +157,7 @@ def test_errors_say_what_to_give(run: Path, drawn: Path, tmp_path: Path, capsys:
         assert main([str(run), *argv]) == 2
         return str(capsys.readouterr().err)
 
-    assert "no picture of val, style has a 'licence'" in fails("--data", str(drawn), "--knn", "--label", "licence")
+    assert "no image of val, style has a 'licence'" in fails("--data", str(drawn), "--knn", "--label", "licence")
     assert "--label says what" in fails("--label", "set")
     assert "at least 2, got 1" in fails("--data", str(drawn), "--knn", "--label-classes", "1")
     assert "need a train split" in fails("--data", str(drawn / "val-000000.tar"), "--knn")
@@ -176,14 +176,14 @@ def test_a_model_without_words_answers_the_probes_alone(run: Path, drawn: Path, 
     assert set(result["val"]) == {"pairs", "damaged", "knn"} and result["val"]["knn"]["set"]["images"] == 6
 
 
-def test_a_text_tower_that_fails_is_named_before_any_picture_is_read(
+def test_a_text_tower_that_fails_is_named_before_any_image_is_read(
     run: Path, reader: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def broken(_: list[str]) -> torch.Tensor:
         raise ValueError("the text tower 'gone' cannot be loaded")
 
     reader.encode_text = broken
-    monkeypatch.setattr(reader, "encode_image", lambda _: pytest.fail("a picture was read"))
+    monkeypatch.setattr(reader, "encode_image", lambda _: pytest.fail("an image was read"))
     assert main([str(run)]) == 2
     assert "'gone' cannot be loaded" in capsys.readouterr().err
 

@@ -70,7 +70,7 @@ def test_data_given_and_limit(run: Path, data: Path) -> None:
     assert result["val_seen_words"]["captions"] == 4  # the training words still come from the run's own data
 
 
-def test_a_damaged_picture_is_left_out_and_counted(data: Path, reader: Any) -> None:
+def test_a_damaged_image_is_left_out_and_counted(data: Path, reader: Any) -> None:
     tar = data / "val-000000.tar"
     content = bytearray(tar.read_bytes())
     at = content.find(b"\x89PNG")

@@ -18,7 +18,7 @@ def test_scores_are_the_softmax_of_cosines() -> None:
     torch.testing.assert_close(several.sum(1), torch.ones(4))
 
 
-def test_map_has_the_pictures_size_and_spans_zero_to_one() -> None:
+def test_map_has_the_images_size_and_spans_zero_to_one() -> None:
     scores = torch.softmax(torch.randn(2, 16), dim=1)
     maps = heat_map(scores, (40, 56))
     assert maps.shape == (2, 40, 56)

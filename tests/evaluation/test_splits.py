@@ -32,7 +32,7 @@ def test_composed_queries_are_fixed_by_the_seed() -> None:
     assert len(first) == 10
 
 
-def test_composed_recall_leaves_the_querys_picture_out() -> None:
+def test_composed_recall_leaves_the_querys_image_out() -> None:
     queries = composed_queries(["arrow", "arrow up", "clock", "clock up"])
     gallery = torch.eye(4)
     asked = gallery[[one.image for one in queries]] * 0.8 + gallery[[one.targets[0] for one in queries]] * 0.6

@@ -247,7 +247,7 @@ def test_encoders_are_the_projected_passes() -> None:
     torch.testing.assert_close(model.encode_patches(image.images), model.head(patches))
 
 
-def test_floats_in_0_to_1_are_the_same_picture() -> None:
+def test_floats_in_0_to_1_are_the_same_image() -> None:
     model, images = tower(), pictures()
     torch.testing.assert_close(model.encode_image(images), model.encode_image(images.double() / 255))
 
@@ -393,7 +393,7 @@ def test_two_trunks_share_nothing_but_cls_and_head() -> None:
     model.project(model([passes[1]])["text"].cls, "text").sum().backward()
     assert all(parameter.grad is None for parameter in model.trunk.parameters())
     assert all(parameter.grad is not None for parameter in model.text_trunk.parameters())
-    with pytest.raises(ValueError, match="two trunks know the passes image and text only"):
+    with pytest.raises(ValueError, match="two trunks run the passes image and text only"):
         model(passes[:3])
 
 
@@ -443,10 +443,10 @@ def test_bf16_autocast_is_near() -> None:
         (lambda: [Pass("image_text", ImageInput(pictures()))], "pass image_text needs a text input"),
         (lambda: [Pass("image_given_text", ImageInput(pictures()))], "in lock step with text_given_image; give both"),
         (lambda: [Pass("text_given_image", text=texts())], "in lock step with image_given_text; give both"),
-        (lambda: [Pass("image_text", ImageInput(pictures(2)), texts())], "one caption an image, got 2 and 3"),
+        (lambda: [Pass("image_text", ImageInput(pictures(2)), texts())], "one caption for each image, got 2 and 3"),
         (
             lambda: [Pass("image_given_text", ImageInput(pictures())), Pass("text_given_image", text=texts([1]))],
-            "image_given_text and text_given_image must have one caption an image, got 1 and 3",
+            "image_given_text and text_given_image must have one caption for each image, got 1 and 3",
         ),
         (lambda: [Pass("image", ImageInput(pictures(0)))], "pass image must hold at least one sample"),
         (lambda: [Pass("text", text=texts([]))], "pass text must hold at least one sample"),

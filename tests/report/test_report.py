@@ -131,7 +131,7 @@ def test_links_within_the_page_lead_somewhere(page: Outside) -> None:
     assert len(page.ids) == len(set(page.ids))  # of the charts too
 
 
-def test_pictures_are_pictures(page: Outside) -> None:
+def test_images_are_image_files(page: Outside) -> None:
     inline = {address for address in page.fetched if address.startswith("data:image")}
     assert len(inline) >= len(CAPTIONS)
     for address in inline:

@@ -19,7 +19,7 @@ def test_pairs_and_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     command = ["pairs", str(tmp_path / "p.csv"), "--output", str(tmp_path / "out"), "--validation-percent", "0"]
     command += ["--csv-img-key", "picture", "--csv-caption-key", "words", "--csv-separator", ","]
     assert main(command) == 0
-    assert "train: 1 pictures, 1 captions" in capsys.readouterr().err
+    assert "train: 1 images, 1 captions" in capsys.readouterr().err
     assert PairDataset(tmp_path / "out").read(0).caption == "red thing"
     assert main(command) == 0
     assert "was complete already" in capsys.readouterr().err

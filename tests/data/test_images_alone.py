@@ -29,7 +29,7 @@ def test_no_caption_is_no_damage(both, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_pictures_are_those_of_the_pairs(both, workers):
+def test_the_images_are_those_of_the_pairs(both, workers):
     tokenizer = Tokenizer.train(PairDataset(both[0]).captions(), 100)
     with (
         PairLoader(PairDataset(both[0]), tokenizer, **COMMON) as pairs,
@@ -48,11 +48,11 @@ def test_captions_as_strings_without_a_tokenizer(both):
     assert all(batch.captions) and batch.text.input_ids.numel() == 0
 
 
-def test_a_missing_picture_is_still_replaced(tars, tmp_path):
+def test_a_missing_image_is_still_replaced(tars, tmp_path):
     members = [("a.json", b"{}"), *(member for member in tars.pairs(range(8)) if member[0].endswith("png"))]
     loader = PairLoader(PairDataset(tars.write(tmp_path / "a.tar", members)), None, captions=False, **COMMON)
     next(loader), next(loader)
-    assert loader.corrupt and "it has no picture" in next(iter(loader.corrupt_names))
+    assert loader.corrupt and "it has no image" in next(iter(loader.corrupt_names))
 
 
 def test_a_tokenizer_needs_captions(both):

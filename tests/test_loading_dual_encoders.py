@@ -63,7 +63,7 @@ def test_a_clip_folder_is_both_towers(runs: Path) -> None:
     assert not hasattr(loaded, "encode_image_text")
 
 
-def test_a_student_reads_pictures_and_its_teacher_reads_words(runs: Path) -> None:
+def test_a_student_reads_images_and_its_teacher_reads_words(runs: Path) -> None:
     for source in (runs / "uta", runs / "uta" / "model.safetensors"):
         loaded, clip = oner_fast.load(source), oner_fast.load(runs / "clip")
         pixels = pictures(24)
@@ -91,7 +91,7 @@ def test_the_text_tower_is_found_beside_the_run_or_named(runs: Path, tmp_path: P
         oner_fast.load(tmp_path / "c").encode_text(TEXTS)
     with pytest.raises(ValueError, match="text tower 'nowhere/clip' cannot be loaded: .*; name another"):
         oner_fast.load(runs / "uta", text_tower="nowhere/clip").encode_text(TEXTS)
-    with pytest.raises(ValueError, match="has a text tower of its own"):
+    with pytest.raises(ValueError, match="has its own text tower"):
         oner_fast.load(runs / "clip", text_tower=runs / "clip")
 
 
@@ -124,7 +124,7 @@ def test_bad_inputs_are_named(runs: Path) -> None:
         loaded.encode_text("a red square")
     with pytest.raises(ValueError, match="at least one text"):
         loaded.encode_text([])
-    with pytest.raises(TypeError, match="got one picture"):
+    with pytest.raises(TypeError, match="got one image"):
         loaded.encode_image(Image.new("RGB", (8, 8)))
 
 
@@ -163,4 +163,4 @@ def test_eval_of_untrained_towers(kind: str, runs: Path, data: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "image → text" in printed and "linear probe, set" in printed
     assert main([str(runs / "clip"), "--data", str(data), "--text-tower", str(runs / "clip")]) == 2
-    assert "has a text tower of its own" in capsys.readouterr().err
+    assert "has its own text tower" in capsys.readouterr().err
