@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from oner_fast.data.batch import PairBatch
-from oner_fast.models import flops
+from oner_fast.models import forward_flops as flops
 from oner_fast.models.oner import PassName
 from oner_fast.train.inputs import student_passes
 from oner_fast.train.settings import OneRTraining

@@ -1,4 +1,4 @@
-"""What machine code says of a kernel: registers, spills, shared memory, occupancy, tensor cores, asynchronous copies.
+"""Read machine code of kernels: registers, spills, shared memory, occupancy, tensor cores, asynchronous copies.
 
 Needs no GPU and no driver: Triton's wheel brings ptxas, cuobjdump and nvdisasm, and compiles for AMD's GPUs too.
 """
@@ -20,8 +20,8 @@ from oner_fast.kernels.launch import Compilation
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-WARP_REGISTERS, REGISTERS = 256, 65536  # registers are handed to a warp in units, out of so many a multiprocessor
-RESERVED = 1024  # bytes of shared memory that the system takes of each block
+WARP_REGISTERS, REGISTERS = 256, 65536  # unit of a warp's registers; registers of a multiprocessor
+RESERVED = 1024  # bytes of shared memory that the system takes from each block
 MATRIX = re.compile(r"([HIDBQ]MMA|[HIQ]GMMA|UTC\w*MMA)\b|v_mfma|v_wmma")
 ASYNCHRONOUS = re.compile(r"(LDGSTS|UTMALDG|UBLKCP)\b|global_load_lds|buffer_load\w*_lds")
 LOCAL = re.compile(r"(LDL|STL)\b")
@@ -31,7 +31,7 @@ AMD_INSTRUCTION = re.compile(r"^\s+([vs]_[a-z0-9_]+|ds_\w+|global_\w+|buffer_\w+
 
 @dataclass(frozen=True)
 class Chip:
-    """Of a multiprocessor: warps, blocks and bytes of shared memory at once, and the bytes that one block may have."""
+    """Limits of a multiprocessor: resident warps, blocks and bytes of shared memory, and the bytes of one block."""
 
     warps: int
     blocks: int
@@ -52,14 +52,15 @@ AMD_SHARED_BLOCK = 64 * 1024
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one kernel compiled for one target; `error` alone where it did not compile.
+    """Figures of one kernel compiled for one target; `error` alone where it did not compile.
 
     Args:
-        registers: of a thread.
-        local: instructions that read or write local memory: spills.
-        shared: bytes of a block; dynamic memory of CUDA C++ kernels is not known before their launch.
-        warps: of a block; 0 where only the launch knows.
-        matrix, asynchronous: instructions that multiply on tensor cores, and that copy to shared memory meanwhile.
+        registers: registers of a thread.
+        local: number of instructions that read or write local memory, which are spills.
+        shared: bytes of shared memory of a block; dynamic memory of CUDA C++ kernels is unknown before their launch.
+        warps: warps of a block; 0 where only the launch decides.
+        matrix, asynchronous: numbers of instructions that multiply on tensor cores, and that copy to shared memory
+            asynchronously.
     """
 
     name: str
@@ -74,11 +75,11 @@ class Figures:
 
     @property
     def occupancy(self) -> float | None:
-        """The share of a multiprocessor's warps that can be resident."""
+        """Share of a multiprocessor's warps that can be resident."""
         return occupancy(self.target, self.registers, self.shared, self.warps)
 
     def problems(self, tensor_cores: bool = False) -> list[str]:
-        """Everything that must not be on a GPU that we tune for."""
+        """List the defects that must not occur on a GPU that we tune for."""
         if self.error:
             return [f"does not compile: {self.error}"]
         limit = CHIPS[self.target].shared_block if self.target in CHIPS else AMD_SHARED_BLOCK
@@ -91,7 +92,7 @@ class Figures:
 
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> float | None:
-    """By the rules of CUDA's occupancy calculator; None for a target or a block that it does not know."""
+    """Compute the occupancy by the rules of CUDA's calculator; None for an unknown target or block."""
     if target not in CHIPS or not warps:
         return None
     chip = CHIPS[target]
@@ -102,10 +103,10 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float | N
 
 
 def compile_triton(compilation: Compilation, target: str) -> Figures:
-    """Compile one kernel, as a launch would, for a GPU that need not be here."""
+    """Compile one kernel, as a launch would, for a GPU that need not be present."""
     try:
         compiled = triton.compile(_source(compilation), target=_gpu(target), options=dict(compilation.options))
-    except Exception as error:  # whatever a compiler throws belongs into the report
+    except Exception as error:  # the report shows any error of a compiler
         return Figures(compilation.name, target, error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if "cubin" not in compiled.asm:
@@ -117,7 +118,7 @@ def compile_triton(compilation: Compilation, target: str) -> Figures:
 
 
 def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
-    """The figures of every kernel in a cubin, by its name there; `shared` is static and `warps` unknown.
+    """Figures of every kernel in a cubin, by its name there; `shared` is static and `warps` unknown.
 
     Raises ValueError where the disassembly cannot be read.
     """
@@ -140,7 +141,7 @@ def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
 
 
 def versions() -> str:
-    """What compiled: another version allots other registers."""
+    """Versions of the compilers; another version may assign other registers."""
     release = re.search(r"V(\d[\d.]*)", _run("ptxas", "--version"))
     return f"Triton {triton.__version__}, ptxas {release[1] if release else 'unknown'}"
 

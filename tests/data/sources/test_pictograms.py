@@ -35,7 +35,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_samples_are_whole(built: Path) -> None:
+def test_samples_are_complete(built: Path) -> None:
     content = content_of(built)
     seen: dict[str, set[str]] = {}
     count = 0
