@@ -1,1 +1,1 @@
-"""Benchmarks of the ops and of a training step; imported as `oner_fast.benchmarks`."""
+"""Benchmarks of the ops and of a training step, imported as `oner_fast.benchmarks`."""

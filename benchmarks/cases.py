@@ -1,5 +1,7 @@
-"""What is measured: a case is one op at one shape and dtype, a contender one way to compute it, a target what we
-promised."""
+"""Define the measurements.
+
+A case is one op at one shape and dtype, a contender is one way to compute it, and a target is a promise about it.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,12 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call in the layout that a contender likes best.
+    """Arguments of one call, in the layout that suits a contender best.
 
     Args:
-        arguments: what the forward is called with.
-        leaves: those of them that take a gradient; without any the call is a forward alone.
-        upstream: the gradient of the output, or one for each where there are several.
+        arguments: the arguments of the forward.
+        leaves: the arguments that take a gradient; without any the call is a forward alone.
+        upstream: the gradient of the output, or one for each of several outputs.
     """
 
     arguments: tuple[Any, ...]
@@ -31,7 +33,7 @@ class Call:
     upstream: tuple[Tensor, ...] = ()
 
     def bytes(self) -> int:
-        """Of all its tensors, each storage once."""
+        """Bytes of all tensors, each storage counted once."""
         tensors = [one for one in (*self.arguments, *self.upstream) if isinstance(one, Tensor)]
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -41,7 +43,7 @@ Layout = Callable[[Call], Call]
 
 
 def as_given(call: Call) -> Call:
-    """The case's own layout."""
+    """Keep the case's own layout."""
     return call
 
 
@@ -55,12 +57,12 @@ class Contender:
 
     Args:
         name: unique in a case; "oner_fast" is ours.
-        forward: called with the arguments of the laid-out call; gives a tensor or a tuple of them.
-        layout: from the case's call to the layout this one likes best, outside the clock.
-        restore: from (outputs..., gradients...) back to the case's layout, for the comparison with float64.
-        compiled: the forward is compiled by torch.compile, whole and for static shapes.
-        quick: takes part in a quick run; where another of its kind is known to be faster it need not.
-        devices: where it takes part.
+        forward: called with the arguments of the laid-out call; returns a tensor or a tuple of tensors.
+        layout: converts the case's call to the layout that suits this contender best; not timed.
+        restore: converts (outputs..., gradients...) back to the case's layout, for the comparison with float64.
+        compiled: whether torch.compile compiles the forward, as one graph and for static shapes.
+        quick: whether it takes part in a quick run; a contender that is known to be slower than a similar one need not.
+        devices: devices on which it takes part.
     """
 
     name: str
@@ -77,22 +79,22 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        """Ours, or one of its implementations by name: no baseline."""
+        """Whether this is ours, or one of our implementations by name, and so not a baseline."""
         return self.name.split()[0] == OURS
 
     @property
     def eager(self) -> bool:
-        """A baseline without torch.compile."""
+        """Whether this is a baseline without torch.compile."""
         return not self.compiled and not self.ours
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the op promises at this shape; None where it promises nothing.
+    """Promises of an op at this shape; None where there is no promise.
 
     Args:
         speedup: at least this many times faster than the fastest baseline.
-        eager: at least this many times faster than the fastest eager one.
+        eager: at least this many times faster than the fastest eager baseline.
         share: at least this share of the machine's limit.
         memory_share: at most this share of the peak memory of the fastest compiled baseline.
         memory_bytes: at most this peak memory.
@@ -111,21 +113,21 @@ class Case:
 
     Args:
         op: its name in `oner_fast.ops`.
-        shape: for people, and part of the key.
-        dtype: of the floating inputs (of the result where the inputs are bytes).
-        make: the call of a seed on a device, in the case's layout.
+        shape: a description for readers, and part of the key.
+        dtype: dtype of the floating inputs (of the result where the inputs are bytes).
+        make: makes the call of a seed on a device, in the case's layout.
         contenders: ours first.
-        exact: (outputs..., gradients...) in float64 for a call.
-        flops: what the op must compute, forward and backward, within its memory contract.
-        bytes: what it must read and write, forward and backward.
-        limit: which of the two bounds it here: "gemm" or "copy".
-        limit_dtype: of the products that bound it; `dtype` where None.
-        target: what we promised.
+        exact: computes (outputs..., gradients...) of a call in float64.
+        flops: FLOPs that the op must compute, forward and backward, within its memory contract.
+        bytes: bytes that it must read and write, forward and backward.
+        limit: which of the two bounds it: "gemm" or "copy".
+        limit_dtype: dtype of the products that bound it; `dtype` where None.
+        target: our promises.
         timed: False measures memory alone (the baselines would not fit).
-        counted: the FLOPs that PyTorch's counter must find in eager code; None where it has none that count.
-        saved: the bytes that ours keeps for backward beyond its inputs.
+        counted: FLOPs that PyTorch's counter must find in eager code; None where no counted operation is used.
+        saved: bytes that ours keeps for backward beyond its inputs.
         facts: the facts of our call by its arguments, as in `oner_fast.ops.implementations`; None: its dtype alone.
-        notes: what a reader of the row must know.
+        notes: remarks that a reader of the row needs.
     """
 
     op: str
@@ -147,11 +149,11 @@ class Case:
 
     @property
     def key(self) -> str:
-        """Unique among all cases."""
+        """Unique name among all cases."""
         return f"{self.op} {self.shape} {name_of(self.dtype)}"
 
     def contender(self, name: str) -> Contender:
-        """By its name; ValueError lists the known ones."""
+        """Find a contender by its name; ValueError lists the known names."""
         for one in self.contenders:
             if one.name == name:
                 return one
@@ -164,12 +166,12 @@ class Case:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """float32, not torch.float32."""
+    """Name of a dtype without its module, such as float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def step(forward: Forward, call: Call) -> Result:
-    """Forward and, where the call has leaves, backward: (outputs..., gradients...)."""
+    """Run the forward and, where the call has leaves, the backward: (outputs..., gradients...)."""
     outputs = forward(*call.arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if not call.leaves:
@@ -178,7 +180,7 @@ def step(forward: Forward, call: Call) -> Result:
 
 
 def exact_by(definition: Forward) -> Callable[[Call], Result]:
-    """The same call in float64 through a definition."""
+    """Compute a call in float64 through a definition."""
 
     def compute(call: Call) -> Result:
         def wide(value: Any) -> Any:
@@ -198,7 +200,7 @@ def exact_by(definition: Forward) -> Callable[[Call], Result]:
 def both(
     name: str, forward: Forward, quick: tuple[str, ...] = ("eager", "compiled"), **options: Any
 ) -> list[Contender]:
-    """A baseline in eager PyTorch and the same under torch.compile; `quick` says which of them a quick run has."""
+    """Make an eager baseline and its torch.compile version; `quick` says which of them take part in a quick run."""
     return [
         Contender(f"eager {name}", forward, quick="eager" in quick, **options),
         Contender(f"compiled {name}", forward, compiled=True, quick="compiled" in quick, **options),

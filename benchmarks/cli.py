@@ -1,4 +1,5 @@
-"""`oner-fast bench ops`: every op against the fastest of PyTorch, correctness first; a report with its machine line."""
+"""`oner-fast bench ops`: compare each op with the fastest of PyTorch, correctness first, and report it with the
+machine."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from oner_fast.train.engine.allocator import freed_memory_kept
 
 DEFAULT_FOLDER = Path("runs/bench")
 SECONDS, QUICK_SECONDS = 12.0, 1.5
-# The other benchmarks, each a module with a `main` of its own.
+# The other benchmarks, each a module with its own `main`.
 OTHERS = {
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
@@ -37,21 +38,24 @@ Progress = Callable[[str], None]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `oner-fast bench ops`."""
+    """Make the parser of `oner-fast bench ops`."""
     made = argparse.ArgumentParser(prog="oner-fast bench ops", description=__doc__)
     made.add_argument("--quick", action="store_true", help="small shapes, under 3 minutes on 2 cores; no training step")
     made.add_argument("--op", nargs="+", metavar="NAME", default=None, help=f"only these: {', '.join(OPS)}")
     made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: cpu)")
     made.add_argument("--threads", type=int, default=None, help="CPU threads (default: as torch chooses)")
     made.add_argument(
-        "--seconds", type=float, default=None, help=f"of each case (default: {SECONDS:g}, quick {QUICK_SECONDS:g})"
+        "--seconds",
+        type=float,
+        default=None,
+        help=f"for each case (default: {SECONDS:g}, quick {QUICK_SECONDS:g})",
     )
     made.add_argument("--out", type=Path, default=DEFAULT_FOLDER, help=f"the report's folder ({DEFAULT_FOLDER})")
     return made
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `oner-fast bench ops ...`: 0, 1 where a result was wrong, 2 for bad input, 130 when interrupted."""
+    """Run `oner-fast bench ops ...`; returns 0, 1 where a result was wrong, 2 for bad input, 130 when interrupted."""
     what, *rest = argv
     if what in OTHERS:
         return int(importlib.import_module(OTHERS[what]).main(rest))
@@ -70,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"machine: {machine.line()}", flush=True)
     interrupted = False
     try:
-        # As training does: a candidate is not timed by the pages that it is the first to touch.
+        # Keep freed memory, as training does, so that no candidate pays for touching fresh pages first.
         with freed_memory_kept() if options.device == "cpu" else nullcontext():
             for row in _rows(options, settings):
                 report.rows.append(row)
@@ -79,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         report.finished = True
     except KeyboardInterrupt:
         interrupted = True
-        print("\ninterrupted: the report holds the rows that were finished", file=sys.stderr)
+        print("\ninterrupted: the report holds the finished rows", file=sys.stderr)
     _draw(report, options.out)
     print(f"wrote {', '.join(str(path) for path in report.write(options.out))}")
     if interrupted:
@@ -93,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _without_folder(argv: Sequence[str]) -> list[str]:
-    """What was asked for, but not where the report went: that is a path of one machine."""
+    """Arguments without the report's folder, which is a path of one machine."""
     kept, words = [], iter(argv)
     for word in words:
         if word == "--out":
@@ -120,7 +124,7 @@ def _reason_against(options: argparse.Namespace) -> str:
 
 
 def _rows(options: argparse.Namespace, settings: Settings) -> Iterable[Row]:
-    """The ops' rows, then, where all was asked for, the training step's."""
+    """Measure the ops' rows and then, in a full run, the training step's."""
     todo = cases(options.quick, options.op or OPS)
     for number, case in enumerate(todo, 1):
         with _Status(f"{number} of {len(todo)}: {case.key}") as status:
@@ -163,7 +167,7 @@ def _fail(message: str) -> int:
 
 
 class _Status:
-    """What is done now, on one line of a terminal; elsewhere nothing but the case."""
+    """Show the current work: on a terminal in one line, elsewhere the case alone."""
 
     def __init__(self, title: str) -> None:
         self.title, self.start, self.live = title, time.perf_counter(), sys.stderr.isatty()

@@ -1,7 +1,6 @@
-"""The machine's own limits: how fast it multiplies and how fast it copies.
+"""The machine's own limits: its rates of multiplying and of copying.
 
-They are candidates that take their turn beside the ops, so that a share of the limit compares two figures of the same
-minutes.
+They are candidates that take turns with the ops, so that a share of the limit compares two figures of the same minutes.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 
 from oner_fast.benchmarks.timing import Candidate, Rotation
 
-# Rows, columns and depth of products on which MKL and oneDNN are at their best, in float32 and in bfloat16.
+# Rows, columns and depth of the products that MKL and oneDNN compute fastest, in float32 and in bfloat16.
 GEMM_SHAPES = ((4096, 4096, 256), (2304, 768, 3072))
-# A GPU needs more to be at its best.
+# A GPU needs larger products to reach its best rate.
 GEMM_SHAPES_OF_GPUS = ((8192, 8192, 8192), (16384, 3072, 768))
 COPY_BYTES = 64 * 2**20
 COPY_BYTES_OF_GPUS = 512 * 2**20
@@ -25,7 +24,7 @@ COPY_BYTES_OF_GPUS = 512 * 2**20
 
 @dataclass(frozen=True)
 class Limit:
-    """A candidate whose rate is a limit of the machine: `work` is the FLOPs ("gemm") or bytes ("copy") of a run."""
+    """A candidate whose rate is a limit of the machine; `work` is the FLOPs ("gemm") or bytes ("copy") of a run."""
 
     candidate: Candidate
     work: float
@@ -33,10 +32,11 @@ class Limit:
 
 
 def gemm_limits(dtype: torch.dtype, device: str = "cpu") -> list[Limit]:
-    """The best products that PyTorch has in `dtype`: `torch.mm` at two shapes and, on the CPU, oneDNN by a convolution.
+    """Make the fastest products of PyTorch in `dtype`: `torch.mm` at two shapes and, on the CPU, a convolution of
+    oneDNN.
 
-    The one with the highest rate is the machine's; which one that is differs between machines. On the CPU float32's are
-    among those of 16-bit numbers: they can be widened, and some processors multiply them faster so.
+    The highest rate is the machine's limit; which product reaches it differs between machines. On the CPU the limits of
+    16-bit numbers include float32's, since some processors multiply 16-bit numbers faster once they are widened.
     """
     if device == "cpu" and dtype.itemsize == 2:
         return _products(dtype, device) + _products(torch.float32, device, " widened")
@@ -61,7 +61,7 @@ def _products(dtype: torch.dtype, device: str, how: str = "") -> list[Limit]:
 
 
 def _onednn_limit(dtype: torch.dtype, how: str) -> Limit:
-    """`torch.mm` in float32 is MKL's or oneDNN's; a 1 x 1 convolution in channels-last order is oneDNN's always."""
+    """Make a product that is always oneDNN's, a 1 x 1 convolution in channels-last order; `torch.mm` may be MKL's."""
     rows, columns, depth = GEMM_SHAPES[-1]
     image = torch.randn(1, 1, rows, depth).to(dtype).permute(0, 3, 1, 2)
     weight = torch.randn(columns, depth, 1, 1).to(dtype)
@@ -75,7 +75,7 @@ def _onednn_limit(dtype: torch.dtype, how: str) -> Limit:
 
 
 def copy_limit(device: str = "cpu") -> Limit:
-    """Copying between buffers that together exceed the caches; its work counts the bytes read and written."""
+    """Copy between buffers that together exceed the caches; the work counts the bytes read and written."""
     size = COPY_BYTES if device == "cpu" else COPY_BYTES_OF_GPUS
 
     def pair(index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +92,7 @@ def copy_limit(device: str = "cpu") -> Limit:
 
 
 def limits(dtype: torch.dtype, kind: str, device: str = "cpu") -> list[Limit]:
-    """The limits of a `kind`, "gemm" (FLOPs) or "copy" (bytes)."""
+    """Make the limits of a `kind`: "gemm" (FLOPs) or "copy" (bytes)."""
     makers: dict[str, Callable[[], list[Limit]]] = {
         "gemm": lambda: gemm_limits(dtype, device),
         "copy": lambda: [copy_limit(device)],

@@ -1,4 +1,4 @@
-"""What machine this is: everything that must be known beside a figure."""
+"""Describe the machine as far as a figure depends on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MALLOC_VARIABLES = ("LD_PRELOAD", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", 
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything that must be known beside a figure."""
+    """Facts about the machine that a figure depends on."""
 
     cpu: str
     cores: int
@@ -49,12 +49,12 @@ class Machine:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The facts as a dict for JSON."""
         return asdict(self)
 
 
 def describe(device: str = "cpu") -> Machine:
-    """The machine of this process; `load` is the number of runnable processes in the last minute, before measuring."""
+    """Describe the machine of this process; `load` counts the runnable processes of the minute before."""
     built = _extension.status().loaded
     return Machine(
         cpu=cpu_info("model name") or platform.machine(),
@@ -76,7 +76,7 @@ def describe(device: str = "cpu") -> Machine:
 
 @cache
 def cache_bytes(device: str = "cpu") -> int:
-    """The bytes of the GPU's L2; of the largest cache of the first core, as Linux tells; 32 MiB where nothing does."""
+    """Bytes of the GPU's L2, or of the first core's largest cache as Linux reports it; 32 MiB if unknown."""
     if device != "cpu":
         return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)) or 32 * 2**20
     sizes = []

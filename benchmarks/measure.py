@@ -1,4 +1,4 @@
-"""One case from its inputs to its row: correctness first, then time, then memory and counts."""
+"""Measure one case and make its row: correctness first, then time, then memory and counts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
 from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
-# A result may err this many times as much as plain eager PyTorch in the same dtype does, and some units more: a single
-# number such as a loss is sometimes right by luck.
+# A result may err this many times as much as plain eager PyTorch in the same dtype, and some units more: a single
+# number such as a loss is sometimes exact by chance.
 ALLOWED = 3.0
 MORE_UNITS = 4.0
-# Eager PyTorch itself must be within so many units, or the case is broken.
+# Eager PyTorch itself must be within this many units, or the case is broken.
 ALLOWED_UNITS = 64.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a case is measured.
+    """Settings of a measurement.
 
     Args:
-        seconds: of interleaved rounds for each case.
+        seconds: time of interleaved rounds for each case.
         device: "cpu" or "cuda".
-        quick: the small cases; memory of baselines is measured only where a target speaks of it.
-        memory: False measures no memory, which takes processes of its own.
+        quick: measure the small cases, and the memory of baselines only where a target needs it.
+        memory: False measures no memory, which needs processes of its own.
     """
 
     seconds: float = 12.0
@@ -48,14 +48,14 @@ class Settings:
 
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
-    """The row of a case. Interruption leaves through KeyboardInterrupt, and no row."""
+    """Measure a case and make its row. An interruption raises KeyboardInterrupt and makes no row."""
     with _quiet():
         return _measure(case, settings, progress)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the compiler says of graph breaks (they are counted) and PyTorch of prototypes."""
+    """Silence the compiler's messages about graph breaks, which are counted, and PyTorch's about prototypes."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -70,7 +70,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
     if settings.device != "cpu":
         case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
-    # What is promised is promised for the CPU.
+    # Targets hold for the CPU.
     promised = asdict(case.target) if settings.device == "cpu" else {}
     target = {name: value for name, value in promised.items() if value is not None}
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
@@ -94,7 +94,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
 
 
 def _ours_by_name(case: Case, device: str) -> list[Contender]:
-    """Ours once more for each implementation of ours that can serve the call, beside the one that does."""
+    """Make a contender for each of our other implementations that can serve the call."""
     ours, variable = case.contender(OURS), f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
 
     def forced(name: str) -> Forward:
@@ -119,8 +119,9 @@ def check(
 ) -> dict[str, float]:
     """Run every contender once against float64; fills in errors, tolerance, refused and unavailable.
 
-    The measure of all is the first eager baseline, the one that everybody would write. Returns the seconds that the
-    first run took, compiling included.
+    The tolerance of all follows the first eager baseline, the code that everybody would write. Returns the seconds of
+    the
+    first runs, compilation included.
     """
     progress("float64")
     exact = case.exact(call)
@@ -135,7 +136,7 @@ def check(
             setup[contender.name] = time.perf_counter() - start
             found = contender.restore(results)
             errors[contender.name] = [relative_error(one, true) for one, true in zip(found, exact, strict=True)]
-        except Exception as error:  # whatever a baseline cannot do here is its row's business
+        except Exception as error:  # the row records why a baseline cannot run here
             reason = (str(error).strip().splitlines() or ["no message"])[0]
             row.unavailable[contender.name] = f"{type(error).__name__}: {reason[:200]}"
     plain = next((one.name for one in case.contenders if one.eager and one.name in errors), OURS)
@@ -158,9 +159,10 @@ def check(
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """The larger of two: the largest error over the largest value, and the root of the mean squares of both."""
+    """The larger of two relative errors: maximum error over maximum value, and root mean square error over root mean
+    square."""
     if found.shape != exact.shape:
-        raise ValueError(f"a result has the shape {tuple(found.shape)}, {tuple(exact.shape)} is right")
+        raise ValueError(f"a result has the shape {tuple(found.shape)}, not {tuple(exact.shape)}")
     exact = exact.detach()
     error = found.detach().double() - exact
     scale = torch.finfo(torch.float64).tiny
@@ -180,7 +182,7 @@ def _time(
     timed = [one for one in case.contenders if one.name not in row.refused and one.name not in row.unavailable]
     if not timed:
         return
-    # What bounds it comes first; the bytes of an op that products bound are part of its floor.
+    # The bound comes first; where products bound an op, its bytes are part of the floor too.
     work = {"gemm": case.flops, "copy": case.bytes} if case.limit == "gemm" else {case.limit: case.bytes}
     bounds = [one for kind in work for one in limits(case.limit_dtype or case.dtype, kind, settings.device)]
     size = case.make(0, settings.device).bytes()
@@ -215,7 +217,8 @@ def _memory(case: Case, settings: Settings, row: Row, progress: Callable[[str], 
 
 
 def _weighed(case: Case, settings: Settings, row: Row) -> list[Contender]:
-    """Ours; in a full run, or where a target speaks of it, also the fastest eager and the fastest compiled baseline."""
+    """Contenders to weigh: ours; in a full run, or where a target needs it, also the fastest eager and compiled
+    baselines."""
     chosen = [case.contender(OURS)]
     if case.timed and (not settings.quick or case.target.memory_share is not None):
         for compiled in (False, True):

@@ -1,8 +1,9 @@
-"""What an op costs in memory: the peak above its inputs, in a process of its own, and the bytes kept for backward.
+"""Memory of an op: the peak above its inputs, in a process of its own, and the bytes kept for backward.
 
-The peak is the kernel's own count: `VmHWM` of /proc/self/status after /proc/self/clear_refs has reset it. The op has
-run before, so that no page of code, compiler or thread counts; freed memory went back to the system (every allocation
-from 64 KiB on is mapped by itself, MKL keeps no buffers), so that no page of the earlier run hides one of the later.
+The peak is the kernel's own count: `VmHWM` of /proc/self/status after a reset through /proc/self/clear_refs. The op has
+run before, so that pages of code, compiler and threads do not count. Freed memory has gone back to the system, since
+allocations from 64 KiB on are mapped one by one and MKL keeps no buffers, so that pages of the earlier run do not hide
+pages of the later one.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from oner_fast.benchmarks.cases import Call, Case, Contender, Forward, step
 
-# glibc's and MKL's: give back at once what is freed.
+# Variables of glibc and MKL: return freed memory at once.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MKL_DISABLE_FAST_MM": "1"}
 WARM_UPS = 2
 
 
 class Unavailable(Exception):
-    """Memory cannot be measured here; says why."""
+    """Memory cannot be measured here, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Memory:
     """Bytes of one call.
 
     Args:
-        peak: above what was there before the call, without the gradients that it returned; outputs count.
+        peak: above the memory before the call, without the gradients that it returned; outputs count.
         saved: kept between forward and backward, each storage once, inputs included.
         saved_beyond_inputs: the same without storages of the inputs.
     """
@@ -48,9 +49,11 @@ class Memory:
 
 
 def peak_bytes(run: Callable[[], Sequence[Tensor]], warm_ups: int = WARM_UPS) -> tuple[int, Sequence[Tensor]]:
-    """The peak of resident memory during `run()` above that before it, after some warm-ups, and what it returned.
+    """Measure the peak of resident memory during `run()` above that before it, after some warm-ups; also returns its
+    result.
 
-    Exact to some hundred KiB where the process was started with `ENVIRONMENT`. Raises Unavailable without Linux' /proc.
+    The peak is exact to some hundred KiB where the process was started with `ENVIRONMENT`. Raises Unavailable without
+    Linux's /proc.
     """
     for _ in range(warm_ups):
         run()
@@ -66,13 +69,13 @@ def peak_bytes(run: Callable[[], Sequence[Tensor]], warm_ups: int = WARM_UPS) ->
 
 
 def saved_bytes(forward: Forward, call: Call) -> tuple[int, int]:
-    """What the forward keeps for backward: all of it, and the part that is no input's storage."""
+    """Count the bytes that the forward keeps for backward: all of them, and those outside the inputs' storages."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         for part in _parts(tensor):
             storage = part.untyped_storage()
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -85,7 +88,7 @@ def saved_bytes(forward: Forward, call: Call) -> tuple[int, int]:
 
 
 def of_contender(case: Case, contender: Contender, device: str = "cpu") -> Memory:
-    """Measured in this process, which should be a fresh one; `measure` starts it."""
+    """Measure a contender in this process, which should be a fresh one; `measure` starts it."""
     call = contender.layout(case.make(0, device))
     forward = contender.function()
     if device == "cpu":
@@ -112,12 +115,12 @@ def measure(case: Case, contender: str, quick: bool, device: str = "cpu") -> Mem
 
 
 def _parts(tensor: Any) -> list[Tensor]:
-    """The plain tensors in which it is stored: itself, or the values and the boundaries of a nested one."""
+    """Plain tensors that store a tensor: itself, or the values and the boundaries of a nested one."""
     return [tensor.values(), tensor.offsets()] if tensor.is_nested else [tensor]
 
 
 def peak_on_gpu(run: Callable[[], Sequence[Tensor]]) -> tuple[int, Sequence[Tensor]]:
-    """As `peak_bytes`, by the count of torch's allocator."""
+    """Measure as `peak_bytes`, by the count of torch's allocator."""
     for _ in range(WARM_UPS):
         run()
     torch.cuda.synchronize()
@@ -132,7 +135,7 @@ def _give_back() -> None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):
-        pass  # another C library: what it keeps is little beside the tensors
+        pass  # another C library keeps little memory beside the tensors
 
 
 def _status(name: str) -> int:
@@ -152,7 +155,7 @@ def _main(argument: str) -> None:
 
     task: dict[str, Any] = json.loads(argument)
     try:
-        # Where memory runs out, this process ends, and no other.
+        # Where memory runs out, the system should end this process and no other.
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""The report's plots: ratios, shares of the limit, memory. Needs matplotlib, which the extra `bench` brings."""
+"""Plots of the report: ratios, shares of the limit, memory. They need matplotlib, which the extra `bench` brings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS_COLOUR, OTHER_COLOUR, LINE_COLOUR = "#3b5bdb", "#adb5bd", "#e03131"
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """speedup.png, share.png and memory.png in `folder`, as far as the rows have such figures.
+    """Draw speedup.png, share.png and memory.png in `folder`, where the rows have such figures.
 
     Raises ModuleNotFoundError without matplotlib.
     """

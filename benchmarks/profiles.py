@@ -1,4 +1,4 @@
-"""Where a call's time goes, forward and backward apart, by PyTorch's profiler."""
+"""Profile a call by PyTorch's profiler: the time of each operation, forward and backward separately."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ Phases = dict[str, dict[str, float]]
 
 
 def phases(forward: Forward, calls: Sequence[Call], device: str = "cpu") -> Phases:
-    """The mean seconds of a call by operation: {"forward": {operation: seconds}, "backward": ...}, longest first.
+    """Mean seconds of a call by operation: {"forward": {operation: seconds}, "backward": ...}, longest first.
 
-    An operation's time is its own, without those that it calls; what lies in none (Python, the profiler) is `OUTSIDE`,
-    so that the seconds of a phase add up to its wall-clock time. Beyond `LISTED` operations they are one, `REST`.
+    An operation's time excludes the operations that it calls. Time outside all operations (Python, the profiler) is
+    `OUTSIDE`, so that the seconds of a phase add up to its wall-clock time. Operations beyond `LISTED` are summed as
+    `REST`.
 
     Args:
-        forward: has run before.
+        forward: the forward, which has run before.
         calls: taken in turn, CALLS of them after one that does not count; without leaves there is no backward.
+        device: where the call runs.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells each start and stop otherwise
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler's library prints each start and stop
     found: Phases = {}
     for number in range(CALLS + 1):
         call = calls[number % len(calls)]
@@ -54,7 +56,7 @@ def _add(found: Phases, phase: str, run: Callable[[], Any], device: str) -> Any:
     seconds = found.setdefault(phase, {OUTSIDE: 0.0})
     inside = 0.0
     for event in profiler.key_averages():
-        # On a GPU its kernels alone: an operation's time there is that of its kernels, which are events too.
+        # On a GPU count kernels alone: an operation's time is that of its kernels, which are events too.
         if device != "cpu" and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         own = (event.self_cpu_time_total if device == "cpu" else event.self_device_time_total) / 1e6

@@ -1,4 +1,4 @@
-"""The report of a run: results.json, report.md, report.html and plots, written whole after every row, never by hand."""
+"""The report of a run: results.json, report.md, report.html and plots, rewritten after each row, never by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CRITERIA: dict[str, Callable[[float], str]] = {
 
 @dataclass
 class Report:
-    """Rows so far, beside the machine they were measured on."""
+    """Rows so far, and the machine they were measured on."""
 
     command: str
     machine: str
@@ -37,7 +37,7 @@ class Report:
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as a dict for JSON."""
         return {
             "command": self.command,
             "started": self.started,
@@ -49,7 +49,7 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """From a results.json."""
+        """Read a results.json."""
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row.from_dict(row) for row in data["rows"]]
         return cls(data["command"], data["machine"], data["machine_facts"], rows, data["finished"], data["started"])
@@ -71,10 +71,10 @@ class Report:
         return [folder / name for name in texts]
 
     def markdown(self, folder: Path | None = None) -> str:
-        """The report; with a folder, the plots that lie in it are shown."""
+        """Format the report as Markdown; with a folder, it shows the folder's plots."""
         lines = ["# Benchmarks", "", f"`{self.command}`, {self.started}", "", f"Machine: {self.machine}", ""]
         if not self.finished:
-            lines += ["**This run was not finished:** it holds the rows that were.", ""]
+            lines += ["**This run was not finished:** the report holds the finished rows.", ""]
         lines += [
             "Seconds are p50 (p20 to p80) of interleaved calls, forward and backward, on rotated inputs larger than "
             "the caches. A ratio is the median of the ratios within a round. Every result was compared with float64 "
@@ -110,12 +110,12 @@ def _write(text: str, file: IO[bytes]) -> None:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits."""
+    """Format seconds as milliseconds with three digits."""
     return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 def verdict(row: Row) -> str:
-    """Whether the row's targets were met, and which were not."""
+    """State which of the row's targets were met and which were not."""
     if row.wrong:
         return "REFUSED"
     if not row.target:
@@ -172,7 +172,7 @@ def _memory_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _in_the_way(row: Row) -> list[str]:
-    """Of a row that misses a target: what the machine itself would need, and where the time goes instead."""
+    """For a row that misses a target: the time that the machine itself would need, and where the time goes instead."""
     if not row.profiles:
         return []
     words = {"gemm": "its products at the best product's rate", "copy": "its bytes at the copy's rate"}

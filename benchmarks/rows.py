@@ -1,4 +1,5 @@
-"""One row of the report: what was measured for one case, and whether it met its target. Plain data, JSON both ways."""
+"""One row of the report: the figures of one case, and whether it met its target. Plain data, converted to and from
+JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ NOTHING: Mapping[str, float] = {}
 
 @dataclass
 class Times:
-    """Seconds of one candidate: quantiles over the rounds, how many there were, and what preparing it took."""
+    """Seconds of one candidate: quantiles over the rounds, their number, and the time of its preparation."""
 
     p20: float
     p50: float
@@ -26,7 +27,7 @@ class Times:
 
 @dataclass
 class Quantiles:
-    """Of ratios within a round."""
+    """Quantiles of ratios within a round."""
 
     p20: float
     p50: float
@@ -35,25 +36,25 @@ class Quantiles:
 
 @dataclass
 class Row:
-    """What was measured for one op (or step) at one shape and dtype.
+    """Figures of one op (or step) at one shape and dtype.
 
     Args:
-        op, shape, dtype: which case; a training step is the op "step".
-        served: the implementation behind "oner_fast".
-        times: by candidate; empty where only memory was measured.
-        best, eager: the fastest baseline of all, and without torch.compile; `speedup` and `speedup_eager`: ours
-            against them.
-        limit: the candidate that showed the machine's limit, `limit_rate` its FLOPs or bytes a second, `rate` ours.
-        share: ours of the limit.
-        floor: the seconds that the machine itself needs for the row's products ("gemm") and its bytes ("copy"), at the
+        op, shape, dtype: the case; a training step is the op "step".
+        served: the implementation chosen for "oner_fast".
+        times: times by candidate; empty where only memory was measured.
+        best, eager: the fastest baseline, and the fastest without torch.compile; `speedup` and `speedup_eager` compare
+            ours with them.
+        limit: the candidate that reached the machine's limit; `limit_rate` is its FLOPs or bytes a second, `rate` ours.
+        share: ours as a share of the limit.
+        floor: seconds that the machine itself needs for the row's products ("gemm") and its bytes ("copy"), at the
             rates of the same run.
-        profiles: by candidate, of ours and the fastest baseline: {"forward": {operation: seconds}, "backward": ...}.
+        profiles: for ours and the fastest baseline: {"forward": {operation: seconds}, "backward": ...}.
         memory: {candidate: {"peak", "saved", "saved_beyond_inputs"}} in bytes.
-        errors: the largest relative error of each candidate against float64, and the `tolerance` it must keep.
-        refused: wrong results, with what was wrong; they have no times.
+        errors: the largest relative error of each candidate against float64; `tolerance` is the largest allowed.
+        refused: candidates with wrong results, and what was wrong; they have no times.
         unavailable: candidates that cannot run here, with the reason.
-        target: what was promised, by criterion; `met`: by the same criteria.
-        parts: of a step: each op's share of ours.
+        target: the promises by criterion; `met`: whether each was kept.
+        parts: for a step: each op's share of ours.
     """
 
     op: str
@@ -85,16 +86,16 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """A result was refused, or ours cannot run."""
+        """Whether a result was refused, or ours cannot run."""
         return bool(self.refused) or OURS in self.unavailable
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The row as a dict for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
-        """From what `as_dict` gave."""
+        """Make a row from the dict of `as_dict`."""
         fields = dict(data)
         fields["times"] = {name: Times(**one) for name, one in fields.get("times", {}).items()}
         for name in ("speedup", "speedup_eager"):
@@ -112,8 +113,9 @@ class Row:
 
         Args:
             samples: "oner_fast", the baselines and the limits, measured together.
-            eager: the names of the baselines without torch.compile.
-            work: what ours has to do by the kind of limit, FLOPs or bytes; the first kind is what bounds it.
+            eager: names of the baselines without torch.compile.
+            limits: the limits.
+            work: FLOPs or bytes of ours by the kind of limit; the first kind is the bound.
         """
         hidden = {limit.candidate.name for limit in limits}
         for name, one in samples.items():
@@ -142,7 +144,7 @@ class Row:
                 self.share = ratio(samples[name], ours).p50 * needed / limit.work
 
     def judge(self, compiled: Sequence[str]) -> None:
-        """Fill in `met` for every criterion of `target` that was measured; `compiled` names those baselines."""
+        """Fill in `met` for each criterion of `target` that was measured; `compiled` names the compiled baselines."""
         ours = self.memory.get(OURS)
         theirs = [self.memory[name] for name in compiled if name in self.memory]
         for name, promised in self.target.items():

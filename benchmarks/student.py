@@ -1,9 +1,9 @@
-"""`oner-fast bench uta`: what a step of UTA's student costs, by the share of the patches that are hidden.
+"""`oner-fast bench uta`: the cost of a step of UTA's student by the share of hidden patches.
 
-Three ways to the same gradient's shape: ours (hidden patches never enter), the same student fed mask tokens in their
-place, and the same student that embeds every patch and drops the hidden ones afterwards. Forward, token alignment and
-backward, without teacher and optimiser; interleaved, so that the ratios hold on a noisy machine; the peak of memory
-each in a fresh process. With `--teacher` also what the targets cost: computed, and read from a cache on disk.
+Three students give gradients of the same shape: ours (hidden patches never enter), one fed mask tokens in their place,
+and one that embeds all patches and drops the hidden ones afterwards. A step is forward, token alignment and backward,
+without teacher and optimiser. Steps are interleaved, so that the ratios hold on a noisy machine, and the peak of memory
+is measured in fresh processes. With `--teacher` the targets are measured too: computed, and read from a cache on disk.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Tell = Callable[[str], None]
 
 
 class _EmbedsAll(UTA):
-    """The student with every patch embedded before the hidden ones are dropped."""
+    """The student that embeds all patches before it drops the hidden ones."""
 
     def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         tokens, places = super()._embed(images, None, masked)
@@ -56,7 +56,7 @@ class _EmbedsAll(UTA):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: the student, and one batch of random images towards random tokens."""
+    """Setting of the measurement: the student, and one batch of random images with random target tokens."""
 
     config: UTAConfig
     batch_size: int
@@ -64,7 +64,7 @@ class Setting:
     dtype: str
 
     def step(self, name: str, mask_ratio: float) -> Callable[[], list[Tensor]]:
-        """A call that computes the gradients anew and returns them."""
+        """Make a call that computes the gradients anew and returns them."""
         torch.manual_seed(0)
         c, device = self.config, torch.device(self.device)
         config = replace(c, mask_token=name == MASK_TOKENS)
@@ -90,7 +90,7 @@ class Setting:
         return run
 
     def peak(self, name: str, mask_ratio: float) -> int:
-        """Bytes above weights and batch, gradients included, in a process of its own."""
+        """Bytes above weights and batch, gradients included, measured in a process of its own."""
         task = {**asdict(self), "name": name, "mask_ratio": mask_ratio, "threads": torch.get_num_threads()}
         environment = {**os.environ, **peak_memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         command = [sys.executable, "-m", "oner_fast.benchmarks.student", "--peak", json.dumps(task)]
@@ -103,7 +103,7 @@ class Setting:
 
 @dataclass
 class Row:
-    """One mask ratio: tokens an image that enter our student, seconds and peak bytes of every way."""
+    """One mask ratio: tokens of an image that enter our student, and the seconds and peak bytes of each student."""
 
     mask_ratio: float
     tokens: int
@@ -113,7 +113,7 @@ class Row:
 
 
 def teacher_steps(setting: Setting, source: str, folder: Path) -> dict[str, Callable[[], Tensor | None]]:
-    """Calls that give the targets of a batch: by the teacher, and by a cache in `folder` that holds them."""
+    """Make calls that return the targets of a batch: by the teacher, and by a cache in `folder` that holds them."""
     c = setting.config
     dtype = _DTYPES[setting.dtype] or torch.float32
     teacher = load_teacher(source, grid=c.grid, device=setting.device, dtype=dtype)
@@ -126,7 +126,7 @@ def teacher_steps(setting: Setting, source: str, folder: Path) -> dict[str, Call
 def measure(
     setting: Setting, ratios: Sequence[float], rounds: int, tell: Tell, teacher: str = ""
 ) -> tuple[list[Row], dict[str, Samples]]:
-    """A row for each mask ratio, and the seconds of the teacher's tokens where there is one; all take turns."""
+    """Measure a row for each mask ratio, and the teacher's tokens where there is a teacher; all take turns."""
     with tempfile.TemporaryDirectory() as folder:
         targets = teacher_steps(setting, teacher, Path(folder)) if teacher else {}
         return _measure(setting, ratios, rounds, tell, targets)
@@ -159,11 +159,11 @@ def _called(run: Callable[[], object]) -> Callable[[int], object]:
 
 
 def markdown(setting: Setting, rows: Sequence[Row], targets: dict[str, Samples]) -> str:
-    """The table: seconds, their ratio to the first row's, to the other ways, and memory."""
+    """Format the table: seconds, ratios to the first row's and to the other students', and memory."""
     c = setting.config
     lines = [
         f"### {c.image_size} px, patch {c.patch_size}, width {c.width}, {c.depth} layers, {setting.batch_size} "
-        f"pictures, {setting.dtype}",
+        f"images, {setting.dtype}",
         "",
         "| mask ratio | tokens | their share | ours: p50 s | its share | mask tokens: p50 s | slower than ours "
         "| embed all, gather: p50 s | slower than ours | GFLOP/s of ours | peak MiB: ours | mask tokens | embed all |",
@@ -207,13 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=list(UTA_SIZES), default="b", help="the student (default: b)")
     parser.add_argument("--image-size", type=int, default=None, help="pixels a side; the size's own by default")
     parser.add_argument("--depth", type=int, default=None, help="layers; the size's own by default")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures a step (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images a step (default: 8)")
     parser.add_argument("--mask-ratios", type=float, nargs="+", default=[0.0, 0.4, 0.5, 0.75])
     parser.add_argument("--dtypes", nargs="+", choices=list(_DTYPES), default=["fp32"])
-    parser.add_argument("--rounds", type=int, default=5, help="samples of each way")
+    parser.add_argument("--rounds", type=int, default=5, help="samples of each student")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--teacher", default="", help="a CLIP as `train uta` takes it: measure its tokens too")
-    parser.add_argument("--out", type=Path, default=None, help="write the tables there, as Markdown")
+    parser.add_argument("--teacher", default="", help="measure the tokens of this CLIP too, named as for `train uta`")
+    parser.add_argument("--out", type=Path, default=None, help="Markdown file for the tables")
     parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.peak is not None:

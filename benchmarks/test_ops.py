@@ -1,8 +1,8 @@
-"""The gates of continuous integration, by pytest-benchmark: `pytest benchmarks`.
+"""Gates of continuous integration, by pytest-benchmark: `pytest benchmarks`.
 
 Counts are gated exactly (bytes kept for backward, graph breaks, FLOPs), wall-clock ratios loosely: a gate is about half
-of the ratio that was reached, and only an op that stays below it in every attempt has become slow; one that does in
-some was disturbed. Where an op has no compiled implementation here, the test is skipped.
+of the ratio that was reached. An op fails only if it stays below its gate in every attempt, since other work disturbs
+single attempts. Where an op has no compiled implementation, the test is skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from oner_fast.train.engine.allocator import freed_memory_kept
 
 SECONDS = 1.5
 ATTEMPTS = 3
-# About half of the ratios of three quick runs on two cores of a Xeon with AVX-512-BF16 and no AMX. Targets are apart.
+# About half of the ratios of three quick runs on two cores of a Xeon with AVX-512-BF16 and no AMX; not the targets.
 GATES = {
     ("masked_gather", torch.float32): 1.0,  # 1.9 to 2.1
     ("gather_patches", torch.float32): 0.7,  # 1.2 to 1.3
@@ -38,7 +38,7 @@ every_case = pytest.mark.parametrize("case", cases(quick=True), ids=lambda case:
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_fresh_pages() -> Iterator[None]:
-    """As training and `oner-fast bench ops` do: nobody is timed by the pages that it is the first to touch."""
+    """Keep freed memory, as training and `oner-fast bench ops` do, so that no candidate pays for fresh pages."""
     with freed_memory_kept():
         yield
 
@@ -48,7 +48,7 @@ def skip_unless_compiled(case: Case) -> None:
     op, device, facts = case.facts_of(ours.layout(case.make(0, "cpu")), "cpu")
     served = choose(op, device, **facts)
     if not served.compiled:
-        pytest.skip(f"{case.op} is served by {served.name!r}, which promises nothing")
+        pytest.skip(f"{case.op} uses {served.name!r}, which has no gate")
 
 
 @every_case
@@ -67,14 +67,14 @@ def test_graph_breaks(case: Case) -> None:
 
 @every_case
 def test_flops(case: Case) -> None:
-    """Products alone count: what moves memory has none."""
+    """Only products count; operations that move memory have no FLOPs."""
     skip_unless_compiled(case)
     assert counted_flops(case, OURS) == (case.flops if case.limit == "gemm" else 0)
 
 
 @pytest.mark.parametrize("case", [one for one in cases(True) if one.counted is not None], ids=lambda case: case.key)
 def test_flops_of_the_baseline(case: Case) -> None:
-    """The first eager one that has products of its own, not a fused op's."""
+    """Count the first eager baseline that has products of its own, not a fused op's."""
     name = next(one.name for one in case.contenders if one.eager and "SDPA" not in one.name)
     assert counted_flops(case, name) == case.counted
 

@@ -1,8 +1,8 @@
-"""How seconds are measured: interleaved calls, rotated inputs, quantiles, and ratios within a round.
+"""Measure seconds: interleaved calls, rotated inputs, quantiles, and ratios within a round.
 
 Candidates are called in turn, A B C A B C ..., each call on the next set of inputs of a rotation that is larger than
-the caches. A ratio is the median over rounds of the ratio within the round: what slows the machine for a while slows
-neighbours in time alike, and cancels.
+the caches. A ratio is the median over rounds of the ratio within the round: a disturbance slows neighbouring calls
+alike, so it cancels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from oner_fast.benchmarks.machine import cache_bytes
 WARM_UPS = 2
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
-# Whose single call takes more than a tenth of the time that there is takes part in the first three rounds alone.
+# A candidate whose single call takes more than a tenth of the time takes part in the first three rounds alone.
 SLOW_SHARE, SLOW_ROUNDS = 0.1, 3
-# On a GPU: how long it is kept busy for one sample, and by how many calls at most.
+# On a GPU: how long one sample keeps it busy, and the most calls of a sample.
 BATCH_SECONDS = 5e-3
 MOST_IN_A_BATCH = 64
 T = TypeVar("T")
@@ -36,11 +36,11 @@ class Candidate:
 
     Args:
         name: unique among the candidates that are measured together.
-        run: does the work once; its argument counts the calls of all candidates together and picks the inputs
-            (`Rotation`), so that no two calls in a row meet the same ones. What it returns is dropped before the clock
-            stops: freeing is part of the work.
-        prepare: called once before the first run, for example to compile; its time and that of the first run are
-            added to `setup_seconds` and are in no sample.
+        run: does the work once. Its argument counts the calls of all candidates together and picks the inputs
+            (`Rotation`), so that no two calls in a row have the same ones. Its result is dropped before the clock
+            stops, as freeing is part of the work.
+        prepare: called once before the first run, for example to compile. Its time and that of the first run are added
+            to `setup_seconds` and are in no sample.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass
 class Samples:
-    """The seconds of one candidate, one for each round from the first on; a slow one stops before the others do."""
+    """Seconds of one candidate, one for each round from the first on; a slow candidate stops earlier."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times longer one candidate takes than another: quantiles of the ratios within a round."""
+    """Ratio of the times of two candidates: quantiles of the ratios within a round."""
 
     p20: float
     p50: float
@@ -83,13 +83,13 @@ class Ratio:
 
 
 class Rotation(Generic[T]):
-    """Set of inputs, together at least twice as large as the caches, handed out in turn.
+    """Sets of inputs, together at least twice as large as the caches, handed out in turn.
 
     Args:
-        make: gives the set of a number, counted from 0.
+        make: makes the set with a number, counted from 0.
         set_bytes: the bytes that one call reads and writes of a set.
-        most: never more sets than this, however small they are.
-        device: whose caches.
+        most: the most sets, however small they are.
+        device: the device whose caches matter.
     """
 
     def __init__(self, make: Callable[[int], T], set_bytes: int, most: int = 16, device: str = "cpu") -> None:
@@ -101,7 +101,7 @@ class Rotation(Generic[T]):
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` of them lie, linear between neighbours. Raises ValueError where there are none."""
+    """Value below which `share` of the values lie, linear between neighbours. Raises ValueError without any."""
     if not values:
         raise ValueError("a quantile needs at least one sample, got none")
     ordered = sorted(values)
@@ -112,7 +112,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def ratio(slower: Samples, faster: Samples) -> Ratio:
-    """How many times faster `faster` is: the quantiles of slower / faster within each round that both finished."""
+    """Speed-up of `faster`: quantiles of slower / faster within each round that both finished."""
     rounds = [a / b for a, b in zip(slower.seconds, faster.seconds, strict=False)]
     return Ratio(quantile(rounds, 0.2), quantile(rounds, 0.5), quantile(rounds, 0.8))
 
@@ -128,20 +128,21 @@ def interleave(
     """Prepare and warm up every candidate, then measure them in turn; samples by name.
 
     Args:
-        candidates: at least one, with names of their own.
-        seconds: how long to measure (the rounds begun are finished; at least `LEAST_ROUNDS`, at most `MOST_ROUNDS`;
-            a candidate that takes more than `SLOW_SHARE` of it in one call has `SLOW_ROUNDS`).
-        rounds: how many rounds, instead of `seconds`.
-        device: on "cuda" a sample is the mean of so many calls, one behind the other, that the GPU is busy for
-            `BATCH_SECONDS`, by its own clock: a single short call would be timed by its launch.
-        progress: told what is done now.
+        candidates: at least one, with distinct names.
+        seconds: how long to measure. Rounds that have begun are finished; there are at least `LEAST_ROUNDS` and at most
+            `MOST_ROUNDS`. A candidate that takes more than `SLOW_SHARE` of the time in one call has `SLOW_ROUNDS`.
+        rounds: number of rounds, instead of `seconds`.
+        device: on "cuda" a sample is the mean of as many calls, one behind the other, as keep the GPU busy for
+            `BATCH_SECONDS`, by its own clock, since a single short call would only measure its launch.
+        progress: called with the current work.
 
     Raises:
-        ValueError: no candidates, a name given twice, or not exactly one of `seconds` and `rounds`.
+        ValueError: there are no candidates, a name is given twice, or not exactly one of `seconds` and `rounds` is
+            given.
     """
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"candidates need names of their own, got {names}")
+        raise ValueError(f"candidates need distinct names, got {names}")
     if (seconds is None) == (rounds is None):
         raise ValueError(f"give seconds or rounds, one of them; got seconds={seconds}, rounds={rounds}")
     call = 0
@@ -178,7 +179,7 @@ def interleave(
 
 
 def best(samples: Mapping[str, Samples]) -> Samples:
-    """The one with the lowest median."""
+    """Samples with the lowest median."""
     return min(samples.values(), key=lambda one: one.p50)
 
 
@@ -194,7 +195,7 @@ def _rounds(seconds: float | None, rounds: int | None) -> Iterator[int]:
 
 
 def _time(candidate: Candidate, call: int, device: str, batch: int = 1) -> float:
-    """The mean seconds of `batch` calls."""
+    """Mean seconds of `batch` calls."""
     if device != "cpu":
         return _time_on_gpu(candidate, call, batch)
     start = time.perf_counter()

@@ -128,7 +128,7 @@ def load(
     if text_tower is None:
         return loaded
     if not isinstance(loaded, LoadedDualEncoder) or isinstance(loaded.model, Teacher):
-        raise ValueError(f"{source} has its own text tower; only UTA's student takes another one")
+        raise ValueError(f"{source} has its own text tower; only UTA's student takes another")
     return replace(loaded, text_source=str(text_tower))
 
 

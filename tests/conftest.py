@@ -1,4 +1,4 @@
-"""Settings of every test: two threads, and a process-wide seed, so that a failure can be repeated."""
+"""Settings of every test: two threads and a process-wide seed, so that failures can be reproduced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from oner_fast.benchmarks.gpuless import tools
 
-# Programs that tests start with -c or -m must not find the folder the tests are run from on their path.
+# Programs that tests start with -c or -m must not have the current folder on their path.
 os.environ["PYTHONSAFEPATH"] = "1"
 
 hypothesis.settings.register_profile("oner_fast", deadline=None, max_examples=40, derandomize=True)
@@ -59,7 +59,7 @@ def needs() -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def _steady() -> Iterator[None]:
-    """The same threads, seed and determinism for every test, whatever the one before it did."""
+    """Set threads, seed and determinism for each test, independently of the test before it."""
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     torch.manual_seed(0)
     yield
@@ -68,8 +68,7 @@ def _steady() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_encoders(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
-    """`make(seed)` puts tiny encoders, the same of a seed each time, in the place of the packaged ones, which are too
-    large for a test's installation, and returns a pair of them."""
+    """Return `make(seed)`, which replaces the pretrained encoders, too large for tests, by tiny ones of that seed."""
     from oner_fast.models import pretrained_encoders
     from oner_fast.models.sentence_encoder import SentenceEncoder
 

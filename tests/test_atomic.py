@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_only_dead_writers_files_are_removed(tmp_path):
+def test_only_files_of_dead_writers_are_removed(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from oner_fast.atomic import write_atomic\n"
         "def slow(file):\n"

@@ -58,7 +58,7 @@ def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys
 
 
 @pytest.mark.parametrize("argv", [["train"], ["data"], ["bench"]])
-def test_a_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert f"usage: oner-fast {argv[0]} {{" in capsys.readouterr().err
     assert cli.main([*argv, "--help"]) == 0
@@ -97,7 +97,7 @@ def test_dispatch(argv: list[str], module: str, rest: list[str], monkeypatch: py
         (["doctor"], "oner_fast.doctor"),
     ],
 )
-def test_every_command_is_there(argv: list[str], module: str) -> None:
+def test_the_module_of_every_command_exists(argv: list[str], module: str) -> None:
     assert callable(importlib.import_module(module).main)
 
 
@@ -122,7 +122,7 @@ def test_a_missing_extra_is_named(
     assert repr(package) in said and f"pip install 'oner_fast[{extra}]'" in said
 
 
-def test_a_missing_module_of_ours_is_an_error_not_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_of_ours_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise ModuleNotFoundError("No module named 'oner_fast.nothing'", name="oner_fast.nothing")
 
@@ -131,7 +131,7 @@ def test_a_missing_module_of_ours_is_an_error_not_advice(monkeypatch: pytest.Mon
         cli.main(["eval", "x"])
 
 
-def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(arguments: list[str]) -> int:
         raise KeyboardInterrupt
 

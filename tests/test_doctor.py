@@ -12,7 +12,7 @@ from oner_fast import _extension, doctor
 from oner_fast.ops import implementations
 
 
-def test_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_reports_every_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     for word in (
@@ -30,7 +30,7 @@ def test_says_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{op} (cpu)" in said
 
 
-def test_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_names_missing_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _extension.Status(False, "the C++ extension is not built: ninja was not found", "pip install ninja")
     monkeypatch.setattr(_extension, "_status", missing)
     said = " ".join(doctor.report().split())
@@ -40,7 +40,7 @@ def test_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not cpp: the C++ extension is not built" in said
 
 
-def test_imports_no_peer_and_needs_no_extra() -> None:
+def test_the_doctor_imports_no_optional_package_and_needs_no_extra() -> None:
     program = """
 import sys
 import oner_fast.doctor as doctor
@@ -58,7 +58,7 @@ def make_apex(folder: Path, *inside: str) -> None:
         (folder / "apex" / name / "__init__.py").write_text("raise ImportError('the doctor must not import this')")
 
 
-def test_apex_of_nvidia_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvidias_apex_is_distinguished_from_pypis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     make_apex(tmp_path)
     version, why = doctor.find_apex()
@@ -68,7 +68,7 @@ def test_apex_of_nvidia_is_told_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     assert version == "?" and why == ""
 
 
-def test_a_peer_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optional_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.find_peer("no_such_peer_of_ours", "no-such-peer") is None
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "some_peer_of_ours.py").write_text("raise SystemExit('imported')")
@@ -77,14 +77,14 @@ def test_a_peer_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads Linux's list of CPU flags")
-def test_cpu_features_are_those_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_features_come_from_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     spelled = {"sse4.2": "sse4_2", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
     compiled = {spelled.get(name, name) for name in doctor.cpu_features()}
     monkeypatch.setitem(sys.modules, "oner_fast._native", None)
     assert compiled == set(doctor.cpu_features())
 
 
-def test_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--fast"]) == 2
     assert "'--fast'" in capsys.readouterr().err
     assert doctor.main(["--help"]) == 0

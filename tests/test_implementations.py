@@ -24,7 +24,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def toy() -> Iterator[str]:
-    """An op with three implementations: one for CUDA, one that is picky about dtypes, and the definition."""
+    """An op with three implementations: one for CUDA, one for few dtypes, and the definition."""
 
     def picky(device: str, dtype: torch.dtype | None = None, **facts: Any) -> list[str]:
         return [] if dtype in (None, torch.float32) else [f"takes float32, not {dtype}", "is in a bad mood"]
@@ -41,7 +41,7 @@ def test_every_public_op_has_its_definition() -> None:
     assert all("reference" in implementations.implementations(op) for op in PUBLIC)
 
 
-def test_best_that_can_serve(toy: str) -> None:
+def test_the_best_able_implementation_is_chosen(toy: str) -> None:
     assert choose(toy, "cuda").name == "gpu"
     assert choose(toy, "cpu").name == "picky"
     assert choose(toy, "cpu", dtype=torch.float32).function() == "picky"
@@ -96,7 +96,7 @@ def test_the_facts_of_attention_tell_lengths_head_dimension_and_gradient() -> No
     assert known["max_seqlen_q"] is None and known["max_seqlen_k"] is None
 
 
-def test_argument_wins_over_the_ops_variable_over_the_one_for_all(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_beats_the_ops_variable_and_that_the_general_one(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "reference")
     assert choose(toy, "cuda").name == "reference"
     monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "picky")
@@ -123,14 +123,14 @@ def test_unknown_name_lists_the_known_ones(toy: str, monkeypatch: pytest.MonkeyP
         choose("tyo", "cpu")
 
 
-def test_one_that_cannot_serve_lists_every_reason(toy: str) -> None:
+def test_an_unable_implementation_lists_every_reason(toy: str) -> None:
     with pytest.raises(
         RuntimeError, match="runs on cpu and cuda, not on xpu; takes float32, not torch.float16; is in a bad"
     ):
         choose(toy, "xpu", "picky", dtype=torch.float16)
 
 
-def test_some_serve_a_device_only_when_asked_for_by_name(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_implementations_serve_only_when_named(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     register(toy, "shy", lambda: "shy", devices=("cuda",), on_request=("cpu",), preference=200)
     assert choose(toy, "cuda").name == "shy" and choose(toy, "cpu").name == "picky"
     assert choose(toy, "cpu", "shy").name == "shy"
@@ -154,7 +154,7 @@ def test_triton_says_why_it_cannot_serve(op: str, monkeypatch: pytest.MonkeyPatc
     assert any("pip install triton" in reason for reason in triton.reasons_against("cuda"))
 
 
-def test_nothing_can_serve(toy: str) -> None:
+def test_no_able_implementation_is_an_error(toy: str) -> None:
     register(toy, "reference", lambda: None, devices=("cpu",))
     with pytest.raises(RuntimeError, match="nothing can serve.*gpu: runs on cuda.*reference: runs on cpu"):
         choose(toy, "xpu")
@@ -179,7 +179,7 @@ def test_the_variable_reaches_a_public_op(monkeypatch: pytest.MonkeyPatch) -> No
         ops.masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
 
 
-def test_a_missing_extension_is_said_once_and_the_definition_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extension_warns_once_and_the_definition_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _extension.Status(False, "the C++ extension is not built: no C++ compiler was found", "install g++")
     monkeypatch.setattr(_extension, "_status", missing)
     monkeypatch.setattr(_extension, "_warned", False)

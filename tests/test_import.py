@@ -1,4 +1,4 @@
-"""What `import oner_fast` costs and needs; each in a process of its own."""
+"""Cost and requirements of `import oner_fast`, each tested in a process of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def result_of(program: str, *path: Path, **env: str) -> str:
     return done.stdout.strip()
 
 
-def test_starts_no_cuda_context() -> None:
+def test_import_starts_no_cuda_context() -> None:
     program = """
 import torch
 def refuse(*a, **k): raise AssertionError("CUDA was touched")
@@ -44,8 +44,8 @@ print(torch.cuda.is_initialized())
     assert result_of(program) == "False"
 
 
-def test_needs_torch_alone() -> None:
-    """No extra is imported, and none is needed: importing one fails here."""
+def test_import_needs_torch_alone() -> None:
+    """No extra is imported or needed: importing one fails here."""
     program = """
 import sys
 extras = ["numpy", "PIL", "tokenizers", "webdataset", "tyro", "rich", "matplotlib", "safetensors", "jinja2", "triton"]
@@ -62,7 +62,7 @@ print(sorted(m for m in set(sys.modules) - before if m.split(".")[0] in extras))
     assert result_of(program) == "[]"
 
 
-def test_costs_little_beyond_torch() -> None:
+def test_import_takes_little_longer_than_torchs() -> None:
     program = """
 import torch, time
 start = time.perf_counter()
@@ -72,7 +72,7 @@ print(time.perf_counter() - start)
     assert min(float(result_of(program)) for _ in range(3)) < 0.5
 
 
-def test_imports_no_subpackage_until_asked() -> None:
+def test_subpackages_are_imported_at_first_use() -> None:
     program = "import sys, oner_fast; print([m for m in sys.modules if m.startswith('oner_fast.')])"
     assert result_of(program) == "[]"
 
@@ -100,7 +100,7 @@ print(os.path.exists(os.path.join(root, "pyproject.toml")) and root in installed
     assert result_of(program) == "False"
 
 
-def test_the_test_run_itself_does_not_have_the_root_on_its_path() -> None:
+def test_the_test_run_has_not_the_root_on_its_path() -> None:
     root = Path(__file__).resolve().parents[1]
     found = [Path(entry or ".").resolve() for entry in sys.path]
     assert root not in found, "run 'pytest'; 'python -m pytest' puts the current folder on sys.path"
@@ -108,13 +108,13 @@ def test_the_test_run_itself_does_not_have_the_root_on_its_path() -> None:
 
 @pytest.fixture
 def unbuilt(tmp_path: Path) -> Path:
-    """A copy of the package as a checkout has it, with nothing compiled."""
+    """A copy of the package as in a checkout, with nothing compiled."""
     ignored = shutil.ignore_patterns("_C.so", "_native*", "_build.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "oner_fast", ignore=ignored)
     return tmp_path
 
 
-def test_without_extension_the_definitions_serve(unbuilt: Path) -> None:
+def test_without_extension_the_definitions_are_chosen(unbuilt: Path) -> None:
     program = """
 import warnings, torch, oner_fast
 from oner_fast.ops import masked_gather

@@ -1,4 +1,4 @@
-"""Real installs into throw-away virtual environments, which see this one's torch and build tools by a .pth file."""
+"""Real installs into temporary virtual environments, which see this one's torch and build tools by a .pth file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def ok(done: subprocess.CompletedProcess[str]) -> str:
 
 @dataclass
 class Environment:
-    """A virtual environment without pip; this one's pip installs into it."""
+    """A virtual environment without pip, into which this one's pip installs."""
 
     folder: Path
 
@@ -110,7 +110,7 @@ def environment(folder: Path) -> Environment:
 
 
 def checkout(folder: Path) -> Path:
-    """What a clone holds, with nothing built."""
+    """Copy the files of a clone, with nothing built."""
     folder.mkdir(parents=True)
     ignored = shutil.ignore_patterns("_C.so", "_native*.so", "_build.json", "__pycache__")
     for part in PARTS:
@@ -124,13 +124,13 @@ def checkout(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One checkout for the tests that build it with success, so that they share CMake's work."""
+    """One checkout for the tests that build it successfully, so that they share CMake's work."""
     return checkout(tmp_path_factory.mktemp("source") / "clone")
 
 
 @pytest.fixture(scope="module")
 def mypy_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shared, since most of the work is torch's."""
+    """One cache for all tests, since torch takes most of the work."""
     return tmp_path_factory.mktemp("mypy")
 
 
@@ -219,7 +219,7 @@ def test_with_sources_that_do_not_compile(tmp_path: Path) -> None:
     source, inside = checkout(tmp_path / "clone"), environment(tmp_path / "venv")
     for path in source.glob("csrc/*/*.cpp"):
         path.write_text("#error broken on purpose\n")
-    stale = source / "build" / "cmake" / "CMakeCache.txt"  # as a build in another folder left it: thrown away
+    stale = source / "build" / "cmake" / "CMakeCache.txt"  # left by a build in another folder, and deleted
     stale.parent.mkdir(parents=True)
     stale.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/somewhere/else\n")
     installs_all_the_same(source, tmp_path, inside, {}, "compiling failed", "broken on purpose")

@@ -64,7 +64,7 @@ def test_a_run_folder_and_its_file_are_the_same_model(file: Path, tower: OneR) -
         assert torch.equal(loaded.tokenizer(CAPTIONS).input_ids, TOKENIZER(CAPTIONS).input_ids)
 
 
-def test_embeddings_are_normalised_passes(file: Path, tower: OneR) -> None:
+def test_embeddings_are_the_normalised_passes(file: Path, tower: OneR) -> None:
     loaded, pictures = oner_fast.load(file), [picture(), picture(16, 16), picture(20, 50, "L")]
     pixels = torch.stack([loaded.preprocess(one) for one in pictures])
     text = TOKENIZER(CAPTIONS, 6)
@@ -84,7 +84,7 @@ def test_embeddings_are_normalised_passes(file: Path, tower: OneR) -> None:
             torch.testing.assert_close(found, F.normalize(raw, dim=-1))
 
 
-def test_preprocessing_is_the_centre_on_white(file: Path) -> None:
+def test_preprocessing_crops_the_centre_on_white(file: Path) -> None:
     loaded = oner_fast.load(file)
     wide = Image.new("RGB", (48, 16), (255, 0, 0))
     wide.paste((0, 0, 255), (16, 0, 32, 16))
@@ -93,7 +93,7 @@ def test_preprocessing_is_the_centre_on_white(file: Path) -> None:
     assert loaded.preprocess(clear).unique().tolist() == [255]
 
 
-def test_a_run_that_still_trains_gives_its_newest_student(tmp_path: Path) -> None:
+def test_an_unfinished_run_gives_its_newest_student(tmp_path: Path) -> None:
     older, newer = (Student(SMALL, Objectives(predictor_hidden=8)) for _ in range(2))
     first = save_checkpoint(tmp_path, 5, older, OneR(SMALL))
     save_checkpoint(tmp_path, 10, newer, OneR(SMALL))
@@ -109,7 +109,7 @@ def test_without_teacher_the_student_is_the_model(tmp_path: Path) -> None:
     assert same(oner_fast.load(path).model, student.tower)
 
 
-def test_what_is_no_model_is_named(tmp_path: Path) -> None:
+def test_files_that_are_no_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no run folder or model file .*nowhere"):
         oner_fast.load(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor a checkpoint; train it first"):
@@ -126,11 +126,11 @@ def test_bad_inputs_are_named(file: Path) -> None:
     loaded = oner_fast.load(file)
     with pytest.raises(TypeError, match="texts must be a list of strings, got one string"):
         loaded.encode_text("a red square")
-    with pytest.raises(TypeError, match="images must be a list of pictures or a tensor, got one picture"):
+    with pytest.raises(TypeError, match="images must be a list of images or a tensor, got one image"):
         loaded.encode_image(picture())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one text an image, got 1 images and 3 texts"):
+    with pytest.raises(ValueError, match="each image must have one text, got 1 images and 3 texts"):
         loaded.encode_image_text([picture()], CAPTIONS)
-    with pytest.raises(ValueError, match="images must hold at least one picture"):
+    with pytest.raises(ValueError, match="images must hold at least one image"):
         loaded.encode_image([])
     with pytest.raises(ValueError, match="at least one sample"):
         loaded.encode_text([])

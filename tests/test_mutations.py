@@ -1,4 +1,4 @@
-"""The list of mutants follows the kernels: what each replaces is there, once, and so are the tests that it names."""
+"""The mutants fit the kernels: the text that each replaces occurs once, and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tool() -> Any:
     spec = importlib.util.spec_from_file_location("mutations", ROOT / "tests" / "mutations.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mutations"] = module  # dataclasses look their module up
+    sys.modules["mutations"] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""A user's own pairs, from a CSV to a model that answers: data, train, eval, report, load."""
+"""A user's own pairs, from a CSV to a loaded model: data, train, eval, report, load."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_pair_is_in_one_split(run: Path) -> None:
     assert splits["val"]["samples"] > 0
 
 
-def test_evaluation_takes_them(run: Path) -> None:
+def test_the_pairs_are_evaluated(run: Path) -> None:
     assert cli.main(["eval", str(run)]) == 0
     figures = json.loads((run / "evaluation.json").read_text())["val"]
     assert 0 <= figures["image_to_text"]["R@1"] <= figures["image_to_text"]["R@10"]
@@ -55,7 +55,7 @@ def test_evaluation_takes_them(run: Path) -> None:
     assert "square" in (run / "report.html").read_text()
 
 
-def test_the_model_loads_and_answers(run: Path) -> None:
+def test_the_model_loads_and_embeds(run: Path) -> None:
     model = oner_fast.load(run)
     picture = Image.new("RGB", (40, 30), COLOURS["red"])
     image, text = model.encode_image([picture]), model.encode_text(["deep red square"])

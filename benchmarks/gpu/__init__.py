@@ -1,1 +1,1 @@
-"""What can be said of GPU kernels where no GPU is: what they compile to, and what they do when emulated."""
+"""Examine GPU kernels without a GPU: their machine code, and their behaviour when emulated."""

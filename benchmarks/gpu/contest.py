@@ -1,6 +1,7 @@
-"""One contestant at one workload on the emulated A100, in a process of its own: correctness first, then counts.
+"""Run one contestant at one workload on the emulated A100, in a process of its own: correctness first, then counts.
 
-python -m oner_fast.benchmarks.gpu.contest WORKLOAD CONTESTANT [PEERS] prints JSON. Some peers need `python -O`, since
+`python -m oner_fast.benchmarks.gpu.contest WORKLOAD CONTESTANT [PEERS]` prints JSON. Some rivals need `python -O`,
+since
 they assert that their tensors are on CUDA.
 """
 
@@ -34,7 +35,7 @@ ALLOWED_UNITS = 4.0
 
 @dataclass(frozen=True)
 class Rival:
-    """A contestant of another package: `forward` as in a Contender; `unchecked`: its asserts must be off."""
+    """A contestant of another package: `forward` as in a Contender; `unchecked` means that its asserts must be off."""
 
     name: str
     load: Callable[[], Contender]
@@ -45,7 +46,7 @@ def _memeff() -> Contender:
     clip = importlib.import_module("memeff.clip_loss")
     for name in ("validate_features", "_validate_features"):
         if hasattr(clip, name):
-            setattr(clip, name, lambda x, y: None)  # asks whether they are on CUDA
+            setattr(clip, name, lambda x, y: None)  # it checks that they are on CUDA
 
     def loss(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
         # Its temperature is a number without a gradient; stable=True would scale the gradient.
@@ -91,7 +92,7 @@ def _flash_attention_triton(deterministic: bool) -> Contender:
 
 
 def _attention_case() -> Case:
-    """Causal, float16, all sequences equally long: what the peer serves."""
+    """Make the case that the rival can serve: causal, float16, all sequences equally long."""
     total = sum(LENGTHS)
 
     def make(seed: int, device: str) -> Call:
@@ -113,7 +114,7 @@ def _attention_case() -> Case:
         exact=exact_by(partial(reference.varlen_attention, **known)),
         facts=partial(facts, **known),
         flops=14.0 * pairs * HEADS * WIDTH,
-        # q, k, v in and the result out; then those, the result, its gradient in, and three gradients out.
+        # q, k, v in and the result out; then these, the result and its gradient in, and three gradients out.
         bytes=float(12 * total * HEADS * WIDTH * 2),
         limit="gemm",
     )
@@ -133,12 +134,12 @@ RIVALS: dict[str, list[Rival]] = {
         for kind in ("deterministic", "atomics")
     ],
 }
-# Whose products would be cuBLAS's, which cannot be emulated: what inductor writes around them says little.
+# Baselines whose products are cuBLAS's, which cannot be emulated; inductor's kernels around them say little.
 WITHOUT_INDUCTOR = ("mixup_info_nce", "varlen_attention")
 
 
 def contestants(workload: str) -> dict[str, bool]:
-    """Who takes part, ours first, and whether its asserts must be off."""
+    """Names of the contestants, ours first, and whether the asserts of each must be off."""
     names = {OURS: False}
     if workload not in WITHOUT_INDUCTOR:
         names |= {INDUCTOR + one.name.removeprefix("compiled "): False
@@ -147,7 +148,7 @@ def contestants(workload: str) -> dict[str, bool]:
 
 
 def contender(workload: str, name: str) -> Contender:
-    """The way to compute it that goes by this name."""
+    """Find the contender of a workload by its name."""
     case = CASES[workload]()
     if name == OURS:
         os.environ[f"ONER_FAST_{workload.upper()}_IMPLEMENTATION"] = "triton"
@@ -161,7 +162,7 @@ def contender(workload: str, name: str) -> Contender:
 
 
 def run(workload: str, name: str) -> dict[str, Any]:
-    """{"error": against float64, "allowed": ..., and all counts}."""
+    """Run a contestant; returns {"error": against float64, "allowed": ..., and all counts}."""
     case = CASES[workload]()
     given = case.make(0, "cpu")
     exact = case.exact(given)
@@ -169,10 +170,10 @@ def run(workload: str, name: str) -> dict[str, Any]:
     with emulated_a100() as log:
         one = contender(workload, name)
         call = one.layout(given)
-        step(one.forward, call)  # compiles, and generates what inductor writes
+        step(one.forward, call)  # compiles our kernels, and generates inductor's
         counts, results = count(lambda: step(one.forward, call), log)
     found = one.restore(tuple(results))
-    # A peer whose temperature takes no gradient has none to compare.
+    # A rival whose temperature takes no gradient has none to compare.
     pairs = [
         (mine, true) for mine, true in zip(found, exact, strict=True) if mine.dim() or not name.startswith("memeff")
     ]

@@ -1,8 +1,9 @@
-"""The Triton kernels that torch.compile writes for CUDA, without a GPU: generated for an A100, launched on CPU tensors.
+"""Generate the Triton kernels of torch.compile for an A100 without a GPU, and launch them on CPU tensors.
 
-The graph of forward and backward comes from AOTAutograd with inductor's own decompositions and partitioner; inductor
-lowers it for fake CUDA tensors and writes its program; that program is run with its allocations on the CPU. Where
-inductor would time several configurations of a kernel, the first of its list is taken.
+The graph of forward and backward comes from AOTAutograd with inductor's own decompositions and partitioner. Inductor
+lowers it for fake CUDA tensors and writes its program, which then runs with allocations on the CPU. Where inductor
+would
+time several configurations of a kernel, the first one is taken.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.utils._pytree import tree_map
 from oner_fast.benchmarks.cases import Forward
 from oner_fast.benchmarks.gpu.emulated_a100 import A100
 
-# What only a CUDA build of torch has, in the program that inductor writes, and what stands for it here.
+# Lines of inductor's program that need a CUDA build of torch, and their replacements.
 REPLACED = {
     "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": "get_raw_stream = lambda device: 0",
     "torch.cuda._DeviceGuard(0)": "nullcontext()",
@@ -44,7 +45,7 @@ REPLACED = {
 
 
 def compiled(function: Forward) -> Forward:
-    """As torch.compile would run it on an A100; call it inside `emulated_a100`."""
+    """Compile a forward as torch.compile would for an A100; call the result inside `emulated_a100`."""
     made: Forward = aot_function(
         function, fw_compiler=_program, bw_compiler=_program, decompositions=select_decomp_table(),
         partition_fn=min_cut_rematerialization_partition,
@@ -62,7 +63,7 @@ def _program(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...
 
 
 def _generate(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> str:
-    # What each node gives is known on the CPU; the same shapes on CUDA need no operation that this torch lacks.
+    # The outputs of nodes are known on the CPU; fake CUDA tensors of these shapes need no operation of CUDA.
     FakeTensorProp(graph).propagate(*inputs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -100,7 +101,7 @@ def _on_cuda(x: Any) -> Any:
 
 
 class _Kernels:
-    """In the place of inductor's compiler: takes a kernel's source, gives what its program calls."""
+    """Replace inductor's compiler: take a kernel's source and return the function that its program calls."""
 
     def triton(self, name: str, source: str, device_str: str = "cuda") -> Any:
         source = source.replace("triton_helpers.set_driver_to_gpu()", "")
@@ -115,7 +116,7 @@ class _Kernels:
         return SimpleNamespace(run=_launcher(tuner))
 
     def wait(self, scope: dict[str, Any]) -> None:
-        """Nothing is compiled in the background."""
+        """Return at once, as nothing is compiled in the background."""
 
 
 def _launcher(tuner: Any) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Every GPU kernel that there is: what Triton compiles, and the CUDA C++ sources."""
+"""List every GPU kernel: Triton's compilations and the CUDA C++ sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ SOURCES = Path(oner_fast.kernels.__file__).resolve().parents[1] / "csrc"
 
 
 def compilations() -> list[Compilation]:
-    """Of every module of `oner_fast.kernels` that lists some, by name. Raises ValueError where one is there twice."""
+    """List the compilations of each module of `oner_fast.kernels`, by name. Raises ValueError where a name occurs
+    twice."""
     found: dict[str, Compilation] = {}
     for module in pkgutil.iter_modules(oner_fast.kernels.__path__, "oner_fast.kernels."):
         for one in getattr(importlib.import_module(module.name), "compilations", list)():
@@ -30,7 +31,7 @@ def compilations() -> list[Compilation]:
 
 
 def first_of_each_kernel() -> list[Compilation]:
-    """One compilation of every kernel: of its specialisations the first by name."""
+    """List one compilation of every kernel: the first of its specialisations by name."""
     found: dict[int, Compilation] = {}
     for one in compilations():
         found.setdefault(id(one.kernel), one)
@@ -38,12 +39,12 @@ def first_of_each_kernel() -> list[Compilation]:
 
 
 def cuda_sources() -> list[Path]:
-    """The CUDA C++ files that hold kernels: those that know nothing of torch."""
+    """List the CUDA C++ files that hold kernels, which do not depend on torch."""
     return [path for path in sorted((SOURCES / "cuda").rglob("*.cu")) if "ATen/" not in path.read_text("utf-8")]
 
 
 def compile_cuda(source: Path, target: str) -> list[Figures]:
-    """Every kernel of a CUDA C++ file, by name. Raises FileNotFoundError without nvcc."""
+    """Compile a CUDA C++ file and list its kernels by name. Raises FileNotFoundError without nvcc."""
     if (nvcc := tools.find("nvcc")) is None:
         raise FileNotFoundError("nvcc was not found")
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +65,7 @@ def compile_cuda(source: Path, target: str) -> list[Figures]:
 
 
 def demangled(names: list[str]) -> dict[str, str]:
-    """C++ names without namespaces and arguments; as they are where c++filt is missing."""
+    """Shorten C++ names by namespaces and arguments; unchanged where c++filt is missing."""
     if (tool := shutil.which("c++filt")) is None or not names:
         return {name: name for name in names}
     said = subprocess.run([tool, "-p", *names], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Read off machine code: registers, spills, shared memory, occupancy, tensor cores, asynchronous copies.
+"""Read machine code of kernels: registers, spills, shared memory, occupancy, tensor cores, asynchronous copies.
 
 Needs no GPU and no driver: Triton's wheel brings ptxas, cuobjdump and nvdisasm, and compiles for AMD's GPUs too.
 """
@@ -23,14 +23,15 @@ AMD_INSTRUCTION = re.compile(r"^\s+([vs]_[a-z0-9_]+|ds_\w+|global_\w+|buffer_\w+
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one kernel compiled for one target; `error` alone where it did not compile.
+    """Figures of one kernel compiled for one target; `error` alone where it did not compile.
 
     Args:
-        registers: of a thread.
-        local: instructions that read or write local memory: spills.
-        shared: bytes of a block; dynamic memory of CUDA C++ kernels is not known before their launch.
-        warps: of a block; 0 where only the launch knows.
-        matrix, asynchronous: instructions that multiply on tensor cores, and that copy to shared memory meanwhile.
+        registers: registers of a thread.
+        local: number of instructions that read or write local memory, which are spills.
+        shared: bytes of shared memory of a block; dynamic memory of CUDA C++ kernels is unknown before their launch.
+        warps: warps of a block; 0 where only the launch decides.
+        matrix, asynchronous: numbers of instructions that multiply on tensor cores, and that copy to shared memory
+            asynchronously.
     """
 
     name: str
@@ -45,11 +46,11 @@ class Figures:
 
     @property
     def occupancy(self) -> float | None:
-        """The share of a multiprocessor's warps that can be resident."""
+        """Share of a multiprocessor's warps that can be resident."""
         return occupancy(self.target, self.registers, self.shared, self.warps)
 
     def problems(self, tensor_cores: bool = False) -> list[str]:
-        """Everything that must not be on a GPU that we tune for."""
+        """List the defects that must not occur on a GPU that we tune for."""
         if self.error:
             return [f"does not compile: {self.error}"]
         limit = architectures.shared_block_limit(self.target)
@@ -62,7 +63,7 @@ class Figures:
 
 
 def occupancy(target: str, registers: int, shared: int, warps: int) -> float | None:
-    """Return the share of a multiprocessor's warps; None for a target or a block that the rules do not know."""
+    """Compute the share of a multiprocessor's warps by CUDA's rules; None for an unknown target or block."""
     capability = architectures.capability_of(target)
     if capability not in architectures.ARCHITECTURES or not warps:
         return None
@@ -70,13 +71,13 @@ def occupancy(target: str, registers: int, shared: int, warps: int) -> float | N
 
 
 def compile_triton(compilation: Compilation, target: str) -> Figures:
-    """Compile one kernel, as a launch would, for a GPU that need not be here."""
+    """Compile one kernel, as a launch would, for a GPU that need not be present."""
     try:
         compiled = compile_kernel(
             compilation.kernel, compilation.signature, compilation.constexprs, compilation.divisible,
             compilation.options, target,
         )  # fmt: skip
-    except Exception as error:  # whatever a compiler throws belongs into the report
+    except Exception as error:  # the report shows any error of a compiler
         return Figures(compilation.name, target, error=" ".join(f"{type(error).__name__}: {error}".split())[:300])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     if "cubin" not in compiled.asm:
@@ -88,7 +89,7 @@ def compile_triton(compilation: Compilation, target: str) -> Figures:
 
 
 def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
-    """The figures of every kernel in a cubin, by its name there; `shared` is static and `warps` unknown.
+    """Figures of every kernel in a cubin, by its name there; `shared` is static and `warps` unknown.
 
     Raises ValueError where the disassembly cannot be read.
     """
@@ -108,7 +109,7 @@ def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
 
 
 def versions() -> str:
-    """Name the compilers: another version allots other registers."""
+    """Versions of the compilers; another version may assign other registers."""
     release = re.search(r"V(\d[\d.]*)", sass.run_tool("ptxas", "--version"))
     return f"Triton {triton.__version__}, ptxas {release[1] if release else 'unknown'}"
 

@@ -1,6 +1,6 @@
-"""`oner-fast bench gpu-resources`: what every GPU kernel compiles to, as Markdown; the same kernels give the same file.
+"""`oner-fast bench gpu-resources`: the machine code of every GPU kernel, as Markdown; equal kernels give an equal file.
 
-No GPU is needed: this counts what compilers wrote, it measures nothing.
+No GPU is needed: the command counts the compilers' output and measures nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, as_on
 
 DEFAULT_FILE = Path("benchmarks/results/gpu_resources.md")
 COMMAND = "oner-fast bench gpu-resources"
-TUNED = ("sm_80", "sm_90")  # what must not spill; the others show that the kernels compile there too
+TUNED = ("sm_80", "sm_90")  # kernels must not spill on these; the others only show that they compile
 HEAD = "| kernel | target | registers | spills | shared KiB | warps | occupancy | tensor-core | async copies |"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Make the parser of the command."""
     made = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     made.add_argument("--out", type=Path, default=DEFAULT_FILE, help=f"the Markdown file ({DEFAULT_FILE})")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compile all and write the report; 1 where a kernel has a problem on a GPU that it is tuned for."""
+    """Compile all and write the report; returns 1 where a kernel has a problem on a GPU that it is tuned for."""
     options = parser().parse_args(argv)
     listed = compilations()
     with _compilers(options.jobs) as pool:
@@ -58,8 +58,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def tasks() -> list[tuple[str, str]]:
-    """(name, target) of all that the report holds: for the targets that kernels are tuned for every specialisation, for
-    the others one of each kernel."""
+    """List (name, target) of everything in the report.
+
+    That is each specialisation for the tuned targets, and one specialisation of each kernel for the others.
+    """
     first = {one.name for one in first_of_each_kernel()}
     return [
         (one.name, target) for one in compilations() for target in TARGETS if target in TUNED or one.name in first
@@ -73,12 +75,13 @@ def compile_all(named: Sequence[tuple[str, str]], jobs: int) -> dict[tuple[str, 
 
 
 def _compilers(jobs: int) -> ProcessPoolExecutor:
-    """Spawned, not forked: torch's threads do not survive a fork. They compile by name: a kernel does not travel."""
+    """Make a pool of spawned processes, as torch's threads do not survive a fork; they compile by name, as kernels
+    cannot be sent."""
     return ProcessPoolExecutor(jobs, get_context("spawn"))
 
 
 def compile_named(name: str, target: str) -> Figures:
-    """The compilation of that name, with the tiles that the target is given."""
+    """Compile the kernel of that name with the tiles of the target."""
     with as_on(int(target.removeprefix("sm_")) if target.startswith("sm_") else REFERENCE_ARCHITECTURE):
         return compile_triton(next(one for one in compilations() if one.name == name), target)
 
@@ -90,7 +93,7 @@ def _cuda_tasks() -> list[tuple[Path, str]]:
 
 
 def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
-    """The whole report."""
+    """Format the whole report."""
     lines = [
         "# What the GPU kernels compile to",
         "",
@@ -121,13 +124,13 @@ def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
 
 
 def table(figures: Sequence[Figures]) -> list[str]:
-    """By name, and for each name in the order of the targets."""
+    """Format a table, by name and then in the order of the targets."""
     ordered = sorted(figures, key=lambda one: (one.name, TARGETS.index(one.target)))
     return [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(row(one) for one in ordered)]
 
 
 def row(one: Figures) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     if one.error:
         return f"| {one.name} | {one.target} | {one.error} | | | | | | |"
     occupied = "" if one.occupancy is None else f"{one.occupancy:.0%}"
@@ -140,7 +143,7 @@ def row(one: Figures) -> str:
 
 
 def nvcc_version() -> str:
-    """Name the compiler that made the CUDA C++ part."""
+    """Version of the compiler of the CUDA C++ part."""
     said = subprocess.run(
         [tools.find("nvcc") or "nvcc", "--version"], capture_output=True, text=True, check=True
     ).stdout

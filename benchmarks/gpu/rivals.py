@@ -1,8 +1,8 @@
-"""`oner-fast bench gpu-peers`: the GPU kernels beside other libraries' and torch.compile's, on one emulated A100.
+"""`oner-fast bench gpu-peers`: the GPU kernels against other libraries' and torch.compile's, on one emulated A100.
 
-No GPU is needed, and nothing is measured: the compiled kernels run on the CPU, and what they move and compute is
-counted, forward and backward together, once their results have been compared with float64. Needs Triton and a C++
-compiler.
+No GPU is needed, and nothing is measured. The compiled kernels run on the CPU; their bytes and instructions are
+counted, forward and backward together, after their results have been compared with float64. This needs Triton and a
+C++ compiler.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FLOPS_OF_INSTRUCTION = 2 * 16 * 8 * 16
 
 @dataclass(frozen=True)
 class Entry:
-    """What one contestant came to: counts and error as `contest.run` gives them, or why there are none."""
+    """Result of one contestant: counts and error from `contest.run`, or the reason why there are none."""
 
     workload: str
     name: str
@@ -46,11 +46,14 @@ class Entry:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Make the parser of the command."""
     made = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     made.add_argument("--out", type=Path, default=DEFAULT_FILE, help=f"the Markdown file ({DEFAULT_FILE})")
     made.add_argument(
-        "--peers", type=Path, default=Path("runs/peers"), help="where the peers are installed, or will be"
+        "--peers",
+        type=Path,
+        default=Path("runs/peers"),
+        help="folder of the other libraries, installed if missing",
     )
     made.add_argument("--op", nargs="+", choices=list(CASES), default=list(CASES), help="only these")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="contestants at a time")
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run every contestant and write the table; 1 where ours is wrong or cannot run, 2 where a tool is missing."""
+    """Run every contestant and write the table; returns 1 where ours is wrong or cannot run, 2 without a tool."""
     options = parser().parse_args(argv)
     if absent := tools.missing(*tools.FOR_EMULATE):
         print(f"{COMMAND}: kernels cannot be emulated without {', '.join(absent)}", file=sys.stderr)
@@ -77,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def install(folder: Path) -> None:
-    """The peers, in a folder of their own, without what they would bring along."""
+    """Install the other libraries into a folder of their own, without their dependencies."""
     if not all((folder / f"{package.split('==')[0].replace('-', '_')}").is_dir() for package in PACKAGES):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
         subprocess.run(command, check=True)
@@ -99,7 +102,7 @@ def _enter(workload: str, name: str, unchecked: bool, peers: Path) -> Entry:
 
 
 def markdown(entries: Sequence[Entry]) -> str:
-    """The whole report."""
+    """Format the whole report."""
     installed = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton"))
     lines = [
         "# The GPU kernels beside others, on an emulated A100",
@@ -133,7 +136,7 @@ def markdown(entries: Sequence[Entry]) -> str:
 
 
 def row(one: Entry, ideal: float) -> str:
-    """One line of a table."""
+    """Format one line of a table."""
     found = one.found
     name = f"**{one.name}**" if one.name == OURS else one.name
     cells = [
@@ -146,7 +149,7 @@ def row(one: Entry, ideal: float) -> str:
 
 
 def estimate(found: dict[str, Any]) -> str:
-    """Return the microseconds on an A100 by the constants of `gpuless.estimate`, and what bounds them; +-30 %."""
+    """Estimate the microseconds on an A100 by the constants of `gpuless.estimate`, and name the bound; +-30 %."""
     chip = model.CHIPS["A100"]
     quarters = 4 * chip.sms * chip.hertz
     seconds = {

@@ -1,4 +1,4 @@
-"""The tiles that a kernel may have beside its committed one, and the files in which tiles are committed."""
+"""Tiles that a kernel may have besides its committed one, and the files in which tiles are committed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from oner_fast.kernels import launch
 from oner_fast.kernels.launch import Configuration, Key
 
-# Sizes between which a block may lie, both of them powers of two. Blocks that are not here say how long a row is, or
-# are bounded by a patch: they stay. A product on tensor cores needs 16, a tile of attention has at most 128.
+# Least and greatest size of a block, both powers of two. Blocks that are not listed are a row's length or are bounded
+# by a patch, and stay. A product on tensor cores needs 16, and a tile of attention has at most 128.
 _PRODUCTS = {"BLOCK_M": (16, 256), "BLOCK_N": (16, 256)}
 _ATTENTION = {"BLOCK_M": (16, 128), "BLOCK_N": (16, 128)}
 LIMITS: dict[str, dict[str, dict[str, tuple[int, int]]]] = {
@@ -41,24 +41,24 @@ LIMITS: dict[str, dict[str, dict[str, tuple[int, int]]]] = {
         "forward": _ATTENTION, "rows": {"BLOCK_M": (16, 128)}, "query": _ATTENTION, "key": _ATTENTION,
     },
 }  # fmt: skip
-# Of these classes rows are longer than any tile, so that BLOCK_K is a step along them.
+# In these classes rows are longer than any tile, so that BLOCK_K is a step along them.
 DEEP = {"BLOCK_K": (16, 128)}
 WARPS, STAGES = (1, 8), (1, 5)
 
 
 def limits(key: Key) -> dict[str, tuple[int, int]]:
-    """Which blocks may differ from the committed ones, and within which sizes. Raises KeyError for a kernel that
-    `LIMITS` does not know."""
+    """Blocks that may differ from the committed ones, with their sizes. Raises KeyError for an unknown kernel."""
     op, kernel, shape_class = key
     deep = kernel == "statistics" and shape_class.endswith(" deep")
     return {**LIMITS[op][kernel], **(DEEP if deep else {})}
 
 
 def neighbours(key: Key, tile: Configuration, changes: int = 2) -> list[Configuration]:
-    """Tiles that differ from `tile` in 1 to `changes` numbers, the nearest first.
+    """List tiles that differ from `tile` in 1 to `changes` numbers, the nearest first.
 
-    A block or the number of warps is halved or doubled, a stage is added or taken away; only kernels that have more
-    than one stage have loops that use them.
+    A block or the number of warps is halved or doubled, and a stage is added or removed. Only kernels with more than
+    one
+    stage have loops that use stages.
     """
     options: dict[str, list[int]] = {
         block: _within(sizes, tile.blocks[block] // 2, tile.blocks[block] * 2) for block, sizes in limits(key).items()
@@ -84,13 +84,13 @@ def _changed(tile: Configuration, changed: Mapping[str, int]) -> Configuration:
 
 
 def label(tile: Configuration) -> str:
-    """BLOCK_M 64, BLOCK_N 32, 4 warps, 3 stages."""
+    """Name of a tile, such as BLOCK_M 64, BLOCK_N 32, 4 warps, 3 stages."""
     blocks = "".join(f"{name} {size}, " for name, size in tile.blocks.items())
     return f"{blocks}{tile.num_warps} warps, {tile.num_stages} stages"
 
 
 def commit(key: Key, architecture: int, tile: Configuration) -> None:
-    """Write `tile` into the op's file as that of an architecture (80 for sm_80), and have launches read it."""
+    """Write `tile` into the op's file as the tile of an architecture (80 for sm_80), and let launches read it."""
     op, kernel, shape_class = key
     path = launch._CONFIGURATIONS / f"{op}.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def commit(key: Key, architecture: int, tile: Configuration) -> None:
 
 
 def text_of(data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """As the files are committed: a tile a line, and a kernel that has one class of shapes on one line with it."""
+    """Format a file of tiles: one tile a line, and a kernel with one class of shapes on one line."""
     architectures = []
     for architecture, kernels in data.items():
         lines = [f"    {json.dumps(kernel)}: {_classes(classes)}" for kernel, classes in kernels.items()]

@@ -1,10 +1,12 @@
 """`oner-fast bench gpu-tune`: time tiles near the committed ones on this GPU, and commit those that are clearly faster.
 
-For each (op, kernel, class of shapes): tiles that spill or do not fit are dropped, compiled as the report of resources
-does; what differs from the committed tile's results is refused; the rest take turns on the workloads of the class. The
-fastest are timed once more, and the best is written to kernels/configurations where the lower quantile of its speedups
-reaches the margin. Then its own neighbours are tried. Every tile leaves a line in the log; after an interruption
-the same command goes on where it was. Without a GPU --dry-run and --compile-only work.
+For each (op, kernel, class of shapes), tiles that spill or do not fit are dropped, compiled as for the report of
+resources. A tile whose results differ from the committed tile's is refused. The rest take turns on the workloads of the
+class. The fastest are timed once more, and the best is written to kernels/configurations where the lower quantile of
+its
+speedups reaches the margin. Then its own neighbours are tried. Each tile leaves a line in the log; after an
+interruption
+the same command continues. --dry-run and --compile-only need no GPU.
 """
 
 from __future__ import annotations
@@ -33,28 +35,28 @@ COMMAND = "oner-fast bench gpu-tune"
 DEFAULT_LOG = Path("runs/gpu_tune.jsonl")
 MARGIN = 0.03
 FINALISTS = 3
-MOST_MOVES = 4  # of one key, from a tile to a neighbour, in one run
-# No workload of a class may lose more than this for the others' sake.
+MOST_MOVES = 4  # moves of one key, from a tile to a neighbour, in one run
+# No workload of a class may become slower by more than this in favour of the others.
 LOSS = 0.01
-MOST_SETS = 8  # of inputs of a workload
+MOST_SETS = 8  # sets of inputs of a workload
 
 
 @dataclass
 class Tuner:
-    """Tunes keys one by one; what it needs from a GPU is handed to it.
+    """Tune keys one by one; everything that needs a GPU is passed in.
 
     Args:
-        architecture: 80 for sm_80: whose tiles are tuned.
+        architecture: the architecture whose tiles are tuned, 80 for sm_80.
         gpu: its name, for the log.
-        log: what was found.
+        log: the findings.
         device: where workloads run.
         timer: times tiles on one workload.
-        compiler: what tiles compile to.
-        of: the workloads of an op.
-        changes: in how many numbers a candidate may differ.
+        compiler: compiles tiles.
+        of: lists the workloads of an op.
+        changes: most numbers in which a candidate may differ.
         margin: the least speedup that moves a tile, 0.03 for 3 %.
-        seconds: of timing a workload.
-        say: told what happens.
+        seconds: time for each workload.
+        say: prints progress.
     """
 
     architecture: int
@@ -72,7 +74,7 @@ class Tuner:
     _asking: dict[str, list[tuple[Workload, Counter[Key], Counter[Key]]]] = field(default_factory=dict)
 
     def tune(self, key: Key) -> int:
-        """How often the key's tile was moved."""
+        """Tune a key; returns how often its tile was moved."""
         for moves in range(MOST_MOVES):
             if not self._move(key):
                 return moves
@@ -85,7 +87,7 @@ class Tuner:
             return False
         timed = self._workloads(key)
         if not timed:
-            self.say(f"{' '.join(key)}: no workload asks for it")
+            self.say(f"{' '.join(key)}: no workload uses it")
             return False
         able = [tile for tile in self.compilable(key) if self._right(key, tile, timed)]
         first = self._time(key, [committed, *able], timed, "timed")
@@ -107,7 +109,7 @@ class Tuner:
         return chosen != committed
 
     def compilable(self, key: Key) -> list[Configuration]:
-        """The neighbours of the committed tile that neither spill nor ask for too much on any GPU that they serve."""
+        """List the neighbours of the committed tile that neither spill nor exceed any GPU that they serve."""
         tiles = neighbours(key, configuration(*key, self.architecture), self.changes)
         targets = served_by(key, self.architecture)
         known = {label(tile): self.log.compiled(key, tile, targets) for tile in tiles}
@@ -118,7 +120,7 @@ class Tuner:
         return [tile for tile in tiles if not known[label(tile)]]
 
     def _workloads(self, key: Key) -> list[tuple[Workload, str]]:
-        """Each with the phase to time: forward where that alone asks for the key, else the whole step."""
+        """List workloads with the phase to time: forward where only that uses the key, else the whole step."""
         op = key[0]
         if op not in self._asking:
             self._asking[op] = [
@@ -142,7 +144,7 @@ class Tuner:
             truth = results(key, committed, one, phase, call)
             try:
                 why = difference(results(key, tile, one, phase, call), truth, one.dtype)
-            except Exception as error:  # a tile that cannot be launched is refused like one that is wrong
+            except Exception as error:  # a tile that cannot be launched is refused, like a wrong one
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if why:
                 self.log.write("refused", key, tile, workload=one.name, why=why)
@@ -153,7 +155,7 @@ class Tuner:
     def _time(
         self, key: Key, tiles: Sequence[Configuration], timed: Sequence[tuple[Workload, str]], kind: str
     ) -> dict[str, Scores]:
-        """By label: how many times faster than the first, over all workloads."""
+        """Time tiles; returns, by label, how many times faster than the first each is, over all workloads."""
         found = []
         for one, phase in timed:
             inputs = self._inputs_of(one)
@@ -168,7 +170,7 @@ class Tuner:
         return {label(tile): scores(found, label(tiles[0]), label(tile)) for tile in tiles}
 
     def _inputs_of(self, one: Workload) -> Rotation[Call]:
-        """Larger than the caches; kept while workloads of the same op are timed."""
+        """Make inputs larger than the caches; they are kept while workloads of the same op are timed."""
         if self._inputs and next(iter(self._inputs.values()))[0] != one.op:
             self._inputs.clear()
         if one.name not in self._inputs:
@@ -179,7 +181,7 @@ class Tuner:
 
 
 def served_by(key: Key, architecture: int) -> list[str]:
-    """The target of an architecture, and those of newer tuned ones that have no tile of their own and take its."""
+    """Targets of a tile: its architecture, and newer tuned ones that have no tile of their own and use it."""
     found = [f"sm_{architecture}"]
     for target in TUNED:
         newer = int(target.removeprefix("sm_"))
@@ -189,26 +191,28 @@ def served_by(key: Key, architecture: int) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Make the parser of the command."""
     made = argparse.ArgumentParser(
         prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--op", nargs="+", metavar="NAME", help="only these, as in kernels/configurations")
+    made.add_argument("--op", nargs="+", metavar="NAME", help="only these ops, named as in kernels/configurations")
     made.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
     made.add_argument("--shape-class", nargs="+", metavar="CLASS", help="only these classes of shapes")
     made.add_argument("--architecture", metavar="sm_XX", help="this GPU's (default); without one sm_80 or any other")
     made.add_argument("--dry-run", action="store_true", help="print the candidates, compile and time nothing")
-    made.add_argument("--compile-only", action="store_true", help="say which candidates spill or do not fit; no GPU")
-    made.add_argument("--changes", type=int, default=2, help="in how many numbers a candidate may differ (2)")
+    made.add_argument(
+        "--compile-only", action="store_true", help="list the candidates that spill or do not fit; no GPU"
+    )
+    made.add_argument("--changes", type=int, default=2, help="most numbers in which a candidate may differ (2)")
     made.add_argument("--margin", type=float, default=MARGIN, help=f"the least speedup that moves a tile ({MARGIN})")
-    made.add_argument("--seconds", type=float, default=2.0, help="of timing each workload (2)")
-    made.add_argument("--log", type=Path, default=DEFAULT_LOG, help=f"JSON lines, of every tile ({DEFAULT_LOG})")
+    made.add_argument("--seconds", type=float, default=2.0, help="time for each workload (2)")
+    made.add_argument("--log", type=Path, default=DEFAULT_LOG, help=f"JSON lines about every tile ({DEFAULT_LOG})")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     return made
 
 
 def main(argv: Sequence[str]) -> int:
-    """0; 2 for bad input or where there is no GPU to time on; 130 when interrupted."""
+    """Run the command; returns 0, 2 for bad input or where there is no GPU to time on, 130 when interrupted."""
     options = parser().parse_args(argv)
     gpu = torch.cuda.is_available()
     try:
@@ -240,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
                 else:
                     tuner.tune(key)
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {options.log} holds what was found; the same command goes on", file=sys.stderr)
+            print(f"\ninterrupted: {options.log} holds the findings; the same command continues", file=sys.stderr)
             return 130
     return 0
 
@@ -267,8 +271,7 @@ def _compile_only(tuner: Tuner, key: Key) -> None:
 
 
 def select(ops: Sequence[str] | None, kernels: Sequence[str] | None, classes: Sequence[str] | None) -> list[Key]:
-    """The committed keys that the filters leave. Raises ValueError where one of them leaves nothing, naming what is
-    there."""
+    """Committed keys that pass the filters. Raises ValueError where a filter leaves none, listing the known names."""
     found = keys()
     for place, what, names in ((0, "op", ops), (1, "kernel", kernels), (2, "class of shapes", classes)):
         known = list(dict.fromkeys(key[place] for key in found))

@@ -1,4 +1,4 @@
-"""What the candidates of a tuning compile to, without a GPU: only the kernels that read the tile are compiled."""
+"""Compile the candidates of a tuning without a GPU; only the kernels that read the tile are compiled."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from oner_fast.kernels.launch import (
     override,
 )
 
-UNLISTED = "no list of compilations has it: nothing says whether it spills"
-# A tile, its problems (none: it may be timed), and for each compilation and target what it takes.
+UNLISTED = "no list of compilations has it, so it is unknown whether it spills"
+# A tile, its problems (none: it may be timed), and its resources for each compilation and target.
 Compiled = tuple[Configuration, list[str], list[dict[str, Any]]]
 Compiler = Callable[[Key, Sequence[Configuration], Sequence[str]], Iterable[Compiled]]
 
 
 def affected(key: Key, tile: Configuration, architecture: int) -> list[Compilation]:
-    """The compilations that read the key's tile, as `tile` makes them."""
+    """List the compilations that read the key's tile, as `tile` changes them."""
 
     def given(one: Configuration) -> dict[str, Compilation]:
         with override(*key, one):
@@ -42,9 +42,9 @@ def affected(key: Key, tile: Configuration, architecture: int) -> list[Compilati
 def compile_tiles(
     key: Key, tiles: Sequence[Configuration], targets: Sequence[str], *, jobs: int = os.cpu_count() or 1
 ) -> Iterator[Compiled]:
-    """Compile all, several at a time, and hand each out when it is done, in order.
+    """Compile all tiles, several at a time, and yield each when it is done, in order.
 
-    What no list of compilations in `oner_fast.kernels` has is not compiled, and that is its problem.
+    A tile that no list of compilations in `oner_fast.kernels` has is not compiled, and that is its problem.
     """
     if not tiles:
         return
@@ -54,7 +54,7 @@ def compile_tiles(
     if jobs == 1:
         yield from (compile_tile(key, tile, targets) for tile in tiles)
         return
-    # Spawned, not forked: torch's threads do not survive a fork.
+    # Processes are spawned, as torch's threads do not survive a fork.
     with ProcessPoolExecutor(min(jobs, len(tiles)), get_context("spawn")) as pool:
         try:
             yield from pool.map(compile_tile, [key] * len(tiles), tiles, [targets] * len(tiles))
@@ -64,7 +64,7 @@ def compile_tiles(
 
 
 def compile_tile(key: Key, tile: Configuration, targets: Sequence[str]) -> Compiled:
-    """One tile, on every target."""
+    """Compile one tile for every target."""
     problems, resources = [], []
     for target in targets:
         for one in affected(key, tile, int(target.removeprefix("sm_"))):
@@ -76,6 +76,6 @@ def compile_tile(key: Key, tile: Configuration, targets: Sequence[str]) -> Compi
                     "shared": found.shared, "occupancy": found.occupancy,
                 }
             )  # fmt: skip
-            if problems:  # one is enough, and compiling the others takes longest
+            if problems:  # one problem is enough, and the other compilations take longest
                 return tile, problems, resources
     return tile, problems, resources

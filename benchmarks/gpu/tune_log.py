@@ -1,4 +1,4 @@
-"""The log of a tuning: a JSON line for every tile that was compiled, refused, timed or decided on, and what it says."""
+"""The log of a tuning: a JSON line for each tile that was compiled, refused, timed or decided on."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from oner_fast.kernels.launch import Configuration, Key
 
 
 def _digest() -> str:
-    """Of the kernels' source: what is compiled from another is another."""
+    """Hash of the kernel sources; entries from other sources are stale."""
     folder = Path(oner_fast.kernels.__file__).parent
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
 
 
 class Log:
-    """Appends to a file, line by line, and remembers what stood there.
+    """A log that appends to a file, line by line, and reads the earlier lines.
 
-    Lines of another GPU settle nothing here, and those of other compilers or kernels say nothing at all; they stay in
-    the file. A last line that an interruption left unfinished is dropped.
+    Lines of another GPU settle nothing here, and lines of other compilers or kernels are ignored; all stay in the file.
+    A
+    last line that an interruption left unfinished is dropped.
 
     Args:
-        path: of the file; its folder is made.
-        gpu: the name of the GPU that times; empty where none does.
+        path: path of the file; its folder is made.
+        gpu: name of the GPU that times; empty where none does.
         architecture: 80 for sm_80.
 
     Raises:
-        ValueError: a line of the file, other than the last, is no record of a tuning.
+        ValueError: a line of the file, other than the last, is not a record of a tuning.
     """
 
     def __init__(self, path: Path, gpu: str, architecture: int) -> None:
@@ -63,7 +64,7 @@ class Log:
             self._file.close()
 
     def write(self, kind: str, key: Key, tile: Configuration, **more: Any) -> None:
-        """One record, on the disk when this returns."""
+        """Write one record, which is on the disk when this returns."""
         assert self._file is not None, "the log is not open"
         record = {
             "kind": kind, "key": key, "tile": tile.launch, "architecture": self.architecture, "gpu": self.gpu,
@@ -74,7 +75,7 @@ class Log:
         self._file.flush()
 
     def settled(self, key: Key, tile: Configuration, changes: int) -> bool:
-        """Whether a run on this GPU found none better among all that differ from this tile in `changes` numbers."""
+        """Whether a run on this GPU found no better tile among all that differ from this one in `changes` numbers."""
         return any(
             one["chosen"] == tile.launch and one["changes"] >= changes
             for one in self._about("decided", key, tile)
@@ -82,7 +83,7 @@ class Log:
         )
 
     def compiled(self, key: Key, tile: Configuration, targets: Sequence[str]) -> list[str] | None:
-        """The problems that a tile was found to have on these targets; None where nobody looked."""
+        """Problems that a tile was found to have on these targets; None where it was not compiled for them."""
         for one in self._about("compiled", key, tile):
             if one["targets"] == list(targets):
                 return list(one["problems"])

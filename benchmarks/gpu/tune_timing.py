@@ -1,4 +1,4 @@
-"""How tiles are compared: results first, then time, in turns on the same inputs."""
+"""Compare tiles: results first, then time, in turns on the same inputs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from oner_fast.benchmarks.measure import relative_error
 from oner_fast.benchmarks.timing import Candidate, Rotation, Samples, interleave, ratio
 from oner_fast.kernels.launch import Configuration, Key, override
 
-# Two tiles add in another order: their results may differ by so many units of the workload's dtype. Half precision
-# rounds once at the end; float32 sums are long, and their products of three parts of tf32.
+# Tiles add in different orders, so their results may differ by this many units of the workload's dtype. Half precision
+# rounds once at the end; float32 has long sums and products of three tf32 parts.
 UNITS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 64.0}
-# Times candidates that are called with the number of a set of inputs; also given how many sets there are, and seconds.
+# Times candidates, which are called with the number of a set of inputs; takes the number of sets, and seconds.
 Timer = Callable[[Sequence[Candidate], int, float], Mapping[str, Samples]]
 
 
 def results(key: Key, tile: Configuration, workload: Workload, phase: str, call: Call) -> tuple[Tensor, ...]:
-    """With that tile for the key, and everything else as committed."""
+    """Results with that tile for the key and all other tiles as committed."""
     with override(*key, tile):
         return workload.run(phase, call)
 
 
 def difference(found: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Why results are not those of the committed tile, for numbers of `dtype`; empty where they are."""
+    """Reason why results differ from the committed tile's, for numbers of `dtype`; empty where they do not."""
     for number, (mine, theirs) in enumerate(zip(found, truth, strict=True)):
         if not theirs.is_floating_point():
             if not torch.equal(mine, theirs):
@@ -46,7 +46,7 @@ def difference(found: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dt
 def turns(
     key: Key, tiles: Sequence[Configuration], workload: Workload, phase: str, inputs: Rotation[Call]
 ) -> list[Candidate]:
-    """A candidate for each tile, named by its label."""
+    """Make a candidate for each tile, named by its label."""
 
     def runner(tile: Configuration) -> Callable[[int], object]:
         return lambda number: results(key, tile, workload, phase, inputs[number])
@@ -55,17 +55,21 @@ def turns(
 
 
 def on_gpu(candidates: Sequence[Candidate], sets: int, seconds: float) -> dict[str, Samples]:
-    """By the GPU's clock: each candidate's calls, one on each set of inputs, are captured in a CUDA graph, since the
-    launch of a short kernel takes longer than the kernel. Seconds of one call."""
+    """Time candidates by the GPU's clock; returns the seconds of one call.
+
+    Each candidate's calls, one on each set of inputs, are captured in a CUDA graph, since the launch of a short kernel
+    takes
+    longer than the kernel.
+    """
     graphs, pool = [], torch.cuda.graph_pool_handle()
     for one in candidates:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            one.run(0)  # compiles: a capture must not
+            one.run(0)  # compiles, which a capture must not
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):  # results are never read: graphs may share memory
+        with torch.cuda.graph(graph, pool=pool):  # results are never read, so graphs may share memory
             for number in range(sets):
                 one.run(number)
         graphs.append(Candidate(one.name, _replay(graph)))
@@ -79,8 +83,11 @@ def _replay(graph: torch.cuda.CUDAGraph) -> Callable[[int], object]:
 
 @dataclass(frozen=True)
 class Scores:
-    """How many times faster than the committed tile: geometric means over workloads of the quantiles of the ratios
-    within a round, and the least median of any workload."""
+    """Speed relative to the committed tile: geometric means over workloads of the quantiles of the ratios within a
+    round.
+
+    `least` is the lowest median of any workload.
+    """
 
     p20: float
     p50: float
@@ -88,7 +95,7 @@ class Scores:
 
 
 def scores(found: Sequence[Mapping[str, Samples]], committed: str, name: str) -> Scores:
-    """Of the candidate `name`, from each workload's samples."""
+    """Scores of the candidate `name`, from each workload's samples."""
     ratios = [ratio(samples[committed], samples[name]) for samples in found]
     return Scores(
         _mean([one.p20 for one in ratios]), _mean([one.p50 for one in ratios]), min(one.p50 for one in ratios)

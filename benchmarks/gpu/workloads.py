@@ -1,6 +1,6 @@
-"""What tiles are timed on: the benchmarks' own shapes, and one more for each class of shapes that they do not reach.
+"""Workloads on which tiles are timed: the benchmarks' own shapes, and one for each other class of shapes.
 
-Float64 and heads of other sizes in float32 train nobody's model: their tiles have no workload, and stay as they are.
+No training uses float64, or other head sizes in float32: their tiles have no workload and stay as they are.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _HALF, _WIDE = torch.bfloat16, torch.float32
 
 @dataclass(frozen=True)
 class Workload:
-    """One call of an op, as its Triton kernels serve it.
+    """One call of an op, as its Triton kernels compute it.
 
     Args:
-        name: unique among all.
-        op: as the files of tiles are named.
-        dtype: of its numbers: what results are compared by.
-        make: the call of a seed on a device.
-        forward: called with its arguments.
+        name: unique among all workloads.
+        op: name of the op's file of tiles.
+        dtype: dtype in whose units results are compared.
+        make: makes the call of a seed on a device.
+        forward: called with the call's arguments.
         implementation: "triton" or "triton_atomic".
     """
 
@@ -48,7 +48,7 @@ class Workload:
     implementation: str = "triton"
 
     def run(self, phase: str, call: Call) -> tuple[Tensor, ...]:
-        """Results of "forward" alone, or of "step": with the gradients, where there are any."""
+        """Results of "forward" alone, or of "step", which adds the gradients where there are any."""
         with _served_by(self.implementation):
             if phase == "step":
                 return step(self.forward, call)
@@ -58,7 +58,7 @@ class Workload:
 
 @contextmanager
 def _served_by(implementation: str) -> Iterator[None]:
-    """All ops, unless a variable of their own forces another."""
+    """Force an implementation for all ops that no variable of their own forces."""
     variable = "ONER_FAST_IMPLEMENTATION"
     before = os.environ.get(variable)
     os.environ[variable] = implementation
@@ -69,7 +69,7 @@ def _served_by(implementation: str) -> Iterator[None]:
 
 
 def workloads(op: str) -> list[Workload]:
-    """Of an op, by the name of its file of tiles."""
+    """List the workloads of an op, by the name of its file of tiles."""
     if op == "patch_masks":
         return [*(_masks(side, pattern) for side in (14, 32, 64) for pattern in ("random", "block")), _boundaries()]
     if op == "gather_patches":
@@ -110,7 +110,7 @@ def _more_attention() -> list[Workload]:
 
 
 def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str) -> Workload:
-    """With partners, or mixed on both sides."""
+    """Make a contrast with partners, or mixed on both sides."""
 
     def make(seed: int, device: str) -> Call:
         drawn = _drawn(seed, device, dtype, *[(rows, width)] * 4)
@@ -145,7 +145,7 @@ def _more_contrasts() -> list[Workload]:
 
 
 def _more_token_gathers() -> list[Workload]:
-    """Of more samples, whose sums for positions are made in groups; and without positions, which makes none."""
+    """List gathers of more samples, whose position sums are made in groups, and gathers without positions."""
     grouped = _of(masked_gather.case(256, 196, 768, 98, _HALF, Target()))
 
     def plain(dtype: torch.dtype) -> Workload:
@@ -161,8 +161,10 @@ def _more_token_gathers() -> list[Workload]:
 
 
 def _patch_gathers(dtype: torch.dtype) -> Workload:
-    """The benchmark's own, of bytes, and one of images that take a gradient. Constants lie on the device: while a graph
-    is captured they could not be copied to it."""
+    """Make the benchmark's own gather, of bytes, and one of images that take a gradient.
+
+    Constants are on the device, as they could not be copied to it while a graph is captured.
+    """
 
     def make(seed: int, device: str) -> Call:
         images, grad = _drawn(seed, device, _HALF, (64, 3, 224, 224), (64, 98, 768))

@@ -1,4 +1,4 @@
-"""The cases of every op, one file an op."""
+"""The cases of every op, one file for each op."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPS = ("masked_gather", "gather_patches", "mixup_info_nce", "varlen_attention", 
 
 
 def cases(quick: bool = False, ops: Sequence[str] = OPS) -> list[Case]:
-    """The cases of `ops`, in the order of `OPS`; `quick` ones are small.
+    """List the cases of `ops`, in the order of `OPS`; `quick` ones are small.
 
     Raises ValueError for an unknown name, listing the known ones.
     """

@@ -15,20 +15,20 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def _affine(images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(x / 255 - mean) / std as x * scale + shift, (C, 1, 1) each."""
+    """Write (x / 255 - mean) / std as x * scale + shift, (C, 1, 1) each."""
     mean = torch.tensor(MEAN, dtype=dtype, device=images.device).view(-1, 1, 1)
     std = torch.tensor(STD, dtype=dtype, device=images.device).view(-1, 1, 1)
     return 1 / (255 * std), -mean / std
 
 
 def normalise_then_gather(images: Tensor, kept: Tensor, patch: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """As data loaders and towers share the work: all pixels are normalised, unfolded, and half of them are kept."""
+    """Normalise and unfold all pixels, then keep half of the patches, as data loaders and towers share the work."""
     patches = F.unfold(images.float() * scale + shift, patch, stride=patch).transpose(1, 2)
     return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
 def view_then_gather(images: Tensor, kept: Tensor, patch: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Patches by reshaping instead of unfolding, kept as bytes; only those are normalised."""
+    """Reshape bytes to patches instead of unfolding, keep some, and normalise only those."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch, width // patch
     patches = images.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
@@ -39,7 +39,7 @@ def view_then_gather(images: Tensor, kept: Tensor, patch: int, scale: Tensor, sh
 
 
 def index_the_view(images: Tensor, kept: Tensor, patch: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Only the kept patches are read, by indexing a strided view of the images."""
+    """Read only the kept patches, by indexing a strided view of the images."""
     batch, channels, height, width = images.shape
     columns = width // patch
     view = images.view(batch, channels, height // patch, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
@@ -49,7 +49,7 @@ def index_the_view(images: Tensor, kept: Tensor, patch: int, scale: Tensor, shif
 
 
 def with_constants(call: Call) -> Call:
-    """The normalisation as one multiplication and one addition, its constants made beforehand."""
+    """Make the normalisation one multiplication and one addition, with constants computed beforehand."""
     images, kept, patch, *_ = call.arguments
     return Call((images, kept, patch, *_affine(images, torch.float32)))
 

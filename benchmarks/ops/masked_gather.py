@@ -12,7 +12,7 @@ from oner_fast.ops.masked_gather import facts
 
 
 def random_kept(batch: int, tokens: int, kept: int, generator: torch.Generator) -> Tensor:
-    """(batch, kept) int64: another random choice for each sample, in random order, as masking draws it."""
+    """Draw (batch, kept) int64: another random choice for each sample, in random order, as masking draws it."""
     return torch.rand(batch, tokens, generator=generator).argsort(dim=1)[:, :kept].contiguous()
 
 
@@ -33,7 +33,7 @@ def embedding(tokens: Tensor, rows: Tensor, kept: Tensor, positions: Tensor) -> 
 
 
 def flat(call: Call) -> Call:
-    """Tokens as rows (B * N, D) and the rows' numbers, made beforehand."""
+    """Lay out tokens as rows (B * N, D), with the rows' numbers computed beforehand."""
     tokens, kept, positions = call.arguments
     batch, count, width = tokens.shape
     rows = (kept + count * torch.arange(batch, device=kept.device).unsqueeze(1)).flatten()
@@ -56,7 +56,7 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
 
     size = torch.empty(0, dtype=dtype).element_size()
     row, indices = width * size, batch * kept * 8
-    # Kept tokens in and out; then their gradient in and the gradient of all tokens out. Positions go both ways once.
+    # Kept tokens in and out, then their gradient in and the gradient of all tokens out; positions once each way.
     moved = 3 * batch * kept * row + batch * tokens * row + 2 * tokens * row + 2 * indices
     return Case(
         op="masked_gather",

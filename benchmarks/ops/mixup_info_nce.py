@@ -12,14 +12,14 @@ from oner_fast.ops.mixup_info_nce import facts
 
 
 def two_cross_entropies(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
-    """As CLIP and open_clip write it."""
+    """Compute the loss as CLIP and open_clip write it."""
     q, k = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     logits = logit_scale.to(q.dtype) * q @ k.T
     return (F.cross_entropy(logits.float(), labels) + F.cross_entropy(logits.T.float(), labels)) / 2
 
 
 def two_log_sum_exps(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
-    """The diagonal apart, from the vectors themselves: the logits are read by two reductions and nothing else."""
+    """Compute the diagonal from the vectors themselves, so that only two reductions read the logits."""
     q, k = F.normalize(query.float(), dim=-1), F.normalize(key.float(), dim=-1)
     scaled = (logit_scale * q).to(query.dtype)
     logits = (scaled @ k.to(key.dtype).T).float()
@@ -28,7 +28,7 @@ def two_log_sum_exps(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Te
 
 
 def linear_cross_entropy(query: Tensor, key: Tensor, logit_scale: Tensor, labels: Tensor) -> Tensor:
-    """PyTorch's fused projection and cross-entropy, once for each direction."""
+    """Use PyTorch's fused projection and cross-entropy, once for each direction."""
     q, k = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     scaled = logit_scale.to(q.dtype) * q
     rows = F.linear_cross_entropy(scaled, k, labels)
@@ -36,7 +36,7 @@ def linear_cross_entropy(query: Tensor, key: Tensor, logit_scale: Tensor, labels
 
 
 def with_labels(call: Call) -> Call:
-    """The numbers of the rows, made beforehand."""
+    """Add the numbers of the rows, computed beforehand."""
     query = call.arguments[0]
     labels = torch.arange(query.shape[0], device=query.device)
     return Call((*call.arguments, labels), call.leaves, call.upstream)
@@ -56,7 +56,7 @@ def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool 
     def make(seed: int, device: str) -> Call:
         generator = torch.Generator().manual_seed(seed)
         query = torch.randn(rows, width, generator=generator)
-        key = 0.3 * query + torch.randn(rows, width, generator=generator)  # pairs half learnt: a loss well above 0
+        key = 0.3 * query + torch.randn(rows, width, generator=generator)  # half learnt: the loss is well above 0
         leaves = (
             query.to(device, dtype).requires_grad_(),
             key.to(device, dtype).requires_grad_(),
@@ -73,14 +73,14 @@ def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool 
         contenders=contenders() if timed else [Contender(OURS, mixup_info_nce)],
         exact=exact_by(reference.mixup_info_nce),
         facts=facts,
-        # Logits, logits again in backward, and the two products of the gradients: O(N D) memory has no way around.
+        # Logits, logits again in backward, and the two products of the gradients, which O(N D) memory requires.
         flops=8.0 * rows * rows * width,
         bytes=float(6 * rows * width * size),
         limit="gemm",
         target=target,
         timed=timed,
         notes=() if timed else (f"memory alone: N x N logits would take {4 * rows * rows / 1e9:.1f} GB",),
-        # Two inverse norms, maximum and sum of rows and of columns; the share of mixing, which is one number.
+        # Two inverse norms, maximum and sum of rows and of columns, and the mixing share, which is one number.
         saved=6 * rows * 4 + 4,
         counted=6.0 * rows * rows * width if timed else None,
     )

@@ -26,14 +26,14 @@ def normalised(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
 
 
 def of_rows(student: Tensor, teacher: Tensor, rows: Tensor) -> Tensor:
-    """Rows selected by number, and the cosine as one product over two norms."""
+    """Select rows by number, and compute the cosine as one product over two norms."""
     mine, target = student.float(), teacher.index_select(0, rows).float()
     dots = torch.linalg.vecdot(mine, target)
     return -(dots / (torch.linalg.vector_norm(mine, dim=-1) * torch.linalg.vector_norm(target, dim=-1))).mean()
 
 
 def flat(call: Call) -> Call:
-    """Tokens as rows, and the teacher's rows by number, made beforehand."""
+    """Lay out tokens as rows, with the numbers of the teacher's rows computed beforehand."""
     student, teacher, kept = call.arguments
     batch, count, width = teacher.shape
     rows = (kept + count * torch.arange(batch, device=kept.device).unsqueeze(1)).flatten()
@@ -71,7 +71,7 @@ def case(batch: int, tokens: int, width: int, kept: int, dtype: torch.dtype, tar
         exact=exact_by(reference.token_alignment),
         facts=facts,
         flops=10.0 * rows * width,
-        # Both are read forward and backward, the student's gradient is written.
+        # Both are read in forward and backward, and the student's gradient is written.
         bytes=float(5 * rows * width * size + 2 * rows * 8),
         limit="copy",
         target=target,

@@ -1,7 +1,9 @@
-"""varlen_attention: packed images, captions and both together in one batch, against everything PyTorch has on the CPU.
+"""varlen_attention: packed images, captions and both together in one batch, against all that PyTorch has on the CPU.
 
-Each baseline gets its queries, keys and values in the layout it likes best, made beforehand: padded and masked, grouped
-by length, one tensor a sequence, or nested. `torch.nn.attention.varlen` has no CPU kernel; on CUDA it is a baseline.
+Each baseline gets queries, keys and values in the layout that suits it best, made beforehand: padded and masked,
+grouped
+by length, one tensor for each sequence, or nested. `torch.nn.attention.varlen` has no CPU kernel; on CUDA it is a
+baseline.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,21 +23,21 @@ from oner_fast.ops.varlen_attention import facts
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 HEADS, WIDTH = 12, 64
-STATISTICS = 2  # float32 numbers kept for a query and head: maximum and 1 / sum
+STATISTICS = 2  # float32 numbers kept for each query and head: maximum and 1 / sum
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """PyTorch's flash attention."""
+    """Attend by PyTorch's flash attention."""
     return F.scaled_dot_product_attention(query, key, value)
 
 
 def explicit(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Two batched products with the softmax between them; the scores are kept for backward."""
+    """Attend by two batched products with the softmax between them; the scores are kept for backward."""
     return (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(-1) @ value
 
 
 def in_float32(attend: Attend) -> Attend:
-    """Half-precision inputs, float32 inside: the CPU's flash attention is faster so."""
+    """Attend to half-precision inputs in float32, with which the CPU's flash attention is faster."""
 
     def attend_wide(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(query.float(), key.float(), value.float()).to(query.dtype)
@@ -43,7 +46,7 @@ def in_float32(attend: Attend) -> Attend:
 
 
 def each(attend: Attend) -> Callable[..., tuple[Tensor, ...]]:
-    """`attend` for every (query, key, value) of a flat list of them."""
+    """Apply `attend` to every (query, key, value) of a flat list of them."""
 
     def attend_all(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(attend(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))
@@ -52,14 +55,14 @@ def each(attend: Attend) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def groups_of(lengths: list[int], by_length: bool) -> list[list[int]]:
-    """Which sequences are computed together: those of one length, or each by itself."""
+    """Group the sequences that are computed together: those of one length, or each by itself."""
     if not by_length:
         return [[i] for i in range(len(lengths))]
     return [[i for i, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]
 
 
 class Dense:
-    """Packed (T, H, Dh) to dense (n, H, L, Dh) tensors, one a group, and back."""
+    """Convert packed (T, H, Dh) to dense (n, H, L, Dh) tensors, one for each group, and back."""
 
     def __init__(self, lengths: list[int], by_length: bool) -> None:
         self.lengths, self.groups = lengths, groups_of(lengths, by_length)
@@ -88,7 +91,7 @@ class Dense:
 
 
 class Padded:
-    """Packed to (n, H, longest, Dh) with zeros behind, and a mask that hides them; and back."""
+    """Convert packed sequences to (n, H, longest, Dh), padded with zeros under a mask, and back."""
 
     def __init__(self, lengths: list[int], additive: bool) -> None:
         self.lengths, self.additive = lengths, additive
@@ -123,7 +126,7 @@ def padded_in_float32(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
 
 
 def jagged(call: Call) -> Call:
-    """Nested tensors over the packed storage: (n, length, H, Dh), attended transposed."""
+    """Make nested tensors over the packed storage: (n, length, H, Dh), attended transposed."""
     offsets = call.arguments[3].long()
 
     def nest(packed: Tensor) -> Tensor:
@@ -143,7 +146,7 @@ def from_jagged(results: Result) -> Result:
 
 
 def packed_by_torch(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
-    """PyTorch's flash attention over packed sequences, which CUDA alone has."""
+    """Attend by PyTorch's flash attention over packed sequences, which only CUDA has."""
     from torch.nn.attention.varlen import varlen_attn
 
     found = varlen_attn(query, key, value, boundaries, boundaries, longest, longest)
@@ -190,7 +193,7 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
 
     longest = max(lengths)
 
-    lengths_known = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+    lengths_known: dict[str, Any] = {"max_seqlen_q": longest, "max_seqlen_k": longest}
     size = torch.empty(0, dtype=dtype).element_size()
     squares = sum(length**2 for length in lengths)
     return Case(
@@ -201,7 +204,7 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
         contenders=[Contender(OURS, partial(varlen_attention, **lengths_known)), *baselines(lengths, dtype)],
         exact=exact_by(reference.varlen_attention),
         facts=partial(facts, **lengths_known),
-        # Seven products: two forward; the scores again and four gradients backward.
+        # Seven products: two in forward; the scores again and four gradients in backward.
         flops=14.0 * squares * HEADS * WIDTH,
         bytes=float(12 * total * HEADS * WIDTH * size),
         limit="gemm",

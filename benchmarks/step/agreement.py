@@ -1,4 +1,4 @@
-"""Whether two ways to take the step compute the same: correctness comes before any timing."""
+"""Check that two implementations of the step compute the same, before any timing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from oner_fast.benchmarks.step.ours import OurStep
 
 
 class Disagreement(RuntimeError):
-    """Two ways to take the step do not compute the same."""
+    """Two implementations of the step do not compute the same."""
 
 
 def check(ours: OurStep, plain: PlainStep, loss_tolerance: float, gradient_tolerance: float) -> None:
-    """Compare losses (relative) and every gradient (L2 distance, relative) of one forward and backward; nothing is
-    kept.
+    """Compare the losses (relative) and each gradient (relative L2 distance) of one forward and backward; keeps
+    nothing.
 
     Raises:
-        Disagreement: naming every loss and gradient that differs by more than its tolerance.
+        Disagreement: a loss or gradient differs by more than its tolerance; the message names all of them.
     """
     losses, theirs = ours.gradient(), plain.gradient()
     wrong = _compare(losses, theirs, loss_tolerance)

@@ -1,4 +1,4 @@
-"""The plain step with our weights and masks: what the eager and the compiled baseline run."""
+"""The plain step with our weights and masks, which the eager and the compiled baseline run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RENAMED = (
 
 
 def plain_name(name: str) -> str:
-    """What a parameter of `Student` or `OneR` is called in the plain model."""
+    """Name of a parameter of `Student` or `OneR` in the plain model."""
     for ours, theirs in _RENAMED:
         name = name.replace(ours, theirs)
     return name
@@ -52,10 +52,10 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
 
 
 def plain_model(student: Student) -> PlainModel:
-    """The plain model with the weights of `student`.
+    """Make the plain model with the weights of `student`.
 
     Raises:
-        ValueError: `student` is not one that the plain step knows: one trunk, one head, and every loss but CIC.
+        ValueError: the plain step does not cover `student`: it needs one trunk, one head, and every loss but CIC.
     """
     if student.predictor is None:
         raise ValueError("the plain step has a predictor, and the student has none")
@@ -65,7 +65,7 @@ def plain_model(student: Student) -> PlainModel:
 
 
 def plain_teacher(teacher: OneR) -> Tower:
-    """The plain tower with the weights of `teacher`, without gradients."""
+    """Make the plain tower with the weights of `teacher`, without gradients."""
     tower = Tower(teacher.config)
     _copy(teacher, tower)
     return tower.requires_grad_(False)
@@ -77,7 +77,7 @@ def _padded(values: Tensor, lengths: list[int], longest: int) -> Tensor:
 
 
 def plain_batch(batch: PairBatch, masked: StudentInput) -> Batch:
-    """`batch` padded to its longest caption, with the very masks of our step."""
+    """Pad `batch` to its longest caption, with the very masks of our step."""
     lengths = batch.text.lengths.tolist()
     longest = max(lengths)
     padding = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
@@ -100,10 +100,10 @@ class PlainStep:
     """The step of `ours` in plain PyTorch: same weights, masks, losses, optimiser and momentum.
 
     Args:
-        ours: whose weights are copied.
-        dtype: of autocast; None computes in float32.
-        compiled: every transformer block by torch.compile (each of its shapes on its own, no dynamic ones), and the
-            masked losses; the optimiser is PyTorch's fused one, the teacher moves by one _foreach call.
+        ours: the step whose weights are copied.
+        dtype: dtype of autocast; None computes in float32.
+        compiled: compile each transformer block (one graph for each of its shapes, no dynamic ones) and the masked
+            losses. The optimiser is then PyTorch's fused one, and one _foreach call moves the teacher.
     """
 
     def __init__(self, ours: OurStep, dtype: torch.dtype | None, compiled: bool = False) -> None:
@@ -123,7 +123,7 @@ class PlainStep:
         o = config.optim
         self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (o.beta1, o.beta2), o.eps, fused=True)
         if compiled:
-            # Lengths, dtypes and gradients make more than the 8 forms of a block after which compiling is given up.
+            # Lengths, dtypes and gradients give a block more than the 8 forms after which compilation stops.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             for module in (self.student, self.teacher):
                 for block in module.modules():
@@ -135,7 +135,8 @@ class PlainStep:
         return nullcontext() if self.dtype is None else torch.autocast("cpu", dtype=self.dtype)
 
     def gradient(self) -> dict[str, Tensor]:
-        """Forward and backward: the losses by name (0-d); the gradients are in the student's parameters."""
+        """Run forward and backward; returns the losses by name (0-d) and leaves the gradients in the student's
+        parameters."""
         objectives = self.config.objectives
         with self._autocast():
             keys = teacher_keys(self.teacher, self.batch)
@@ -155,12 +156,12 @@ class PlainStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, call: int = 0) -> Tensor:
-        """One training step; its loss."""
+        """Run one training step; returns its loss."""
         loss = self.gradient()["loss"]
         self.update()
         return loss
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients by parameter."""
+        """Gradients by parameter."""
         named = self.student.named_parameters()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}

@@ -1,5 +1,8 @@
-"""The same step in plain PyTorch, as one writes it without this library: padded captions with key-padding masks, a pass
-each for images, texts and pairs, scaled_dot_product_attention, N x N logits."""
+"""The same step in plain PyTorch, written without this library.
+
+Captions are padded with key-padding masks. Images, texts and pairs have a pass each, by scaled_dot_product_attention,
+and the logits are N x N.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,14 @@ from oner_fast.models.oner import OneRConfig
 
 
 class Masks(NamedTuple):
-    """The masked inputs of a pass: word ids (B, L) padded with 0, where the words to predict stand (M,) int64 among the
-    B L places, the masked patches (B, N) bool, and where they stand (P,) int64 among the B N places."""
+    """Masked inputs of a pass.
+
+    Attributes:
+        word_ids: (B, L) padded with 0.
+        word_rows: (M,) int64, places of the words to predict among the B L places.
+        patches: (B, N) bool, the masked patches.
+        patch_rows: (P,) int64, their places among the B N places.
+    """
 
     word_ids: Tensor
     word_rows: Tensor
@@ -23,8 +32,14 @@ class Masks(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images (B, 3, S, S) uint8; word_ids (B, L) unmasked, padded with 0; padding (B, L) bool, True at words; the masks
-    of the single passes and of the pair pass."""
+    """A padded batch.
+
+    Attributes:
+        images: (B, 3, S, S) uint8.
+        word_ids: (B, L) unmasked, padded with 0.
+        padding: (B, L) bool, True at words.
+        single, joint: the masks of the single passes and of the pair pass.
+    """
 
     images: Tensor
     word_ids: Tensor
@@ -34,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x)); (B, L, D)."""
+    """Compute x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x)); (B, L, D)."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -44,7 +59,7 @@ class Block(nn.Module):
         self.up, self.mlp_out = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """`mask` (B, 1, 1, L) bool: True where a key may be seen."""
+        """Transform x (B, L, D); `mask` (B, 1, 1, L) bool is True at the keys that may be attended to."""
         query, key, value = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.attention_out(mixed.transpose(1, 2).flatten(2))
@@ -83,23 +98,25 @@ class Tower(nn.Module):
         self.register_buffer("std", torch.tensor(config.image_std).view(-1, 1, 1), persistent=False)
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) uint8; -> (B, N, D) without positions."""
+        """Embed patches of (B, 3, S, S) uint8 without positions: (B, N, D)."""
         pixels = (images.float() / 255 - self.mean) / self.std
         return self.patch_embedding(pixels).flatten(2).transpose(1, 2)
 
     def place_patches(self, tokens: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Put the mask token where `masked` (B, N), and add positions; (B, N, D)."""
+        """Put the mask token where `masked` (B, N) is True, and add positions: (B, N, D)."""
         if masked is not None:
             tokens = torch.where(masked.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         return tokens + self.patch_positions
 
     def embed_words(self, word_ids: Tensor) -> Tensor:
-        """(B, L); -> (B, L, D)."""
+        """Embed words (B, L): (B, L, D)."""
         return self.word_embedding(word_ids) + self.word_positions[: word_ids.shape[1]]
 
     def encode(self, *parts: Tensor, padding: Tensor | None = None) -> Tensor:
-        """[CLS] and `parts` (B, *, D) through the blocks: (B, 1 + ..., D). `padding` (B, L) bool is True at words and
-        belongs to the last part."""
+        """Pass [CLS] and `parts` (B, *, D) through the blocks: (B, 1 + ..., D).
+
+        `padding` (B, L) bool is True at words and belongs to the last part.
+        """
         x = torch.cat([self.cls_token.expand(parts[0].shape[0], 1, -1), *parts], dim=1)
         mask = None
         if padding is not None:
@@ -123,7 +140,7 @@ class PlainModel(nn.Module):
         self.patch_head = nn.Linear(config.width, 3 * config.patch_size**2)
 
     def forward(self, batch: Batch, keys: tuple[Tensor, Tensor], logit_scale: float) -> dict[str, Tensor]:
-        """The losses by name, each a mean."""
+        """Compute the losses by name, each a mean."""
         tower, padding, count = self.tower, batch.padding, batch.single.patches.shape[1]
         patches = tower.embed_patches(batch.images)
         single, joint = batch.single, batch.joint
@@ -149,14 +166,14 @@ class PlainModel(nn.Module):
         self._masked_patches = torch.compile(self._masked_patches, dynamic=False)  # type: ignore[method-assign]
 
     def _masked_words(self, word_ids: Tensor, passes: list[tuple[Tensor, Masks]]) -> Tensor:
-        """Cross-entropy of the masked words alone: only their outputs reach the decoder."""
+        """Compute the cross-entropy of the masked words alone: only their outputs reach the decoder."""
         hidden = torch.cat([_chosen(outputs, masks.word_rows) for outputs, masks in passes])
         ids = torch.cat([word_ids.flatten().index_select(0, masks.word_rows) for _, masks in passes])
         hidden = self.word_norm(F.gelu(self.word_transform(hidden)))
         return F.cross_entropy(F.linear(hidden, self.tower.word_embedding.weight, self.word_bias).float(), ids)
 
     def _masked_patches(self, images: Tensor, passes: list[tuple[Tensor, Masks]]) -> Tensor:
-        """Mean absolute error of the normalised pixels of the masked patches alone."""
+        """Compute the mean absolute error of the normalised pixels of the masked patches alone."""
         size = self.patch_size
         pixels = F.pixel_unshuffle(images.float() / 255, size).flatten(2).transpose(1, 2)
         variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
@@ -171,14 +188,14 @@ def _chosen(tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def _info_nce(query: Tensor, key: Tensor, logit_scale: float) -> Tensor:
-    """MoCo v3's form: rows only."""
+    """Compute MoCo v3's loss, over rows only."""
     query, key = F.normalize(query.float(), dim=-1), F.normalize(key.float(), dim=-1)
     return F.cross_entropy(logit_scale * query @ key.T, torch.arange(query.shape[0], device=query.device))
 
 
 @torch.no_grad()
 def teacher_keys(teacher: Tower, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The projected F(I) and F(T) of the unmasked batch."""
+    """Project F(I) and F(T) of the unmasked batch."""
     image = teacher.encode(teacher.place_patches(teacher.embed_patches(batch.images)))
     text = teacher.encode(teacher.embed_words(batch.word_ids), padding=batch.padding)
     return teacher.head(image[:, 0]), teacher.head(text[:, 0])

@@ -17,12 +17,12 @@ from oner_fast.train.oner.student import Student
 
 
 class OurStep:
-    """Weights of seed 0, a teacher of other weights, and one batch that every step sees.
+    """Weights of seed 0, a teacher with other weights, and one batch for every step.
 
     Args:
-        config: the training; its batch size is that of `batch`.
-        batch: what every step sees.
-        dtype: of autocast; None computes in float32.
+        config: the configuration; its batch size is that of `batch`.
+        batch: the batch of every step.
+        dtype: dtype of autocast; None computes in float32.
     """
 
     name = "ours"
@@ -38,7 +38,8 @@ class OurStep:
         self.step = TrainingStep(config, self.student, self.teacher, words, world, dtype)
 
     def gradient(self) -> dict[str, Tensor]:
-        """Forward and backward: the losses by name (0-d); the gradients are in the student's parameters."""
+        """Run forward and backward; returns the losses by name (0-d) and leaves the gradients in the student's
+        parameters."""
         result = self.step(self.batch)
         return {"loss": result.loss, **result.parts}
 
@@ -51,7 +52,7 @@ class OurStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, call: int = 0) -> Tensor:
-        """One training step under deterministic algorithms, as the trainer's default is; its loss."""
+        """Run one training step under deterministic algorithms, the trainer's default; returns its loss."""
         before = torch.are_deterministic_algorithms_enabled()
         filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(self.config.run.deterministic)
@@ -65,6 +66,6 @@ class OurStep:
         return loss
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradients by parameter."""
+        """Gradients by parameter."""
         named = self.student.named_parameters()
         return {name: parameter.grad for name, parameter in named if parameter.grad is not None}

@@ -1,4 +1,4 @@
-"""`oner-fast bench step`: one OneR step against the same step in plain PyTorch, eager and compiled."""
+"""`oner-fast bench step`: compare one OneR step with the same step in plain PyTorch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from oner_fast.train.oner.flops import step_flops
 from oner_fast.train.oner.settings import OneRConfiguration
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
-# Relative: the losses, and the L2 distance of each gradient. bfloat16 rounds to 2^-9 in every layer.
+# Relative tolerances of the losses and of each gradient's L2 distance. bfloat16 rounds to 2^-9 in each layer.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 0.2)}
 EAGER = "plain, eager"
 TARGET = 1.3
@@ -43,16 +43,17 @@ def measure(
     compiled: bool = True,
     tell: Tell = lambda text: None,
 ) -> tuple[Row, dict[str, list[Share]]]:
-    """Check that all candidates compute the same step, then measure them in turn; the row, and the shares of each.
+    """Check that all candidates compute the same step, then measure them in turn; returns the row, and the shares of
+    each.
 
-    All run with the memory that the trainer sets (`freed_memory_kept`), the plain ones too.
+    All run with the memory settings of the trainer (`freed_memory_kept`), the plain ones too.
 
     Args:
-        dtype: "fp32", or "bf16": autocast of every candidate.
-        config: what is trained; ViT-B/16 at 224 px with 8 pairs by default.
+        dtype: "fp32", or "bf16" for autocast of every candidate.
+        config: the configuration; ViT-B/16 at 224 px with 8 pairs by default.
         rounds: samples of each candidate.
         compiled: measure the compiled baseline too.
-        tell: told what is done now.
+        tell: called with the current work.
     """
     config = vitb16() if config is None else config
     batch = synthetic_batch(config)
@@ -89,7 +90,7 @@ def measure(
 
 
 def markdown(row: Row, found: Mapping[str, Sequence[Share]]) -> str:
-    """The row as tables: seconds and ratios, then the shares."""
+    """Format the row as tables: seconds and ratios, then the shares."""
     lines = [f"### {row.op}, {row.shape}, {row.dtype}", "", "| step | p20 s | p50 s | p80 s |", "|---|---|---|---|"]
     lines += [f"| {name} | {one.p20:.3f} | {one.p50:.3f} | {one.p80:.3f} |" for name, one in row.times.items()]
     if row.speedup and row.speedup_eager:
@@ -112,7 +113,7 @@ def markdown(row: Row, found: Mapping[str, Sequence[Share]]) -> str:
 
 
 def rows(settings: Settings, tell: Tell) -> Iterator[Row]:
-    """The step's rows for the report of `oner-fast bench ops`; none on a GPU, where the baseline is another one."""
+    """Yield the step's rows for the report of `oner-fast bench ops`; none on a GPU, whose baseline is another one."""
     if settings.device == "cpu":
         for dtype in DTYPES:
             yield measure(dtype, tell=tell)[0]
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="samples of each candidate")
     parser.add_argument("--depth", type=int, default=None, help="layers; 12 by default")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled baseline")
-    parser.add_argument("--json", type=Path, default=None, help="write the figures there")
+    parser.add_argument("--json", type=Path, default=None, help="JSON file for the figures")
     arguments = parser.parse_args(argv)
     config = vitb16()
     if arguments.depth is not None:

@@ -1,4 +1,4 @@
-"""What is trained in the step benchmark: a configuration and one fixed synthetic batch."""
+"""Setting of the step benchmark: a configuration and one fixed synthetic batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Words:
-    """What masking needs to know of a tokenizer."""
+    """The facts about a tokenizer that masking needs."""
 
     vocab_size: int
     mask_id: int = 2
@@ -32,7 +32,8 @@ def vitb16() -> OneRConfiguration:
 
 
 def synthetic_batch(config: OneRConfiguration, shortest: int = SHORTEST, longest: int = LONGEST) -> PairBatch:
-    """Random images and captions; their lengths lie evenly between `shortest` and `longest` tokens, in random order."""
+    """Make random images and captions, whose lengths are spread evenly from `shortest` to `longest` tokens, in random
+    order."""
     pairs, model = config.optim.batch_size, config.model
     draw = torch.Generator().manual_seed(0)
     lengths = torch.linspace(shortest, longest, pairs).round().long()[torch.randperm(pairs, generator=draw)]

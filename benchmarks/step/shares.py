@@ -1,4 +1,4 @@
-"""Which operations a step's time goes into, by the profiler."""
+"""Divide a step's time among kinds of operations, by the profiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch.profiler import ProfilerActivity, profile
 
 REST = "rest"
-# The first that matches an operation's name has it; what none matches is the rest: calls, views, Python.
+# The first pattern that matches an operation's name decides; the rest is calls, views and Python.
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
@@ -32,7 +32,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 
 @dataclass(frozen=True)
 class Share:
-    """`seconds` that operations of a `kind` took, and their `share` of the step, 0 to 1."""
+    """Seconds that operations of a `kind` took, and their `share` of the step, 0 to 1."""
 
     kind: str
     seconds: float
@@ -40,13 +40,15 @@ class Share:
 
 
 def kind_of(operation: str) -> str:
-    """The kind of an operation that the profiler names."""
+    """Kind of an operation that the profiler names."""
     return next((kind for kind, pattern in _KINDS if pattern.search(operation)), REST)
 
 
 def shares(step: Callable[[], object]) -> list[Share]:
-    """Of one call of `step`, which has been warmed up: every kind's own time, largest first, the rest of the wall-clock
-    time last. They add up to the whole."""
+    """Profile one call of `step`, which has been warmed up: the time of each kind, largest first.
+
+    The rest of the wall-clock time comes last, so that the times add up to the whole.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         step()

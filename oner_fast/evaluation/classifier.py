@@ -1,4 +1,4 @@
-"""Accuracy of classes that were scored, beside what chance and what the most frequent class would give."""
+"""Accuracy of scored classes, with the accuracy of chance and of the most frequent class."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,17 @@ from oner_fast.evaluation.retrieval import chance
 
 
 def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
-    """Top-1 and top-5 accuracy of (N, C) scores for (N,) int64 labels.
+    """Compute the top-1 and top-5 accuracy of (N, C) scores for (N,) int64 labels.
 
-    A class that scores as much as the right one ranks ahead of it. `majority` is what naming the most frequent label of
-    these images would get.
+    A class whose score equals the right one's ranks ahead of it. `majority` is the accuracy of always naming the
+    images'
+    most frequent label.
 
-    Returns {"top1", "top5", "chance@1", "chance@5", "majority", "images", "classes"}; shares, not per cent.
+    Returns:
+        {"top1", "top5", "chance@1", "chance@5", "majority", "images", "classes"}; shares, not per cent.
 
     Raises:
-        ValueError: shapes or labels that do not fit, no image, or scores that are NaN.
+        ValueError: shapes or labels do not fit, there is no image, or scores are NaN.
     """
     if scores.dim() != 2 or labels.shape != scores.shape[:1] or not len(scores):
         raise ValueError(
@@ -39,13 +41,13 @@ def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """ValueError unless every label is in [0, classes)."""
+    """Raise ValueError unless each label is in [0, classes)."""
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= classes):
         raise ValueError(f"labels need to be in [0, {classes}), got {int(labels.min())} to {int(labels.max())}")
 
 
 def check_features(features: Tensor, labels: Tensor, classes: int) -> None:
-    """ValueError unless features (N, E) are finite and have one label each in [0, classes)."""
+    """Raise ValueError unless features (N, E) are finite and each has one label in [0, classes)."""
     if features.dim() != 2 or labels.shape != features.shape[:1] or not len(features):
         raise ValueError(
             f"need features (N, E) and labels (N,) with N > 0, got {(*features.shape,)} and {(*labels.shape,)}"

@@ -1,5 +1,6 @@
-"""`oner-fast eval RUN`: retrieval and zero-shot classes on the held-out splits, beside chance; also COCO-like captions
-and ImageFolders, k-NN and a linear probe.
+"""`oner-fast eval RUN`: retrieval and zero-shot classification on the held-out splits, with chance.
+
+It also evaluates captions in COCO's format and ImageFolders, by k-NN and a linear probe.
 """
 
 import json
@@ -34,48 +35,48 @@ from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templat
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a trained run, write RUN/evaluation.json and print its figures with chance beside them."""
+    """Evaluate a trained run, write RUN/evaluation.json and print its figures with those of chance."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run folder, or a folder of open_clip's with a CLIP in it."""
+    """The run folder, or a folder of open_clip with a CLIP."""
     text_tower: str | None = None
-    """For a UTA student: the CLIP whose text tower serves it, by name or path; the one it was aligned to by default."""
+    """For a UTA student: the CLIP that embeds texts, by name or path; the one it was aligned to by default."""
     data: Path | None = None
     """Data to evaluate on (a folder with dataset.json, or a tar); the run's own by default."""
     split: tuple[str, ...] = ()
-    """Split to evaluate; all but `train` by default."""
+    """Splits to evaluate; all but `train` by default."""
     coco_json: Path | None = None
     """Captions of images: Karpathy's json or COCO's captions json; needs --coco-images."""
     coco_images: Path | None = None
-    """The folder of the images that --coco-json names."""
+    """Folder of the images that --coco-json names."""
     coco_split: str = "test"
-    """The split of Karpathy's json."""
+    """Split of Karpathy's json."""
     image_folder: Path | None = None
     """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
-    """Images of the same classes from which --knn and --linear-probe learn those of --image-folder."""
+    """Images of the same classes, from which --knn and --linear-probe learn the classes of --image-folder."""
     classes: str | None = None
-    """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; their own names by
-    default."""
+    """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; the sub-folders'
+    names by default."""
     templates: str | None = None
-    """Prompt templates: `openai` (the 80 of CLIP), or a file with one a line, with {} where the class goes."""
+    """Prompt templates: `openai` (the 80 of CLIP), or a file with one a line, in which {} stands for the class."""
     zero_shot: bool = True
-    """Tell the concepts of each held-out split's captions from one another, zero-shot."""
+    """Classify the images of each held-out split by the concepts of its captions, zero-shot."""
     knn: bool = False
-    """Weighted k-NN from the features of training images."""
+    """Evaluate weighted k-NN on the features of training images."""
     linear_probe: bool = False
-    """Logistic regression on the features of training images."""
+    """Evaluate logistic regression on the features of training images."""
     label: tuple[str, ...] = ()
-    """What k-NN and the probe learn of a captioned data set: `concept`, or a field of its samples' json; `concept` and
-    `set` by default."""
+    """Label that k-NN and the probe learn on a captioned data set: `concept`, or a field of its samples' json;
+    `concept` and `set` by default."""
     label_classes: int = 1000
-    """Take the images of this many of a label's classes, the most frequent ones."""
+    """Take the images of this many classes of a label, the most frequent ones."""
     batch_size: int = 64
-    """Images embedded at once."""
+    """Number of images embedded at once."""
     device: str = "cpu"
-    """Where the model computes: cpu, cuda, cuda:1, ..."""
+    """Device of the model: cpu, cuda, cuda:1, ..."""
     limit: int | None = None
-    """Evaluate this many samples of each split only, evenly spaced."""
+    """Evaluate only this many samples of each split, evenly spaced."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -135,7 +136,7 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 
 def _data(options: Options) -> Path | None:
-    """The data set to evaluate on: none where only captions or an ImageFolder were given."""
+    """Find the data set to evaluate on; None where only captions or an ImageFolder were given."""
     elsewhere = options.coco_json is not None or options.image_folder is not None
     if elsewhere and options.data is None:
         return None
@@ -143,7 +144,7 @@ def _data(options: Options) -> Path | None:
 
 
 def _asked_splits(options: Options, data: Path) -> list[str]:
-    """The splits that were asked for, or every held-out split."""
+    """Splits that were asked for, or every held-out split."""
     known = held_out_splits(data)
     if unknown := [name for name in options.split if name not in known]:
         raise ValueError(f"{data} has no held-out split {unknown[0]!r}; it has {', '.join(known)}")
@@ -151,13 +152,13 @@ def _asked_splits(options: Options, data: Path) -> list[str]:
 
 
 def _load(options: Options) -> Any:
-    """The model, whose text tower can be loaded where it names one."""
+    """Load the model, and its text tower where it names one."""
     loaded = oner_fast.load(options.run, options.device, text_tower=options.text_tower)
     if has_text(loaded):
         embed_texts(loaded, ["a picture"])  # a text tower that cannot be loaded fails here, before any image is read
     elif not _probes(options) or options.coco_json is not None:
         raise ValueError(
-            f"{options.run} names no text tower, so that it answers --knn and --linear-probe alone; give --text-tower"
+            f"{options.run} names no text tower, so only --knn and --linear-probe can evaluate it; give --text-tower"
         )
     return loaded
 
@@ -165,7 +166,7 @@ def _load(options: Options) -> Any:
 def _splits(
     loaded: Any, data: Path, splits: Sequence[str], templates: Sequence[str], options: Options
 ) -> dict[str, Any]:
-    """The entries of every split and of its parts."""
+    """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
     seen = training_words(data if options.data is None else _training_data(options.run, data))
     entries: dict[str, Any] = {}
@@ -182,12 +183,12 @@ def _splits(
             limit=options.limit,
         )
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
-        raise ValueError(f"no picture of {', '.join(splits)} has a {missing[0]!r} that the train split teaches")
+        raise ValueError(f"no image of {', '.join(splits)} has a {missing[0]!r} that the train split teaches")
     return entries
 
 
 def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: Options) -> dict[str, Any]:
-    """The entries of an ImageFolder: zero-shot where the model reads text, and the probes where they were asked for."""
+    """Evaluate an ImageFolder: zero-shot where the model reads text, and by the probes that were asked for."""
     entries: dict[str, Any] = {}
     if has_text(loaded):
         entries["zero_shot"] = evaluate_zero_shot(
@@ -205,7 +206,7 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
 
 
 def _training_data(run: Path, other: Path) -> Path:
-    """The data whose training captions say which words were seen: the run's, or else the data given."""
+    """Data whose training captions decide which words were seen: the run's, or else the data given."""
     try:
         return find_data(run, None)
     except FileNotFoundError:
@@ -223,16 +224,16 @@ def _check_options(options: Options) -> None:
         raise ValueError("--image-folder-train needs --image-folder, and --knn or --linear-probe")
     if probes and options.image_folder is not None and options.image_folder_train is None and options.data is None:
         raise ValueError(
-            "--knn and --linear-probe need pictures to learn those of --image-folder from: give --image-folder-train"
+            "--knn and --linear-probe need images to learn the classes of --image-folder: give --image-folder-train"
         )
     if options.label and not probes:
-        raise ValueError("--label says what --knn and --linear-probe learn; give one of them")
+        raise ValueError("--label names what --knn and --linear-probe learn; give one of them too")
     if (options.coco_json is None) != (options.coco_images is None):
         raise ValueError("--coco-json and --coco-images go together")
 
 
 def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
-    """The features of the train split that k-NN and the probe learn from."""
+    """Embed the images of the train split from which k-NN and the probe learn."""
     if not _probes(options):
         return {}
     listing = data / "dataset.json"

@@ -1,4 +1,4 @@
-"""Images with several captions each, from the files that COCO and its like come with."""
+"""Read images with several captions each from files in COCO's format."""
 
 import json
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ def read_captions(annotations: Path, images: Path, *, split: str = "test") -> li
     Args:
         annotations: the json file. Karpathy's lists `images` with `filename`, `split` and `sentences`; COCO's lists
             `images` with `id` and `file_name`, and `annotations` with `image_id` and `caption`.
-        images: the folder of the image files; COCO's sub-folders (`val2014/...`) are tried too.
-        split: the split of Karpathy's json to take (the 5K images of "test"); COCO's json has none.
+        images: the folder of the image files; COCO's sub-folders (`val2014/...`) are searched too.
+        split: the split of Karpathy's json (the 5K images of "test"); COCO's json has none.
 
     Raises:
-        FileNotFoundError: a file or image is missing. ValueError: another layout, or an unknown split.
+        FileNotFoundError: a file or image is missing.
+        ValueError: the layout is another one, or the split is unknown.
     """
     if not annotations.is_file():
         raise FileNotFoundError(f"no annotation file {annotations}")

@@ -1,8 +1,8 @@
-"""Retrieval with an image and words together: the query is F(I,T), the gallery is F(I) (OneR, section 1,
-"Multimodal retrieval").
+"""Retrieval by an image and words together: the query is F(I,T), the gallery is F(I) (OneR, section 1, "Multimodal
+retrieval").
 
-A query is an image and one word that its caption lacks; its targets are the images whose captions are made of just
-the words of the query's caption and the added word. The image of the query itself is no answer.
+A query is an image and one word that its caption lacks. Its targets are the images whose captions consist of the words
+of the query's caption and the added word. The query's own image is not an answer.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from oner_fast.evaluation.splits import words
 
 @dataclass(frozen=True)
 class ComposedQuery:
-    """An image (row of the split), the word added, and the rows of the images that answer it."""
+    """An image (row of the split), the added word, and the rows of the images that answer the query."""
 
     image: int
     word: str
@@ -26,26 +26,26 @@ class ComposedQuery:
 
 
 def composed_queries(captions: Sequence[str], *, limit: int = 512, seed: int = 0) -> list[ComposedQuery]:
-    """Every query that the captions allow, in an order fixed by the seed, at most `limit`."""
+    """Make every query that the captions allow, at most `limit`, in an order that the seed decides."""
     by_words: dict[frozenset[str], list[int]] = {}
     for row, caption in enumerate(captions):
         by_words.setdefault(frozenset(words(caption)), []).append(row)
     found = []
     for target, rows in by_words.items():
         for word in sorted(target):
-            # A number says too little of an image to be a fair question.
+            # A number describes an image too little for a fair query.
             if len(target) > 1 and not word.isdigit():
                 found += [ComposedQuery(image, word, rows) for image in by_words.get(target - {word}, [])]
     return sorted(found, key=lambda query: shuffle_key(seed, f"{query.image} {query.word}"))[:limit]
 
 
 def shuffle_key(seed: int, name: str) -> str:
-    """Sort by this for an order that depends on the seed and the names alone."""
+    """Key for sorting names in an order that depends on the seed and the names alone."""
     return hashlib.sha1(f"{seed} {name}".encode()).hexdigest()
 
 
 def composed_scores(query: Tensor, gallery: Tensor, queries: Sequence[ComposedQuery]) -> Tensor:
-    """(Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for a query's own image."""
+    """Compute (Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for its own image."""
     scores = query.double() @ gallery.double().T
     own = torch.tensor([one.image for one in queries], dtype=torch.int64)
     return scores.scatter(1, own[:, None], -torch.inf)
@@ -54,7 +54,7 @@ def composed_scores(query: Tensor, gallery: Tensor, queries: Sequence[ComposedQu
 def composed_recall(
     query: Tensor, gallery: Tensor, queries: Sequence[ComposedQuery], *, ks: Sequence[int] = KS
 ) -> dict[str, float | int]:
-    """R@k with chance, as `retrieval.recall` gives it; a tie is lost."""
+    """Compute R@k with chance, in the form of `retrieval.recall`; a tie counts as a miss."""
     if len(query) != len(queries) or not queries:
         raise ValueError(f"need one embedding for each of at least one query, got {len(query)} for {len(queries)}")
     scores = composed_scores(query, gallery, queries)

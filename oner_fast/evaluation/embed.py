@@ -20,34 +20,40 @@ T = TypeVar("T")
 
 
 class Encoder(Protocol):
-    """What evaluation needs of a model; `oner_fast.load` gives one."""
+    """Methods of a model that evaluation needs; `oner_fast.load` returns such a model."""
 
     def preprocess(self, image: Image.Image, /) -> Tensor:
-        """An image as (3, S, S) uint8."""
+        """Convert an image to (3, S, S) uint8."""
 
     def encode_image(self, images: Any, /) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, E) float32, L2-normalised."""
+        """Embed (B, 3, S, S) uint8: (B, E) float32, L2-normalised."""
 
     def encode_text(self, texts: list[str], /) -> Tensor:
-        """B captions -> (B, E) float32, L2-normalised."""
+        """Embed B captions: (B, E) float32, L2-normalised."""
 
     def encode_patches(self, images: Any, /) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, N, E) float32, L2-normalised, row by row."""
+        """Embed patches of (B, 3, S, S) uint8: (B, N, E) float32, L2-normalised, row by row."""
 
 
 class JointEncoder(Encoder, Protocol):
-    """A model that also reads an image and words in one pass."""
+    """A model that also embeds an image and words in one pass."""
 
     def encode_image_text(self, images: Any, texts: list[str], /) -> Tensor:
-        """B pairs -> (B, E) float32, L2-normalised."""
+        """Embed B pairs: (B, E) float32, L2-normalised."""
 
 
 @dataclass(frozen=True)
 class SplitEmbeddings:
-    """A split, embedded: `image` (N, E), `text` (M, E), the gallery of captions and how they match the images.
+    """Embeddings of a split.
 
-    `captions` are the captions of each image, `rows` its place in the data, `damaged` names what was left out, `meta`
-    holds the fields of each image's json (empty for image files).
+    Attributes:
+        image: (N, E) embeddings of the images.
+        text: (M, E) embeddings of the captions in the gallery.
+        gallery: the captions, and how they match the images.
+        captions: the captions of each image.
+        rows: the place of each image in the data.
+        damaged: names of the images that were left out.
+        meta: the fields of each image's json; empty for image files.
     """
 
     image: Tensor
@@ -65,7 +71,7 @@ def embed_split(
     *,
     batch_size: int = 64,
     limit: int | None = None,
-    label: str = "pictures",
+    label: str = "images",
     texts: bool = True,
 ) -> SplitEmbeddings:
     """Embed a split of a data set; equal captions become one row of the gallery.
@@ -89,29 +95,32 @@ def embed_split(
 
 
 def embed_pairs(
-    loaded: Encoder, dataset: PairDataset, rows: Sequence[int], *, batch_size: int = 64, label: str = "pictures"
+    loaded: Encoder, dataset: PairDataset, rows: Sequence[int], *, batch_size: int = 64, label: str = "images"
 ) -> tuple[Tensor, list[int], list[tuple[str, dict[str, Any]]], list[str]]:
-    """Embed the images of some samples: (N, E) embeddings, the rows that could be read, each one's caption and the
-    fields of its json, and the names of the others.
+    """Embed the images of some samples.
+
+    Returns:
+        (N, E) embeddings; the rows that could be read; the caption and json fields of each; the names of the others.
     """
 
     def read(row: int) -> tuple[bytes, tuple[str, dict[str, Any]]]:
         pair = dataset.read(row)
         return pair.image, (pair.caption, pair.meta)
 
-    return _embed_pictures(loaded, list(rows), read, batch_size, label)
+    return _embed_images(loaded, list(rows), read, batch_size, label)
 
 
 def embed_captioned(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int = 64) -> SplitEmbeddings:
-    """Embed image files with several captions each; every caption stays a row of its own and matches its own image,
-    as in the published COCO protocol.
+    """Embed image files with several captions each.
+
+    Each caption keeps a row of its own and matches its own image, as in the published COCO protocol.
     """
 
     def read(row: int) -> tuple[bytes, list[str]]:
         return images[row].path.read_bytes(), images[row].captions
 
     rows = list(range(len(images)))
-    image, kept, captions, damaged = _embed_pictures(loaded, rows, read, batch_size, "images")
+    image, kept, captions, damaged = _embed_images(loaded, rows, read, batch_size, "images")
     gallery = caption_gallery(captions, distinct=False, equal_captions_match=False)
     text = embed_texts(loaded, gallery.texts, batch_size=batch_size)
     return SplitEmbeddings(image, text, gallery, captions, kept, damaged)
@@ -123,12 +132,12 @@ def embed_files(loaded: Encoder, files: Sequence[Any], *, batch_size: int = 64) 
     def read(row: int) -> tuple[bytes, None]:
         return files[row].read_bytes(), None
 
-    image, kept, _, damaged = _embed_pictures(loaded, list(range(len(files))), read, batch_size, "images")
+    image, kept, _, damaged = _embed_images(loaded, list(range(len(files))), read, batch_size, "images")
     return image, kept, damaged
 
 
 def embed_texts(loaded: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
-    """Embed captions: (M, E) float32 on the CPU. Batches are cut in the order given."""
+    """Embed captions: (M, E) float32 on the CPU, in batches in the given order."""
     starts = range(0, len(texts), batch_size)
     with torch.inference_mode():
         parts = [
@@ -147,10 +156,10 @@ def spaced(count: int, limit: int | None) -> list[int]:
     return [i * count // limit for i in range(limit)]
 
 
-def _embed_pictures(
+def _embed_images(
     loaded: Encoder, rows: list[int], read: Callable[[int], tuple[bytes, T]], batch_size: int, label: str
 ) -> tuple[Tensor, list[int], list[T], list[str]]:
-    """Embeddings, the rows kept, what else was read of them, and the names of what could not be read."""
+    """Embed images; returns embeddings, the rows kept, their other data, and the names of unreadable images."""
     if batch_size < 1:
         raise ValueError(f"batch_size needs to be at least 1, got {batch_size}")
 
@@ -183,12 +192,12 @@ def _embed_pictures(
                 kept += [row for row, _, _ in good]
                 others += [beside for _, _, beside in good]
     if not parts:
-        raise ValueError(f"none of {len(rows)} pictures could be read" + (f"; first: {damaged[0]}" if damaged else ""))
+        raise ValueError(f"none of {len(rows)} images could be read" + (f"; first: {damaged[0]}" if damaged else ""))
     return torch.cat(parts), kept, others, damaged
 
 
 def shown(steps: range, label: str) -> Iterator[int]:
-    """Show progress on a terminal; a line every quarter elsewhere, once the work is long enough to wait for."""
+    """Show progress: a bar on a terminal, elsewhere a line every quarter of long work."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track

@@ -1,4 +1,4 @@
-"""What a run folder holds, found and checked: a clear message where something is missing."""
+"""Read the files of a run folder, with a clear message where one is missing."""
 
 import json
 import platform
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_run(run: Path) -> None:
-    """Raise FileNotFoundError unless `run` is a run folder with a model in it."""
+    """Raise FileNotFoundError unless `run` is a run folder with a model."""
     if not run.is_dir():
         raise FileNotFoundError(f"no run folder {run}; `oner-fast train` makes one")
     models = ("model.safetensors", "open_clip_config.json", "lit_config.json")
@@ -33,10 +33,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def find_data(run: Path, given: Path | None) -> Path:
-    """The data to evaluate on: the path given, else the one in the run's configuration.
+    """Find the data to evaluate on: the given path, else the one in the run's configuration.
 
     Raises:
-        FileNotFoundError: neither names data that exists; the text says what to give.
+        FileNotFoundError: the data do not exist; the message says what to give.
     """
     if given is not None:
         if not given.exists():
@@ -54,7 +54,7 @@ def find_data(run: Path, given: Path | None) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The logged steps of metrics.jsonl, by step; where a resumed run logged a step again, the later line counts."""
+    """Logged steps of metrics.jsonl, by step; where a resumed run logged a step again, the later line counts."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -63,14 +63,14 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
         except ValueError:
-            continue  # a line cut short by a kill
+            continue  # a line that a kill cut short
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             lines[entry["step"]] = entry
     return [lines[step] for step in sorted(lines)]
 
 
 def processor() -> str:
-    """The name of this machine's CPU."""
+    """Name of this machine's CPU."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

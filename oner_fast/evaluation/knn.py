@@ -1,6 +1,7 @@
-"""Weighted k-NN on frozen features: the k most similar training images vote, each by its similarity (DINO's protocol).
+"""Weighted k-NN on frozen features: the k most similar training images vote (DINO's protocol).
 
-A vote weighs exp((cosine - 1) / temperature). Exact search; only a block of the (Q, N) cosines is held at a time.
+A vote weighs exp((cosine - 1) / temperature). The search is exact; only a block of the (Q, N) cosines is held at a
+time.
 """
 
 import torch
@@ -17,17 +18,21 @@ QUERY_BLOCK, TRAIN_BLOCK = 1024, 16384  # 64 MiB of float32 cosines
 def knn_scores(
     train: Tensor, labels: Tensor, query: Tensor, classes: int, *, k: int = K, temperature: float = TEMPERATURE
 ) -> Tensor:
-    """The votes of each query's neighbours.
+    """Sum the votes of each query's neighbours.
 
     Args:
-        train: (N, E) features of any length; labels: (N,) int64 in [0, classes); query: (Q, E) features.
+        train: (N, E) features of any length.
+        labels: (N,) int64 in [0, classes).
+        query: (Q, E) features.
+        classes: number of classes.
         k: neighbours of a query; all N where there are fewer.
+        temperature: divides the cosines.
 
     Returns:
-        (Q, classes) float32: the sum of the weights of each class's neighbours.
+        (Q, classes) float32, the sum of the weights of each class's neighbours.
 
     Raises:
-        ValueError: shapes, labels, k or temperature that do not fit, or features that are not finite.
+        ValueError: shapes, labels, k or temperature do not fit, or features are not finite.
     """
     check_features(train, labels, classes)
     if query.dim() != 2 or query.shape[1] != train.shape[1]:
@@ -43,7 +48,7 @@ def knn_scores(
 
 
 def _nearest(query: Tensor, train: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest rows of `train`: (q, k) cosines and (q, k) int64 rows."""
+    """Find the k nearest rows of `train`: (q, k) cosines and (q, k) int64 rows."""
     cosines = query.new_empty(len(query), 0)
     rows = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(train), TRAIN_BLOCK):

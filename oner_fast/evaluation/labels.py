@@ -1,7 +1,7 @@
-"""Labels of a captioned data set: what its samples' json says (a drawing style, a source), or the caption's concept.
+"""Labels of a captioned data set: fields of its samples' json (a drawing style, a source), or the captions' concepts.
 
-Features of the train split learn a label (`knn`, `linear_probe`) and a held-out split asks it. A split whose concepts
-are never trained on shares no concept with the train split, but it may share another label.
+k-NN and the linear probe learn a label from features of the train split and predict it on a held-out split. A split of
+concepts that are never trained on shares no concept with the train split, but it may share another label.
 """
 
 from collections import Counter
@@ -21,11 +21,12 @@ from oner_fast.evaluation.knn import TEMPERATURE, K, knn_scores
 from oner_fast.evaluation.linear_probe import LinearProbe, fit_linear_probe
 
 CONCEPT = "concept"
-LABELS = (CONCEPT, "set")  # asked where none is named; `set` is what `oner-fast data` calls a sample's source
+LABELS = (CONCEPT, "set")  # the default; `oner-fast data` calls a sample's source `set`
 
 
 def label_of(caption: str, meta: dict[str, Any], name: str) -> str | None:
-    """A sample's label: the field `name` of its json, or else, for "concept", its caption's; None where it has none."""
+    """Find a sample's label: the field `name` of its json, or else, for "concept", the caption's concept; None without
+    one."""
     value = meta.get(name)
     if isinstance(value, (str, int)) and value != "":
         return str(value)
@@ -34,7 +35,10 @@ def label_of(caption: str, meta: dict[str, Any], name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Taught:
-    """Features that know a label: `features` (N, E) of training images, `labels` (N,) int64, places in `classes`."""
+    """Features of training images with a label.
+
+    `features` are (N, E), `labels` (N,) int64 places in `classes`.
+    """
 
     classes: list[str]
     features: Tensor
@@ -69,9 +73,10 @@ def teach(
     """Embed the training images that have one of the labels.
 
     Args:
-        names: of the labels; one with fewer than two classes in the data is left out.
-        most: take the images of a label's so many most frequent classes.
-        limit: take this many samples of the split only, evenly spaced.
+        names: names of the labels; a label with fewer than two classes in the data is left out.
+        most: take the images of this many classes of a label, the most frequent ones.
+        limit: take only this many samples of the split, evenly spaced.
+        batch_size: images embedded at once.
     """
     if most < 2:
         raise ValueError(f"the number of classes needs to be at least 2, got {most}")
@@ -99,7 +104,7 @@ def teach(
 
 
 def ask(taught: Taught, name: str, embedded: SplitEmbeddings) -> tuple[Tensor, Tensor]:
-    """The embedded images whose label was taught: (N, E) and their (N,) labels; N may be 0."""
+    """Select the embedded images whose label was taught: (N, E) and their (N,) labels; N may be 0."""
     place = {value: number for number, value in enumerate(taught.classes)}
     found = [
         place.get(label_of(captions[0], meta, name) or "", -1)
@@ -110,6 +115,6 @@ def ask(taught: Taught, name: str, embedded: SplitEmbeddings) -> tuple[Tensor, T
 
 
 def _most_frequent(values: Any, most: int) -> list[str]:
-    """The most frequent first; of equally frequent ones the alphabetically first."""
+    """Sort values by frequency, the most frequent first, and equal ones alphabetically."""
     counts = Counter(values)
     return sorted(counts, key=lambda value: (-counts[value], value))[:most]

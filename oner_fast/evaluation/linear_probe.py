@@ -1,8 +1,8 @@
 """Linear probe: multinomial logistic regression on frozen features, by full-batch L-BFGS.
 
 Features are standardised by the training images' mean and deviation. The loss is the mean cross-entropy plus
-l2 / 2 * |W|^2 (the bias is free); l2 is the value of a small grid that does best on a tenth of the training images held
-out, and the probe is then fitted to all of them.
+l2 / 2 * |W|^2, without the bias. A tenth of the training images, held out, chooses l2 from a small grid; the probe is
+then fitted to all images.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,19 @@ from oner_fast.evaluation.embed import shown
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 HELD_OUT_EVERY = 10
-CHUNK_LOGITS = 1 << 24  # logits held at once (64 MiB)
+CHUNK_LOGITS = 1 << 24  # number of logits held at once (64 MiB)
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted probe: `weight` (E, C), `bias` (C,), the standardisation `mean` and `scale` (E,), the `l2` chosen, and
-    `held_out`, the top-1 accuracy on the held-out tenth for each l2 tried.
+    """A fitted probe.
+
+    Attributes:
+        weight: (E, C).
+        bias: (C,).
+        mean, scale: (E,), the standardisation of features.
+        l2: the chosen weight of the penalty.
+        held_out: for each l2 tried, the top-1 accuracy on the held-out tenth.
     """
 
     weight: Tensor
@@ -33,7 +39,7 @@ class LinearProbe:
     held_out: dict[float, float]
 
     def scores(self, features: Tensor) -> Tensor:
-        """Logits (N, C) float32 of (N, E) features."""
+        """Compute logits (N, C) float32 of (N, E) features."""
         return torch.addmm(self.bias, (features.float() - self.mean) / self.scale, self.weight)
 
 
@@ -43,12 +49,12 @@ def fit_linear_probe(
     """Fit a probe to (N, E) features with (N,) int64 labels in [0, classes).
 
     Args:
-        l2_grid: weights of the penalty, the strongest first: each fit starts from the one before, and the grid ends
-            early once two in a row were worse than the best.
-        iterations: of L-BFGS, at most, for each l2.
+        l2_grid: weights of the penalty, the strongest first. Each fit starts from the one before, and the search ends
+            once two in a row are worse than the best.
+        iterations: at most this many of L-BFGS for each l2.
 
     Raises:
-        ValueError: shapes or labels that do not fit, fewer than ten images or two classes, or features that are not
+        ValueError: shapes or labels do not fit, there are fewer than ten images or two classes, or features are not
             finite.
     """
     check_features(features, labels, classes)
@@ -63,7 +69,7 @@ def fit_linear_probe(
     mean, scale = features.mean(0), torch.where(deviation > 1e-8, deviation, 1.0)
     standard = (features - mean) / scale
     held = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    held[labels.argsort(stable=True)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True  # the same share of every class
+    held[labels.argsort(stable=True)[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True  # the same share of each class
     state = standard.new_zeros(features.shape[1] + 1, classes)
     best, chosen, worse = state, l2_grid[0], 0
     tried: dict[float, float] = {}
@@ -86,7 +92,7 @@ def _logits(features: Tensor, state: Tensor) -> Tensor:
 
 
 def _minimise(features: Tensor, labels: Tensor, l2: float, start: Tensor, iterations: int) -> Tensor:
-    """The (E + 1, C) weights and, in the last row, biases that minimise the loss."""
+    """Minimise the loss: (E + 1, C) weights with the biases in the last row."""
     state = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
         [state], max_iter=iterations, history_size=10, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
@@ -102,9 +108,9 @@ def _minimise(features: Tensor, labels: Tensor, l2: float, start: Tensor, iterat
 
 @torch.no_grad()
 def loss_and_gradient(features: Tensor, labels: Tensor, state: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient, a part of the images at a time.
+    """Compute the loss and its gradient, a part of the images at a time.
 
-    `features`: (N, E); `labels`: (N,) int64; `state`: (E + 1, C), the biases in the last row.
+    `features` is (N, E), `labels` (N,) int64, and `state` (E + 1, C) with the biases in the last row.
     """
     weight = state[:-1]
     loss = 0.5 * l2 * weight.square().sum()

@@ -1,14 +1,14 @@
 """Word-patch localisation: where in an image the model sees a word (OneR, section 1, "Word-patch localisation").
 
-The cosine of every patch output with a text embedding, softmax over the patches, laid out on the grid, enlarged
-(bicubic) to the image and stretched to [0, 1]. No gradients are involved.
+The cosine of each patch output with a text embedding passes a softmax over the patches. The result is laid out on the
+grid, enlarged to the image (bicubic) and stretched to [0, 1]. No gradients are involved.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Low to high: clear, then amber, orange and deep red. Red, green, blue, opacity in [0, 1].
+# Red, green, blue and opacity in [0, 1], from low to high: clear, amber, orange, deep red.
 RAMP = torch.tensor(
     [
         [1.00, 0.93, 0.66, 0.00],
@@ -24,7 +24,9 @@ def patch_scores(patches: Tensor, text: Tensor, *, temperature: float = 0.2) -> 
     """Share of attention of each patch: softmax over patches of cosine / temperature.
 
     Args:
-        patches: (..., N, E) patch outputs; text: (..., E); both are L2-normalised here.
+        patches: (..., N, E) patch outputs, L2-normalised here.
+        text: (..., E) text embeddings, L2-normalised here.
+        temperature: divides the cosines.
 
     Returns:
         (..., N) float32, each row summing to 1.
@@ -42,11 +44,12 @@ def patch_scores(patches: Tensor, text: Tensor, *, temperature: float = 0.2) -> 
 def heat_map(scores: Tensor, size: tuple[int, int], *, grid: tuple[int, int] | None = None) -> Tensor:
     """Enlarge (..., N) patch scores to (..., height, width) in [0, 1].
 
-    Args:
-        size: height and width in pixels.
-        grid: rows and columns of the patches, row by row; square by default.
+    Where all scores are equal, the map is 0 everywhere.
 
-    Where all scores are equal there is nothing to show, and the map is 0 everywhere.
+    Args:
+        scores: (..., N), row by row.
+        size: height and width in pixels.
+        grid: rows and columns of the patches; square by default.
     """
     patches = scores.shape[-1]
     rows, columns = grid or (round(patches**0.5),) * 2
@@ -65,8 +68,9 @@ def overlay(image: Tensor, heat: Tensor, *, fade: float = 0.35) -> Tensor:
     """Lay a heat map over an image.
 
     Args:
-        image: (3, H, W) uint8; heat: (H, W) in [0, 1].
-        fade: how far the image is washed out towards white first, so that the heat stands out.
+        image: (3, H, W) uint8.
+        heat: (H, W) in [0, 1].
+        fade: how much the image is first lightened towards white, so that the heat stands out.
 
     Returns:
         (3, H, W) uint8.

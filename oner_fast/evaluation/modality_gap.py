@@ -1,8 +1,8 @@
-"""The modality gap: how far apart images and texts lie in the shared space, and a flat map of both.
+"""The modality gap, which is the distance between images and texts in the shared space, and a flat map of both.
 
-The gap is the distance between the centroids of the L2-normalised image and text embeddings (OneR, section 1,
-"The modality gap"). It only means something beside the spread of each: where everything has collapsed to a point,
-the gap is small too.
+The gap is the distance between the centroids of the L2-normalised image and text embeddings (OneR, section 1, "The
+modality gap"). Read it together with the spread of each: where all embeddings have collapsed to a point, the gap is
+small too.
 """
 
 from collections.abc import Sequence
@@ -35,10 +35,10 @@ class Snapshot:
 
 
 def load_snapshots(folder: Path) -> list[Snapshot]:
-    """Every `step-*.npz` in a folder (arrays `image`, `text`, scalar `step`), by step; empty where there are none.
+    """Load each `step-*.npz` in a folder (arrays `image`, `text`, scalar `step`), by step; none gives an empty list.
 
     Raises:
-        ValueError: a file that does not hold those arrays.
+        ValueError: a file lacks one of those arrays.
     """
     import numpy
 
@@ -49,27 +49,27 @@ def load_snapshots(folder: Path) -> list[Snapshot]:
                 image, text = (torch.from_numpy(arrays[name].astype("float32")) for name in ("image", "text"))
                 found.append(Snapshot(int(arrays["step"]), image, text))
         except (KeyError, OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no snapshot (arrays image, text and step): {error}") from error
+            raise ValueError(f"{path} is not a snapshot (arrays image, text and step): {error}") from error
     return sorted(found, key=lambda snapshot: snapshot.step)
 
 
 @dataclass(frozen=True)
 class PcaBasis:
-    """Two principal axes: `mean` (E,), `axes` (2, E) orthonormal, `explained` the share of variance of each."""
+    """Two principal axes: `mean` (E,), `axes` (2, E) orthonormal, and `explained`, the share of variance of each."""
 
     mean: Tensor
     axes: Tensor
     explained: tuple[float, float]
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """Coordinates (N, 2) float64 of (N, E) embeddings, L2-normalised first."""
+        """Project (N, E) embeddings, L2-normalised first, to coordinates (N, 2) float64."""
         return (_normalised(embeddings) - self.mean) @ self.axes.T
 
 
 def fit_basis(snapshots: Sequence[Snapshot]) -> PcaBasis:
-    """One basis for all the given snapshots, images and texts together, so that their maps share axes.
+    """Fit one basis to all the given snapshots, images and texts together, so that their maps share axes.
 
-    The sign of each axis is fixed by its largest component (positive), so that the map is the same every time.
+    The largest component of each axis is positive, so that the map is always the same.
     """
     if not snapshots:
         raise ValueError("a basis needs at least one snapshot")

@@ -1,8 +1,8 @@
-"""Retrieval between images and captions: R@k in both directions, beside what chance would give.
+"""Retrieval between images and captions: R@k in both directions, with chance.
 
-An image may have several captions and a caption several images; a query counts as a hit when any of its matches is
-among the top k. Scores are cosines (dot products of L2-normalised embeddings) in float64. A tie is lost: a match that
-scores the same as a wrong item ranks behind it, so that a collapsed model, whose embeddings are all equal, gets zero.
+An image may have several captions and a caption several images. A query is a hit when one of its matches is among the
+top k. Scores are cosines (dot products of L2-normalised embeddings) in float64. A tie is a miss: a match whose score
+equals a wrong item's ranks behind it, so that a collapsed model, whose embeddings are all equal, gets zero.
 """
 
 import math
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TIE = 1e-9  # scores this close are equal: far above float64 rounding, far below any difference that means something
-CHUNK_SCORES = 1 << 22  # scores held at once (32 MiB of float64)
+TIE = 1e-9  # scores this close are equal: far above float64 rounding, far below any real difference
+CHUNK_SCORES = 1 << 22  # number of scores held at once (32 MiB of float64)
 KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Which captions belong to which images, as pairs of rows.
+    """Pairs of matching images and captions, by row.
 
     `image` and `text` are (P,) int64 rows, each pair once; `images` and `texts` are the sizes of the two sets.
     """
@@ -41,7 +41,7 @@ class Matches:
 
 @dataclass(frozen=True)
 class CaptionGallery:
-    """The captions that are searched (`texts`) and how they match the images they were written for."""
+    """Captions to search (`texts`), and how they match the images that they were written for."""
 
     texts: list[str]
     matches: Matches
@@ -54,18 +54,18 @@ def caption_gallery(
     distinct: bool = True,
     equal_captions_match: bool = True,
 ) -> CaptionGallery:
-    """Build the gallery of captions from the captions of each image.
+    """Build the gallery from the captions of each image.
 
     Args:
         captions: for each image, its captions (at least one).
         also: for each image, further captions that are right for it where the gallery has them; they add no row.
-        distinct: list captions that are equal once case is folded a single time. Otherwise every caption stays a row
-            of its own, as in the published COCO protocol.
-        equal_captions_match: an image also matches a caption written for another image when the two are equal once
-            case is folded. Needed by `distinct`.
+        distinct: list captions that are equal but for case once. Otherwise each caption keeps a row of its own, as in
+            the published COCO protocol.
+        equal_captions_match: let an image match a caption of another image that equals its own but for case. `distinct`
+            needs it.
 
     Raises:
-        ValueError: an image without a caption, or `distinct` without `equal_captions_match`.
+        ValueError: an image has no caption, or `distinct` is given without `equal_captions_match`.
     """
     if distinct and not equal_captions_match:
         raise ValueError("distinct=True needs equal_captions_match=True: one row stands for all equal captions")
@@ -95,17 +95,20 @@ def caption_gallery(
 
 
 def match_ranks(query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: Tensor) -> Tensor:
-    """The place of each query's best match: how many items that do not match score at least as high.
+    """Rank each query's best match: the number of wrong items that score at least as high.
+
+    Only a chunk of the (Q, G) scores is held at a time.
 
     Args:
-        query: (Q, E) L2-normalised embeddings; gallery: (G, E) likewise.
+        query: (Q, E) L2-normalised embeddings.
+        gallery: (G, E) L2-normalised embeddings.
         query_row, gallery_row: (P,) int64, the matching pairs.
 
     Returns:
-        (Q,) int64 in [0, G); 0 means that a match comes first. Only a chunk of the (Q, G) scores is held at a time.
+        (Q,) int64 in [0, G); 0 means that a match comes first.
 
     Raises:
-        ValueError: unequal widths, embeddings that are not finite, or a query without a match.
+        ValueError: the widths differ, embeddings are not finite, or a query has no match.
     """
     _check(query, gallery)
     order = torch.argsort(query_row, stable=True)
@@ -128,7 +131,7 @@ def match_ranks(query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: 
 
 
 def top_matches(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best gallery items of each query: (Q, k) float64 cosines and (Q, k) int64 rows; ties by lower row."""
+    """Find the k best gallery items of each query: (Q, k) float64 cosines and (Q, k) int64 rows; ties by lower row."""
     _check(query, gallery)
     k = min(k, len(gallery))
     targets = gallery.double().T
@@ -143,9 +146,9 @@ def top_matches(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]
 
 
 def chance(positives: Tensor, gallery: int, k: int) -> float:
-    """What a random order would score: the mean over queries of 1 - C(G-p, k) / C(G, k), exactly (hypergeometric).
+    """Expected score of a random order: the mean over queries of 1 - C(G-p, k) / C(G, k), exactly (hypergeometric).
 
-    `positives` is (Q,) the number p of matches of each query; `gallery` is G.
+    `positives` (Q,) holds the number p of matches of each query; `gallery` is G.
     """
     if not positives.numel():
         raise ValueError("chance needs at least one query")
@@ -160,9 +163,10 @@ def chance(positives: Tensor, gallery: int, k: int) -> float:
 def recall(
     query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: Tensor, *, ks: Sequence[int] = KS
 ) -> dict[str, float | int]:
-    """R@k of one direction: {"R@1", ..., "chance@1", ..., "median_rank", "queries", "gallery"}; shares, not per cent.
+    """Compute R@k of one direction; for the arguments see `match_ranks`.
 
-    Arguments as in `match_ranks`. The median rank counts from 1.
+    Returns:
+        {"R@1", ..., "chance@1", ..., "median_rank", "queries", "gallery"}; shares, not per cent. Ranks count from 1.
     """
     ranks = match_ranks(query, gallery, query_row, gallery_row)
     if not len(ranks):
@@ -182,11 +186,14 @@ def retrieval(
     image_queries: Tensor | None = None,
     text_queries: Tensor | None = None,
 ) -> dict[str, dict[str, float | int]]:
-    """R@k in both directions: {"image_to_text": ..., "text_to_image": ...}, each as `recall` gives it.
+    """Compute R@k in both directions: {"image_to_text": ..., "text_to_image": ...}, each in the form of `recall`.
 
     Args:
-        image: (N, E) L2-normalised; text: (M, E) likewise; matches: their pairs.
-        image_queries, text_queries: int64 rows that ask; the whole other side stays the gallery. All by default.
+        image: (N, E) L2-normalised.
+        text: (M, E) L2-normalised.
+        matches: their pairs.
+        ks: the values of k.
+        image_queries, text_queries: int64 rows of the queries; all by default. The whole other side stays the gallery.
     """
     if len(image) != matches.images or len(text) != matches.texts:
         raise ValueError(
@@ -201,7 +208,7 @@ def retrieval(
 
 
 def _restrict(queries: Tensor | None, rows: Tensor, size: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The rows that ask, and for the pairs they keep: their new row and their place among the pairs."""
+    """Rows of the queries, and for the pairs that they keep, their new row and their place among the pairs."""
     asked = torch.arange(size) if queries is None else queries.cpu()
     place = torch.full((size,), -1, dtype=torch.int64)
     place[asked] = torch.arange(len(asked))

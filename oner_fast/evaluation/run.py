@@ -1,5 +1,9 @@
-"""Evaluate a trained run on data: every held-out split, and apart by whether its captions hold a new word; image files
-with captions; and the classes of a split or of an ImageFolder, zero-shot or learnt from frozen features.
+"""Evaluate a trained run on data.
+
+A held-out split is evaluated as a whole and in two parts, by whether captions hold a new word. Image files with
+captions
+are evaluated by retrieval. Classes of a split or of an ImageFolder are predicted zero-shot, or learnt from frozen
+features.
 """
 
 import json
@@ -38,10 +42,11 @@ from oner_fast.evaluation.zero_shot import (
 
 
 def held_out_splits(data: Path) -> list[str]:
-    """The splits of a data set other than `train`; `["val"]` for a bare tar.
+    """List the splits of a data set other than `train`; `["val"]` for a bare tar.
 
     Raises:
-        FileNotFoundError: there is no such data. ValueError: it has no split to evaluate on.
+        FileNotFoundError: there are no such data.
+        ValueError: the data have no split to evaluate on.
     """
     if not data.exists():
         raise FileNotFoundError(f"no data at {data}; give its folder with --data")
@@ -76,15 +81,21 @@ def evaluate_split(
     batch_size: int = 64,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The entries of one split: its own, and those of its captions of seen words and with a new word.
+    """Evaluate one split: as a whole, and for its captions of seen words and with a new word.
 
-    In the two parts only the queries are fewer; the gallery stays the whole split, so that the figures compare.
+    The two parts have fewer queries, but their gallery is the whole split, so that the figures can be compared.
 
     Args:
-        templates: prompts in which the split's concepts are told from one another zero-shot; not done without any.
-        taught: for each label, features of the train split that know it; a label that no image of this split has is
+        loaded: the model.
+        dataset: the split.
+        name: the split's name in the results.
+        seen: the words of training captions; None leaves out the two parts.
+        templates: prompts for classifying by the split's concepts zero-shot; left out where empty.
+        taught: for each label, features of the train split that have it; a label that no image of this split has is
             left out.
-        probes: what learns from them: `knn`, `linear_probe`.
+        probes: the classifiers that learn from them: `knn`, `linear_probe`.
+        batch_size: images embedded at once.
+        limit: evaluate only this many samples, evenly spaced.
     """
     reads = has_text(loaded)
     embedded = embed_split(loaded, dataset, label=name, batch_size=batch_size, limit=limit, texts=reads)
@@ -113,7 +124,7 @@ def evaluate_split(
 
 
 def has_text(loaded: Any) -> bool:
-    """Whether the model reads words at all; a student without its teacher's text tower does not."""
+    """Whether the model reads text; a student without its teacher's text tower does not."""
     return bool(getattr(loaded, "has_text", True))
 
 
@@ -123,7 +134,7 @@ def has_joint_pass(loaded: Any) -> bool:
 
 
 def evaluate_retrieval(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int) -> dict[str, Any]:
-    """Retrieval among image files with several captions each (COCO's protocol)."""
+    """Evaluate retrieval among image files with several captions each (COCO's protocol)."""
     return _entry(embed_captioned(loaded, images, batch_size=batch_size))
 
 
@@ -142,10 +153,10 @@ def evaluate_concepts(
 def evaluate_folders(
     loaded: Encoder, train: Path, test: Path, probes: Sequence[str], *, batch_size: int = 64
 ) -> dict[str, dict[str, Any]]:
-    """What `probes` (`knn`, `linear_probe`) learn from one ImageFolder, asked on another: an entry for each.
+    """Let `probes` (`knn`, `linear_probe`) learn from one ImageFolder and predict another; returns an entry for each.
 
     Raises:
-        ValueError: a class of `test` that `train` lacks.
+        ValueError: `test` has a class that `train` lacks.
     """
     files, labels, names = read_image_folder(train)
     asked_files, asked_labels, asked_names = read_image_folder(test)
@@ -159,7 +170,7 @@ def evaluate_folders(
 
 
 def _describe(loaded: Encoder, names: Sequence[str], templates: Sequence[str], batch_size: int) -> torch.Tensor:
-    """(C, E) embeddings of classes. The prompts are embedded in batches of their own, with progress shown."""
+    """Embed classes: (C, E). The prompts are embedded in batches of their own, with progress shown."""
     return class_embeddings(
         lambda prompts: embed_texts(loaded, prompts, batch_size=batch_size), names, templates, batch_size=1 << 20
     )
@@ -173,10 +184,14 @@ def evaluate_zero_shot(
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 64,
 ) -> dict[str, Any]:
-    """Zero-shot accuracy on an ImageFolder.
+    """Compute zero-shot accuracy on an ImageFolder.
 
     Args:
+        loaded: the model.
+        folder: the ImageFolder.
         classes: a name for each sub-folder, in their sorted order; the sub-folders' own names by default.
+        templates: prompts in which {} stands for the class.
+        batch_size: images embedded at once.
     """
     files, labels, folders = read_image_folder(folder)
     names = list(classes) if classes is not None else [name.replace("_", " ") for name in folders]
@@ -188,7 +203,7 @@ def evaluate_zero_shot(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write through a temporary file, so that the old content stays until the new one is whole."""
+    """Write through a temporary file, so that the old content stays until the new content is complete."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -202,7 +217,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dict[str, Any]:
-    """Figures of a split, or of the part of it that the given captions and their images make."""
+    """Compute the figures of a split, or of the part that the given captions and their images form."""
     matches = embedded.gallery.matches
     image_rows = None
     image, text = embedded.image, embedded.text
@@ -224,7 +239,7 @@ def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dic
 
 
 def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
-    """Figures of queries with an image and a word, beside the image alone and the word alone."""
+    """Compute the figures of queries with an image and a word, and of the image alone and the word alone."""
     queries = composed_queries([several[0] for several in embedded.captions])
     if not queries:
         return {}
@@ -240,7 +255,7 @@ def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddi
 def embed_composed(
     loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings, queries: Sequence[tuple[int, str]]
 ) -> torch.Tensor:
-    """F(I,T) of (row of the split, words) queries: (Q, E) float32."""
+    """Embed (row of the split, words) queries by F(I,T): (Q, E) float32."""
     from oner_fast.data.images import decode
 
     parts = []

@@ -1,4 +1,4 @@
-"""Validation captions apart by vocabulary: those made of words seen in training, and those with a word never seen."""
+"""Split validation captions by vocabulary: all words seen in training, or at least one never seen."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,7 +7,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
 def words(caption: str) -> list[str]:
-    """The words of a caption, lower-cased, in order: runs of letters and digits, an apostrophe inside kept."""
+    """Words of a caption, lower-cased, in order: runs of letters and digits, with apostrophes inside."""
     return _WORD.findall(caption.lower())
 
 
@@ -17,7 +17,7 @@ def vocabulary(captions: Iterable[str]) -> set[str]:
 
 
 def split_by_words(captions: Sequence[str], seen: set[str]) -> tuple[list[int], list[int]]:
-    """Rows of the captions all of whose words are in `seen`, and rows of those with at least one that is not."""
+    """Rows of the captions whose words are all in `seen`, and rows of the others."""
     known: list[int] = []
     new: list[int] = []
     for row, caption in enumerate(captions):

@@ -1,4 +1,4 @@
-"""The figures of evaluation.json as a table: rich on a terminal, aligned plain text elsewhere."""
+"""Print the figures of evaluation.json as a table: by rich on a terminal, elsewhere as aligned plain text."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ CLASSIFIERS = {"zero_shot": "zero-shot", "knn": "k-NN", "linear_probe": "linear 
 
 
 def split_title(name: str) -> str:
-    """`val_new_words` -> `val, new words`."""
+    """Title of a split: `val_new_words` -> `val, new words`."""
     for part in ("_seen_words", "_new_words"):
         if name.endswith(part):
             return f"{name.removesuffix(part)},{part.replace('_', ' ')}"
@@ -21,19 +21,19 @@ def split_title(name: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in per cent, with the decimals it deserves."""
+    """Format a share in per cent, with as many decimals as matter."""
     value = 100 * share
     return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 1 or value == 0 else f"{value:.2f} %"
 
 
 def times(share: float, by_chance: float) -> str:
-    """How many times chance a share is."""
+    """Format a share as a multiple of chance."""
     ratio = share / by_chance if by_chance else 0.0
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
 
 
 def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(split, direction, figures) of every retrieval in the evaluation."""
+    """Yield (split, direction, figures) of each retrieval in the evaluation."""
     for split, entry in evaluation.items():
         for direction in DIRECTIONS:
             if isinstance(entry, dict) and direction in entry:
@@ -41,8 +41,8 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]
 
 
 def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(images, how, figures) of every classification in the evaluation, as they are called in a table."""
-    for name in CLASSIFIERS:  # of an ImageFolder: an entry of its own
+    """Yield (images, classifier, figures) of each classification in the evaluation, with names for a table."""
+    for name in CLASSIFIERS:  # an ImageFolder's classification is an entry of its own
         if isinstance(entry := evaluation.get(name), dict) and "top1" in entry:
             yield "image folder", CLASSIFIERS[name], entry
     for split, entry in evaluation.items():
@@ -82,7 +82,7 @@ def show(evaluation: dict[str, Any]) -> None:
     console.print(table)
     if found := list(classifications(evaluation)):
         table = Table(title="Classification (in brackets: chance, and the multiple of it)", title_justify="left")
-        table.add_column("pictures")
+        table.add_column("images of")
         table.add_column("how, label")
         for heading in ("images", "classes", "top-1", "top-5", "most frequent class"):
             table.add_column(heading, justify="right")
@@ -95,7 +95,7 @@ def show(evaluation: dict[str, Any]) -> None:
 
 
 def plain_lines(evaluation: dict[str, Any]) -> list[str]:
-    """The same as lines of text."""
+    """The same table as lines of text."""
     headings = "".join(f"{f'R@{k} (chance, times)':>26}" for k in KS)
     lines = [f"{'split':<18}{'query → gallery':<23}{'queries':>8}{headings}"]
     for split, direction, figures in rows(evaluation):
@@ -106,7 +106,7 @@ def plain_lines(evaluation: dict[str, Any]) -> list[str]:
         )
     if found := list(classifications(evaluation)):
         tops = "".join(f"{f'top-{k} (chance, times)':>26}" for k in (1, 5))
-        lines.append(f"{'pictures':<18}{'how, label':<23}{'images':>8}{'classes':>9}{tops}{'most frequent class':>21}")
+        lines.append(f"{'images of':<18}{'how, label':<23}{'images':>8}{'classes':>9}{tops}{'most frequent class':>21}")
         for pictures, how, figures in found:
             cells = [f"{percent(figures[f'top{k}'])} ({_beside_top(figures, k)})" for k in (1, 5)]
             lines.append(
@@ -122,7 +122,7 @@ def _beside_top(figures: dict[str, Any], k: int) -> str:
 
 
 def _majority(figures: dict[str, Any]) -> str:
-    """The share of the most frequent class among the images asked about; zero-shot figures have none."""
+    """Share of the most frequent class among the images; zero-shot figures have none."""
     return percent(figures["majority"]) if "majority" in figures else ""
 
 
@@ -138,5 +138,5 @@ def _other_lines(evaluation: dict[str, Any]) -> list[str]:
             beside = f" (spread of images {spread['image']:.3f}, of texts {spread['text']:.3f})" if spread else ""
             lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
         if isinstance(entry, dict) and entry.get("damaged"):
-            lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged pictures")
+            lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged images")
     return lines

@@ -1,4 +1,4 @@
-"""Zero-shot classification: classes are described in words, and an image takes the class it lies nearest to.
+"""Zero-shot classification: words describe the classes, and an image takes the class with the nearest embedding.
 
 A class embedding is the mean of the L2-normalised embeddings of its prompts, normalised again (OneR, section 1,
 "ImageNet zero-shot").
@@ -38,14 +38,16 @@ def class_embeddings(
     *,
     batch_size: int = 256,
 ) -> Tensor:
-    """Embed every class: (C, E) float32, L2-normalised.
+    """Embed each class: (C, E) float32, L2-normalised.
 
     Args:
         encode_text: list of T prompts -> (T, E) embeddings.
-        classes: the names, put in the place of `{}` in each template.
+        classes: names that replace `{}` in each template.
+        templates: prompts.
+        batch_size: prompts embedded at once.
 
     Raises:
-        ValueError: no class, no template, or a template without `{}`.
+        ValueError: there is no class or no template, or a template lacks `{}`.
     """
     if not classes or not templates:
         raise ValueError(f"need at least one class and one template, got {len(classes)} and {len(templates)}")
@@ -59,9 +61,12 @@ def class_embeddings(
 
 
 def accuracy(image: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float | int]:
-    """Top-1 and top-5 accuracy of (N, E) images with (N,) int64 labels against (C, E) class embeddings.
+    """Compute the top-1 and top-5 accuracy of (N, E) images with (N,) int64 labels against (C, E) class embeddings.
 
-    Returns {"top1", "top5", "chance@1", "chance@5", "images", "classes"}; shares, not per cent. A tie is lost.
+    A tie counts as a miss.
+
+    Returns:
+        {"top1", "top5", "chance@1", "chance@5", "images", "classes"}; shares, not per cent.
     """
     if labels.shape != image.shape[:1]:
         raise ValueError(f"labels need shape ({len(image)},), got {tuple(labels.shape)}")
@@ -82,10 +87,12 @@ def _top(scores: dict[str, float | int]) -> dict[str, float | int]:
 
 @dataclass(frozen=True)
 class ConceptClasses:
-    """The concepts of some captions as classes.
+    """Concepts of captions as classes.
 
-    `concepts` are the C classes by name, sorted; `described` is what stands for each in a prompt: its most frequent
-    caption. `image` and `label` are (P,) int64: image `image[p]` shows class `label[p]`; an image may show several.
+    Attributes:
+        concepts: names of the C classes, sorted.
+        described: the text of each class in a prompt: its most frequent caption.
+        image, label: (P,) int64: image `image[p]` shows class `label[p]`; an image may show several.
     """
 
     concepts: list[str]
@@ -95,14 +102,14 @@ class ConceptClasses:
 
 
 def concept_classes(captions: Sequence[Sequence[str]], known: Sequence[str | None] | None = None) -> ConceptClasses:
-    """Make the distinct concepts of images' first captions classes (`oner_fast.data.sources.concepts`).
+    """Make classes of the distinct concepts of the images' first captions (`oner_fast.data.sources.concepts`).
 
     Args:
         captions: for each image its caption, then others that are right for it too; those add no class.
-        known: the concept of each image's own caption where the data says it.
+        known: the concept of each image's own caption where the data state it.
 
     Raises:
-        ValueError: an image without a caption.
+        ValueError: an image has no caption.
     """
     if not all(captions):
         raise ValueError(f"image {[bool(several) for several in captions].index(False)} has no caption")
@@ -125,34 +132,36 @@ def concept_classes(captions: Sequence[Sequence[str]], known: Sequence[str | Non
 
 
 def concept_accuracy(image: Tensor, classes: Tensor, shown: ConceptClasses) -> dict[str, float | int]:
-    """Top-1 and top-5 accuracy of (N, E) images among (C, E) class embeddings, as `accuracy` gives it; any class that
-    an image shows is right.
+    """Compute the top-1 and top-5 accuracy of (N, E) images among (C, E) class embeddings, in the form of `accuracy`.
+
+    Any class that an image shows is right.
     """
     return _top(recall(image, classes, shown.image, shown.label, ks=(1, 5)))
 
 
 def read_templates(source: str) -> list[str]:
-    """Prompt templates: `openai`, the 80 of CLIP's ImageNet evaluation as open_clip ships them, or a file of lines."""
+    """Read prompt templates: `openai`, the 80 of CLIP's ImageNet evaluation from open_clip, or a file of lines."""
     if source != "openai":
         return read_lines(Path(source), "--templates takes `openai` or a file")
-    # Its templates are functions of the class's name; {} is put in the name's place again.
+    # open_clip's templates are functions of the class's name; {} stands for the name again.
     return [template("{}") for template in optional_package("open_clip").OPENAI_IMAGENET_TEMPLATES]
 
 
 def read_classes(source: str) -> list[str]:
-    """Class names: `imagenet`, the 1,000 that open_clip ships in the order of the WordNet ids, or a file of lines."""
+    """Read class names: `imagenet`, the 1,000 of open_clip in the order of the WordNet ids, or a file of lines."""
     if source != "imagenet":
         return read_lines(Path(source), "--classes takes `imagenet` or a file")
     return list(optional_package("open_clip").IMAGENET_CLASSNAMES)
 
 
 def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
-    """Read the ImageFolder layout, one sub-folder a class: files, (N,) int64 labels, names of the sub-folders.
+    """Read the ImageFolder layout, one sub-folder for each class: files, (N,) int64 labels, names of the sub-folders.
 
-    Both are sorted by name, so that the class numbers are the ones torchvision gives.
+    Both are sorted by name, so that class numbers equal torchvision's.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: no sub-folder with images in it.
+        FileNotFoundError: there is no such folder.
+        ValueError: no sub-folder holds images.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
@@ -164,15 +173,16 @@ def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
         files += found
         labels += [label] * len(found)
     if not files:
-        raise ValueError(f"{folder} holds no pictures; the ImageFolder layout is FOLDER/class/picture.jpg")
+        raise ValueError(f"{folder} holds no images; the ImageFolder layout is FOLDER/class/image.jpg")
     return files, torch.tensor(labels, dtype=torch.int64), names
 
 
 def read_lines(path: Path, takes: str = "") -> list[str]:
-    """The non-empty lines of a UTF-8 text file: class names or prompt templates, one a line.
+    """Read the non-empty lines of a UTF-8 text file: class names or prompt templates, one a line.
 
     Raises:
-        FileNotFoundError: no such file; the text ends with `takes`. ValueError: it holds no lines.
+        FileNotFoundError: there is no such file; the message ends with `takes`.
+        ValueError: the file holds no lines.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}" + (f"; {takes}" if takes else ""))

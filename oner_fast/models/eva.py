@@ -38,7 +38,7 @@ _QKV = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
 
 
 class _Row(NamedTuple):
-    """One tensor of ours, the names that hold its rows in another layout, in order, and its shape there if it differs."""
+    """One tensor of ours, the names that hold its rows in another layout, in order, and its other shape there."""
 
     ours: str
     theirs: tuple[str, ...]

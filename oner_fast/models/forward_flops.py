@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a forward pass from the model's definition; (M x K) times (K x N) is 2 M N K."""
+"""Count the floating-point operations of a forward pass from the definition; (M x K) times (K x N) is 2 M N K."""
 
 from __future__ import annotations
 

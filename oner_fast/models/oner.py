@@ -348,7 +348,7 @@ def _check(passes: Sequence[Pass]) -> None:
         if len(counts) > 1:
             together = each.name if other is None else f"{each.name} and {other}"
             raise ValueError(
-                f"{together} must have one caption for each image, got {' and '.join(map(str, sorted(counts)))}"
+                f"{together} need one caption for each image, got {' and '.join(map(str, sorted(counts)))}"
             )
         if counts == {0}:
             raise ValueError(f"pass {each.name} must hold at least one sample, got 0")

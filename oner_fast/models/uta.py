@@ -48,7 +48,7 @@ class UTAConfig:
 
     @property
     def cells(self) -> int:
-        """Patches of an image."""
+        """Number of patches of an image."""
         return self.grid**2
 
 

@@ -58,9 +58,7 @@ class PatchEmbedding(nn.Module):
             return self._embed(images, cells) + select_rows(self.positions, cells.flatten()).view(batch, -1, self.width)
         if self.mask_token is None:
             raise ValueError("masked needs a mask token, and this embedding was built with mask_token=False")
-        order = torch.argsort(
-            masked.to(torch.uint8), dim=1, stable=True
-        )  # visible cells first, each part in the order of places
+        order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible cells first, in order
         visible = order[:, : masked.shape[1] - self.masked_count(masked)]
         tokens = self._embed(images, cells.gather(1, visible))  # [B, V, D]
         # Row b V + v is the v-th visible patch of image b, and row B V is the mask token.

@@ -36,7 +36,7 @@ def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _TiledLinear(torch.autograd.Function):
-    """Compute the rows up to a multiple of the tile in one product, and the last tile, which overlaps them, in another."""
+    """Compute the rows up to a multiple of the tile in one product, and the last, overlapping tile in another."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

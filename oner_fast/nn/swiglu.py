@@ -29,7 +29,7 @@ class SwiGLU(nn.Module):
 
 
 def silu_gate(gate_value: Tensor) -> Tensor:
-    """Multiply SiLU of the first half of (T, 2 F) by the second half: (T, F). Only the input is kept for the gradient."""
+    """Multiply SiLU of the first half of (T, 2 F) by the second half: (T, F). Only the input is kept for gradients."""
     if gate_value.requires_grad and torch.is_grad_enabled():
         gated: Tensor = _SiluGate.apply(gate_value)
         return gated

@@ -1,4 +1,4 @@
-"""`oner-fast report RUN`: one self-contained page, RUN/report.html, and its charts as PNG files in RUN/figures."""
+"""`oner-fast report RUN`: write a self-contained page, RUN/report.html, and its charts as PNG files in RUN/figures."""
 
 import os
 import sys
@@ -16,18 +16,18 @@ from oner_fast.evaluation.folder import check_run, find_data
 
 @dataclass(frozen=True)
 class Options:
-    """Write the report of a trained run: RUN/report.html, which holds all it shows, and PNG files in RUN/figures."""
+    """Write the report of a trained run: RUN/report.html, which needs no other file, and PNG files in RUN/figures."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     data: Path | None = None
-    """The data that examples are taken from; the run's own by default."""
+    """Data that the examples come from; the run's own by default."""
     split: str = "val"
-    """The split that examples are taken from."""
+    """Split that the examples come from."""
     device: str = "cpu"
-    """Where the model computes: cpu, cuda, cuda:1, ..."""
+    """Device of the model: cpu, cuda, cuda:1, ..."""
     seed: int = 0
-    """Which examples are drawn."""
+    """Seed that chooses the examples."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(options: Options, loaded: Any = None) -> Path:
-    """Write the report and give its path. `loaded` spares loading the model again."""
+    """Write the report and return its path. `loaded` avoids loading the model again."""
     check_run(options.run)
     data = find_data(options.run, options.data)
 
@@ -85,7 +85,7 @@ def report(options: Options, loaded: Any = None) -> Path:
 
 
 def figures_folder(run: Path) -> list[Path]:
-    """The PNG files of a report."""
+    """List the PNG files of a report."""
     return sorted((run / "figures").glob("*.png"))
 
 

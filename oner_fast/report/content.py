@@ -1,4 +1,4 @@
-"""Everything that a report shows, gathered from a run folder, its data and its model."""
+"""Gather the content of a report from a run folder, its data and its model."""
 
 import importlib.metadata
 import json
@@ -32,12 +32,12 @@ LICENCE_PAGES = {
     "MIT": "https://opensource.org/license/mit",
 }
 PACKAGES = ("oner-fast", "torch", "numpy", "tokenizers", "webdataset", "Pillow")
-EXAMPLE_PICTURES = 4096  # a larger split is thinned to this many for the examples
+EXAMPLE_PICTURES = 4096  # the examples of a larger split come from this many of its images
 BANNER = 40
 
 
 def read_evaluation(run: Path) -> dict[str, Any]:
-    """The content of evaluation.json; empty where the run was not evaluated."""
+    """Content of evaluation.json; empty where the run was not evaluated."""
     path = run / "evaluation.json"
     if not path.is_file():
         return {}
@@ -72,7 +72,7 @@ def training_content(run: Path, figures: Path) -> dict[str, Any]:
 
 
 def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The table of figures, and the first split's figures for the summary."""
+    """Table of figures, and the first split's figures for the summary."""
     table: dict[str, list[dict[str, Any]]] = {}
     for split, direction, figures in rows(evaluation):
         table.setdefault(split_title(split), []).append(
@@ -110,7 +110,7 @@ def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict[str, Any]:
-    """Retrieval examples, heat-maps, and queries of an image with a word, from one split."""
+    """Retrieval examples, heat maps, and queries of an image with a word, from one split."""
     embedded = embed_split(loaded, dataset, limit=EXAMPLE_PICTURES)
     picture = _pictures(dataset, embedded)
 
@@ -167,7 +167,7 @@ def _recipe(config: dict[str, Any]) -> str | None:
 
 
 def _trainer(config: dict[str, Any]) -> str:
-    """What follows `oner-fast train`, by the sections that each training's configuration has of its own."""
+    """Name of the trainer after `oner-fast train`, recognised by the sections of the configuration."""
     if "alignment" in config:
         return "uta"
     if "contrast" in config:
@@ -189,7 +189,7 @@ def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) 
 
 
 def versions() -> list[tuple[str, str]]:
-    """Python and the packages that matter, with their versions; those installed."""
+    """Versions of Python and of the relevant packages that are installed."""
     found = [("Python", platform.python_version())]
     for name in PACKAGES:
         try:
@@ -200,7 +200,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def flattened(config: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
-    """A nested configuration as (dotted name, value) lines."""
+    """Flatten a nested configuration to (dotted name, value) lines."""
     lines: list[tuple[str, str]] = []
     for name, value in config.items():
         if isinstance(value, dict):
@@ -211,7 +211,7 @@ def flattened(config: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, s
 
 
 def _elapsed(seconds: Sequence[float]) -> float | None:
-    """Minutes of the whole training; the clock of a resumed run starts anew."""
+    """Minutes of the whole training, in which the clock of a resumed run restarts."""
     if not seconds:
         return None
     ends = [now for now, after in zip(seconds, [*seconds[1:], 0.0], strict=True) if after < now]

@@ -28,7 +28,7 @@ SPEED_NAMES = {
 
 
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
-    """Moving average over `reach` values on either side, fewer at the ends; centred, so that it does not lag."""
+    """Average over `reach` values on either side, fewer at the ends; centred, so that the curve does not lag."""
     parts = [values[max(0, middle - reach) : middle + reach + 1] for middle in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
@@ -44,7 +44,7 @@ def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], lis
 
 
 def loss_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The total loss (one chart, or none) and its parts (one each)."""
+    """Chart the total loss (one chart, or none) and its parts (one each)."""
     total, parts = [], []
     steps, values = series(metrics, "loss")
     if values:
@@ -61,7 +61,7 @@ def loss_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> tuple[list[d
 
 
 def speed_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
-    """Pairs a second, MFU, the share of time spent waiting for data, the gradient's norm; those that were logged."""
+    """Chart pairs a second, MFU, the share of time spent waiting for data and the gradient norm, where logged."""
     charts = []
     for key, (title, factor) in SPEED_NAMES.items():
         steps, values = series(metrics, key)
@@ -73,11 +73,11 @@ def speed_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[s
 
 
 def gap_chart(snapshots: Sequence[Snapshot], folder: Path) -> dict[str, str]:
-    """The modality gap over training, with the spread of the images and of the texts."""
+    """Chart the modality gap over training, with the spread of the images and of the texts."""
     steps = [snapshot.step for snapshot in snapshots]
     lines = {
         "gap": ("joint", [modality_gap(one.image, one.text) for one in snapshots], 2.4),
-        "spread, pictures": ("image", [spread(one.image) for one in snapshots], 1.4),
+        "spread, images": ("image", [spread(one.image) for one in snapshots], 1.4),
         "spread, captions": ("text", [spread(one.text) for one in snapshots], 1.4),
     }
 
@@ -97,7 +97,7 @@ def gap_chart(snapshots: Sequence[Snapshot], folder: Path) -> dict[str, str]:
 
 
 def _label_ends(axes: Axes, x: float, ends: list[tuple[float, str, str]], height: float) -> None:
-    """Write each line's name at its end, pushed apart where two would overlap."""
+    """Write each line's name at its end, moved apart where two would overlap."""
     floor = 0.0
     for value, label, colour in sorted(ends):
         y = max(value, floor)
@@ -134,7 +134,7 @@ def _curve(
             fontweight="bold",
             annotation_clip=False,
         )
-        # A spike or two must not flatten the curve.
+        # A few spikes must not flatten the curve.
         ordered = sorted(values)
         low, high = ordered[len(ordered) // 200], ordered[-1 - len(ordered) // 200]
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05

@@ -1,4 +1,4 @@
-"""Retrieval examples: drawn by seed, whatever came of them, and apart from them the best and the worst, named so."""
+"""Choose retrieval examples: some drawn by seed, and separately the best and the worst, labelled as such."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class Hit:
 
 @dataclass(frozen=True)
 class Example:
-    """A query with its top five. `rank` is the first right answer's place, from 1, among `gallery`."""
+    """A query with its top five. `rank` is the place of the first right answer, from 1, among `gallery`."""
 
     caption: str
     hits: list[Hit]
@@ -47,12 +47,14 @@ class Panels:
 def choose(
     names: Sequence[str], ranks: Tensor, margins: Tensor, *, seed: int, drawn: int, best: int, worst: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Rows of three sets of queries, none in two of them.
+    """Choose three disjoint sets of queries.
 
     Args:
-        names: of the queries, which with the seed alone fix the ones that are drawn.
-        ranks: (Q,) place of the first right answer, from 0; margins: (Q,) cosine of the best right answer less that
-            of the best wrong one.
+        names: names of the queries; they and the seed alone decide which queries are drawn.
+        ranks: (Q,) place of the first right answer, from 0.
+        margins: (Q,) cosine of the best right answer minus that of the best wrong one.
+        seed: seed of the draw.
+        drawn, best, worst: sizes of the sets.
 
     Returns:
         Rows drawn by seed, those with the largest margin, and those with the last ranks.
@@ -74,7 +76,7 @@ def image_examples(
     best: int = 3,
     worst: int = 3,
 ) -> Panels:
-    """Images with their five nearest captions. `picture` gives the data address of a row of the split."""
+    """Choose images with their five nearest captions. `picture` gives the data URI of a row of the split."""
     matches = embedded.gallery.matches
     ranks = match_ranks(embedded.image, embedded.text, matches.image, matches.text)
     right = _table(matches.image, matches.text)
@@ -102,7 +104,7 @@ def text_examples(
     best: int = 4,
     worst: int = 2,
 ) -> Panels:
-    """Captions with their five nearest images."""
+    """Choose captions with their five nearest images."""
     matches = embedded.gallery.matches
     ranks = match_ranks(embedded.text, embedded.image, matches.text, matches.image)
     right = _table(matches.text, matches.image)
@@ -131,7 +133,7 @@ def composed_examples(
     drawn: int = 6,
     best: int = 2,
 ) -> Panels:
-    """Images with an added word, and the five nearest images. `query` is (Q, E), F(I,T) of the queries."""
+    """Choose images with an added word, and the five nearest images. `query` (Q, E) holds F(I,T) of the queries."""
     scores = composed_scores(query, embedded.image, queries)
     wrong = scores.clone()
     for number, one in enumerate(queries):
@@ -165,7 +167,7 @@ def _table(query_row: Tensor, gallery_row: Tensor) -> dict[int, set[int]]:
 
 
 def _margins(query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: Tensor) -> Tensor:
-    """Cosine of the best right item less that of the best wrong one, found among the top few; -inf where unknown."""
+    """Cosine of the best right item minus that of the best wrong one among the top few; -inf where unknown."""
     right = _table(query_row, gallery_row)
     depth = max(len(items) for items in right.values()) + 1
     scores, rows = top_matches(query, gallery, depth)

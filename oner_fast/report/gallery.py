@@ -1,4 +1,4 @@
-"""The examples as PNG files, for use outside the page: retrieval, words and image together, heat-maps."""
+"""Write the examples as PNG files for use outside the page: retrieval, words with an image, heat maps."""
 
 import base64
 import io
@@ -15,11 +15,11 @@ from oner_fast.report.examples import Example
 from oner_fast.report.heat import HeatRow
 from oner_fast.report.style import COLOURS, style
 
-CELL = 1.2  # distance of two images, each 1 wide
+CELL = 1.2  # distance between two images, each 1 wide
 
 
 def write(content: dict[str, Any], folder: Path) -> None:
-    """Write text-to-image.png, image-text-to-image.png and heat-maps.png, those that the content has."""
+    """Write text-to-image.png, image-text-to-image.png and heat-maps.png, where the content has them."""
     with matplotlib.rc_context(style()):
         if content["to_image"].drawn:
             _rows(content["to_image"].drawn, folder / "text-to-image.png")
@@ -30,7 +30,10 @@ def write(content: dict[str, Any], folder: Path) -> None:
 
 
 def _canvas(columns: int, rows: int, left: float, height: float) -> tuple[Figure, Axes]:
-    """A figure measured in images: x from -left, y downwards, a row `height` high. One axes for all is fast."""
+    """Make a figure whose unit is an image: x from -left, y downwards, rows of the given height.
+
+    One axes object for all images is fast.
+    """
     wide, high = left + columns * CELL, rows * height
     figure = Figure(figsize=((wide + 0.3) * 0.9, (high + 0.2) * 0.9))
     axes = figure.add_axes((0, 0, 1, 1))

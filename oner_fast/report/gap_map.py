@@ -1,4 +1,4 @@
-"""The map of images and texts in two dimensions: the first, a middle and the last snapshot on the same axes."""
+"""Map images and texts to two dimensions: the first, a middle and the last snapshot on the same axes."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,17 +12,17 @@ from oner_fast.evaluation.modality_gap import PcaBasis, Snapshot, fit_basis, mod
 from oner_fast.report.style import COLOURS, chart
 
 MARGINS = {"left": 0.02, "right": 0.02, "top": 0.3, "bottom": 0.02}
-POINTS = 260  # pairs drawn in each panel: enough for the shape, few enough for the page
+POINTS = 260  # pairs in each panel: enough to show the shape, few enough for the page
 
 
 def shown_snapshots(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """First, middle and last; fewer where there are fewer."""
+    """First, middle and last snapshot; fewer where there are fewer."""
     places = sorted({0, len(snapshots) // 2, len(snapshots) - 1}) if snapshots else []
     return [snapshots[place] for place in places]
 
 
 def map_charts(snapshots: Sequence[Snapshot], folder: Path) -> list[dict[str, str]]:
-    """One panel for each shown snapshot, in one PCA basis fitted to all of them."""
+    """Draw one panel for each shown snapshot, in one PCA basis fitted to all of them."""
     shown = shown_snapshots(snapshots)
     if not shown:
         return []
@@ -90,7 +90,7 @@ def _panel(
         ]
         axes.legend(
             handles,
-            ["pictures", "captions"],
+            ["images", "captions"],
             loc="upper right",
             frameon=False,
             fontsize=8,

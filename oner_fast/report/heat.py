@@ -1,4 +1,4 @@
-"""Heat-maps of words over images, a few captions drawn by seed."""
+"""Heat maps of words over images, for a few captions drawn by seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from oner_fast.evaluation.localisation import heat_map, overlay, patch_scores
 from oner_fast.evaluation.splits import words
 from oner_fast.report.image_tiles import from_pixels
 
-SIZE = 168  # px of a heat-map's side
+SIZE = 168  # side of a heat map in px
 MOST_WORDS = 3
 
 
 @dataclass(frozen=True)
 class HeatRow:
-    """An image, its caption, and (text, data address) for the caption and each of its words."""
+    """An image, its caption, and (text, data URI) for the caption and each of its words."""
 
     caption: str
     picture: str
@@ -34,10 +34,14 @@ def heat_rows(
     seed: int,
     count: int = 6,
 ) -> list[HeatRow]:
-    """Captions of two or three words, drawn by seed; where there are none, any captions.
+    """Draw heat maps of captions with two or three words, chosen by seed; of any captions where there are none.
 
     Args:
+        loaded: the model.
+        embedded: the split.
         open_picture: gives the image of a row of the split.
+        seed: seed of the choice.
+        count: number of captions.
     """
     captions = [several[0] for several in embedded.captions]
     order = sorted(range(len(captions)), key=lambda row: (shuffle_key(seed, f"heat {captions[row]}"), row))

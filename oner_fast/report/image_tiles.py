@@ -1,4 +1,4 @@
-"""Images for the page: small, on white, as data addresses."""
+"""Images for the page: small, on white, as data URIs."""
 
 import base64
 import io
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from oner_fast.data.images import decode
 
-LARGEST = 192  # px on the longer side, enough for a tile at twice the pixel density
+LARGEST = 192  # longer side in px, enough for a tile at twice the pixel density
 
 
 def data_uri(content: bytes, kind: str = "png") -> str:
-    """Bytes of an image file as a data address."""
+    """Encode the bytes of an image file as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def tile(content: bytes) -> str:
-    """An image file as a data address; PNG as it is where it is small, otherwise shrunk and drawn on white."""
+    """Encode an image file as a data URI; a small PNG unchanged, other images reduced and drawn on white."""
     small = content.startswith(b"\x89PNG") and len(content) <= 16_384
     if small:
         return data_uri(content)
@@ -27,7 +27,7 @@ def tile(content: bytes) -> str:
 
 
 def from_pixels(pixels: Tensor) -> str:
-    """(3, H, W) uint8 pixels as a data address."""
+    """Encode (3, H, W) uint8 pixels as a data URI."""
     return _encoded(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()))
 
 
@@ -36,6 +36,6 @@ def _encoded(picture: Image.Image) -> str:
     if picture.getcolors(256):
         picture.save(out, "png", optimize=True)
         return data_uri(out.getvalue())
-    # Full colour resolution: the edges of a drawing would smear otherwise.
+    # Full colour resolution, as the edges of a drawing would smear otherwise.
     picture.save(out, "jpeg", quality=90, subsampling=0)
     return data_uri(out.getvalue(), "jpeg")

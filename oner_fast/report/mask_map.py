@@ -1,5 +1,7 @@
-"""`python -m oner_fast.report.mask_map FILE.png`: where each masking pattern masks, averaged over 5,000 draws (UTA's
-figure 3: block-wise masks rarely hide a corner, reversed block-wise masks nearly always do).
+"""`python -m oner_fast.report.mask_map FILE.png`: draw how often each masking pattern masks each cell, over 5,000
+draws.
+
+This is UTA's figure 3: block-wise masks rarely hide a corner, reversed block-wise masks nearly always do.
 """
 
 import sys
@@ -24,24 +26,24 @@ PATTERNS: dict[Pattern, str] = {"random": "random", "block": "block-wise", "reve
 
 @dataclass(frozen=True)
 class Options:
-    """Draw the probability of each cell to be masked, for every pattern, side by side."""
+    """Draw the probability that each cell is masked, for each pattern, side by side."""
 
     output: Annotated[Path, tyro.conf.Positional]
     """The PNG file to write."""
     grid: int = 16
     """Cells a side."""
     ratio: float = 0.5
-    """The share of cells that is masked."""
+    """Share of cells that are masked."""
     draws: int = 5000
-    """Masks that are averaged."""
+    """Number of masks to average."""
     seed: int = 0
-    """Which masks are drawn."""
+    """Seed of the masks."""
 
 
 def masking_probabilities(
     pattern: Pattern, *, grid: int = 16, ratio: float = 0.5, draws: int = 5000, seed: int = 0
 ) -> Tensor:
-    """The share of `draws` masks in which each cell is masked: (grid, grid) float64."""
+    """Share of `draws` masks in which each cell is masked: (grid, grid) float64."""
     if draws < 1 or not 0.0 <= ratio <= 1.0:
         raise ValueError(f"draws must be at least 1 and ratio in [0, 1], got {draws} and {ratio}")
     masks = draw_masks(seed, 0, torch.arange(draws), (grid, grid), round(ratio * grid * grid), pattern).mask

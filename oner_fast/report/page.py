@@ -1,4 +1,4 @@
-"""The report as one HTML file with nothing outside it."""
+"""The report as one self-contained HTML file."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from oner_fast.evaluation.table import percent
 
 
 def render(content: dict[str, Any]) -> str:
-    """Fill the template; a value that is missing is an error."""
+    """Fill the template; a missing value is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(["html", "html.j2"]),

@@ -1,4 +1,4 @@
-"""How the charts look, and how they become SVG that follows the page's colours and PNG files beside it."""
+"""Style of the charts, which become SVG in the page's colours and PNG files beside it."""
 
 import io
 import re
@@ -11,7 +11,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Name of the CSS variable -> its colour on a light page, in which charts are drawn.
+# CSS variables and their colours on a light page, in which the charts are drawn.
 COLOURS = {
     "ink": "#1f2023",
     "muted": "#74716b",
@@ -74,11 +74,13 @@ def chart(
     top: float = 0.34,
     bottom: float = 0.4,
 ) -> dict[str, str]:
-    """Draw one chart: write FOLDER/NAME.png and give {"name", "svg"}, the SVG to be put into the page.
+    """Draw one chart: write FOLDER/NAME.png and return {"name", "svg"}, with the SVG for the page.
 
     Args:
+        name: name of the chart.
         draw: fills the axes. Colours of `COLOURS` become the page's own, light or dark.
-        size: width and height in inches; a page shows 96 px to the inch.
+        folder: folder of the PNG file.
+        size: width and height in inches; the page shows 96 px to the inch.
         left, right, top, bottom: margins in inches, the same for charts side by side so that they line up.
     """
     with matplotlib.rc_context(style() | {"svg.hashsalt": name}):
@@ -93,7 +95,7 @@ def chart(
 
 
 def page_svg(svg: str, name: str) -> str:
-    """An SVG file as an element of a page: no header, no foreign address, ids of its own, the page's colours."""
+    """Turn an SVG file into an element of a page: no header, no external address, own ids, the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")

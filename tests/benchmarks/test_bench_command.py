@@ -38,7 +38,7 @@ def run(*arguments: str) -> int:
     return oner_fast.cli.main(["bench", "ops", *arguments])
 
 
-def test_it_writes_a_report(
+def test_the_command_writes_a_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "measure", fake())
@@ -60,7 +60,7 @@ def test_a_wrong_result_exits_1(
     assert "gather_patches" in said and "refused: oner_fast: result 0: relative error 1" in said
 
 
-def test_ctrl_c_keeps_the_rows_that_were_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_the_finished_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "measure", fake(interrupt_at="mixup_info_nce"))
     assert run("--quick", "--out", str(tmp_path)) == 130
     data = json.loads((tmp_path / "results.json").read_text())
@@ -68,7 +68,7 @@ def test_ctrl_c_keeps_the_rows_that_were_finished(tmp_path: Path, monkeypatch: p
     assert "not finished" in (tmp_path / "report.md").read_text()
 
 
-def test_without_matplotlib_there_are_no_plots_but_a_notice(
+def test_without_matplotlib_a_notice_replaces_the_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "measure", fake())
@@ -98,13 +98,13 @@ def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--device cuda needs a GPU that torch can use" in capsys.readouterr().err
 
 
-def test_a_file_in_place_of_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_must_not_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert run("--out", str(tmp_path / "file")) == 2
     assert "--out must be a folder" in capsys.readouterr().err
 
 
-def test_the_machine_line_names_what_a_figure_needs() -> None:
+def test_the_machine_line_names_the_facts_a_figure_depends_on() -> None:
     line = describe().line()
     for words in (f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", "kernels", "load ", "Python "):
         assert words in line

@@ -22,7 +22,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
 
 
 def tiny(*contenders: Contender, target: Target = NOTHING) -> Case:
-    """Doubling a thousand numbers, dressed as an op that exists."""
+    """Make a case that doubles a thousand numbers under the name of an existing op."""
 
     def make(seed: int, device: str) -> Call:
         x = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).requires_grad_()
@@ -42,7 +42,7 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring.memory, "measure", refuse)
 
 
-def test_a_row_says_who_is_faster() -> None:
+def test_a_row_names_the_faster_contender() -> None:
     def slow(x: torch.Tensor) -> torch.Tensor:
         for _ in range(300):
             torch.ones(1000).sum()
@@ -58,7 +58,7 @@ def test_a_row_says_who_is_faster() -> None:
 
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
-def test_a_speedup_of_a_wrong_result_is_refused(wrong: float) -> None:
+def test_a_wrong_result_is_refused_and_has_no_speedup(wrong: float) -> None:
     def cheat(x: torch.Tensor) -> torch.Tensor:
         return 2 * x + torch.tensor([wrong] + [0.0] * 999)
 
@@ -74,7 +74,7 @@ def test_a_wrong_gradient_is_refused() -> None:
     assert "result 1" in row.refused[OURS] and "result 0" not in row.refused[OURS]
 
 
-def test_a_result_of_another_shape_and_a_baseline_that_fails_are_told() -> None:
+def test_a_wrong_shape_and_a_failing_baseline_are_reported() -> None:
     def fail(x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("no kernel here\nand more")
 
@@ -87,7 +87,7 @@ def test_a_result_of_another_shape_and_a_baseline_that_fails_are_told() -> None:
         relative_error(torch.ones(2), torch.ones(3))
 
 
-def test_one_wrong_element_is_not_drowned_by_many_right_ones() -> None:
+def test_one_wrong_element_among_many_is_refused() -> None:
     exact = torch.ones(10**6, dtype=torch.float64)
     found = exact.clone()
     found[7] += 1e-3
@@ -107,7 +107,7 @@ def test_quick_and_full_have_every_op_with_unique_keys() -> None:
         cases(True, ["gather"])
 
 
-def test_the_promised_targets_are_those_of_the_full_run() -> None:
+def test_only_the_full_run_has_targets() -> None:
     promised = {(case.op, name_of(case.dtype)): case.target for case in cases(False) if case.timed}
     assert promised["masked_gather", "float32"] == Target(speedup=4.0, share=0.5)
     assert promised["gather_patches", "float32"] == Target(speedup=1.5, eager=10.0)
@@ -118,13 +118,13 @@ def test_the_promised_targets_are_those_of_the_full_run() -> None:
     assert promised["token_alignment", "float32"] == Target(speedup=2.0)
 
 
-# Small cases as their files give them, with the baselines that a quick run leaves out.
+# Small cases from the ops' files, with the baselines that a quick run leaves out.
 EVERY_BASELINE = [case for op in OPS for case in importlib.import_module(f"oner_fast.benchmarks.ops.{op}").cases(True)]
 
 
 @pytest.mark.parametrize("case", EVERY_BASELINE, ids=lambda case: case.key)
-def test_every_baseline_is_right(case: Case) -> None:
-    """The eager ones and ours; the compiled ones are the same functions."""
+def test_every_baseline_is_correct(case: Case) -> None:
+    """Check the eager baselines and ours; the compiled ones are the same functions."""
     row = Row(case.op, case.shape, name_of(case.dtype))
     able = [one for one in case.contenders if not one.compiled and "cpu" in one.devices]
     eager = replace(case, contenders=able)
@@ -133,7 +133,7 @@ def test_every_baseline_is_right(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [one for one in QUICK if one.counted is not None], ids=lambda case: case.key)
-def test_flops_are_those_that_pytorch_counts(case: Case) -> None:
+def test_flops_equal_pytorchs_count(case: Case) -> None:
     eager = next(one for one in case.contenders if one.eager and ("softmax" in one.name or "entropies" in one.name))
     assert counted_flops(case, eager.name) == case.counted
 

@@ -1,4 +1,4 @@
-"""The tools that count GPU kernels without a GPU. What they find is benchmarks/results/gpu_peers.md."""
+"""The tools that count GPU kernels without a GPU; their results are in benchmarks/results/gpu_peers.md."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_missing_tool_is_named(
     assert not (tmp_path / "peers.md").exists()
 
 
-def test_the_report_says_what_was_not_measured_and_why_somebody_is_missing() -> None:
+def test_the_report_says_that_nothing_was_measured_and_why_a_rival_is_missing() -> None:
     entries = [
         rivals.Entry("mixup_info_nce", OURS, FOUND),
         rivals.Entry("mixup_info_nce", "other", {}, "wrong: error 1"),
@@ -46,7 +46,7 @@ def test_the_report_says_what_was_not_measured_and_why_somebody_is_missing() -> 
     assert "* other: wrong: error 1" in text and "masked_gather" not in text
 
 
-def test_ours_comes_first_and_peers_follow() -> None:
+def test_ours_comes_before_the_rivals() -> None:
     for workload in contest.CASES:
         names = list(contest.contestants(workload))
         assert names[0] == OURS and len(names) > 1
@@ -58,7 +58,7 @@ def test_eager_operations_count_their_tensors_once(emulator: None) -> None:
     with emulated_a100() as log:
         counts, results = count(lambda: (x.view(10, 100).t() + x.new_ones(1).expand(100, 10),), log)
     assert results[0].shape == (100, 10)
-    # The ones are one number, and read once, though expanded.
+    # The expanded ones are one number, which is read once.
     assert (counts.launches, counts.operations, counts.eager, counts.dram) == (0, 1, 8004, 8004)
 
 

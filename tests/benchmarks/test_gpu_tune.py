@@ -1,4 +1,4 @@
-"""`oner-fast bench gpu-tune`: all of it but a GPU's clock, for which stand-ins are wound."""
+"""`oner-fast bench gpu-tune` with stand-ins for a GPU's clock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SLOWER = replace(COMMITTED, num_warps=2)
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the committed tiles, which a tuning may write."""
+    """A copy of the committed tiles, which a tuning may overwrite."""
     copied = tmp_path / "configurations"
     shutil.copytree(launch._CONFIGURATIONS, copied)
     monkeypatch.setattr(launch, "_CONFIGURATIONS", copied)
@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 class Clock:
-    """A timer that says what it is told of a tile, 1 second of all others, and notes what it was asked for."""
+    """A timer that returns given seconds for a tile and 1 second for all others, and records its calls."""
 
     def __init__(self, seconds: dict[str, list[float]] | None = None, runs: bool = True) -> None:
         self.seconds, self.runs, self.asked = seconds or {}, runs, list[list[str]]()
@@ -65,7 +65,7 @@ class Clock:
 
 
 class Compilers:
-    """Compilers that find in some tiles a problem."""
+    """Compilers that find a problem in some tiles."""
 
     def __init__(self, spilling: Sequence[Configuration] = ()) -> None:
         self.spilling, self.compiled = [label(tile) for tile in spilling], list[tuple[Key, str]]()
@@ -77,7 +77,7 @@ class Compilers:
 
 
 def stand_in(key: Key, wrong: Configuration | None = None) -> Workload:
-    """An op that asks for a tile and returns its inputs; with the tile `wrong`, something else."""
+    """Make an op that asks for a tile and returns its inputs; with the tile `wrong` it returns something else."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x + 1 if configuration(*key, 90) == wrong else x * 1
@@ -100,7 +100,7 @@ def kinds(log: Log, tile: Configuration) -> list[str]:
     return [one["kind"] for one in log.records if one["tile"] == tile.launch]
 
 
-def test_files_keep_their_form(folder: Path) -> None:
+def test_files_of_tiles_keep_their_format(folder: Path) -> None:
     for path in folder.glob("*.json"):
         before = path.read_bytes()
         for op, kernel, shape_class in keys():
@@ -109,7 +109,7 @@ def test_files_keep_their_form(folder: Path) -> None:
         assert path.read_bytes() == before
 
 
-def test_neighbours_are_near_legal_and_different() -> None:
+def test_neighbours_are_near_valid_and_distinct() -> None:
     for key in keys():
         committed = configuration(*key, 80)
         assert tiles.limits(key).keys() <= committed.blocks.keys()
@@ -128,7 +128,7 @@ def test_neighbours_are_near_legal_and_different() -> None:
     assert len(neighbours(KEY, COMMITTED, 1)) == 3 and len(neighbours(KEY, COMMITTED, 2)) == 5
 
 
-def test_the_fastest_is_committed_and_launched(log: Log, folder: Path) -> None:
+def test_the_fastest_tile_is_committed_and_launched(log: Log, folder: Path) -> None:
     clock = Clock({label(FASTER): [0.5] * 5})
     before = configuration(*KEY, 80)
     assert tuner(log, clock).tune(KEY) == 1, "and its own neighbours are no faster"
@@ -146,7 +146,7 @@ def test_the_fastest_is_committed_and_launched(log: Log, folder: Path) -> None:
     assert {"compiled", "timed", "timed again"} <= set(kinds(log, FASTER)) and log.records[0]["gpu"] == "a GPU"
 
 
-def test_what_spills_is_never_run(log: Log, folder: Path) -> None:
+def test_a_spilling_tile_is_never_run(log: Log, folder: Path) -> None:
     clock, before = Clock({label(FASTER): [0.1] * 5}), (folder / "token_alignment.json").read_bytes()
     assert tuner(log, clock, Compilers([FASTER])).tune(KEY) == 0
     assert label(FASTER) not in clock.timed and {label(SLOWER), label(COMMITTED)} <= clock.timed
@@ -156,18 +156,18 @@ def test_what_spills_is_never_run(log: Log, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "moves"),
     [
-        ([0.98] * 5, 0),  # 2 %: less than the margin
-        ([0.8, 1.0, 0.85, 1.1, 0.9], 0),  # 11 % by the median, but too often no faster
+        ([0.98] * 5, 0),  # 2 % is less than the margin
+        ([0.8, 1.0, 0.85, 1.1, 0.9], 0),  # 11 % at the median, but often no faster
         ([0.9, 0.91, 0.9, 0.89, 0.92], 1),
         ([float(1 / 1.04)] * 5, 1),
     ],
 )
-def test_a_tile_moves_beyond_margin_and_noise_alone(log: Log, seconds: list[float], moves: int) -> None:
+def test_a_tile_moves_only_beyond_margin_and_noise(log: Log, seconds: list[float], moves: int) -> None:
     assert tuner(log, Clock({label(FASTER): seconds})).tune(KEY) == moves
     assert configuration(*KEY, 90) == (FASTER if moves else COMMITTED)
 
 
-def test_no_workload_pays_for_another(log: Log) -> None:
+def test_no_workload_slows_down_for_another(log: Log) -> None:
     class Uneven(Clock):
         def __call__(self, candidates: Sequence[Candidate], sets: int, seconds: float) -> dict[str, Samples]:
             self.seconds = {label(FASTER): [0.5 if len(self.asked) % 2 else 1.1] * 5}
@@ -186,7 +186,7 @@ def test_a_wrong_result_is_refused(log: Log) -> None:
     ]
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
 
     class Interrupted(Clock):
@@ -216,8 +216,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
         pass
 
 
-def test_a_gpus_clock_times_graphs_of_all_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU's calls stood in for: compiled first, captured once for each set, replayed in turn."""
+def test_graphs_of_all_inputs_are_timed_by_the_gpus_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA's calls: each candidate is compiled, captured once for each set, and replayed in turn."""
     said: list[str] = []
 
     @contextmanager
@@ -246,13 +246,13 @@ def test_a_gpus_clock_times_graphs_of_all_inputs(monkeypatch: pytest.MonkeyPatch
     assert said == ["set 0", "capture", "set 0", "set 1", "captured", "replay"]
 
 
-def test_newer_gpus_that_take_the_tile_are_compiled_for_too() -> None:
+def test_newer_gpus_that_use_the_tile_are_compiled_for_too() -> None:
     assert tune.served_by(KEY, 80) == ["sm_80", "sm_90"] and tune.served_by(KEY, 90) == ["sm_90"]
     tiles.commit(KEY, 90, FASTER)
     assert tune.served_by(KEY, 80) == ["sm_80"]
 
 
-def test_compilers_see_the_candidate_and_its_architecture() -> None:
+def test_the_compiler_gets_the_candidate_and_its_architecture() -> None:
     narrow: Key = ("token_alignment", "forward", "narrow")
     spilling = replace(configuration(*narrow, 80), blocks={"BLOCK_D": 4096})
     (one,) = tune_compile.affected(narrow, spilling, 80)
@@ -271,7 +271,7 @@ def test_compilers_see_the_candidate_and_its_architecture() -> None:
     assert configuration(*narrow, 80) == tile
 
 
-def test_an_override_holds_within_alone() -> None:
+def test_an_override_ends_with_its_block() -> None:
     with pytest.raises(ZeroDivisionError), override(*KEY, FASTER):
         assert configuration(*KEY, 80) == configuration(*KEY, 120) == FASTER
         assert configuration(*OTHER, 80) == COMMITTED
@@ -288,9 +288,9 @@ def test_an_override_holds_within_alone() -> None:
     assert read == {KEY: 1}
 
 
-def test_what_backward_asks_for_is_timed_in_a_whole_step(log: Log) -> None:
+def test_a_key_of_backward_alone_is_timed_in_a_whole_step(log: Log) -> None:
     class Both(torch.autograd.Function):
-        """Asks for KEY in both directions, for OTHER in backward alone."""
+        """Ask for KEY in both directions, and for OTHER in backward alone."""
 
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -315,14 +315,14 @@ def test_what_backward_asks_for_is_timed_in_a_whole_step(log: Log) -> None:
     assert phases == {(KEY, both.name): "step", (KEY, "one way"): "forward", (OTHER, both.name): "step"}
 
 
-def test_every_op_has_workloads_of_its_own_names() -> None:
+def test_every_op_has_workloads_with_unique_names() -> None:
     for op in {op for op, _, _ in keys()}:
         found = workloads(op)
         assert found and len({one.name for one in found}) == len(found) and {one.op for one in found} == {op}
 
 
-def test_a_real_kernel_is_searched(log: Log, monkeypatch: pytest.MonkeyPatch, needs: Callable[..., None]) -> None:
-    """token_alignment, compiled for sm_80 and run on the CPU: overrides reach its launches and change no result."""
+def test_a_real_kernel_is_tuned(log: Log, monkeypatch: pytest.MonkeyPatch, needs: Callable[..., None]) -> None:
+    """token_alignment is compiled for sm_80 and run on the CPU; overrides reach its launches and change no result."""
     needs(*tools.FOR_EMULATE)
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("interpreted kernels are not compiled")
@@ -353,7 +353,7 @@ def test_a_real_kernel_is_searched(log: Log, monkeypatch: pytest.MonkeyPatch, ne
         (["--margin", "nan"], "--margin must not be negative"),
     ],
 )
-def test_bad_input_and_no_gpu_are_said(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_and_a_missing_gpu_are_named(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() and not argv:
         pytest.skip("there is a GPU")
     assert tune.main(argv) == 2

@@ -1,4 +1,4 @@
-"""`oner-fast bench ops --device cuda`, as far as it can be tested without a GPU."""
+"""`oner-fast bench ops --device cuda`, as far as tests without a GPU can cover it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_machine_line_names_the_gpu_and_its_cache(a100: None) -> None:
     assert "NVIDIA A100 (CUDA " in line and "40 MiB of cache" in line
 
 
-def test_inputs_are_rotated_through_the_gpus_cache(a100: None) -> None:
+def test_rotated_inputs_exceed_the_gpus_cache(a100: None) -> None:
     assert len(timing.Rotation(lambda number: number, 10 * 2**20, device="cuda").sets) == 8
 
 
@@ -39,7 +39,7 @@ def test_a_sample_is_a_batch_of_calls_by_the_gpus_clock(monkeypatch: pytest.Monk
     said: list[str] = []
 
     class Event:
-        """A clock that says 1 ms for all that lies between two of them."""
+        """A clock that reports 1 ms between any two of its events."""
 
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
@@ -65,7 +65,7 @@ def test_a_sample_is_a_batch_of_calls_by_the_gpus_clock(monkeypatch: pytest.Monk
     assert said == [word for part in (*single, *whole) for word in part]
 
 
-def test_ours_takes_part_by_name_too_and_promises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_named_implementations_take_part_without_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Case] = []
 
     def check(case: Case, *rest: object) -> dict[str, float]:
@@ -88,8 +88,8 @@ def test_ours_takes_part_by_name_too_and_promises_nothing(monkeypatch: pytest.Mo
     assert served == ["triton", None]
 
 
-def test_a_row_names_what_serves_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The op tells the chooser more than a dtype: what takes narrow heads alone must not stand for wide ones."""
+def test_a_row_names_the_implementation_chosen_for_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation that takes only narrow heads must not be named for wide ones."""
     ran: list[str] = []
 
     def narrow(device: str, head_dim: int = 0, **facts: object) -> list[str]:
@@ -127,8 +127,8 @@ def test_a_row_names_what_serves_its_own_shape(monkeypatch: pytest.MonkeyPatch) 
     assert not ran, "asking what serves must not compute anything"
 
 
-def test_baselines_take_part_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.nn.attention.varlen has no CPU kernel: a row on the CPU does not even name it."""
+def test_baselines_take_part_only_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn.attention.varlen has no CPU kernel, so a row on the CPU does not name it."""
     only = [one for case in cases(True, OPS) for one in case.contenders if one.devices == ("cuda",)]
     assert [one.name for one in only] == ["eager torch.nn.attention.varlen"]
     seen: list[str] = []

@@ -20,8 +20,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 
 @linux
-def test_the_peak_sees_what_is_allocated_and_freed_within_a_call() -> None:
-    """64 MiB live at once beside 8 MiB that come back, though only 8 MiB are left: 72."""
+def test_the_peak_includes_memory_freed_within_the_call() -> None:
+    """64 MiB that are freed and the 8 MiB of the result exist at once: 72 MiB, although only 8 MiB remain."""
     program = """
 import json, torch
 from oner_fast.benchmarks.peak_memory import peak_bytes
@@ -45,7 +45,7 @@ print(json.dumps([peak, results[0].nbytes]))
 
 @linux
 def test_a_case_is_measured_in_a_process_of_its_own() -> None:
-    """Tokens (16, 98, 768) float32 come out: 4.6 MiB."""
+    """The output, (16, 98, 768) float32, has 4.6 MiB."""
     case = cases(quick=True, ops=["masked_gather"])[0]
     found = peak_memory.measure(case, "eager embedding", quick=True)
     out = 16 * 98 * 768 * 4
@@ -53,7 +53,7 @@ def test_a_case_is_measured_in_a_process_of_its_own() -> None:
     assert found.saved == 2 * 16 * 98 * 8 and found.saved_beyond_inputs == 0  # numbers of rows and of positions
 
 
-def test_a_process_that_fails_says_why() -> None:
+def test_a_failing_process_says_why() -> None:
     case = cases(quick=True, ops=["masked_gather"])[0]
     with pytest.raises(peak_memory.Unavailable, match="has no contender 'nobody'"):
         peak_memory.measure(case, "nobody", quick=True)
@@ -61,7 +61,7 @@ def test_a_process_that_fails_says_why() -> None:
 
 def test_saved_bytes_count_each_storage_once() -> None:
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        product = x * y  # keeps x and y, twice the same storage where they are one
+        product = x * y  # keeps x and y, which may share a storage
         return product.exp()  # keeps its result
 
     x = torch.ones(1000, requires_grad=True)

@@ -28,7 +28,7 @@ def test_seconds_of_a_call_by_operation_and_phase() -> None:
         assert len(seconds) == LISTED + 2 and listed == sorted(listed, reverse=True)
         assert min(seconds.values()) >= 0 and list(seconds)[LISTED:] == [REST, OUTSIDE]
     assert "aten::mm" in found["forward"] and "aten::mm" in found["backward"]
-    # Sleeping is no operation, and the mean is that of one call.
+    # Sleeping is not an operation, and the mean is over calls.
     assert 0.05 <= found["forward"][OUTSIDE] < 0.05 * CALLS
 
 

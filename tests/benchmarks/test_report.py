@@ -38,7 +38,7 @@ def test_ratios_and_shares() -> None:
     made = row()
     assert (made.best, made.eager) == ("compiled a", "eager a")
     assert made.speedup and made.speedup.p50 == 2.0 and made.speedup_eager and made.speedup_eager.p50 == 3.0
-    # Half of the limit's work in twice its time.
+    # Half of the limit's work takes twice its time.
     assert made.share == pytest.approx(0.25) and made.limit_rate == 2e9 and made.rate == 5e8
     assert (made.limit, made.limit_unit) == ("limit: mm", "GFLOP/s")
     assert made.floor == {"gemm": pytest.approx(0.25), "copy": pytest.approx(0.01)}
@@ -56,7 +56,7 @@ def test_verdicts() -> None:
     assert verdict(Row("masked_gather", "tiny", "float32", refused={OURS: "wrong"})) == "REFUSED"
 
 
-def test_the_report_is_the_same_from_its_json(tmp_path: Path) -> None:
+def test_a_report_read_from_its_json_is_equal(tmp_path: Path) -> None:
     report = Report("oner-fast bench ops", "a machine", {"threads": 2}, [row()], finished=True)
     data, page, _ = report.write(tmp_path)
     again = Report.read(data)
@@ -64,7 +64,7 @@ def test_the_report_is_the_same_from_its_json(tmp_path: Path) -> None:
     assert again.markdown() == page.read_text()
 
 
-def test_the_page_shows_what_matters(tmp_path: Path) -> None:
+def test_the_page_shows_ratios_targets_and_refusals(tmp_path: Path) -> None:
     page = Report("oner-fast bench ops", "a machine", {}, [row()]).markdown()
     for words in (
         "Machine: a machine",
@@ -82,7 +82,7 @@ def test_the_page_shows_what_matters(tmp_path: Path) -> None:
     assert "REFUSED" in page and "refused, wrong: oner_fast: result 0" in page and "not finished" not in page
 
 
-def test_a_missed_target_shows_what_stands_in_the_way() -> None:
+def test_a_missed_target_shows_where_the_time_goes() -> None:
     missed = row()
     page = Report("c", "m", {}, [missed]).markdown()
     assert "The machine needs 250 ms for its products at the best product's rate; 10 ms for its bytes" in page

@@ -1,4 +1,4 @@
-"""The step benchmark: its baseline is the same step, and its shares are whole."""
+"""The step benchmark: its baseline computes the same step, and its shares add up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def steps(dtype: torch.dtype | None = None) -> tuple[OurStep, PlainStep]:
 def test_the_baseline_is_the_same_step() -> None:
     ours, plain = steps()
     check(ours, plain, 1e-5, 1e-4)
-    # Both apply what they found: after a step of each, the next losses still agree, and have changed.
+    # Both update: after one step of each, the next losses still agree, and they have changed.
     before = ours.gradient()["loss"]
     ours.optimizer.zero_grad()
     for step in (ours, plain):
@@ -67,7 +67,7 @@ def test_a_wrong_baseline_is_refused() -> None:
     assert not ours.gradients() and not plain.gradients()
 
 
-def test_a_teacher_that_is_not_ours_is_refused() -> None:
+def test_a_teacher_with_other_weights_is_refused() -> None:
     ours, plain = steps()
     with torch.no_grad():
         plain.teacher.norm.weight[0] += 1.0
@@ -75,7 +75,7 @@ def test_a_teacher_that_is_not_ours_is_refused() -> None:
         check(ours, plain, 1e-5, 1e-4)
 
 
-def test_the_captions_have_the_lengths_that_are_named() -> None:
+def test_the_captions_have_the_stated_lengths() -> None:
     lengths = synthetic_batch(tiny()).text.lengths
     assert (int(lengths.min()), int(lengths.max()), lengths.numel()) == (8, 40, 8)
     assert torch.equal(synthetic_batch(tiny()).images, synthetic_batch(tiny()).images)
@@ -111,7 +111,7 @@ def test_shares_add_up_to_the_step() -> None:
         ("aten::view", REST),
     ],
 )
-def test_operations_are_sorted_by_kind(operation: str, kind: str) -> None:
+def test_operations_are_grouped_by_kind(operation: str, kind: str) -> None:
     assert kind_of(operation) == kind
 
 

@@ -1,4 +1,4 @@
-"""`oner-fast bench uta`: the three ways compute what they say, and the table holds what was measured."""
+"""`oner-fast bench uta`: the three students compute what their names say, and the table shows the figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_gathering_later_gives_the_same_gradients(ratio: float) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_mask_tokens_enter_in_place_of_what_is_hidden() -> None:
+def test_mask_tokens_replace_hidden_patches() -> None:
     names = {name: len(SETTING.step(name, 0.5)()) for name in student.NAMES}
     assert names[student.MASK_TOKENS] == names[student.VISIBLE] + 1
     hidden = student.uta_flops(SMALL, [17]), student.uta_flops(SMALL, [9])
@@ -44,7 +44,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert cells[0][4] == "1.00" and "32 px, patch 8" in capsys.readouterr().out
 
 
-def test_the_teacher_is_measured_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teachers_tokens_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = CLIPConfig(
         image_size=32, patch_size=8, vision_width=16, vision_layers=1, vision_heads=2, text_width=16, text_layers=1,
         text_heads=2, context_length=8, embed_dim=8,
@@ -60,7 +60,7 @@ def test_the_teacher_is_measured_beside(tmp_path: Path, monkeypatch: pytest.Monk
     assert f"| {student.COMPUTED} | " in text and f"| {student.CACHED} | " in text
 
 
-def test_the_peak_is_that_of_a_process_of_its_own() -> None:
+def test_the_peak_is_measured_in_its_own_process() -> None:
     sizes = UTAConfig(image_size=64, patch_size=8, width=64, depth=2, heads=2, mlp_hidden=96, embed_dim=8)
     wide = student.Setting(sizes, 32, "cpu", "fp32")
     seen, fed = wide.peak(student.VISIBLE, 0.75), wide.peak(student.MASK_TOKENS, 0.75)

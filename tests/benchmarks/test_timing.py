@@ -20,19 +20,19 @@ def test_rounds_are_interleaved_after_preparing_and_warming_up() -> None:
     assert {name: len(one.seconds) for name, one in samples.items()} == {"A": 3, "B": 3}
 
 
-def test_preparing_is_in_no_sample() -> None:
+def test_preparation_is_not_timed() -> None:
     sleepy = Candidate("sleepy", lambda call: None, lambda: time.sleep(0.2), setup_seconds=1.0)
     samples = interleave([sleepy], rounds=3)["sleepy"]
     assert 1.2 <= samples.setup_seconds < 2.0 and samples.p80 < 0.1
 
 
-def test_the_collector_rests_while_timing_and_returns() -> None:
+def test_garbage_collection_stops_while_timing() -> None:
     seen: list[bool] = []
     interleave([Candidate("A", lambda call: seen.append(gc.isenabled()))], rounds=4)
     assert seen[1:] == [False] * 5 and gc.isenabled()
 
 
-def test_a_slow_candidate_has_few_rounds_and_no_budget_is_ignored() -> None:
+def test_a_slow_candidate_has_few_rounds_within_the_time_limit() -> None:
     samples = interleave(
         [Candidate("fast", lambda call: None), Candidate("slow", lambda call: time.sleep(0.02))], seconds=0.1
     )
@@ -40,7 +40,7 @@ def test_a_slow_candidate_has_few_rounds_and_no_budget_is_ignored() -> None:
     assert timing.LEAST_ROUNDS <= len(samples["fast"].seconds) <= timing.MOST_ROUNDS
 
 
-def test_what_a_run_returns_is_freed_within_its_time() -> None:
+def test_freeing_the_result_is_timed() -> None:
     alive: list[int] = []
 
     class Result:
@@ -59,7 +59,7 @@ def test_what_a_run_returns_is_freed_within_its_time() -> None:
 
 
 def test_ratio_is_the_median_of_the_ratios_within_rounds() -> None:
-    """Medians of the columns would give 3 / 2."""
+    """The medians of the two columns would give 3 / 2."""
     slower, faster = Samples("slower", [2.0, 30.0, 3.0]), Samples("faster", [1.0, 10.0, 2.0])
     assert ratio(slower, faster).p50 == 2.0
     assert ratio(Samples("few", [2.0, 2.0]), faster).p50 == pytest.approx((2.0 + 0.2) / 2)
@@ -82,13 +82,13 @@ def test_a_rotation_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"seconds": 1.0, "rounds": 1}])
-def test_one_length_is_given(options: dict[str, float]) -> None:
+def test_exactly_one_of_seconds_and_rounds_is_needed(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="seconds or rounds"):
         interleave([Candidate("A", lambda call: None)], **options)  # type: ignore[arg-type]
 
 
 def test_names_are_unique() -> None:
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="distinct names"):
         interleave([Candidate("A", lambda call: None)] * 2, rounds=1)
-    with pytest.raises(ValueError, match="names of their own"):
+    with pytest.raises(ValueError, match="distinct names"):
         interleave([], rounds=1)

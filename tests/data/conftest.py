@@ -35,11 +35,11 @@ Member = tuple[str, bytes]
 
 
 class Tars:
-    """Makers of images, samples and tars."""
+    """Make images, samples and tars."""
 
     @staticmethod
     def draw(i: int, side: int = 24, kind: str = "PNG") -> bytes:
-        """An image that differs from every other."""
+        """Draw an image that differs from all others."""
         y, x = np.mgrid[:side, :side]
         pixels = np.stack([(x * (i % 7 + 1) * 9) % 256, (y * (i % 5 + 1) * 9) % 256, (x + y + i * 13) % 256], axis=2)
         out = io.BytesIO()
@@ -48,12 +48,12 @@ class Tars:
 
     @staticmethod
     def caption(i: int) -> str:
-        """A caption of one to three words and a number."""
+        """Make a caption of one to three words and a number."""
         return " ".join(WORDS[(i * (k + 3) + k) % len(WORDS)] for k in range(i % 3 + 1)) + f" {i}"
 
     @classmethod
     def pair(cls, i: int, extension: str = "png") -> list[Member]:
-        """The members of sample `i`, as img2dataset names them."""
+        """Members of sample `i`, named as img2dataset names them."""
         key, kind = f"{i:09d}", {"png": "PNG", "jpg": "JPEG"}[extension]
         meta = json.dumps({"caption": cls.caption(i), "key": key, "concept": str(i)}).encode()
         return [
@@ -64,12 +64,12 @@ class Tars:
 
     @classmethod
     def pairs(cls, numbers: Iterable[int], extension: str = "png") -> list[Member]:
-        """The members of several samples."""
+        """Members of several samples."""
         return [member for i in numbers for member in cls.pair(i, extension)]
 
     @staticmethod
     def write(path: Path, members: Iterable[Member], form: int = tarfile.USTAR_FORMAT) -> Path:
-        """A tar of the members in order."""
+        """Write a tar of the members in order."""
         with tarfile.open(path, "w", format=form) as tar:
             for name, data in members:
                 info = tarfile.TarInfo(name)
@@ -79,7 +79,7 @@ class Tars:
 
     @classmethod
     def folder(cls, folder: Path, samples: int = 40, shards: int = 2, listed: bool = True) -> Path:
-        """A dataset folder of `samples` pairs, with dataset.json where `listed`."""
+        """Write a dataset folder of `samples` pairs, with dataset.json where `listed`."""
         folder.mkdir()
         per_shard = -(-samples // shards)
         entries = []
@@ -96,5 +96,5 @@ class Tars:
 
 @pytest.fixture(scope="session")
 def tars() -> type[Tars]:
-    """The makers above."""
+    """The class that makes images, samples and tars."""
     return Tars

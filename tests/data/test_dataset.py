@@ -49,7 +49,7 @@ def test_splits(tars, tmp_path):
         PairDataset(listed, "val")
 
 
-def test_what_is_not_there_is_named(tars, tmp_path):
+def test_missing_data_are_named(tars, tmp_path):
     with pytest.raises(ValueError, match="no dataset at .*nowhere"):
         PairDataset(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="0 tars found"):
@@ -69,25 +69,25 @@ def test_what_is_not_there_is_named(tars, tmp_path):
         ([("k.png", b"x"), ("k.json", b'{"caption": null}')], "it has no caption"),
         ([("k.png", b"x"), ("k.txt", b" \n")], "its caption is empty"),
         ([("k.png", b"x"), ("k.txt", b"\xff\xfe")], "not UTF-8"),
-        ([("k.txt", b"x")], "no picture"),
+        ([("k.txt", b"x")], "no image"),
         ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"{")], "its json cannot be read"),
         ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"[1]")], "its json is a list"),
     ],
 )
-def test_what_cannot_be_read_is_named(tars, tmp_path, members, why):
+def test_unreadable_samples_are_named(tars, tmp_path, members, why):
     dataset = PairDataset(tars.write(tmp_path / "a.tar", [*tars.pair(0), *members]))
     assert dataset.read(0).caption == tars.caption(0)
     with pytest.raises(CorruptSample, match=f"a.tar:k: .*{why}"):
         dataset.read(1)
 
 
-def test_a_caption_may_stand_in_the_json(tars, tmp_path):
+def test_a_caption_may_be_in_the_json(tars, tmp_path):
     members = [("k.png", b"x"), ("k.json", json.dumps({"caption": " ein Haus "}).encode())]
     dataset = PairDataset(tars.write(tmp_path / "a.tar", members))
     assert dataset.read(0).caption == dataset.read(0, meta=False).caption == dataset.caption(0) == "ein Haus"
 
 
-def test_damage_moves_no_other_sample(tars, tmp_path, caplog):
+def test_damage_does_not_renumber_other_samples(tars, tmp_path, caplog):
     folder = tars.folder(tmp_path / "d", samples=30, shards=3)
     middle = folder / "train-000001.tar"
     data = bytearray(middle.read_bytes())
@@ -121,7 +121,7 @@ def test_a_tar_cut_off_after_it_was_opened(tars, tmp_path):
         dataset.read(2)
 
 
-def test_files_are_opened_late_and_anew_in_a_copy(tars, tmp_path, monkeypatch):
+def test_files_are_opened_at_first_read_and_again_in_a_copy(tars, tmp_path, monkeypatch):
     monkeypatch.setattr("oner_fast.data.dataset._OPEN_FILES", 2)
     dataset = PairDataset(tars.folder(tmp_path / "d", samples=20, shards=5))
     assert not dataset._files
@@ -134,7 +134,7 @@ def test_files_are_opened_late_and_anew_in_a_copy(tars, tmp_path, monkeypatch):
     assert dataset.read(5) == copy.read(5)
 
 
-def test_processes_share_no_position(tars, tmp_path):
+def test_processes_do_not_share_a_file_position(tars, tmp_path):
     dataset = PairDataset(tars.folder(tmp_path / "d", samples=20))
     dataset.read(0)
     with multiprocessing.get_context("fork").Pool(2) as pool:

@@ -22,7 +22,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, 0 * x + 90], 2).astype(np.uint8))
 
 
-def test_transparency_lies_on_white():
+def test_transparency_becomes_white():
     layer = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     layer.putpixel((1, 0), (200, 0, 0, 0))
     assert list(np.asarray(decode(encoded(layer))).reshape(-1)) == [200, 0, 0, 255, 255, 255]
@@ -37,7 +37,7 @@ def test_transparency_lies_on_white():
     assert decode(encoded(rgb, transparency=(1, 2, 3))).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_deep_and_shallow_grey():
+def test_16_bit_and_float_grey_are_scaled():
     deep = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
     for kind in ("PNG", "TIFF"):
         assert [pixel[0] for pixel in np.asarray(decode(encoded(deep, kind))).reshape(-1, 3)] == [0, 100, 255]
@@ -55,23 +55,23 @@ def test_cmyk_jpeg_keeps_its_colours():
     assert np.abs(np.asarray(decoded).astype(int) - (230, 20, 20)).max() <= 6
 
 
-def test_turned_by_its_exif():
+def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode(encoded(picture(40, 20), "JPEG", exif=exif)).size == (20, 40)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_whole_pictures_decode_and_cut_ones_are_corrupt(kind):
+def test_whole_images_decode_and_truncated_ones_are_corrupt(kind):
     data = encoded(picture(64, 48), kind)
     assert decode(data).size == (64, 48)
-    with pytest.raises(CorruptSample, match="a.tar:k: not a readable picture"):
+    with pytest.raises(CorruptSample, match="a.tar:k: not a readable image"):
         decode(data[: len(data) // 2], "a.tar:k")
 
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"<html>not found</html>", bytes(1000)])
-def test_what_is_no_picture(data):
-    with pytest.raises(CorruptSample, match="not a readable picture"):
+def test_bytes_that_are_no_image_are_refused(data):
+    with pytest.raises(CorruptSample, match="not a readable image"):
         decode(data)
 
 
@@ -95,7 +95,7 @@ def test_a_transform_is_replayed_from_its_integers():
     assert not torch.equal(first, transform(image, rng.integers(0, 2**32, RANDOMS)))
 
 
-def test_each_integer_does_its_part():
+def test_each_integer_changes_the_result():
     image = picture(64, 64)
     transform = ImageTransform(64, scale=(0.25, 1.0))
     middle = 2**31
@@ -129,13 +129,13 @@ def test_crops_cover_the_stated_areas():
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (1, 300), (300, 1), (7, 3), (32, 32)])
-def test_odd_shapes_are_no_trouble(width, height):
+def test_extreme_aspect_ratios_work(width, height):
     for randoms in ([0] * RANDOMS, [FULL] * RANDOMS, [FULL, 0, FULL, 0, FULL]):
         assert ImageTransform(32)(picture(width, height), np.array(randoms)).shape == (3, 32, 32)
     assert eval_transform(32)(picture(width, height)).shape == (3, 32, 32)
 
 
-def test_evaluation_takes_the_centre():
+def test_evaluation_crops_the_centre():
     image = Image.new("RGB", (96, 32), (0, 0, 0))
     image.paste((255, 255, 255), (32, 0, 64, 32))
     assert (eval_transform(32)(image) == 255).all()

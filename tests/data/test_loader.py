@@ -41,7 +41,7 @@ def make(dataset, tokenizer):
 
 
 def digest(batches) -> str:
-    """A fingerprint of the pairs of one step, in order, whatever number of parts they came in."""
+    """Fingerprint of the pairs of one step, in order, for any number of parts."""
     state = hashlib.sha256()
     for values in (
         torch.cat([batch.images for batch in batches]),
@@ -62,7 +62,7 @@ def steps_of(loaders, count):
 
 @pytest.fixture(scope="module")
 def expected(dataset, tokenizer):
-    """The fingerprints of steps 0 to 11, over two epochs and more."""
+    """Fingerprints of steps 0 to 11, more than two epochs."""
     return steps_of([PairLoader(dataset, tokenizer, batch_size=BATCH, seed=SEED, image_size=SIZE)], 12)
 
 
@@ -82,7 +82,7 @@ def test_batches_follow_from_their_definition(make, dataset, tokenizer):
     assert (batch.step, batch.epoch, batch.corrupt, batch.samples.tolist()) == (7, 1, 0, list(range(BATCH)))
 
 
-def test_an_epoch_shows_no_sample_twice(make):
+def test_an_epoch_repeats_no_sample(make):
     loader = make()
     for _ in range(3):
         captions = [caption for _ in range(loader.steps_per_epoch) for caption in next(loader).captions]
@@ -90,13 +90,13 @@ def test_an_epoch_shows_no_sample_twice(make):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_change_nothing(make, expected, workers):
+def test_the_number_of_workers_changes_no_batch(make, expected, workers):
     with make(workers=workers) as loader:
         assert steps_of([loader], 12) == expected
 
 
 @pytest.mark.parametrize("world_size, workers", [(2, 0), (4, 0), (2, 1)])
-def test_ranks_change_nothing(make, expected, world_size, workers):
+def test_the_number_of_ranks_changes_no_batch(make, expected, world_size, workers):
     loaders = [make(rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
     assert steps_of(loaders, 6 if workers else 12) == expected[: 6 if workers else 12]
     for loader in loaders:
@@ -104,12 +104,12 @@ def test_ranks_change_nothing(make, expected, world_size, workers):
 
 
 @pytest.mark.parametrize("start", range(1, 12))
-def test_any_step_can_be_begun_at(make, expected, start):
+def test_loading_can_start_at_any_step(make, expected, start):
     assert steps_of([make(start_step=start)], 1) == expected[start : start + 1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_state_goes_on_where_it_was_taken(make, expected, workers):
+def test_loading_continues_from_a_state(make, expected, workers):
     first = make(workers=workers)
     steps_of([first], 7)
     state = first.state_dict()
@@ -123,7 +123,7 @@ def test_state_goes_on_where_it_was_taken(make, expected, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_who_looks_ahead_sees_each_batch_one_step_early(make, expected, workers):
+def test_ahead_gets_each_batch_one_step_early(make, expected, workers):
     loader, seen = make(workers=workers), []
     loader.ahead = lambda batch: seen.append(digest([batch]))
     for step in range(3):
@@ -164,7 +164,7 @@ def test_an_interrupted_step_is_made_again(make, expected, monkeypatch):
     assert loader.step == 2 and steps_of([loader], 2) == expected[2:4]
 
 
-def test_training_randomness_and_threads_are_left_alone(make):
+def test_loading_leaves_training_randomness_and_threads_alone(make):
     torch.manual_seed(1)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     with make(workers=2) as loader:
@@ -172,7 +172,7 @@ def test_training_randomness_and_threads_are_left_alone(make):
         assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
 
 
-def test_a_fixed_transform_can_stand_in(make, dataset):
+def test_another_transform_can_be_given(make, dataset):
     batch = next(make(transform=eval_transform(SIZE)))
     first = dataset.read(Permutation(42, SEED, 0)[0])
     assert torch.equal(batch.images[0], eval_transform(SIZE)(decode(first.image)))
@@ -180,7 +180,7 @@ def test_a_fixed_transform_can_stand_in(make, dataset):
 
 @pytest.fixture
 def broken(tars, tmp_path):
-    """The same pairs with sample 3's image cut short, 17's caption empty and 30's no image."""
+    """The same pairs, but sample 3's image is truncated, 17's caption is empty and 30's image is no image."""
     members = tars.pairs(range(42))
     for place, (name, data) in enumerate(members):
         if name == "000000003.png":
@@ -192,7 +192,7 @@ def broken(tars, tmp_path):
     return PairDataset(tars.write(tmp_path / "broken.tar", members))
 
 
-def test_a_corrupt_sample_moves_no_other(make, broken, caplog):
+def test_a_corrupt_sample_does_not_move_others(make, broken, caplog):
     whole, hurt = make(), make(broken)
     order = {epoch: Permutation(42, SEED, epoch) for epoch in range(3)}
     met, counted = set(), 0
@@ -215,7 +215,7 @@ def test_a_corrupt_sample_moves_no_other(make, broken, caplog):
     assert met == {3, 17, 30} and hurt.corrupt == counted >= 7 and whole.corrupt == 0
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 3 == len(hurt.corrupt_names)  # each named once
-    for said in ("broken.tar:000000003: not a readable picture", "000000017: its caption is empty", "000000030: not"):
+    for said in ("broken.tar:000000003: not a readable image", "000000017: its caption is empty", "000000030: not"):
         assert sum(said in message for message in messages) == 1
 
 
@@ -240,7 +240,7 @@ def test_corruption_is_counted_across_workers(make, broken, caplog):
     assert len(caplog.records) == len(alone.corrupt_names)
 
 
-def test_nothing_good_at_all_is_an_error(make, tars, tmp_path):
+def test_only_corrupt_samples_are_an_error(make, tars, tmp_path):
     members = [(f"{i}.{kind}", b"x") for i in range(9) for kind in ("png", "txt")]
     loader = make(PairDataset(tars.write(tmp_path / "a.tar", members)))
     with pytest.raises(RuntimeError, match=f"all {CANDIDATES} substitutes are corrupt; the last is a.tar"):
@@ -271,6 +271,6 @@ def test_bad_options_are_refused(make, options, said):
         make(**options)
 
 
-def test_a_batch_can_be_replaced_in_part(make):
+def test_part_of_a_batch_can_be_replaced(make):
     batch = next(make())
     assert replace(batch, corrupt=3).corrupt == 3

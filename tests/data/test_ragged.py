@@ -26,7 +26,7 @@ def test_pack(pack: Pack) -> None:
 
 @pytest.mark.parametrize("pack", BOTH)
 @pytest.mark.parametrize("lists", [[], [[]], [[], []]])
-def test_nothing(pack: Pack, lists: list[list[int]]) -> None:
+def test_empty_lists(pack: Pack, lists: list[list[int]]) -> None:
     flat, cu_seqlens = pack(lists)
     assert flat.shape == (0,) and flat.dtype == torch.int64
     assert cu_seqlens.tolist() == [0] * (len(lists) + 1)
@@ -34,7 +34,7 @@ def test_nothing(pack: Pack, lists: list[list[int]]) -> None:
 
 @native
 @given(st.lists(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=12), max_size=12))
-def test_native_is_python(lists: list[list[int]]) -> None:
+def test_compiled_and_python_packing_agree(lists: list[list[int]]) -> None:
     ours, theirs = ragged.pack_native(lists), ragged.pack_python(lists)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
@@ -55,7 +55,7 @@ def test_bad_input_is_named(pack: Pack, lists: Any, error: type[Exception], mess
         pack(lists)
 
 
-def test_the_compiled_one_is_used_where_it_is_built() -> None:
+def test_the_compiled_module_is_used_where_it_is_built() -> None:
     assert ragged.pack is (ragged.pack_python if ragged._native_pack is None else ragged.pack_native)
 
 

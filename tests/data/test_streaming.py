@@ -24,7 +24,7 @@ def stream(tokenizer):
 
 @pytest.fixture
 def pipes(tars, tmp_path):
-    """Four streams of ten pairs."""
+    """Four streams of ten pairs each."""
     files = [tars.write(tmp_path / f"{k}.tar", tars.pairs(range(k * 10, k * 10 + 10))) for k in range(4)]
     return [f"pipe:cat {file}" for file in files]
 
@@ -55,7 +55,7 @@ def test_batches_are_like_the_loaders(stream, pipes, tars):
 
 
 @pytest.mark.parametrize("streams", [4, 1])
-def test_ranks_share_out_the_pairs(stream, pipes, streams):
+def test_ranks_divide_the_pairs(stream, pipes, streams):
     drawn = []
     for rank in range(2):
         pairs = stream(pipes[:streams], rank=rank, world_size=2, shuffle=0, batch_size=10)
@@ -65,7 +65,7 @@ def test_ranks_share_out_the_pairs(stream, pipes, streams):
     assert sorted(drawn) == list(range(40 if streams == 4 else 10))
 
 
-def test_says_once_that_resume_is_not_exact(stream, pipes, caplog):
+def test_the_log_says_once_that_resume_is_not_exact(stream, pipes, caplog):
     pairs = stream(pipes)
     with caplog.at_level(logging.WARNING, "oner_fast.data"):
         next(pairs)
@@ -84,7 +84,7 @@ def test_a_resumed_run_counts_on(stream, pipes):
     assert (batch.step, batch.epoch, other.step) == (3, 1, 4)
 
 
-def test_what_cannot_be_read_is_left_out_and_counted(stream, tars, tmp_path, caplog):
+def test_unreadable_samples_are_left_out_and_counted(stream, tars, tmp_path, caplog):
     members = tars.pairs(range(12))
     members[3] = (members[3][0], b"no picture")
     members[7] = (members[7][0], b"")
@@ -107,7 +107,7 @@ def test_streams_without_a_pair_are_an_error(stream, tars, tmp_path):
     with pytest.raises(RuntimeError, match="gave no sample: stream: .*nowhere"):
         next(stream(str(tmp_path / "nowhere.tar")))
     bad = tars.write(tmp_path / "bad.tar", [("a.png", b"x"), ("a.txt", b"a")])
-    with pytest.raises(RuntimeError, match="no good pair; .*bad.tar:a: not a readable picture"):
+    with pytest.raises(RuntimeError, match="no readable pair; .*bad.tar:a: not a readable image"):
         next(stream(f"pipe:cat {bad}"))
 
 

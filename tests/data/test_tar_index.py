@@ -26,7 +26,7 @@ def flip(path, place):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_finds_what_was_written(tars, tmp_path, form):
+def test_the_index_finds_the_written_members(tars, tmp_path, form):
     long = "folder/" * 20 + "x" * 120  # longer than a header holds
     members = tars.pairs(range(5)) + [("a/b/key.jpg", b"J"), ("a/b/key.txt", "über".encode())]
     if form != tarfile.USTAR_FORMAT:
@@ -71,7 +71,7 @@ def test_upper_case_extensions_and_scattered_members(tars, tmp_path):
     assert bytes_at(index, 1, TEXT) == b"b"
 
 
-def test_is_kept_beside_the_tar_with_fixed_bytes(tars, tmp_path):
+def test_the_index_is_saved_beside_the_tar_with_fixed_bytes(tars, tmp_path):
     path = tars.write(tmp_path / "a.tar", tars.pairs(range(4)))
     first = load_index(path)
     stored = TarIndex.file(path).read_bytes()
@@ -92,7 +92,7 @@ def test_a_current_index_is_used_without_a_scan(tars, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip", None])
-def test_a_damaged_or_foreign_index_is_made_anew(tars, tmp_path, content):
+def test_a_damaged_or_foreign_index_is_rebuilt(tars, tmp_path, content):
     path = tars.write(tmp_path / "a.tar", tars.pairs(range(4)))
     load_index(path)
     file = TarIndex.file(path)
@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_written_is_read(tars, tmp_path, monkeypatch):
     assert not TarIndex.file(path).exists()
 
 
-def test_a_flipped_header_costs_its_own_member_only(tars, tmp_path):
+def test_a_damaged_header_loses_only_its_member(tars, tmp_path):
     path = tars.write(tmp_path / "a.tar", tars.pairs(range(6)))
     whole = build_index(path)
     place = header_place(path, "000000003.png")
@@ -133,7 +133,7 @@ def test_a_flipped_header_costs_its_own_member_only(tars, tmp_path):
     assert np.array_equal(index.offsets, expected)
     assert "a.tar: header is damaged (checksum " in index.damage[0]
     assert f"at byte {place} after key '000000002'" in index.damage[0]
-    assert index.damage[1:] == ["a.tar: key '000000003' has no whole picture"]
+    assert index.damage[1:] == ["a.tar: key '000000003' has no whole image"]
 
 
 def test_a_lost_last_header(tars, tmp_path):
@@ -145,7 +145,7 @@ def test_a_lost_last_header(tars, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [0, 200, 512, 530])
-def test_a_truncated_tar_keeps_what_is_whole(tars, tmp_path, cut):
+def test_a_truncated_tar_keeps_its_complete_samples(tars, tmp_path, cut):
     path = tars.write(tmp_path / "a.tar", tars.pairs(range(6)))
     place = header_place(path, "000000004.png")
     path.write_bytes(path.read_bytes()[: place + cut])
@@ -167,13 +167,13 @@ def test_zeroed_bytes_in_the_middle(tars, tmp_path):
     assert f"zeroed bytes, with {len(data) - stop} bytes of tar after them at byte {start}" in index.damage[0]
 
 
-def test_missing_and_double_members_are_named(tars, tmp_path):
+def test_missing_and_duplicate_members_are_named(tars, tmp_path):
     members = [("a.png", b"1"), ("b.txt", b"b"), ("c.png", b"3"), ("c.txt", b"c"), ("c.txt", b"again")]
     index = build_index(tars.write(tmp_path / "a.tar", members))
     assert index.keys == ["a", "b", "c"]
     assert bytes_at(index, 2, TEXT) == b"c"
     assert "key 'c' has a second txt" in index.damage[0]
-    assert index.damage[1:] == ["a.tar: key 'b' has no whole picture", "a.tar: key 'a' has no caption"]
+    assert index.damage[1:] == ["a.tar: key 'b' has no whole image", "a.tar: key 'a' has no caption"]
 
 
 def test_sizes_beyond_octal(tars, tmp_path):
@@ -189,7 +189,7 @@ def test_sizes_beyond_octal(tars, tmp_path):
     assert json.loads(bytes_at(index, 0, META))["key"] == "000000000"
 
 
-def test_no_tar_at_all(tmp_path):
+def test_a_file_that_is_no_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"x" * 5000)
     index = build_index(tmp_path / "a.tar")
     assert len(index) == 0 and "header is damaged" in index.damage[0]

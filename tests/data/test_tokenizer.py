@@ -30,12 +30,12 @@ def tokenizer():
     return Tokenizer.train(CAPTIONS, 120)
 
 
-def test_specials_come_first(tokenizer):
+def test_special_tokens_come_first(tokenizer):
     assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id, tokenizer.first_word_id) == (0, 1, 2, 3)
     assert 60 < tokenizer.vocab_size <= 120
 
 
-def test_packs_words_without_specials(tokenizer):
+def test_words_are_packed_without_special_tokens(tokenizer):
     text = tokenizer(["Arrow UP", "", "sun-rise café 漢", "red"])
     assert text.input_ids.dtype == torch.int64 and text.cu_seqlens.dtype == text.word_ids.dtype == torch.int32
     assert len(text) == 4 and text.cu_seqlens[-1] == text.input_ids.numel() == text.word_ids.numel()
@@ -66,7 +66,7 @@ def test_truncation_and_bad_input(tokenizer):
         tokenizer(["arrow"], max_tokens=0)
 
 
-def test_written_specials_are_plain_text(tokenizer):
+def test_special_tokens_in_captions_are_plain_text(tokenizer):
     assert not set(tokenizer(["[MASK] [PAD]"]).input_ids.tolist()) & {tokenizer.mask_id, tokenizer.pad_id}
 
 
@@ -85,7 +85,7 @@ def test_training_gives_the_same_bytes_in_any_process(tmp_path):
     assert len(digests) == 1
 
 
-def test_a_vocabulary_too_small_is_refused():
+def test_a_too_small_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size must be at least"):
         Tokenizer.train(CAPTIONS, 10)
 
@@ -108,7 +108,7 @@ def test_saved_loaded_and_pickled_agree(tokenizer, tmp_path):
 BERT = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused1]", "!", "[", "]", "a", "house", "##s"]
 
 
-def test_a_vocab_txt_of_berts_kind(tmp_path):
+def test_a_vocab_txt_in_berts_format(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(BERT) + "\n")
     tokenizer = Tokenizer.load(tmp_path / "vocab.txt")
     assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.mask_id, tokenizer.first_word_id) == (0, 2, 5, 7)

@@ -1,4 +1,4 @@
-"""Workers leave signals to the training process and never outlive it."""
+"""Workers ignore signals, which the training process handles, and never outlive it."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ print(children, flush=True)
 if sys.argv[2:] == ["leave"]:
     sys.exit()
 if sys.argv[2:] == ["sleep"]:
-    time.sleep(60)  # prefetched batches lie unread
+    time.sleep(60)  # prefetched batches stay unread
 while len(stop) < 2:
     next(loader)
     time.sleep(0.01)
@@ -59,7 +59,7 @@ def run(tars, tmp_path):
     started = []
 
     def start(*arguments: str) -> tuple[subprocess.Popen, list[int]]:
-        # Captions so long that a worker's result pipe is full, and the worker waits for a reader.
+        # The captions are so long that a worker's result pipe is full, and the worker waits for a reader.
         members = [(name, data * 2000 if name.endswith("txt") else data) for name, data in tars.pairs(range(20))]
         process = subprocess.Popen(
             [sys.executable, "-c", RUN, str(tars.write(tmp_path / "long.tar", members)), *arguments],
@@ -80,15 +80,15 @@ def run(tars, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 class TestWorkers:
-    def test_end_when_the_training_process_is_killed(self, run):
+    def test_workers_end_when_the_training_process_is_killed(self, run):
         process, workers = run("sleep")
-        os.kill(workers[0], signal.SIGTERM)  # not from the training process: to be passed over
+        os.kill(workers[0], signal.SIGTERM)  # not from the training process, so it is ignored
         time.sleep(0.5)
         assert len(workers) == 2 and all(map(alive, workers))
         process.kill()
         assert gone(workers, 6)
 
-    def test_go_on_when_the_whole_group_is_asked_to_stop(self, run):
+    def test_workers_continue_when_the_whole_group_is_signalled(self, run):
         process, workers = run()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
         os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does
@@ -96,7 +96,7 @@ class TestWorkers:
         assert out == "ended well\n" and process.returncode == 0, errors
         assert gone(workers, 6)
 
-    def test_are_ended_quietly_by_a_program_that_just_ends(self, run):
+    def test_workers_end_quietly_when_the_program_ends(self, run):
         process, workers = run("leave")
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0 and errors == "" and gone(workers, 6)

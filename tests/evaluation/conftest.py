@@ -1,4 +1,4 @@
-"""A small data set and a model that reads it: each image's colour is its number, and the model knows the captions."""
+"""A small data set and a model for it: each image's colour encodes its number, and the model knows the captions."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ VAL = ["blue circle", "Blue Circle", "arrow", "arrow up", "square left", "purple
 
 
 def picture(number: int) -> bytes:
-    """A PNG all of one colour, which tells its number."""
+    """Draw a PNG of one colour, which encodes its number."""
     out = io.BytesIO()
     Image.new("RGB", (20, 20), (number, 255 - number, 50)).save(out, "png")
     return out.getvalue()
@@ -31,12 +31,12 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture
 def draw() -> Callable[[int], bytes]:
-    """A maker of such images."""
+    """The function that draws such images."""
     return picture
 
 
 class Reader:
-    """Embeds an image as the words of its caption, with a little of its own, so that retrieval is nearly perfect."""
+    """Embed an image as the words of its caption plus a small part of its own, so that retrieval is nearly perfect."""
 
     def __init__(self, captions: dict[int, str], *, width: int = 32, collapsed: bool = False) -> None:
         self.captions, self.width, self.collapsed = captions, width, collapsed

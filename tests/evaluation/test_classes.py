@@ -1,4 +1,4 @@
-"""Classes within a captioned data set and of ImageFolders: zero-shot, k-NN and linear probe, through the command."""
+"""Classes of captioned data sets and of ImageFolders: zero-shot, k-NN and linear probe, through the command."""
 
 import io
 import json
@@ -27,7 +27,7 @@ SHAPES = ("square", "circle", "arrow", "star", "moon", "sun", "house", "tree")
 
 
 def write(folder: Path, splits: dict[str, list[tuple[int, dict[str, Any]]]], draw: Draw) -> Path:
-    """A data set of images by number, each with the fields of its json."""
+    """Write a data set of images by number, each with its json fields."""
     folder.mkdir()
     listing: dict[str, Any] = {}
     for name, samples in splits.items():
@@ -45,10 +45,10 @@ def write(folder: Path, splits: dict[str, list[tuple[int, dict[str, Any]]]], dra
 
 @pytest.fixture
 def drawn(tmp_path: Path, draw: Draw, reader: Any, run: Path) -> Path:
-    """Shapes in three styles; `val` has shapes that are never trained on, `style` a style that is not."""
+    """Shapes in three styles; `val` has shapes that are never trained on, and `style` such a style."""
 
     def sample(number: int, shape: str, style: str) -> tuple[int, dict[str, Any]]:
-        reader.captions[number] = f"{style} {shape}"  # what the image shows: its style, too
+        reader.captions[number] = f"{style} {shape}"  # the image shows its style too
         return number, {"caption": shape, "concept": shape, "set": style}
 
     styles = ("inked", "painted", "pixelled")
@@ -90,7 +90,7 @@ def test_zero_shot_within_a_split(run: Path, capsys: pytest.CaptureFixture[str])
     assert evaluation(run, "--templates", str(templates))["val"]["zero_shot"]["templates"] == 2
 
 
-def test_a_collapsed_model_names_nothing(run: Path, reader: Any) -> None:
+def test_a_collapsed_model_scores_zero(run: Path, reader: Any) -> None:
     reader.collapsed = True
     assert evaluation(run)["val"]["zero_shot"]["top5"] == 0.0
 
@@ -98,7 +98,7 @@ def test_a_collapsed_model_names_nothing(run: Path, reader: Any) -> None:
 def test_knn_and_probe_learn_labels_of_the_train_split(run: Path, drawn: Path, capsys: Any) -> None:
     result = evaluation(run, "--data", str(drawn), "--knn", "--linear-probe")
     for probe in ("knn", "linear_probe"):
-        # No shape of val is taught, and no style of style.
+        # Training sees no shape of val and no style of style.
         assert list(result["val"][probe]) == ["set"] and list(result["style"][probe]) == ["concept"]
         assert result["val"][probe]["set"]["images"] == 6 and result["style"][probe]["concept"]["images"] == 6
         assert result["val"][probe]["set"]["classes"] == 3 and result["style"][probe]["concept"]["classes"] == 6
@@ -152,13 +152,13 @@ def test_image_folders(run: Path, tmp_path: Path, draw: Draw, reader: Any, capsy
     assert "has the class 'u', which" in capsys.readouterr().err
 
 
-def test_errors_say_what_to_give(run: Path, drawn: Path, tmp_path: Path, capsys: Any) -> None:
+def test_errors_name_the_missing_option(run: Path, drawn: Path, tmp_path: Path, capsys: Any) -> None:
     def fails(*argv: str) -> str:
         assert main([str(run), *argv]) == 2
         return str(capsys.readouterr().err)
 
-    assert "no picture of val, style has a 'licence'" in fails("--data", str(drawn), "--knn", "--label", "licence")
-    assert "--label says what" in fails("--label", "set")
+    assert "no image of val, style has a 'licence'" in fails("--data", str(drawn), "--knn", "--label", "licence")
+    assert "--label names what" in fails("--label", "set")
     assert "at least 2, got 1" in fails("--data", str(drawn), "--knn", "--label-classes", "1")
     assert "need a train split" in fails("--data", str(drawn / "val-000000.tar"), "--knn")
     assert "give --image-folder-train" in fails("--image-folder", str(tmp_path), "--knn")
@@ -167,7 +167,7 @@ def test_errors_say_what_to_give(run: Path, drawn: Path, tmp_path: Path, capsys:
     assert "takes `imagenet` or a file" in fails("--image-folder", str(drawn.parent), "--classes", "coco")
 
 
-def test_a_model_without_words_answers_the_probes_alone(run: Path, drawn: Path, reader: Any, capsys: Any) -> None:
+def test_a_model_without_text_is_evaluated_by_probes_alone(run: Path, drawn: Path, reader: Any, capsys: Any) -> None:
     reader.has_text = False
     assert main([str(run), "--data", str(drawn)]) == 2
     assert "give --text-tower" in capsys.readouterr().err
@@ -176,19 +176,19 @@ def test_a_model_without_words_answers_the_probes_alone(run: Path, drawn: Path, 
     assert set(result["val"]) == {"pairs", "damaged", "knn"} and result["val"]["knn"]["set"]["images"] == 6
 
 
-def test_a_text_tower_that_fails_is_named_before_any_picture_is_read(
+def test_a_text_tower_that_fails_is_named_before_any_image_is_read(
     run: Path, reader: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def broken(_: list[str]) -> torch.Tensor:
         raise ValueError("the text tower 'gone' cannot be loaded")
 
     reader.encode_text = broken
-    monkeypatch.setattr(reader, "encode_image", lambda _: pytest.fail("a picture was read"))
+    monkeypatch.setattr(reader, "encode_image", lambda _: pytest.fail("an image was read"))
     assert main([str(run)]) == 2
     assert "'gone' cannot be loaded" in capsys.readouterr().err
 
 
-def test_what_open_clip_ships() -> None:
+def test_templates_and_classes_of_open_clip() -> None:
     templates = read_templates("openai")
     assert len(templates) == 80 and len(set(templates)) == 80 and all("{}" in one for one in templates)
     classes = read_classes("imagenet")

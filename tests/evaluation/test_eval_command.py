@@ -1,4 +1,4 @@
-"""`oner-fast eval`: what it writes, what it prints, and what it says about bad input."""
+"""`oner-fast eval`: its file, its output, and its messages about bad input."""
 
 import json
 from pathlib import Path
@@ -40,14 +40,14 @@ def test_evaluation_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "\x1b" not in printed
 
 
-def test_the_same_figures_twice(run: Path) -> None:
+def test_two_evaluations_give_equal_figures(run: Path) -> None:
     assert main([str(run)]) == 0
     first = (run / "evaluation.json").read_bytes()
     assert main([str(run), "--batch-size", "3"]) == 0
     assert (run / "evaluation.json").read_bytes() == first
 
 
-def test_a_collapsed_model_is_seen(run: Path, reader: Any) -> None:
+def test_a_collapsed_model_scores_zero(run: Path, reader: Any) -> None:
     reader.collapsed = True
     assert main([str(run)]) == 0
     val = json.loads((run / "evaluation.json").read_text())["val"]
@@ -56,7 +56,7 @@ def test_a_collapsed_model_is_seen(run: Path, reader: Any) -> None:
     assert val["spread"]["image"] < 1e-6
 
 
-def test_two_trunks_have_no_query_of_both(run: Path, reader: Any) -> None:
+def test_two_trunks_have_no_composed_queries(run: Path, reader: Any) -> None:
     reader.config.shared_trunk = False
     assert main([str(run)]) == 0
     assert "image_text_to_image" not in json.loads((run / "evaluation.json").read_text())["val"]
@@ -70,7 +70,7 @@ def test_data_given_and_limit(run: Path, data: Path) -> None:
     assert result["val_seen_words"]["captions"] == 4  # the training words still come from the run's own data
 
 
-def test_a_damaged_picture_is_left_out_and_counted(data: Path, reader: Any) -> None:
+def test_a_damaged_image_is_left_out_and_counted(data: Path, reader: Any) -> None:
     tar = data / "val-000000.tar"
     content = bytearray(tar.read_bytes())
     at = content.find(b"\x89PNG")

@@ -10,7 +10,7 @@ from oner_fast.evaluation.knn import knn_scores
 
 
 @pytest.mark.parametrize(("count", "k"), [(100, 20), (100, 1), (7, 20)])
-def test_votes_are_those_of_the_formula(count: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_votes_follow_the_formula(count: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knn, "QUERY_BLOCK", 4)
     monkeypatch.setattr(knn, "TRAIN_BLOCK", 13)
     torch.manual_seed(count + k)

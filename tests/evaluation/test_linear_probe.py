@@ -1,4 +1,4 @@
-"""The linear probe: its loss against autograd, what it learns, and what it cannot."""
+"""The linear probe: its gradient against autograd's, learnable labels, and random labels."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from oner_fast.evaluation.classifier import score_accuracy
 from oner_fast.evaluation.linear_probe import fit_linear_probe, loss_and_gradient
 
 
-def test_the_gradient_is_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_equals_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_probe, "CHUNK_LOGITS", 20)  # four images at once
     torch.manual_seed(0)
     features, labels = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 5, (30,))
@@ -55,7 +55,7 @@ def test_the_held_out_tenth_chooses_the_penalty() -> None:
     assert 3 <= len(few.held_out) <= 6
 
 
-def test_the_same_probe_twice() -> None:
+def test_two_fits_give_equal_probes() -> None:
     torch.manual_seed(4)
     features, labels = torch.randn(80, 6), torch.randint(0, 3, (80,))
     one, other = (fit_linear_probe(features, labels, 3) for _ in range(2))

@@ -18,7 +18,7 @@ def test_scores_are_the_softmax_of_cosines() -> None:
     torch.testing.assert_close(several.sum(1), torch.ones(4))
 
 
-def test_map_has_the_pictures_size_and_spans_zero_to_one() -> None:
+def test_a_map_has_the_images_size_and_spans_zero_to_one() -> None:
     scores = torch.softmax(torch.randn(2, 16), dim=1)
     maps = heat_map(scores, (40, 56))
     assert maps.shape == (2, 40, 56)
@@ -26,7 +26,7 @@ def test_map_has_the_pictures_size_and_spans_zero_to_one() -> None:
     torch.testing.assert_close(maps.amax((1, 2)), torch.ones(2))
 
 
-def test_rows_and_columns_of_the_grid_stay_where_they_are() -> None:
+def test_rows_and_columns_of_the_grid_keep_their_places() -> None:
     scores = torch.zeros(6)
     scores[5] = 1.0  # the second row's third and last column
     heat = heat_map(scores, (20, 30), grid=(2, 3))
@@ -35,7 +35,7 @@ def test_rows_and_columns_of_the_grid_stay_where_they_are() -> None:
     assert column >= 20
 
 
-def test_equal_scores_show_nothing() -> None:
+def test_equal_scores_give_an_empty_map() -> None:
     assert heat_map(torch.full((16,), 1 / 16), (8, 8)).abs().max() == 0
 
 

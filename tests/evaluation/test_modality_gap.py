@@ -30,7 +30,7 @@ def snapshots() -> list[Snapshot]:
     return [Snapshot(step, torch.randn(50, 12) + step / 100, torch.randn(50, 12) - step / 100) for step in (0, 50, 100)]
 
 
-def test_basis_is_that_of_a_singular_value_decomposition() -> None:
+def test_the_basis_equals_a_singular_value_decomposition() -> None:
     shots = snapshots()
     basis = fit_basis(shots)
     rows = torch.cat([F.normalize(part.double(), dim=1) for shot in shots for part in (shot.image, shot.text)])
@@ -44,7 +44,7 @@ def test_basis_is_that_of_a_singular_value_decomposition() -> None:
     torch.testing.assert_close(basis.axes @ basis.axes.T, torch.eye(2, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-def test_projection_uses_the_one_basis_whatever_it_projects() -> None:
+def test_all_projections_use_the_same_basis() -> None:
     shots = snapshots()
     basis = fit_basis(shots)
     expected = (F.normalize(shots[1].image.double(), dim=1) - basis.mean) @ basis.axes.T

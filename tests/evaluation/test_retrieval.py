@@ -17,7 +17,7 @@ def unit(rows: int, width: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def plain_recall(query: torch.Tensor, gallery: torch.Tensor, right: list[set[int]], k: int) -> float:
-    """The definition: sort all scores, look at the first k."""
+    """Compute recall by its definition: sort all scores and look at the first k."""
     hits = 0
     for row, items in zip(query.double(), right, strict=True):
         order = sorted(range(len(gallery)), key=lambda item: -float(row @ gallery[item].double()))
@@ -26,7 +26,7 @@ def plain_recall(query: torch.Tensor, gallery: torch.Tensor, right: list[set[int
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 10_000))
-def test_recall_is_the_plain_formula_with_many_to_many_matches(images: int, texts: int, seed: int) -> None:
+def test_recall_equals_its_definition_with_many_to_many_matches(images: int, texts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     relation = torch.rand(images, texts, generator=generator) < 0.15
     relation[torch.arange(images), torch.randint(texts, (images,), generator=generator)] = True
@@ -58,7 +58,7 @@ def test_further_captions_match_but_add_no_row() -> None:
     }
 
 
-def test_every_caption_a_row_of_its_own() -> None:
+def test_captions_may_keep_rows_of_their_own() -> None:
     own = caption_gallery([["x", "y"], ["X"]], distinct=False, equal_captions_match=False)
     assert own.texts == ["x", "y", "X"]
     assert set(zip(own.matches.image.tolist(), own.matches.text.tolist(), strict=True)) == {(0, 0), (0, 1), (1, 2)}
@@ -86,7 +86,7 @@ def test_chance_is_the_mean_over_queries() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-12])
-def test_a_collapsed_model_scores_nothing(noise: float) -> None:
+def test_a_collapsed_model_scores_zero(noise: float) -> None:
     rows = F.normalize(torch.ones(50, 8, dtype=torch.float64) + noise * torch.randn(50, 8).double(), dim=1)
     own = torch.arange(50)
     result = retrieval(rows, rows, Matches(own, own, 50, 50))
@@ -94,7 +94,7 @@ def test_a_collapsed_model_scores_nothing(noise: float) -> None:
     assert result["text_to_image"]["R@10"] == 0.0
 
 
-def test_a_tie_with_one_wrong_item_is_lost() -> None:
+def test_a_tie_with_one_wrong_item_is_a_miss() -> None:
     query = torch.tensor([[1.0, 0.0]])
     gallery = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 1.0]])
     for right in (0, 1):
@@ -104,7 +104,7 @@ def test_a_tie_with_one_wrong_item_is_lost() -> None:
 
 
 @pytest.mark.parametrize("held", [1, 40, 97, 1 << 20])
-def test_chunks_change_nothing(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_changes_nothing(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     query, gallery = unit(37), unit(23, seed=1)
     rows, columns = torch.arange(37).repeat(2), torch.cat([torch.arange(37) % 23, (torch.arange(37) + 5) % 23])
     whole = match_ranks(query, gallery, rows, columns)
@@ -117,7 +117,7 @@ def test_chunks_change_nothing(held: int, monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(chunked[0], top[0], rtol=0, atol=1e-12)
 
 
-def test_queries_may_be_a_part_while_the_gallery_stays_whole() -> None:
+def test_a_part_of_the_queries_searches_the_whole_gallery() -> None:
     image, text, own = unit(30), unit(30, seed=1), torch.arange(30)
     asked = torch.tensor([3, 7, 8])
     part = retrieval(image, text, Matches(own, own, 30, 30), image_queries=asked, text_queries=asked)

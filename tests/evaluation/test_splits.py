@@ -1,4 +1,4 @@
-"""Captions apart by vocabulary, and queries of an image with a word."""
+"""Splitting captions by vocabulary, and queries of an image with a word."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_split_by_words() -> None:
     assert split_by_words(["BLUE square", "green square", "red, red", "circles"], seen) == ([0, 2], [1, 3])
 
 
-def test_composed_queries_add_one_word_that_makes_another_caption() -> None:
+def test_composed_queries_add_a_word_that_gives_another_caption() -> None:
     captions = ["arrow", "arrow up", "up arrow", "bold arrow up", "clock", "clock 2"]
     found = {(one.image, one.word, tuple(one.targets)) for one in composed_queries(captions)}
     assert found == {(0, "up", (1, 2)), (1, "bold", (3,)), (2, "bold", (3,))}
@@ -32,7 +32,7 @@ def test_composed_queries_are_fixed_by_the_seed() -> None:
     assert len(first) == 10
 
 
-def test_composed_recall_leaves_the_querys_picture_out() -> None:
+def test_composed_recall_leaves_the_querys_image_out() -> None:
     queries = composed_queries(["arrow", "arrow up", "clock", "clock up"])
     gallery = torch.eye(4)
     asked = gallery[[one.image for one in queries]] * 0.8 + gallery[[one.targets[0] for one in queries]] * 0.6

@@ -1,4 +1,4 @@
-"""Class embeddings, accuracy, and the layouts that images come in."""
+"""Class embeddings, accuracy, and the layouts of image files."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Draw = Callable[[int], bytes]
 
 
 def encode(texts: list[str]) -> torch.Tensor:
-    """An embedding of each text's own, of various lengths."""
+    """Embed each text differently, with various lengths."""
     rows = [torch.randn(8, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]
     return torch.stack(rows) * torch.arange(1, len(texts) + 1)[:, None]
 
@@ -33,7 +33,7 @@ def test_class_embedding_is_the_normalised_mean_of_normalised_prompts(batch_size
     assert all("{}" in template for template in TEMPLATES)
 
 
-def test_accuracy_with_chance_and_ties_lost() -> None:
+def test_accuracy_has_chance_and_counts_ties_as_misses() -> None:
     classes = torch.eye(8)
     image = torch.eye(8)[[0, 1, 2, 2]]
     result = accuracy(image, torch.tensor([0, 1, 2, 3]), classes)
@@ -79,7 +79,7 @@ def test_image_folder(tmp_path: Path, draw: Draw, reader: Any) -> None:
         read_image_folder(tmp_path / "nowhere")
 
 
-def test_lines(tmp_path: Path) -> None:
+def test_lines_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("cat\n\n a dog \n", encoding="utf-8")
     assert read_lines(path) == ["cat", "a dog"]

@@ -1,4 +1,4 @@
-"""The two-tower CLIP that is trained here is open_clip's: its folder loads there, with equal embeddings."""
+"""The two-tower CLIP: open_clip loads its folder and gives equal embeddings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_open_clip_loads_the_folder_and_gives_equal_embeddings(folder: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_towers_are_open_clips(dtype: torch.dtype) -> None:
+def test_packed_towers_equal_open_clips(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = build_clip(CONFIG)
     ids = clip_tokenizer(CONFIG)(TEXTS)
@@ -122,7 +122,7 @@ def test_sizes_that_do_not_fit_are_refused(values: dict[str, int], message: str)
         CLIPConfig(**(sizes | values))
 
 
-def test_folders_that_are_no_clip_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_a_clip_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no open_clip_config.json"):
         load_clip(tmp_path)
     (tmp_path / "open_clip_model.safetensors").write_bytes((folder / "open_clip_model.safetensors").read_bytes())
@@ -133,7 +133,7 @@ def test_folders_that_are_no_clip_are_refused(folder: Path, tmp_path: Path) -> N
         load_clip(tmp_path)
     other["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="more than the sizes"):
+    with pytest.raises(ValueError, match="holds settings that a two-tower CLIP"):
         load_clip(tmp_path)
     del other["model_cfg"]["vision_cfg"]["patch_size"]
     (tmp_path / "open_clip_config.json").write_text(json.dumps(other))

@@ -1,4 +1,4 @@
-"""UTA's weights in the layouts of EVA, timm and open_clip: the same outputs, and there and back to the bit."""
+"""UTA's weights in the layouts of EVA, timm and open_clip: equal outputs, and exact round trips."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def student(config: UTAConfig = CONFIG) -> UTA:
 
 
 def timm_eva(**changes: Any) -> nn.Module:
-    """timm's class with the arguments of its eva02_base_patch16_clip_224, but small and without a norm in attention."""
+    """Build timm's class as its eva02_base_patch16_clip_224, but small and without a norm in attention."""
     optional_package("timm")
     from timm.models.eva import Eva
 
@@ -51,7 +51,7 @@ def timm_eva(**changes: Any) -> nn.Module:
 
 
 def pictures(size: int = CONFIG.image_size) -> tuple[Tensor, Tensor]:
-    """Three images as bytes, and as timm takes them."""
+    """Make three images, as bytes and in the form that timm takes."""
     images = torch.randint(256, (3, 3, size, size), dtype=torch.uint8)
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (CONFIG.image_mean, CONFIG.image_std))
     return images, (images / 255 - mean) / std
@@ -69,7 +69,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_fused": True}, {"img_size": 48}])
 @torch.no_grad()
-def test_timm_s_model_gives_the_same_outputs(changes: dict[str, Any]) -> None:
+def test_timms_model_gives_the_same_outputs(changes: dict[str, Any]) -> None:
     theirs = timm_eva(**changes)
     size = changes.get("img_size", CONFIG.image_size)
     ours = load_uta(theirs.state_dict(), UTAConfig(**{**asdict(CONFIG), "image_size": size}))
@@ -81,7 +81,7 @@ def test_timm_s_model_gives_the_same_outputs(changes: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_open_clip_s_tower_gives_the_same_outputs() -> None:
+def test_open_clips_tower_gives_the_same_outputs() -> None:
     open_clip, timm = optional_package("open_clip"), optional_package("timm")
     name = "uta_tiny_of_a_test"
 
@@ -110,8 +110,8 @@ def test_open_clip_s_tower_gives_the_same_outputs() -> None:
 
 
 @torch.no_grad()
-def test_the_released_layout_is_what_timm_reads() -> None:
-    """timm's own filter of EVA checkpoints, and ours, from the same state dict."""
+def test_timm_reads_the_released_layout() -> None:
+    """timm's own filter of EVA checkpoints and our conversion give the same state dict."""
     optional_package("timm")
     from timm.models.eva import checkpoint_filter_fn
 
@@ -126,7 +126,7 @@ def test_the_released_layout_is_what_timm_reads() -> None:
 
 @pytest.mark.parametrize("mask_token", [False, True])
 @pytest.mark.parametrize(("there", "back"), [(to_eva, from_eva), (to_timm, from_timm)])
-def test_there_and_back(there: Any, back: Any, mask_token: bool) -> None:
+def test_round_trips_are_exact(there: Any, back: Any, mask_token: bool) -> None:
     config = UTAConfig(**{**asdict(CONFIG), "mask_token": mask_token})
     state = student(config).state_dict()
     converted = there(state, config)
@@ -146,7 +146,7 @@ def test_there_and_back(there: Any, back: Any, mask_token: bool) -> None:
     equal(back(fused, config), dict(state))
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_weights_that_do_not_fit_are_named() -> None:
     state = to_eva(student().state_dict(), CONFIG)
     lacking = {name: each for name, each in state.items() if "blocks.1.mlp.w2" not in name}
     with pytest.raises(ValueError, match=r"missing blocks.1.mlp.w2.bias, blocks.1.mlp.w2.weight; unknown none"):
@@ -208,7 +208,7 @@ def test_a_file_of_ours_holds_its_configuration(tmp_path: Path) -> None:
     assert uta_config_from_dict(json.loads(json.dumps(asdict(CONFIG)))) == CONFIG
 
 
-def test_files_of_others(tmp_path: Path) -> None:
+def test_files_of_other_libraries_load(tmp_path: Path) -> None:
     model = student()
     expected = dict(model.state_dict())
     save_file(to_timm(expected, CONFIG), tmp_path / "timm.safetensors")

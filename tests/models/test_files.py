@@ -50,7 +50,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_model(path, OneR(SMALL), "{}")
     path.write_bytes(path.read_bytes()[:-10])

@@ -21,7 +21,7 @@ CELLS = 9
 
 
 def tower(dtype: torch.dtype = torch.float64, **changes: Any) -> OneR:
-    """A tower whose every parameter is far from zero, so that each counts."""
+    """Build a tower whose parameters are all far from zero, so that each matters."""
     model = OneR(OneRConfig(**{**vars(SMALL), **changes})).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,11 +42,11 @@ def masks(count: int = 3, cells: int = CELLS, hidden: int = 4) -> Tensor:
     return torch.rand(count, cells).argsort(dim=1) < hidden
 
 
-# The tower once more: padded, one pass at a time, in plain PyTorch.
+# The same tower in plain PyTorch, padded, one pass at a time.
 
 
 def plain_patches(model: OneR, image: ImageInput) -> Tensor:
-    """(B, M, D): a patch convolution, the mask token in place of masked patches, positions added."""
+    """Embed patches by a convolution, put in mask tokens and add positions: (B, M, D)."""
     c, embedding = model.config, model.patch_embedding
     dtype = embedding.project.weight.dtype
     pixels = image.images.to(dtype) / (255 if image.images.dtype == torch.uint8 else 1)
@@ -64,14 +64,14 @@ def plain_patches(model: OneR, image: ImageInput) -> Tensor:
 
 
 def plain_words(model: OneR, text: TextInput) -> list[Tensor]:
-    """One (L, D) for each caption."""
+    """Embed each caption: (L, D)."""
     embedding = model.word_embedding
     parts = text.input_ids.split(text.cu_seqlens.diff().tolist())
     return [embedding.words.weight[part] + embedding.positions[: len(part)] for part in parts]
 
 
 def padded(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, L, D) with 7s behind each sequence, and (B, L) True where a token is."""
+    """Pad sequences with 7s to (B, L, D), with (B, L) True at tokens."""
     longest = max(map(len, sequences))
     rows = [torch.cat([one, one.new_full((longest - len(one), one.shape[1]), 7.0)]) for one in sequences]
     seen = [torch.arange(longest) < len(one) for one in sequences]
@@ -104,7 +104,7 @@ def plain_mlp(block: Block, x: Tensor) -> Tensor:
 
 
 def plain_trunk(trunk: Trunk, streams: list[list[Tensor]]) -> list[list[Tensor]]:
-    """One stream: plain self-attention. Two: in lock step, each layer taking keys from the other's same-layer input."""
+    """Run one stream with self-attention, or two in lock step, each with keys from the other's same-layer input."""
     both = [padded(stream) for stream in streams]
     xs, seen = [x for x, _ in both], [mask for _, mask in both]
     for block in trunk.blocks:
@@ -119,7 +119,7 @@ def plain_trunk(trunk: Trunk, streams: list[list[Tensor]]) -> list[list[Tensor]]
 
 
 def sequences(model: OneR, image: ImageInput | None, text: TextInput | None) -> list[Tensor]:
-    """[CLS], patches, words, for each sample."""
+    """Join [CLS], patches and words of each sample."""
     count = image.images.shape[0] if image is not None else text.cu_seqlens.shape[0] - 1  # type: ignore[union-attr]
     patches = [] if image is None else plain_patches(model, image)
     words = [] if text is None else plain_words(model, text)
@@ -154,7 +154,7 @@ def plain_passes(model: OneR, passes: list[Pass]) -> dict[str, PassOutput]:
 
 
 def tensors(model: OneR, outputs: dict[Any, PassOutput]) -> list[Tensor]:
-    """All outputs and the projected [CLS] of each pass, by the pass's name."""
+    """Compute all outputs and the projected [CLS] of each pass, by the pass's name."""
     found = []
     for name, output in sorted(outputs.items()):
         found += [each for each in output if each is not None] + [model.project(output.cls, name)]
@@ -162,7 +162,7 @@ def tensors(model: OneR, outputs: dict[Any, PassOutput]) -> list[Tensor]:
 
 
 def compare(model: OneR, passes: list[Pass], forward: float, backward: float) -> None:
-    """One packed batch against padded passes: every output, and the gradient of every parameter."""
+    """Compare one packed batch with padded passes: each output, and the gradient of each parameter."""
     ours, theirs = tensors(model, model(passes)), tensors(model, plain_passes(model, passes))
     assert [each.shape for each in ours] == [each.shape for each in theirs]
     for one, other in zip(ours, theirs, strict=True):
@@ -201,7 +201,7 @@ def test_packed_passes_equal_padded_ones_in_float32() -> None:
 
 
 @pytest.mark.parametrize("order", [[0], [1], [2], [2, 1, 0], [4, 0, 3]])
-def test_any_choice_and_order_of_passes(order: list[int]) -> None:
+def test_passes_may_be_chosen_and_ordered_freely(order: list[int]) -> None:
     passes = all_passes(True, False)
     compare(tower(), [passes[index] for index in order], 1e-10, 1e-10)
 
@@ -235,7 +235,7 @@ def test_shapes(masked: bool) -> None:
     assert model.encode_patches(pictures()).shape == (3, CELLS, 5)
 
 
-def test_encoders_are_the_projected_passes() -> None:
+def test_encoders_return_the_projected_passes() -> None:
     model, image, text = tower(), ImageInput(pictures()), texts()
     plain = plain_passes(model, [Pass("image", image), Pass("text", text=text), Pass("image_text", image, text)])
     ids = text.input_ids, text.cu_seqlens
@@ -247,13 +247,13 @@ def test_encoders_are_the_projected_passes() -> None:
     torch.testing.assert_close(model.encode_patches(image.images), model.head(patches))
 
 
-def test_floats_in_0_to_1_are_the_same_picture() -> None:
+def test_floats_in_0_to_1_are_the_same_image() -> None:
     model, images = tower(), pictures()
     torch.testing.assert_close(model.encode_image(images), model.encode_image(images.double() / 255))
 
 
 def test_one_trunk_one_head_and_two_input_maps() -> None:
-    """What serves one modality alone is its input map, and nothing else."""
+    """Only the input maps belong to one modality."""
     model = tower()
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {
         "patch_embedding", "word_embedding", "cls_token", "trunk", "head",
@@ -271,8 +271,8 @@ def test_one_trunk_one_head_and_two_input_maps() -> None:
         assert used == common | {name for name, _ in model.named_parameters() if name.startswith(own)}
 
 
-def test_no_token_or_embedding_says_which_modality() -> None:
-    """The trunk's input is exactly [CLS], patches with positions, words with positions, in this order."""
+def test_no_token_or_embedding_marks_the_modality() -> None:
+    """The trunk's input is exactly [CLS], patches with positions and words with positions, in this order."""
     model, image, text = tower(), ImageInput(pictures()), texts()
     seen: list[Tensor] = []
     model.trunk.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -292,7 +292,7 @@ def test_no_padding_token_is_ever_computed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pixels_of_masked_patches_never_matter(dtype: torch.dtype) -> None:
+def test_pixels_of_masked_patches_change_nothing(dtype: torch.dtype) -> None:
     model, images, masked = tower(dtype), torch.rand(3, 3, 12, 12, dtype=dtype), masks()
     text = texts()
     spots = masked.view(3, 1, 3, 3).repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -316,7 +316,7 @@ def test_pixels_of_dropped_patches_are_never_read() -> None:
     torch.testing.assert_close(dropped, whole.gather(1, cells.unsqueeze(-1).expand(-1, -1, 8)), rtol=1e-12, atol=1e-12)
 
 
-def test_a_masked_patch_is_the_mask_token_in_its_place() -> None:
+def test_the_mask_token_takes_a_masked_patchs_place() -> None:
     embedding, images, masked = tower().patch_embedding, pictures(), masks()
     tokens, whole = embedding(images, masked=masked), embedding(images)
     assert tokens.shape == whole.shape
@@ -343,7 +343,7 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
         assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
 
 
-def test_a_ragged_batch_is_its_samples_one_by_one() -> None:
+def test_a_ragged_batch_equals_its_samples_one_by_one() -> None:
     model, images, text = tower(), pictures(), texts([3, 0, 6])
     together = model.encode_image_text(images, text.input_ids, text.cu_seqlens)
     words = model.encode_text(text.input_ids, text.cu_seqlens)
@@ -353,7 +353,7 @@ def test_a_ragged_batch_is_its_samples_one_by_one() -> None:
         torch.testing.assert_close(model.encode_text(ids, ends)[0], words[i])
 
 
-def test_the_order_of_words_counts() -> None:
+def test_the_order_of_words_matters() -> None:
     model, text = tower(), texts([5])
     turned = model.encode_text(text.input_ids.flip(0), text.cu_seqlens)
     assert not torch.allclose(model.encode_text(text.input_ids, text.cu_seqlens), turned)
@@ -385,7 +385,7 @@ def test_checkpointing_gives_equal_gradients(monkeypatch: pytest.MonkeyPatch, tr
     assert len(calls) == (2 if training else 0)
 
 
-def test_two_trunks_share_nothing_but_cls_and_head() -> None:
+def test_two_trunks_share_only_cls_and_head() -> None:
     model = tower(shared_trunk=False)
     assert model.text_trunk is not None
     passes = all_passes(False, False)
@@ -393,7 +393,7 @@ def test_two_trunks_share_nothing_but_cls_and_head() -> None:
     model.project(model([passes[1]])["text"].cls, "text").sum().backward()
     assert all(parameter.grad is None for parameter in model.trunk.parameters())
     assert all(parameter.grad is not None for parameter in model.text_trunk.parameters())
-    with pytest.raises(ValueError, match="two trunks know the passes image and text only"):
+    with pytest.raises(ValueError, match="two trunks run the passes image and text only"):
         model(passes[:3])
 
 
@@ -423,7 +423,7 @@ def test_the_default_is_vit_b_16() -> None:
     assert model.patch_embedding.positions.shape == (196, 768) and model.word_embedding.positions.shape == (78, 768)
 
 
-def test_bf16_autocast_is_near() -> None:
+def test_bf16_autocast_is_close_to_float32() -> None:
     model = tower(torch.float32)
     passes = all_passes(True, False)
     plain = tensors(model, model(passes))
@@ -443,10 +443,10 @@ def test_bf16_autocast_is_near() -> None:
         (lambda: [Pass("image_text", ImageInput(pictures()))], "pass image_text needs a text input"),
         (lambda: [Pass("image_given_text", ImageInput(pictures()))], "in lock step with text_given_image; give both"),
         (lambda: [Pass("text_given_image", text=texts())], "in lock step with image_given_text; give both"),
-        (lambda: [Pass("image_text", ImageInput(pictures(2)), texts())], "one caption an image, got 2 and 3"),
+        (lambda: [Pass("image_text", ImageInput(pictures(2)), texts())], "one caption for each image, got 2 and 3"),
         (
             lambda: [Pass("image_given_text", ImageInput(pictures())), Pass("text_given_image", text=texts([1]))],
-            "image_given_text and text_given_image must have one caption an image, got 1 and 3",
+            "image_given_text and text_given_image need one caption for each image, got 1 and 3",
         ),
         (lambda: [Pass("image", ImageInput(pictures(0)))], "pass image must hold at least one sample"),
         (lambda: [Pass("text", text=texts([]))], "pass text must hold at least one sample"),

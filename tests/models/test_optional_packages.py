@@ -1,4 +1,4 @@
-"""open_clip and timm import beside any build of torchvision, and their absence is told clearly."""
+"""open_clip and timm import with any build of torchvision, and a clear error names a missing one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from oner_fast.models.optional_packages import optional_package
 
 
 @pytest.mark.parametrize("name", ["open_clip", "timm"])
-def test_they_import(name: str) -> None:
+def test_optional_packages_import(name: str) -> None:
     assert optional_package(name).__name__ == name and optional_package(name) is sys.modules[name]
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_package_is_named() -> None:
     program = (
         "import sys; sys.modules['open_clip'] = None\n"
         "from oner_fast.models.optional_packages import optional_package\n"

@@ -1,4 +1,4 @@
-"""The packaged encoders and the LiT-like teacher made of them; the packages themselves where they are installed."""
+"""The pretrained encoders and their LiT-like teacher; the packages themselves where they are installed."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_the_sentence_encoder_is_a_bert() -> None:
         from_bert({"encoder.layer.0.gate.weight": torch.ones(1)})
 
 
-def test_efficientnet_has_timms_names() -> None:
-    # The packaged file lists its tensors in the network's order, as timm does: the names alone differ.
+def test_efficientnet_is_renamed_to_timms_names() -> None:
+    # The packaged file lists tensors in the network's order, as timm does; only the names differ.
     theirs = optional_package("timm").create_model("tf_efficientnet_lite0").state_dict()
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = ["_conv_stem.weight", *(f"_bn0.{each}" for each in norm)]
@@ -159,7 +159,7 @@ def test_the_folder_holds_the_heads_and_names_the_encoders(tmp_path: Path, tiny_
         lit.LiTConfig(grid=0)
 
 
-def test_it_loads_for_evaluation_and_as_a_students_text_tower(tmp_path: Path, tiny_encoders: Make) -> None:
+def test_a_lit_loads_for_evaluation_and_as_a_students_text_tower(tmp_path: Path, tiny_encoders: Make) -> None:
     write(tmp_path / "lit", tiny_encoders(0))
     loaded, teacher = oner_fast.load(tmp_path / "lit"), load_teacher(tmp_path / "lit")
     assert loaded.image_size == 8  # what the heads were trained on, not what enters the encoder
@@ -172,12 +172,12 @@ def test_it_loads_for_evaluation_and_as_a_students_text_tower(tmp_path: Path, ti
     torch.testing.assert_close(oner_fast.load(tmp_path / "uta").encode_text(TEXTS), text)
 
 
-def test_the_packages_themselves() -> None:
+def test_the_installed_packages_embed_as_documented() -> None:
     try:
         encoders = pretrained_encoders.packaged_encoders()
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
-    # The three sentences and their similarities stand in the documentation of sentence-transformers.
+    # The three sentences and their similarities are in the documentation of sentence-transformers.
     texts = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
     with torch.no_grad():
         units = F.normalize(encoders.text(encoders.tokenize(texts)), dim=-1)

@@ -1,4 +1,4 @@
-"""Teachers of every kind: token 0 is the CLIP's own embedding, any grid, frozen, and loss-ready outputs."""
+"""Teachers of every kind: token 0 is the CLIP's embedding on any grid, and a loss can use frozen outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = CLIPConfig(
     context_length=9,
     embed_dim=20,
 )
-# The trunk's own head as the projection, and an added one.
+# The projection is the trunk's own head, or an added one.
 TRUNKS = {
     "timm_head": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": None, "image_size": 160},
     "timm_linear": {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160},
@@ -37,7 +37,7 @@ TRUNKS = {
 
 
 def write_folder(folder: Path, vision: dict[str, Any], preprocess: dict[str, Any] | None = None) -> Path:
-    """A folder as open_clip saves one, of random weights."""
+    """Save a CLIP with random weights as open_clip does."""
     model_cfg = {"embed_dim": 20, "vision_cfg": vision, "text_cfg": TEXT, "custom_text": "timm_model_name" in vision}
     open_clip = optional_package("open_clip")
     kind = open_clip.model.CustomTextCLIP if model_cfg["custom_text"] else open_clip.CLIP
@@ -93,7 +93,7 @@ def test_patch_tokens_pass_the_final_norm_and_the_projection(folders: dict[str, 
     assert (teacher.grid, teacher.image_size) == (4, 32)
 
 
-def test_it_is_frozen_and_a_loss_can_use_its_output(folders: dict[str, Path]) -> None:
+def test_a_teacher_is_frozen_and_a_loss_can_use_its_output(folders: dict[str, Path]) -> None:
     teacher = load_teacher(folders["vit"])
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     holder = torch.nn.Module()
@@ -103,11 +103,11 @@ def test_it_is_frozen_and_a_loss_can_use_its_output(folders: dict[str, Path]) ->
     student = torch.ones(20, requires_grad=True)
     for output in (teacher.tokens(images()), teacher.encode_image(images()), teacher.encode_text(["a", "b"])):
         assert output.grad_fn is None and not output.requires_grad and not output.is_inference()
-        (student * output).sum().backward()  # saves the output, which an inference tensor refuses
+        (student * output).sum().backward()  # saves the output, which is impossible with an inference tensor
 
 
 @pytest.mark.parametrize("kind", ["vit", "timm_head"])
-def test_bfloat16_is_near_float32(kind: str, folders: dict[str, Path]) -> None:
+def test_bfloat16_is_close_to_float32(kind: str, folders: dict[str, Path]) -> None:
     full, half = (load_teacher(folders[kind], grid=3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     tokens = half.tokens(images())
     assert tokens.dtype == torch.bfloat16
@@ -115,14 +115,14 @@ def test_bfloat16_is_near_float32(kind: str, folders: dict[str, Path]) -> None:
     assert half.encode_text(["a"]).dtype == torch.bfloat16 and half.logit_scale == full.logit_scale
 
 
-def test_the_fingerprint_follows_what_decides_the_features(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_features(folders: dict[str, Path], tmp_path: Path) -> None:
     base = load_teacher(folders["vit"]).fingerprint
     assert len(base) == 64 and load_teacher(f"local-dir:{folders['vit']}").fingerprint == base
     assert load_teacher(folders["vit"], grid=3).fingerprint != base
     assert load_teacher(folders["vit"], dtype=torch.bfloat16).fingerprint != base
     model, config = load_clip(folders["vit"])
     with torch.no_grad():
-        model.logit_scale += 1  # no part of the image tower
+        model.logit_scale += 1  # not part of the image tower
         save_clip(tmp_path, model, config)
         assert load_teacher(tmp_path).fingerprint == base
         next(model.visual.parameters()).flatten()[0] += 1e-3
@@ -130,7 +130,7 @@ def test_the_fingerprint_follows_what_decides_the_features(folders: dict[str, Pa
     assert load_teacher(tmp_path).fingerprint != base
 
 
-def test_weights_in_a_file_of_a_named_model(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_of_a_file_load_into_a_named_model(folders: dict[str, Path], tmp_path: Path) -> None:
     names = tmp_path / "configs"
     names.mkdir()
     model_cfg = json.loads((folders["vit"] / "open_clip_config.json").read_text())["model_cfg"]
@@ -156,7 +156,7 @@ def test_an_image_tower_of_timm_has_no_texts(tmp_path: Path) -> None:
 
 
 def trunk_of(kind: str) -> Any:
-    """A small ViT of timm: with register tokens, with rotary positions (EVA), or distilled."""
+    """Build a small timm ViT: with register tokens, with rotary positions (EVA), or distilled."""
     models = optional_package("timm").models
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
     if kind == "registers":
@@ -231,7 +231,7 @@ def test_an_embedding_that_is_not_the_projected_cls_is_refused(
         (Path("tests"), FileNotFoundError, "tests holds neither open_clip_config.json nor lit_config.json"),
     ],
 )
-def test_sources_that_are_none(source: str | Path, error: type[Exception], message: str, request: Any) -> None:
+def test_bad_sources_are_refused(source: str | Path, error: type[Exception], message: str, request: Any) -> None:
     if source == Path("tests"):
         source = request.config.rootpath / source
     with pytest.raises(error, match=message):

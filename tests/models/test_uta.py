@@ -1,4 +1,4 @@
-"""UTA's student against the same written in plain PyTorch, its forms against each other, and the paper's figures."""
+"""UTA's student against plain PyTorch, its forms against each other, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CELLS = 16
 
 
 def student(dtype: torch.dtype = torch.float64, **changes: Any) -> UTA:
-    """A student whose every parameter is far from zero, so that each counts."""
+    """Build a student whose parameters are all far from zero, so that each matters."""
     model = UTA(UTAConfig(**{**vars(SMALL), **changes})).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,7 +45,7 @@ def plain_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def plain(model: UTA, images: Tensor, kept: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
-    """(B, 1 + K, E): embed every patch, add positions, only then drop, and turn by rotation matrices."""
+    """Embed all patches, add positions, then drop some, and rotate by matrices: (B, 1 + K, E)."""
     c, embedding = model.config, model.patch_embedding
     mean, std = (torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in (c.image_mean, c.image_std))
     pixels = (images.double() / 255 - mean) / std
@@ -92,7 +92,7 @@ def same(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_outputs_and_gradients_are_those_of_plain_pytorch() -> None:
+def test_outputs_and_gradients_equal_plain_pytorchs() -> None:
     model, images, kept = student(), pictures(), some_cells()
     factor = torch.randn(3, 7, 5, dtype=torch.float64)
     parameters = list(model.parameters())
@@ -108,7 +108,7 @@ def test_outputs_and_gradients_are_those_of_plain_pytorch() -> None:
         same(one, other)
 
 
-def test_all_cells_are_the_default() -> None:
+def test_all_cells_enter_by_default() -> None:
     model, images = student(), pictures()
     all_cells = torch.arange(CELLS).expand(3, CELLS)
     same(model(images), plain(model, images))
@@ -117,7 +117,7 @@ def test_all_cells_are_the_default() -> None:
     same(model(images, shuffled)[:, 1:], model(images)[:, 1:].gather(1, shuffled.unsqueeze(-1).expand(-1, -1, 5)))
 
 
-def test_packed_images_keep_as_many_cells_as_each_likes() -> None:
+def test_packed_images_may_keep_different_numbers_of_cells() -> None:
     model, images = student(), pictures()
     kept = [torch.randperm(CELLS)[:count] for count in (4, 0, 9)]
     cu_seqlens = torch.tensor([0, 4, 4, 13], dtype=torch.int32)
@@ -128,7 +128,7 @@ def test_packed_images_keep_as_many_cells_as_each_likes() -> None:
     same(model(images, kept[0].expand(3, 4))[0], outputs[:5])
 
 
-def test_masked_cells_are_mask_tokens_at_their_places() -> None:
+def test_masked_cells_become_mask_tokens_in_their_places() -> None:
     model, images = student(mask_token=True), pictures()
     masked = torch.zeros(3, CELLS, dtype=torch.bool).scatter(1, some_cells(), True)
     outputs = model(images, masked=masked)
@@ -143,7 +143,7 @@ def test_masked_cells_are_mask_tokens_at_their_places() -> None:
         model(images, None, torch.tensor([0, 1, 2, 3], dtype=torch.int32))
 
 
-def test_encoders_are_parts_of_the_forward() -> None:
+def test_encoders_return_parts_of_the_forward() -> None:
     model, images = student().eval(), pictures()
     outputs = model(images)
     same(model.encode_image(images), outputs[:, 0])
@@ -205,7 +205,7 @@ def test_branches_start_smaller_the_deeper_they_are() -> None:
 
 
 @pytest.mark.parametrize(("size", "millions"), [("b", 86.6), ("l", 304.6), ("g", 1013.4)])
-def test_the_paper_s_sizes(size: str, millions: float) -> None:
+def test_sizes_equal_the_papers(size: str, millions: float) -> None:
     with torch.device("meta"):
         model = UTA(UTA_SIZES[size])
     c = UTA_SIZES[size]
@@ -217,15 +217,15 @@ def test_the_paper_s_sizes(size: str, millions: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "whole", "half"), [("b", 23.4, 11.4), ("l", 81.3, 40.0), ("g", 267, 132)])
-def test_the_paper_s_operations(size: str, whole: float, half: float) -> None:
-    """GMAC at 224 px and patch 14: 256 patches or half of them, and [CLS]."""
+def test_operations_equal_the_papers(size: str, whole: float, half: float) -> None:
+    """Check GMAC at 224 px and patch 14, with 256 patches or half of them, and [CLS]."""
     config = UTAConfig(**{**vars(UTA_SIZES[size]), "image_size": 224, "patch_size": 14})
     assert uta_flops(config, [257]) / 2e9 == pytest.approx(whole, rel=0.005)
     assert uta_flops(config, [129]) / 2e9 == pytest.approx(half, rel=0.005)
 
 
 @pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
-def test_operations_are_those_that_run() -> None:
+def test_operations_equal_the_count_of_a_run() -> None:
     model, images = student(torch.float32), pictures()
     cu_seqlens = torch.tensor([0, 4, 5, 13], dtype=torch.int32)
     kept = torch.cat([torch.randperm(CELLS)[:count] for count in (4, 1, 8)])

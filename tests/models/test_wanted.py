@@ -1,4 +1,4 @@
-"""Outputs that are chosen beforehand are those of the whole pass, and the last block computes no others."""
+"""Chosen outputs equal those of the whole pass, and the last block computes no others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {
     "embed_dim": 5, "projector_hidden": 7,
 }  # fmt: skip
 CHOSEN: dict[PassName, Wanted] = {
-    # 3 images of 9 patches, 10 words; any order, and one of them twice.
+    # 3 images of 9 patches, and 10 words; in any order, and one of them twice.
     "image": Wanted(patches=torch.tensor([26, 0, 13, 13, 4])),
     "text": Wanted(words=torch.tensor([9, 0, 3])),
     "image_text": Wanted(torch.tensor([8, 9, 2]), torch.tensor([5, 1])),
@@ -43,7 +43,7 @@ def passes() -> list[Pass]:
 
 
 def chosen(output: PassOutput, wanted: Wanted) -> PassOutput:
-    """What `wanted` names of a whole output."""
+    """Select the outputs that `wanted` names from a whole output."""
     patches = None if wanted.patches is None else output.patches.flatten(0, 1)[wanted.patches]  # type: ignore[union-attr]
     words = None if wanted.words is None else output.words[wanted.words]  # type: ignore[index]
     return PassOutput(output.cls, patches, words)
@@ -57,7 +57,7 @@ def loss_and_gradients(model: OneR, outputs: dict[PassName, PassOutput]) -> list
 
 
 @pytest.mark.parametrize("changes", [{}, {"grad_checkpointing": True}, {"depth": 1}, {"shared_trunk": False}])
-def test_chosen_outputs_are_those_of_the_whole(changes: dict[str, Any]) -> None:
+def test_chosen_outputs_equal_those_of_the_whole_pass(changes: dict[str, Any]) -> None:
     model = tower(**changes).train()
     given = passes()[: 2 if changes.get("shared_trunk") is False else 5]
     whole = model(given)
@@ -69,7 +69,7 @@ def test_chosen_outputs_are_those_of_the_whole(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-def test_the_last_block_computes_only_these(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_block_computes_only_chosen_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tower(), []
     for block in model.trunk.blocks:
         block.mlp.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[0]))
@@ -80,7 +80,7 @@ def test_the_last_block_computes_only_these(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows[:2] == [tokens, tokens] and distinct <= rows[2] <= distinct + 1
 
 
-def test_nothing_wanted_is_cls_alone() -> None:
+def test_nothing_wanted_gives_cls_alone() -> None:
     model = tower()
     whole, outputs = model(passes()), model(passes(), {})
     for name, output in outputs.items():
@@ -101,7 +101,7 @@ def test_projecting_all_passes_together_changes_nothing(shared_head: bool) -> No
 @pytest.mark.parametrize(
     ("name", "wanted"), [("image", Wanted(words=torch.tensor([0]))), ("text", Wanted(torch.tensor([0])))]
 )
-def test_outputs_that_a_pass_has_not_are_refused(name: PassName, wanted: Wanted) -> None:
+def test_outputs_that_a_pass_lacks_are_refused(name: PassName, wanted: Wanted) -> None:
     with pytest.raises(ValueError, match="has none"):
         tower()(passes()[:2], {name: wanted})
 
@@ -110,6 +110,6 @@ def test_operations_of_chosen_outputs() -> None:
     config = OneRConfig(**SIZES)
     lengths = [10, 5]
     assert trunk_flops(config, lengths, wanted=lengths) == trunk_flops(config, lengths)
-    # [CLS] alone: keys and values of all tokens, all else of one row a sequence.
+    # For [CLS] alone: keys and values of all tokens, and everything else for one row of each sequence.
     saved = trunk_flops(config, lengths) - trunk_flops(config, lengths, wanted=[1, 1])
     assert saved == 2 * 8**2 * 10 * (15 - 2) + 4 * 8 * (10 * 9 + 5 * 4)

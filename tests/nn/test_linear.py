@@ -1,4 +1,4 @@
-"""The linear layer of packed batches: nn.Linear's result and gradients, whatever the number of rows."""
+"""The linear layer of packed batches: nn.Linear's result and gradients for any number of rows."""
 
 import pytest
 import torch
@@ -38,14 +38,14 @@ def test_bfloat16_errs_no_more_than_the_plain_layer(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [65, 200])
-def test_float32_is_the_plain_layer_to_the_bit(rows: int) -> None:
+def test_float32_equals_the_plain_layer_to_the_bit(rows: int) -> None:
     ours, plain = layers()
     x, grad = torch.randn(rows, 24), torch.randn(rows, 40)
     for a, b in zip(gradients(ours, x, grad, False), gradients(plain, x, grad, False), strict=True):
         assert torch.equal(a, b)
 
 
-def test_rows_do_not_depend_on_how_many_follow() -> None:
+def test_rows_do_not_depend_on_the_number_of_later_rows() -> None:
     ours, _ = layers()
     x = torch.randn(300, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Rotary positions against their definition: one rotation matrix a pair, from the row and the column of the cell."""
+"""Rotary positions against their definition: one rotation matrix for each pair, from a cell's row and column."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GRID, HEADS, HEAD_DIM = 3, 2, 12
 
 
 def turned(x: Tensor, cell: int | None, theta: float, rope_grid: int) -> Tensor:
-    """One head of one token, pair by pair."""
+    """Rotate one head of one token, pair by pair."""
     if cell is None:
         return x.clone()
     row, column = divmod(cell, GRID)
@@ -29,7 +29,7 @@ def turned(x: Tensor, cell: int | None, theta: float, rope_grid: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("theta", "rope_grid"), [(10000.0, 16), (50.0, 3)])
-def test_it_is_the_rotation_of_each_pair(theta: float, rope_grid: int) -> None:
+def test_each_pair_is_rotated(theta: float, rope_grid: int) -> None:
     places = torch.tensor([0, 5, 1, 9, 5])  # 0: [CLS]
     rope = RotaryPositions(GRID, HEAD_DIM, theta, rope_grid)
     x = torch.randn(5, 3, HEADS, HEAD_DIM, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_it_is_the_rotation_of_each_pair(theta: float, rope_grid: int) -> None:
     assert torch.equal(rest, x[:, 2:])
 
 
-def test_kept_places_turn_as_the_full_grid_does() -> None:
+def test_kept_cells_are_rotated_as_in_the_full_grid() -> None:
     rope = RotaryPositions(GRID, HEAD_DIM)
     x = torch.randn(1 + GRID**2, 2, HEADS, HEAD_DIM)
     kept = torch.tensor([0, 7, 2, 9])
@@ -90,6 +90,6 @@ def test_the_table_keeps_its_precision_and_follows_its_module() -> None:
     assert torch.equal(empty.to_empty(device="cpu").table, before)
 
 
-def test_a_head_must_divide_between_two_axes() -> None:
-    with pytest.raises(ValueError, match="that 4 divides, got 6"):
+def test_head_dim_must_be_a_multiple_of_4() -> None:
+    with pytest.raises(ValueError, match="a multiple of 4, got 6"):
         rope_angles(GRID, 6)

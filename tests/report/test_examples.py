@@ -1,4 +1,4 @@
-"""Which examples are shown: drawn by seed whatever came of them, apart from the best and the worst."""
+"""The choice of examples: some drawn by seed regardless of the outcome, and separately the best and the worst."""
 
 import torch
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ def split(noise: float, seed: int = 0) -> SplitEmbeddings:
     return SplitEmbeddings(image, text, caption_gallery(captions), captions, list(range(COUNT)), [])
 
 
-def test_the_draw_does_not_look_at_the_outcome() -> None:
+def test_the_draw_does_not_depend_on_the_outcome() -> None:
     drawn = [
         [example.caption for example in image_examples(split(noise, seed), str, seed=3).drawn]
         for noise, seed in ((0.0, 0), (0.5, 1), (9.0, 2))
@@ -65,12 +65,12 @@ def test_smoothing_does_not_lag_and_keeps_a_constant() -> None:
     assert smoothed([1.0, 3.0], 0) == [1.0, 3.0]
 
 
-def test_series_leaves_out_what_is_not_a_number() -> None:
+def test_series_leaves_out_values_that_are_not_finite() -> None:
     metrics = [{"step": 1, "x": 2}, {"step": 2, "x": None}, {"step": 3}, {"step": 4, "x": float("nan")}]
     assert series(metrics, "x") == ([1], [2.0])
 
 
-def test_ids_of_a_chart_are_its_own() -> None:
+def test_ids_are_unique_to_a_chart() -> None:
     svg = (
         '<?xml version="1.0"?><svg height="1" viewBox="0 0 9 9" xmlns="http://www.w3.org/2000/svg">'
         f'<g id="figure_1"><path id="m1" style="fill: {COLOURS["image"]}"/><use xlink:href="#m1"/></g></svg>'

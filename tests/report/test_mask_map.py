@@ -1,4 +1,4 @@
-"""The map of masking probabilities: what it shows, and the file."""
+"""The map of masking probabilities: its values and its file."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from oner_fast.report.mask_map import main, masking_probabilities
 
 
 def test_probabilities_of_the_three_patterns() -> None:
-    """UTA's figures on a 16 x 16 grid, within their second decimal and four binomial deviations."""
+    """Compare with UTA's figures on a 16 x 16 grid, to their second decimal and four binomial deviations."""
     for pattern, corner, centre in (("random", 0.5, 0.5), ("block", 0.05, 0.86), ("reversed_block", 0.95, 0.14)):
         share = masking_probabilities(pattern, draws=400)  # type: ignore[arg-type]
         assert share.mean().item() == pytest.approx(0.5, abs=1e-12)
@@ -18,7 +18,7 @@ def test_probabilities_of_the_three_patterns() -> None:
             assert (found - expected).abs().max() < 0.005 + 4 * deviation
 
 
-def test_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_png_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures" / "masks.png"
     assert main([str(path), "--draws", "50", "--grid", "6"]) == 0
     assert "masks.png" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The report of a small run with a real, untrained tower: it renders, holds all it shows, and fetches nothing."""
+"""The report of a small run with a real, untrained tower: it renders, is self-contained, and fetches nothing."""
 
 import base64
 import io
@@ -33,7 +33,7 @@ def drawing(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with every part, and the data beside it."""
+    """A run folder with all of its parts, and the data beside it."""
     root = tmp_path_factory.mktemp("report")
     data, folder = root / "data", root / "tiny"
     data.mkdir()
@@ -82,7 +82,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Outside(HTMLParser):
-    """Collects every address that a browser would fetch, every link, and all text."""
+    """Collect every address that a browser would fetch, every link, and all text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,21 +124,21 @@ def test_nothing_is_fetched_from_outside(page: Outside, run: Path) -> None:
     assert set(outside) == {"https://example.org", "https://creativecommons.org/licenses/by-sa/4.0/"}
 
 
-def test_links_within_the_page_lead_somewhere(page: Outside) -> None:
+def test_links_within_the_page_have_targets(page: Outside) -> None:
     inner = {link[1:] for link in page.links if link.startswith("#")}
     assert {"figures", "classes", "examples", "heat", "composed", "gap", "training", "made"} == inner
     assert inner <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))  # of the charts too
 
 
-def test_pictures_are_pictures(page: Outside) -> None:
+def test_images_are_image_files(page: Outside) -> None:
     inline = {address for address in page.fetched if address.startswith("data:image")}
     assert len(inline) >= len(CAPTIONS)
     for address in inline:
         Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).verify()
 
 
-def test_what_the_page_says(page: Outside, run: Path) -> None:
+def test_the_page_shows_its_sections_and_figures(page: Outside, run: Path) -> None:
     for words in ("Retrieval on what it has never seen", "Drawn by seed", "a right answer", "optim.lr"):
         assert words in page.text
     assert "A <Author>" in page.text  # escaped in the source, whole when read
@@ -151,7 +151,7 @@ def test_what_the_page_says(page: Outside, run: Path) -> None:
     assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
 
 
-def test_classification_stands_on_the_page(run: Path, tmp_path: Path) -> None:
+def test_the_page_shows_classification(run: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "evaluation.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
@@ -179,7 +179,7 @@ def test_classification_stands_on_the_page(run: Path, tmp_path: Path) -> None:
         ({"contrast": {}, "model": {"grid": 6}}, "lit", False),
     ],
 )
-def test_the_command_is_that_of_the_training(
+def test_the_page_shows_the_command_of_the_training(
     config: dict[str, object], command: str, from_scratch: bool, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"run": {"recipe": "a_recipe_cpu"}}))
@@ -205,7 +205,7 @@ def test_figures_are_written(run: Path) -> None:
         assert Image.open(run / "figures" / name).width > 300
 
 
-def test_the_same_page_twice(run: Path) -> None:
+def test_two_reports_are_equal(run: Path) -> None:
     before = (run / "report.html").read_bytes()
     assert main([str(run)]) == 0
     assert (run / "report.html").read_bytes() == before

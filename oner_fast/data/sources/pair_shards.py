@@ -21,6 +21,8 @@ EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": 
 
 @dataclass(frozen=True)
 class ShardJob:
+    """A shard to write to `path`, whose record goes to `done`, with the metadata of all its samples."""
+
     path: Path
     done: Path
     pairs: Sequence[Pair]
@@ -31,6 +33,7 @@ class ShardJob:
 def shard_jobs(
     build: Build, splits: dict[str, list[Pair]], resize: int | None, meta: dict[str, str]
 ) -> dict[str, list[ShardJob]]:
+    """Divide the pairs of each split into shards of `SHARD` samples."""
     return {
         name: [
             ShardJob(
@@ -47,7 +50,7 @@ def shard_jobs(
 
 
 def write_shards(jobs: dict[str, list[ShardJob]], workers: int) -> dict[Path, dict[str, Any]]:
-    """Write the shards that are not there yet; what each holds, by its path."""
+    """Write the shards that are not there yet; returns the record of each shard by its path."""
     every = [job for members in jobs.values() for job in members]
     missing = [job for job in every if not (job.path.exists() and job.done.exists())]
     with progress("packing pairs", sum(len(job.pairs) for job in every)) as advance:
@@ -66,7 +69,7 @@ def _write_one(job: ShardJob) -> int:
 
 
 def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[Sample]:
-    """The readable pairs; adds to `captions` and `corrupt` on the way."""
+    """Yield the readable pairs, adding to `captions` and `corrupt`."""
     for pair in job.pairs:
         try:
             image, extension = _read_image(pair.image, job.resize)
@@ -79,7 +82,7 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
 
 
 def _read_image(path: Path, resize: int | None) -> tuple[bytes, str]:
-    """An image's bytes, decoded once to be sure of them, and the extension of its real format."""
+    """Read an image's bytes, decoding them once as a check, and the extension of its actual format."""
     data = path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         kind = image.format or ""

@@ -43,7 +43,7 @@ def read_source(source: Path, columns: Columns, root: Path) -> Found:
     """Read the pairs of a table, or of a folder with a `.txt` beside each image.
 
     Raises:
-        ValueError: there is no such file or folder, or a table has not these columns, is not UTF-8 or is malformed.
+        ValueError: there is no such file or folder, or a table lacks the columns, is not UTF-8 or is malformed.
     """
     if source.is_dir():
         return _folder_pairs(source)

@@ -93,7 +93,7 @@ def _check_options(resize: int | None, validation_percent: int, split_by: str) -
 
 
 def _some_pairs(source: Path, columns: Columns, root: Path, limit: int | None) -> Found:
-    """Read at most `limit` pairs. Raises ValueError where there is none."""
+    """Read at most `limit` pairs. Raises ValueError where there are none."""
     found = read_source(source, columns, root)
     pairs = found.pairs[:limit]
     if not pairs:
@@ -113,7 +113,7 @@ def _pack(build: Build, source: Path, found: Found, workers: int) -> dict[str, A
         say(f"  left out: {line}")
     content = _record(splits, jobs, done)
     if not content["splits"]:
-        raise ValueError(f"no picture of {source} can be read: {'; '.join(corrupt[:5])}")
+        raise ValueError(f"no image of {source} can be read: {'; '.join(corrupt[:5])}")
     content["attribution"] = [_attribution(source, meta, content["splits"])]
     content["dropped"] = {
         "unreadable pictures": len(corrupt),
@@ -135,15 +135,15 @@ def _attribution(source: Path, meta: dict[str, str], splits: dict[str, Any]) -> 
 
 
 def _split(pairs: Sequence[Pair], percent: int, by: str) -> tuple[dict[str, list[Pair]], int]:
-    """The pairs of each split, shuffled; how many training pairs were dropped as their image validates."""
+    """Split and shuffle the pairs; also count the training pairs dropped because their image is in "val"."""
 
     def validates(pair: Pair) -> bool:
         return percentile(concept(pair.caption) if by == "concept" else pair.caption) < percent
 
     val = [pair for pair in pairs if validates(pair)]
-    pictures = {pair.image for pair in val}
+    images = {pair.image for pair in val}
     rest = [pair for pair in pairs if not validates(pair)]
-    train = [pair for pair in rest if pair.image not in pictures]
+    train = [pair for pair in rest if pair.image not in images]
     splits = {"train": train, "val": val}
     for members in splits.values():
         members.sort(key=lambda pair: (hashlib.sha1(f"{pair.name}\t{pair.caption}".encode()).digest(), pair.row))

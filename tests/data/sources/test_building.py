@@ -41,7 +41,7 @@ def finished(folder: Path, options: dict[str, int]) -> Build:
     return build
 
 
-def test_finished_folder_is_known_and_another_build_refused(tmp_path: Path) -> None:
+def test_a_finished_folder_is_recognised_and_another_build_refused(tmp_path: Path) -> None:
     finished(tmp_path, {"image_size": 64})
     assert Build(tmp_path, "test", {"image_size": 64}).finished
     with pytest.raises(ValueError, match=r"image_size 64 there, 48 asked for.*--overwrite"):
@@ -57,7 +57,7 @@ def test_overwrite_removes_the_build_and_nothing_else(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_lost_or_cut_shard_makes_the_folder_unfinished(tmp_path: Path) -> None:
+def test_a_missing_or_truncated_shard_makes_the_folder_unfinished(tmp_path: Path) -> None:
     shard = tmp_path / "train-000000.tar"
     finished(tmp_path, {})
     data = shard.read_bytes()

@@ -49,5 +49,5 @@ def test_a_style_set_is_a_split_of_its_own(tmp_path: Path) -> None:
 
 
 def test_nothing_drawable_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none of 1 drawings gave a picture: one broken"):
+    with pytest.raises(ValueError, match="none of 1 drawings gave an image: one broken"):
         build_drawings(Build(tmp_path, "test", {}), [DRAWINGS[4]], 16, 1)

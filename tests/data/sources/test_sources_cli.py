@@ -19,7 +19,7 @@ def test_pairs_and_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     command = ["pairs", str(tmp_path / "p.csv"), "--output", str(tmp_path / "out"), "--validation-percent", "0"]
     command += ["--csv-img-key", "picture", "--csv-caption-key", "words", "--csv-separator", ","]
     assert main(command) == 0
-    assert "train: 1 pictures, 1 captions" in capsys.readouterr().err
+    assert "train: 1 images, 1 captions" in capsys.readouterr().err
     assert PairDataset(tmp_path / "out").read(0).caption == "red thing"
     assert main(command) == 0
     assert "was complete already" in capsys.readouterr().err
@@ -46,7 +46,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in text for name in NAMES)
 
 
-def test_a_missing_package_is_told_with_its_extra(
+def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = builtins.__import__
@@ -61,7 +61,7 @@ def test_a_missing_package_is_told_with_its_extra(
     assert "the package 'tyro' is not installed: pip install 'oner_fast[demo]'" in capsys.readouterr().err
 
 
-def test_an_interruption_is_told(
+def test_an_interruption_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictograms = pytest.importorskip("oner_fast.data.sources.pictograms", reason="needs the demo extra")
@@ -71,4 +71,4 @@ def test_an_interruption_is_told(
 
     monkeypatch.setattr(pictograms, "build_pictograms", interrupted)
     assert main(["pictograms", "--output", str(tmp_path)]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err

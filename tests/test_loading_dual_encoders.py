@@ -31,7 +31,7 @@ TEXTS = ["a red square", "blue"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a CLIP in `clip`, and a student aligned to it in `uta`."""
+    """A folder with a CLIP in `clip` and a student aligned to it in `uta`."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("runs")
     save_clip(root / "clip", build_clip(CLIP), CLIP)
@@ -48,7 +48,7 @@ def unit(found: torch.Tensor) -> bool:
     return found.dtype == torch.float32 and not found.requires_grad and torch.allclose(found.norm(dim=-1), ones)
 
 
-def test_a_clip_folder_is_both_towers(runs: Path) -> None:
+def test_a_clip_folder_gives_both_towers(runs: Path) -> None:
     loaded = oner_fast.load(runs / "clip")
     clip, _ = load_clip(runs / "clip")
     pixels = pictures(16)
@@ -63,7 +63,7 @@ def test_a_clip_folder_is_both_towers(runs: Path) -> None:
     assert not hasattr(loaded, "encode_image_text")
 
 
-def test_a_student_reads_pictures_and_its_teacher_reads_words(runs: Path) -> None:
+def test_a_student_embeds_images_and_its_teacher_embeds_text(runs: Path) -> None:
     for source in (runs / "uta", runs / "uta" / "model.safetensors"):
         loaded, clip = oner_fast.load(source), oner_fast.load(runs / "clip")
         pixels = pictures(24)
@@ -91,18 +91,18 @@ def test_the_text_tower_is_found_beside_the_run_or_named(runs: Path, tmp_path: P
         oner_fast.load(tmp_path / "c").encode_text(TEXTS)
     with pytest.raises(ValueError, match="text tower 'nowhere/clip' cannot be loaded: .*; name another"):
         oner_fast.load(runs / "uta", text_tower="nowhere/clip").encode_text(TEXTS)
-    with pytest.raises(ValueError, match="has a text tower of its own"):
+    with pytest.raises(ValueError, match="has its own text tower"):
         oner_fast.load(runs / "clip", text_tower=runs / "clip")
 
 
-def test_runs_that_still_train(runs: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_load(runs: Path, tmp_path: Path) -> None:
     student, clip = UTA(STUDENT), build_clip(CLIP)
     about = {
         "kind": "oner_fast.uta",
         "model_config": json.dumps(asdict(STUDENT)),
         "teacher": str(runs / "clip"),
     }
-    for prefix in ("", "student."):  # the second stage keeps the student within two towers
+    for prefix in ("", "student."):  # the second stage keeps the student as one of two towers
         run = tmp_path / f"uta{prefix}"
         weights = {prefix + name: tensor for name, tensor in student.state_dict().items()}
         checkpoint.save(run / "checkpoints", 5, {"student": weights, **about}, keep=0)
@@ -124,13 +124,13 @@ def test_bad_inputs_are_named(runs: Path) -> None:
         loaded.encode_text("a red square")
     with pytest.raises(ValueError, match="at least one text"):
         loaded.encode_text([])
-    with pytest.raises(TypeError, match="got one picture"):
+    with pytest.raises(TypeError, match="got one image"):
         loaded.encode_image(Image.new("RGB", (8, 8)))
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Eight images to train on and six to ask, of four colours."""
+    """Eight training and six validation images of four colours."""
     folder = tmp_path / "data"
     folder.mkdir()
     splits: dict[str, Any] = {}
@@ -163,4 +163,4 @@ def test_eval_of_untrained_towers(kind: str, runs: Path, data: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "image → text" in printed and "linear probe, set" in printed
     assert main([str(runs / "clip"), "--data", str(data), "--text-tower", str(runs / "clip")]) == 2
-    assert "has a text tower of its own" in capsys.readouterr().err
+    assert "has its own text tower" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Batches of images alone: no caption is read, so none need be there; the images are those of the pairs."""
+"""Batches of images alone: captions are not read and may be missing; the images equal those of the pairs."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ COMMON = {"batch_size": 8, "seed": 3, "image_size": 16}
 
 @pytest.fixture(scope="module")
 def both(tars, tmp_path_factory):
-    """The same twenty images with captions and without."""
+    """The same twenty images with and without captions."""
     folder = tmp_path_factory.mktemp("alone")
     pairs = tars.pairs(range(20))
     alone = [member for member in pairs if member[0].endswith("png")]
     return tars.write(folder / "pairs.tar", pairs), tars.write(folder / "alone.tar", alone)
 
 
-def test_no_caption_is_no_damage(both, caplog):
+def test_a_missing_caption_is_not_damage(both, caplog):
     dataset = PairDataset(both[1])
     assert len(dataset) == 20 and dataset.damage == [] and not caplog.records
     assert dataset.picture(7) == PairDataset(both[0]).read(7).image
@@ -29,7 +29,7 @@ def test_no_caption_is_no_damage(both, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_pictures_are_those_of_the_pairs(both, workers):
+def test_the_images_equal_those_of_the_pairs(both, workers):
     tokenizer = Tokenizer.train(PairDataset(both[0]).captions(), 100)
     with (
         PairLoader(PairDataset(both[0]), tokenizer, **COMMON) as pairs,
@@ -48,11 +48,11 @@ def test_captions_as_strings_without_a_tokenizer(both):
     assert all(batch.captions) and batch.text.input_ids.numel() == 0
 
 
-def test_a_missing_picture_is_still_replaced(tars, tmp_path):
+def test_a_missing_image_is_still_replaced(tars, tmp_path):
     members = [("a.json", b"{}"), *(member for member in tars.pairs(range(8)) if member[0].endswith("png"))]
     loader = PairLoader(PairDataset(tars.write(tmp_path / "a.tar", members)), None, captions=False, **COMMON)
     next(loader), next(loader)
-    assert loader.corrupt and "it has no picture" in next(iter(loader.corrupt_names))
+    assert loader.corrupt and "it has no image" in next(iter(loader.corrupt_names))
 
 
 def test_a_tokenizer_needs_captions(both):
@@ -60,7 +60,7 @@ def test_a_tokenizer_needs_captions(both):
         PairLoader(PairDataset(both[0]), Tokenizer.train(["a"], 30), captions=False, **COMMON)
 
 
-def test_streams(both):
+def test_streams_without_captions(both):
     stream = StreamedPairs(f"pipe:cat {both[1]}", None, captions=False, shuffle=0, **COMMON)
     pairs = StreamedPairs(f"pipe:cat {both[0]}", None, shuffle=0, **COMMON)
     first, second = next(stream), next(pairs)
