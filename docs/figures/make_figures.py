@@ -25,7 +25,7 @@ VISIBLE = {(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3
 
 def packing() -> Drawing:
     """Draw one step's sequences padded to the longest, and the same tokens packed."""
-    d = Drawing(WIDTH, 400, "A padded batch beside the packed one")
+    d = Drawing(WIDTH, 382, "A padded batch beside the packed one")
     passes = [("F(I)", True, False), ("F(T)", False, True), ("F(I,T)", True, True)]
     rows = [
         (name, ["cls"] + ["image"] * (PATCHES * image) + ["word"] * (count * text))
