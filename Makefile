@@ -96,9 +96,10 @@ sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanit
 mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs ../shared and nvcc)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
 
-lint: $(STAMP)-dev ## ruff and mypy
+lint: $(STAMP)-dev ## ruff, the project's own style checks and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/style.py
 	$(BIN)/mypy
 
 docs: $(STAMP)-docs ## build the documentation into build/site
