@@ -166,7 +166,7 @@ def _embed_images(
     def prepare(row: int) -> tuple[int, Tensor, T] | str:
         try:
             content, beside = read(row)
-            return row, loaded.preprocess(decode(content, f"picture {row}")), beside
+            return row, loaded.preprocess(decode(content, f"image {row}")), beside
         except (CorruptSample, OSError, ValueError) as error:
             return str(error)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from oner_fast.data.sources.building import Build, each
 from oner_fast.data.sources.concepts import concept
@@ -73,6 +73,9 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
     for pair in job.pairs:
         try:
             image, extension = _read_image(pair.image, job.resize)
+        except UnidentifiedImageError:  # its own message names an address in memory
+            corrupt.append(f"{pair.name}: not an image of a known format")
+            continue
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             corrupt.append(f"{pair.name}: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
             continue
