@@ -18,6 +18,8 @@ TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
 PYTEST ?=
+# The tests that run a second time, in Triton's interpreter.
+INTERPRETED := tests/kernels tests/benchmarks/gpuless
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -48,7 +50,8 @@ $(STAMP)-tools-triton: | $(STAMP)-tools
 
 # The torchvision of this torch, without what it would ask of torch: a later one would bring another torch.
 $(STAMP)-tools-torchvision: | $(STAMP)-tools
-	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null || $(PIP) install --quiet --no-deps \
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null \
+	  || $(PIP) install --quiet --no-deps \
 	  "torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
 	@touch $@
 
@@ -69,12 +72,12 @@ demo: $(STAMP)-demo ## train OneR on pictograms, evaluate it on unseen captions,
 	@echo "The page: $(abspath $(RUN))/report.html"
 
 test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
-	$(BIN)/pytest -ra $(PYTEST)
-	TRITON_INTERPRET=1 $(BIN)/pytest -ra $(PYTEST) tests/kernels || (($$? == 5))  # 5: PYTEST left none
+	$(BIN)/pytest -rfE $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/pytest -rfE $(PYTEST) $(INTERPRETED) || (($$? == 5))  # 5: PYTEST left none
 
 test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulated and interpreted
-	$(BIN)/pytest -ra -m slow $(PYTEST)
-	TRITON_INTERPRET=1 $(BIN)/pytest -ra -m slow $(PYTEST) tests/kernels || (($$? == 5))
+	$(BIN)/pytest -rfE -m slow $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/pytest -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
 
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
 	$(BIN)/pytest -ra --show-capture=no benchmarks
@@ -84,7 +87,7 @@ bench: $(STAMP)-bench ## measure every op and one training step against PyTorch,
 
 gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu
 	$(BIN)/oner-fast doctor
-	ONER_FAST_GPU=1 $(BIN)/pytest -ra tests/gpu tests/kernels $(PYTEST)
+	ONER_FAST_GPU=1 $(BIN)/pytest -rfE tests/gpu tests/kernels $(PYTEST)
 	$(BIN)/oner-fast bench ops --device cuda --out runs/gpu
 
 gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/results/gpu_resources.md and benchmarks/results/gpu_peers.md again
@@ -94,7 +97,7 @@ gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/results/gpu_resourc
 sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(BIN)/python tests/sanitize.py
 
-mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs ../shared and nvcc)
+mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs nvcc)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
 
 lint: $(STAMP)-dev ## ruff, mypy, clang-format, the project's style checks, and the schemas of .github

@@ -2,17 +2,19 @@
 make a test fail.
 
     python tests/mutations.py [TEXT ...] [--jobs N]      only the mutants whose file or name holds one of the texts
+    python tests/mutations.py --check                    only whether the list follows the kernels and the tests
 
-A mutant is applied to a temporary copy of the tree and the tests that it names run on it, without a GPU: Triton kernels
-in the hardened interpreter (`compiled = true`: as sm_80 PTX on the CPU), CUDA C++ as PTX. The tests have to pass on the
-unchanged copy first. A mutant that no test can catch says why in `equivalent`, and is not run.
+First the list is checked: what each mutant replaces stands in its file, once; the tests that it names exist; and every
+kernel has mutants. A mutant is then applied to a temporary copy of the tree and the tests that it names run on it,
+without a GPU: Triton kernels in the strict interpreter (`compiled = true`: as sm_80 PTX on the CPU), CUDA C++ as PTX.
+The tests have to pass on the unchanged copy first. A mutant that no test can catch says why in `equivalent`, and is not
+run.
 Exit status 1: a mutant survived, or one that is called equivalent was caught (--equivalent runs those too).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing
 import os
 import queue
@@ -23,12 +25,12 @@ import tempfile
 import threading
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKERS = Path(os.environ.get("ONER_FAST_GPULESS") or ROOT.parent / "shared")
 COPIED = ("benchmarks", "csrc", "kernels", "oner_fast", "tests", "train", "pyproject.toml")
 # What these cost to import is paid once: every run is forked from a process that has them.
 PRELOADED = ["torch", "torch._inductor.config", "triton", "numpy", "pytest", "hypothesis"]
@@ -62,12 +64,33 @@ def mutants(folder: Path = ROOT / "tests" / "mutants") -> list[Mutant]:
     return found
 
 
+def problems(listed: Sequence[Mutant], root: Path) -> list[str]:
+    """Return what does not fit the kernels and the tests of a tree."""
+    found = []
+    for mutant in listed:
+        if (count := (root / mutant.file).read_text(encoding="utf-8").count(mutant.old)) != 1:
+            found.append(f"{mutant}: what it replaces must occur once in {mutant.file}, and occurs {count} times")
+        if mutant.old == mutant.new:
+            found.append(f"{mutant}: it changes nothing")
+        names = re.findall(r"def (test_\w+)", (root / mutant.tests).read_text(encoding="utf-8"))
+        words = [word for word in re.findall(r"[a-z_]{8,}", mutant.select) if not word.startswith("dtype")]
+        unknown = [word for word in words if not any(word in name for name in names)]
+        if unknown or not words:
+            found.append(f"{mutant}: no test of {mutant.tests} has {', '.join(unknown) or mutant.select} in its name")
+    named = Counter(str(mutant) for mutant in listed)
+    found += [f"{name}: {count} mutants have this name" for name, count in named.items() if count > 1]
+    kernels = {
+        str(path.relative_to(root))
+        for path in [*(root / "kernels").glob("*.py"), *(root / "csrc" / "cuda").glob("*.cu*")]
+        if re.search(r"tl\.(load|store)\(|__global__", path.read_text(encoding="utf-8"))
+    }
+    return found + [f"{file}: it has no mutant" for file in sorted(kernels - {mutant.file for mutant in listed})]
+
+
 def apply(mutant: Mutant, tree: Path) -> str:
     """Writes the mutant into a tree, and returns what its file held before."""
     path = tree / mutant.file
     before = path.read_text(encoding="utf-8")
-    if (count := before.count(mutant.old)) != 1:
-        raise ValueError(f"{mutant}: what it replaces must occur once in {mutant.file}, and occurs {count} times")
     path.write_text(before.replace(mutant.old, mutant.new), encoding="utf-8")
     return before
 
@@ -84,6 +107,7 @@ def copy_tree(to: Path) -> Path:
 
 def run_pytest(tree: Path, arguments: Sequence[str], environment: dict[str, str], log: Path) -> None:
     """In a process of its own: exits with pytest's status."""
+    assert "oner_fast" not in sys.modules, "the tests have to import the package of the tree"
     os.environ.update(environment)
     os.chdir(tree)
     sys.dont_write_bytecode = True  # a mutant as long as what it replaces would be taken for it
@@ -111,8 +135,7 @@ class Runner:
 
     def tests(self, tests: str, select: str, compiled: bool) -> tuple[int | None, str]:
         """pytest's status, or None where time ran out; and its last words."""
-        environment = {"ONER_FAST_GPULESS": str(CHECKERS), "PYTHONPATH": str(self.tree)}
-        environment["TRITON_INTERPRET"] = "0" if compiled else "1"
+        environment = {"PYTHONPATH": str(self.tree), "TRITON_INTERPRET": "0" if compiled else "1"}
         context = self.compiling if compiled else self.interpreting
         process = context.Process(target=run_pytest, args=(self.tree, [tests, "-k", select], environment, self.log))
         process.start()
@@ -195,10 +218,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="runs at a time")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds that a mutant's tests may take")
     parser.add_argument("--equivalent", action="store_true", help="run those that are called equivalent, too")
+    parser.add_argument("--check", action="store_true", help="check the list, and run nothing")
     options = parser.parse_args()
-    if not (CHECKERS / "gpuless").is_dir() or importlib.util.find_spec("triton") is None:
-        raise SystemExit(f"needs Triton, and the checkers at {CHECKERS} (or at $ONER_FAST_GPULESS)")
-    listed = [x for x in mutants() if not options.only or any(text in str(x) for text in options.only)]
+    every = mutants()
+    if found := problems(every, ROOT):
+        raise SystemExit("the list of mutants is out of date:\n" + "\n".join(found))
+    if options.check:
+        print(f"{len(every)} mutants follow the kernels and the tests")
+        return 0
+    from oner_fast.benchmarks.gpuless import tools  # here: the runs import this file, and the package of their own tree
+
+    if absent := tools.missing(*tools.FOR_INTERPRETER, *tools.FOR_EMULATE, *tools.FOR_CUDA):
+        raise SystemExit(f"needs {', '.join(absent)}")
+    listed = [x for x in every if not options.only or any(text in str(x) for text in options.only)]
     if not listed:
         raise SystemExit(f"no mutant's file or name holds one of {options.only}")
     equivalent = [x for x in listed if x.equivalent]

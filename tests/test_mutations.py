@@ -1,58 +1,47 @@
-"""The mutants fit the kernels: the text that each replaces occurs once, and the tests that it names exist."""
+"""The check of the list of mutants, on a small tree."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+FILE = Path(__file__).with_name("mutations.py")
 
 
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("mutations", ROOT / "tests" / "mutations.py")
+@pytest.fixture
+def mutations(monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location("mutations", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mutations"] = module  # dataclasses look up their module
+    monkeypatch.setitem(sys.modules, "mutations", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-MUTATIONS = tool()
-MUTANTS = MUTATIONS.mutants()
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "add.py").write_text("x = tl.load(p, mask=m)\ntl.store(p, x)\n")
+    (tmp_path / "test_add.py").write_text("def test_add_is_exact(): ...\n")
+    return tmp_path
 
 
-def test_what_a_mutant_replaces_occurs_once() -> None:
-    counts = {str(x): (ROOT / x.file).read_text(encoding="utf-8").count(x.old) for x in MUTANTS}
-    assert {name: count for name, count in counts.items() if count != 1} == {}
-    assert len(counts) == len(MUTANTS) > 100  # no two of one name
-    assert all(x.old != x.new for x in MUTANTS)
-
-
-def test_the_tests_of_a_mutant_exist() -> None:
-    for path in {x.tests for x in MUTANTS}:
-        text = (ROOT / path).read_text(encoding="utf-8")
-        names = re.findall(r"def (test_\w+)", text)
-        for mutant in (x for x in MUTANTS if x.tests == path):
-            words = [x for x in re.findall(r"[a-z_]{8,}", mutant.select) if not x.startswith("dtype")]
-            assert words and all(any(word in name for name in names) for word in words), mutant
-
-
-def test_every_kernel_has_mutants() -> None:
-    kernels = {
-        str(path.relative_to(ROOT))
-        for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc" / "cuda").glob("*.cu*")]
-        if re.search(r"tl\.(load|store)\(|__global__", path.read_text(encoding="utf-8"))
+def test_a_list_that_fits_has_no_problem_and_one_that_does_not_says_what(mutations: Any, tree: Path) -> None:
+    good = mutations.Mutant("kernels/add.py", "test_add.py", "no mask", ", mask=m", "", "is_exact")
+    assert mutations.problems([good], tree) == []
+    wrong = {
+        "must occur once in kernels/add.py, and occurs 2 times": replace(good, old="p, ", name="twice"),
+        "and occurs 0 times": replace(good, old="gone", name="gone"),
+        "it changes nothing": replace(good, new=good.old, name="same"),
+        "no test of test_add.py has is_wrong_": replace(good, select="is_wrong_", name="no test"),
     }
-    assert kernels == {x.file for x in MUTANTS}
-
-
-def test_a_mutant_that_fits_nowhere_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "kernel.py").write_text("x = 1\nx = 1\n")
-    mutant = MUTATIONS.Mutant("kernel.py", "tests/test_x.py", "twice", "x = 1", "x = 2", "all")
-    with pytest.raises(ValueError, match="kernel.py: twice: .* must occur once in kernel.py, and occurs 2 times"):
-        MUTATIONS.apply(mutant, tmp_path)
+    for says, mutant in wrong.items():
+        (problem,) = mutations.problems([good, mutant], tree)
+        assert problem.startswith(f"{mutant}: ") and says in problem
+    assert mutations.problems([good, good], tree) == ["kernels/add.py: no mask: 2 mutants have this name"]
+    assert mutations.problems([], tree) == ["kernels/add.py: it has no mutant"]
