@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,7 +191,7 @@ def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> 
 
     longest = max(lengths)
 
-    lengths_known = {"max_seqlen_q": longest, "max_seqlen_k": longest}
+    lengths_known: dict[str, Any] = {"max_seqlen_q": longest, "max_seqlen_k": longest}
     size = torch.empty(0, dtype=dtype).element_size()
     squares = sum(length**2 for length in lengths)
     return Case(
