@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,9 +12,8 @@ from typing import Any
 import torch
 import triton
 
-_CONFIGURATIONS = Path(__file__).parent / "configurations"
+CONFIGURATIONS = Path(__file__).parent / "configurations"
 REFERENCE_ARCHITECTURE = 80
-Key = tuple[str, str, str]  # op, kernel, class of shapes
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> 
 
     Raises KeyError naming the kernel and class that have none.
     """
-    known = _table(op)
+    known = committed_tiles(op)
     for each in sorted(known, reverse=True):
         if each <= max(architecture, REFERENCE_ARCHITECTURE) and shape_class in known[each].get(kernel, {}):
             return known[each][kernel][shape_class]
@@ -73,8 +70,8 @@ def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> 
 
 
 @cache
-def _table(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
-    data = json.loads((_CONFIGURATIONS / f"{op}.json").read_text(encoding="utf-8"))
+def committed_tiles(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
+    data = json.loads((CONFIGURATIONS / f"{op}.json").read_text(encoding="utf-8"))
     return {
         int(architecture.removeprefix("sm_")): {
             kernel: {
@@ -87,79 +84,6 @@ def _table(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
         }
         for architecture, kernels in data.items()
     }
-
-
-def keys() -> list[Key]:
-    """Of all that is committed, in the order of the files."""
-    return [
-        (op, kernel, shape_class)
-        for op in sorted(path.stem for path in _CONFIGURATIONS.glob("*.json"))
-        for kernel, classes in _table(op)[REFERENCE_ARCHITECTURE].items()
-        for shape_class in classes
-    ]
-
-
-def read_again() -> None:
-    """The files were changed: what was read from them is forgotten."""
-    _table.cache_clear()
-
-
-@contextmanager
-def override(op: str, kernel: str, shape_class: str, tile: Configuration) -> Iterator[None]:
-    """Within it `tile` is what every architecture is given, in every thread: for tuning alone.
-
-    The table is changed, not how it is read: a launch costs what it always does, and torch.compile sees nothing.
-    Raises KeyError for what is not committed, ValueError where the blocks are not those of the kernel.
-    """
-    places = [kernels[kernel] for kernels in _table(op).values() if shape_class in kernels.get(kernel, {})]
-    if not places:
-        raise KeyError(f"{op}: no configuration of {kernel!r} for {shape_class!r} (kernels/configurations/{op}.json)")
-    before = [classes[shape_class] for classes in places]
-    if set(tile.blocks) != set(before[0].blocks):
-        raise ValueError(f"{op} {kernel} has the blocks {sorted(before[0].blocks)}, got {sorted(tile.blocks)}")
-    try:
-        for classes in places:
-            classes[shape_class] = tile
-        yield
-    finally:
-        for classes, old in zip(places, before, strict=True):
-            classes[shape_class] = old
-
-
-@contextmanager
-def as_on(architecture: int) -> Iterator[None]:
-    """Within it what is asked for architecture 80, as the lists of compilations do, is what `architecture` is given."""
-    with ExitStack() as stack:
-        for op, kernel, shape_class in keys():
-            stack.enter_context(override(op, kernel, shape_class, configuration(op, kernel, shape_class, architecture)))
-        yield
-
-
-class _Noting(dict[str, Configuration]):
-    """The classes of a kernel, which count what is read of them."""
-
-    def __init__(self, op: str, kernel: str, classes: Mapping[str, Configuration], read: Counter[Key]) -> None:
-        super().__init__(classes)
-        self.of, self.read = (op, kernel), read
-
-    def __getitem__(self, shape_class: str) -> Configuration:
-        self.read[*self.of, shape_class] += 1
-        return super().__getitem__(shape_class)
-
-
-@contextmanager
-def asked() -> Iterator[Counter[Key]]:
-    """How often each configuration is asked for within it, by its key."""
-    read: Counter[Key] = Counter()
-    places = [(op, kernels) for op in {op for op, _, _ in keys()} for kernels in _table(op).values()]
-    before = [dict(kernels) for _, kernels in places]
-    try:
-        for op, kernels in places:
-            kernels.update({kernel: _Noting(op, kernel, classes, read) for kernel, classes in kernels.items()})
-        yield read
-    finally:
-        for (_, kernels), old in zip(places, before, strict=True):
-            kernels.update(old)
 
 
 def architecture_of(tensor: torch.Tensor) -> int:

@@ -18,7 +18,8 @@ from pathlib import Path
 from oner_fast.benchmarks.gpu.kernels import compilations, compile_cuda, cuda_sources, first_of_each_kernel
 from oner_fast.benchmarks.gpu.machine_code import TARGETS, Figures, compile_triton, versions
 from oner_fast.benchmarks.gpuless import tools
-from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, as_on
+from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE
+from oner_fast.kernels.tile_overrides import tiles_of
 
 DEFAULT_FILE = Path("benchmarks/results/gpu_resources.md")
 COMMAND = "oner-fast bench gpu-resources"
@@ -82,7 +83,7 @@ def _compilers(jobs: int) -> ProcessPoolExecutor:
 
 def compile_named(name: str, target: str) -> Figures:
     """Compile the kernel of that name with the tiles of the target."""
-    with as_on(int(target.removeprefix("sm_")) if target.startswith("sm_") else REFERENCE_ARCHITECTURE):
+    with tiles_of(int(target.removeprefix("sm_")) if target.startswith("sm_") else REFERENCE_ARCHITECTURE):
         return compile_triton(next(one for one in compilations() if one.name == name), target)
 
 

@@ -9,7 +9,8 @@ from itertools import product
 from typing import Any
 
 from oner_fast.kernels import launch
-from oner_fast.kernels.launch import Configuration, Key
+from oner_fast.kernels.launch import Configuration
+from oner_fast.kernels.tile_overrides import Key, reload_tiles
 
 # Least and greatest size of a block, both powers of two. Blocks that are not listed are a row's length or are bounded
 # by a patch, and stay. A product on tensor cores needs 16, and a tile of attention has at most 128.
@@ -92,12 +93,12 @@ def label(tile: Configuration) -> str:
 def commit(key: Key, architecture: int, tile: Configuration) -> None:
     """Write `tile` into the op's file as the tile of an architecture (80 for sm_80), and let launches read it."""
     op, kernel, shape_class = key
-    path = launch._CONFIGURATIONS / f"{op}.json"
+    path = launch.CONFIGURATIONS / f"{op}.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     known = data.setdefault(f"sm_{architecture}", {}).setdefault(kernel, {})
     known[shape_class] = tile.launch
     path.write_text(text_of(data), encoding="utf-8")
-    launch.read_again()
+    reload_tiles()
 
 
 def text_of(data: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -29,7 +29,8 @@ from oner_fast.benchmarks.gpu.tune_log import Log
 from oner_fast.benchmarks.gpu.tune_timing import Scores, Timer, difference, on_gpu, results, scores, turns
 from oner_fast.benchmarks.gpu.workloads import Workload, workloads
 from oner_fast.benchmarks.timing import Rotation
-from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Configuration, Key, asked, configuration, keys
+from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Configuration, configuration
+from oner_fast.kernels.tile_overrides import Key, committed_keys, counted_lookups
 
 COMMAND = "oner-fast bench gpu-tune"
 DEFAULT_LOG = Path("runs/gpu_tune.jsonl")
@@ -133,7 +134,7 @@ class Tuner:
         ]
 
     def _asked_by(self, one: Workload, phase: str) -> Counter[Key]:
-        with asked() as read:
+        with counted_lookups() as read:
             one.run(phase, one.make(0, self.device))
         return read
 
@@ -272,7 +273,7 @@ def _compile_only(tuner: Tuner, key: Key) -> None:
 
 def select(ops: Sequence[str] | None, kernels: Sequence[str] | None, classes: Sequence[str] | None) -> list[Key]:
     """Committed keys that pass the filters. Raises ValueError where a filter leaves none, listing the known names."""
-    found = keys()
+    found = committed_keys()
     for place, what, names in ((0, "op", ops), (1, "kernel", kernels), (2, "class of shapes", classes)):
         known = list(dict.fromkeys(key[place] for key in found))
         for name in names or ():

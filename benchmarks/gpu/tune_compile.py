@@ -11,15 +11,8 @@ from typing import Any
 
 from oner_fast.benchmarks.gpu.kernels import compilations
 from oner_fast.benchmarks.gpu.machine_code import compile_triton
-from oner_fast.kernels.launch import (
-    REFERENCE_ARCHITECTURE,
-    Compilation,
-    Configuration,
-    Key,
-    as_on,
-    configuration,
-    override,
-)
+from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Compilation, Configuration, configuration
+from oner_fast.kernels.tile_overrides import Key, override, tiles_of
 
 UNLISTED = "no list of compilations has it, so it is unknown whether it spills"
 # A tile, its problems (none: it may be timed), and its resources for each compilation and target.
@@ -34,7 +27,7 @@ def affected(key: Key, tile: Configuration, architecture: int) -> list[Compilati
         with override(*key, one):
             return {each.name: each for each in compilations()}
 
-    with as_on(architecture):
+    with tiles_of(architecture):
         found, other = given(tile), given(replace(tile, num_warps=2 * tile.num_warps))
     return [one for name, one in found.items() if one.options != other[name].options]
 

@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 import oner_fast.kernels
 from oner_fast.benchmarks.gpu.machine_code import versions
-from oner_fast.kernels.launch import Configuration, Key
+from oner_fast.kernels.launch import Configuration
+from oner_fast.kernels.tile_overrides import Key
 
 
 def _digest() -> str:

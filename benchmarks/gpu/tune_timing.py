@@ -14,7 +14,8 @@ from oner_fast.benchmarks.gpu.tiles import label
 from oner_fast.benchmarks.gpu.workloads import Workload
 from oner_fast.benchmarks.measure import relative_error
 from oner_fast.benchmarks.timing import Candidate, Rotation, Samples, interleave, ratio
-from oner_fast.kernels.launch import Configuration, Key, override
+from oner_fast.kernels.launch import Configuration
+from oner_fast.kernels.tile_overrides import Key, override
 
 # Tiles add in different orders, so their results may differ by this many units of the workload's dtype. Half precision
 # rounds once at the end; float32 has long sums and products of three tf32 parts.

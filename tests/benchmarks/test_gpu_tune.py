@@ -27,7 +27,8 @@ from oner_fast.benchmarks.gpuless import emulate, tools
 from oner_fast.benchmarks.ops import token_alignment
 from oner_fast.benchmarks.timing import Candidate, Samples
 from oner_fast.kernels import launch
-from oner_fast.kernels.launch import Configuration, Key, as_on, asked, configuration, keys, override
+from oner_fast.kernels.launch import Configuration, configuration
+from oner_fast.kernels.tile_overrides import Key, committed_keys, counted_lookups, override, reload_tiles, tiles_of
 
 KEY: Key = ("token_alignment", "forward", "wide")
 OTHER: Key = ("token_alignment", "backward", "wide")
@@ -40,11 +41,11 @@ SLOWER = replace(COMMITTED, num_warps=2)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the committed tiles, which a tuning may overwrite."""
     copied = tmp_path / "configurations"
-    shutil.copytree(launch._CONFIGURATIONS, copied)
-    monkeypatch.setattr(launch, "_CONFIGURATIONS", copied)
-    launch.read_again()
+    shutil.copytree(launch.CONFIGURATIONS, copied)
+    monkeypatch.setattr(launch, "CONFIGURATIONS", copied)
+    reload_tiles()
     yield copied
-    launch.read_again()
+    reload_tiles()
 
 
 class Clock:
@@ -103,14 +104,14 @@ def kinds(log: Log, tile: Configuration) -> list[str]:
 def test_files_of_tiles_keep_their_format(folder: Path) -> None:
     for path in folder.glob("*.json"):
         before = path.read_bytes()
-        for op, kernel, shape_class in keys():
+        for op, kernel, shape_class in committed_keys():
             if op == path.stem:
                 tiles.commit((op, kernel, shape_class), 80, configuration(op, kernel, shape_class, 80))
         assert path.read_bytes() == before
 
 
 def test_neighbours_are_near_valid_and_distinct() -> None:
-    for key in keys():
+    for key in committed_keys():
         committed = configuration(*key, 80)
         assert tiles.limits(key).keys() <= committed.blocks.keys()
         sizes = [(committed.blocks[name], *limits) for name, limits in tiles.limits(key).items()]
@@ -135,7 +136,7 @@ def test_the_fastest_tile_is_committed_and_launched(log: Log, folder: Path) -> N
     assert configuration(*KEY, 90) == FASTER and configuration(*KEY, 80) == before == COMMITTED
     data = json.loads((folder / "token_alignment.json").read_text(encoding="utf-8"))
     assert data["sm_90"] == {"forward": {"wide": FASTER.launch}}
-    with asked() as read:
+    with counted_lookups() as read:
         stand_in(KEY, wrong=FASTER).forward(torch.ones(1))
     assert read == {KEY: 1}
     assert stand_in(KEY, wrong=FASTER).forward(torch.ones(1)) == 2, "this is the tile that a launch is given"
@@ -266,7 +267,7 @@ def test_the_compiler_gets_the_candidate_and_its_architecture() -> None:
     ((_, problems, _),) = tune_compile.compile_tiles(unlisted, [configuration(*unlisted, 80)], ["sm_80"])
     assert problems == [tune_compile.UNLISTED]
     tiles.commit(narrow, 90, spilling)
-    with as_on(90):
+    with tiles_of(90):
         assert configuration(*narrow, 80) == spilling
     assert configuration(*narrow, 80) == tile
 
@@ -282,7 +283,7 @@ def test_an_override_ends_with_its_block() -> None:
     other = Configuration({"BLOCK_M": 64}, 4, 1)
     with pytest.raises(ValueError, match=r"has the blocks \['BLOCK_D'\], got \['BLOCK_M'\]"), override(*KEY, other):
         pass
-    with asked() as read:
+    with counted_lookups() as read:
         configuration(*KEY, 80)
     configuration(*OTHER, 80)
     assert read == {KEY: 1}
@@ -316,7 +317,7 @@ def test_a_key_of_backward_alone_is_timed_in_a_whole_step(log: Log) -> None:
 
 
 def test_every_op_has_workloads_with_unique_names() -> None:
-    for op in {op for op, _, _ in keys()}:
+    for op in {op for op, _, _ in committed_keys()}:
         found = workloads(op)
         assert found and len({one.name for one in found}) == len(found) and {one.op for one in found} == {op}
 
