@@ -7,6 +7,7 @@ import signal
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -97,6 +98,17 @@ def _one_ahead(batches: Iterator[PairBatch], begin: Callable[[PairBatch], object
         current = following
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Start processes inside whose every thread, PyTorch's own from before `_begin_worker` too, blocks SIGTERM."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@_sigterm_blocked()
 def in_workers(
     source: Dataset[PairBatch], sampler: Iterable[int] | None, workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[PairBatch]:

@@ -12,10 +12,12 @@ import pytest
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
+import torch
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.tokenizer import Tokenizer
 
+torch.set_num_threads(2)  # as a training does: a forked worker then has a pool of threads from the start
 stop = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: stop.append(number))
