@@ -1,10 +1,10 @@
 """gather_patches in Triton: bound by memory; a pixel takes a subtraction and a product, a gradient a division.
 
-What runs through the kernels are lines of patches: `patch_size` numbers that lie side by side in the image and in the
-result. Bytes, for T kept patches of C P^2 numbers: forward reads them once in the images' type and writes them once in
-the result's, and reads 8 T of indices. (A line of 16 uint8 is half a 32-byte sector: where its neighbour is not kept,
-the other half is read for nothing.) Backward reads the T C P^2 numbers of the gradient and writes all of the images'
-gradient once, zeros included; 16 T + 8 B N of indices and lists (`kernels.kept`).
+The kernels work on lines of patches: `patch_size` numbers that lie side by side in the image and in the result. Bytes,
+for T kept patches of C P^2 numbers: forward reads the numbers once in the images' type, writes them once in the
+result's, and reads 8 T bytes of indices. (A line of 16 uint8 is half a 32-byte sector; where its neighbour is not kept,
+the other half is read in vain.) Backward reads the T C P^2 numbers of the gradient, writes the whole gradient of the
+images once, zeros included, and moves 16 T + 8 B N bytes of indices and lists (`kernels.kept`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def forward_kernel(
     entries, samples, per_sample, cells, across, steps, stride_b, stride_c, stride_h, stride_w,
     PATCH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (block of lines of kept patches; channel; block of columns of a line)."""
+    """Copy kept patches; programs: (block of lines of kept patches; channel; block of columns of a line)."""
     channel = tl.program_id(1)
     first = tl.program_id(0).to(tl.int64) * BLOCK_L
     local = (first % PATCH).to(tl.int32) + tl.arange(0, BLOCK_L)  # [BLOCK_L]
@@ -60,7 +60,7 @@ def forward_kernel(
         pixels *= (1.0 / (tl.load(std + channel) * full)).to(pixels.dtype)
     elif full != 1.0:
         pixels *= 1.0 / full
-    pixels = tl.where(real[:, None], pixels, float("nan"))  # a value of kept that names no patch
+    pixels = tl.where(real[:, None], pixels, float("nan"))  # for values of kept outside the image
     target = (entry * tl.num_programs(1) + channel) * (PATCH * PATCH) + line * PATCH  # [BLOCK_L]
     tl.store(out + target[:, None] + column[None, :], pixels, there[:, None] & inside)
 
@@ -71,7 +71,7 @@ def backward_kernel(
     samples, entries, per_sample, cells, across, lines_each, stride_gb, stride_gk, stride_gd,
     PATCH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Lines come in the order of the image: those of the patches beside each other, then the row of pixels below."""
+    """Write the gradient of the images; lines are in image order: a row of pixels patch by patch, then the next row."""
     channel = tl.program_id(1)
     first = tl.program_id(0).to(tl.int64) * BLOCK_L
     local = (first % lines_each).to(tl.int32) + tl.arange(0, BLOCK_L)  # [BLOCK_L]
@@ -96,7 +96,7 @@ def backward_kernel(
     source = grad + (above + entry.to(tl.int64) * stride_gk)[:, None] + place
     sums = tl.load(source, (entry >= 0)[:, None] & inside, 0.0).to(wide)
     entry = next_entry(following, begin, entry, entries)
-    while tl.max(entry, 0) >= 0:  # a patch that was chosen again
+    while tl.max(entry, 0) >= 0:  # a patch that was kept more than once
         source = grad + (above + entry.to(tl.int64) * stride_gk)[:, None] + place
         sums += tl.load(source, (entry >= 0)[:, None] & inside, 0.0).to(wide)
         entry = next_entry(following, begin, entry, entries)
@@ -115,6 +115,7 @@ def forward(
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
+    """Launch forward; see the raw op for the shapes."""
     samples, channels, height, width = images.shape
     out = images.new_empty((*kept.shape, channels * patch_size * patch_size), dtype=dtype)
     if out.numel() == 0:
@@ -140,6 +141,7 @@ def backward(
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
+    """Launch backward: the gradient of images of `image_shape`, in `dtype`."""
     samples, channels, height, width = image_shape
     to_images = grad.new_empty(image_shape, dtype=dtype)
     if to_images.numel() == 0:
@@ -167,7 +169,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 def _tiles(
     kernel: str, lines: int, channels: int, patch: int, dtypes: tuple[torch.dtype, torch.dtype], architecture: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """The grid, and the shape of a tile: as many whole lines as its pixels allow."""
+    """Return the grid and the shape of a tile, which holds as many whole lines as its pixels allow."""
     chosen = configuration("gather_patches", kernel, "float64" if torch.float64 in dtypes else "others", architecture)
     block_p = min(triton.next_power_of_2(patch), chosen.blocks["BLOCK_P"])
     block_l = chosen.blocks["PIXELS"] // block_p
@@ -182,6 +184,7 @@ _PAIRS = (
 
 
 def compilations() -> list[Compilation]:
+    """List both kernels for patches of 14 and 16 pixels, fixed and ragged."""
     return [
         made
         for ragged, patch, pairs in ((False, 14, _PAIRS), (False, 16, _PAIRS), (True, 16, _PAIRS[:3]))
@@ -191,7 +194,7 @@ def compilations() -> list[Compilation]:
 
 
 def _compilations(ragged: bool, patch: int, pixels: torch.dtype, result: torch.dtype) -> list[Compilation]:
-    """Contiguous images of sides that 16 divides."""
+    """List forward and backward for contiguous images whose sides 16 divides."""
     boundaries: dict[str, str] = {"cu_seqlens": "*i32"} if ragged else {}
     absent: dict[str, int | None] = {} if ragged else {"cu_seqlens": None}
     images, rows = f"*{triton_type(pixels)}", f"*{triton_type(result)}"

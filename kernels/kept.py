@@ -1,10 +1,10 @@
-"""The `kept` argument of the gathers on the device: the sample that owns a packed row, and for each cell who chose it.
+"""The `kept` argument of the gathers on the device: the sample of a packed row, and the entries that chose each cell.
 
-A gradient has to find, for every (sample, cell), the entries of `kept` that chose it, although they may come in any
-order and any number. Two arrays of int32 lists say so: `head` (B, N), the first entry of a cell or -1, and `following`
-(T), the next entry of the same cell or -1, both counted within the sample. Walked from the head, entries come in
-ascending order, so that sums have one order and need no atomics. Making them takes (N + K) K comparisons a sample and
-reads 8 K bytes, writes 4 (N + K): for N = 196, K = 98, D = 768 in bfloat16 half a percent of the gradient's bytes.
+A gradient has to find, for every (sample, cell), the entries of `kept` that chose it, in any order and any number. Two
+int32 arrays hold them as linked lists: `head` (B, N) is the first entry of a cell or -1, and `following` (T) the next
+entry of the same cell or -1, both counted within the sample. From the head on, entries come in ascending order, so that
+sums have one order and need no atomics. The lists cost (N + K) K comparisons for each sample, 8 K bytes read and
+4 (N + K) written: half a percent of the gradient's bytes for N = 196, K = 98, D = 768 in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from oner_fast.kernels.launch import Compilation, architecture_of, configuration
 
 @triton.jit
 def sample_of_row(cu_seqlens, row, samples, steps, prefix):
-    """The last sample whose first row, cu_seqlens[b] + b * prefix, is not behind `row`; always in [0, samples)."""
+    """Find the last sample whose first row, cu_seqlens[b] + b * prefix, is not after `row`; always in [0, samples)."""
     low = (row * 0).to(tl.int32)
     high = low + samples
     for _ in range(steps):  # 2^steps >= samples
@@ -32,7 +32,7 @@ def sample_of_row(cu_seqlens, row, samples, steps, prefix):
 
 @triton.jit(do_not_specialize=["per_sample", "total", "cells"])
 def lists_kernel(kept, cu_seqlens, head, following, per_sample, total, cells, BLOCK_I: tl.constexpr):
-    """Items of a sample: its cells, which look for their first entry, and its entries, which look for the next."""
+    """Build the lists of a sample: each cell looks for its first entry, each entry for the next of the same cell."""
     sample = tl.program_id(0).to(tl.int64)
     if cu_seqlens is None:
         begin, count = sample * per_sample, per_sample
@@ -49,7 +49,7 @@ def lists_kernel(kept, cu_seqlens, head, following, per_sample, total, cells, BL
         cell = tl.where(is_cell, item, tl.load(kept + own, mask=is_entry, other=-1))
         after = tl.where(is_cell, -1, item - cells)
         found = tl.full([BLOCK_I], -1, tl.int32)
-        for back in range(count):  # from the last entry, so that the first match is what remains
+        for back in range(count):  # from the last entry to the first, so that the first match is found last
             entry = count - 1 - back
             matches = (tl.load(kept + begin + entry) == cell) & (entry > after)
             found = tl.where(matches, entry, found)
@@ -59,13 +59,13 @@ def lists_kernel(kept, cu_seqlens, head, following, per_sample, total, cells, BL
 
 @triton.jit
 def next_entry(following, begin, entry, total):
-    """The next entry of the same cell, or -1. Boundaries that overlap may have spoilt the lists: they still end."""
+    """Return the next entry of the same cell, or -1; lists end even where overlapping boundaries corrupted them."""
     after = tl.load(following + begin + entry, entry >= 0, -1)
     return tl.where((after > entry) & (begin + after < total), after, -1)
 
 
 def lists(kept: Tensor, cu_seqlens: Tensor | None, samples: int, cells: int) -> tuple[Tensor, Tensor]:
-    """`head` (B, N) and `following` (T) of a contiguous `kept`, on its device."""
+    """Build `head` (B, N) and `following` (T) for a contiguous `kept`, on its device."""
     head = torch.empty(samples, cells, dtype=torch.int32, device=kept.device)
     following = torch.empty(kept.numel(), dtype=torch.int32, device=kept.device)
     if samples and cells:
@@ -79,11 +79,12 @@ def lists(kept: Tensor, cu_seqlens: Tensor | None, samples: int, cells: int) -> 
 
 
 def search_steps(samples: int) -> int:
-    """How many halvings find one of `samples`."""
+    """Return how many halvings find one of `samples`."""
     return max(samples - 1, 0).bit_length()
 
 
 def compilations() -> list[Compilation]:
+    """List the kernel for fixed and for ragged samples."""
     chosen = configuration("masked_gather", "lists", "any", 80)
     signature = {
         "kept": "*i64",

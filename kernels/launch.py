@@ -1,4 +1,4 @@
-"""What the launchers of all kernels share: the architecture, committed tile shapes, and lists of what is compiled."""
+"""Shared by the launchers of all kernels: the architecture, committed tile shapes, and lists of compilations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFERENCE_ARCHITECTURE = 80
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a kernel is compiled for a class of shapes: its block sizes, and Triton's launch options."""
+    """A tile: the block sizes of a kernel for a class of shapes, and Triton's launch options."""
 
     blocks: Mapping[str, int]
     num_warps: int
@@ -26,24 +26,25 @@ class Configuration:
 
     @property
     def options(self) -> dict[str, int]:
+        """Triton's launch options, as keyword arguments."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     @property
     def launch(self) -> dict[str, int]:
-        """All of it, as keyword arguments of a launch."""
+        """Block sizes and options, as keyword arguments of a launch."""
         return {**self.blocks, **self.options}
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """One kernel as a launch would specialise it, so that it can be compiled for a GPU that is not here.
+    """One kernel as a launch would specialise it, so that it can be compiled without a GPU.
 
     Args:
-        name: unique among all: the kernel, and what sets this specialisation apart.
+        name: unique among all; names the kernel and the specialisation.
         kernel: the @triton.jit function.
-        signature: {"x": "*fp16", "rows": "i32"} of every argument that is not constexpr.
-        constexprs: the values of the others.
-        divisible: {"stride": 16} of integers; pointers are taken as aligned to 16 bytes.
+        signature: the type of every argument that is not constexpr, {"x": "*fp16", "rows": "i32"}.
+        constexprs: the values of the constexpr arguments.
+        divisible: the divisors of integers, {"stride": 16}; pointers count as aligned to 16 bytes.
         options: num_warps, num_stages.
         tensor_cores: its main loop must multiply on tensor cores.
     """
@@ -58,9 +59,9 @@ class Compilation:
 
 
 def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> Configuration:
-    """The committed configuration: that of the newest architecture not newer than `architecture` (80 is always there).
+    """Return the committed tile for an architecture: that of the newest one not newer than it (80 always has one).
 
-    Raises KeyError naming the kernel and class that have none.
+    Raises KeyError for a kernel and class of shapes without a committed tile.
     """
     known = committed_tiles(op)
     for each in sorted(known, reverse=True):
@@ -71,6 +72,7 @@ def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> 
 
 @cache
 def committed_tiles(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
+    """Return the tiles in the file of an op, by architecture, kernel and class of shapes."""
     data = json.loads((CONFIGURATIONS / f"{op}.json").read_text(encoding="utf-8"))
     return {
         int(architecture.removeprefix("sm_")): {
@@ -87,7 +89,10 @@ def committed_tiles(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
 
 
 def architecture_of(tensor: torch.Tensor) -> int:
-    """80 for sm_80: of the tensor's GPU; on the CPU of the active Triton driver, or 80 where none is."""
+    """Return the architecture that kernels are launched for, 80 for sm_80.
+
+    It is that of the tensor's GPU; for a CPU tensor that of the active Triton driver, or 80 without a driver.
+    """
     if tensor.is_cuda:
         return _capability(tensor.device.index)
     try:
@@ -103,7 +108,7 @@ def _capability(index: int) -> int:
 
 
 def triton_type(dtype: torch.dtype) -> str:
-    """What Triton calls an element type in a signature: fp16 for torch.float16."""
+    """Return Triton's name of an element type in a signature: fp16 for torch.float16."""
     return {
         torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
         torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",

@@ -1,11 +1,12 @@
-"""masked_gather in Triton: bound by memory, no arithmetic but the sum with positions.
+"""masked_gather in Triton: bound by memory, with no arithmetic except the sum with positions.
 
-Bytes, for B samples of N tokens of D numbers of e bytes, K kept, P prefix rows. Forward: B K D e read, B (P + K) D e
-written, N D e of positions and 8 B K of indices. Backward: B (P + K) D e read once, for all three gradients, and
-B N D e written once, zeros included; 16 B K + 8 B N of indices and lists (`kernels.kept`). Sums over samples, for
-positions and prefix, are made by the programs that write the tokens' gradient: each owns some cells of a group of
-samples. One group writes them where they belong; of several (for many samples) partial sums, 8 (N + P) D bytes a group
-written and read again, are added after.
+Bytes, for B samples of N tokens of D numbers of e bytes, K kept tokens and P prefix rows. Forward reads B K D e, writes
+B (P + K) D e, and reads N D e of positions and 8 B K of indices. Backward reads B (P + K) D e once for all three
+gradients, writes B N D e once, zeros included, and moves 16 B K + 8 B N of indices and lists (`kernels.kept`).
+
+The programs that write the tokens' gradient also make the sums over samples for positions and prefix: each owns some
+cells of a group of samples. A single group writes the sums to their place. Several groups (for many samples) write
+partial sums, 8 (N + P) D bytes for each group written and read again, which a second kernel adds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from oner_fast.kernels import kept as kept_lists
 from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 
-_SAMPLES_A_GROUP = 64  # shapes alone decide the groups, so that a gradient's bits do not depend on the GPU
+_SAMPLES_A_GROUP = 64  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
 _GROUPS = 16
 _GRID_LIMIT = 65535  # of every axis but the first
 
@@ -32,6 +33,7 @@ def forward_kernel(
     stride_tb, stride_tn, stride_td, stride_pn, stride_pd, stride_fr, stride_fd,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Copy kept tokens and prefix rows; programs: (block of rows of the result; block of columns)."""
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
     row = first + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -51,7 +53,7 @@ def forward_kernel(
     inside = column < width
     reads = (is_token & (cell >= 0) & (cell < cells))[:, None] & inside[None, :]  # [BLOCK_R, BLOCK_D]
     place = column.to(tl.int64)[None, :]
-    # A value of kept that names no token gives a row of NaN.
+    # A value of kept outside [0, cells) gives a row of NaN.
     x = tl.load(tokens + (sample * stride_tb + cell * stride_tn)[:, None] + place * stride_td, reads, float("nan"))
     if positions is not None:
         added = tl.load(positions + (cell * stride_pn)[:, None] + place * stride_pd, reads, 0.0)
@@ -73,7 +75,7 @@ def backward_kernel(
     stride_gb, stride_gr, stride_gd,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Programs: (block of cells and, behind them, prefix rows; group of samples; block of columns)."""
+    """Sum gradients; programs: (block of cells, then of prefix rows; group of samples; block of columns)."""
     cell = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     is_cell = (cell < cells)[None, :]
@@ -99,7 +101,7 @@ def backward_kernel(
         source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
         x = tl.load(source, there[:, :, None] & inside, 0.0).to(wide)  # [BLOCK_S, BLOCK_N, BLOCK_D]
         entry = next_entry(following, begin, entry, entries)
-        while tl.max(tl.max(entry, 1), 0) >= 0:  # a token that was chosen again
+        while tl.max(tl.max(entry, 1), 0) >= 0:  # a token that was kept more than once
             row = (prefix_rows + entry).to(tl.int64)
             source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
             x += tl.load(source, (entry >= 0)[:, :, None] & inside, 0.0).to(wide)
@@ -119,7 +121,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["groups"])
 def sum_groups_kernel(partial, to_positions, to_prefix, groups, split, total, BLOCK: tl.constexpr):
-    """partial (groups, total): the first `split` numbers belong to positions, the others to the prefix."""
+    """Sum partial (groups, total) over groups: the first `split` numbers for positions, the rest for the prefix."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     sums = tl.load(partial + place, place < total, 0.0)
     source = partial + place
@@ -135,6 +137,7 @@ def sum_groups_kernel(partial, to_positions, to_prefix, groups, split, total, BL
 def forward(
     tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
+    """Launch forward; see the raw op for the shapes."""
     samples, cells, width = tokens.shape
     prefix_rows = 0 if prefix is None else prefix.shape[0]
     if cu_seqlens is None:
@@ -165,6 +168,7 @@ def backward(
     need_positions: bool,
     need_prefix: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch backward: the gradients of tokens, positions and prefix, each empty where it is not needed."""
     width = grad.shape[-1]
     to_tokens = grad.new_empty((samples, tokens, width) if need_tokens else (0,))
     to_positions = grad.new_empty((tokens, width) if need_positions else (0,))
@@ -219,6 +223,7 @@ def _size_class(dtype: torch.dtype) -> str:
 
 
 def compilations() -> list[Compilation]:
+    """List all kernels for fixed samples in every dtype, and for ragged ones in bfloat16."""
     made = _compilations(torch.bfloat16, True)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         made.extend(_compilations(dtype, False))
@@ -236,7 +241,7 @@ def compilations() -> list[Compilation]:
 
 
 def _compilations(dtype: torch.dtype, ragged: bool) -> list[Compilation]:
-    """Forward and backward of rows of a multiple of 16 numbers, contiguous, with positions and a prefix."""
+    """List forward and backward for contiguous rows of a multiple of 16 numbers, with positions and a prefix."""
     kind, size = f"*{triton_type(dtype)}", _size_class(dtype)
     name = f"{triton_type(dtype)}_{'ragged' if ragged else 'fixed'}"
     boundaries: dict[str, str] = {"cu_seqlens": "*i32"} if ragged else {}

@@ -1,9 +1,10 @@
-"""mixup_info_nce: one pass over tiles of logits finds the statistics of rows and of columns; no N x N buffer.
+"""mixup_info_nce forward: one pass over tiles of logits computes the statistics of rows and columns, without N x N.
 
-M query rows, N keys, width D, element size e. A program takes a stripe of row tiles and a part of the column tiles. Of
-rows it keeps (maximum, sum of exp(logit - maximum)) in registers along its columns; of columns it merges each tile's
-into the stripe's own partials. There are at most 32 stripes and 32 parts, so that partials are O(M + N); a small kernel
-merges them in order. Backward: mixup_info_nce_backward.py.
+There are M query rows and N keys of width D and element size e. A program takes a stripe of row tiles and a part of the
+column tiles. The statistics are (maximum, sum of exp(logit - maximum)). Those of rows stay in registers along the
+columns of the part; those of columns are merged, tile by tile, into partials of the stripe. There are at most 32
+stripes and 32 parts, so that partials are O(M + N). A small kernel merges them in order. Backward stands in
+mixup_info_nce_backward.py.
 
 | kernel | FLOPs | reads | writes |
 |---|---|---|---|
@@ -11,8 +12,8 @@ merges them in order. Backward: mixup_info_nce_backward.py.
 | `_merge` | O(parts M + stripes N) | the partials once | 8 (M + N) |
 | `_partner_sums` | 2 M N, no product | 12 M for each block of columns (from the L2 cache) | 4 N |
 
-Logits are natural and rounded once (no fused multiply-add crosses them): backward finds the very logit that forward
-found to be the largest, so a settled pair has a gradient of exactly zero.
+Logits are in base e and rounded once (no fused multiply-add skips that rounding). Backward therefore recomputes
+exactly the logit that forward found to be the largest, and a pair with all the probability has a gradient of exactly 0.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
 __all__ = ["backward", "backward_with_atomics", "compilations", "inverse_norms", "partner_sums", "statistics"]
 
 _LARGEST_PARTS = 32  # partials of a row or column
-_PROGRAMS = 512  # wanted: a few for each of an A100's 108 multiprocessors
+_PROGRAMS = 512  # aimed at: a few for each of the 108 multiprocessors of an A100
 
 
 @triton.jit
 def _merged(high, total, other_high, other_total):
-    """(max, sum of exp(x - max)) of two; a NaN in either sum stays."""
+    """Merge two pairs of (max, sum of exp(x - max)); a NaN in either sum stays."""
     both = tl.maximum(high, other_high)
     base = binary(both)
     return both, total * tl.exp2(binary(high) - base) + other_total * tl.exp2(binary(other_high) - base)
@@ -127,7 +128,7 @@ def _statistics(
         tl.store(row_max + row, high, mask=row_here)
         tl.store(row_sum + row, total, mask=row_here)
         if PARTNER:
-            # The first part also has those that lie in none.
+            # The first part also writes the rows whose partner lies in no part.
             mine = (partner_column >= tl.where(part == 0, -1, first_column)) & (partner_column < last_column)
             tl.store(shared + row, partner_logit, mask=row_here & mine)
         if COLUMNS:
@@ -162,7 +163,7 @@ def _partner_sums(partner, values, out, rows, columns, BLOCK_M: tl.constexpr, BL
 
 
 def _parts(tiles: int, wanted: int) -> tuple[int, int]:
-    """In how many parts, and of how many tiles each but the last; no part is empty."""
+    """Return the number of parts and the tiles of each but the last; no part is empty."""
     each = triton.cdiv(tiles, max(1, min(tiles, wanted, _LARGEST_PARTS)))
     return triton.cdiv(tiles, each), each
 
@@ -192,6 +193,7 @@ def statistics(
     first_pair: int,
     columns_too: bool,
 ) -> tuple[Tensor, ...]:
+    """Launch forward: maximum and sum of each row and column, and the logits of own pairs and partners."""
     q, q_rest = Side.of(query, query_other, query_mix, query_inverse_norm).operand()
     k, k_rest = Side.of(key, key_other, key_mix, key_inverse_norm).operand()
     (rows, width), columns = q.shape, k.shape[0]
@@ -230,6 +232,7 @@ def _configuration(q: Tensor) -> tuple[str, Configuration]:
 
 
 def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
+    """Sum for each column the values of the rows whose partner it is, in the order of rows."""
     out = torch.empty(columns, dtype=values.dtype, device=values.device)
     chosen = configuration(OP, "partner_sums", "all", architecture_of(values))
     _partner_sums[(triton.cdiv(columns, chosen.blocks["BLOCK_N"]),)](
@@ -239,6 +242,7 @@ def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
 
 
 def compilations() -> list[Compilation]:
+    """List the kernels of forward for every dtype and class of widths."""
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind = triton_type(dtype), kind_of(dtype)

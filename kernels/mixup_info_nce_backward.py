@@ -1,11 +1,11 @@
-"""mixup_info_nce backward: each side's rows meet tiles of logits that are made again; nothing is added atomically.
+"""mixup_info_nce backward: each side's rows meet recomputed tiles of logits; nothing is added atomically.
 
 G[i, j] = row_weight_i exp(l - row_max_i) + column_weight_j exp(l - column_max_j) - targets is the gradient with respect
-to the logits. A program owns a tile of one side's rows, keeps their sums u = G K (or G^T Q) in registers while it meets
-the other side, and takes them through the normalisation at the end. Both sides share one launch, so that a batch too
-small to fill a GPU with one side's tiles has twice as many.
+to the logits. A program owns a tile of one side's rows. It keeps their sums u = G K (or G^T Q) in registers while it
+walks over the other side, and backpropagates them through the normalisation at the end. Both sides share one launch, so
+that a batch too small to fill a GPU with one side's tiles has twice as many.
 
-M query rows, N keys, width D, element size e:
+For M query rows and N keys of width D and element size e:
 
 | kernel | FLOPs | reads | writes |
 |---|---|---|---|
@@ -13,11 +13,11 @@ M query rows, N keys, width D, element size e:
 | `_gradient`, ATOMIC | 3 times 2 M N D | the same | e M D, adds 4 N D to memory for each tile of rows |
 | `_finish`, the keys where ATOMIC | 8 N D | (4 + e) N D | e N D |
 
-Rows of more than 256 elements, mixed rows of more than 128 and all of float32 leave no registers for a tile's sums:
-mixup_info_nce_deep.py serves them.
+Rows of more than 256 elements, mixed rows of more than 128, and all float32 rows leave no registers for the sums of a
+tile; mixup_info_nce_deep.py handles them.
 
-float16 has no exponents to spare for G times the inverse norm of a row that enters as it is: `_largest` finds the largest
-weight and inverse norm, and G is multiplied by what makes their product 2^14. bfloat16 and float32 need none of it.
+The range of float16 is too small for G times the inverse norm of a row that was not normalised. `_largest` finds the
+largest weight and inverse norm, and G is scaled so that their product is 2^14. bfloat16 and float32 need no scaling.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _halves(x, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _parts(x, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
-    """x [BLOCK_M, BLOCK] cut in up to four parts of PART columns; each thread keeps what it has."""
+    """Cut x [BLOCK_M, BLOCK] into up to four parts of PART columns; no number moves between threads."""
     if BLOCK == PART:
         parts = (x,)
     elif BLOCK == 2 * PART:
@@ -89,7 +89,7 @@ def _gradient_of(
     MIXED: tl.constexpr, MIX_EACH: tl.constexpr, ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The tile of owners from owner_first on, against all others."""
+    """Compute the gradient of the tile of owners from owner_first on, against all others."""
     scale = tl.load(logit_scale).to(tl.float32)
     row = tl.minimum(owner_first + tl.arange(0, BLOCK_M), owners - 1)
     row_here = owner_first + tl.arange(0, BLOCK_M) < owners
@@ -170,7 +170,7 @@ def _gradient_of(
                 parts[i], x, x_stride, x_other, x_other_stride, mix, row, row_here, i * PART, width, MIXED, MIX_EACH,
                 PART,
             )  # fmt: skip
-            tl.debug_barrier()  # x is loaded part by part, and again below: there are no registers to hold it
+            tl.debug_barrier()  # x is loaded part by part, and again below, because registers cannot hold it
     along, to_unit = norm_factors(along, scale, inverse_norm, dot, row, row_here, UNIT, OWNER_IS_QUERY)
     mixes = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(BLOCK_K // PART):
@@ -254,7 +254,7 @@ def _backward(
     else:
         for nothing in (to_query.x, to_query.other, to_query.mix, to_key.x, to_key.other, to_key.mix):
             nothing.zero_()
-    # In float64 no order of the sum shows in float32.
+    # Summed in float64, so that the float32 result does not depend on the order of the sum.
     return (
         to_query.x, to_query.other, to_query.mix, to_key.x, to_key.other, to_key.mix,
         dot.sum(dtype=torch.float64).float(),
@@ -262,9 +262,8 @@ def _backward(
 
 
 def keeps_tiles(query: Tensor, mixed: bool, atomic: bool) -> bool:
-    """Whether rows are narrow enough for a program to keep a tile of them and its sums: `_gradient` serves them, else
-    `mixup_info_nce_deep`."""
-    # Beyond 128 columns there are no registers left to mix in, nor for a third product.
+    """Return whether registers hold a tile of rows and its sums, as `_gradient` needs; else the deep kernels run."""
+    # Beyond 128 columns no registers are left for mixing or for a third product.
     return query.shape[1] <= min(WIDEST[kind_of(query.dtype)], 128 if atomic or mixed else 256)
 
 
@@ -303,7 +302,7 @@ def _whole(
 
 
 def _tiles(size: str, mixed: bool, partner: bool, atomic: bool, architecture: int) -> Configuration:
-    """What mixes or has partners needs more registers at its end."""
+    """Return the tile; mixed rows and partners have their own, because they need more registers at the end."""
     if atomic:
         return configuration(OP, "gradient_with_atomics", f"half {size}", architecture)
     mark = " mixed" if mixed else " partner" if partner else ""
@@ -311,16 +310,17 @@ def _tiles(size: str, mixed: bool, partner: bool, atomic: bool, architecture: in
 
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Five products of 2 N^2 D with forward's: each side makes the logits again."""
+    """Compute the gradients with five products of 2 N^2 D, forward included: each side recomputes the logits."""
     return _backward(False, *arguments)
 
 
 def backward_with_atomics(*arguments: Any) -> tuple[Tensor, ...]:
-    """Four products: the keys' gradient is added up atomically, in no fixed order, while the queries' is made."""
+    """Compute the gradients with four products: the keys' gradient is added atomically, in no fixed order."""
     return _backward(True, *arguments)
 
 
 def compilations() -> list[Compilation]:
+    """List the kernel for half-precision rows: plain, with partners, mixed, and atomic."""
     found = []
     for dtype in (torch.float16, torch.bfloat16):
         for mark in ("", "partner", "mixed", "atomic"):

@@ -1,7 +1,8 @@
-"""mixup_info_nce backward of rows too wide for a program to keep their sums: G is kept for a chunk of query rows.
+"""mixup_info_nce backward for rows too wide for registers to hold their sums: G is stored for a chunk of query rows.
 
-A chunk has R = max(512, 2 D) rows, so that G (R x N, in the inputs' dtype) is at most twice the keys, or 512 N. Chunks
-follow each other, and the keys' sums take them in order: deterministic, with four products of 2 M N D with forward's.
+A chunk has R = max(512, 2 D) rows, so that G (R x N, in the inputs' dtype) is at most twice the size of the keys, or
+512 N elements. Chunks follow each other, and the keys' sums add them in order. The result is deterministic, with four
+products of 2 M N D, forward included.
 
 | kernel | FLOPs over all chunks | reads | writes |
 |---|---|---|---|
@@ -48,7 +49,7 @@ def _tiles(
     RANGED: tl.constexpr, RANGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """G of rows from first_row to last_row: [BLOCK_M, BLOCK_N] of it."""
+    """Write one tile [BLOCK_M, BLOCK_N] of G for the rows from first_row to last_row."""
     row_tile, column_tile = first_row + tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     row, column = row_tile + tl.arange(0, BLOCK_M), column_tile + tl.arange(0, BLOCK_N)
     row_here, column_here = row < last_row, column < columns
@@ -88,7 +89,7 @@ def _multiply(
     TRANSPOSED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, width) = or += A B with A (rows, depth), or its transpose (depth, rows) at `a`; B (depth, width)."""
+    """Compute out (rows, width) = or += A B; `a` holds A (rows, depth) or its transpose, `b` holds B (depth, width)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_here, column_here = row < rows, column < width
@@ -113,6 +114,7 @@ def _multiply(
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, transposed: bool, add: bool) -> None:
+    """Write A B to `out` (rows, width), or add it; where `transposed`, `a` is the transpose of A."""
     rows, width = out.shape
     chosen = configuration(OP, "multiply", kind_of(b.dtype), architecture_of(b))
     _multiply[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), triton.cdiv(width, chosen.blocks["BLOCK_N"]))](
@@ -124,6 +126,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, transposed: bool, add: bool) 
 def launch(
     query: Side, key: Side, logit_scale: Tensor, weights: Weights, to_query: Gradients, to_key: Gradients, dot: Tensor
 ) -> None:
+    """Compute the gradients of both sides, and the dot product of each query row with its sums."""
     (q, q_rest), (k, k_rest) = query.operand(), key.operand()
     (rows, width), columns, device = q.shape, k.shape[0], q.device
     q_unit = q if q_rest is None else query.unit_rows().contiguous()
@@ -161,6 +164,7 @@ def launch(
 
 
 def compilations() -> list[Compilation]:
+    """List the kernels for wide rows of every dtype."""
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind, precision = triton_type(dtype), kind_of(dtype), precision_of(torch.empty(0, dtype=dtype))

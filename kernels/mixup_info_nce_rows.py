@@ -1,8 +1,8 @@
-"""mixup_info_nce's operands: rows mixed from two, their norms, and the way back through the normalisation.
+"""The operands of mixup_info_nce: rows mixed from two, their norms, and backpropagation through the normalisation.
 
-Rows that are not mixed enter the products as they are, and their inverse norms are applied to the logits: nothing is
-copied. Mixed rows are mixed in float32, normalised and rounded once to a buffer (N, D) in the inputs' dtype. It is read
-back by every stripe of tiles; mixing in those loads instead would read both sources, twice the bytes, each time.
+Rows that are not mixed enter the products unchanged, and their inverse norms are applied to the logits, so nothing is
+copied. Mixed rows are mixed in float32, normalised, and rounded once to a buffer (N, D) in the inputs' dtype. Every
+stripe of tiles reads that buffer; to mix during those loads would read both sources each time, twice the bytes.
 
 | kernel | FLOPs | reads | writes |
 |---|---|---|---|
@@ -26,7 +26,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import OP, RANGES, compilation, rang
 
 @dataclass(frozen=True)
 class Side:
-    """Query or key, of dense rows: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i)."""
+    """Query or key with dense rows: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i)."""
 
     x: Tensor
     other: Tensor | None
@@ -35,6 +35,7 @@ class Side:
 
     @staticmethod
     def of(x: Tensor, other: Tensor | None, mix: Tensor | None, inverse_norm: Tensor | None) -> Side:
+        """Make rows dense, and mix float32."""
         if other is None:
             return Side(dense_rows(x), None, None, inverse_norm)
         assert mix is not None
@@ -42,21 +43,22 @@ class Side:
 
     @property
     def sources(self) -> tuple[Any, ...]:
-        """x, its stride, other, its stride and mix, as kernels take them."""
+        """The arguments of kernels: x, its stride, other, its stride, and mix."""
         if self.other is None:
             return self.x, self.x.stride(0), self.x, 0, self.x
         return self.x, self.x.stride(0), self.other, self.other.stride(0), self.mix
 
     @property
     def flags(self) -> dict[str, bool]:
+        """The constexpr arguments of kernels that load the rows."""
         return {"MIXED": self.other is not None, "MIX_EACH": self.mix is not None and self.mix.dim() == 1}
 
     def operand(self) -> tuple[Tensor, Tensor | None]:
-        """(N, D) for products, and what makes unit vectors of its rows; None: they are unit vectors."""
+        """Return the rows (N, D) for products, and the factors that make them unit vectors (None: they are)."""
         return (self.x, self.inverse_norm) if self.other is None else (self.unit_rows(), None)
 
     def unit_rows(self) -> Tensor:
-        """(N, D) unit vectors in the inputs' dtype."""
+        """Return the unit vectors (N, D) in the inputs' dtype."""
         if self.inverse_norm is None:
             return self.x
         rows, width = self.x.shape
@@ -69,17 +71,18 @@ class Side:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x itself where its rows are dense; else a copy."""
+    """Return x where its rows are dense, else a contiguous copy."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
 
 
 def size_class(width: int, largest: int) -> str:
-    """The power of two that holds a row, from 64 on; "deep" beyond the largest that a kernel holds at once."""
+    """Return the power of two that holds a row, at least 64, or "deep" beyond the largest that a kernel holds."""
     size = max(64, triton.next_power_of_2(width))
     return str(size) if size <= largest else "deep"
 
 
 def row_configuration(kernel: str, width: int, x: Tensor) -> Configuration:
+    """Return the tile of a kernel that walks over rows of this width."""
     return configuration(OP, kernel, size_class(width, 256), architecture_of(x))
 
 
@@ -88,7 +91,7 @@ def mixed_rows(
     x, x_stride, other, other_stride, mix, row, here, column, width,
     MIXED: tl.constexpr, MIX_EACH: tl.constexpr,
 ):  # fmt: skip
-    """(1 - mix) x + mix other in float32, other - x where it is needed, and the mix of each row."""
+    """Load (1 - mix) x + mix other in float32, other - x where MIXED, and the mix of each row."""
     mask = here[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None]
     mixed = tl.load(x + at * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_D]
@@ -140,7 +143,7 @@ def along_rows(
     u, x, x_stride, other, other_stride, mix, row, here, first, width,
     MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """<mixed row, u> of the BLOCK columns from `first` on, which u [BLOCK_M, BLOCK] holds: [BLOCK_M]."""
+    """Compute <mixed row, u> over the BLOCK columns from `first` on, for u [BLOCK_M, BLOCK]: [BLOCK_M]."""
     column = first + tl.arange(0, BLOCK)
     mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
     return tl.sum(u * mixed, 1)
@@ -151,8 +154,10 @@ def store_gradient(
     u, along, factor, x, x_stride, other, other_stride, mix, to_x, to_other, row, here, first, width,
     UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """factor * (u - along * mixed row) is the gradient with respect to the mixed rows: from it those of x and other,
-    and what these columns add to that of mix. UNIT: the rows are unit vectors and have no norm."""
+    """Store the gradients of x and other for some columns, and return what these columns add to that of mix.
+
+    The gradient of the mixed rows is factor * (u - along * mixed row). UNIT: the rows are unit vectors without a norm.
+    """
     column = first + tl.arange(0, BLOCK)
     mask = here[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
@@ -174,14 +179,14 @@ def store_gradient(
 
 @triton.jit
 def norm_factors(along, scale, inverse_norm, dot, row, here, UNIT: tl.constexpr, DOT: tl.constexpr):
-    """From <mixed row, u> of whole rows: the `along` and `factor` of store_gradient. Stores <unit vector, u>."""
+    """Compute `along` and `factor` of store_gradient from <mixed row, u>, and store <unit vector, u>."""
     factor = tl.zeros_like(along) + scale
     if not UNIT:
         inverse = tl.load(inverse_norm + row, mask=here, other=0.0)
         along = along * inverse
         if DOT:
             tl.store(dot + row, along, mask=here)
-        # A row shorter than 1e-12 is divided by a constant: nothing to project out.
+        # A row shorter than 1e-12 was divided by a constant, so its gradient has no part to project out.
         along = tl.where(inverse >= 1e12, 0.0, along * inverse)
         factor = factor * inverse
     return along, factor
@@ -216,7 +221,7 @@ def _finish(
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of a side's x, other and mix; empty where it has none."""
+    """The gradients of a side's x, other and mix; empty where it has none."""
 
     x: Tensor
     other: Tensor
@@ -224,7 +229,7 @@ class Gradients:
 
     @staticmethod
     def of(side: Side, needed: bool) -> Gradients:
-        """Of unit vectors that have no norm they are the float32 sums."""
+        """Allocate them; for unit vectors without a norm the gradient is float32 sums."""
         x, mixed, wide = side.x, needed and side.other is not None, torch.float32
         dtype = wide if side.inverse_norm is None or not needed else x.dtype
         return Gradients(
@@ -234,7 +239,7 @@ class Gradients:
         )
 
     def finish(self, side: Side, sums: Tensor, logit_scale: Tensor, ranges: Tensor | None, dot: Tensor | None) -> None:
-        """From sums (N, D), which `ranges` has multiplied by the factor for queries' inverse norms."""
+        """Compute them from sums (N, D), which carry the range factor of the queries' inverse norms."""
         rows, width = side.x.shape
         chosen = configuration(OP, "finish", size_class(width, 1024), architecture_of(sums))
         _finish[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]),)](
@@ -247,6 +252,7 @@ class Gradients:
 
 
 def inverse_norms(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
+    """Launch the inverse norms (N,) of the mixed rows, in float32."""
     side = Side.of(x, other, mix, None)
     rows, width = x.shape
     out = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -259,6 +265,7 @@ def inverse_norms(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor
 
 
 def compilations() -> list[Compilation]:
+    """List the kernels of rows for every dtype, plain and mixed."""
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element = triton_type(dtype)

@@ -1,4 +1,4 @@
-"""A tile of mixup_info_nce's logits, as forward and backward make it: bit for bit the same."""
+"""A tile of the logits of mixup_info_nce, which forward and backward compute to the same bits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from oner_fast.kernels.launch import Compilation, Configuration, architecture_of
 
 OP = "mixup_info_nce"
 RANGES = 16  # partial maxima of each kind
-# The widest row of which a tile is kept while it meets the other side. Twice the registers of float32, and its three
-# products, leave no room for any.
+# The widest row whose tile stays in registers while it meets the other side. float32 takes twice the registers and
+# three products, which leaves no room for any.
 WIDEST = {"half": 256, "float32": 0}
 
-# Launch options: a fused multiply-add would subtract a maximum from a logit that was not rounded yet.
+# Launch options. A fused multiply-add would subtract a maximum from a logit before it is rounded.
 EXACT = {"enable_fp_fusion": False}
 
 
 def kind_of(dtype: torch.dtype) -> str:
+    """Return the part of a class of shapes that names the dtype."""
     return "float32" if dtype == torch.float32 else "half"
 
 
 def precision_of(x: Tensor) -> str:
-    """float32 products are three of tf32, whose error is that of float32; 16-bit operands know only one way."""
+    """Return the precision of products: float32 takes three tf32 products, which err as little as float32 itself."""
     return "tf32x3" if x.dtype == torch.float32 else "ieee"
 
 
@@ -37,8 +38,10 @@ def products(
     WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A B^T [BLOCK_A, BLOCK_B]. WHOLE: `a` and `b` are A and B; else a_at and b_at are places of their first BLOCK_K
-    columns."""
+    """Compute A B^T [BLOCK_A, BLOCK_B].
+
+    WHOLE: `a` and `b` are A and B. Otherwise a_at and b_at point to their first BLOCK_K columns.
+    """
     if WHOLE:
         product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
     else:
@@ -52,7 +55,7 @@ def products(
 
 @triton.jit
 def columns_of(at, width, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """What lies at places of BLOCK_K columns, of which `width` are there (all where EVEN); else 0."""
+    """Load BLOCK_K columns, of which `width` exist (all where EVEN); the others are 0."""
     if EVEN:
         found = tl.load(at)
     else:
@@ -62,21 +65,23 @@ def columns_of(at, width, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def places_of(x, stride, first, rows, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of BLOCK rows' first BLOCK_K columns. Rows beyond the last are the last one again: whatever follows from them is
-    as finite as that, and has to be left out by the caller."""
+    """Return pointers to the first BLOCK_K columns of BLOCK rows.
+
+    Rows beyond the last repeat the last one, so that their results are as finite as its; the caller drops them.
+    """
     row = tl.minimum(first + tl.arange(0, BLOCK), rows - 1)
     return x + row.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
 
 
 @triton.jit
 def columns_in(partner, count):
-    """Partners as int32; -1 where they lie outside of `count` columns."""
+    """Return partners as int32, with -1 for those outside of `count` columns."""
     return tl.where((partner >= 0) & (partner < count), partner, -1).to(tl.int32)
 
 
 @triton.jit
 def logits(product, query_factor, key_factor, KEY_FACTOR: tl.constexpr):
-    """The query's factor, with the scale in it, comes first."""
+    """Scale a tile of products: first by the factors of queries, which include logit_scale, then by those of keys."""
     tile = product * query_factor
     if KEY_FACTOR:
         tile = tile * key_factor
@@ -85,7 +90,7 @@ def logits(product, query_factor, key_factor, KEY_FACTOR: tl.constexpr):
 
 @triton.jit
 def binary(x):
-    """Logits for exp2. A difference of two is exactly 0 where the logits were equal."""
+    """Convert logits to base 2 for exp2; the difference of two equal logits stays exactly 0."""
     return x * 1.4426950408889634
 
 
@@ -95,7 +100,7 @@ def _largest(
     PARTNER: tl.constexpr, COLUMNS: tl.constexpr, QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr,
     RANGES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """[4, RANGES]: bounds of G from rows and from columns, the largest inverse norms of rows that are not zero."""
+    """Store [4, RANGES]: bounds of G from rows and columns, and the largest inverse norms of nonzero rows."""
     part = tl.program_id(0)
     from_rows = tl.zeros([BLOCK_N], tl.float32)
     from_columns = tl.zeros([BLOCK_N], tl.float32)
@@ -129,7 +134,7 @@ def _largest(
 
 @triton.jit
 def range_factor(ranges, KIND: tl.constexpr, RANGES: tl.constexpr):
-    """What brings G times the inverse norms of queries (KIND 2) or keys (3) up to 2^14."""
+    """Return the factor that scales G times the inverse norms of queries (KIND 2) or keys (3) to at most 2^14."""
     at = tl.arange(0, RANGES)
     bound = tl.max(tl.load(ranges + at), 0) + tl.max(tl.load(ranges + RANGES + at), 0)
     bound = bound * tl.max(tl.load(ranges + KIND * RANGES + at), 0)
@@ -138,7 +143,7 @@ def range_factor(ranges, KIND: tl.constexpr, RANGES: tl.constexpr):
 
 @dataclass(frozen=True)
 class Weights:
-    """What G[i, j] = row_weight_i exp(l - row_max_i) + column_weight_j exp(l - column_max_j) - targets is made of."""
+    """The parts of G[i, j] = row_weight_i exp(l - row_max_i) + column_weight_j exp(l - column_max_j) - targets."""
 
     row_max: Tensor
     row_weight: Tensor
@@ -150,8 +155,8 @@ class Weights:
     first_pair: int
 
     def ranges(self, query_rest: Tensor | None, key_rest: Tensor | None, columns: int) -> Tensor:
-        """For range_factor, of the inverse norms that G is multiplied by (None: of none)."""
-        # Zeros are maxima of nothing: fewer programs than ranges will do.
+        """Compute the argument of range_factor, for the inverse norms that G is multiplied by (None: by none)."""
+        # Zero is the maximum of no numbers, so fewer programs than ranges are enough.
         out = torch.zeros(4 * RANGES, dtype=torch.float32, device=self.row_weight.device)
 
         def given(x: Tensor | None) -> Tensor:
@@ -178,8 +183,10 @@ def compilation(
     name: str, kernel: Any, constexprs: dict[str, Any], chosen: Configuration, elements: str = "",
     element: str = "fp32", *, products: bool = False, exact: bool = False,
 ) -> Compilation:  # fmt: skip
-    """As a launch would specialise it: dense rows whose width is a multiple of 16. `elements` are the pointers to
-    elements of the inputs' dtype; all others but partners are float32."""
+    """Return the kernel as a launch specialises it for dense rows whose width is a multiple of 16.
+
+    `elements` names the pointers to elements of the inputs' dtype. All others except partners are float32.
+    """
     known = {**constexprs, **chosen.blocks}
     signature, divisible = {}, {}
     for argument in kernel.arg_names:
@@ -195,5 +202,6 @@ def compilation(
 
 
 def compilations() -> list[Compilation]:
+    """List the kernel of the largest weights."""
     flags = dict.fromkeys(("PARTNER", "COLUMNS", "QUERY_REST", "KEY_REST"), True)
     return [compilation("largest", _largest, {**flags, "RANGES": RANGES}, configuration(OP, "largest", "all", 80))]

@@ -1,8 +1,8 @@
-"""Patch masks in Triton: one program a sample, whole numbers only, cell for cell those of `oner_fast.ops.patch_masks`.
+"""Patch masks in Triton: one program for each sample, in integer arithmetic, equal to the reference cell for cell.
 
 A random mask is the `count` smallest of the pairs (draw, cell). Their threshold is found bit by bit, from the highest
 of 32, by counting the draws below it: 32 sums over the cells instead of a sort. Blocks are tried one after the other;
-an attempt is one Philox block and five sums. Bytes: 8 a sample are read, `cells` + 8 K written.
+an attempt is one Philox block and five sums. For each sample 8 bytes are read and `cells` + 8 K written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PADDING = tl.constexpr(block_masks.PADDING)
 
 @triton.jit
 def philox4x32(block, sample, step, stream, key_low, key_high):
-    """Philox4x32-10: four uint32 words of uint32 counters, as `oner_fast.philox` makes them."""
+    """Compute Philox4x32-10, four uint32 words from uint32 counters, as `oner_fast.philox` does."""
     zero = block * 0
     w0, w1, w2, w3 = block, zero + sample, zero + step, zero + stream
     for _ in tl.static_range(10):
@@ -38,7 +38,7 @@ def philox4x32(block, sample, step, stream, key_low, key_high):
 
 @triton.jit
 def smallest(draws, free, count):
-    """The `count` smallest pairs (draw, place) among the `free`; [BLOCK]."""
+    """Mark the `count` smallest pairs (draw, place) among the `free`: [BLOCK] bool."""
     threshold = draws.to(tl.int64) * 0
     threshold = tl.max(threshold, 0).to(tl.uint32)
     bit = threshold + 0x80000000
@@ -59,7 +59,7 @@ def masks_kernel(
     samples, step_at, mask, kept, step, stream, key_low, key_high, height, width, count, kept_each, seen,
     BLOCKS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_SIDE: tl.constexpr,
 ):  # fmt: skip
-    """`count` cells are picked, in BLOCKS or one by one; they are visible where `seen` is 1, masked where it is 0."""
+    """Pick `count` cells, in BLOCKS or one by one; they are visible if `seen` is 1, masked if it is 0."""
     program = tl.program_id(0).to(tl.int64)
     sample = tl.load(samples + program).to(tl.uint32)
     if step_at is not None:
@@ -112,7 +112,7 @@ def masks_kernel(
 
 @triton.jit(do_not_specialize=["samples"])
 def boundaries_kernel(counts, out, samples, BLOCK: tl.constexpr):
-    """One program: out[b + 1] = counts[0] + ... + counts[b]."""
+    """Store out[b + 1] = counts[0] + ... + counts[b], in one program."""
     total = tl.zeros([1], tl.int32)
     tl.store(out + tl.arange(0, 1), total)
     for start in range(0, samples, BLOCK):
@@ -131,7 +131,7 @@ def draw_masks(
     masked: int,
     pattern: str,
 ) -> tuple[Tensor, Tensor]:
-    """mask (B, cells) bool and kept (B, cells - masked) int64; `key`: the two words of the seed."""
+    """Draw mask (B, cells) bool and kept (B, cells - masked) int64; `key` is the two words of the seed."""
     height, width = grid
     cells = height * width
     mask = torch.empty(len(samples), cells, dtype=torch.bool, device=samples.device)
@@ -151,7 +151,7 @@ def draw_masks(
 
 
 def boundaries(counts: Tensor) -> Tensor:
-    """cu_seqlens (B + 1,) int32."""
+    """Return cu_seqlens (B + 1,) int32 for counts (B,)."""
     out = torch.empty(len(counts) + 1, dtype=torch.int32, device=counts.device)
     chosen = configuration("patch_masks", "boundaries", "any", architecture_of(counts))
     boundaries_kernel[(1,)](counts.contiguous(), out, len(counts), **chosen.launch)
@@ -164,12 +164,13 @@ def _of_cells(cells: int, architecture: int) -> Configuration:
 
 
 def _signed(word: int | Tensor) -> int:
-    """The int32 of the same bits, so that every launch has arguments of one type."""
+    """Return the int32 with the bits of a uint32, so that every launch has arguments of one type."""
     assert isinstance(word, int)
     return word - (1 << 32) if word >> 31 else word
 
 
 def compilations() -> list[Compilation]:
+    """List the kernels for grids of three sizes, with the step as a number and on the device."""
     made = []
     integers = ["step", "stream", "key_low", "key_high", "height", "width", "count", "kept_each", "seen"]
     signature = {"samples": "*i64", "mask": "*u8", "kept": "*i64", **dict.fromkeys(integers, "i32")}

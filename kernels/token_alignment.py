@@ -1,6 +1,6 @@
-"""token_alignment in Triton: one pass over the rows of student and teacher forward, one backward.
+"""token_alignment in Triton: one pass over the rows of student and teacher in forward, one in backward.
 
-Bound by memory. With R = B K rows of D numbers of s bytes (student and teacher alike):
+Both are bound by memory. With R = B K rows of D numbers of s bytes, for student and teacher alike:
 
 | kernel | reads | writes | FLOPs |
 |---|---|---|---|
@@ -8,8 +8,8 @@ Bound by memory. With R = B K rows of D numbers of s bytes (student and teacher 
 | mean | 4 min(R, 8192) | 4 | |
 | backward | 2 R D s, kept 8 R, factors 8 R | R D s | 3 R D |
 
-A row is one warp's, so that its sums need no shared memory. A program's rows and the order of all sums depend on the
-shapes alone: the same bits come every time.
+One warp handles a row, so that its sums need no shared memory. The rows of a program and the order of all sums depend
+on the shapes alone, so that the result has the same bits every time.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
 
-PROGRAMS = 8192  # at most, of the forward; each leaves one number to the mean
+PROGRAMS = 8192  # of forward, at most; each passes one number to the mean
 EPS = tl.constexpr(1e-12)  # a row's norm is at least this, as in F.normalize
-LEAST = tl.constexpr(1e-30)  # a smaller factor, times the gradient of the loss, may have no float32
+LEAST = tl.constexpr(1e-30)  # a smaller factor, times the gradient of the loss, may underflow float32
 WIDE_BLOCK = tl.constexpr(128)  # numbers of a row that are float64 at a time
 MEAN_BLOCK = 1024
 
 
 @triton.jit
 def _sums(student_row, teacher_row, width, STATISTICS: tl.constexpr, BLOCK: tl.constexpr):
-    """s . s, t . t and s . t of two rows."""
+    """Compute s . s, t . t and s . t for two rows."""
     ss = tl.full((), 0, STATISTICS)
     tt = tl.full((), 0, STATISTICS)
     st = tl.full((), 0, STATISTICS)
@@ -47,7 +47,7 @@ def _sums(student_row, teacher_row, width, STATISTICS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _inverse_norm(squares):
-    """1 / max(sqrt(squares), EPS), and whether it was clamped; correctly rounded."""
+    """Return 1 / max(sqrt(squares), EPS), correctly rounded, and whether it was clamped."""
     eps = tl.full((), EPS, squares.dtype)
     one = tl.full((), 1, squares.dtype)
     if squares.dtype is tl.float64:
@@ -63,8 +63,10 @@ def _inverse_norm(squares):
 
 @triton.jit
 def _pair(ss, tt, st):
-    """The cosine, and the factors of s and t in its gradient: t / (|s| |t|) - s cos / |s|^2, the second 0 where |s| was
-    clamped."""
+    """Return the cosine and the factors of s and t in its gradient, t / (|s| |t|) - s cos / |s|^2.
+
+    The factor of s is 0 where |s| was clamped.
+    """
     by_student, clamped = _inverse_norm(ss)
     by_teacher, _ = _inverse_norm(tt)
     cosine = st * by_student * by_teacher
@@ -76,7 +78,7 @@ def _rows(
     student, teacher, kept, row, per_sample, cells,
     student_sample, student_token, teacher_sample, teacher_token, kept_sample, kept_token, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Where row `row` of the student and the teacher row it is aligned with begin; addresses are int64."""
+    """Return pointers to row `row` of the student and to the teacher row it is aligned with, with int64 offsets."""
     sample = (row // per_sample).to(tl.int64)
     token = (row % per_sample).to(tl.int64)
     chosen = token
@@ -104,7 +106,7 @@ def _forward(
         ss, tt, st = _sums(student_row, teacher_row, width, STATISTICS, BLOCK_D)
         cosine, to_student, to_teacher = _pair(ss, tt, st)
         if STATISTICS is tl.float32:  # noqa: SIM102 - the compiler drops it elsewhere
-            # Infinite or NaN: so are the rows, or their squares leave float32.
+            # A sum is infinite or NaN: so are the rows, or their squares overflow float32.
             if not (tl.abs(ss + tt + st) < float("inf")):
                 wide_ss, wide_tt, wide_st = _sums(student_row, teacher_row, width, tl.float64, WIDE_BLOCK)
                 wide_cosine, wide_student, wide_teacher = _pair(wide_ss, wide_tt, wide_st)
@@ -142,7 +144,7 @@ def _backward(
     to_student, to_teacher = tl.load(factors + 2 * row), tl.load(factors + 2 * row + 1)
     exact = True
     if STATISTICS is tl.float32:
-        # Too small for float32, or exactly 0 as those of clamped and orthogonal rows are: made again.
+        # Factors that underflow float32, or are 0 as for clamped and orthogonal rows, are computed again in float64.
         exact = (tl.abs(to_student) >= LEAST) & (to_teacher >= LEAST)
     if exact:
         _combine(out_row, student_row, teacher_row, width, scale * to_student, scale * to_teacher, BLOCK_D)
@@ -165,7 +167,7 @@ def _combine(out_row, student_row, teacher_row, width, to_student, to_teacher, B
 
 
 def forward(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The raw op: the loss, and the factors of both rows in the gradient of their cosine, (rows, 2)."""
+    """Return the loss, and the factors of both rows in the gradient of their cosine, (rows, 2)."""
     student, teacher = _with_dense_rows(student), _with_dense_rows(teacher)
     batch, per_sample, width = student.shape
     rows = batch * per_sample
@@ -185,7 +187,7 @@ def forward(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tens
 
 
 def backward(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None, factors: Tensor) -> Tensor:
-    """The raw op: the gradient with respect to the student, contiguous."""
+    """Return the gradient with respect to the student, contiguous."""
     out = student.new_empty(student.shape)
     student, teacher = _with_dense_rows(student), _with_dense_rows(teacher)
     batch, per_sample, width = student.shape
@@ -199,7 +201,7 @@ def backward(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:
-    """Samples and tokens may lie anywhere; a token's own numbers one behind the other, or they are copied."""
+    """Return x where the numbers of a token are adjacent, else a contiguous copy."""
     return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
 
 
@@ -221,7 +223,7 @@ def _configuration(kernel: str, width: int, student: Tensor) -> Configuration:
 
 
 def compilations() -> list[Compilation]:
-    """Both kernels for each dtype that trains, at the widths of the towers and of a narrow one."""
+    """List both kernels for each dtype used in training, at the width of the towers and at a narrow one."""
     dtypes = [
         (torch.bfloat16, torch.bfloat16, 1024), (torch.float16, torch.float16, 1024),
         (torch.float32, torch.float32, 1024), (torch.bfloat16, torch.float32, 1024),

@@ -1,12 +1,13 @@
-"""varlen_attention: flash attention forward over packed sequences, and what its kernels share with backward's.
+"""varlen_attention: flash attention forward over packed sequences, and the functions that backward shares.
 
-A program owns one tile of BLOCK_M queries of one sequence and head. Which sequence, it finds on the device: sequence s
-owns the tiles from cu_seqlens[s] // BLOCK + s on, which leaves room for all of its own and never more than one too
-many, so that the grid needs T and the number of sequences alone. The search is W-ary, one load up to W sequences.
+A program owns one tile of BLOCK_M queries of one sequence and head, and finds its sequence on the device. Sequence s
+owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all of its tiles and at most one spare, so that
+the grid depends on T and the number of sequences alone. The search is W-ary, one load for up to W sequences.
 
-FLOPs, a head: 4 Lq Lk Dh (half of it under a causal mask, by tiles). Bytes from DRAM: Q, K and V once, the result once,
-8 bytes a query and head of statistics; each tile of queries reads K and V of its sequence, from L2 after the first.
-The head dimension is one power of two or two (80 = 64 + 16, 88 and 96 = 64 + 32, where 88 multiplies 8 zeros).
+FLOPs for each head: 4 Lq Lk Dh, about half of it under a causal mask, which skips whole tiles. Bytes from DRAM: Q, K, V
+and the result once, and 8 bytes of statistics for each query and head. Each tile of queries reads K and V of its
+sequence, from L2 after the first. The head dimension is split into one or two powers of two (80 = 64 + 16, 88 and
+96 = 64 + 32, where 88 multiplies 8 zeros).
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from oner_fast.kernels.launch import Compilation, Configuration, architecture_of
 OP = "varlen_attention"
 _SMALLEST = 2.0**-126
 _LARGEST_TILE = 128
-# Sizes differ from batch to batch: no kernel is compiled anew for one that is 1 or a multiple of 16.
+# Sizes differ from batch to batch, so no kernel is specialised for one that is 1 or a multiple of 16.
 SIZES = ["sequences", "queries", "keys", "heads"]
 STRIDES = [f"{x}_{axis}" for x in ("grad", "out", "query", "key", "value") for axis in ("row", "head")]
 
 
 @triton.jit
 def own_tile(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
-    """(sequence, its first row in the packed tensor, its length, the tile's first row in the sequence)."""
+    """Return the sequence of a tile, its first packed row, its length, and the tile's first row in the sequence."""
     WIDTH: tl.constexpr = 256
     sequence = tile * 0
     span = sequences
@@ -50,7 +51,7 @@ def own_tile(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def extent(cu_seqlens, sequence, rows):
-    """Where a sequence begins and how long it is, inside the tensor whatever the boundaries say."""
+    """Return the first row and the length of a sequence, clamped to the tensor whatever the boundaries are."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), rows)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), rows)
     return begin, end - begin
@@ -58,19 +59,19 @@ def extent(cu_seqlens, sequence, rows):
 
 @triton.jit
 def head_of(pointer, row, row_stride, head, head_stride, VEC: tl.constexpr):
-    """Where a head's numbers of packed row `row` begin; strides are counted in vectors of VEC numbers."""
+    """Return a pointer to one head of packed row `row`; strides are counted in vectors of VEC numbers."""
     return pointer + (row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride) * VEC
 
 
 @triton.jit
 def offsets_of(row_stride, ROWS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr):
-    """[ROWS, D] from the first number of a tile; `dense` keeps them under 2^31."""
+    """Return offsets [ROWS, D] from the first number of a tile; `dense` keeps them under 2^31."""
     return (tl.arange(0, ROWS) * row_stride * VEC)[:, None] + tl.arange(0, D)[None, :]
 
 
 @triton.jit
 def load_tile(pointers, inside, FIRST: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[ROWS, D] from column FIRST on; zeros outside."""
+    """Load [ROWS, D] from column FIRST on, with zeros outside."""
     mask = inside[:, None]
     if FIRST + D > HEAD_DIM:
         mask = mask & (FIRST + tl.arange(0, D) < HEAD_DIM)[None, :]
@@ -99,7 +100,7 @@ def _forward_kernel(
     begin_k, length_k = extent(cu_seqlens_k, sequence, keys)
     rows = first + tl.arange(0, BLOCK_M)
     own = rows < length
-    offset = length_k - length  # query i sees the keys up to i + offset under a causal mask
+    offset = length_k - length  # under a causal mask, query i sees the keys up to i + offset
 
     q = head_of(query, begin + first, query_row, head, query_head, VEC)
     k = head_of(key, begin_k, key_row, head // GROUP, key_head, VEC)
@@ -159,7 +160,7 @@ def _forward_kernel(
 
 
 def head_blocks(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """One power of two that holds the head dimension, or the largest in it and one for the rest where that is less."""
+    """Split the head dimension: one power of two that holds it, or two where they pad less; the second may be 0."""
     least = 32 if dtype == torch.float32 else 16  # products of 16 float32 numbers are unrolled into spills
     whole = max(16, triton.next_power_of_2(head_dim))
     if whole == head_dim or whole == 16:
@@ -169,6 +170,7 @@ def head_blocks(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype, architecture: int) -> Configuration:
+    """Return the committed tile of a kernel for a head dimension and dtype."""
     padded = sum(head_blocks(head_dim, dtype))
     limit = next(size for size in (32, 64, 80, 96, 128, 256) if size >= padded)
     wide = "_fp32" if dtype == torch.float32 else ""
@@ -176,9 +178,10 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype, architecture: int) -> 
 
 
 def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, group: int) -> dict[str, Any]:
+    """Return the constexpr arguments that the kernels share."""
     d0, d1 = head_blocks(head_dim, dtype)
-    # Six products of bfloat16 thirds cost what three of tf32 halves do and are twice as exact: as float32 itself. They
-    # need more registers, which rows of more than 64 numbers leave no room for; the interpreter knows only the latter.
+    # Six bfloat16 products cost as much as three tf32 products and err half as much, as little as float32 itself. They
+    # need more registers, which rows of more than 64 numbers leave no room for. The interpreter has tf32x3 alone.
     thirds = d0 + d1 <= 64 and not triton.knobs.runtime.interpret
     precision = "tf32" if dtype != torch.float32 else "bf16x6" if thirds else "tf32x3"
     return {
@@ -188,24 +191,27 @@ def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, grou
 
 
 def dense(x: Tensor) -> Tensor:
-    """A copy where the numbers of a row lie apart, as no vector could hold them, or rows so far from each other that
-    32 bits could not count through a tile of them."""
+    """Return x, or a contiguous copy where the kernels cannot read it.
+
+    They load the numbers of a row as vectors, so these must be adjacent, and count offsets within a tile in 32 bits.
+    """
     apart = x.stride(2) != 1 and x.shape[2] > 1
     return x.contiguous() if apart or x.stride(0) * _LARGEST_TILE >= 2**31 else x
 
 
 def vector_of(*tensors: Tensor) -> int:
-    """How many numbers 16 bytes hold, where every row and head of all begins at a multiple of that; else 1."""
+    """Return how many numbers 16 bytes hold if every row and head starts at a multiple of that, else 1."""
     size = 16 // tensors[0].element_size()
     return size if all(stride % size == 0 for x in tensors for stride in x.stride()[:2]) else 1
 
 
 def strides(x: Tensor, vector: int) -> tuple[int, int]:
+    """Return the strides of rows and heads in vectors."""
     return x.stride(0) // vector, x.stride(1) // vector
 
 
 def boundaries(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of both sides, which have as many sequences: the kernels rely on it."""
+    """Return contiguous boundaries of both sides; raise ValueError unless they have equally many sequences."""
     cu_q = cu_seqlens_q.contiguous()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     if cu_q.shape != cu_k.shape:
@@ -214,7 +220,7 @@ def boundaries(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tenso
 
 
 def log2_scale(scale: float) -> float:
-    """Scores in base 2. Nothing is made of 0, so that a masked score stays infinite."""
+    """Return the scale of scores in base 2, never 0, so that masked scores stay infinite."""
     return scale / math.log(2) or _SMALLEST
 
 
@@ -227,7 +233,7 @@ def forward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The result (T, H, Dh) and float32 statistics (2, T, H): the largest score in base 2 and 1 / sum."""
+    """Return the result (T, H, Dh) and float32 statistics (2, T, H): the largest score in base 2 and 1 / sum."""
     rows, heads, head_dim = query.shape
     out = query.new_empty(query.shape)
     statistics = query.new_empty((2, rows, heads), dtype=torch.float32)
@@ -247,7 +253,7 @@ def forward(
 
 
 def argument_types(names: list[str], dtype: torch.dtype) -> dict[str, str]:
-    """Of a kernel's arguments, by their names."""
+    """Return the types of a kernel's arguments by their names."""
     narrow, types = f"*{triton_type(dtype)}", {}
     for name in names:
         if name in ("statistics", "numbers"):
@@ -264,7 +270,7 @@ def argument_types(names: list[str], dtype: torch.dtype) -> dict[str, str]:
 
 
 def compilation(kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causal: bool, **more: Any) -> Compilation:
-    """The kernel as a launch compiles it for rows that begin at multiples of 16 bytes."""
+    """Return the kernel as a launch specialises it for rows that start at multiples of 16 bytes."""
     tile = tiles(name, head_dim, dtype, 80)
     constexprs = {**constants(head_dim, dtype, causal, 16 // dtype.itemsize, 1), **more, **tile.blocks}
     names = list(kernel.arg_names)
@@ -279,11 +285,12 @@ def compilation(kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causa
 
 
 def specialisations() -> list[tuple[int, torch.dtype, bool]]:
-    """Head dimension, dtype and causal of what is compiled for the report."""
+    """List head dimension, dtype and causal of the kernels that the report compiles."""
     half = [(size, torch.bfloat16, False) for size in (32, 64, 80, 88, 96, 128, 256)]
     wide = [(size, torch.float32, False) for size in (32, 64, 80, 96, 128)]
     return [*half, *wide, (64, torch.float16, False), *((size, torch.bfloat16, True) for size in (64, 96, 128, 256))]
 
 
 def compilations() -> list[Compilation]:
+    """List forward for every specialisation."""
     return [compilation(_forward_kernel, "forward", *each, NEGATIVE=False) for each in specialisations()]

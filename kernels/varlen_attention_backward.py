@@ -1,14 +1,15 @@
-"""varlen_attention: flash attention backward without atomics, so that the same bits come every time.
+"""varlen_attention: flash attention backward without atomics, so that the result has the same bits every time.
 
-Three kernels. `rows` makes for each query and head delta = sum(dO * O) and lays it beside the maximum and 1 / sum of
-forward, head by head, so that tiles read them in one piece. `query`: a program owns a tile of queries, walks over its
-keys, and writes dQ. `key`: a program owns a tile of keys, walks over all queries of all heads that share it, and
-writes dK and dV; it starts at the first query that sees the tile. The weights are those of forward: exp2 of the same
-difference, times the same 1 / sum.
+There are three kernels. `rows` computes delta = sum(dO * O) for each query and head, and stores it with the maximum and
+1 / sum of forward, head by head, so that a tile reads them in one piece. In `query`, a program owns a tile of queries,
+walks over their keys, and writes dQ. In `key`, a program owns a tile of keys, walks over all queries of all heads that
+share it, from the first query that sees the tile, and writes dK and dV. The weights are those of forward: exp2 of the
+same difference, times the same 1 / sum.
 
-FLOPs, a head: `query` 6 Lq Lk Dh, `key` 8 Lq Lk Dh: 14 in all, since both make scores and their gradients again (ten
-where one program adds to the dQ of another with atomics). Bytes from DRAM: `rows` reads O and dO and 8 bytes of
-statistics, writes 12; `query` reads Q, K, V, dO once and writes dQ; `key` reads them once and writes dK and dV.
+FLOPs for each head: 6 Lq Lk Dh in `query` and 8 Lq Lk Dh in `key`, 14 in all, since both recompute the scores and their
+gradients (ten where programs add to a shared dQ with atomics). Bytes from DRAM: `rows` reads O, dO and 8 bytes of
+statistics for each query and head, and writes 12; `query` reads Q, K, V and dO once and writes dQ; `key` reads them
+once and writes dK and dV.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _rows_kernel(
     grad, out, statistics, numbers, queries, heads, grad_row, grad_head, out_row, out_head,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """numbers [3, H, T]: maximum, 1 / sum and delta."""
+    """Store numbers [3, H, T]: maximum, 1 / sum and delta."""
     first, head = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(1)
     rows = first + tl.arange(0, BLOCK_M)
     own = rows < queries
@@ -89,7 +90,7 @@ def _query_kernel(
     g0 = load_tile(g + offsets_of(grad_row, BLOCK_M, D0, VEC), own, 0, D0, HEAD_DIM)
     k0_at, v0_at = offsets_of(key_row, BLOCK_N, D0, VEC), offsets_of(value_row, BLOCK_N, D0, VEC)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
-    # 1 / sum is the same along a row and may wait for the result, except that float16 could overflow without it.
+    # 1 / sum is the same along a row and can be applied to the result; float16 could overflow without it.
     FACTORED: tl.constexpr = query.dtype.element_ty != tl.float16
     if D1 > 0:
         q1 = load_tile(q + offsets_of(query_row, BLOCK_M, D1, VEC), own, D0, D1, HEAD_DIM)
@@ -160,7 +161,7 @@ def _key_kernel(
     offset = length_k - length
     since = 0
     if CAUSAL:
-        since = tl.maximum(first - offset, 0)  # the queries before see nothing of this tile
+        since = tl.maximum(first - offset, 0)  # earlier queries see no key of this tile
 
     k = head_of(key, begin_k + first, key_row, head_k, key_head, VEC)
     v = head_of(value, begin_k + first, value_row, head_k, value_head, VEC)
@@ -192,7 +193,7 @@ def _key_kernel(
                 q1 = load_tile(q + q1_at, real, D0, D1, HEAD_DIM)
                 scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION)
             weights = tl.math.exp2(scores * scale_log2 - maximum[None, :]) * inverse[None, :]
-            # Rows of zeros behind the last query meet keys that may be infinite.
+            # Rows of zeros after the last query meet keys that may be infinite.
             if CAUSAL:
                 until = tl.where(real, rows + offset, -1)
                 weights = tl.where(columns[:, None] <= until[None, :], weights, 0.0)
@@ -240,7 +241,7 @@ def backward(
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value; what is not needed is empty and costs no kernel."""
+    """Return the gradients of query, key and value; one that is not needed is empty and launches no kernel."""
     rows, heads, head_dim = query.shape
     to_query = query.new_empty(query.shape if need_query else (0,))
     to_key = key.new_empty(key.shape if need_key else (0,))
@@ -276,6 +277,7 @@ def backward(
 
 
 def compilations() -> list[Compilation]:
+    """List the three kernels of backward."""
     rows = [compilation(_rows_kernel, "rows", size, torch.bfloat16, False) for size in (64, 96, 256)]
     both = (("query", _query_kernel), ("key", _key_kernel))
     return [*rows, *(compilation(kernel, name, *each) for name, kernel in both for each in specialisations())]

@@ -1,12 +1,13 @@
-"""Block-wise patch masks in whole numbers: their definition. UTA, "reversed block-wise masking" (BEiT's generator).
+"""Block-wise patch masks in integer arithmetic: the reference implementation.
 
-Until the wanted number of cells is picked, blocks are tried: an area between 16 cells and the number that remains, an
-aspect log-uniform in [0.3, 1 / 0.3], sides round(sqrt(area * aspect)) and round(sqrt(area / aspect)), both shorter than
-the grid's, a place uniform on the grid. A block is taken if it adds at least one cell and no more than remain; after
-ten in a row that were not, the cells still missing are picked one by one at random.
+This is the generator of BEiT, which UTA uses for its reversed block-wise masking. Until the wanted number of cells is
+picked, it tries blocks. The area of a block lies between 16 cells and the number that remains. Its aspect is
+log-uniform in [0.3, 1 / 0.3]. Its sides are round(sqrt(area * aspect)) and round(sqrt(area / aspect)), both shorter
+than those of the grid, and its place is uniform on the grid. A block is accepted if it adds at least one cell and no
+more than remain. After ten rejections in a row, the missing cells are picked one by one at random.
 
-Attempt t of a sample takes the four words of its Philox block t: area, aspect, top, left. The cells picked one by one
-are those of the smallest pairs (draw, cell), drawn from block 2^31 on.
+Attempt t of a sample uses the four words of its Philox block t for area, aspect, top and left. The cells picked one by
+one are those of the smallest pairs (draw, cell), drawn from block 2^31 on.
 """
 
 import math
@@ -21,8 +22,8 @@ ATTEMPTS = 10
 PADDING = 1 << 31  # the first Philox block of the draws that pad
 MAX_SIDE, MAX_CELLS = 512, 1 << 16  # so that 32 bits hold every product
 
-# Aspects times 2^12 at the middles of 64 equal parts of the distribution: `aspects()` makes them. No logarithm, no
-# exponential and no root is taken at run time: a side is the number of m >= 1 with (2 m - 1)^2 2^10 <= area * aspect.
+# Aspects times 2^12 at the middles of 64 equal parts of the distribution, as `aspects()` computes them. No logarithm,
+# exponential or root is taken at run time: a side is the number of m >= 1 with (2 m - 1)^2 2^10 <= area * aspect.
 ASPECTS = (
     1252, 1300, 1350, 1402, 1455, 1511, 1569, 1629, 1692, 1757, 1824, 1894, 1967, 2042, 2120, 2202,
     2286, 2374, 2465, 2559, 2657, 2759, 2865, 2975, 3089, 3207, 3330, 3458, 3591, 3728, 3871, 4020,
@@ -32,7 +33,7 @@ ASPECTS = (
 
 
 def aspects() -> tuple[int, ...]:
-    """The table `ASPECTS`, made again. Its k-th entry from behind is the reciprocal aspect of its k-th."""
+    """Compute the table `ASPECTS`; its k-th entry from the end is the reciprocal of its k-th."""
     parts = len(ASPECTS)
     return tuple(round((1 << 12) * math.exp(math.log(0.3) * (1 - (2 * k + 1) / parts))) for k in range(parts))
 
@@ -40,7 +41,10 @@ def aspects() -> tuple[int, ...]:
 def pick_blocks(
     seed: int, stream: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], count: int
 ) -> Tensor:
-    """(B, height, width) bool, exactly `count` cells picked in each sample. The loop reads back when all are done."""
+    """Pick exactly `count` cells of a grid (height, width) in each sample: (B, height, width) bool.
+
+    The loop ends when all samples are done, which it reads back from the device.
+    """
     height, width = grid
     device, key = samples.device, split_seed(seed)
     table = torch.tensor(ASPECTS, device=device)

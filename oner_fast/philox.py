@@ -15,7 +15,7 @@ MASK_PATCH = 4
 MASK_TEXT = 16
 MASK_BLOCK = 28
 
-MASK_PASSES = 12  # how many passes fit between MASK_PATCH and MASK_TEXT, and between MASK_TEXT and MASK_BLOCK
+MASK_PASSES = 12  # passes that fit between MASK_PATCH and MASK_TEXT, and between MASK_TEXT and MASK_BLOCK
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -26,10 +26,14 @@ _ROUNDS = 10
 def philox4x32(
     counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of four 32-bit counter words under a key of two.
+    """Compute Philox4x32-10 of four 32-bit counter words under a key of two.
 
-    `counter`: ints or int64 tensors of values in [0, 2^32) that broadcast together; `key`: two ints in [0, 2^32).
-    Returns four int64 tensors of the broadcast shape, each value in [0, 2^32).
+    Args:
+        counter: ints or int64 tensors with values in [0, 2^32) that broadcast together.
+        key: two ints in [0, 2^32).
+
+    Returns:
+        Four int64 tensors of the broadcast shape, with values in [0, 2^32).
     """
     device = next((word.device for word in counter if isinstance(word, Tensor)), torch.device("cpu"))
     words = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter))
@@ -47,14 +51,14 @@ def philox4x32(
 
 
 def split_seed(seed: int) -> tuple[int, int]:
-    """The two key words (low, high) of a seed in [0, 2^64). Raises ValueError outside that range."""
+    """Split a seed in [0, 2^64) into two key words (low, high); raise ValueError outside that range."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"a seed must be in [0, 2^64), not {seed}")
     return seed & _WORD, seed >> 32
 
 
 def check_step(step: int | Tensor) -> None:
-    """Raises ValueError for a number outside [0, 2^32). A tensor's value is not read."""
+    """Raise ValueError for a number outside [0, 2^32); the value of a tensor is not read."""
     if not isinstance(step, Tensor) and not 0 <= step <= _WORD:
         raise ValueError(f"a step must be in [0, 2^32), not {step}")
 
@@ -72,10 +76,23 @@ def mask_stream(base: int, index: int) -> int:
 def random_u32(
     seed: int, stream: int, step: int | Tensor, sample: Tensor, count: int, *, first_block: int = 0
 ) -> Tensor:
-    """`count` random 32-bit integers for each sample: an int64 tensor (B, count) of values in [0, 2^32).
+    """Draw `count` random 32-bit integers for each sample.
 
-    The counter is (block of four draws, from `first_block` on; sample; step; stream), the key is the seed. `sample`:
-    (B,) int64; `step`: a number, or a 0-d int64 tensor. Raises ValueError where the seed or the step does not fit.
+    The counter is (block of four draws, counted from `first_block`; sample; step; stream), the key is the seed.
+
+    Args:
+        seed: in [0, 2^64).
+        stream: the purpose of the draws, one of the constants above.
+        step: a number in [0, 2^32), or a 0-d int64 tensor on the device of `sample`.
+        sample: (B,) int64, the places in the global batch.
+        count: the number of draws for each sample.
+        first_block: the first block of four draws.
+
+    Returns:
+        (B, count) int64 with values in [0, 2^32).
+
+    Raises:
+        ValueError: the seed or the step is out of range.
     """
     check_step(step)
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample.device) + first_block

@@ -37,7 +37,7 @@ Kept::Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tenso
 }
 
 int64_t Kept::sample_of_row(int64_t row, int64_t prefix) const {
-  int64_t low = 0, high = samples_;  // the last sample whose first row is not behind `row`
+  int64_t low = 0, high = samples_;  // the last sample whose first row is not after `row`
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (begin(middle) + middle * prefix <= row ? low : high) = middle;

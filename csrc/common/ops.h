@@ -1,4 +1,5 @@
-// The compiled ops. Their schemas are defined in Python (oner_fast/ops), so that an op exists even where this library was not built.
+// The compiled ops. Python defines their schemas (oner_fast/ops), so that an op exists even where this library was not
+// built.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +12,7 @@ namespace oner_fast {
 at::Tensor masked_gather(const at::Tensor& tokens, const at::Tensor& kept, const std::optional<at::Tensor>& positions,
                          const std::optional<at::Tensor>& prefix, const std::optional<at::Tensor>& cu_seqlens);
 
-// Gradients to tokens, positions and prefix; one that is not needed comes back empty.
+// Gradients of tokens, positions and prefix; one that is not needed is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::Tensor& grad, const at::Tensor& kept,
                                                                       const std::optional<at::Tensor>& cu_seqlens,
                                                                       int64_t samples, int64_t tokens, int64_t prefix,
@@ -30,19 +31,20 @@ at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kep
 at::Tensor mixup_inverse_norms(const at::Tensor& x, const std::optional<at::Tensor>& other,
                                const std::optional<at::Tensor>& mix);
 
-// Of the logits of M queries and N keys: max and sum of exp(logit - max) of each row and of each column (empty unless
-// asked for), the logit of each row's own pair (key first_pair + i) and, with partners, of its partner: 0 where that is
-// not one of these keys, which may be a block of many. Keys without inverse norms are unit vectors already.
+// Statistics of the logits of M queries and N keys: max and sum of exp(logit - max) of each row and of each column
+// (empty unless wanted), the logit of each row's own pair (key first_pair + i) and, with partners, of its partner. A
+// pair outside these keys, which may be one block of many, has the logit 0. Keys without inverse norms are unit vectors
+// already.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
     const std::optional<at::Tensor>& key_mix, const std::optional<at::Tensor>& key_inverse_norm,
     const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
 
-// With G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - own_weight[i] (own pair)
-// - partner_weight[i] (partner), neither where it is not one of these keys: gradients to query, query_other, each row's
-// mix, key, key_other, each key's mix, and logit_scale. What does not exist or is not needed comes back empty; keys that
-// are unit vectors get float32 gradients.
+// Gradients of query, query_other, the mix of each row, key, key_other, the mix of each key, and logit_scale, from G[i,
+// j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - own_weight[i] (at the own pair) -
+// partner_weight[i] (at the partner). Pairs outside these keys subtract nothing. A gradient that does not exist or is
+// not needed is empty; keys that are unit vectors get float32 gradients.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_backward(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
@@ -51,20 +53,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& row_weight, const std::optional<at::Tensor>& column_max, const std::optional<at::Tensor>& column_weight,
     const at::Tensor& own_weight, const std::optional<at::Tensor>& partner_weight, bool need_key);
 
-// The loss and, for each row, what the gradient needs beside the inputs: (B * K, 2).
+// The loss, and for each row two factors that the gradient needs besides the inputs: (B * K, 2).
 std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
                                                    const std::optional<at::Tensor>& kept);
 
 at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
                                     const std::optional<at::Tensor>& kept, const at::Tensor& factors);
 
-// The result and, of every query's scores in base 2, the maximum and 1 / sum of 2^(score - maximum): (2, T, H) float32
-// (float64 for float64), 0 where no key is seen. Backward computes the very weights of forward from them.
+// The result, and statistics (2, T, H) of every query's scores in base 2: the maximum and 1 / sum of 2^(score -
+// maximum), in float32 (float64 for float64), 0 where no key is seen. From them backward computes exactly the weights
+// of forward.
 std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                                     const at::Tensor& cu_seqlens_q,
                                                     const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale);
 
-// Gradients to query, key and value; those that are not needed come back empty.
+// Gradients of query, key and value; one that is not needed is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
     const at::Tensor& statistics, const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,

@@ -1,4 +1,4 @@
-// Which instruction set's kernels are used: decided once, here.
+// Chooses, once, the instruction set whose kernels are used.
 #include "cpu/capability.h"
 
 #include <c10/util/Exception.h>
@@ -28,7 +28,7 @@ namespace {
 constexpr std::array<const char*, 5> kNames = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #ifdef ONER_FAST_X86
-// Tiles need the processor, and the kernel's permission to have their state saved.
+// AMX tiles need support by the processor, and permission from the operating system to have their state saved.
 bool has_amx() {
 #ifdef __linux__
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -52,7 +52,7 @@ int best() {
   return 0;
 }
 
-// Intel's cores have one unit for vdpbf16ps and two for float32: without tiles, widened numbers multiply faster.
+// Intel's cores have one unit for vdpbf16ps and two for float32, so without tiles it is faster to widen to float32.
 int preferred(int able) {
 #ifdef ONER_FAST_X86
   if (able == 3 && __builtin_cpu_is("intel")) return 2;

@@ -5,7 +5,7 @@
 
 namespace oner_fast {
 
-// "amx", "avx512_bf16", "avx512", "avx2" or "portable"; ONER_FAST_CPU_CAPABILITY asks for one, and it is decided once.
+// "amx", "avx512_bf16", "avx512", "avx2" or "portable". ONER_FAST_CPU_CAPABILITY forces one. The choice is made once.
 std::string cpu_capability();
 
 }  // namespace oner_fast

@@ -1,4 +1,4 @@
-// gather_patches: only the kept patches of an image are read, normalised, cast and laid out as rows.
+// gather_patches: reads only the kept patches of an image, and normalises, casts and stores them as rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -19,10 +19,10 @@ namespace oner_fast {
 namespace {
 
 constexpr const char* kOp = "gather_patches";
-constexpr int64_t kAhead = 4;        // patches between the one that is read and the one that is prefetched
+constexpr int64_t kAhead = 4;        // patches from the one being read to the one being prefetched
 constexpr int64_t kGrain = 1 << 15;  // pixels: less is not worth another thread
-// Bytes. Few are read for each that is written, so that a result which the last-level cache still holds from the call before,
-// and from which the next product reads, is better written there.
+// Bytes. Few bytes are read for each one written. A result of this size may still be in the last-level cache from the
+// call before, and the next product reads it, so it is better written through the cache.
 constexpr int64_t kStreamedFrom = 64 << 20;
 
 std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels, double otherwise) {
@@ -72,7 +72,7 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   const char* from = static_cast<const char*>(images.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const Output output(kept.total() * row_width * out_size, kStreamedFrom);
-  // A large result is made in the order of the patches in their images, which are then read as they lie in memory.
+  // A large result is written in the order of the patches in their images, so that images are read in memory order.
   std::optional<Inverse> ordered;
   if (output.streamed()) ordered.emplace(kept, cells);
   const auto entry = [&](int64_t place) { return ordered.has_value() ? ordered->in_order(place) : place; };
@@ -88,7 +88,7 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
       const int64_t i = entry(place);
       char* row = to + i * row_width * out_size;
       for (int64_t c = 0; c < channels; ++c) {
-        // Lines of a patch lie far apart, where no hardware looks ahead.
+        // The lines of a patch are far apart, so the hardware prefetches none of them.
         if (place + kAhead < kept.begin(b + 1)) {
           const char* soon = corner(b, kept[entry(place + kAhead)], c);
           for (int64_t line = 0; line < patch; ++line) __builtin_prefetch(soon + line * line_bytes);
@@ -127,7 +127,7 @@ at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& 
   const char* from = static_cast<const char*>(grad.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t grad_size = grad.element_size(), out_size = out.element_size(), wide = is_double ? 8 : 4;
-  // Every patch of the image, kept or not, is written by the thread that owns it.
+  // Each thread writes every patch that it owns, kept or not.
   at::parallel_for(0, samples * cells, std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
     std::vector<double> room(static_cast<size_t>(row_width));
     char* sums = reinterpret_cast<char*>(room.data());

@@ -1,4 +1,4 @@
-// From ATen's dtypes to the row kernels' kinds.
+// Converts ATen's dtypes to the kinds of the row kernels.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -8,7 +8,7 @@
 
 namespace oner_fast {
 
-// Of sums and statistics: float32, or float64 for a float64 input.
+// The dtype of sums and statistics: float32, or float64 for a float64 input.
 inline at::ScalarType statistics_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline Kind kind_of(const char* op, const char* name, at::ScalarType type) {

@@ -1,4 +1,4 @@
-// Fresh memory for a large result costs a fault a page; large pages make the faults few.
+// Fresh memory for a large result costs one fault for each page, so large pages save most faults.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,13 +11,13 @@
 
 namespace oner_fast {
 
-// `x` itself; asks that memory which spans many pages of 2 MB come in such pages where it is fresh.
+// Returns `x`, and asks for pages of 2 MB where its memory is fresh and spans many of them.
 inline at::Tensor with_large_pages(at::Tensor x) {
 #ifdef __linux__
   constexpr uintptr_t kPage = 2 << 20, kFew = 4;
   const auto begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + x.nbytes()) / kPage * kPage;
-  // Advice alone: where it is refused, pages are small.
+  // This is advice only: if it is refused, pages stay small.
   if (last > first && last - first >= kFew * kPage)
     static_cast<void>(madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE));
 #endif

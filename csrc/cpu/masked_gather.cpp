@@ -1,4 +1,4 @@
-// masked_gather: a copy of the kept rows, with the position added on the way and the prefix placed in front. Bound by memory.
+// masked_gather: copies the kept rows, adds their positions and prepends the prefix. Bound by memory.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -21,7 +21,7 @@ namespace {
 
 constexpr const char* kOp = "masked_gather";
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
-constexpr int64_t kBlock = 128;            // elements summed, written and prefetched in turn, so that reads and writes overlap
+constexpr int64_t kBlock = 128;            // elements at a time, so that reads and writes overlap
 constexpr int64_t kLine = 64;             // elements: threads never share a cache line of a row
 
 const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
@@ -34,7 +34,7 @@ void check_rows(const char* name, const std::optional<at::Tensor>& rows, const a
                     " columns, got ", rows->sizes());
 }
 
-// The gradients' common view of the incoming gradient: output row of kept entry i of sample b is i + (b + 1) * prefix.
+// The view of the incoming gradient that all gradients share: entry i of sample b is output row i + (b + 1) * prefix.
 struct Gradient {
   const char* rows;
   int64_t width, size, prefix;
@@ -46,8 +46,9 @@ struct Gradient {
   }
 };
 
-// One gradient row for tokens, from the entries [first, last) of (sample, cell): float32 sums unless the rows are float64, in
-// ascending order of entry. Where `sums` is given (positions), every entry is added to it too. `soon`: the next entry, or null.
+// Writes one row of the tokens' gradient from the entries [first, last) of (sample, cell), in ascending order, summed
+// in float32 (float64 for float64 rows). Where `sums` is given (positions), adds every entry to it too. `soon` is the
+// next entry, or null.
 void write_row(char* out, char* scratch, char* sums, const Gradient& grad, const int64_t* first, const int64_t* last,
                const int64_t* soon, int64_t sample, int64_t column, int64_t columns, Kind kind, const RowKernels& row,
                const Output& output) {
@@ -177,8 +178,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
         output.finish();
       });
     } else {
-      // A thread owns a range of cells (and of columns where the cells are few) in all samples, so that the sum over
-      // samples has one owner and one order, whatever the number of threads, and the gradient is read once for both.
+      // A thread owns a range of cells (and of columns where there are few cells) in all samples. The sum over samples
+      // then has one owner and one order for any number of threads, and the gradient is read once for both results.
       const int64_t cell_parts = std::min(cells, threads);
       const int64_t column_parts = std::min(ceil_div(threads, cell_parts), ceil_div(width, kLine));
       const int64_t columns_each = ceil_div(ceil_div(width, column_parts), kLine) * kLine;

@@ -1,8 +1,10 @@
-// mixup_info_nce: the logits in blocks of a few hundred rows and columns, made twice (forward and backward) and never kept.
+// mixup_info_nce: computes the logits in blocks of a few hundred rows and columns, in forward and again in backward,
+// and never stores them all.
 //
-// Columns are cut in stripes, rows in units. A thread takes a stripe and meets the units from first to last, so that a
-// stripe is packed once and its sums stay in the second-level cache; each unit's sums take the stripes in order. The order
-// of no sum depends on the number of threads, and a thread waits only where it is about to overtake its predecessor.
+// Columns are cut into stripes and rows into units. A thread takes a stripe and processes the units from first to last,
+// so that a stripe is packed once and its sums stay in the second-level cache. The sums of a unit add the stripes in
+// order. No order of a sum depends on the number of threads, and a thread waits only before it would overtake its
+// predecessor.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -30,10 +32,10 @@ namespace {
 constexpr const char* kOp = "mixup_info_nce";
 constexpr int64_t kLargestStripe = 256, kLargestUnit = 128, kSmallest = 32;  // columns, rows, either
 constexpr int64_t kLeastStripes = 4, kLeastUnits = 8;
-constexpr int64_t kStripeNumbers = 1 << 16;  // of a stripe: five times as many fit the second-level cache
-constexpr int64_t kCountMultiple = 32;       // of columns and rows in a block but the last: whole panels and tiles
+constexpr int64_t kStripeNumbers = 1 << 16;  // numbers in a stripe; the second-level cache holds five times as many
+constexpr int64_t kCountMultiple = 32;       // of columns and rows of every block but the last: whole panels and tiles
 constexpr int64_t kColumnMultiple = 16;      // sums are padded to the widest vector
-constexpr int64_t kRowGrain = 64;            // rows worth another thread where each is read once or twice
+constexpr int64_t kRowGrain = 64;            // rows that are worth another thread where each is read once or twice
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -74,7 +76,7 @@ struct Side {
   }
 };
 
-// `count` rows or columns in parts of one size, a shorter one at the end.
+// Divides `count` rows or columns into parts of equal size, the last of which may be shorter.
 struct Parts {
   int64_t count, size;
   int64_t number() const { return ceil_div(count, size); }
@@ -93,12 +95,12 @@ struct Parts {
   static Parts units(int64_t count) { return of(count, kLeastUnits, kSmallest, kLargestUnit); }
 };
 
-// How many units each stripe is done with.
+// Counts the units that each stripe has finished.
 class Turns {
  public:
   explicit Turns(int64_t stripes) : done_(static_cast<size_t>(stripes)) {}
 
-  // Returns when the stripe before is done with the unit. The first stripe of all that run never waits.
+  // Returns once the previous stripe has finished the unit. The first running stripe never waits.
   void wait(int64_t stripe, int64_t unit) {
     constexpr int kPatience = 1000;
     if (stripe == 0) return;
@@ -120,7 +122,7 @@ class Turns {
 constexpr int64_t kAlign = 64;
 constexpr int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// Calls stripe(number, scratch) for every stripe, in any number of threads; they begin in order.
+// Calls stripe(number, scratch) for every stripe, with any number of threads; stripes start in order.
 template <typename Stripe>
 void for_each_stripe(int64_t stripes, int64_t scratch_bytes, const Stripe& stripe) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), stripes);
@@ -135,7 +137,7 @@ void for_each_stripe(int64_t stripes, int64_t scratch_bytes, const Stripe& strip
   });
 }
 
-// The first block of a stripe; its rows are moved on from unit to unit.
+// The first block of a stripe; the caller moves its rows from unit to unit.
 ContrastBlock block_of(const Side& rows, const Side& columns, double scale, int64_t own, const int64_t* partner,
                        const Parts& units, const Parts& stripes, int64_t stripe) {
   return {rows.rows, columns.rows, 0, 0, stripes.begin(stripe), stripes.size_of(stripe), units.size, own, partner, scale};
@@ -159,14 +161,14 @@ at::Tensor dense_partner(const OptionalTensor& partner, int64_t rows) {
   return partner.has_value() ? Side::vector(*partner, rows, at::kLong, "partner") : at::Tensor();
 }
 
-// Pairs that begin outside all rows and columns have one meaning however far outside: so no index overflows.
+// Clamps the first pair: outside all rows and columns its distance has no meaning, and clamped no index overflows.
 int64_t nearest_pair(int64_t first_pair, int64_t rows, int64_t columns) { return std::clamp(first_pair, -rows, columns); }
 
 const int64_t* indices(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; }
 
 void* data(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
 
-// What a side's gradients become; empty where they are not needed.
+// The gradients of a side, empty where they are not needed.
 struct Gradients {
   at::Tensor x, other, mix;
 
@@ -263,7 +265,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const int64_t row_bytes = padded * static_cast<int64_t>(options.dtype().itemsize());
   const bool in_place = query.scalar_type() == wide && padded == width;  // sums become the gradients
-  // Unit keys of all ranks have no norm to go through: their sums are the result.
+  // Unit keys have no norm to backpropagate through: their sums are the result.
   const bool finish_keys = need_key && key_inverse_norm.has_value();
   const Gradients to_query(rows, true, in_place, options), to_key(columns, finish_keys, in_place, options);
   const at::Tensor row_sums = in_place ? to_query.x : at::zeros({m, padded}, options);
@@ -307,7 +309,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   });
   at::Tensor key_result = to_key.x;
   if (need_key && !finish_keys) key_result = padded == width ? key_sums.mul_(scale) : key_sums.narrow(1, 0, width).mul(scale);
-  // In float64 no order of the sum shows in float32.
+  // Summed in float64, so that the float32 result does not depend on the order of the sum.
   return {to_query.x,  to_query.other, to_query.mix, key_result, to_key.other, to_key.mix, dot.sum(at::kDouble).to(wide)};
 }
 

@@ -1,4 +1,4 @@
-// How a result is written: past the cache when it is too large to be found there again.
+// Writes a result, bypassing the cache when it is too large to stay there.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ class Output {
       : streamed_(bytes >= streamed_from), kernels_(stream_kernels()) {}
 
   bool streamed() const { return streamed_; }
-  // to = from; where the result is streamed, the `bytes` at `next` (may be null) are fetched meanwhile.
+  // to = from; where the result is streamed, also prefetches the `bytes` at `next` (may be null).
   void copy(char* to, const void* from, int64_t bytes, const void* next) const {
     if (streamed_)
       kernels_.copy(to, from, bytes, next);
@@ -29,7 +29,7 @@ class Output {
     else
       std::memset(to, 0, static_cast<size_t>(bytes));
   }
-  // Every thread that wrote calls this when it is done.
+  // Every thread that wrote must call this at its end.
   void finish() const {
     if (streamed_) kernels_.fence();
   }

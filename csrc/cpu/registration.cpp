@@ -23,7 +23,7 @@ TORCH_LIBRARY_IMPL(oner_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_FN(oner_fast::cpu_capability));
 }
 
-// The public functions in oner_fast.ops carry the gradients; a raw op says so instead of returning a wrong one.
+// Gradients belong to the public functions in oner_fast.ops; a raw op refuses to give a wrong one.
 TORCH_LIBRARY_IMPL(oner_fast, Autograd, m) {
   m.impl("masked_gather", torch::autograd::autogradNotImplementedFallback());
   m.impl("masked_gather_backward", torch::autograd::autogradNotImplementedFallback());

@@ -20,7 +20,7 @@ namespace {
 
 constexpr const char* kOp = "token_alignment";
 constexpr double kEps = 1e-12;            // a row's norm is at least this, as in F.normalize
-constexpr double kLeast = 1e-30;          // a smaller factor, times the gradient of the loss, may have no float32
+constexpr double kLeast = 1e-30;          // a smaller factor, times the gradient of the loss, may underflow float32
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
 
 // Row i of the student and the teacher row it is aligned with.
@@ -66,7 +66,7 @@ class Pairs {
   int64_t samples_, per_sample_;
 };
 
-// What one pair of rows adds to the loss, and the factors of both rows in the gradient of its cosine:
+// The cosine of a pair of rows, and the factors of both rows in its gradient:
 // d cos / d s = t / (|s| |t|) - s cos / |s|^2, the second term 0 where |s| was clamped.
 struct Pair {
   double cosine, to_student, to_teacher;
@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
       const int64_t next = std::min(i + 1, last - 1);
       double sum[3];
       sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
-      // Infinite or NaN: so are the rows, or their squares leave float32.
+      // A sum is infinite or NaN: so are the rows, or their squares overflow float32.
       if (!is_double && !std::isfinite(sum[0] + sum[1] + sum[2]))
         wide_sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
       const Pair pair(sum);
@@ -146,7 +146,7 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
   const auto wide_combine = kernels.wide_combine[pairs.student_kind][pairs.teacher_kind];
   const Output output(pairs.rows * bytes);
   at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
-    // Backwards: the rows that forward read last may still be in the cache.
+    // In reverse, since the rows that forward read last may still be in the cache.
     for (int64_t i = last - 1; i >= first; --i) {
       const int64_t next = std::max(i - 1, first);
       const char *student_row = pairs.student(i), *teacher_row = pairs.teacher(i);
@@ -154,7 +154,7 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
       if (is_double || (std::abs(to_student) >= kLeast && to_teacher >= kLeast)) {
         combine(to + i * bytes, student_row, teacher_row, pairs.width, scale * to_student, scale * to_teacher,
                 pairs.student(next), pairs.teacher(next), output.streamed());
-      } else {  // made again: too small for float32, or exactly 0 as those of clamped and orthogonal rows are
+      } else {  // underflow in float32, or 0 as for clamped and orthogonal rows: computed again
         double sum[3];
         wide_sums(sum, student_row, teacher_row, pairs.width, student_row, teacher_row);
         const Pair pair(sum);

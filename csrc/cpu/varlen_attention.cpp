@@ -17,7 +17,7 @@ namespace oner_fast {
 namespace {
 
 constexpr const char* kOp = "varlen_attention";
-constexpr int64_t kOverhead = 64;        // what a row costs beside its scores, in scores
+constexpr int64_t kOverhead = 64;        // the cost of a row besides its scores, counted in scores
 constexpr int64_t kWorthAThread = 4096;  // scores
 
 AttentionInput input(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
@@ -74,7 +74,7 @@ class Batch {
     size = query.element_size();
   }
 
-  // The first query that sees a key, and the sizes from there on: under causal the surplus of queries is blind.
+  // The first query that sees a key, and the sizes from there on; under a causal mask the first queries may see none.
   int64_t begin_q(int64_t s) const { return start(starts_q_, s) + blind(s); }
   int64_t begin_k(int64_t s) const { return start(starts_k_, s); }
   AttentionSizes sizes(int64_t s) const {
@@ -111,7 +111,7 @@ class Batch {
 
 int64_t cost_of(int64_t queries, int64_t keys) { return queries * keys + (queries + keys) * kOverhead; }
 
-// Runs the tasks, the costliest first, each by the first thread that is free; each writes memory of its own.
+// Runs the tasks, the most expensive first, each on the first free thread. No two tasks write the same memory.
 template <typename Task>
 void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, int64_t (*scratch_of)(const Task&),
              void (*run)(const Task&, const Task*, char*)) {
@@ -206,7 +206,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
     const AttentionSizes sizes = batch.sizes(s);
     const int64_t row = batch.begin_q(s), key_row = batch.begin_k(s), cost = cost_of(sizes.queries, sizes.keys);
     if (sizes.queries == 0 || sizes.keys == 0) continue;
-    // Whole sequences take five products, ranges of one seven: these are for sequences that would keep the others waiting.
+    // A whole sequence takes five products, ranges of one take seven. Ranges are for sequences so long that other
+    // threads would wait for them.
     const bool whole = group * cost * at::get_num_threads() <= total + total / 4;
     for (int64_t h = 0; h < batch.key_heads; ++h) {
       const auto task = [&](int64_t head, int64_t heads, bool for_query, bool for_key) -> AttentionBackward {

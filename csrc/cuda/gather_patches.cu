@@ -1,8 +1,8 @@
-// gather_patches: only the kept patches are read, normalised, cast and laid out as rows. A thread makes 16 bytes of the
-// result from pixels that lie side by side in a line. Bound by memory.
+// gather_patches: reads only the kept patches, and normalises, casts and stores them as rows. A thread writes 16 bytes
+// of the result from adjacent pixels of a line. Bound by memory.
 //
-// Bytes: B K C p^2 pixels read, as many numbers written. A line of a patch of 16 bytes (uint8, p = 16) is half a sector of
-// 32: where its neighbour is not kept the other half is read for nothing, which no order of the work can avoid.
+// B K C p^2 pixels are read and as many numbers written. A line of 16 bytes (uint8, p = 16) is half a 32-byte sector;
+// where its neighbour is not kept, the other half is read in vain, which no order of the work can avoid.
 #include "cuda/kept.cuh"
 #include "cuda/numbers.cuh"
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ int64_t corner_of(const GatherPatches& a, int64_t ent
   return sample * a.sample_stride + down * a.patch * a.line_stride + (cell - down * a.across) * a.patch;
 }
 
-// Where number `at` of a result's row is read, from the corner on.
+// The offset of the pixel for number `at` of a row of the result, from the corner on.
 struct Pixel {
   int channel;
   int64_t offset;
@@ -36,7 +36,8 @@ struct Pixel {
   }
 };
 
-// (x - mean) / std of a channel, of bytes (x - 255 mean) / (255 std); the division is made once, but for double.
+// (x - mean) / std of a channel; for bytes (x - 255 mean) / (255 std). The reciprocal is computed once, except for
+// double.
 template <typename Wide>
 struct Normalise {
   Wide shift, divisor, factor;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) gather_patches_forward(const GatherP
   }
 }
 
-// Any two types and any alignment, a number at a time.
+// Any two types and any alignment, one number at a time.
 template <typename Wide>
 __global__ void __launch_bounds__(kThreads) gather_patches_any(const GatherPatches a, int log_lanes) {
   const int64_t entry = blockIdx.x * int64_t{kThreads >> log_lanes} + (threadIdx.x >> log_lanes);
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) gather_patches_any(const GatherPatch
   }
 }
 
-// Pixel (sample, channel, y, x) of the images' gradient: every one is written, kept or not.
+// Pixel (sample, channel, y, x) of the images' gradient; every pixel is written, kept or not.
 struct Target {
   int64_t sample, cell, column;  // column: within a row of the gradient
   int channel;

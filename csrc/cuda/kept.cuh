@@ -1,12 +1,12 @@
-// `kept` on the device: where an output row comes from, and which entries chose a cell. Its values were never checked, so
-// every index that is made of them is held within its tensor here.
+// `kept` on the device: the source of an output row, and the entries that chose a cell. Its values were never checked,
+// so every index computed from them is clamped to its tensor here.
 #pragma once
 
 #include "cuda/launch.h"
 
 namespace oner_fast::cuda {
 
-// a / b of numbers that are not negative; 64-bit division takes several times as long.
+// a / b of non-negative numbers, in 32 bits where they fit: 64-bit division takes several times as long.
 __device__ __forceinline__ int64_t divided(int64_t a, int64_t b) {
   return (a | b) >> 32 ? a / b : static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
@@ -19,10 +19,10 @@ __device__ __forceinline__ int64_t first_entry(const Kept& kept, int64_t sample)
   return kept.starts == nullptr ? sample * kept.per_sample : between(__ldg(kept.starts + sample), 0, kept.total);
 }
 
-// The sample that owns output row `row` when every sample has `prefix` rows more. There is at least one sample.
+// The sample of output row `row`, where every sample has `prefix` more rows. There is at least one sample.
 __device__ __forceinline__ int64_t sample_of_row(const Kept& kept, int64_t row, int64_t prefix) {
   if (kept.starts == nullptr) return divided(row, kept.per_sample + prefix);
-  int64_t low = 0, high = kept.samples;  // the last sample whose first row is not behind `row`
+  int64_t low = 0, high = kept.samples;  // the last sample whose first row is not after `row`
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     (first_entry(kept, middle) + middle * prefix <= row ? low : high) = middle;
@@ -35,7 +35,7 @@ __device__ __forceinline__ int64_t row_of_entry(const Kept& kept, int64_t sample
   return first_entry(kept, sample) + entry + (sample + 1) * prefix;
 }
 
-// choices[sample, cell] of one sample a block. Integer atomics: no order shows in their results.
+// Computes choices[sample, cell], one sample in each block, with integer atomics, whose results depend on no order.
 static __global__ void __launch_bounds__(256) invert_kept(const Kept kept, Choice* choices) {
   for (int64_t sample = blockIdx.x; sample < kept.samples; sample += gridDim.x) {
     Choice* mine = choices + sample * kept.cells;
@@ -51,7 +51,7 @@ static __global__ void __launch_bounds__(256) invert_kept(const Kept kept, Choic
   }
 }
 
-// Calls take(entry) for the entries of a sample that chose `cell`, behind the first of `choice`, in ascending order.
+// Calls take(entry) for the entries of a sample that chose `cell`, after the first of `choice`, in ascending order.
 template <typename Take>
 __device__ __forceinline__ void for_each_repeat(const Kept& kept, int64_t sample, int64_t cell, Choice choice,
                                                 const Take& take) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void for_each_repeat(const Kept& kept, int64_t sample
   }
 }
 
-constexpr int64_t kMostBlocks = 65535;  // in y, and of the inversion
+constexpr int64_t kMostBlocks = 65535;  // in y, and for the inversion
 
 inline void launch_inversion(const Kept& kept, Choice* choices, cudaStream_t stream) {
   const int64_t blocks = kept.samples < kMostBlocks ? kept.samples : kMostBlocks;

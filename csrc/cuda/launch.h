@@ -1,5 +1,5 @@
-// The launches of the CUDA C++ kernels: what the bindings fill in and hand over. Free of torch, so that the kernels and
-// these functions compile, and are tested, without it. Strides and widths count elements, never bytes.
+// The launches of the CUDA C++ kernels, whose arguments the bindings fill in. This file does not use torch, so that the
+// kernels and these functions compile, and are tested, without it. Strides and widths count elements, never bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,14 +14,15 @@ constexpr int64_t bytes_of(int32_t number) {
   return number == kF64 ? 8 : number == kF32 ? 4 : number == kU8 ? 1 : 2;
 }
 
-// Which rows of each sample survive: entry i of sample b is values[begin(b) + i]. A value outside [0, cells) chooses nothing.
+// The rows of each sample to keep: entry i of sample b is values[begin(b) + i]. A value outside [0, cells) keeps
+// nothing.
 struct Kept {
   const int64_t* values;
   const int32_t* starts;  // (samples + 1,), or null: per_sample entries each
   int64_t samples, cells, per_sample, total;
 };
 
-// Of one (sample, cell): its first entry within the sample, and how many entries chose it.
+// For one (sample, cell): its first entry within the sample, and how many entries chose it.
 struct Choice {
   int32_t first, count;
 };
@@ -34,8 +35,8 @@ struct MaskedGather {
   int32_t width, number;
 };
 
-// Sums over samples are taken in splits of kSamplesPerSplit, written wide (float, or double for double) to the partials, and
-// then added in order.
+// Sums over samples are computed in splits of kSamplesPerSplit, stored in the partials as float (double for double),
+// and then added in order.
 constexpr int64_t kSamplesPerSplit = 32;
 
 struct MaskedGatherBackward {
@@ -78,19 +79,19 @@ struct TokenAlignment {
   int32_t width, student_number, teacher_number;
 };
 
-// One side of the contrast that is not ready for tensor cores: mixed, of odd width, or of unfit strides.
+// One side of the contrast that tensor cores cannot read: it is mixed, or its width or strides do not fit.
 struct MixupPack {
   const void *x, *other;  // other may be null
   const float *mix, *inverse_norm;  // with other; or null
   void* out;                        // (rows, padded) of x's type, zeros behind the width
-  float* rest;                      // (rows,): what makes a unit vector of a packed row
+  float* rest;                      // (rows,), the factors that make packed rows unit vectors
   int64_t rows, row_stride, column_stride, other_row_stride, other_column_stride, mix_step;
   int32_t width, padded, number;
 };
 
 struct MixupStatistics {
   const void *query, *key;  // 16-byte aligned, strides and width multiples of 8
-  const float *query_factor, *key_factor;  // what makes unit vectors; null: they are
+  const float *query_factor, *key_factor;  // the factors that make unit vectors; null: rows are unit vectors
   const float* scale;                      // 0-d
   const int64_t* partner;                  // (rows,), or null
   float *row_max, *row_sum, *column_max, *column_sum, *own, *shared;  // column_* null: rows alone
@@ -109,7 +110,7 @@ int64_t oner_fast_token_alignment_partials(int64_t rows);
 cudaError_t oner_fast_token_alignment(const TokenAlignment* call, cudaStream_t stream);
 cudaError_t oner_fast_token_alignment_backward(const TokenAlignment* call, cudaStream_t stream);
 cudaError_t oner_fast_mixup_pack(const MixupPack* call, cudaStream_t stream);
-// Fills in the chunks of a call with rows and columns.
+// Fills in the chunks of a call that has rows and columns.
 void oner_fast_mixup_plan(MixupStatistics* call);
 cudaError_t oner_fast_mixup_statistics(const MixupStatistics* call, cudaStream_t stream);
 }

@@ -1,7 +1,7 @@
-// masked_gather: kept rows are copied, 16 bytes a thread and load, with the position added on the way and the prefix placed
-// in front. Bound by memory.
+// masked_gather: copies kept rows, 16 bytes for each thread and load, adds positions and prepends the prefix. Bound by
+// memory.
 //
-// Bytes, of rows of `w` bytes:
+// Traffic in rows of `w` bytes:
 //   forward    R = B (P + K) rows written, B K read, N of the positions; the ideal, since a kept token is read once.
 //   backward   B (P + K) rows read, B N written. With positions, the same thread that writes a cell's gradients adds them
 //              up over 32 samples: 8 bytes of partial sums a number and 32 samples beside the ideal, 4 % of it for
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) masked_gather_forward(const MaskedGa
   }
 }
 
-// A thread owns N columns of one cell, in all samples of a split: its gradients to tokens, and their sum for positions.
+// A thread owns N columns of one cell in all samples of a split: the gradients of tokens, and their sum for positions.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads) masked_gather_backward(const MaskedGatherBackward a, int64_t splits,
                                                                    int64_t samples_each) {
@@ -173,7 +173,7 @@ void launch_backward(const MaskedGatherBackward& a, cudaStream_t stream) {
   const int64_t words = a.width / N, splits = blocks_for(a.kept.samples, kSamplesPerSplit);
   if ((a.to_tokens != nullptr || a.to_positions != nullptr) && a.kept.cells > 0) {
     launch_inversion(a.kept, a.choices, stream);
-    // Without positions nothing joins the samples: more threads take fewer of them.
+    // Without positions there is no sum over samples, so more threads take fewer samples each.
     const int64_t each = a.to_positions != nullptr ? kSamplesPerSplit : kTogether, parts = blocks_for(a.kept.samples, each);
     masked_gather_backward<T, N><<<grid_of(a.kept.cells * words, parts), kThreads, 0, stream>>>(a, parts, each);
   }

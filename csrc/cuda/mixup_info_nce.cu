@@ -1,13 +1,13 @@
-// mixup_info_nce, the logits pass: the logits in tiles of 128 x 128 on tensor cores, of which maxima and sums of
-// exponentials of rows and columns are kept, and nothing else.
+// mixup_info_nce, the pass over the logits: tiles of 128 x 128 on tensor cores, of which only the maxima and sums of
+// exponentials of rows and columns are stored.
 //
-// The tiles are cut in at most 32 x 32 chunks (more columns' where rows are few). A block meets the tiles of its chunk row by
-// row; it keeps what it finds of its rows in registers, and of its columns in a slice of scratch memory that it alone
-// touches. A second kernel adds the chunks' findings in order. Scratch: 8 bytes a row and chunk of columns, and a column and
-// chunk of rows, O(N) in all.
+// The tiles are divided into at most 32 x 32 chunks (more chunks of columns where there are few rows). A block
+// processes the tiles of its chunk row by row. It keeps the statistics of its rows in registers, and those of its
+// columns in a slice of scratch memory that no other block touches. A second kernel merges the chunks in order. The
+// scratch takes 8 bytes for each row and chunk of columns and for each column and chunk of rows, O(N) in all.
 //
-// FLOPs: 2 M N D on tensor cores and M N exponentials (twice with columns). Bytes that must move: both sides once and the
-// statistics; a tile reads 128 rows of either side, from the second-level cache but for the first time.
+// FLOPs: 2 M N D on tensor cores and M N exponentials (twice with columns). Bytes that must move: both sides once, and
+// the statistics. A tile reads 128 rows of either side, after the first time from the second-level cache.
 #include "cuda/kept.cuh"
 #include "cuda/numbers.cuh"
 #include "cuda/tensor_core.cuh"
@@ -29,13 +29,13 @@ struct Shared {
   float2 rows[4][kTile];
 };
 
-// Where 16 bytes of a row lie in a stage: turned so that 8 rows of a matrix meet all banks once.
+// The place of 16 bytes of a row in a stage, rotated so that 8 rows of a matrix use every bank once.
 __device__ __forceinline__ int place_of(int row, int part) { return row * kRowBytes + ((part ^ (row >> 1 & 3)) << 4); }
 
-// exp(x - max) where max may be -inf because nothing was found yet.
+// exp(x - max), where max is -inf before the first number.
 __device__ __forceinline__ float finite(float max) { return max == -kInfinity ? 0.0f : max; }
 
-// (max, sum) takes in another pair; a NaN in either sum stays.
+// Merges another pair into (max, sum); a NaN in either sum stays.
 __device__ __forceinline__ float2 merged(float2 a, float2 b) {
   const float max = fmaxf(a.x, b.x), from = finite(max);
   return {max, a.y * __expf(a.x - from) + b.y * __expf(b.x - from)};
@@ -70,8 +70,8 @@ __device__ __forceinline__ int column_of(int64_t target, int columns) {
   return target >= 0 && target < columns ? static_cast<int>(target) : -1;
 }
 
-// Stores the logit of a target at column `at` of a warp's tile, if this lane has it. Selected bit by bit: an index would
-// put all sums in local memory.
+// Stores the logit of a target at column `at` of a warp's tile, if this lane has it. It is selected bit by bit, because
+// an index would put all sums in local memory.
 __device__ __forceinline__ void take_target(const float (&logits)[8], int at, int quad, float* to) {
   if (at < 0 || at >= kWarpColumns || at % 8 / 2 != quad) return;
   const bool odd = at & 1, second = at & 8, third = at & 16;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
   for (int64_t step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
     __syncthreads();
-    if (step + kStages - 1 < steps) {  // into the stage that all warps are done with
+    if (step + kStages - 1 < steps) {  // into the stage that all warps have finished
       load(ahead, stage == 0 ? kStages - 1 : stage - 1);
       ahead.advance(depths, first_column, last_column);
     }
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
   }
 }
 
-// What the chunks found of each row and of each column, in order.
+// Merges the statistics of the chunks for each row and each column, in order.
 __global__ void __launch_bounds__(kThreads) mixup_merge_chunks(const MixupStatistics a) {
   int64_t at = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const bool of_row = at < a.rows;
@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(kThreads) mixup_merge_chunks(const MixupStatis
   (of_row ? a.row_sum : a.column_sum)[at] = found.y;
 }
 
-// A warp takes a row: (1 - mix) x + mix other, scaled by a power of two to about 1 where it is mixed, rounded once; an
-// unmixed row as it is.
+// Packs a row with each warp: (1 - mix) x + mix other, scaled by a power of two to a norm of about 1 and rounded once.
+// An unmixed row is copied unchanged.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) mixup_pack(const MixupPack a) {
   const int64_t row = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32;

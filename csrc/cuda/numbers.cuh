@@ -1,4 +1,4 @@
-// Numbers in memory and in registers: whole words of up to 16 bytes a load, sums in float (double for double).
+// Numbers in memory and in registers: loads of whole words of up to 16 bytes, sums in float (double for double).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,7 +35,7 @@ struct WordOf<16> {
   using Type = uint4;
 };
 
-// N numbers of type T as they lie in memory, aligned to all their bytes or to 16.
+// N numbers of type T in memory, aligned to their total size or to 16 bytes.
 template <typename T, int N>
 struct Bits {
   static constexpr int kBytes = N * static_cast<int>(sizeof(T)), kWord = kBytes < 16 ? kBytes : 16;
@@ -67,7 +67,7 @@ __device__ __forceinline__ Bits<T, N> zeros() {
   return bits;
 }
 
-// What a sum over numbers of type T is taken in.
+// The type of a sum over numbers of type T.
 template <typename T>
 using WideOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ Bits<T, N> narrow(const Wide (&values)[N]) {
   return bits;
 }
 
-// Number `at` of a row whose type is known at run time alone: the path of rare pairs of types and of unaligned rows.
+// Number `at` of a row whose type is known only at run time, for rare pairs of types and unaligned rows.
 template <typename Wide>
 __device__ __forceinline__ Wide read_any(const void* row, int32_t number, int64_t at) {
   switch (number) {
@@ -140,7 +140,8 @@ __device__ __forceinline__ void write_any(void* row, int32_t number, int64_t at,
   }
 }
 
-// --- on the host ------------------------------------------------------------------------------------------------------
+// --- on the host
+// ------------------------------------------------------------------------------------------------------
 
 inline bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -1,4 +1,4 @@
-// What sm_80 gives products of 16-bit numbers: asynchronous copies, matrix loads, and m16n8k16 products with float sums.
+// Instructions of sm_80 for 16-bit products: asynchronous copies, matrix loads, and m16n8k16 products with float sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -8,7 +8,7 @@
 
 namespace oner_fast::cuda {
 
-// 16 bytes to shared memory, of which the first `bytes` are read and the others become zeros.
+// Copies 16 bytes to shared memory; only the first `bytes` are read, and the others become zeros.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes)
                : "memory");
@@ -19,7 +19,7 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+// Loads four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

@@ -1,8 +1,8 @@
-// token_alignment: minus the mean cosine of student and teacher rows. A warp takes a pair of rows: three sums in one pass,
-// and a weighted sum of both rows in backward. Bound by memory.
+// token_alignment: minus the mean cosine of student and teacher rows. A warp takes a pair of rows: three sums in one
+// pass, and in backward a weighted sum of both rows. Bound by memory.
 //
-// Bytes, of R pairs of rows of `w` bytes: forward 2 R w read and 8 R written (12 R for the scratch of the mean: 1 number a
-// block of 8 rows); backward 2 R w read, R w written. The ideal: rows are read once in each direction.
+// For R pairs of rows of `w` bytes, forward reads 2 R w bytes and writes 8 R, and one double of the mean's scratch for
+// each block of 8 rows. Backward reads 2 R w and writes R w. This is the ideal: rows are read once in each direction.
 #include "cuda/kept.cuh"
 #include "cuda/numbers.cuh"
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kTogether = 4;
 constexpr double kEps = 1e-12;    // a row's norm is at least this, as in F.normalize
-constexpr double kLeast = 1e-30;  // a smaller factor, times the gradient of the loss, may have no float
+constexpr double kLeast = 1e-30;  // a smaller factor, times the gradient of the loss, may underflow float
 
 struct Pair {
   int64_t student, teacher;  // offsets of the first numbers; teacher is -1 where its index is wrong
@@ -59,7 +59,7 @@ struct Factors {
   }
 };
 
-// Of any two types and any alignment, in double: no square leaves it.
+// The sums for any two types and any alignment, in double, where no square overflows.
 __device__ __forceinline__ Sums<double> sums_of_any(const TokenAlignment& a, const Pair& pair) {
   Sums<double> sums;
   for (int i = threadIdx.x % 32; i < a.width; i += 32)
@@ -69,7 +69,7 @@ __device__ __forceinline__ Sums<double> sums_of_any(const TokenAlignment& a, con
   return sums;
 }
 
-// N numbers of both rows at a time; N = 0: one, of any type, in double.
+// N numbers of both rows at a time; N = 0 means one number of any type, in double.
 template <typename Wide, typename S, typename T, int N>
 __device__ __forceinline__ Sums<Wide> sums_of(const TokenAlignment& a, const Pair& pair) {
   if constexpr (N == 0) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) token_alignment_forward(const TokenA
     const Sums<Wide> sums = sums_of<Wide, S, T, N>(a, pair);
     const Factors<Wide> factors(sums);
     cosine = factors.cosine;
-    // Infinite or NaN: so are the rows, or their squares leave float.
+    // A sum is infinite or NaN: so are the rows, or their squares overflow float.
     if (std::is_same_v<Wide, float> && !isfinite(sums.student + sums.teacher + sums.both)) {
       const Factors<double> exact(sums_of_any(a, pair));
       cosine = exact.cosine;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) token_alignment_forward(const TokenA
   a.partials[blockIdx.x] = total;
 }
 
-// One block: the partial sums in an order that their number alone decides.
+// Adds the partial sums in one block, in an order that depends on their number alone.
 __global__ void __launch_bounds__(kThreads) token_alignment_mean(const TokenAlignment a, int64_t rows, int64_t partials) {
   __shared__ double sums[kWarps];
   double sum = 0;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) token_alignment_backward(const Token
   const double to_student = read_any<double>(a.factors, saved, 2 * row);
   const double to_teacher = read_any<double>(a.factors, saved, 2 * row + 1);
   const bool moderate = fabs(to_student) >= kLeast && to_teacher >= kLeast;
-  // Made again: too small for float, or exactly 0 as those of clamped and orthogonal rows are.
+  // Factors that underflow float, or are 0 as for clamped and orthogonal rows, are computed again in double.
   if (saved == kF32 && !moderate) {
     const Factors<double> exact(sums_of_any(a, pair));
     combine_any(a, pair, row, scale * exact.to_student, scale * exact.to_teacher);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) token_alignment_backward(const Token
   }
 }
 
-// Whether N numbers of either row are whole words wherever a row begins.
+// Whether N numbers of either row are whole words for every row.
 template <typename S, typename T, int N>
 bool fits(const TokenAlignment& a) {
   const int64_t student = a.student_sample_stride | a.student_token_stride | a.width;

@@ -1,4 +1,4 @@
-// oner_fast._native: what a torch op is the wrong shape for, because its arguments are Python lists.
+// oner_fast._native: functions on Python lists, which a torch op cannot take efficiently.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -39,7 +39,7 @@ py::tuple pack(const py::list& lists) {
   int64_t* flat = reinterpret_cast<int64_t*>(PyByteArray_AS_STRING(values.ptr()));
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* row = PyList_GET_ITEM(lists.ptr(), i);
-    // Converting a value may run Python code, which could shorten the list; so its length is asked each time.
+    // Converting a value may run Python code, which could shorten the list, so the length is read each time.
     for (Py_ssize_t j = 0; j < cu_seqlens[i + 1] - cu_seqlens[i]; ++j) {
       if (j >= PyList_GET_SIZE(row)) throw py::value_error("pack: a list changed while it was packed");
       PyObject* value = PyList_GET_ITEM(row, j);

@@ -1,5 +1,7 @@
-"""The fused ops, each also a drop-in for other people's code; their definitions stand together in
-:mod:`oner_fast.ops.reference`."""
+"""The fused ops, each usable by itself in other people's code.
+
+The reference implementations of all of them stand together in `oner_fast.ops.reference`.
+"""
 
 from oner_fast import _extension
 from oner_fast.ops import flops, library

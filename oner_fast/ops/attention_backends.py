@@ -1,8 +1,9 @@
-"""varlen_attention by other packages: flash-attn 3 and 2, PyTorch's varlen_attn, xFormers; each behind the contract.
+"""varlen_attention by other packages: flash-attn 3 and 2, PyTorch's varlen_attn and xFormers.
 
-They are looked for without being imported; the first call imports. What their kernels leave open is settled here: a
-query that sees no key gives 0 and takes no gradient, a key that no query sees takes none, and gradients are the same
-bits every time. `docs/implementations.md` says which of them serves what, and why.
+The packages are looked up without being imported; the first call imports one. Cases that their kernels leave undefined
+are handled here, so that each keeps the contract of the op: a query that sees no key gives 0 and takes no gradient, a
+key that no query sees takes none, and gradients are the same bits every time. `docs/implementations.md` says when each
+package is chosen, and why.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ def _find(module: str, distribution: str) -> str | None:
 
 @constant
 def _version(module: str, distribution: str) -> str | None:
-    """Of an installed package ("?" if it does not say), None where it is missing; looked up once a process."""
+    """Return the version of an installed package ("?" if it states none), or None; looked up once a process."""
     return _find(module, distribution)
 
 
 @constant
 def _capability() -> tuple[int, int] | None:
-    """Of the current GPU; None where torch can use none."""
+    """Return the compute capability of the current GPU, or None where torch can use no GPU."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
@@ -70,7 +71,7 @@ def _why_no_gpu(device: str, least: tuple[int, int], most: tuple[int, int] = (99
 
 
 def _why_not_these_tensors(facts: dict[str, Any]) -> list[str]:
-    """What the flash kernels have against dtype, head dimension, scale and missing lengths."""
+    """List why the flash kernels cannot take this dtype, head dimension, scale or call without lengths."""
     found = []
     if facts.get("dtype") not in (None, *HALF):
         found.append(f"takes float16 and bfloat16, not {facts['dtype']}")
@@ -86,12 +87,14 @@ def _why_not_these_tensors(facts: dict[str, Any]) -> list[str]:
 
 
 def why_not_flash_attn_3(device: str, **facts: Any) -> list[str]:
+    """List every reason why flash-attn 3 cannot take a call on `device` with these facts."""
     version = _version("flash_attn_interface", "flash_attn_3")
     found = [] if version else ["flash-attn 3 is not installed (hopper/ of github.com/Dao-AILab/flash-attention)"]
     return [*found, *_why_no_gpu(device, (9, 0), (9, 0)), *_why_not_these_tensors(facts)]
 
 
 def why_not_flash_attn(device: str, **facts: Any) -> list[str]:
+    """List every reason why flash-attn 2 cannot take a call on `device` with these facts."""
     version = _version("flash_attn", "flash-attn")
     found = [] if version else ["flash-attn is not installed (pip install 'oner_fast[flash-attn]')"]
     if version and _older(version, FLASH_ATTN_OLDEST):
@@ -100,6 +103,7 @@ def why_not_flash_attn(device: str, **facts: Any) -> list[str]:
 
 
 def why_not_torch_varlen(device: str, **facts: Any) -> list[str]:
+    """List every reason why PyTorch's varlen_attn cannot take a call on `device` with these facts."""
     version = str(torch.__version__)
     found = []
     if _older(version, TORCH_OLDEST):
@@ -112,6 +116,7 @@ def why_not_torch_varlen(device: str, **facts: Any) -> list[str]:
 
 
 def why_not_xformers(device: str, **facts: Any) -> list[str]:
+    """List every reason why xFormers cannot take a call on `device` with these facts."""
     found = (
         [] if _version("xformers", "xformers") else ["xformers is not installed (pip install 'oner_fast[xformers]')"]
     )
@@ -140,7 +145,7 @@ def _why_not_the_same_bits(facts: dict[str, Any]) -> list[str]:
 
 
 class _WithoutGradient(torch.autograd.Function):
-    """x; the rows `dropped` take no gradient, whatever comes back."""
+    """Return x unchanged, and give its rows `dropped` a gradient of 0 whatever comes back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: Tensor) -> Tensor:  # type: ignore[override]
@@ -153,7 +158,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _blind(cu_seqlens: Tensor, others: Tensor, rows: int, causal: bool) -> Tensor:
-    """(rows,) bool: which rows meet none of the other side; made where the tensors are."""
+    """Mark the rows that meet no row of the other side: (rows,) bool, on the device of the tensors."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     met = others.diff()[sequence]
@@ -166,7 +171,7 @@ def _settled(
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, causal: bool,
 ) -> Tensor:  # fmt: skip
-    """attend(query, key, value, cu_seqlens_k), and zeros where nobody is seen."""
+    """Call `attend(query, key, value, cu_seqlens_k)`, with zeros for queries that see no key."""
     if query.numel() == 0 or key.numel() == 0:
         return query.masked_fill(torch.ones_like(query, dtype=torch.bool), 0)
     if cu_seqlens_k is None:
@@ -190,7 +195,7 @@ def _with(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """attend(query, key, value, cu_q, cu_k, max_q, max_k, scale), on checked arguments."""
+    """Check the arguments and call `attend(query, key, value, cu_q, cu_k, max_q, max_k, scale)`."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     longest_q = query.shape[0] if max_seqlen_q is None else max_seqlen_q
@@ -207,6 +212,7 @@ def flash_attn_3(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
+    """Attend with flash-attn 3; arguments and result are those of `oner_fast.ops.varlen_attention`."""
     package = importlib.import_module("flash_attn_interface")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, by: float) -> Any:
@@ -223,6 +229,7 @@ def flash_attn(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
+    """Attend with flash-attn 2; arguments and result are those of `oner_fast.ops.varlen_attention`."""
     package = importlib.import_module("flash_attn")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, by: float) -> Any:
@@ -239,6 +246,7 @@ def torch_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
+    """Attend with PyTorch's varlen_attn; arguments and result are those of `oner_fast.ops.varlen_attention`."""
     package = importlib.import_module("torch.nn.attention.varlen")
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int, by: float) -> Any:
@@ -256,7 +264,7 @@ def xformers(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Only sequences and queries that see something reach xFormers: its causal mask knows no query before the keys."""
+    """Pass xFormers only the sequences and queries that see a key; its causal mask knows no query before the keys."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     package = importlib.import_module("xformers.ops")
     masks = importlib.import_module("xformers.ops.fmha.attn_bias")

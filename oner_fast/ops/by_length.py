@@ -1,5 +1,4 @@
-"""Attention over packed sequences with dense kernels: sequences of equal length are computed together, without
-padding."""
+"""Attention over packed sequences with dense kernels: sequences of equal length go together, without padding."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Rows(NamedTuple):
-    """The rows of one side, sorted by group; None where they lie in that order already."""
+    """The rows of one side, sorted by group; `order` and `inverse` are None where they lie in that order already."""
 
     order: Tensor | None
     inverse: Tensor | None
@@ -31,10 +30,20 @@ class _Group(NamedTuple):
 def attend_by_length(
     attend: Attend, query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None
 ) -> Tensor:
-    """Call ``attend(q (n, H, Lq, Dh), k (n, Hk, Lk, Dh), v) -> (n, H, Lq, Dh)`` once for each pair of lengths; (T,
-    H, Dh).
+    """Compute the attention of packed sequences, one dense call for each pair of lengths.
 
-    Reads the lengths on the host, so on CUDA it synchronises.
+    The lengths are read on the host, so a call on CUDA waits for the device.
+
+    Args:
+        attend: takes q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh), and returns (n, H, Lq, Dh).
+        query: (T, H, Dh).
+        key: (Tk, Hk, Dh).
+        value: (Tk, Hk, Dh).
+        cu_seqlens_q: (S + 1,) int32.
+        cu_seqlens_k: (S + 1,) int32, or None where keys have the boundaries of queries.
+
+    Returns:
+        (T, H, Dh). A query without keys gives 0.
     """
     lengths_q = tuple(cu_seqlens_q.diff().tolist())
     lengths_k = lengths_q if cu_seqlens_k is None else tuple(cu_seqlens_k.diff().tolist())
@@ -83,8 +92,7 @@ def _rows(lengths: tuple[int, ...], samples: list[int], sizes: tuple[int, ...]) 
         return _Rows(None, None, sizes)
     begins, sizes_in_order = torch.tensor(list(accumulate(lengths, initial=0))[:-1]), torch.tensor(lengths)[samples]
     ends = sizes_in_order.cumsum(0)
-    # Row r of the sorted rows lies as far behind its sequence's begin as r does behind the sequence's place in the
-    # order.
+    # Row r of the sorted rows is as far from the start of its sequence as r is from where the sequence was sorted to.
     shift = begins[samples] - (ends - sizes_in_order)
     order = torch.arange(int(ends[-1])) + shift.repeat_interleave(sizes_in_order)
     inverse = torch.empty_like(order)

@@ -1,7 +1,7 @@
-"""What every op's arguments must be, checked before any work is done.
+"""Checks of the arguments of every op, made before any work is done.
 
-Shapes and dtypes are checked everywhere. Values (indices, ``cu_seqlens``) are checked on the CPU always and on CUDA
-only when ``ONER_FAST_DEBUG=1``: reading them back there would synchronise the stream and break graph capture.
+Shapes and dtypes are checked on every device. Values (indices, `cu_seqlens`) are always checked on the CPU, and on CUDA
+only where `ONER_FAST_DEBUG=1`: reading them back would wait for the stream and break graph capture.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the values of an index tensor may be read on the host."""
+    """Return whether the values of an index tensor may be read on the host."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return tensor.device.type == "cpu" or os.environ.get("ONER_FAST_DEBUG", "0") == "1"
 
 
 def is_tensor(op: str, name: str, value: object) -> Tensor:
+    """Return `value`, or raise TypeError where it is no tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     return value
 
 
 def shape(op: str, name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
-    """Raise ValueError unless ``tensor`` has the given sizes (None: any), described to the reader by ``expected``."""
+    """Raise ValueError unless `tensor` has these sizes (None: any); the message describes them by `expected`."""
     found = tuple(tensor.shape)
     if len(found) != len(sizes) or any(
         want is not None and want != got for want, got in zip(sizes, found, strict=True)
@@ -39,6 +40,7 @@ def shape(op: str, name: str, tensor: Tensor, expected: str, sizes: tuple[int | 
 
 
 def floating(op: str, name: str, tensor: Tensor, like: torch.dtype | None = None) -> None:
+    """Raise TypeError unless `tensor` has a floating dtype that the ops know, and the dtype `like` where given."""
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
     if like is not None and tensor.dtype != like:
@@ -46,6 +48,7 @@ def floating(op: str, name: str, tensor: Tensor, like: torch.dtype | None = None
 
 
 def same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on the device of the first."""
     for name, tensor in others.items():
         if tensor is not None and is_tensor(op, name, tensor).device != first.device:
             raise ValueError(
@@ -54,7 +57,7 @@ def same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None
 
 
 def cu_seqlens(op: str, name: str, tensor: Tensor, total: int | None, batch: int | None = None) -> None:
-    """``tensor`` must be (B + 1,) int32, begin with 0, never fall, and end with ``total``."""
+    """Raise unless `tensor` is (B + 1,) int32, begins with 0, never decreases, and ends with `total`."""
     if tensor.dtype != torch.int32:
         raise TypeError(f"{op}: {name} must be int32, got {tensor.dtype}")
     if tensor.ndim != 1 or tensor.shape[0] < 1:
@@ -73,7 +76,7 @@ def cu_seqlens(op: str, name: str, tensor: Tensor, total: int | None, batch: int
 
 
 def indices(op: str, name: str, tensor: Tensor, upper: int) -> None:
-    """``tensor`` must be int64 with values in [0, upper)."""
+    """Raise unless `tensor` is int64 with values in [0, upper)."""
     if tensor.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {tensor.dtype}")
     if not values_are_checked(tensor) or tensor.numel() == 0:
@@ -86,6 +89,7 @@ def indices(op: str, name: str, tensor: Tensor, upper: int) -> None:
 def masked_gather(
     tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu: Tensor | None
 ) -> None:
+    """Check the arguments of `oner_fast.ops.masked_gather`."""
     op = "masked_gather"
     is_tensor(op, "tokens", tokens)
     is_tensor(op, "kept", kept)
@@ -111,6 +115,7 @@ def gather_patches(
     dtype: torch.dtype | None,
     cu: Tensor | None,
 ) -> None:
+    """Check the arguments of `oner_fast.ops.gather_patches`."""
     op = "gather_patches"
     is_tensor(op, "images", images)
     is_tensor(op, "kept", kept)
@@ -158,7 +163,7 @@ def mixup_info_nce(
     partner_weight: Tensor | None,
     total: int | None,
 ) -> None:
-    """``total`` is the number of rows over all ranks, or None where there is one process."""
+    """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group)."""
     op = "mixup_info_nce"
     floating(op, "query", is_tensor(op, "query", query))
     shape(op, "query", query, "(N, D)", (None, None))
@@ -201,6 +206,7 @@ def mixup_info_nce(
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float | None
 ) -> None:
+    """Check the arguments of `oner_fast.ops.varlen_attention`."""
     op = "varlen_attention"
     floating(op, "query", is_tensor(op, "query", query))
     shape(op, "query", query, "(T, H, Dh)", (None, None, None))
@@ -223,6 +229,7 @@ def varlen_attention(
 
 
 def token_alignment(student: Tensor, teacher: Tensor, kept: Tensor | None) -> None:
+    """Check the arguments of `oner_fast.ops.token_alignment`."""
     op = "token_alignment"
     floating(op, "student", is_tensor(op, "student", student))
     floating(op, "teacher", is_tensor(op, "teacher", teacher))

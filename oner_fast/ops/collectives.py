@@ -36,19 +36,19 @@ class _SumLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # DDP divides by the number of ranks: each rank hands back W times its share.
+        # DDP divides by the number of ranks W, so each rank returns W times its share.
         return grads[0] * ctx.world, None
 
 
 def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, ...]:
-    """How many rows each rank of ``group`` holds."""
+    """Return how many rows each rank of `group` holds; `rows` is the number of this rank's."""
     return row_counts_and_any(rows, False, device, group)[0]
 
 
 def row_counts_and_any(
     rows: int, flag: bool, device: torch.device, group: dist.ProcessGroup
 ) -> tuple[tuple[int, ...], bool]:
-    """How many rows each rank of ``group`` holds, and whether any rank gave a true ``flag``: one exchange."""
+    """Return how many rows each rank of `group` holds, and whether `flag` is true on any rank, in one exchange."""
     found = [torch.zeros(2, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, torch.tensor([rows, flag], dtype=torch.int64, device=device), group=group)
     both = [each.tolist() for each in found]
@@ -66,13 +66,15 @@ def gather_rows_without_gradient(rows: Tensor, sizes: tuple[int, ...], group: di
 
 
 def gather_rows(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
-    """As :func:`gather_rows_without_gradient`; the gradient of a rank's rows is the sum over the ranks that used
-    them."""
+    """Concatenate the ranks' (n_r, ...) tensors in rank order, with a gradient.
+
+    The gradient of a rank's rows is the sum over the ranks that used them.
+    """
     gathered: Tensor = _GatherRows.apply(rows, sizes, group)
     return gathered
 
 
 def sum_loss(share: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum of the ranks' shares of a loss; the gradient is W times that of the share (W ranks), as DDP's mean needs."""
+    """Sum the ranks' shares of a loss; the gradient is W times that of the share (W ranks), as DDP's mean needs."""
     total: Tensor = _SumLoss.apply(share, group)
     return total

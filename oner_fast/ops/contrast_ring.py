@@ -1,9 +1,9 @@
-"""The contrast over ranks as a ring: each rank's rows meet the keys of all ranks, one block after the other.
+"""The contrastive loss over ranks as a ring: each rank's rows meet the keys of all ranks, one block after the other.
 
-At step s rank r works on the keys of rank r - s (mod W). Meanwhile the next block arrives from rank r - 1 and this one
-leaves for rank r + 1; what the ranks find of a block's columns, and the gradient of its keys, travel one step behind it
-and are home after W steps. So a rank holds its own keys, two blocks that travel and three gradients of blocks, however
-many ranks there are, and every sum is taken in the order of the ring, whatever arrives first.
+At step s, rank r works on the keys of rank r - s (mod W). Meanwhile it receives the next block from rank r - 1 and
+sends this one to rank r + 1. The statistics of a block's columns, and the gradient of its keys, travel one step behind
+the block and reach their owner after W steps. A rank therefore holds its own keys, two travelling blocks and three
+gradients of blocks, however many ranks there are. Every sum is taken in the order of the ring, whatever arrives first.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PartnerSums = Callable[[Tensor, Tensor, int], Tensor]  # of partner (n,) and values (n,): (columns,)
+PartnerSums = Callable[[Tensor, Tensor, int], Tensor]  # (partner (n,), values (n,), columns) -> (columns,)
 
 
 class Part(IntEnum):
-    """What a message holds: its tag (NCCL has none and goes by the order)."""
+    """The content of a message, used as its tag (NCCL has no tags and goes by the order)."""
 
     KEYS = 0
-    COLUMNS = 1  # statistics of columns in forward, what their gradient needs in backward
+    COLUMNS = 1  # in forward their statistics, in backward the numbers that their gradient needs
     GRADIENTS = 2
 
 
@@ -55,11 +55,11 @@ class Ring:
         return sum(self.sizes[:owner])
 
     def owner(self, step: int) -> int:
-        """Whose keys this rank works on at a step."""
+        """The rank whose keys this rank works on at a step."""
         return (self.rank - step) % self.world
 
     def exchange(self, leaving: Parts, arriving: Parts) -> list[dist.Work]:
-        """Begins to send to the next rank and to receive from the one before. Empty tensors stay: both sides know."""
+        """Start to send to the next rank and to receive from the one before; both sides skip empty tensors."""
         after, before = (self.rank + 1) % self.world, (self.rank - 1) % self.world
         messages = [
             dist.P2POp(way, x, group=self.group, group_peer=peer, tag=int(part))
@@ -76,13 +76,16 @@ class Ring:
         work: Callable[[int, Parts], Parts],
         merge: Callable[[Tensor, Tensor], object],
     ) -> Parts:
-        """What all ranks found of this rank's block; every tensor has a row for each row of its block.
+        """Pass every rank's block around the ring and return what all ranks computed for this rank's own.
+
+        Every tensor has one row for each row of its block.
 
         Args:
-            ahead: what a rank needs of a block: this rank's own.
-            behind: what ranks find of a block, of no rows: shapes and dtypes.
-            work: (owner, what it sent ahead) -> what this rank finds of that block; nothing where either has no rows.
-            merge: takes what this rank found, the second argument, into what the ranks before it did.
+            ahead: the tensors of this rank's block that the other ranks need.
+            behind: empty tensors (0 rows) with the shapes and dtypes of what a rank computes for a block.
+            work: (owner, the tensors it sent ahead) -> what this rank computes for that block; empty where either side
+                has no rows.
+            merge: (total of the ranks before, this rank's part) -> None; adds the part to the total in place.
         """
         found: Parts = {}
         for step in range(self.world):
@@ -102,19 +105,19 @@ class Ring:
         return found
 
     def _room(self, like: Parts, owner: int) -> Parts:
-        """Where to receive what another rank has of `like`."""
+        """Allocate tensors like these for the rows of another rank."""
         return {part: x.new_empty((self.sizes[owner], *x.shape[1:])) for part, x in like.items()}
 
 
 def _wait(posted: list[dist.Work]) -> None:
-    """Also lets go of what was sent."""
+    """Wait for all messages, and drop the references to what was sent."""
     while posted:
         posted.pop(0).wait()
 
 
 @dataclass
 class RowStatistics:
-    """Of this rank's rows over the columns of all blocks so far."""
+    """Statistics of this rank's rows over the columns of all blocks so far."""
 
     maximum: Tensor  # (n,)
     total: Tensor  # (n,) sum of exp(logit - maximum)
@@ -122,7 +125,7 @@ class RowStatistics:
     shared: Tensor  # (n,) logit of its partner, empty without
 
     def take(self, maximum: Tensor, total: Tensor, own: Tensor, shared: Tensor) -> None:
-        """Another block; own and shared are 0 where they are not of it."""
+        """Add the statistics of another block; own and shared are 0 for pairs outside it."""
         _merge_sums(self.maximum, self.total, maximum, total)
         self.own += own
         self.shared += shared
@@ -130,16 +133,16 @@ class RowStatistics:
 
 @dataclass(frozen=True)
 class ColumnStatistics:
-    """Of this rank's columns over the rows of all ranks, (n,) each."""
+    """Statistics of this rank's columns over the rows of all ranks, (n,) each."""
 
     maximum: Tensor
     total: Tensor
-    target: Tensor | None  # sum of the logits of its targets, weighted; None: its own pair's alone
+    target: Tensor | None  # weighted sum of the logits of its targets; None: only its own pair's
     mass: Tensor | None  # sum of the weights
 
 
 def _merge_sums(maximum: Tensor, total: Tensor, other_maximum: Tensor, other_total: Tensor) -> None:
-    """In place: the maximum of both, and the sum of exp(x - maximum) of both."""
+    """Merge the second maximum and sum of exp(x - maximum) into the first, in place."""
     highest = torch.maximum(maximum, other_maximum)
     total *= (maximum - highest).exp_()
     total += other_total * (other_maximum - highest).exp_()
@@ -148,7 +151,7 @@ def _merge_sums(maximum: Tensor, total: Tensor, other_maximum: Tensor, other_tot
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's rows, as all the raw ops take them."""
+    """This rank's rows, in the form that the raw ops take."""
 
     raw: Any  # the raw ops
     query: tuple[Tensor, Tensor | None, Tensor, Tensor]  # x, other, mix, inverse norms
@@ -162,19 +165,19 @@ class Rows:
         return self.query[0].shape[0]
 
     def against(self, ring: Ring, owner: int, keys: Tensor) -> tuple[Any, ...]:
-        """The arguments that statistics and backward share, for the unit keys of a rank."""
+        """Return the arguments that statistics and backward share, for the unit keys of the rank `owner`."""
         first = ring.first(owner)
         partner = None if self.partner is None else self.partner - first
         return (*self.query, keys, None, None, None, self.logit_scale, partner, ring.first(ring.rank) - first)
 
     def of_columns(self, partner: Tensor, values: Tensor, columns: int) -> Tensor:
-        """(columns,): the sums of the values of the rows whose partner, an index into the block, is that column."""
+        """Sum over each column the values of the rows whose partner, an index into the block, it is: (columns,)."""
         inside = (partner >= 0) & (partner < columns)
         return self.partner_sums(partner.clamp(0, columns - 1), torch.where(inside, values, 0.0), columns)
 
 
 def statistics(ring: Ring, rows: Rows, keys: Tensor, symmetric: bool) -> tuple[RowStatistics, ColumnStatistics | None]:
-    """Forward: this rank's rows against the unit keys of all ranks, and all ranks' rows against its columns."""
+    """Compute forward: this rank's rows against the unit keys of all ranks, and all ranks' rows against its columns."""
     wide = rows.query[3].dtype
     empty = keys.new_empty(0, dtype=wide)
     of_rows = RowStatistics(empty, empty, empty, empty)
@@ -218,11 +221,11 @@ def statistics(ring: Ring, rows: Rows, keys: Tensor, symmetric: bool) -> tuple[R
 
 @dataclass(frozen=True)
 class Gradients:
-    """In float32 at least: of this rank's rows, summed over all blocks, and of its unit keys, over all ranks."""
+    """Gradients of this rank's rows, summed over blocks, and of its unit keys, summed over ranks; float32 or wider."""
 
     query: Tensor  # (n, D)
     query_other: Tensor  # (n, D), empty without
-    mix: Tensor  # (n,) of each row's mix, empty without
+    mix: Tensor  # (n,), the mix of each row; empty without
     logit_scale: Tensor  # ()
     keys: Tensor | None  # (n, D), None where no rank wants it
 
@@ -238,13 +241,19 @@ def gradients(
     own_weight: Tensor,
     keys_wanted: bool,
 ) -> Gradients:
-    """Backward: the unit keys pass around once more, and their gradients come home.
+    """Compute backward: the unit keys pass around the ring once more, and their gradients return to their owners.
 
     Args:
-        columns: (n, 2 or 3) of this rank's columns: maximum, sum (infinite where a column has no mass) and, with
-            partners, 1 / mass (0 there). None: columns do not count.
-        each: (), of which the gradients with respect to logits are multiples.
-        row_weight, own_weight: (n,) what rows take of their exponentials, and of their own pairs.
+        ring: the ranks.
+        rows: this rank's rows.
+        keys: (n, D), this rank's unit keys.
+        columns: (n, 2 or 3), for each of this rank's columns its maximum, its sum (infinite where a column has no mass)
+            and, with partners, 1 / mass (0 there). None where the loss has no column term.
+        each: (), the factor common to all gradients with respect to logits.
+        row_max: (n,), the largest logit of each row.
+        row_weight: (n,), the factor of each row's exponentials.
+        own_weight: (n,), the factor of each row's own pair.
+        keys_wanted: whether any rank needs the gradient of its keys.
     """
     x, other = rows.query[:2]
     none = each.new_zeros(0)
@@ -266,7 +275,7 @@ def gradients(
             column_max, column_sum, *inverse_mass = block[Part.COLUMNS].T.contiguous()
             column_weight = each / column_sum
             if partner_weight is not None:
-                nearest = arguments[9].clamp(0, count - 1)  # a partner in another block has no term in this one
+                nearest = arguments[9].clamp(0, count - 1)  # a partner in another block has no term here
                 partner_weight = partner_weight * (1 + inverse_mass[0].index_select(0, nearest))
         *of_rows, to_keys, _, _, to_scale = rows.raw.mixup_info_nce_backward(
             *arguments, row_max, row_weight, column_max, column_weight, own_weight, partner_weight, keys_wanted

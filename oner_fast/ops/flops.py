@@ -1,8 +1,8 @@
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for the raw ops: their products, each multiply-add as two.
+"""FLOP formulas of the raw ops for `torch.utils.flop_counter.FlopCounterMode`: matrix products, two for a multiply-add.
 
-As PyTorch counts its own fused attention: what backward computes again counts, and a causal mask takes nothing away.
-Each library of `ops.library` has formulas of its own, since Triton's backward passes make more of it again: whoever
-owns a tile of one side adds to nobody else's result. Zeros that fill a tile up are not counted.
+The rules are those of PyTorch for its own fused attention: products that backward recomputes count, and a causal mask
+subtracts nothing. Zeros that pad a tile are not counted. Each library of `ops.library` has its own formulas, because
+Triton's backward passes recompute more: a program writes only the tile that it owns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _COUNTER = "torch.utils.flop_counter"
 
 
 def _score_flops(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> int:
-    """Of Q K^T in every sequence. Without values to read (fake and meta tensors), as if all had the same length."""
+    """Count Q K^T over all sequences; fake and meta tensors count as sequences of equal length."""
     tokens, heads, width = query.shape
     if isinstance(cu_seqlens_q, FakeTensor) or cu_seqlens_q.device.type == "meta":
         pairs = tokens * key.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
@@ -36,7 +36,7 @@ def _score_flops(query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k:
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, *rest: Any, **out: Any
 ) -> int:
-    """Scores, and what they weigh."""
+    """Count the scores and the weighted sum of values."""
     return 2 * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
 
 
@@ -44,7 +44,7 @@ def _varlen_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
 ) -> int:  # fmt: skip
-    """Scores again and their gradient, then that of query, and those of key and value."""
+    """Count the scores again, their gradient, then that of query, and those of key and value."""
     return (2 + need_query + 2 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
 
 
@@ -52,8 +52,8 @@ def _varlen_attention_backward_in_triton(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
 ) -> int:  # fmt: skip
-    """Two kernels, each of which makes the scores and their gradient: three products for query's, four for key's and
-    value's."""
+    """Count both kernels, which each compute the scores and their gradient: three products for query, four for key and
+    value."""
     return (3 * need_query + 4 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
 
 
@@ -61,7 +61,7 @@ def _mixup_info_nce_statistics(
     query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
     *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
-    """Logits."""
+    """Count the logits."""
     return 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
 
@@ -69,7 +69,7 @@ def _mixup_info_nce_backward(
     query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
     *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
-    """Logits again, then the gradient of query and, where asked for, that of key."""
+    """Count the logits again, then the gradient of query and, where wanted, that of key."""
     need_key = bool(rest[-1])
     return (2 + need_key) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
@@ -78,7 +78,7 @@ def _mixup_info_nce_backward_in_triton(
     query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
     key_other: Tensor | None, *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
-    """Where tiles are kept whole each side makes the logits again: two products a side. Wider rows make them once."""
+    """Count two products a side where each side recomputes the logits; wider rows recompute them once."""
     from oner_fast.kernels.mixup_info_nce_backward import keeps_tiles
 
     need_key = bool(rest[-1])
@@ -88,8 +88,10 @@ def _mixup_info_nce_backward_in_triton(
 
 
 def register() -> None:
-    """Make them known to every FlopCounterMode, now or when its module is imported: that imports Triton where it is
-    installed, which `import oner_fast` must not cost. Once a process, after the ops are defined."""
+    """Register the formulas, now or when the module of FlopCounterMode is imported; call once, after the ops exist.
+
+    That module imports Triton where it is installed, a cost that `import oner_fast` must not have.
+    """
     if counter := sys.modules.get(_COUNTER):
         _register_with(counter)
     else:
@@ -103,7 +105,7 @@ def _register_with(counter: ModuleType) -> None:
         ("varlen_attention_backward", _varlen_attention_backward, (compiled,)),
         ("varlen_attention_backward", _varlen_attention_backward_in_triton, (triton, atomic)),
         ("mixup_info_nce_statistics", _mixup_info_nce_statistics, (compiled, triton, atomic)),
-        # Keys' gradients that are added atomically need no second set of logits.
+        # Gradients of keys that are added atomically need no second computation of the logits.
         ("mixup_info_nce_backward", _mixup_info_nce_backward, (compiled, atomic)),
         ("mixup_info_nce_backward", _mixup_info_nce_backward_in_triton, (triton,)),
     ):
@@ -112,7 +114,7 @@ def _register_with(counter: ModuleType) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds nothing itself; registers behind the import of the counter, and is gone."""
+    """An import hook that registers the formulas after the counter is imported, then removes itself."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _COUNTER:

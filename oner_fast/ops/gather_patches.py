@@ -1,4 +1,4 @@
-"""gather_patches: only the kept patches of an image are read, normalised, cast and laid out as rows for a Linear."""
+"""gather_patches: read the kept patches of an image alone, and normalise, cast and flatten them for a Linear."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _backward_shape(
 
 
 class _GatherPatches(torch.autograd.Function):
-    """Saves the indices and the per-channel divisor alone."""
+    """The gradient of the images; only the indices and the divisor of each channel are saved for it."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -79,7 +79,7 @@ class _GatherPatches(torch.autograd.Function):
 
 
 def _per_channel(values: Tensor | Sequence[float] | None, images: Tensor) -> Tensor | None:
-    """(C,) float64 on the images' device. Numbers of the host reach a GPU without a copy, which would wait for it."""
+    """Return (C,) float64 on the device of the images; host numbers reach a GPU without a copy, which would wait."""
     if values is None:
         return None
     device = images.device
@@ -93,7 +93,7 @@ def _per_channel(values: Tensor | Sequence[float] | None, images: Tensor) -> Ten
         numbers = tuple(values.double().flatten().tolist())
     else:
         return values.detach().to(device, torch.float64).reshape(-1)
-    # What is made while a graph is captured belongs to the graph, and what is made of a fake image is fake.
+    # A tensor made during graph capture belongs to the graph, and one for a fake image is fake: neither is cached.
     if torch.compiler.is_compiling() or type(images) is not Tensor or torch.cuda.is_current_stream_capturing():
         return _filled(numbers, device)
     return _constants(numbers, device, torch.cuda.current_stream(device).cuda_stream)
@@ -107,7 +107,7 @@ def _filled(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _constants(values: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
-    """Kept for the stream that filled them; never an inference tensor, which autograd could not save."""
+    """Return cached constants, one set for each stream; never inference tensors, which autograd could not save."""
     with torch.inference_mode(False):
         return _filled(values, device)
 
@@ -125,7 +125,7 @@ def _compiled(
 ) -> Tensor | tuple[Tensor, Tensor]:
     result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     shift, divisor = _per_channel(mean, images), _per_channel(std, images)
-    # Bytes take no gradient: a call through autograd would cost as much as the rest of the Python here.
+    # uint8 images take no gradient; a call through autograd would cost as much as the rest of the Python here.
     asks = images.requires_grad and torch.is_grad_enabled()
     given = (images, kept, patch_size, shift, divisor, result, cu_seqlens)
     packed = _GatherPatches.apply(*given, backend) if asks else raw_ops(backend).gather_patches(*given)
@@ -134,7 +134,7 @@ def _compiled(
 
 register("gather_patches", "reference", reference.gather_patches)
 register("gather_patches", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
-# Above Triton, whose kernels move the same bytes: a call takes no Python launcher, and the first call compiles nothing.
+# Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(
     "gather_patches", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=60, compiled=True,
     reasons=why_not_cuda("gather_patches"),
@@ -189,25 +189,31 @@ def gather_patches(
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The kept patches of each image, normalised and flattened: no other is read. A Linear then embeds them alone.
+    """Normalise and flatten the kept patches of each image, so that a Linear embeds them alone.
+
+    No other patch is read. Floating-point images take a gradient, which is deterministic.
 
     Args:
-        images: (B, C, H, W), uint8 (scaled to [0, 1]) or floating (taken as it is); patch_size must divide H and W.
-        kept: (B, K) int64 with values in [0, N), N = (H / patch_size) * (W / patch_size) in row-major order; repeats
-            allowed. With `cu_seqlens`: flat, (T,).
+        images: (B, C, H, W), uint8 (scaled to [0, 1]) or floating-point (used as they are). `patch_size` must divide H
+            and W.
+        kept: (B, K) int64 with values in [0, N), where N = (H / patch_size) * (W / patch_size) patches are counted row
+            by row. Repeats are allowed. With `cu_seqlens`: (T,), the samples one after the other.
         patch_size: the side of a patch in pixels.
-        mean, std: one number a channel; (x - mean) / std after the scaling. Constants: they take no gradient.
-        dtype: of the result; float32 by default for uint8 images, the images' own for floating ones.
+        mean: one number for each channel, subtracted after the scaling. It takes no gradient.
+        std: one number for each channel, by which the difference is divided. It takes no gradient.
+        dtype: the dtype of the result. The default is float32 for uint8 images, else that of the images.
         cu_seqlens: (B + 1,) int32, the boundaries of the samples in a flat `kept`.
         implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
-        (B, K, C * patch_size**2), laid out as the weight of a patch convolution, flattened; with `cu_seqlens` the pair
-        ``(packed (T, C * patch_size**2), cu_seqlens_out)``. Floating images take a (deterministic) gradient.
+        (B, K, C * patch_size**2), each patch in the order of the weight of a patch convolution. With `cu_seqlens`, the
+            pair of (T, C * patch_size**2) and a copy of `cu_seqlens`.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, device or side that does not fit, or wrong `cu_seqlens`.
-        IndexError: a value of `kept` outside [0, N) (values are read on the CPU; on CUDA only with ONER_FAST_DEBUG=1).
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit, or `cu_seqlens` do not describe `kept`.
+        IndexError: a value of `kept` is outside [0, N). On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
+        RuntimeError: the forced implementation cannot run this call.
     """
     checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
     op, device, known = facts(images)

@@ -1,10 +1,10 @@
 """The torch.library behind the ops: schemas are defined in Python, so an op exists even where nothing was compiled.
 
-Three libraries hold the same schemas: `oner_fast` what the C++ extension compiles (for the CPU, and with CUDA C++ for
-GPUs), `oner_fast_triton` what Triton compiles, and `oner_fast_triton_atomic` the same with kernels that add in no fixed
-order. So one autograd.Function serves them all, and a GPU's kernels can be asked for by name on the CPU, where Triton's
-interpreter or an emulated GPU runs them. The implementation "cuda" takes each raw op from the first where that has a
-CUDA kernel for it, and from the second otherwise.
+Three libraries hold the same schemas. `oner_fast` has the kernels of the C++ extension (for the CPU, and in CUDA C++
+for GPUs), `oner_fast_triton` those of Triton, and `oner_fast_triton_atomic` the same with kernels that add in no fixed
+order. One autograd.Function therefore works with all of them. The GPU's Triton kernels can be forced by name on the
+CPU, where Triton's interpreter or an emulated GPU runs them. The implementation "cuda" takes each raw op from the first
+library where that has a CUDA kernel for it, else from the second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _ATOMIC = torch.library.Library("oner_fast_triton_atomic", "DEF")
 _COMPILED.define("cpu_capability() -> str")
-_names: list[str] = []  # of the raw ops that are in both
+_names: list[str] = []  # of the raw ops that have Triton kernels
 _cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
 
 Shape = TypeVar("Shape", bound=Callable[..., object])
@@ -33,21 +33,23 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def constant(function: Function) -> Function:
-    """torch.compiler.assume_constant_result, which would import torch._dynamo: seconds, at every import of the ops."""
+    """Mark a function as torch.compiler.assume_constant_result does, without importing torch._dynamo, which is slow."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def define(schema: str, *, triton: str | None = None, atomic: str | None = None) -> Callable[[Shape], Shape]:
-    """Define the raw op `schema`; the decorated function is its fake implementation: shapes and dtypes of the results.
+    """Define the raw op `schema`; the decorated function is its fake implementation.
 
-    Raw ops are private: they check no more than memory safety asks for and carry no gradient. The public function of
-    the same name checks its arguments and holds the autograd.Function.
+    The fake implementation returns empty tensors of the result's shapes and dtypes. Raw ops are private: they check no
+    more than memory safety needs, and have no gradient. The public function of the same name checks its arguments and
+    holds the autograd.Function.
 
     Args:
-        triton: "module.function" under `oner_fast.kernels` that launches its Triton kernels, with the schema's
-            arguments; imported at the first call, since importing Triton takes a while.
-        atomic: the same of one that adds in no fixed order; `triton` where there is none.
+        schema: "name(Tensor x, ...) -> Tensor", as torch.library takes it.
+        triton: "module.function" under `oner_fast.kernels`, which takes the schema's arguments and launches the Triton
+            kernels. It is imported at the first call, since importing Triton takes a while.
+        atomic: the same for kernels that add in no fixed order; `triton` where there are none.
     """
     name = schema.split("(", 1)[0]
 
@@ -68,7 +70,7 @@ def define(schema: str, *, triton: str | None = None, atomic: str | None = None)
 
 
 class _Launcher:
-    """A function that is imported when it is first called, and launches on its first tensor's GPU."""
+    """A function that is imported at its first call, and launches on the GPU of its first tensor."""
 
     def __init__(self, module: str, function: str) -> None:
         self.module, self.function = module, function
@@ -83,12 +85,12 @@ class _Launcher:
 
 
 def on_gpu_of(x: torch.Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU, which must be that of its tensors."""
+    """Make the GPU of `x` the current one, on which Triton launches; do nothing for a CPU tensor."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def raw_ops(backend: str) -> Any:
-    """The raw ops of the implementation `backend`: "cpp", "cuda", "triton" or "triton_atomic"."""
+    """Return the raw ops of the implementation `backend`: "cpp", "cuda", "triton" or "triton_atomic"."""
     if backend == "cuda":
         return _cuda
     if backend == "triton_atomic":
@@ -97,21 +99,22 @@ def raw_ops(backend: str) -> Any:
 
 
 def choose_cuda_ops() -> None:
-    """Choose where each raw op of the implementation "cuda" comes from, once the extension is loaded."""
+    """Take each raw op of the implementation "cuda" from CUDA C++ or Triton; call once the extension is loaded."""
     for name in _names:
         library = torch.ops.oner_fast if has_cuda_kernel(name) else torch.ops.oner_fast_triton
         setattr(_cuda, name, getattr(library, name))
 
 
 def has_cuda_kernel(name: str) -> bool:
-    """Whether the extension, as it was built, has a CUDA C++ kernel for the raw op `name`."""
+    """Return whether the extension was built with a CUDA C++ kernel for the raw op `name`."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"oner_fast::{name}", "CUDA")
 
 
 def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[str]]:
-    """The reasons against an implementation in CUDA C++ whose first raw op is `name`.
+    """Return the `reasons` of an implementation in CUDA C++ whose first raw op is `name`.
 
-    `half_alone`: its kernels multiply on tensor cores, and Triton's serve the rest of the op.
+    `half_alone` says that its kernels multiply float16 and bfloat16 alone, and that Triton's kernels compute the rest
+    of the op.
     """
 
     def reasons(device: str, dtype: torch.dtype | None = None, **facts: Any) -> list[str]:
@@ -132,9 +135,9 @@ def _why_no_cuda_kernel(name: str) -> str:
 
 @cache
 def _of_this_machine(name: str) -> str:
-    """Why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
+    """Say why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
 
-    A missing extension is told of elsewhere; where there is no GPU, none is too old.
+    A missing extension is reported elsewhere. Without a GPU there is nothing to report about its age.
     """
     if not _extension.status().loaded:
         return ""
@@ -148,9 +151,9 @@ def _of_this_machine(name: str) -> str:
 
 
 def why_not_triton(device: str, **facts: Any) -> list[str]:
-    """Every reason why Triton kernels cannot run on `device`.
+    """List every reason why Triton kernels cannot run on `device`.
 
-    On the CPU they can in Triton's interpreter, or where the active Triton driver hands out CPU tensors.
+    On the CPU they run in Triton's interpreter, or where the active Triton driver works on CPU tensors.
     """
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed (pip install triton)"]

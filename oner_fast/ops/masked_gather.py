@@ -1,4 +1,4 @@
-"""masked_gather: keep chosen tokens of each sample, add their positions, put a prefix in front, in one pass."""
+"""masked_gather: keep chosen tokens of each sample, add their positions and prepend a prefix, in one pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _backward_shape(
 
 
 class _MaskedGather(torch.autograd.Function):
-    """Saves the indices alone."""
+    """The gradients of tokens, positions and prefix; only the indices are saved for them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -96,7 +96,7 @@ def _compiled(
 
 
 def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
-    """cu_seqlens (B + 1,) int32 after every sample grew by `prefix` rows, computed on its device."""
+    """Return cu_seqlens (B + 1,) int32 for samples that grew by `prefix` rows each, computed on its device."""
     if prefix == 0:
         return cu_seqlens.clone()
     return cu_seqlens + prefix * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
@@ -104,7 +104,7 @@ def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
 
 register("masked_gather", "reference", reference.masked_gather)
 register("masked_gather", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
-# Above Triton, whose kernels move the same bytes: a call takes no Python launcher, and the first call compiles nothing.
+# Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(
     "masked_gather", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=60, compiled=True,
     reasons=why_not_cuda("masked_gather"),
@@ -153,24 +153,29 @@ def masked_gather(
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Keep ``tokens[b, kept[b, k]]``, with its position added, behind the prefix.
+    """Gather the kept tokens of each sample, add their positions, and prepend the prefix.
+
+    Row k of sample b is `tokens[b, kept[b, k]] + positions[kept[b, k]]`. Gradients reach tokens, positions and prefix.
+    They are deterministic and summed in float32 for half-precision types; only the indices are saved for them.
 
     Args:
-        tokens: (B, N, D), float32, float16, bfloat16 or float64; any strides.
-        kept: (B, K) int64 with values in [0, N), in any order, repeats allowed. With `cu_seqlens`: flat, (T,).
-        positions: (N, D) of the tokens' dtype, added to a token before it is kept (half types are rounded once).
-        prefix: (P, D) of the tokens' dtype, placed in front of every sample as it is (for example [CLS]).
+        tokens: (B, N, D) float32, float16, bfloat16 or float64, of any strides.
+        kept: (B, K) int64 with values in [0, N), in any order; repeats are allowed. With `cu_seqlens`: (T,), the
+            samples one after the other.
+        positions: (N, D) in the dtype of the tokens, added to them. The sum of half-precision types is rounded once.
+        prefix: (P, D) in the dtype of the tokens, placed in front of every sample (for example [CLS]).
         cu_seqlens: (B + 1,) int32, the boundaries of the samples in a flat `kept`.
         implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
-        (B, P + K, D) in the tokens' dtype; with `cu_seqlens` the pair ``(packed, cu_seqlens_out)``: (T + B * P, D) and
-        (B + 1,) int32, where ``cu_seqlens_out[b] = cu_seqlens[b] + b * P``. Gradients reach tokens, positions and
-        prefix; they are deterministic, with float32 sums for half types, and only the indices are saved for them.
+        (B, P + K, D) in the dtype of the tokens. With `cu_seqlens`, the pair of (T + B * P, D) and the new boundaries
+            (B + 1,) int32, `cu_seqlens[b] + b * P`.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device that does not fit, or `cu_seqlens` that do not describe `kept`.
-        IndexError: a value of `kept` outside [0, N) (values are read on the CPU; on CUDA only with ONER_FAST_DEBUG=1).
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit, or `cu_seqlens` do not describe `kept`.
+        IndexError: a value of `kept` is outside [0, N). On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
+        RuntimeError: the forced implementation cannot run this call.
     """
     checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
     op, device, known = facts(tokens)

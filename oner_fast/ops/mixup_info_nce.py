@@ -1,4 +1,4 @@
-"""Mixup-contrastive InfoNCE: the loss of ITC, XMC, CIC and CMC (OneR, section 3), and of CLIP."""
+"""mixup_info_nce: the contrastive loss of ITC, XMC, CIC and CMC (OneR, section 3), and of CLIP."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _partner_sums_shape(partner: Tensor, values: Tensor, columns: int) -> Tensor
 
 
 def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -> Tensor:
-    """(columns,): the sum of the values (n,) whose partner (n,) is that column, in a fixed order."""
+    """Sum for each column the values (n,) whose partner (n,) it is, in a fixed order: (columns,)."""
     if backend == "cpp":
         return values.new_zeros(columns).index_add(0, partner, values)
     return raw_ops(backend).mixup_partner_sums(partner, values, columns)
@@ -116,7 +116,10 @@ def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -
 def _column_targets(
     backend: str, partner: Tensor | None, weight: Tensor | None, own: Tensor, shared: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(n,) sum of the logits of each column's targets, weighted, and sum of the weights; None: its own pair's alone."""
+    """Return for each column the weighted sum of the logits of its targets, and the sum of the weights; (n,) each.
+
+    The second is None where a column's only target is its own pair.
+    """
     if partner is None or weight is None:
         return own, None
     target, mass = (_partner_sums(backend, partner, x, own.shape[0]) for x in (weight * shared, weight))
@@ -124,12 +127,15 @@ def _column_targets(
 
 
 def _reciprocal(mass: Tensor) -> Tensor:
-    """1 / mass, 0 where a column has no target."""
+    """Return 1 / mass, or 0 where a column has no target."""
     return torch.where(mass == 0, 0.0, 1 / mass)
 
 
 class _MixupInfoNce(torch.autograd.Function):
-    """Saves the inputs and O(n) statistics of its own rows and columns; the logits are made again in backward."""
+    """The loss and its gradients.
+
+    Saved are the inputs and O(n) statistics of this rank's rows and columns; backward computes the logits again.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -173,7 +179,7 @@ class _MixupInfoNce(torch.autograd.Function):
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
                 column_target = own if of_columns.target is None else of_columns.target
         target = own if weight is None else (1 - weight) * own + weight * shared
-        # Summed in float64, so that no order of the sum shows in float32.
+        # Summed in float64, so that the float32 result does not depend on the order of the sum.
         loss = (row_max - target + row_sum.log()).sum(dtype=torch.float64)
         if column_max is not None and column_sum is not None and column_target is not None:
             if mass is not None:
@@ -209,7 +215,7 @@ class _MixupInfoNce(torch.autograd.Function):
         if mass is not None:
             share = _reciprocal(mass)
             own_weight = own_weight * (1 + share)
-            column_sum = torch.where(mass == 0, math.inf, column_sum)  # its exponentials weigh nothing
+            column_sum = torch.where(mass == 0, math.inf, column_sum)  # so that its exponentials get the weight 0
         raw, query_side = raw_ops(ctx.backend), (query, query_other, mix, query_norm)
         if ring is None:
             partner_weight = None if weight is None else each * weight
@@ -248,14 +254,14 @@ class _MixupInfoNce(torch.autograd.Function):
 
 
 def _unit_rows(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor) -> Tensor:
-    """(n, D) contiguous, in the rows' dtype: as they are sent."""
+    """Return the unit rows (n, D) as they are sent: contiguous, in the dtype of the rows."""
     return (reference.mixed(x, other, mix) * inverse_norm.unsqueeze(1)).to(x.dtype).contiguous()
 
 
 def _through_normalisation(
     gradient: Tensor, key: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """From the gradient to this rank's unit keys to those of key, key_other and each row's mix."""
+    """Backpropagate from the unit keys through normalisation and mixing to key, key_other and the mix of each row."""
     mixed, inverse = reference.mixed(key, other, mix), inverse_norm.unsqueeze(1)
     along = torch.where(inverse >= 1e12, 0.0, inverse * inverse * (gradient * mixed).sum(1, keepdim=True))
     inner = inverse * (gradient - along * mixed)
@@ -299,13 +305,13 @@ def _compiled(
 
 
 def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """0-d, written by a kernel on its device: a copy from the host would wait for it."""
+    """Fill a 0-d tensor on its device; a copy from the host would wait for the device."""
     return torch.full((), value, dtype=dtype, device=device)
 
 
 register("mixup_info_nce", "reference", reference.mixup_info_nce)
 register("mixup_info_nce", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
-# Below Triton, whose kernels serve backward: forward by the same code makes the very logits that backward makes again.
+# Less preferred than Triton, whose kernels compute backward: the same code then gives forward exactly the same logits.
 register(
     "mixup_info_nce", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=40, compiled=True,
     reasons=why_not_cuda("mixup_info_nce_statistics", half_alone=True),
@@ -355,31 +361,38 @@ def mixup_info_nce(
     group: dist.ProcessGroup | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """InfoNCE of two sets of embeddings, each optionally the mixture of two, with targets optionally shared with a
-    partner.
+    """Compute InfoNCE of two sets of embeddings, optionally mixed, with targets optionally shared with a partner.
 
-    q = normalise(query), or normalise((1 - mix) query + mix query_other); k likewise; normalise(x) = x / max(|x|,
-    1e-12). logits = logit_scale * q @ k.T. The loss is the mean over rows of the cross-entropy or, ``symmetric``,
-    the mean of that and the same over columns.
+    With normalise(x) = x / max(|x|, 1e-12), the rows are q = normalise(query), or normalise((1 - mix) query + mix
+    query_other), and k likewise. The logits are logit_scale * q @ k.T. The loss is the mean over rows of the
+    cross-entropy or, where `symmetric`, the mean of that and of the same over columns. The compiled implementations
+    allocate no N x N buffer.
 
     Args:
-        query, key: (N, D) float32, float16, bfloat16 or float64, not normalised. Row i of each belongs to pair i.
-        logit_scale: a number or a 0-d tensor (gradient if it asks for one): 1 / temperature.
-        query_other, key_other: (N, D), mixed into query and key.
-        mix: the share of the other, a number or (N,); gradient if it asks for one. OneR: 1/2.
-        partner: (N,) int64: row i's target is i with 1 - partner_weight[i] and partner[i] with partner_weight[i]
-            (images mixed at the input). A global index where ``group`` is given.
-        partner_weight: (N,), 0.5 where not given.
-        symmetric: False: rows only, MoCo v3's query-to-key form.
-        group: every rank returns the loss of the concatenated batch; gradients are W times the derivative (W ranks),
-            so that DDP's mean is the single-process gradient. Local N may differ.
-        implementation: force one by name; see ``oner-fast doctor``.
+        query: (N, D) float32, float16, bfloat16 or float64, not normalised; at least one row over all
+            ranks. Row i belongs to pair i.
+        key: (N, D) in the dtype of the query, not normalised.
+        logit_scale: 1 / temperature, a number or a floating-point 0-d tensor, which may take a gradient.
+        query_other: (N, D) in the dtype of the query, mixed into it.
+        key_other: (N, D) in the dtype of the query, mixed into the key.
+        mix: the share of the other, a number, a 0-d tensor or (N,), which may take a gradient. OneR uses 1/2.
+        partner: (N,) int64 with values in [0, N), for images mixed at the input: the targets of row i are i with the
+            weight 1 - partner_weight[i], and partner[i] with partner_weight[i]. With `group`, a global index.
+        partner_weight: (N,) floating-point, 0.5 by default.
+        symmetric: add the cross-entropy over columns. Without it this is MoCo v3's query-to-key form.
+        group: compute the loss of the batch that the ranks hold together, in rank order; local N may differ. Every rank
+            returns that loss. Gradients are W times the derivative (W ranks), so that the mean that DDP takes is the
+            gradient of a single process.
+        implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
-        0-d float32 (float64 for float64 inputs).
+        The loss, 0-d: float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument's shape, dtype, device or value is not as above.
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit, or `partner_weight` is given without `partner`.
+        IndexError: a value of `partner` is out of range. On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
+        RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("mixup_info_nce", "query", query)
     op, device, known = facts(query)

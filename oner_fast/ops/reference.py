@@ -1,8 +1,9 @@
-"""The definition of every op, in plain PyTorch: the specification of the library on one page.
+"""The reference implementations of the ops in plain PyTorch: the specification of the library on one page.
 
-These functions are the oracle of every test (run in float64), and what serves where nothing faster is built. The faster
-implementations have the same names, arguments and errors and live beside this file, one op a file.
-``implementation`` is accepted so that the signatures agree; a definition has only one.
+Every test compares with these functions, run in float64. They are also chosen where nothing faster is built. The ops
+themselves have the same names, arguments and errors and stand beside this file, one op a file. `implementation` is
+accepted so that the signatures agree, and is ignored. Masks are not here: they have no floating-point result, and stand
+in `oner_fast.ops.patch_masks`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from oner_fast.ops.collectives import gather_rows, gather_rows_without_gradient,
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Statistics are float32 at least, whatever the inputs are."""
+    """Convert to float32, or keep float64: the dtype of all statistics."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -33,10 +34,10 @@ def masked_gather(
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """tokens (B, N, D)[b, kept[b, k]] + positions (N, D)[kept[b, k]], behind prefix (P, D): (B, P + K, D).
+    """Gather `tokens[b, kept[b, k]] + positions[kept[b, k]]` for (B, K), behind the prefix: (B, P + K, D).
 
-    With ``cu_seqlens`` (B + 1,) int32, ``kept`` is flat (T,) and the result is ``(packed (T + B P, D),
-    cu_seqlens_out)``.
+    `tokens` is (B, N, D), `positions` (N, D) and `prefix` (P, D). With `cu_seqlens` (B + 1,) int32, `kept` is flat (T,)
+    and the result is the pair of (T + B * P, D) and the new boundaries (B + 1,).
     """
     checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
     batch, cells, width = tokens.shape
@@ -70,11 +71,10 @@ def gather_patches(
     cu_seqlens: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The kept patches of images (B, C, H, W), normalised: (B, K, C * patch_size**2), laid out as a patch
-    convolution's weight.
+    """Normalise and flatten the kept patches of images (B, C, H, W): (B, K, C * patch_size**2).
 
-    uint8 is scaled to [0, 1], floats are not; then (x - mean) / std per channel. Ragged as in :func:`masked_gather`
-    (P = 0).
+    A patch is laid out as the weight of a patch convolution. uint8 images are scaled to [0, 1], others are not. Then
+    (x - mean) / std is applied to each channel. With `cu_seqlens` it is ragged as in `masked_gather` without a prefix.
     """
     checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
     result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
@@ -89,13 +89,13 @@ def gather_patches(
 
 
 def _sample_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """(T,) int64: which sample each packed row belongs to."""
+    """Return the sample that each packed row belongs to: (T,) int64."""
     index = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
 
 
 def mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
-    """(1 - mix) first + mix other (N, D), mix a number or (N,); float32 or float64."""
+    """Compute (1 - mix) first + mix other for rows (N, D), with mix a number or (N,), in float32 or float64."""
     wide = _wide(first)
     if other is None:
         return wide
@@ -105,7 +105,7 @@ def mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
 
 
 def _unit(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
-    """normalise(x) = x / max(|x|, 1e-12) of the mixed rows."""
+    """Mix rows and normalise them: x / max(|x|, 1e-12)."""
     return F.normalize(mixed(first, other, mix), dim=-1, eps=1e-12)
 
 
@@ -123,11 +123,11 @@ def mixup_info_nce(
     group: dist.ProcessGroup | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of logit_scale * q @ k.T (N x N), q and k mixed and normalised, over rows and (symmetric)
-    columns; 0-d.
+    """Compute the cross-entropy of logit_scale * q @ k.T (N, N) over rows and, where `symmetric`, columns; 0-d.
 
-    Target of row i: P[i, i] += 1 - w_i, P[i, partner_i] += w_i; of column j: P[:, j] / sum_i P[i, j], skipped where
-    that sum is 0. Both means divide by N. With ``group`` the batch is that of all ranks, concatenated in rank order.
+    q and k are query and key, mixed and normalised. The targets of row i are P[i, :], with P[i, i] += 1 - w_i and
+    P[i, partner_i] += w_i. Those of column j are P[:, j] / sum_i P[i, j]; a column whose sum is 0 adds nothing. Both
+    means divide by N. With `group` the batch is that of all ranks, concatenated in rank order.
     """
     sizes = None if group is None else row_counts(query.shape[0], query.device, group)
     total = None if sizes is None else sum(sizes)
@@ -163,8 +163,10 @@ def _row_entropy(logits: Tensor, own: Tensor, start: int, partner: Tensor | None
 
 
 def _column_entropy(transposed: Tensor, own: Tensor, start: int, partner: Tensor | None, weight: Tensor) -> Tensor:
-    """``transposed`` [n, N]: the n local columns of the logits; ``partner`` and ``weight`` (N,) are those of all
-    rows."""
+    """Return the cross-entropy of each local column, (n,).
+
+    `transposed` [n, N] holds the n local columns of the logits; `partner` and `weight` (N,) are those of all rows.
+    """
     total = transposed.logsumexp(dim=1)
     target = transposed.gather(1, (own + start).unsqueeze(1)).squeeze(1)
     if partner is None:
@@ -192,16 +194,16 @@ def varlen_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """softmax(scale Q K^T) V within each packed sequence; (T, H, Dh). Sequence i of query attends to sequence i of key.
+    """Compute softmax(scale Q K^T) V, where sequence i of the query attends to sequence i of the key: (T, H, Dh).
 
-    ``causal`` is aligned bottom-right. A query that sees no key gives 0 and takes no gradient.
+    A causal mask aligns both sequences at their ends. A query that sees no key gives 0 and takes no gradient.
     """
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     repeats = query.shape[1] // key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Sequences of one length together: q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh)."""
+        """Attend within n sequences of one length: q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh)."""
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         scores = (q * scale) @ k.transpose(-1, -2)  # [n, H, Lq, Lk]
         if causal:
@@ -220,8 +222,10 @@ def varlen_attention(
 def token_alignment(
     student: Tensor, teacher: Tensor, kept: Tensor | None = None, *, implementation: str | None = None
 ) -> Tensor:
-    """Minus the mean over (B, K) of the cosine of student (B, K, D) and teacher (B, N, D) at kept (B, K); 0-d, no
-    gradient to teacher."""
+    """Compute minus the mean cosine of student (B, K, D) and teacher (B, N, D) at kept (B, K); 0-d.
+
+    The teacher takes no gradient.
+    """
     checks.token_alignment(student, teacher, kept)
     with torch.autocast(student.device.type, enabled=False):
         target = teacher.detach()

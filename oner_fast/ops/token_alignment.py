@@ -1,4 +1,4 @@
-"""Unmasked token alignment (UTA, section 3.1): minus the mean cosine of student and teacher tokens."""
+"""token_alignment: minus the mean cosine of student and teacher tokens, the loss of UTA (section 3.1)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _backward_shape(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor
 
 
 class _TokenAlignment(torch.autograd.Function):
-    """Saves the inputs and two numbers a student token."""
+    """The loss and the gradient of the student; the inputs and two numbers for each student token are saved."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -57,7 +57,7 @@ def _compiled(backend: str, student: Tensor, teacher: Tensor, kept: Tensor | Non
 
 register("token_alignment", "reference", reference.token_alignment)
 register("token_alignment", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
-# Above Triton, whose kernels move the same bytes: a call takes no Python launcher, and the first call compiles nothing.
+# Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(
     "token_alignment", "cuda", partial(_compiled, "cuda"), devices=("cuda",), preference=60, compiled=True,
     reasons=why_not_cuda("token_alignment"),
@@ -76,19 +76,22 @@ def facts(student: Tensor, *rest: Any, **options: Any) -> Facts:
 def token_alignment(
     student: Tensor, teacher: Tensor, kept: Tensor | None = None, *, implementation: str | None = None
 ) -> Tensor:
-    """Minus the mean cosine of each student token with the teacher's at the same position.
+    """Compute minus the mean cosine of the student's tokens with the teacher's at the same positions.
 
     Args:
-        student: (B, K, D) float32, float16, bfloat16 or float64.
-        teacher: (B, N, D) with ``kept``, or (B, K, D); takes no gradient.
-        kept: (B, K) int64 in [0, N): which teacher token each student token is aligned with.
-        implementation: force one by name; see ``oner-fast doctor``.
+        student: (B, K, D) float32, float16, bfloat16 or float64, not empty.
+        teacher: (B, N, D) with `kept`, else (B, K, D), of any of these dtypes. It takes no gradient.
+        kept: (B, K) int64 with values in [0, N): the teacher token that each student token is aligned with.
+        implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
-        0-d float32 (float64 for a float64 student), in [-1, 1].
+        The loss, 0-d, in [-1, 1]: float32, or float64 for a float64 student.
 
     Raises:
-        ValueError, TypeError, IndexError: an argument's shape, dtype, device or value is not as above.
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit.
+        IndexError: a value of `kept` is outside [0, N). On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
+        RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("token_alignment", "student", student)
     op, device, known = facts(student)

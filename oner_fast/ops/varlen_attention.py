@@ -1,4 +1,4 @@
-"""Attention within the sequences of a packed batch: plain, cross (OneR's F(Q|C)) and causal."""
+"""varlen_attention: attention within the sequences of a packed batch, plain, cross (OneR's F(Q|C)) or causal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def _backward_shape(
 
 
 class _VarlenAttention(torch.autograd.Function):
-    """Saves the inputs, the result and two numbers a query and head: its largest score and 1 / its sum."""
+    """The result and its gradients.
+
+    Saved are the inputs, the result and, for each query and head, its largest score and 1 / the sum of its weights.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -144,22 +147,31 @@ def varlen_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """softmax(scale Q K^T) V, sequence i of the query attending to sequence i of the key; empty sequences are legal.
+    """Compute softmax(scale Q K^T) V, where sequence i of the query attends to sequence i of the key.
+
+    Sequences may be empty. A query that sees no key gives 0 and takes no gradient. Under autocast, query, key and value
+    are cast to the autocast dtype, except for a float64 query.
 
     Args:
-        query: (T, H, Dh) float32, float16, bfloat16 or float64; under autocast it is cast to the autocast dtype.
-        key, value: (Tk, Hk, Dh); Hk divides H (grouped queries).
-        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, from 0 to T and Tk; without cu_seqlens_k, cu_seqlens_q serves both.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths, hints only.
-        causal: aligned bottom-right. A query that sees no key gives 0 and takes no gradient.
-        scale: Dh**-0.5 by default.
-        implementation: force one by name; see ``oner-fast doctor``.
+        query: (T, H, Dh) float32, float16, bfloat16 or float64.
+        key: (Tk, Hk, Dh) in the dtype of the query, where Hk divides H (grouped queries).
+        value: (Tk, Hk, Dh) in the dtype of the query.
+        cu_seqlens_q: (S + 1,) int32, the boundaries of the query's sequences, from 0 to T.
+        cu_seqlens_k: (S + 1,) int32, those of key and value, from 0 to Tk. The default is `cu_seqlens_q`.
+        max_seqlen_q: an upper bound of the query's lengths. Some implementations run only where it is given.
+        max_seqlen_k: an upper bound of the key's lengths. The default, without `cu_seqlens_k`, is `max_seqlen_q`.
+        causal: mask the keys behind each query, with both sequences aligned at their ends.
+        scale: the factor of the scores, Dh**-0.5 by default.
+        implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
-        (T, H, Dh).
+        (T, H, Dh) in the dtype of the query.
 
     Raises:
-        ValueError, TypeError: an argument's shape, dtype, device or value is not as above.
+        TypeError: a dtype does not fit, or an argument is no tensor.
+        ValueError: a shape or device does not fit, or boundaries do not describe the tensors. On CUDA, the values of
+            boundaries are checked only with `ONER_FAST_DEBUG=1`.
+        RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("varlen_attention", "query", query)
     if (dtype := _autocast_dtype(query)) is not None:
@@ -188,7 +200,7 @@ def _sdpa(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """PyTorch's fused attention, once for each length."""
+    """Call PyTorch's fused attention once for each pair of lengths."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     grouped = query.shape[1] != key.shape[1]
 
@@ -216,7 +228,7 @@ def _compiled(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton")."""
+    """Call the flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton")."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return _VarlenAttention.apply(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, backend)
@@ -245,7 +257,7 @@ def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, *
 register("varlen_attention", "reference", reference.varlen_attention)
 register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=_why_not_sdpa)
 register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
-# docs/implementations.md says why in this order.
+# docs/implementations.md gives the reasons for this order.
 _register_on_gpus("flash_attn_3", backends.flash_attn_3, 60, backends.why_not_flash_attn_3)
 _register_on_gpus("triton", partial(_compiled, "triton"), 50, _why_not_triton, on_request=("cpu",))
 _register_on_gpus("flash_attn", backends.flash_attn, 40, backends.why_not_flash_attn)

@@ -1,8 +1,9 @@
-// Backward: a range of query blocks against a range of key blocks, the weights recomputed by forward's own products and
-// exponentials, so that they are forward's weights at any size of the scores (a rounded log-sum-exp would not give them).
+// Backward: a range of query blocks against a range of key blocks. The weights are recomputed with the products and
+// exponentials of forward, so that they equal those of forward however large the scores are (a rounded log-sum-exp
+// would not give that).
 //
-// Whatever the ranges, a gradient is the sum of the same blocks' products in the same order: the bits do not depend on
-// how a sequence was divided into tasks.
+// For any ranges, a gradient is the sum of the same products of blocks in the same order: its bits do not depend on how
+// a sequence was divided into tasks.
 #pragma once
 
 #include "cpu/isa/attention_tile.h"

@@ -85,7 +85,7 @@ class Forward {
     if (key + count == t_.sizes.keys) finish(query, queries, columns, sums);
   }
 
-  // Scores to weights exp(scale * score - maximum), and what came before to the new maximum. Base 2.
+  // Turns scores into weights exp(scale * score - maximum), and rescales earlier sums to the new maximum. Base 2.
   template <int V, bool kMasked>
   void softmax(int64_t query, int64_t queries, int64_t key, int64_t keys, T* sums) {
     constexpr int64_t columns = V * W;

@@ -1,7 +1,8 @@
-// What attention's forward and backward share: one block of keys against one panel of queries.
+// Shared by the forward and backward of attention: one block of keys against one panel of queries.
 //
-// A panel holds up to kPanel queries, one a lane, and its scores are S^T = K Q^T: keys are rows. Maxima and sums over
-// the keys then run from row to row, no lane is ever summed over, and exp(S^T) is laid out as the panel of a product's B.
+// A panel holds up to kPanel queries, one in each lane, and its scores are S^T = K Q^T, with keys as rows. Maxima and
+// sums over keys then go from row to row and never across lanes, and exp(S^T) has the layout of a panel of B of a
+// product.
 #pragma once
 
 #include "cpu/isa/pack.h"
@@ -22,7 +23,8 @@ constexpr int64_t kKeys = P::kDepth == 2 ? 512 : 256;
 template <typename P>
 constexpr int64_t kQueries = P::kDepth == 2 ? 256 : 128;
 
-// 2^x for x <= 127, exactly 0 below -126 and at -inf; NaN stays NaN. Relative error 1e-7, or 3e-6 where bfloat16 follows.
+// 2^x for x <= 127, exactly 0 below -126 and at -inf; NaN stays NaN. Relative error 1e-7, or 3e-6 where bfloat16
+// follows.
 template <bool kCoarse>
 inline Vec<float> power_of_two(Vec<float> x) {
   using V = Vec<float>;
@@ -56,8 +58,8 @@ inline Vec<double> power_of_two(Vec<double> x) {
   return x;
 }
 
-// Rows that will be read or written soon, asked for a few cache lines at a time between the products: every row may lie in a
-// page of its own, which no processor foresees, and all at once they would wait for each other.
+// Prefetches rows that will be read or written soon, a few cache lines at a time between the products. Each row may lie
+// in its own page, which no processor predicts, and fetched all at once they would wait for each other.
 class Ahead {
  public:
   template <typename In, typename Operand>
@@ -100,7 +102,7 @@ void multiply_ahead(Ahead& ahead, int64_t m, int64_t n, int64_t k, const typenam
   }
 }
 
-// The last key that each lane of a panel sees; none in the lanes behind the last query.
+// The last key that each lane of a panel sees; lanes beyond the last query see none.
 template <typename T, int V>
 struct Seen {
   using I = Vec<typename IntegerOf<T>::type>;
@@ -117,7 +119,7 @@ struct Seen {
   I operator()(int v, int64_t key) const { return last[v] >= static_cast<typename IntegerOf<T>::type>(key); }
 };
 
-// How many keys of the block [key, key + keys) any query of a panel sees, and whether every one of them sees all these.
+// How many keys of the block [key, key + keys) any query of a panel sees, and whether every query sees all of these.
 inline int64_t keys_seen(const AttentionSizes& sizes, int64_t last_query, int64_t key, int64_t keys) {
   if (!sizes.causal) return keys;
   const int64_t seen = last_query + sizes.keys - sizes.queries + 1 - key;
@@ -140,11 +142,11 @@ inline void with_vectors(int64_t vectors, const F& f) {
     with_vectors<P, V + 1>(vectors, f);
 }
 
-// Depth of a product at which a panel of B still fits the first-level cache.
+// The largest depth of a product whose panel of B fits the first-level cache.
 template <typename P>
 constexpr int64_t kDeep = P::kDepth == 2 ? 256 : 128;
 
-// multiply with one panel of B and any depth; adds to C if asked.
+// multiply with one panel of B and any depth; adds to C where told to.
 template <typename P>
 void multiply_panel(Ahead& ahead, bool add, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row,
                     int64_t a_step, const typename P::Element* b, typename P::Out* c, int64_t c_row) {
@@ -183,7 +185,7 @@ inline void store_b(typename P::Element* to, const Vec<typename P::Out> (&rows)[
   }
 }
 
-// The same rows as part of the rows of a product's A. A row of Pairs is filled up to its kSteps.
+// The same rows as part of the rows of a product's A. A row of Pairs is padded to its kSteps.
 template <typename P, int V>
 inline void store_a(typename P::Element* to, int64_t to_row, const Vec<typename P::Out> (&rows)[P::kDepth][V]) {
   constexpr int W = kLanes<typename P::Out>;

@@ -1,4 +1,4 @@
-// From half types to float32 or float64 and back. Part of the sources of this folder: internal linkage, see isa.h.
+// Converts half-precision types to float32 or float64 and back. Internal linkage, see isa.h.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,8 @@ inline BFloat narrow_bfloat(float x) {
 inline float widen(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
-  // Scaling by 2^112 moves the exponent to float32's bias and makes subnormals exact; infinities and NaN keep a full exponent.
+  // Scaling by 2^112 moves the exponent to float32's bias and makes subnormals exact; infinities and NaN keep a full
+  // exponent.
   const float scaled = float_of(magnitude) * float_of(0x77800000u);
   const uint32_t full = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;
   return float_of(bits_of(scaled) | full | sign);
@@ -65,13 +66,13 @@ void widen_row(Wide* wide, const T* row, int64_t count) {
 }
 
 #if defined(__AVX2__)
-// Left to itself, the compiler takes vectors of bytes, which short lines of pixels do not fill.
+// On its own the compiler uses vectors of bytes, which short lines of pixels do not fill.
 [[maybe_unused]] inline void widen_row(float* wide, const uint8_t* row, int64_t count) {
   const int64_t whole = count / 16 * 16;
   for (int64_t i = 0; i < whole; i += 16) {
     const __m128i pixels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i));
 #if defined(__AVX512F__)
-    // Masked, by a mask of all: GCC 12 warns of its own header's unmasked ones.
+    // Masked with all lanes on, because GCC 12 warns about the unmasked form in its own header.
     _mm512_storeu_ps(wide + i, _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepu8_epi32(0xFFFF, pixels)));
 #else
     _mm256_storeu_ps(wide + i, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(pixels)));

@@ -1,4 +1,4 @@
-// Stored numbers as vectors of the type that is computed with, and back: float16 and bfloat16 become float32.
+// Loads stored numbers as vectors of the type of the computation, and stores them: float16 and bfloat16 become float32.
 #pragma once
 
 #include "cpu/isa/convert.h"
@@ -25,7 +25,8 @@ inline Vec<float> widen(Narrow bits, BFloat) {
 inline Vec<float> widen(Narrow bits, Half) {
   using U = Vec<uint32_t>;
   const U x = __builtin_convertvector(bits, U), sign = (x & 0x8000u) << 16, magnitude = (x & 0x7FFFu) << 13;
-  // Scaling by 2^112 moves the exponent to float32's bias and makes subnormals exact; infinities and NaN keep a full one.
+  // Scaling by 2^112 moves the exponent to float32's bias and makes subnormals exact; infinities and NaN keep a full
+  // one.
   const U scaled = reinterpret_cast<U>(reinterpret_cast<Vec<float>>(magnitude) * 0x1p112f);
   const U full = magnitude >= 0x0F800000u ? U{} + 0x7F800000u : U{};
   return reinterpret_cast<Vec<float>>(scaled | full | sign);
@@ -49,7 +50,7 @@ inline Narrow narrow(Vec<float> x, Half) {
   return __builtin_convertvector(result | sign, Narrow);
 }
 
-// The `count` numbers at `from` (at most a vector), and zeros behind them.
+// Loads the `count` numbers at `from` (at most a vector), followed by zeros.
 template <typename In>
 inline Vec<typename WideOf<In>::type> read(const In* from, int64_t count) {
   using T = typename WideOf<In>::type;
@@ -65,7 +66,7 @@ inline Vec<typename WideOf<In>::type> read(const In* from, int64_t count) {
   }
 }
 
-// The first `count` numbers of x (at most a vector).
+// Stores the first `count` numbers of x (at most a vector).
 template <typename In>
 inline void write(In* to, Vec<typename WideOf<In>::type> x, int64_t count) {
   using T = typename WideOf<In>::type;

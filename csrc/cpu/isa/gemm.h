@@ -15,7 +15,8 @@
 namespace oner_fast {
 namespace {
 
-// What is multiplied: Out is C's type, Element one step's worth of A (and of a column of B), kDepth how many k it holds.
+// The types of a product: Out is that of C, Element one step of A (and of a column of B), which holds kDepth numbers
+// along k.
 template <typename T>
 struct Plain {
   using Out = T;
@@ -106,7 +107,7 @@ void panel_part(int64_t m, int64_t k, const typename P::Element* a, int64_t a_ro
   last_rows<P, V, kAdd, kRows - 1>(m - i, k, a + i * a_row, a_row, a_step, b, c + i * c_row, c_row);
 }
 
-// As many rows of a panel as leave room for A in the first-level cache.
+// The rows of a panel that leave room for A in the first-level cache.
 constexpr int64_t kPanelPart = 128;
 
 template <typename P, int V, bool kAdd>
@@ -126,7 +127,7 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// A task that multiplies Pairs holds one of these.
+// A task that multiplies Pairs must hold one of these.
 class Tiles {
  public:
   Tiles() {
@@ -212,8 +213,8 @@ struct Tiles {
 };
 #endif
 
-// k counts elements (pairs for bfloat16); n counts columns, C's rows have room for padded(n). Panel p of B begins at
-// p * kPanel * k; the last one holds the vectors that are left.
+// k counts elements (pairs for bfloat16) and n counts columns; the rows of C have room for padded(n). Panel p of B
+// starts at p * kPanel * k; the last panel holds the remaining vectors.
 template <typename P, bool kAdd>
 void multiply(int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
               const typename P::Element* b, typename P::Out* c, int64_t c_row) {

@@ -1,12 +1,13 @@
-// What a source of this folder owes: it is compiled once for each instruction set, with ONER_FAST_ISA naming it, and its kernels
-// are reached through a table. It includes no library header with code in it (an inline function compiled for a newer
-// instruction set could be linked in for all), and everything but the table has internal linkage.
+// Rules for the sources of this folder: each is compiled once for every instruction set, which ONER_FAST_ISA names, and
+// its kernels are reached through a table. It includes no library header that contains code, because an inline function
+// compiled for a newer instruction set could be linked in for all. Everything except the table has internal linkage.
 #pragma once
 
 #define ONER_FAST_JOIN_(a, b) a##b
 #define ONER_FAST_JOIN(a, b) ONER_FAST_JOIN_(a, b)
 
-// Declares `const Table& name()`, the kernels for this processor, and one function a set that capability.cpp chooses from.
+// Declares `const Table& name()`, the kernels for this processor, and one function for each instruction set, from which
+// capability.cpp chooses.
 #ifdef ONER_FAST_X86
 #define ONER_FAST_DECLARE_KERNELS(Table, name) \
   const Table& name##_portable();              \

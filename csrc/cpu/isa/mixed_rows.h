@@ -71,14 +71,15 @@ void read_mixed(const MixedRows& rows, int64_t i, int64_t column, int64_t count,
   for (int64_t j = 0; j < count; ++j) out[j] = rest * out[j] + share * second[j];
 }
 
-// Whether a row of this inverse norm can be multiplied by a unit vector without a thought of overflow.
+// Whether a row of this inverse norm times a unit vector cannot overflow.
 template <typename T>
 bool is_moderate(T inverse) {
   return inverse > T(1.0f / (1 << 30)) && inverse < T(1 << 30);
 }
 
-// What a packed row was multiplied by, and what makes a unit vector of it. bfloat16 rows are scaled by a power of two,
-// which is exact, and by 1 where no product could overflow: rows that are not mixed enter the product as they are.
+// The factor that a packed row was multiplied by, and the one that makes it a unit vector. bfloat16 rows are scaled by
+// a power of two, which is exact, and by 1 where no product could overflow: rows that are not mixed enter the product
+// as they are.
 template <typename P>
 struct RowFactors {
   typename P::Out packed, rest;
@@ -98,13 +99,13 @@ RowFactors<P> factors_of(const MixedRows& rows, int64_t i) {
   }
 }
 
-// How many elements a packed row takes: all that a product or a transposition reads.
+// The elements of a packed row, padding that products and transpositions read included.
 template <typename P>
 constexpr int64_t packed_length(int64_t width) {
   return round_up((width + P::kDepth - 1) / P::kDepth, kLanes<typename P::Element>);
 }
 
-// A packed row as the numbers that it holds.
+// Unpacks a row to the numbers that it holds.
 template <typename P>
 auto numbers_of(const typename P::Element* elements) {
   if constexpr (P::kDepth == 1)
@@ -157,8 +158,8 @@ void inverse_norms(const MixedRows& rows, int64_t first, int64_t last, void* out
   }
 }
 
-// From sums u (the gradient is scale * u with respect to the unit vector), row `first` at the beginning, to the gradients of
-// x, other and mix.
+// Computes the gradients of x, other and mix from sums u, which begin with row `first`; scale * u is the gradient with
+// respect to the unit vector.
 template <typename T>
 void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums, int64_t stride, double scale,
             const MixedRowsGradient& out) {
@@ -175,7 +176,7 @@ void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums
     }
     dot *= inverse;
     if (out.dot != nullptr) static_cast<T*>(out.dot)[i] = dot;
-    // A row shorter than 1e-12 is divided by a constant: nothing to project out.
+    // A row shorter than 1e-12 was divided by a constant, so its gradient has no part to project out.
     const T along = inverse >= T(1e12) ? T(0) : dot * inverse;
     for (int64_t column = 0; column < rows.width; column += kPart) {
       const int64_t n = rows.width - column < kPart ? rows.width - column : kPart;

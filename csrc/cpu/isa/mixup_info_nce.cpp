@@ -1,4 +1,4 @@
-// One block of the logits: its statistics (forward), and what it adds to both sides' gradients (backward).
+// One block of the logits: its statistics (forward) and its part of both sides' gradients (backward).
 #include "cpu/isa/mixup_info_nce.h"
 
 #include "cpu/isa/mixed_rows.h"
@@ -7,10 +7,10 @@
 namespace oner_fast {
 namespace {
 
-constexpr int64_t kSkew = 16;     // added to a row of logits, so that a column does not fall on a few cache sets
-constexpr int64_t kTogether = 2;  // rows that share what is loaded of the columns
+constexpr int64_t kSkew = 16;     // added to a row of logits, so that a column spreads over many cache sets
+constexpr int64_t kTogether = 2;  // rows that share the loads of the columns
 
-// Rows of logits between their product and what is done with them. Tiles of AMX need no long product; 32 rows stay in the
+// Rows of logits that are computed before they are used. AMX tiles are fast in short products, so 32 rows stay in the
 // first-level cache. Elsewhere B passes through that cache once for all rows.
 #if defined(__AMX_BF16__)
 template <typename P>
@@ -26,7 +26,7 @@ template <typename P>
 struct Scratch {
   using T = typename P::Out;
   using E = typename P::Element;
-  static constexpr bool kNarrow = P::kDepth == 2;  // G is narrowed for its products, and rows of logits are soon done with
+  static constexpr bool kNarrow = P::kDepth == 2;  // G is rounded for its products
   int64_t length, logits_row;
   // Of the columns: packed, their transpose in panels, and for backward the panels along them.
   E *column_elements, *column_transposed, *column_panels;
@@ -98,7 +98,8 @@ struct RowOperand {
   int64_t stride;
 };
 
-// Whether the block's rows can be multiplied where they lie; what is left to unit vectors is applied to the logits.
+// Whether the block's rows can be multiplied in place; the factor that makes them unit vectors is applied to the
+// logits.
 template <typename P>
 bool serve_as_given(const ContrastBlock& block) {
   using T = typename P::Out;
@@ -127,7 +128,7 @@ RowOperand<P> take_rows(const ContrastBlock& block, const Scratch<P>& s) {
   return {static_cast<const typename P::Element*>(first), rows.stride / P::kDepth};
 }
 
-// The products of rows first..first + count with all columns, without the factors that make logits of them.
+// The products of rows first..first + count with all columns, before the factors that make them logits.
 template <typename P>
 void multiply_rows(const ContrastBlock& block, const Scratch<P>& s, const RowOperand<P>& rows, int64_t first, int64_t count,
                    typename P::Out* to) {
@@ -135,7 +136,7 @@ void multiply_rows(const ContrastBlock& block, const Scratch<P>& s, const RowOpe
                      1, s.column_transposed, to, s.logits_row);
 }
 
-// x as it is: the compiler fuses no multiplication in it with an addition to it.
+// Returns x, and keeps the compiler from fusing its multiplication with a later addition.
 template <typename T>
 inline Vec<T> rounded(Vec<T> x) {
 #if defined(ONER_FAST_X86)
@@ -148,18 +149,18 @@ inline Vec<T> rounded(Vec<T> x) {
   return x;
 }
 
-// What makes a logit of a product: of its row and, where columns are packed as they are, of its column.
+// The factor that makes a product a logit: that of its row and, for columns packed without scaling, of its column.
 template <typename P>
 Vec<typename P::Out> row_factor(const ContrastBlock& block, const Scratch<P>& s, int64_t i) {
   return broadcast(static_cast<typename P::Out>(block.scale) * s.row_rest[i]);
 }
-// Backward must find the very logit that forward found to be the largest.
+// Backward must compute exactly the logit that forward found to be the largest.
 template <typename P>
 Vec<typename P::Out> logit_of(Vec<typename P::Out> product, Vec<typename P::Out> factor, const typename P::Out* column_rest) {
   return rounded<typename P::Out>(product * (P::kDepth == 1 ? factor : factor * load(column_rest)));
 }
 
-// Calls rows<R>(first, ...) for R = kTogether as often as it goes, then for single rows.
+// Calls rows<R>(first, ...) with R = kTogether as often as possible, then for single rows.
 template <typename Rows>
 void in_groups(int64_t first, int64_t last, const Rows& rows) {
   for (; first + kTogether <= last; first += kTogether) rows.template operator()<kTogether>(first);
@@ -182,7 +183,7 @@ void over_lanes(const T* lanes, int64_t count, T* out) {
   }
 }
 
-// (max, sum) of exp(x - max) takes in another pair, lane by lane; a NaN in either sum stays.
+// Merges another pair into (max, sum of exp(x - max)), lane by lane; a NaN in either sum stays.
 template <typename T>
 void merge(T* max, T* sum, Vec<T> other_max, Vec<T> other_sum) {
   const Vec<T> old = load(max), high = larger<T>(old, other_max);
@@ -204,7 +205,8 @@ void merge_all(T* max, T* sum, const T* other_max, const T* other_sum, int64_t c
   std::memcpy(sum + j, full_sum, static_cast<size_t>(count - j) * sizeof(T));
 }
 
-// Products become logits, -inf behind the last column; the largest of each row's lanes and of each column are found.
+// Turns products into logits, -inf beyond the last column, and finds the largest of each row's lanes and of each
+// column.
 template <typename P, bool kBoth, int R>
 void find_largest(const ContrastBlock& block, const Scratch<P>& s, int64_t first) {
   using T = typename P::Out;
@@ -314,7 +316,7 @@ void forward_rows(const ContrastBlock& block, const ContrastStatistics& out, voi
                s.row_total, block.row_count);
 }
 
-// Products of R rows at `rows` become G, the gradient of the loss with respect to the logits; 0 behind the last column.
+// Turns products of R rows at `rows` into G, the gradient with respect to the logits; 0 beyond the last column.
 template <typename P, bool kBoth, int R>
 void gradient_of_rows(const ContrastBlock& block, const ContrastGradient& gradient, const Scratch<P>& s, int64_t first,
                       typename P::Out* rows) {
@@ -362,8 +364,8 @@ inline Vec<uint32_t> paired(Vec<float> low, Vec<float> high) {
   return reinterpret_cast<Vec<uint32_t>>(_mm512_or_si512(narrowed(low), _mm512_slli_epi32(narrowed(high), 16)));
 }
 
-// G at `g` in bfloat16, times what is left of the unit vectors it will meet: rows of pairs along the columns, and the
-// transpose. `first` is a multiple of 32.
+// Rounds G at `g` to bfloat16, times the remaining factor of the unit vectors that it will be multiplied by: as rows of
+// pairs along the columns, and transposed. `first` is a multiple of 32.
 void narrow_gradient(const Scratch<Pairs>& s, const float* g, int64_t first, int64_t count, int64_t columns, bool transposed) {
   const int64_t all = padded<float>(columns);
   for (int64_t i = 0; i < count; ++i) {
@@ -395,7 +397,7 @@ void narrow_gradient(const Scratch<Pairs>& s, const float* g, int64_t first, int
 }
 #endif
 
-// Panels along the unit's rows, which become unit vectors but for what Pairs leave to G.
+// Packs panels along the unit's rows, as unit vectors except for the factor that Pairs leave to G.
 template <typename P>
 void pack_row_panels(const ContrastBlock& block, const Scratch<P>& s, const RowOperand<P>& rows) {
   using T = typename P::Out;

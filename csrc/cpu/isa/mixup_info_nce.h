@@ -8,7 +8,8 @@
 
 namespace oner_fast {
 
-// Unit vectors: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i); statistics are float, or double for float64.
+// Unit vectors: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i); statistics are float, or double for
+// float64.
 struct MixedRows {
   const void* x;
   int64_t stride;
@@ -41,8 +42,8 @@ struct ContrastStatistics {
   void *row_max, *row_sum, *column_max, *column_sum, *own_logit, *partner_logit;
 };
 
-// G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - targets. Maxima apart from sums: a
-// logit that is the maximum has exactly 1, and what is left of 1 minus its target is exact.
+// G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - targets. Maxima are kept
+// apart from sums, so that the largest logit has an exponential of exactly 1, and 1 minus its target is exact.
 struct ContrastGradient {
   const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
   // Sums of G times the unit vectors of the other side, from row 0 and from the stripe's first column on.
@@ -50,15 +51,16 @@ struct ContrastGradient {
   int64_t to_rows_stride, to_columns_stride;
 };
 
-// What a row's gradient becomes: of x, of other and of mix (null without other), and <unit vector, sum> (or null).
+// The gradients of x, of other and of mix (null without other) for a row, and <unit vector, sum> (or null).
 struct MixedRowsGradient {
   void *to_x, *to_other, *to_mix, *dot;
   int64_t to_x_stride, to_other_stride;
 };
 
-// A stripe of columns keeps its scratch while it meets units of rows, one after the other: take_columns once, then for each
-// block (a unit and the stripe) either forward and forward_rows or gradient, to_rows and to_columns. forward_rows and
-// to_rows add to what other stripes add to: the caller decides whose turn it is. scratch_bytes takes the largest unit.
+// A stripe of columns keeps its scratch while it processes units of rows, one after the other. Call take_columns once,
+// then for each block (a unit and the stripe) either forward and forward_rows, or gradient, to_rows and to_columns.
+// Other stripes add to the results of forward_rows and to_rows too, so the caller orders them. scratch_bytes takes the
+// largest unit.
 struct ContrastKernels {
   int64_t (*scratch_bytes)(int64_t rows, int64_t columns, int64_t width, bool backward);
   void (*take_columns)(const ContrastBlock& block, bool backward, void* scratch);
@@ -72,9 +74,9 @@ struct ContrastKernels {
 enum ContrastKind { kContrastF32 = 0, kContrastF64, kContrastBF16, kContrastKinds };
 
 struct MixupInfoNceKernels {
-  // [kContrastBF16] is empty where the instruction set has no products of bfloat16: float32 serves.
+  // [kContrastBF16] is empty where the instruction set has no bfloat16 products; use float32 there.
   ContrastKernels contrast[kContrastKinds];
-  // inverse_norm = 1 / max(norm, 1e-12) of rows first..last, and the way back; [0] float, [1] double statistics.
+  // inverse_norm = 1 / max(norm, 1e-12) of rows first..last, and its backward; [0] float, [1] double statistics.
   void (*inverse_norms[2])(const MixedRows& rows, int64_t first, int64_t last, void* out);
   void (*finish[2])(const MixedRows& rows, int64_t first, int64_t last, const void* sums, int64_t stride, double scale,
                     const MixedRowsGradient& out);

@@ -1,6 +1,6 @@
 // Rows of numbers as operands of gemm.h: `rows` X of X's shape (count x width), with any distance between the rows.
 //
-// Every function fills up with zeros what the operand's steps and whole vectors need beyond count and width.
+// Every function pads with zeros, beyond count and width, to the whole steps and vectors of the operand.
 #pragma once
 
 #include "cpu/isa/convert_vectors.h"
@@ -18,7 +18,7 @@ struct CountLanes<0, I...> {
   using type = Lanes<I...>;
 };
 
-// Exchanges the elements off the diagonal of the 2 x 2 blocks of D x D elements that rows a and b, D apart, hold.
+// Swaps the off-diagonal blocks in 2 x 2 blocks of D x D elements, which rows a and b, D apart, hold.
 template <int D, typename V, int... I>
 inline void exchange(V& a, V& b, Lanes<I...>) {
   constexpr int W = sizeof...(I);
@@ -37,7 +37,7 @@ inline void transpose(V (&rows)[W]) {
   }
 }
 
-// How many steps of P hold `count` numbers along k.
+// The number of steps of P that hold `count` numbers along k.
 template <typename P>
 constexpr int64_t steps(int64_t count) {
   return round_up((count + P::kDepth - 1) / P::kDepth, P::kSteps);
@@ -59,7 +59,7 @@ inline Vec<typename P::Element> along(const In* row, int64_t from, int64_t width
   }
 }
 
-// Elements whose k runs over the rows, at the columns from `from` on; `left` rows there are.
+// Elements whose k runs over the rows, at the columns from `from` on; `left` rows exist.
 template <typename P, typename In>
 inline Vec<typename P::Element> across(const In* rows, int64_t stride, int64_t left, int64_t from, int64_t width) {
   using V = Vec<typename P::Element>;

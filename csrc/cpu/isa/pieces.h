@@ -1,4 +1,4 @@
-// Scratch memory that a kernel's caller gives, divided.
+// Divides the scratch memory that the caller of a kernel provides.
 #pragma once
 
 #include "cpu/isa/gemm.h"
@@ -6,7 +6,7 @@
 namespace oner_fast {
 namespace {
 
-// Consecutive pieces of the scratch memory; with nullptr it measures.
+// Hands out consecutive pieces of the scratch memory; with nullptr it only measures their total size.
 class Pieces {
  public:
   explicit Pieces(char* begin) : begin_(begin) {}

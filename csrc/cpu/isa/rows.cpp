@@ -49,7 +49,7 @@ void store(void* row, const void* sum, int64_t count) {
   narrow_row(static_cast<T*>(row), static_cast<const Wide*>(sum), count);
 }
 
-// The usual lines are copied by one or two instructions: a call costs more than the line.
+// Lines of the usual lengths are copied with one or two instructions, because a call would cost more than the line.
 inline void place(void* to, const void* from, int64_t bytes) {
   switch (bytes) {
     case 8:
@@ -80,7 +80,7 @@ inline void normalise_block(Out* out, const In* pixels, int64_t count, Wide shif
 
 template <typename In, typename Out, typename Wide>
 void normalise(void* out, const void* pixels, int64_t stride, int64_t side, double shift, double divisor) {
-  constexpr int64_t kRoom = 1024, kShort = 16;  // of a constant number the compiler makes a few instructions
+  constexpr int64_t kRoom = 1024, kShort = 16;  // for a constant count the compiler emits a few instructions
   const Wide s = static_cast<Wide>(shift), d = static_cast<Wide>(1 / divisor);
   if (side % kShort == 0) {
     for (int64_t y = 0; y < side; ++y)
@@ -90,7 +90,7 @@ void normalise(void* out, const void* pixels, int64_t stride, int64_t side, doub
     return;
   }
   const int64_t width = side < kRoom ? side : kRoom, lines = kRoom / width;
-  In room[kRoom];  // lines put together, so that whole blocks are converted
+  In room[kRoom];  // gathers lines, so that whole blocks are converted
   for (int64_t y = 0; y < side; y += lines) {
     const int64_t height = side - y < lines ? side - y : lines;
     for (int64_t x = 0; x < side; x += width) {

@@ -32,7 +32,7 @@ inline void stream(char* to, Vector x) { _mm_stream_si128(reinterpret_cast<__m12
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// to = from: whole cache lines of `to` are streamed, what stands before and behind them is copied plainly.
+// to = from: whole cache lines of `to` are streamed, the parts before and after them are copied normally.
 [[maybe_unused]] inline void stream_copy(char* to, const char* from, int64_t bytes) {
 #if defined(__SSE2__)
   int64_t i = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & static_cast<uintptr_t>(kLine - 1));

@@ -1,4 +1,4 @@
-// Copies past the cache: what is larger than the cache need not be fetched into it before it is overwritten.
+// Copies that bypass the cache: memory larger than the cache need not be fetched into it before it is overwritten.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 namespace oner_fast {
 
 struct StreamKernels {
-  // out = in with non-temporal stores where the instruction set has them; meanwhile the `bytes` at `next` (may be null) are
-  // fetched into the cache.
+  // out = in with non-temporal stores where the instruction set has them; meanwhile the `bytes` at `next` (may be null)
+  // are fetched into the cache.
   void (*copy)(void* out, const void* in, int64_t bytes, const void* next);
   void (*zero)(void* out, int64_t bytes);
-  // Orders a thread's streamed stores before what it writes afterwards: due before another thread may read them.
+  // Orders a thread's streamed stores before its later writes; required before another thread may read them.
   void (*fence)();
 };
 

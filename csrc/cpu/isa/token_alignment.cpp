@@ -8,7 +8,7 @@
 namespace oner_fast {
 namespace {
 
-// kChunk numbers of a row from `row` on, zeros behind its end; read where they lie if they need no conversion.
+// kChunk numbers of a row from `row` on, zeros beyond its end; read in place if they need no conversion.
 template <typename Wide, typename T>
 const Wide* chunk(Wide* room, const T* row, int64_t count) {
   if constexpr (sizeof(Wide) == sizeof(T)) {

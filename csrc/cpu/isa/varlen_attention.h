@@ -1,6 +1,7 @@
 // Attention of one sequence and head (or of the heads that share a key head), forward and backward.
 //
-// A sequence has a query and a key at least, and every query sees one: causal never has more queries than keys here.
+// A sequence has at least one query and one key, and every query sees a key: causal calls have no more queries than
+// keys.
 #pragma once
 
 #include "cpu/isa/rows.h"
@@ -41,10 +42,10 @@ struct AttentionBackward {
 };
 
 struct AttentionKernels {
-  // Lengths at whose multiples a range may begin.
+  // A range may start at multiples of these lengths.
   int64_t queries_each[kKinds], keys_each[kKinds];
   int64_t (*forward_scratch[kKinds])(const AttentionForward&);
-  // `next` (or nullptr): the task that this thread does after this one; its inputs are fetched into the cache meanwhile.
+  // `next` (or nullptr) is the task that this thread runs after this one; its inputs are prefetched meanwhile.
   void (*forward[kKinds])(const AttentionForward&, const AttentionForward* next, char* scratch);
   int64_t (*backward_scratch[kKinds])(const AttentionBackward&);
   void (*backward[kKinds])(const AttentionBackward&, const AttentionBackward* next, char* scratch);

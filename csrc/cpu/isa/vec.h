@@ -1,4 +1,4 @@
-// Vectors of the widest registers of the instruction set that a source is compiled for, by the compilers' vector extensions.
+// Vectors as wide as the registers of the instruction set that a source is compiled for, by vector extensions.
 #pragma once
 
 #include <cmath>
@@ -57,7 +57,7 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // minus, so that -0 stays -0
 }
 
-// The first `count` elements, and `fill` behind them.
+// The first `count` elements, followed by `fill`.
 template <typename T>
 inline Vec<T> load_part(const T* from, int64_t count, T fill) {
   Vec<T> v = broadcast(fill);
@@ -84,8 +84,8 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// exp for x <= 88: within 2 units in the last place, exactly 0 below -87.33 (whatever is computed there) and at -inf; NaN
-// stays NaN.
+// exp for x <= 88: within 2 units in the last place, exactly 0 below -87.33 (whatever is computed there) and at -inf;
+// NaN stays NaN.
 inline Vec<float> exp_of(Vec<float> x) {
   using V = Vec<float>;
   using U = Vec<uint32_t>;

@@ -1,4 +1,4 @@
-// From torch's tensors to the launches of cuda/launch.h: what the bindings of several ops check and fill in.
+// Checks and conversions of torch tensors to the launches of cuda/launch.h, shared by the bindings.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -34,7 +34,7 @@ inline int32_t number_of(const char* op, const char* name, at::ScalarType type) 
   }
 }
 
-// Of sums and statistics: float32, or float64 for a float64 input.
+// The dtype of sums and statistics: float32, or float64 for a float64 input.
 inline at::ScalarType statistics_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // Kernels count columns in 32 bits; rows, offsets and sizes in 64.
@@ -44,7 +44,7 @@ inline int32_t narrow_size(const char* op, const char* name, int64_t size) {
   return static_cast<int32_t>(size);
 }
 
-// `x` where the numbers of a row lie side by side, otherwise a copy in which they do: kernels read whole words of a row.
+// `x` where the numbers of a row are adjacent, else a contiguous copy, since kernels read whole words of a row.
 inline at::Tensor with_dense_rows(const at::Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
 }
@@ -58,7 +58,7 @@ inline void same_device(const char* op, const at::Tensor& first, std::initialize
                       ", another on ", other->device());
 }
 
-// `kept` as the kernels see it. Its values stay unread: the kernels hold every index within its tensor.
+// `kept` as the kernels take it. Its values are not read here: the kernels keep every index within its tensor.
 struct KeptTensor {
   at::Tensor values, starts;  // keep contiguous copies alive
   Kept kept{};

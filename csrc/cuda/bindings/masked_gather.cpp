@@ -62,7 +62,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
   same_device(kOp, grad_in, {kept_in, cu_seqlens});
   const c10::cuda::CUDAGuard guard(grad_in.device());
   const KeptTensor kept(kOp, kept_in, cu_seqlens, samples, cells);
-  const at::Tensor grad = grad_in.contiguous();  // the sum of a result comes expanded
+  const at::Tensor grad = grad_in.contiguous();  // the gradient of a sum is an expanded tensor
   const int64_t width = grad.size(-1), splits = (samples + kSamplesPerSplit - 1) / kSamplesPerSplit;
   TORCH_CHECK_VALUE(grad.numel() == (kept.kept.total + samples * length) * width, kOp, ": the gradient has shape ", grad.sizes(),
                     ", needed ", kept.kept.total + samples * length, " rows");

@@ -22,8 +22,8 @@ at::Tensor vector(const at::Tensor& x, int64_t count, at::ScalarType type, const
 
 const float* floats(const at::Tensor& x) { return static_cast<const float*>(data(x)); }
 
-// Rows that tensor cores can read, and what makes unit vectors of them. A side that is not mixed and lies well is taken as
-// it is; any other is written once, O(N D) beside the O(N^2 D) of the product.
+// Rows that tensor cores can read, and the factors that make them unit vectors. A side that is unmixed and aligned is
+// used in place; any other is copied once, O(N D) next to the O(N^2 D) of the product.
 struct Side {
   at::Tensor rows, factor;
 
@@ -71,7 +71,7 @@ struct Side {
   }
 };
 
-// logit_scale as a float on the rows' device; from the host its value goes with a launch, which waits for nothing.
+// logit_scale as a float on the rows' device; a host value is an argument of a launch, which waits for nothing.
 at::Tensor scale_on(const at::Tensor& logit_scale, const at::TensorOptions& wide) {
   TORCH_CHECK_VALUE(logit_scale.numel() == 1, kOp, ": logit_scale must be 0-d, got ", logit_scale.sizes());
   if (logit_scale.is_cpu()) return at::full({}, logit_scale.item<double>(), wide);
@@ -97,7 +97,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   if (partner_in.has_value()) partner = vector(*partner_in, m, at::kLong, "partner");
   const auto wide = query.options().dtype(at::kFloat);
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  // Without a logit no kernel runs.
+  // Without any logit no kernel runs.
   const auto each = [&](int64_t count, double otherwise) {
     return m > 0 && n > 0 ? at::empty({count}, wide) : at::full({count}, otherwise, wide);
   };

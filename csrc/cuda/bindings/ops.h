@@ -1,4 +1,4 @@
-// The raw ops that have CUDA C++ kernels; what they mean stands in common/ops.h.
+// The raw ops that have CUDA C++ kernels; common/ops.h says what they compute.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,7 +31,8 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
 at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
                                     const std::optional<at::Tensor>& kept, const at::Tensor& factors);
 
-// float16 and bfloat16 alone. Beyond the CPU's, any first_pair: a target that is no key has the logit 0.
+// Takes float16 and bfloat16 alone. Unlike on the CPU, first_pair may be any number: a target outside the keys has the
+// logit 0.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
