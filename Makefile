@@ -96,10 +96,11 @@ sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanit
 mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs ../shared and nvcc)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
 
-lint: $(STAMP)-dev ## ruff and mypy
+lint: $(STAMP)-dev ## ruff, mypy and the contracts of the imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(STAMP)-docs ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f .mkdocs.yml
