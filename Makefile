@@ -100,11 +100,12 @@ sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanit
 mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs nvcc)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
 
-lint: $(STAMP)-dev ## ruff, mypy, clang-format, the project's style checks, and the schemas of .github
+lint: $(STAMP)-dev ## ruff, mypy, clang-format, import contracts, style checks, and the schemas of .github
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/style.py
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))

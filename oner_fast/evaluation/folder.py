@@ -5,6 +5,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from oner_fast.format_version import CONFIGURATION, FIELD, check_format_version
+
 
 def check_run(run: Path) -> None:
     """Raise FileNotFoundError unless `run` is a run folder with a model."""
@@ -29,6 +31,7 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} needs a JSON object, got {type(content).__name__}")
+    check_format_version(path, content.get(FIELD), CONFIGURATION)
     return content
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from oner_fast import format_version
 from oner_fast.atomic import write_atomic
 from oner_fast.models import eva
 from oner_fast.models.oner import OneR, OneRConfig
@@ -27,7 +28,14 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
     """Write `tower` and its tokenizer to `path`, which is replaced at once."""
     _write(
-        Path(path), tower, {"format": FORMAT, "config": json.dumps(asdict(tower.config)), "tokenizer": tokenizer_json}
+        Path(path),
+        tower,
+        {
+            "format": FORMAT,
+            format_version.FIELD: str(format_version.MODEL),
+            "config": json.dumps(asdict(tower.config)),
+            "tokenizer": tokenizer_json,
+        },
     )
 
 
@@ -35,10 +43,13 @@ def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | N
     """Write `model` to `path`, which is replaced at once.
 
     `extra_metadata` adds entries to the file's metadata, for example the teacher. Raises ValueError where one of them
-    is
-    named `format` or `config`.
+    is named `format` or `config`.
     """
-    own = {"format": UTA_FORMAT, "config": json.dumps(asdict(model.config))}
+    own = {
+        "format": UTA_FORMAT,
+        format_version.FIELD: str(format_version.MODEL),
+        "config": json.dumps(asdict(model.config)),
+    }
     extra = dict(extra_metadata or {})
     if taken := own.keys() & extra.keys():
         raise ValueError(f"extra_metadata may not hold {', '.join(sorted(taken))}, which the file itself uses")
@@ -120,7 +131,7 @@ def read_metadata(path: Path | str) -> dict[str, str]:
         raise FileNotFoundError(f"there is no model file {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            return _checked(path, file.metadata())
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
@@ -151,9 +162,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return state, file.metadata() or {}
+            return state, _checked(path, file.metadata())
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _checked(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """Return a file's metadata; ValueError where the file is one of ours in a newer format."""
+    found = dict(metadata or {})
+    if found.get("format") in (FORMAT, UTA_FORMAT):
+        format_version.check_format_version(path, found.get(format_version.FIELD), format_version.MODEL)
+    return found
 
 
 def _filled(model: _Model, state: Mapping[str, Tensor], problem: str) -> _Model:

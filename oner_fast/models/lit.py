@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from oner_fast import format_version
 from oner_fast.atomic import write_atomic
 from oner_fast.models import pretrained_encoders
 from oner_fast.models.pretrained_encoders import Encoders
@@ -136,7 +137,8 @@ def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: di
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
     weights = save(tensors)
-    text = json.dumps({"format": FORMAT, "model": asdict(config), "encoders": origins}, indent=2) + "\n"
+    about = {"format": FORMAT, format_version.FIELD: format_version.MODEL, "model": asdict(config), "encoders": origins}
+    text = json.dumps(about, indent=2) + "\n"
     write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
@@ -154,6 +156,7 @@ def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train lit'")
     about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    format_version.check_format_version(folder / CONFIG, about.get(format_version.FIELD), format_version.MODEL)
     config = lit_config_from_dict(about.get("model"), str(folder / CONFIG))
     encoders = pretrained_encoders.packaged_encoders()
     check_origins(about.get("encoders"), encoders, str(folder))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from oner_fast.atomic import write_atomic
+from oner_fast.format_version import CONFIGURATION, FIELD, check_format_version
 
 C = TypeVar("C")
 
@@ -156,9 +157,9 @@ def _name(kind: Any) -> str:
 
 
 def save_json(config: Any, path: Path | str) -> None:
-    """Write `to_dict` of `config` to `path` atomically, making its folder where needed."""
+    """Write `to_dict` of `config` and the format version to `path` atomically; make its folder where needed."""
     path = Path(path)
-    text = json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
+    text = json.dumps({FIELD: CONFIGURATION, **to_dict(config)}, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda file: file.write(text.encode()))
 
@@ -167,12 +168,18 @@ def load_json(cls: type[C], path: Path | str) -> C:
     """Read what `save_json` wrote as an instance of `cls`.
 
     Raises:
-        ValueError: the file is not JSON, or as in `from_dict`; the text names the file.
+        ValueError: the file is not JSON or has a newer format, or as in `from_dict`; the message names the file.
         TypeError: as in `from_dict`.
     """
     path = Path(path)
     try:
-        return from_dict(cls, json.loads(path.read_text(encoding="utf-8")))
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if isinstance(data, dict):
+        check_format_version(path, data.pop(FIELD, None), CONFIGURATION)
+    try:
+        return from_dict(cls, data)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{path}: {error}") from error

@@ -18,6 +18,7 @@ import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from oner_fast.atomic import remove_leftovers, sync_directory, write_atomic
+from oner_fast.format_version import CHECKPOINT, check_format_version
 from oner_fast.train.engine.random_state import random_state, set_random_state
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 _LEAVES = (type(None), bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.device)
 
@@ -80,7 +80,7 @@ def save(folder: Path | str, step: int, state: dict[str, Any], keep: int) -> Pat
     # The CRC is what tells a damaged file; someone may have switched it off for speed.
     set_crc32_options(True)
     try:
-        write_atomic(path, lambda file: torch.save({**state, "step": step, "format": _FORMAT}, file))
+        write_atomic(path, lambda file: torch.save({**state, "step": step, "format": CHECKPOINT}, file))
     finally:
         set_crc32_options(checksums)
     _prune(folder, keep, path)
@@ -96,6 +96,7 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
     Raises:
         FileNotFoundError: there is no such file.
         DamagedCheckpoint: the file is damaged or of another kind.
+        ValueError: a newer version of oner_fast wrote the file.
     """
     path = Path(path)
     _verify(path)
@@ -103,8 +104,9 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or "step" not in state or state.pop("format", None) != _FORMAT:
-        raise DamagedCheckpoint(f"{path} is not a checkpoint of this library (format {_FORMAT})")
+    if not isinstance(state, dict) or "step" not in state or "format" not in state:
+        raise DamagedCheckpoint(f"{path} is not a checkpoint of this library")
+    check_format_version(path, state.pop("format"), CHECKPOINT)
     return state
 
 

@@ -276,7 +276,7 @@ def test_errors_say_what_is_needed(
     [
         ({"mask_ratio": 1.0}, "mask_ratio must be in"),
         ({"objective": "mask_token"}, "needs mask_token=True"),
-        ({"recipe": "oner_tiny_pictograms_cpu"}, "unknown recipe"),
+        ({"recipe": "oner_tiny_pictograms_cpu"}, "belongs to 'oner-fast train oner'"),
     ],
 )
 def test_wrong_settings(capsys: pytest.CaptureFixture[str], flags: dict[str, Any], text: str) -> None:

@@ -1,0 +1,35 @@
+"""Format versions of the files that oner_fast writes. A reader accepts every version up to its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CONFIGURATION = 1
+"""`config.json` of a run. Version 0 has no field `format_version`."""
+CHECKPOINT = 1
+"""`step-*.pt`, under `format`."""
+MODEL = 1
+"""`model.safetensors` and `lit_config.json`. Version 0 has no field `format_version`."""
+
+FIELD = "format_version"
+
+
+def check_format_version(path: Path | str, found: Any, supported: int) -> None:
+    """Refuse a file that a newer version of oner_fast wrote.
+
+    Args:
+        path: the file, for the message.
+        found: the version in the file, as an integer or as its text; None for a file without one, which is version 0.
+        supported: the newest version that can be read.
+
+    Raises:
+        ValueError: the version is newer, or is not a version.
+    """
+    if found is None:
+        return
+    version = int(found) if str(found).isdecimal() and not isinstance(found, bool) else None
+    if version is None or version > supported:
+        raise ValueError(
+            f"{path} has format version {found}, and this oner_fast reads versions up to {supported}: update oner_fast"
+        )
