@@ -21,7 +21,8 @@ wgmma, TMA, mbarrier, clusters, device printf, recursion, calls through pointers
 """
 
 from oner_fast.benchmarks.gpuless.ptx.counters import Access, Stats
-from oner_fast.benchmarks.gpuless.ptx.faults import Finding, KernelFault
+from oner_fast.benchmarks.gpuless.ptx.faults import KernelFault
+from oner_fast.benchmarks.gpuless.ptx.findings import Finding
 from oner_fast.benchmarks.gpuless.ptx.kernel import Checks, Kernel
 from oner_fast.benchmarks.gpuless.ptx.parse import PtxError
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import astuple, dataclass
 
-from oner_fast.benchmarks.gpuless.ptx.faults import Finding
+from oner_fast.benchmarks.gpuless.ptx.findings import Finding
 
 SECTOR = 32  # bytes
 MATRIX_SHAPE = re.compile(r"w?mma\.(?:mma\.)?sync.*?m(\d+)n(\d+)k(\d+)")

@@ -14,7 +14,8 @@ from typing import Any
 
 from oner_fast.benchmarks.gpuless.ptx.codegen import Generator
 from oner_fast.benchmarks.gpuless.ptx.counters import SECTOR, Access, Stats
-from oner_fast.benchmarks.gpuless.ptx.faults import Finding, KernelFault
+from oner_fast.benchmarks.gpuless.ptx.faults import KernelFault
+from oner_fast.benchmarks.gpuless.ptx.findings import Finding
 from oner_fast.benchmarks.gpuless.ptx.parse import SIZES, Function, Module, Param, PtxError, parse
 from oner_fast.benchmarks.gpuless.ptx.program import Program
 from oner_fast.benchmarks.gpuless.ptx.toolchain import build, optimisation
