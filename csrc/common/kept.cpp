@@ -14,18 +14,19 @@ Kept::Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tenso
   TORCH_CHECK_TYPE(kept.scalar_type() == at::kLong, op, ": kept must be int64, got ", kept.scalar_type());
   values_ = holder_.const_data_ptr<int64_t>();
   if (cu_seqlens.has_value()) {
-    TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kInt, op, ": cu_seqlens must be int32, got ", cu_seqlens->scalar_type());
+    TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kInt, op, ": cu_seqlens must be int32, got ",
+                     cu_seqlens->scalar_type());
     TORCH_CHECK_VALUE(kept.dim() == 1, op, ": kept must have shape (T,) beside cu_seqlens, got ", kept.sizes());
     TORCH_CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) == samples + 1, op,
                       ": cu_seqlens must have shape (B + 1,) = (", samples + 1, ",), got ", cu_seqlens->sizes());
     starts_holder_ = cu_seqlens->contiguous();
     starts_ = starts_holder_.const_data_ptr<int32_t>();
-    TORCH_CHECK_VALUE(starts_[0] == 0 && starts_[samples] == total_, op, ": cu_seqlens must begin with 0 and end with ", total_,
-                      ", got ", starts_[0], " and ", starts_[samples]);
+    TORCH_CHECK_VALUE(starts_[0] == 0 && starts_[samples] == total_, op, ": cu_seqlens must begin with 0 and end with ",
+                      total_, ", got ", starts_[0], " and ", starts_[samples]);
     TORCH_CHECK_VALUE(std::is_sorted(starts_, starts_ + samples + 1), op, ": cu_seqlens must never decrease");
   } else {
-    TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(0) == samples, op, ": kept must have shape (B, K) with B = ", samples,
-                      ", got ", kept.sizes());
+    TORCH_CHECK_VALUE(kept.dim() == 2 && kept.size(0) == samples, op,
+                      ": kept must have shape (B, K) with B = ", samples, ", got ", kept.sizes());
     per_sample_ = kept.size(1);
   }
   bool inside = true;
@@ -46,7 +47,9 @@ int64_t Kept::sample_of_row(int64_t row, int64_t prefix) const {
 }
 
 Inverse::Inverse(const Kept& kept, int64_t cells)
-    : cells_(cells), offsets_(static_cast<size_t>(kept.samples() * cells + 1)), entries_(static_cast<size_t>(kept.total())) {
+    : cells_(cells),
+      offsets_(static_cast<size_t>(kept.samples() * cells + 1)),
+      entries_(static_cast<size_t>(kept.total())) {
   at::parallel_for(0, kept.samples(), 16, [&](int64_t first, int64_t last) {
     std::vector<int64_t> cursor(static_cast<size_t>(cells));
     for (int64_t b = first; b < last; ++b) {

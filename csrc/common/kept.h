@@ -13,7 +13,8 @@ namespace oner_fast {
 class Kept {
  public:
   // Raises IndexError for a value outside [0, cells) and ValueError for cu_seqlens that do not describe kept.
-  Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tensor>& cu_seqlens, int64_t samples, int64_t cells);
+  Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tensor>& cu_seqlens, int64_t samples,
+       int64_t cells);
 
   int64_t samples() const { return samples_; }
   int64_t total() const { return total_; }

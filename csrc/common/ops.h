@@ -24,8 +24,8 @@ at::Tensor gather_patches(const at::Tensor& images, const at::Tensor& kept, int6
                           at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
 
 at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kept, int64_t patch_size,
-                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
-                                   const std::optional<at::Tensor>& cu_seqlens);
+                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape,
+                                   at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
 
 // 1 / max(norm, 1e-12) of the rows (1 - mix) x + mix other: (N,), float32 or, for float64, float64.
 at::Tensor mixup_inverse_norms(const at::Tensor& x, const std::optional<at::Tensor>& other,
@@ -49,9 +49,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
     const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
     const std::optional<at::Tensor>& key_mix, const std::optional<at::Tensor>& key_inverse_norm,
-    const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair, const at::Tensor& row_max,
-    const at::Tensor& row_weight, const std::optional<at::Tensor>& column_max, const std::optional<at::Tensor>& column_weight,
-    const at::Tensor& own_weight, const std::optional<at::Tensor>& partner_weight, bool need_key);
+    const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair,
+    const at::Tensor& row_max, const at::Tensor& row_weight, const std::optional<at::Tensor>& column_max,
+    const std::optional<at::Tensor>& column_weight, const at::Tensor& own_weight,
+    const std::optional<at::Tensor>& partner_weight, bool need_key);
 
 // The loss, and for each row two factors that the gradient needs besides the inputs: (B * K, 2).
 std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
@@ -63,14 +64,15 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
 // The result, and statistics (2, T, H) of every query's scores in base 2: the maximum and 1 / sum of 2^(score -
 // maximum), in float32 (float64 for float64), 0 where no key is seen. From them backward computes exactly the weights
 // of forward.
-std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                                    const at::Tensor& cu_seqlens_q,
-                                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale);
+std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key,
+                                                    const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+                                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
+                                                    double scale);
 
 // Gradients of query, key and value; one that is not needed is empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
-    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
-    const at::Tensor& statistics, const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-    double scale, bool need_query, bool need_key);
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+    const at::Tensor& out, const at::Tensor& statistics, const at::Tensor& cu_seqlens_q,
+    const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale, bool need_query, bool need_key);
 
 }  // namespace oner_fast

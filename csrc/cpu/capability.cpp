@@ -83,14 +83,14 @@ int level() {
 std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 
 #ifdef ONER_FAST_X86
-#define ONER_FAST_CHOOSE_KERNELS(Table, name)                                                               \
-  const Table& name() {                                                                                     \
-    static const Table& table = level() == 4   ? name##_amx()                                               \
-                                : level() == 3 ? name##_avx512_bf16()                                       \
-                                : level() == 2 ? name##_avx512()                                            \
-                                : level() == 1 ? name##_avx2()                                              \
-                                               : name##_portable();                                           \
-    return table;                                                                                           \
+#define ONER_FAST_CHOOSE_KERNELS(Table, name)                         \
+  const Table& name() {                                               \
+    static const Table& table = level() == 4   ? name##_amx()         \
+                                : level() == 3 ? name##_avx512_bf16() \
+                                : level() == 2 ? name##_avx512()      \
+                                : level() == 1 ? name##_avx2()        \
+                                               : name##_portable();   \
+    return table;                                                     \
   }
 #else
 #define ONER_FAST_CHOOSE_KERNELS(Table, name) \

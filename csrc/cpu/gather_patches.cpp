@@ -10,10 +10,10 @@
 
 #include "common/kept.h"
 #include "common/ops.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
 #include "cpu/output.h"
-#include "cpu/isa/rows.h"
 
 namespace oner_fast {
 namespace {
@@ -25,7 +25,8 @@ constexpr int64_t kGrain = 1 << 15;  // pixels: less is not worth another thread
 // call before, and the next product reads it, so it is better written through the cache.
 constexpr int64_t kStreamedFrom = 64 << 20;
 
-std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels, double otherwise) {
+std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels,
+                                double otherwise) {
   if (!values.has_value()) return std::vector<double>(static_cast<size_t>(channels), otherwise);
   TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == channels, kOp, ": ", name, " must have shape (", channels,
                     ",), got ", values->sizes());
@@ -46,8 +47,8 @@ void check_sides(int64_t height, int64_t width, int64_t patch) {
 }  // namespace
 
 at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in, int64_t patch,
-                          const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std, at::ScalarType dtype,
-                          const std::optional<at::Tensor>& cu_seqlens) {
+                          const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
+                          at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens) {
   TORCH_CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
   const Kind in = pixel_kind(images_in), out_kind = kind_of(kOp, "dtype", dtype);
   const at::Tensor images = images_in.stride(3) == 1 ? images_in : images_in.contiguous();
@@ -55,7 +56,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   check_sides(height, width, patch);
   const int64_t across = width / patch, cells = (height / patch) * across;
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
-  std::vector<double> shift = per_channel("mean", mean, channels, 0.0), divisor = per_channel("std", std, channels, 1.0);
+  std::vector<double> shift = per_channel("mean", mean, channels, 0.0),
+                      divisor = per_channel("std", std, channels, 1.0);
   if (in == kU8) {  // (x / 255 - mean) / std = (x - 255 mean) / (255 std)
     for (double& value : shift) value *= 255.0;
     for (double& value : divisor) value *= 255.0;
@@ -94,8 +96,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
           for (int64_t line = 0; line < patch; ++line) __builtin_prefetch(soon + line * line_bytes);
         }
         char* part = row + c * square * out_size;
-        normalise(output.streamed() ? static_cast<void*>(room.data()) : part, corner(b, kept[i], c), images.stride(2), patch,
-                  shift[static_cast<size_t>(c)], divisor[static_cast<size_t>(c)]);
+        normalise(output.streamed() ? static_cast<void*>(room.data()) : part, corner(b, kept[i], c), images.stride(2),
+                  patch, shift[static_cast<size_t>(c)], divisor[static_cast<size_t>(c)]);
         if (output.streamed()) output.copy(part, room.data(), square * out_size, nullptr);
       }
     }
@@ -105,8 +107,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
 }
 
 at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch,
-                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
-                                   const std::optional<at::Tensor>& cu_seqlens) {
+                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape,
+                                   at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens) {
   TORCH_CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
   const Kind grad_kind = kind_of(kOp, "the gradient", grad_in.scalar_type()), out_kind = kind_of(kOp, "images", dtype);
   const int64_t samples = image_shape[0], channels = image_shape[1], height = image_shape[2], width = image_shape[3];
@@ -115,8 +117,8 @@ at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& 
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
   const int64_t square = patch * patch, row_width = channels * square;
   const at::Tensor grad = grad_in.contiguous();
-  TORCH_CHECK_VALUE(grad.numel() == kept.total() * row_width, kOp, ": the gradient has shape ", grad.sizes(), ", needed ",
-                    kept.total(), " rows of ", row_width);
+  TORCH_CHECK_VALUE(grad.numel() == kept.total() * row_width, kOp, ": the gradient has shape ", grad.sizes(),
+                    ", needed ", kept.total(), " rows of ", row_width);
   const std::vector<double> divisor = per_channel("std", std, channels, 1.0);
   at::Tensor out = with_large_pages(at::empty(image_shape, grad.options().dtype(dtype)));
   if (out.numel() == 0) return out;

@@ -11,25 +11,25 @@
 #include "common/kept.h"
 #include "common/ops.h"
 #include "cpu/dense.h"
+#include "cpu/isa/rows.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
 #include "cpu/output.h"
-#include "cpu/isa/rows.h"
 
 namespace oner_fast {
 namespace {
 
 constexpr const char* kOp = "masked_gather";
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
-constexpr int64_t kBlock = 128;            // elements at a time, so that reads and writes overlap
+constexpr int64_t kBlock = 128;           // elements at a time, so that reads and writes overlap
 constexpr int64_t kLine = 64;             // elements: threads never share a cache line of a row
 
 const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
 
 void check_rows(const char* name, const std::optional<at::Tensor>& rows, const at::Tensor& tokens) {
   if (!rows.has_value()) return;
-  TORCH_CHECK_TYPE(rows->scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have dtype ", tokens.scalar_type(),
-                   " like tokens, got ", rows->scalar_type());
+  TORCH_CHECK_TYPE(rows->scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have dtype ",
+                   tokens.scalar_type(), " like tokens, got ", rows->scalar_type());
   TORCH_CHECK_VALUE(rows->dim() == 2 && rows->size(1) == tokens.size(2), kOp, ": ", name, " must have ", tokens.size(2),
                     " columns, got ", rows->sizes());
 }
@@ -62,7 +62,8 @@ void write_row(char* out, char* scratch, char* sums, const Gradient& grad, const
     for (int64_t c = 0; c < columns; c += kBlock) {
       const int64_t count = std::min(kBlock, columns - c);
       if (sums != nullptr) row.accumulate[kind][is_double](sums + c * wide, from + c * grad.size, count);
-      output.copy(out + c * grad.size, from + c * grad.size, count * grad.size, next == nullptr ? nullptr : next + c * grad.size);
+      output.copy(out + c * grad.size, from + c * grad.size, count * grad.size,
+                  next == nullptr ? nullptr : next + c * grad.size);
     }
   } else {
     if (out != nullptr) std::memset(scratch, 0, static_cast<size_t>(columns * wide));
@@ -77,8 +78,9 @@ void write_row(char* out, char* scratch, char* sums, const Gradient& grad, const
 
 }  // namespace
 
-at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in, const std::optional<at::Tensor>& positions_in,
-                         const std::optional<at::Tensor>& prefix_in, const std::optional<at::Tensor>& cu_seqlens) {
+at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
+                         const std::optional<at::Tensor>& positions_in, const std::optional<at::Tensor>& prefix_in,
+                         const std::optional<at::Tensor>& cu_seqlens) {
   TORCH_CHECK_VALUE(tokens_in.dim() == 3, kOp, ": tokens must have shape (B, N, D), got ", tokens_in.sizes());
   const Kind kind = kind_of(kOp, "tokens", tokens_in.scalar_type());
   const at::Tensor tokens = with_dense_rows(tokens_in);
@@ -93,9 +95,9 @@ at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
 
   const int64_t rows = kept.total() + samples * length;
-  at::Tensor out = with_large_pages(kept.ragged()
-                                        ? at::empty({rows, width}, tokens.options())
-                                        : at::empty({samples, kept_in.size(1) + length, width}, tokens.options()));
+  at::Tensor out =
+      with_large_pages(kept.ragged() ? at::empty({rows, width}, tokens.options())
+                                     : at::empty({samples, kept_in.size(1) + length, width}, tokens.options()));
   if (out.numel() == 0) return out;
 
   const RowKernels& row = row_kernels();
@@ -104,7 +106,8 @@ at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
   const char* place = positions.defined() ? bytes(positions) : nullptr;
   const char* front = length ? bytes(prefix) : nullptr;
   const int64_t sample_stride = tokens.stride(0) * size, token_stride = tokens.stride(1) * size;
-  const int64_t place_stride = place ? positions.stride(0) * size : 0, front_stride = front ? prefix.stride(0) * size : 0;
+  const int64_t place_stride = place ? positions.stride(0) * size : 0,
+                front_stride = front ? prefix.stride(0) * size : 0;
 
   const Output output(rows * width * size);
 
@@ -138,21 +141,21 @@ at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::Tensor& grad_in, const at::Tensor& kept_in,
-                                                                      const std::optional<at::Tensor>& cu_seqlens,
-                                                                      int64_t samples, int64_t cells, int64_t length,
-                                                                      bool need_tokens, bool need_positions,
-                                                                      bool need_prefix) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(
+    const at::Tensor& grad_in, const at::Tensor& kept_in, const std::optional<at::Tensor>& cu_seqlens, int64_t samples,
+    int64_t cells, int64_t length, bool need_tokens, bool need_positions, bool need_prefix) {
   const Kind kind = kind_of(kOp, "the gradient", grad_in.scalar_type());
   TORCH_CHECK_VALUE(length >= 0, kOp, ": the prefix has ", length, " rows");
-  TORCH_CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ", grad_in.sizes());
+  TORCH_CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ",
+                    grad_in.sizes());
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
   const at::Tensor grad = grad_in.contiguous();
   const int64_t width = grad.size(-1), size = grad.element_size();
-  TORCH_CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ", grad.sizes(),
-                    ", needed ", kept.total() + samples * length, " rows");
+  TORCH_CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ",
+                    grad.sizes(), ", needed ", kept.total() + samples * length, " rows");
   const auto options = grad.options();
-  at::Tensor to_tokens = need_tokens ? with_large_pages(at::empty({samples, cells, width}, options)) : at::empty({0}, options);
+  at::Tensor to_tokens =
+      need_tokens ? with_large_pages(at::empty({samples, cells, width}, options)) : at::empty({0}, options);
   at::Tensor to_positions = need_positions ? at::zeros({cells, width}, options) : at::empty({0}, options);
   at::Tensor to_prefix = need_prefix ? at::zeros({length, width}, options) : at::empty({0}, options);
 
@@ -186,7 +189,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
       char* positions_out = static_cast<char*>(to_positions.mutable_data_ptr());
       at::parallel_for(0, cell_parts * column_parts, 1, [&](int64_t first_part, int64_t last_part) {
         for (int64_t part = first_part; part < last_part; ++part) {
-          const int64_t low = cells * (part % cell_parts) / cell_parts, high = cells * (part % cell_parts + 1) / cell_parts;
+          const int64_t low = cells * (part % cell_parts) / cell_parts,
+                        high = cells * (part % cell_parts + 1) / cell_parts;
           const int64_t column = (part / cell_parts) * columns_each;
           const int64_t columns = std::min(columns_each, width - column);
           if (columns <= 0) continue;
@@ -195,15 +199,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
           for (int64_t b = 0; b < samples; ++b) {
             for (int64_t n = low; n < high; ++n) {
               const int64_t *from = inverse.begin(b, n), *until = inverse.end(b, n);
-              write_row(tokens_out == nullptr ? nullptr : tokens_out + ((b * cells + n) * width + column) * size, scratch.data(),
-                        sums.data() + (n - low) * columns * wide, view, from, until,
+              write_row(tokens_out == nullptr ? nullptr : tokens_out + ((b * cells + n) * width + column) * size,
+                        scratch.data(), sums.data() + (n - low) * columns * wide, view, from, until,
                         until == inverse.end(b, high - 1) ? nullptr : until, b, column, columns, kind, row, output);
             }
           }
           output.finish();
           for (int64_t n = low; n < high; ++n)
-            row.store[kind][is_double](positions_out + (n * width + column) * size, sums.data() + (n - low) * columns * wide,
-                                       columns);
+            row.store[kind][is_double](positions_out + (n * width + column) * size,
+                                       sums.data() + (n - low) * columns * wide, columns);
         }
       });
     }
@@ -212,15 +216,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::
   if (need_prefix && length > 0 && width > 0 && samples > 0) {
     char* prefix_out = static_cast<char*>(to_prefix.mutable_data_ptr());
     const int64_t blocks = ceil_div(width, kLine);
-    at::parallel_for(0, length * blocks, ceil_div(kGrainBytes, samples * kLine * size), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t p = i / blocks, column = (i % blocks) * kLine, columns = std::min(kLine, width - column);
-        double sums[kLine] = {};  // room for either accumulator
-        for (int64_t b = 0; b < samples; ++b)
-          row.accumulate[kind][is_double](sums, view.of_prefix(kept, b, p, column), columns);
-        row.store[kind][is_double](prefix_out + (p * width + column) * size, sums, columns);
-      }
-    });
+    at::parallel_for(
+        0, length * blocks, ceil_div(kGrainBytes, samples * kLine * size), [&](int64_t first, int64_t last) {
+          for (int64_t i = first; i < last; ++i) {
+            const int64_t p = i / blocks, column = (i % blocks) * kLine, columns = std::min(kLine, width - column);
+            double sums[kLine] = {};  // room for either accumulator
+            for (int64_t b = 0; b < samples; ++b)
+              row.accumulate[kind][is_double](sums, view.of_prefix(kept, b, p, column), columns);
+            row.store[kind][is_double](prefix_out + (p * width + column) * size, sums, columns);
+          }
+        });
   }
   return {to_tokens, to_positions, to_prefix};
 }

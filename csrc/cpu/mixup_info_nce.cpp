@@ -5,6 +5,8 @@
 // so that a stripe is packed once and its sums stay in the second-level cache. The sums of a unit add the stripes in
 // order. No order of a sum depends on the number of threads, and a thread waits only before it would overtake its
 // predecessor.
+#include "cpu/isa/mixup_info_nce.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -23,7 +25,6 @@
 
 #include "common/ops.h"
 #include "cpu/dense.h"
-#include "cpu/isa/mixup_info_nce.h"
 #include "cpu/kinds.h"
 
 namespace oner_fast {
@@ -49,8 +50,9 @@ struct Side {
       : x(with_dense_rows(x_in)) {
     TORCH_CHECK_VALUE(x_in.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x_in.sizes());
     const at::ScalarType wide = statistics_type(x.scalar_type());
-    rows = MixedRows{x.const_data_ptr(), x.stride(0), nullptr, 0, nullptr, 0, nullptr, kind_of(kOp, name, x.scalar_type()),
-                     x.size(1)};
+    rows =
+        MixedRows{x.const_data_ptr(), x.stride(0), nullptr, 0, nullptr, 0, nullptr, kind_of(kOp, name, x.scalar_type()),
+                  x.size(1)};
     if (other_in.has_value()) {
       TORCH_CHECK_VALUE(other_in->sizes() == x.sizes() && other_in->scalar_type() == x.scalar_type(), kOp, ": ", name,
                         "_other must be like ", name, ", got ", other_in->sizes(), " ", other_in->scalar_type());
@@ -70,8 +72,8 @@ struct Side {
   }
 
   static at::Tensor vector(const at::Tensor& x, int64_t count, at::ScalarType type, const char* what) {
-    TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count,
-                      ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
+    TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (",
+                      count, ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
     return x.contiguous();
   }
 };
@@ -140,7 +142,8 @@ void for_each_stripe(int64_t stripes, int64_t scratch_bytes, const Stripe& strip
 // The first block of a stripe; the caller moves its rows from unit to unit.
 ContrastBlock block_of(const Side& rows, const Side& columns, double scale, int64_t own, const int64_t* partner,
                        const Parts& units, const Parts& stripes, int64_t stripe) {
-  return {rows.rows, columns.rows, 0, 0, stripes.begin(stripe), stripes.size_of(stripe), units.size, own, partner, scale};
+  return {rows.rows,  columns.rows, 0,       0,    stripes.begin(stripe), stripes.size_of(stripe),
+          units.size, own,          partner, scale};
 }
 
 void move_to(ContrastBlock& block, const Parts& units, int64_t unit) {
@@ -162,7 +165,9 @@ at::Tensor dense_partner(const OptionalTensor& partner, int64_t rows) {
 }
 
 // Clamps the first pair: outside all rows and columns its distance has no meaning, and clamped no index overflows.
-int64_t nearest_pair(int64_t first_pair, int64_t rows, int64_t columns) { return std::clamp(first_pair, -rows, columns); }
+int64_t nearest_pair(int64_t first_pair, int64_t rows, int64_t columns) {
+  return std::clamp(first_pair, -rows, columns);
+}
 
 const int64_t* indices(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; }
 
@@ -176,7 +181,8 @@ struct Gradients {
       : x(!needed ? at::empty({0}, wide)
           : zeros ? at::zeros(side.x.sizes(), side.x.options())
                   : at::empty(side.x.sizes(), side.x.options())),
-        other(at::empty(needed && side.other.defined() ? side.x.sizes() : at::IntArrayRef{0}, needed ? side.x.options() : wide)),
+        other(at::empty(needed && side.other.defined() ? side.x.sizes() : at::IntArrayRef{0},
+                        needed ? side.x.options() : wide)),
         mix(at::empty({needed && side.other.defined() ? side.x.size(0) : 0}, wide)) {}
 
   MixedRowsGradient places(void* dot) const {
@@ -213,12 +219,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor column_max = at::full({column_count}, -kInfinity, options);
   const at::Tensor column_sum = at::zeros({column_count}, options);
   const at::Tensor own = at::zeros({m}, options), shared = at::zeros({partner.defined() ? m : 0}, options);
-  const ContrastStatistics out{data(row_max),
-                               data(row_sum),
-                               columns_too ? data(column_max) : nullptr,
-                               columns_too ? data(column_sum) : nullptr,
-                               data(own),
-                               data(shared)};
+  const ContrastStatistics out{
+      data(row_max), data(row_sum), columns_too ? data(column_max) : nullptr, columns_too ? data(column_sum) : nullptr,
+      data(own),     data(shared)};
   const double scale = logit_scale.item<double>();
   const Parts units = Parts::units(m), stripes = Parts::stripes(n, query.size(1));
   Turns turns(stripes.number());
@@ -259,8 +262,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const at::Tensor column_weight = vector(column_weight_in, n, "column_weight");
   const at::Tensor own_weight = vector(own_weight_in, m, "own_weight");
   const at::Tensor partner_weight = vector(partner_weight_in, m, "partner_weight");
-  TORCH_CHECK_VALUE(column_max.defined() == column_weight.defined() && partner.defined() == partner_weight.defined(), kOp,
-                    ": statistics and weights of columns, and partners and their weights, come together");
+  TORCH_CHECK_VALUE(column_max.defined() == column_weight.defined() && partner.defined() == partner_weight.defined(),
+                    kOp, ": statistics and weights of columns, and partners and their weights, come together");
 
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const int64_t row_bytes = padded * static_cast<int64_t>(options.dtype().itemsize());
@@ -289,8 +292,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     char* sums = buffered   ? static_cast<char*>(std::memset(scratch + bytes, 0, static_cast<size_t>(sum_bytes)))
                  : need_key ? static_cast<char*>(data(key_sums)) + first * row_bytes
                             : nullptr;
-    const ContrastGradient gradient{data(row_max),    data(row_weight),     data(column_max), data(column_weight),
-                                    data(own_weight), data(partner_weight), data(row_sums),   sums,
+    const ContrastGradient gradient{data(row_max),    data(row_weight),
+                                    data(column_max), data(column_weight),
+                                    data(own_weight), data(partner_weight),
+                                    data(row_sums),   sums,
                                     padded,           padded};
     kernels.take_columns(block, true, scratch);
     for (int64_t unit = 0; unit < units.number(); ++unit) {
@@ -301,16 +306,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       turns.pass_on(stripe, unit);
       if (need_key) kernels.to_columns(block, gradient, scratch);
     }
-    if (finish_keys) finish(columns.rows, first, first + block.column_count, sums, padded, scale, to_key.places(nullptr));
+    if (finish_keys)
+      finish(columns.rows, first, first + block.column_count, sums, padded, scale, to_key.places(nullptr));
   });
   at::parallel_for(0, m, kRowGrain, [&](int64_t first, int64_t last) {
     const char* sums = static_cast<const char*>(row_sums.const_data_ptr()) + first * row_bytes;
     finish(rows.rows, first, last, sums, padded, scale, to_query.places(data(dot)));
   });
   at::Tensor key_result = to_key.x;
-  if (need_key && !finish_keys) key_result = padded == width ? key_sums.mul_(scale) : key_sums.narrow(1, 0, width).mul(scale);
+  if (need_key && !finish_keys)
+    key_result = padded == width ? key_sums.mul_(scale) : key_sums.narrow(1, 0, width).mul(scale);
   // Summed in float64, so that the float32 result does not depend on the order of the sum.
-  return {to_query.x,  to_query.other, to_query.mix, key_result, to_key.other, to_key.mix, dot.sum(at::kDouble).to(wide)};
+  return {
+      to_query.x, to_query.other, to_query.mix, key_result, to_key.other, to_key.mix, dot.sum(at::kDouble).to(wide)};
 }
 
 }  // namespace oner_fast

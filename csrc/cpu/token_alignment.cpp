@@ -1,4 +1,6 @@
 // token_alignment: minus the mean cosine of student and teacher rows. Bound by memory: each pass reads both rows once.
+#include "cpu/isa/token_alignment.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -10,7 +12,6 @@
 
 #include "common/kept.h"
 #include "common/ops.h"
-#include "cpu/isa/token_alignment.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
 #include "cpu/output.h"
@@ -32,15 +33,17 @@ class Pairs {
     teacher_kind = kind_of(kOp, "teacher", teacher.scalar_type());
     samples_ = student.size(0), per_sample_ = student.size(1), width = student.size(2);
     const int64_t cells = teacher.size(1);
-    TORCH_CHECK_VALUE(teacher.size(0) == samples_ && teacher.size(2) == width && (kept.has_value() || cells == per_sample_), kOp,
-                      ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
+    TORCH_CHECK_VALUE(
+        teacher.size(0) == samples_ && teacher.size(2) == width && (kept.has_value() || cells == per_sample_), kOp,
+        ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
     if (kept.has_value()) {
       kept_.emplace(kOp, *kept, std::nullopt, samples_, cells);
-      TORCH_CHECK_VALUE(kept->size(1) == per_sample_, kOp, ": kept must have shape ", student.sizes().slice(0, 2), ", got ",
-                        kept->sizes());
+      TORCH_CHECK_VALUE(kept->size(1) == per_sample_, kOp, ": kept must have shape ", student.sizes().slice(0, 2),
+                        ", got ", kept->sizes());
     }
     rows = samples_ * per_sample_;
-    grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width * static_cast<int64_t>(student.element_size())));
+    grain =
+        std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width * static_cast<int64_t>(student.element_size())));
   }
 
   const char* student(int64_t row) const { return row_of(student_, row / per_sample_, row % per_sample_); }
@@ -127,8 +130,8 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
   const at::ScalarType wide = statistics_type(student.scalar_type());
   TORCH_CHECK_VALUE(grad.numel() == 1, kOp, ": the gradient must hold one number, got shape ", grad.sizes());
   const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows && factors.size(1) == 2;
-  TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,
-                    ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
+  TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (",
+                    pairs.rows, ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
   at::Tensor out =
       with_large_pages(at::empty(student.sizes(), student.options().memory_format(at::MemoryFormat::Contiguous)));
   if (out.numel() == 0) return out;

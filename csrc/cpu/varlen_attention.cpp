@@ -1,4 +1,6 @@
 // varlen_attention: checks, the division into tasks, and their schedule; the kernels are in isa/varlen_attention.cpp.
+#include "cpu/isa/varlen_attention.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
@@ -10,7 +12,6 @@
 
 #include "common/ops.h"
 #include "cpu/dense.h"
-#include "cpu/isa/varlen_attention.h"
 #include "cpu/kinds.h"
 
 namespace oner_fast {
@@ -31,45 +32,46 @@ Operand moved(Operand x, int64_t size, int64_t row, int64_t head) {
 }
 
 void check_boundaries(const char* name, const at::Tensor& cu_seqlens, int64_t rows) {
-  TORCH_CHECK_TYPE(cu_seqlens.scalar_type() == at::kInt, kOp, ": ", name, " must be int32, got ", cu_seqlens.scalar_type());
-  TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": ", name, " must have shape (B + 1,), got ",
-                    cu_seqlens.sizes());
+  TORCH_CHECK_TYPE(cu_seqlens.scalar_type() == at::kInt, kOp, ": ", name, " must be int32, got ",
+                   cu_seqlens.scalar_type());
+  TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": ", name,
+                    " must have shape (B + 1,), got ", cu_seqlens.sizes());
   const int32_t* values = cu_seqlens.const_data_ptr<int32_t>();
   const int64_t last = cu_seqlens.size(0) - 1;
-  TORCH_CHECK_VALUE(values[0] == 0 && values[last] == rows, kOp, ": ", name, " must begin with 0 and end with ", rows, ", got ",
-                    values[0], " and ", values[last]);
+  TORCH_CHECK_VALUE(values[0] == 0 && values[last] == rows, kOp, ": ", name, " must begin with 0 and end with ", rows,
+                    ", got ", values[0], " and ", values[last]);
   TORCH_CHECK_VALUE(std::is_sorted(values, values + last + 1), kOp, ": ", name, " must never decrease");
 }
 
 void check_like(const char* name, const at::Tensor& x, const at::Tensor& like) {
   TORCH_CHECK_VALUE(x.sizes() == like.sizes(), kOp, ": ", name, " must have shape ", like.sizes(), ", got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), kOp, ": ", name, " must have dtype ", like.scalar_type(), ", got ",
-                   x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), kOp, ": ", name, " must have dtype ", like.scalar_type(),
+                   ", got ", x.scalar_type());
 }
 
 // The checked arguments, and where each sequence lies.
 class Batch {
  public:
-  Batch(const at::Tensor& query_in, const at::Tensor& key_in, const at::Tensor& value_in, const at::Tensor& cu_seqlens_q,
-        const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale)
+  Batch(const at::Tensor& query_in, const at::Tensor& key_in, const at::Tensor& value_in,
+        const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale)
       : causal_(causal), scale_(scale) {
     TORCH_CHECK_VALUE(query_in.dim() == 3, kOp, ": query must have shape (T, H, Dh), got ", query_in.sizes());
     TORCH_CHECK_VALUE(key_in.dim() == 3 && key_in.size(2) == query_in.size(2), kOp, ": key must have shape (Tk, Hk, ",
                       query_in.size(2), "), got ", key_in.sizes());
-    TORCH_CHECK_TYPE(key_in.scalar_type() == query_in.scalar_type(), kOp, ": key must have dtype ", query_in.scalar_type(),
-                     " like query, got ", key_in.scalar_type());
+    TORCH_CHECK_TYPE(key_in.scalar_type() == query_in.scalar_type(), kOp, ": key must have dtype ",
+                     query_in.scalar_type(), " like query, got ", key_in.scalar_type());
     check_like("value", value_in, key_in);
     kind = kind_of(kOp, "query", query_in.scalar_type());
     query = with_dense_rows(query_in), key = with_dense_rows(key_in), value = with_dense_rows(value_in);
     heads = query.size(1), key_heads = key.size(1);
-    TORCH_CHECK_VALUE(key_heads > 0 && heads % key_heads == 0, kOp, ": the heads of key and value must divide the ", heads,
-                      " heads of query, got ", key_heads);
+    TORCH_CHECK_VALUE(key_heads > 0 && heads % key_heads == 0, kOp, ": the heads of key and value must divide the ",
+                      heads, " heads of query, got ", key_heads);
     starts_q_ = cu_seqlens_q.contiguous();
     starts_k_ = cu_seqlens_k.has_value() ? cu_seqlens_k->contiguous() : starts_q_;
     check_boundaries("cu_seqlens_q", starts_q_, query.size(0));
     check_boundaries("cu_seqlens_k", starts_k_, key.size(0));
-    TORCH_CHECK_VALUE(starts_q_.size(0) == starts_k_.size(0), kOp, ": cu_seqlens_k must have shape (", starts_q_.size(0),
-                      ",) like cu_seqlens_q, got ", starts_k_.sizes());
+    TORCH_CHECK_VALUE(starts_q_.size(0) == starts_k_.size(0), kOp, ": cu_seqlens_k must have shape (",
+                      starts_q_.size(0), ",) like cu_seqlens_q, got ", starts_k_.sizes());
     sequences = starts_q_.size(0) - 1;
     size = query.element_size();
   }
@@ -77,9 +79,7 @@ class Batch {
   // The first query that sees a key, and the sizes from there on; under a causal mask the first queries may see none.
   int64_t begin_q(int64_t s) const { return start(starts_q_, s) + blind(s); }
   int64_t begin_k(int64_t s) const { return start(starts_k_, s); }
-  AttentionSizes sizes(int64_t s) const {
-    return {queries(s) - blind(s), keys(s), query.size(2), causal_, scale_};
-  }
+  AttentionSizes sizes(int64_t s) const { return {queries(s) - blind(s), keys(s), query.size(2), causal_, scale_}; }
   bool some_blind() const {
     for (int64_t s = 0; s < sequences; ++s)
       if (blind(s) > 0) return true;
@@ -122,7 +122,8 @@ void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, 
   int64_t scratch = 0;
   for (const Task& task : tasks) scratch = std::max(scratch, scratch_of(task));
   const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t{0});
-  const int64_t workers = std::min<int64_t>({at::get_num_threads(), static_cast<int64_t>(tasks.size()), total / kWorthAThread + 1});
+  const int64_t workers =
+      std::min<int64_t>({at::get_num_threads(), static_cast<int64_t>(tasks.size()), total / kWorthAThread + 1});
   const at::Tensor memory = at::empty({workers * scratch}, at::kByte);
   char* begin = static_cast<char*>(memory.mutable_data_ptr());
   std::atomic<size_t> next{0};
@@ -137,12 +138,14 @@ void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, 
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                                    const at::Tensor& cu_seqlens_q,
-                                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale) {
+std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key,
+                                                    const at::Tensor& value, const at::Tensor& cu_seqlens_q,
+                                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
+                                                    double scale) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
   at::Tensor out = at::empty(query.sizes(), query.options());
-  at::Tensor statistics = at::empty({2, query.size(0), query.size(1)}, query.options().dtype(statistics_type(query.scalar_type())));
+  at::Tensor statistics =
+      at::empty({2, query.size(0), query.size(1)}, query.options().dtype(statistics_type(query.scalar_type())));
   if (out.numel() == 0) return {out, statistics.zero_()};
   if (batch.some_blind()) out.zero_(), statistics.zero_();
   const at::Tensor maximum = statistics[0], inverse = statistics[1];
@@ -158,8 +161,9 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, con
       for (int64_t first = 0; first < sizes.queries; first += each) {
         const int64_t last = std::min(first + each, sizes.queries), key_head = h / batch.group();
         tasks.push_back({sizes, first, last, moved(input(batch.query), size, row, h),
-                         moved(input(batch.key), size, key_row, key_head), moved(input(batch.value), size, key_row, key_head),
-                         moved(output(out), size, row, h), moved(output(maximum), maximum.element_size(), row, h),
+                         moved(input(batch.key), size, key_row, key_head),
+                         moved(input(batch.value), size, key_row, key_head), moved(output(out), size, row, h),
+                         moved(output(maximum), maximum.element_size(), row, h),
                          moved(output(inverse), inverse.element_size(), row, h)});
         costs.push_back(cost_of(last - first, sizes.keys));
       }
@@ -179,8 +183,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
   const at::IntArrayRef expected = shape;
   TORCH_CHECK_VALUE(statistics.sizes() == expected, kOp, ": statistics must have shape ", expected, ", got ",
                     statistics.sizes());
-  TORCH_CHECK_TYPE(statistics.scalar_type() == statistics_type(query.scalar_type()), kOp, ": statistics must have dtype ",
-                   statistics_type(query.scalar_type()), ", got ", statistics.scalar_type());
+  TORCH_CHECK_TYPE(statistics.scalar_type() == statistics_type(query.scalar_type()), kOp,
+                   ": statistics must have dtype ", statistics_type(query.scalar_type()), ", got ",
+                   statistics.scalar_type());
   const at::Tensor maximum = statistics[0], inverse = statistics[1];
   const at::Tensor grad = with_dense_rows(grad_in), out = with_dense_rows(out_in);
   const auto empty = [&](bool need, const at::Tensor& like) {
@@ -214,11 +219,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
         const auto of_query = [&](auto x, int64_t bytes) { return moved(x, bytes, row, h * group + head); };
         const auto of_key = [&](auto x) { return moved(x, size, key_row, h); };
         const AttentionOutput none{nullptr, 0, 0};
-        return {sizes, heads, 0, sizes.queries, 0, sizes.keys, for_query, for_key, of_query(input(batch.query), size),
-                of_key(input(batch.key)), of_key(input(batch.value)), of_query(input(out), size),
-                of_query(input(maximum), maximum.element_size()), of_query(input(inverse), inverse.element_size()),
+        return {sizes,
+                heads,
+                0,
+                sizes.queries,
+                0,
+                sizes.keys,
+                for_query,
+                for_key,
+                of_query(input(batch.query), size),
+                of_key(input(batch.key)),
+                of_key(input(batch.value)),
+                of_query(input(out), size),
+                of_query(input(maximum), maximum.element_size()),
+                of_query(input(inverse), inverse.element_size()),
                 of_query(input(grad), size),
-                for_query ? of_query(output(to_query), size) : none, for_key ? of_key(output(to_key)) : none,
+                for_query ? of_query(output(to_query), size) : none,
+                for_key ? of_key(output(to_key)) : none,
                 for_key ? of_key(output(to_value)) : none};
       };
       if (whole) {

@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kThreads) gather_patches_any(const GatherPatch
   for (unsigned at = threadIdx.x & (lanes - 1); at < width; at += lanes) {
     const Pixel pixel(a, at);
     Wide x = 0;
-    if (corner >= 0) x = Normalise<Wide>(a, pixel.channel)(read_any<Wide>(a.images, a.image_number, corner + pixel.offset));
+    if (corner >= 0)
+      x = Normalise<Wide>(a, pixel.channel)(read_any<Wide>(a.images, a.image_number, corner + pixel.offset));
     write_any(a.out, a.out_number, entry * width + at, x);
   }
 }
@@ -155,7 +156,8 @@ __global__ void __launch_bounds__(kThreads) gather_patches_backward_any(const Ga
   Wide sum = 0;
   if (choice.count > 0) {
     const auto add = [&](int64_t entry) {
-      sum += read_any<Wide>(a.grad, a.grad_number, row_of_entry(a.kept, target.sample, entry, 0) * width + target.column);
+      sum +=
+          read_any<Wide>(a.grad, a.grad_number, row_of_entry(a.kept, target.sample, entry, 0) * width + target.column);
     };
     add(choice.first);
     for_each_repeat(a.kept, target.sample, target.cell, choice, add);
@@ -168,8 +170,8 @@ template <typename In, typename Out>
 bool fits(const GatherPatches& a) {
   constexpr int64_t kNumbers = 16 / sizeof(Out), kBytes = kNumbers * sizeof(In) < 16 ? kNumbers * sizeof(In) : 16;
   const int64_t strides = a.sample_stride | a.channel_stride | a.line_stride;
-  return a.patch % kNumbers == 0 && strides * static_cast<int64_t>(sizeof(In)) % kBytes == 0 && aligned(a.images, kBytes) &&
-         aligned(a.out, 16);
+  return a.patch % kNumbers == 0 && strides * static_cast<int64_t>(sizeof(In)) % kBytes == 0 &&
+         aligned(a.images, kBytes) && aligned(a.out, 16);
 }
 
 template <typename In, typename Out>
@@ -198,14 +200,13 @@ extern "C" cudaError_t oner_fast_gather_patches(const GatherPatches* call, cudaS
   const GatherPatches& a = *call;
   const int64_t width = static_cast<int64_t>(a.channels) * a.patch * a.patch;
   if (a.kept.total == 0 || width == 0) return cudaSuccess;
-  const bool done = launch_if<unsigned char, float>(a, kU8, kF32, stream) ||
-                    launch_if<unsigned char, __half>(a, kU8, kF16, stream) ||
-                    launch_if<unsigned char, __nv_bfloat16>(a, kU8, kBF16, stream) ||
-                    launch_if<float, float>(a, kF32, kF32, stream) || launch_if<float, __half>(a, kF32, kF16, stream) ||
-                    launch_if<float, __nv_bfloat16>(a, kF32, kBF16, stream) ||
-                    launch_if<__half, __half>(a, kF16, kF16, stream) ||
-                    launch_if<__nv_bfloat16, __nv_bfloat16>(a, kBF16, kBF16, stream) ||
-                    launch_if<double, double>(a, kF64, kF64, stream);
+  const bool done =
+      launch_if<unsigned char, float>(a, kU8, kF32, stream) || launch_if<unsigned char, __half>(a, kU8, kF16, stream) ||
+      launch_if<unsigned char, __nv_bfloat16>(a, kU8, kBF16, stream) ||
+      launch_if<float, float>(a, kF32, kF32, stream) || launch_if<float, __half>(a, kF32, kF16, stream) ||
+      launch_if<float, __nv_bfloat16>(a, kF32, kBF16, stream) || launch_if<__half, __half>(a, kF16, kF16, stream) ||
+      launch_if<__nv_bfloat16, __nv_bfloat16>(a, kBF16, kBF16, stream) ||
+      launch_if<double, double>(a, kF64, kF64, stream);
   if (!done) {
     const int log_lanes = lanes_of(width);
     const dim3 grid(static_cast<unsigned>(blocks_for(a.kept.total, kThreads >> log_lanes)));
@@ -222,8 +223,7 @@ extern "C" cudaError_t oner_fast_gather_patches_backward(const GatherPatchesBack
   const int64_t pixels = a.kept.samples * a.channels * a.down * a.patch * a.across * a.patch;
   if (pixels == 0) return cudaSuccess;
   launch_inversion(a.kept, a.choices, stream);
-  const bool done = launch_back_if<float>(a, kF32, pixels, stream) ||
-                    launch_back_if<__half>(a, kF16, pixels, stream) ||
+  const bool done = launch_back_if<float>(a, kF32, pixels, stream) || launch_back_if<__half>(a, kF16, pixels, stream) ||
                     launch_back_if<__nv_bfloat16>(a, kBF16, pixels, stream);
   if (!done) {
     const dim3 grid(static_cast<unsigned>(blocks_for(pixels, kThreads)));

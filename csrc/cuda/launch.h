@@ -10,9 +10,7 @@ namespace oner_fast::cuda {
 
 enum Number : int32_t { kF32 = 0, kF64, kF16, kBF16, kU8 };
 
-constexpr int64_t bytes_of(int32_t number) {
-  return number == kF64 ? 8 : number == kF32 ? 4 : number == kU8 ? 1 : 2;
-}
+constexpr int64_t bytes_of(int32_t number) { return number == kF64 ? 8 : number == kF32 ? 4 : number == kU8 ? 1 : 2; }
 
 // The rows of each sample to keep: entry i of sample b is values[begin(b) + i]. A value outside [0, cells) keeps
 // nothing.
@@ -51,7 +49,7 @@ struct MaskedGatherBackward {
 
 struct GatherPatches {
   const void* images;
-  void* out;                // (kept.total, channels * patch * patch), dense
+  void* out;                 // (kept.total, channels * patch * patch), dense
   const double *mean, *std;  // (channels,), or null
   Kept kept;
   int64_t sample_stride, channel_stride, line_stride;  // pixels of a line lie side by side
@@ -69,7 +67,7 @@ struct GatherPatchesBackward {
 
 struct TokenAlignment {
   const void *student, *teacher;
-  const int64_t* kept;  // (samples * per_sample,), or null: teacher token i for student token i
+  const int64_t* kept;   // (samples * per_sample,), or null: teacher token i for student token i
   void *loss, *factors;  // 0-d and (rows, 2): float, or double for a double student
   double* partials;      // token_alignment_partials(rows)
   const void* grad;      // backward: 0-d like the loss; factors are read
@@ -81,7 +79,7 @@ struct TokenAlignment {
 
 // One side of the contrast that tensor cores cannot read: it is mixed, or its width or strides do not fit.
 struct MixupPack {
-  const void *x, *other;  // other may be null
+  const void *x, *other;            // other may be null
   const float *mix, *inverse_norm;  // with other; or null
   void* out;                        // (rows, padded) of x's type, zeros behind the width
   float* rest;                      // (rows,), the factors that make packed rows unit vectors
@@ -90,7 +88,7 @@ struct MixupPack {
 };
 
 struct MixupStatistics {
-  const void *query, *key;  // 16-byte aligned, strides and width multiples of 8
+  const void *query, *key;                 // 16-byte aligned, strides and width multiples of 8
   const float *query_factor, *key_factor;  // the factors that make unit vectors; null: rows are unit vectors
   const float* scale;                      // 0-d
   const int64_t* partner;                  // (rows,), or null

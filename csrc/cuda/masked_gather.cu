@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads) masked_gather_forward(const MaskedGa
 
 // A thread owns N columns of one cell in all samples of a split: the gradients of tokens, and their sum for positions.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) masked_gather_backward(const MaskedGatherBackward a, int64_t splits,
-                                                                   int64_t samples_each) {
+__global__ void __launch_bounds__(kThreads)
+    masked_gather_backward(const MaskedGatherBackward a, int64_t splits, int64_t samples_each) {
   using Wide = WideOf<T>;
   const int words = a.width / N;
   const int64_t thread = blockIdx.x * int64_t{kThreads} + threadIdx.x, cell = divided(thread, words);
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kThreads) prefix_sums(const MaskedGatherBackwa
 
 // out (count,): the sum of the partials (splits, count) in order.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) add_partials(const WideOf<T>* partials, T* out, int64_t count, int64_t splits) {
+__global__ void __launch_bounds__(kThreads)
+    add_partials(const WideOf<T>* partials, T* out, int64_t count, int64_t splits) {
   const int64_t at = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (at >= count) return;
   WideOf<T> sum = 0;
@@ -174,7 +175,8 @@ void launch_backward(const MaskedGatherBackward& a, cudaStream_t stream) {
   if ((a.to_tokens != nullptr || a.to_positions != nullptr) && a.kept.cells > 0) {
     launch_inversion(a.kept, a.choices, stream);
     // Without positions there is no sum over samples, so more threads take fewer samples each.
-    const int64_t each = a.to_positions != nullptr ? kSamplesPerSplit : kTogether, parts = blocks_for(a.kept.samples, each);
+    const int64_t each = a.to_positions != nullptr ? kSamplesPerSplit : kTogether,
+                  parts = blocks_for(a.kept.samples, each);
     masked_gather_backward<T, N><<<grid_of(a.kept.cells * words, parts), kThreads, 0, stream>>>(a, parts, each);
   }
   if (a.to_positions != nullptr && a.kept.cells > 0)
@@ -192,8 +194,8 @@ extern "C" cudaError_t oner_fast_masked_gather(const MaskedGather* call, cudaStr
   if (a.kept.total + a.kept.samples * a.prefix_rows == 0 || a.width == 0) return cudaSuccess;
   const int64_t size = bytes_of(a.number);
   const int64_t strides = a.sample_stride | a.token_stride | a.position_stride | a.prefix_stride | a.width;
-  const bool whole = strides * size % 16 == 0 && aligned(a.tokens, 16) && aligned(a.positions, 16) && aligned(a.prefix, 16) &&
-                     aligned(a.out, 16);
+  const bool whole = strides * size % 16 == 0 && aligned(a.tokens, 16) && aligned(a.positions, 16) &&
+                     aligned(a.prefix, 16) && aligned(a.out, 16);
   return with_type(a.number, [&](auto type) {
     using T = decltype(type);
     whole ? launch_forward<T, 16 / sizeof(T)>(a, stream) : launch_forward<T, 1>(a, stream);

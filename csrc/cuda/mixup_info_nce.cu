@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
   const auto load = [&](const Cursor& at, int stage) {
     const uint32_t to = stages + stage * kStageBytes;
     load_side(to, static_cast<const T*>(a.query), a.query_stride, a.rows, a.width, at.row_tile, at.depth);
-    load_side(to + kSideBytes, static_cast<const T*>(a.key), a.key_stride, a.columns, a.width, at.column_tile, at.depth);
+    load_side(to + kSideBytes, static_cast<const T*>(a.key), a.key_stride, a.columns, a.width, at.column_tile,
+              at.depth);
   };
 
   Cursor ahead{first_row, first_column, 0}, now = ahead;
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
     commit_copies();
   }
 
-  float sums[4][4][4] = {};          // [16 rows, 8 columns, numbers of a lane]
-  float row_max[8], row_sum[8];      // of a lane's rows and columns
+  float sums[4][4][4] = {};      // [16 rows, 8 columns, numbers of a lane]
+  float row_max[8], row_sum[8];  // of a lane's rows and columns
 #pragma unroll
   for (int r = 0; r < 8; ++r) {
     row_max[r] = -kInfinity;

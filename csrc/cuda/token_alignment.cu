@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kThreads) token_alignment_forward(const TokenA
 }
 
 // Adds the partial sums in one block, in an order that depends on their number alone.
-__global__ void __launch_bounds__(kThreads) token_alignment_mean(const TokenAlignment a, int64_t rows, int64_t partials) {
+__global__ void __launch_bounds__(kThreads)
+    token_alignment_mean(const TokenAlignment a, int64_t rows, int64_t partials) {
   __shared__ double sums[kWarps];
   double sum = 0;
 #pragma unroll 4

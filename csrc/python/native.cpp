@@ -29,7 +29,8 @@ py::tuple pack(const py::list& lists) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* row = PyList_GET_ITEM(lists.ptr(), i);
     if (!PyList_Check(row))
-      throw py::type_error("pack: lists[" + std::to_string(i) + "] must be a list of int, got " + Py_TYPE(row)->tp_name);
+      throw py::type_error("pack: lists[" + std::to_string(i) + "] must be a list of int, got " +
+                           Py_TYPE(row)->tp_name);
     total += PyList_GET_SIZE(row);
     if (total > std::numeric_limits<int32_t>::max())
       throw py::value_error("pack: more than 2^31 - 1 values in all, which cu_seqlens in int32 cannot count");

@@ -9,7 +9,8 @@
 
 namespace {
 
-using Launcher = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments, uint64_t shared);
+using Launcher = int (*)(const char* kernel, const unsigned* grid, const unsigned* block, void** arguments,
+                         uint64_t shared);
 
 struct Configuration {
   dim3 grid, block;
@@ -48,7 +49,8 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*, int*) {
+void __cudaRegisterFunction(void**, const char* function, char*, const char* name, int, uint3*, uint3*, dim3*, dim3*,
+                            int*) {
   names()[function] = name;
 }
 
@@ -64,15 +66,18 @@ cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, 
   return cudaSuccess;
 }
 
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t) {
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
+                             cudaStream_t) {
   constexpr size_t kWithoutAsking = 48 << 10;
   const unsigned most = 65535, x[3] = {grid.x, grid.y, grid.z}, y[3] = {block.x, block.y, block.z};
   const auto asked = largest_shared().find(function);
-  const bool too_much = shared > kWithoutAsking && (asked == largest_shared().end() || shared > static_cast<size_t>(asked->second));
+  const bool too_much =
+      shared > kWithoutAsking && (asked == largest_shared().end() || shared > static_cast<size_t>(asked->second));
   if (names().count(function) == 0) return failed(cudaErrorInvalidDeviceFunction);
   if (x[0] == 0 || x[1] == 0 || x[2] == 0 || x[0] > INT32_MAX || x[1] > most || x[2] > most || too_much)
     return failed(cudaErrorInvalidConfiguration);
-  if (launcher == nullptr || launcher(names()[function].c_str(), x, y, arguments, shared) != 0) return failed(cudaErrorLaunchFailure);
+  if (launcher == nullptr || launcher(names()[function].c_str(), x, y, arguments, shared) != 0)
+    return failed(cudaErrorLaunchFailure);
   return cudaSuccess;
 }
 // From CUDA 13 on a kernel has a handle; here it is the function.
@@ -80,7 +85,8 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
   return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared, cudaStream_t stream) {
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
+                               cudaStream_t stream) {
   return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, shared, stream);
 }
 

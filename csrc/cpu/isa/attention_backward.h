@@ -29,7 +29,8 @@ class Backward {
     pair_row_ = round_up(steps<P>(columns), W);
     key_ = scratch_.template take<E>(round_up(keys_, P::kRowsRead) * width_row_);
     value_ = scratch_.template take<E>(round_up(keys_, P::kRowsRead) * width_row_);
-    key_transposed_ = P::kDepth == 1 ? nullptr : scratch_.template take<E>(round_up(width, P::kRowsRead) * key_depth_row_);
+    key_transposed_ =
+        P::kDepth == 1 ? nullptr : scratch_.template take<E>(round_up(width, P::kRowsRead) * key_depth_row_);
     query_transposed_ = scratch_.template take<E>(width_row_ * columns);
     grad_transposed_ = scratch_.template take<E>(width_row_ * columns);
     query_ = scratch_.template take<E>(steps<P>(columns) * sum_row_);
@@ -76,8 +77,11 @@ class Backward {
 
   void foresee(const AttentionBackward* next) {
     const int64_t width = t_.sizes.width;
-    const auto end = [](int64_t first, int64_t last, int64_t most) { return last - first < most ? last : first + most; };
-    if (t_.need_query) ahead_.template add<In>(t_.to_query, t_.first_query, end(t_.first_query, t_.last_query, queries_), width);
+    const auto end = [](int64_t first, int64_t last, int64_t most) {
+      return last - first < most ? last : first + most;
+    };
+    if (t_.need_query)
+      ahead_.template add<In>(t_.to_query, t_.first_query, end(t_.first_query, t_.last_query, queries_), width);
     if (t_.need_key) {
       ahead_.template add<In>(t_.to_key, t_.first_key, t_.first_key + keys_, width);
       ahead_.template add<In>(t_.to_value, t_.first_key, t_.first_key + keys_, width);
@@ -129,7 +133,8 @@ class Backward {
         sums[i] = Vec<T>{};
         if (n + i < count)
           for (int64_t d = 0; d < width; d += W)
-            sums[i] += read(grad + (n + i) * t_.grad.row + d, width - d) * read(out + (n + i) * t_.out.row + d, width - d);
+            sums[i] +=
+                read(grad + (n + i) * t_.grad.row + d, width - d) * read(out + (n + i) * t_.out.row + d, width - d);
       }
       transpose(sums);
       for (int i = 1; i < W; ++i) sums[0] += sums[i];
@@ -150,8 +155,10 @@ class Backward {
       any |= seen > 0;
       if (seen > 0) {
         const int64_t depth = steps<P>(width);
-        multiply_ahead<P, false>(ahead_, seen, n, depth, key_, width_row_, 1, query_transposed_ + p * depth, scores_, columns);
-        multiply_ahead<P, false>(ahead_, seen, n, depth, value_, width_row_, 1, grad_transposed_ + p * depth, products_, columns);
+        multiply_ahead<P, false>(ahead_, seen, n, depth, key_, width_row_, 1, query_transposed_ + p * depth, scores_,
+                                 columns);
+        multiply_ahead<P, false>(ahead_, seen, n, depth, value_, width_row_, 1, grad_transposed_ + p * depth, products_,
+                                 columns);
         const bool masked = n < columns || some_unseen(t_.sizes, query + p, key, seen);
         with_vectors<P>(columns / W, [&](auto v) {
           constexpr int V = decltype(v)::value;
@@ -182,7 +189,8 @@ class Backward {
     if constexpr (P::kDepth == 1)
       multiply_panel<P>(ahead_, add, t_.sizes.width, n, keys, key_, 1, width_row_, products_, c, columns);
     else
-      multiply_panel<P>(ahead_, add, t_.sizes.width, n, steps<P>(keys), key_transposed_, key_depth_row_, 1, panel_, c, columns);
+      multiply_panel<P>(ahead_, add, t_.sizes.width, n, steps<P>(keys), key_transposed_, key_depth_row_, 1, panel_, c,
+                        columns);
   }
 
   void multiply_key(bool add, int64_t keys, int64_t queries, const E* a, const E* b, T* c) {
@@ -241,7 +249,8 @@ class Backward {
   Ahead ahead_;
   Pieces scratch_;
   int64_t keys_, queries_, width_row_, sum_row_, key_depth_row_, pair_row_, to_query_head_;
-  E *key_, *value_, *key_transposed_, *query_transposed_, *grad_transposed_, *query_, *grad_, *weights_, *slopes_, *panel_;
+  E *key_, *value_, *key_transposed_, *query_transposed_, *grad_transposed_, *query_, *grad_, *weights_, *slopes_,
+      *panel_;
   T *scores_, *products_, *to_key_, *to_value_, *to_query_, *maximum_, *inverse_, *delta_, *factor_;
 };
 

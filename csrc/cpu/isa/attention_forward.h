@@ -80,7 +80,8 @@ class Forward {
       if constexpr (P::kDepth == 1)
         multiply_panel<P>(ahead_, key > 0, width, queries, seen, value_, 1, value_row_, scores_, sums, columns);
       else
-        multiply_panel<P>(ahead_, key > 0, width, queries, steps<P>(seen), value_, value_row_, 1, weights_, sums, columns);
+        multiply_panel<P>(ahead_, key > 0, width, queries, steps<P>(seen), value_, value_row_, 1, weights_, sums,
+                          columns);
     }
     if (key + count == t_.sizes.keys) finish(query, queries, columns, sums);
   }

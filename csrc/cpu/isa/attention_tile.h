@@ -66,7 +66,8 @@ class Ahead {
   void add(const Operand& x, int64_t first, int64_t last, int64_t width) {
     if (last <= first) return;
     constexpr int64_t size = sizeof(In);
-    regions_[count_++] = {static_cast<const char*>(x.data) + first * x.row * size, x.row * size, width * size, last - first};
+    regions_[count_++] = {static_cast<const char*>(x.data) + first * x.row * size, x.row * size, width * size,
+                          last - first};
   }
   void advance(int64_t lines) {
     for (; lines > 0 && at_ < count_; --lines) {
@@ -92,8 +93,8 @@ class Ahead {
 
 // multiply, a few rows at a time.
 template <typename P, bool kAdd>
-void multiply_ahead(Ahead& ahead, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row, int64_t a_step,
-                    const typename P::Element* b, typename P::Out* c, int64_t c_row) {
+void multiply_ahead(Ahead& ahead, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row,
+                    int64_t a_step, const typename P::Element* b, typename P::Out* c, int64_t c_row) {
   constexpr int64_t kEach = P::kDepth == 2 ? 32 : kRows;
   for (int64_t i = 0; i < m; i += kEach) {
     const int64_t rows = m - i < kEach ? m - i : kEach;
@@ -148,8 +149,8 @@ constexpr int64_t kDeep = P::kDepth == 2 ? 256 : 128;
 
 // multiply with one panel of B and any depth; adds to C where told to.
 template <typename P>
-void multiply_panel(Ahead& ahead, bool add, int64_t m, int64_t n, int64_t k, const typename P::Element* a, int64_t a_row,
-                    int64_t a_step, const typename P::Element* b, typename P::Out* c, int64_t c_row) {
+void multiply_panel(Ahead& ahead, bool add, int64_t m, int64_t n, int64_t k, const typename P::Element* a,
+                    int64_t a_row, int64_t a_step, const typename P::Element* b, typename P::Out* c, int64_t c_row) {
   const int64_t columns = padded<typename P::Out>(n);
   for (int64_t i = 0; i < k; i += kDeep<P>) {
     const int64_t depth = k - i < kDeep<P> ? k - i : kDeep<P>;
@@ -168,8 +169,8 @@ inline __m512i bfloats(Vec<float> low, Vec<float> high) {
 // The pairs (low[i], high[i]).
 inline Vec<uint32_t> pairs(Vec<float> low, Vec<float> high) {
   constexpr int W = kLanes<float>;
-  alignas(64) static constexpr uint16_t kOrder[2 * W] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                         8,  24, 9,  25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kOrder[2 * W] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return reinterpret_cast<Vec<uint32_t>>(_mm512_permutexvar_epi16(_mm512_load_si512(kOrder), bfloats(low, high)));
 }
 #endif

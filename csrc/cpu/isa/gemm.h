@@ -32,9 +32,9 @@ struct Pairs {
   using Element = uint32_t;
   static constexpr int kDepth = 2, kSteps = 16, kRowsRead = 16;
   static Vec<float> multiply_add(uint32_t a, Vec<uint32_t> b, Vec<float> c) {
-    return reinterpret_cast<Vec<float>>(
-        _mm512_dpbf16_ps(reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
-                         reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<Vec<float>>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(c), reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
+        reinterpret_cast<__m512bh>(b)));
   }
 };
 #endif
@@ -116,7 +116,8 @@ void panel(int64_t m, int64_t k, const typename P::Element* a, int64_t a_row, in
   constexpr int64_t width = V * kLanes<typename P::Out>;
   panel_part<P, V, kAdd>(m, k < kPanelPart ? k : kPanelPart, a, a_row, a_step, b, c, c_row);
   for (int64_t i = kPanelPart; i < k; i += kPanelPart)
-    panel_part<P, V, true>(m, k - i < kPanelPart ? k - i : kPanelPart, a + i * a_step, a_row, a_step, b + i * width, c, c_row);
+    panel_part<P, V, true>(m, k - i < kPanelPart ? k - i : kPanelPart, a + i * a_step, a_row, a_step, b + i * width, c,
+                           c_row);
 }
 
 #if defined(__AMX_BF16__)
@@ -140,7 +141,8 @@ class Tiles {
 };
 
 template <bool kAdd, bool kTwoRows, bool kTwoColumns>
-inline void tiles(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c, int64_t c_row) {
+inline void tiles(int64_t k, const uint32_t* a, int64_t a_row, const uint32_t* b, int64_t b_row, float* c,
+                  int64_t c_row) {
   const int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
   if constexpr (kAdd) {
     _tile_loadd(0, c, c_bytes);

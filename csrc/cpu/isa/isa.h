@@ -23,8 +23,8 @@
 #endif
 
 // Defines this instruction set's `name`.
-#define ONER_FAST_DEFINE_KERNELS(Table, name, make)  \
+#define ONER_FAST_DEFINE_KERNELS(Table, name, make)       \
   const Table& ONER_FAST_JOIN(name##_, ONER_FAST_ISA)() { \
-    static const Table table = make();               \
-    return table;                                    \
+    static const Table table = make();                    \
+    return table;                                         \
   }

@@ -130,10 +130,10 @@ RowOperand<P> take_rows(const ContrastBlock& block, const Scratch<P>& s) {
 
 // The products of rows first..first + count with all columns, before the factors that make them logits.
 template <typename P>
-void multiply_rows(const ContrastBlock& block, const Scratch<P>& s, const RowOperand<P>& rows, int64_t first, int64_t count,
-                   typename P::Out* to) {
-  multiply<P, false>(count, block.column_count, steps<P>(block.columns.width), rows.elements + first * rows.stride, rows.stride,
-                     1, s.column_transposed, to, s.logits_row);
+void multiply_rows(const ContrastBlock& block, const Scratch<P>& s, const RowOperand<P>& rows, int64_t first,
+                   int64_t count, typename P::Out* to) {
+  multiply<P, false>(count, block.column_count, steps<P>(block.columns.width), rows.elements + first * rows.stride,
+                     rows.stride, 1, s.column_transposed, to, s.logits_row);
 }
 
 // Returns x, and keeps the compiler from fusing its multiplication with a later addition.
@@ -156,7 +156,8 @@ Vec<typename P::Out> row_factor(const ContrastBlock& block, const Scratch<P>& s,
 }
 // Backward must compute exactly the logit that forward found to be the largest.
 template <typename P>
-Vec<typename P::Out> logit_of(Vec<typename P::Out> product, Vec<typename P::Out> factor, const typename P::Out* column_rest) {
+Vec<typename P::Out> logit_of(Vec<typename P::Out> product, Vec<typename P::Out> factor,
+                              const typename P::Out* column_rest) {
   return rounded<typename P::Out>(product * (P::kDepth == 1 ? factor : factor * load(column_rest)));
 }
 
@@ -295,8 +296,9 @@ void forward(const ContrastBlock& block, const ContrastStatistics& out, void* me
     forward_sums<P, false>(block, s);
   } else {
     forward_sums<P, true>(block, s);
-    merge_all<T>(static_cast<T*>(out.column_max) + block.column_first, static_cast<T*>(out.column_sum) + block.column_first,
-                 s.column_buffer, s.column_more, block.column_count);
+    merge_all<T>(static_cast<T*>(out.column_max) + block.column_first,
+                 static_cast<T*>(out.column_sum) + block.column_first, s.column_buffer, s.column_more,
+                 block.column_count);
   }
   for (int64_t i = 0; i < block.row_count; ++i) {
     const T* row = s.logits + i * s.logits_row;
@@ -312,8 +314,8 @@ template <typename P>
 void forward_rows(const ContrastBlock& block, const ContrastStatistics& out, void* memory) {
   using T = typename P::Out;
   const auto s = Scratch<P>::of(block, memory, false);
-  merge_all<T>(static_cast<T*>(out.row_max) + block.row_first, static_cast<T*>(out.row_sum) + block.row_first, s.row_high,
-               s.row_total, block.row_count);
+  merge_all<T>(static_cast<T*>(out.row_max) + block.row_first, static_cast<T*>(out.row_sum) + block.row_first,
+               s.row_high, s.row_total, block.row_count);
 }
 
 // Turns products of R rows at `rows` into G, the gradient with respect to the logits; 0 beyond the last column.
@@ -366,7 +368,8 @@ inline Vec<uint32_t> paired(Vec<float> low, Vec<float> high) {
 
 // Rounds G at `g` to bfloat16, times the remaining factor of the unit vectors that it will be multiplied by: as rows of
 // pairs along the columns, and transposed. `first` is a multiple of 32.
-void narrow_gradient(const Scratch<Pairs>& s, const float* g, int64_t first, int64_t count, int64_t columns, bool transposed) {
+void narrow_gradient(const Scratch<Pairs>& s, const float* g, int64_t first, int64_t count, int64_t columns,
+                     bool transposed) {
   const int64_t all = padded<float>(columns);
   for (int64_t i = 0; i < count; ++i) {
     BFloat* to = reinterpret_cast<BFloat*>(s.gradient_rows + (first + i) * s.gradient_row);
@@ -456,7 +459,8 @@ void to_rows(const ContrastBlock& block, const ContrastGradient& gradient, void*
   T* out = static_cast<T*>(gradient.to_rows) + block.row_first * gradient.to_rows_stride;
   const int64_t width = block.columns.width, k = steps<P>(block.column_count);
   if constexpr (P::kDepth == 1)
-    multiply<P, true>(block.row_count, width, k, s.logits, s.logits_row, 1, s.column_panels, out, gradient.to_rows_stride);
+    multiply<P, true>(block.row_count, width, k, s.logits, s.logits_row, 1, s.column_panels, out,
+                      gradient.to_rows_stride);
   else
     multiply<P, true>(block.row_count, width, k, s.gradient_rows, s.gradient_row, 1, s.column_panels, out,
                       gradient.to_rows_stride);
@@ -470,7 +474,8 @@ void to_columns(const ContrastBlock& block, const ContrastGradient& gradient, vo
   T* out = static_cast<T*>(gradient.to_columns);
   const int64_t width = block.columns.width, k = steps<P>(block.row_count);
   if constexpr (P::kDepth == 1)  // a transposed A costs nothing
-    multiply<P, true>(block.column_count, width, k, s.logits, 1, s.logits_row, s.row_panels, out, gradient.to_columns_stride);
+    multiply<P, true>(block.column_count, width, k, s.logits, 1, s.logits_row, s.row_panels, out,
+                      gradient.to_columns_stride);
   else
     multiply<P, true>(block.column_count, width, k, s.gradient_transposed, s.gradient_column, 1, s.row_panels, out,
                       gradient.to_columns_stride);

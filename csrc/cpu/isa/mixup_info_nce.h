@@ -15,8 +15,8 @@ struct MixedRows {
   int64_t stride;
   const void* other;  // or null
   int64_t other_stride;
-  const void* mix;   // with `other`
-  int64_t mix_step;  // 0: one for all rows
+  const void* mix;           // with `other`
+  int64_t mix_step;          // 0: one for all rows
   const void* inverse_norm;  // or null: the rows are unit vectors already
   Kind kind;
   int64_t width;
@@ -27,8 +27,8 @@ struct ContrastBlock {
   MixedRows rows, columns;
   int64_t row_first, row_count, column_first, column_count;
   int64_t largest_row_count;  // of the blocks that share the scratch
-  int64_t own;             // the column of row 0's own pair, or where it would be
-  const int64_t* partner;  // the other target of each row, or null; any value
+  int64_t own;                // the column of row 0's own pair, or where it would be
+  const int64_t* partner;     // the other target of each row, or null; any value
   double scale;
 
   // Where a column is in the block, or -1.

@@ -86,12 +86,14 @@ template <typename P, typename In>
 void pack_a(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count, int64_t width) {
   constexpr int W = kLanes<typename P::Out>;
   for (int64_t r = 0; r < count; ++r)
-    for (int64_t s = 0; s < steps<P>(width); s += W) store(to + r * to_row + s, along<P>(rows + r * stride, s * P::kDepth, width));
+    for (int64_t s = 0; s < steps<P>(width); s += W)
+      store(to + r * to_row + s, along<P>(rows + r * stride, s * P::kDepth, width));
 }
 
 // A = X^T of Pairs: k runs over X's rows; `to` has `width` rows, `to_row` >= steps<P>(count) apart.
 template <typename P, typename In>
-void pack_a_transposed(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count, int64_t width) {
+void pack_a_transposed(typename P::Element* to, int64_t to_row, const In* rows, int64_t stride, int64_t count,
+                       int64_t width) {
   constexpr int W = kLanes<typename P::Out>;
   Vec<typename P::Element> block[W];
   for (int64_t s = 0; s < steps<P>(count); s += W)
@@ -138,7 +140,8 @@ void pack_b_transposed(typename P::Element* to, const In* rows, int64_t stride, 
           for (int i = 0; i < W; ++i) block[i] = along<P>(from + i * stride + s * P::kDepth, 0, W * P::kDepth);
         } else {
           for (int i = 0; i < W; ++i)
-            block[i] = n + c + i < count ? along<P>(from + i * stride, s * P::kDepth, width) : Vec<typename P::Element>{};
+            block[i] =
+                n + c + i < count ? along<P>(from + i * stride, s * P::kDepth, width) : Vec<typename P::Element>{};
         }
         transpose(block);
         if (s + W <= k) {
@@ -162,7 +165,8 @@ void write_rows(In* rows, int64_t stride, const T* c, int64_t c_row, int64_t cou
 
 // X = C^T with column i of C multiplied by factor[i], and 0 where that is 0, whatever C holds.
 template <typename In, typename T>
-void write_transposed(In* rows, int64_t stride, const T* c, int64_t c_row, int64_t count, int64_t width, const T* factor) {
+void write_transposed(In* rows, int64_t stride, const T* c, int64_t c_row, int64_t count, int64_t width,
+                      const T* factor) {
   constexpr int W = kLanes<T>;
   Vec<T> block[W];
   for (int64_t n = 0; n < count; n += W) {

@@ -85,8 +85,8 @@ void normalise(void* out, const void* pixels, int64_t stride, int64_t side, doub
   if (side % kShort == 0) {
     for (int64_t y = 0; y < side; ++y)
       for (int64_t x = 0; x < side; x += kShort)
-        normalise_block<In, Out, Wide>(static_cast<Out*>(out) + y * side + x, static_cast<const In*>(pixels) + y * stride + x,
-                                       kShort, s, d);
+        normalise_block<In, Out, Wide>(static_cast<Out*>(out) + y * side + x,
+                                       static_cast<const In*>(pixels) + y * stride + x, kShort, s, d);
     return;
   }
   const int64_t width = side < kRoom ? side : kRoom, lines = kRoom / width;

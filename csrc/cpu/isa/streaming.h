@@ -39,7 +39,8 @@ inline void stream(char* to, Vector x) { _mm_stream_si128(reinterpret_cast<__m12
   if (i > bytes) i = bytes;
   if (i > 0) std::memcpy(to, from, static_cast<size_t>(i));
   for (; i + kLine <= bytes; i += kLine)
-    for (int64_t j = 0; j < kLine; j += static_cast<int64_t>(sizeof(Vector))) stream(to + i + j, load_vector(from + i + j));
+    for (int64_t j = 0; j < kLine; j += static_cast<int64_t>(sizeof(Vector)))
+      stream(to + i + j, load_vector(from + i + j));
   if (i < bytes) std::memcpy(to + i, from + i, static_cast<size_t>(bytes - i));
 #else
   std::memcpy(to, from, static_cast<size_t>(bytes));

@@ -54,8 +54,8 @@ inline void* result(const at::Tensor& x) { return x.defined() && x.numel() > 0 ?
 
 inline void same_device(const char* op, const at::Tensor& first, std::initializer_list<OptionalTensor> others) {
   for (const OptionalTensor& other : others)
-    TORCH_CHECK_VALUE(!other.has_value() || other->device() == first.device(), op, ": one tensor is on ", first.device(),
-                      ", another on ", other->device());
+    TORCH_CHECK_VALUE(!other.has_value() || other->device() == first.device(), op, ": one tensor is on ",
+                      first.device(), ", another on ", other->device());
 }
 
 // `kept` as the kernels take it. Its values are not read here: the kernels keep every index within its tensor.
@@ -63,7 +63,8 @@ struct KeptTensor {
   at::Tensor values, starts;  // keep contiguous copies alive
   Kept kept{};
 
-  KeptTensor(const char* op, const at::Tensor& kept_in, const OptionalTensor& cu_seqlens, int64_t samples, int64_t cells) {
+  KeptTensor(const char* op, const at::Tensor& kept_in, const OptionalTensor& cu_seqlens, int64_t samples,
+             int64_t cells) {
     TORCH_CHECK_TYPE(kept_in.scalar_type() == at::kLong, op, ": kept must be int64, got ", kept_in.scalar_type());
     values = kept_in.contiguous();
     kept = {static_cast<const int64_t*>(values.const_data_ptr()), nullptr, samples, cells, 0, kept_in.numel()};
@@ -71,13 +72,13 @@ struct KeptTensor {
       TORCH_CHECK_TYPE(cu_seqlens->scalar_type() == at::kInt, op, ": cu_seqlens must be int32, got ",
                        cu_seqlens->scalar_type());
       TORCH_CHECK_VALUE(kept_in.dim() == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) == samples + 1, op,
-                        ": kept (T,) and cu_seqlens (B + 1,) = (", samples + 1, ",) come together, got ", kept_in.sizes(), " and ",
-                        cu_seqlens->sizes());
+                        ": kept (T,) and cu_seqlens (B + 1,) = (", samples + 1, ",) come together, got ",
+                        kept_in.sizes(), " and ", cu_seqlens->sizes());
       starts = cu_seqlens->contiguous();
       kept.starts = static_cast<const int32_t*>(starts.const_data_ptr());
     } else {
-      TORCH_CHECK_VALUE(kept_in.dim() == 2 && kept_in.size(0) == samples, op, ": kept must have shape (B, K) with B = ", samples,
-                        ", got ", kept_in.sizes());
+      TORCH_CHECK_VALUE(kept_in.dim() == 2 && kept_in.size(0) == samples, op,
+                        ": kept must have shape (B, K) with B = ", samples, ", got ", kept_in.sizes());
       kept.per_sample = kept_in.size(1);
     }
     // Choices count a sample's entries in 32 bits.

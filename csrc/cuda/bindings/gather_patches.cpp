@@ -22,8 +22,9 @@ void check_sides(int64_t height, int64_t width, int64_t patch) {
 
 }  // namespace
 
-at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in, int64_t patch, const OptionalTensor& mean_in,
-                          const OptionalTensor& std_in, at::ScalarType dtype, const OptionalTensor& cu_seqlens) {
+at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in, int64_t patch,
+                          const OptionalTensor& mean_in, const OptionalTensor& std_in, at::ScalarType dtype,
+                          const OptionalTensor& cu_seqlens) {
   TORCH_CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
   same_device(kOp, images_in, {kept_in, mean_in, std_in, cu_seqlens});
   const c10::cuda::CUDAGuard guard(images_in.device());
@@ -57,7 +58,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
 }
 
 at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch,
-                                   const OptionalTensor& std_in, at::IntArrayRef image_shape, at::ScalarType dtype, const OptionalTensor& cu_seqlens) {
+                                   const OptionalTensor& std_in, at::IntArrayRef image_shape, at::ScalarType dtype,
+                                   const OptionalTensor& cu_seqlens) {
   TORCH_CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
   same_device(kOp, grad_in, {kept_in, std_in, cu_seqlens});
   const c10::cuda::CUDAGuard guard(grad_in.device());

@@ -15,8 +15,8 @@ constexpr const char* kOp = "mixup_info_nce";
 constexpr int64_t kWord = 8;  // numbers in 16 bytes
 
 at::Tensor vector(const at::Tensor& x, int64_t count, at::ScalarType type, const char* what) {
-  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count, ",) ",
-                    type, ", got ", x.sizes(), " ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count,
+                    ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
   return x.contiguous();
 }
 
@@ -82,9 +82,9 @@ at::Tensor scale_on(const at::Tensor& logit_scale, const at::TensorOptions& wide
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other, const OptionalTensor& key_mix,
-    const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale, const OptionalTensor& partner_in, int64_t first_pair,
-    bool columns_too) {
+    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
+    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   same_device(kOp, query, {query_other, query_inverse_norm, key, key_other, key_inverse_norm, partner_in});
   const c10::cuda::CUDAGuard guard(query.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();

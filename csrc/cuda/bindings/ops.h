@@ -22,8 +22,8 @@ at::Tensor gather_patches(const at::Tensor& images, const at::Tensor& kept, int6
                           at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
 
 at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kept, int64_t patch_size,
-                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape, at::ScalarType dtype,
-                                   const std::optional<at::Tensor>& cu_seqlens);
+                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape,
+                                   at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
 
 std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
                                                    const std::optional<at::Tensor>& kept);

@@ -16,13 +16,16 @@ struct Rows {
   TokenAlignment call{};
 
   Rows(const at::Tensor& student_in, const at::Tensor& teacher_in, const OptionalTensor& kept_in) {
-    TORCH_CHECK_VALUE(student_in.dim() == 3 && teacher_in.dim() == 3, kOp, ": student and teacher must have 3 dimensions, got ",
-                      student_in.sizes(), " and ", teacher_in.sizes());
+    TORCH_CHECK_VALUE(student_in.dim() == 3 && teacher_in.dim() == 3, kOp,
+                      ": student and teacher must have 3 dimensions, got ", student_in.sizes(), " and ",
+                      teacher_in.sizes());
     student = with_dense_rows(student_in);
     teacher = with_dense_rows(teacher_in);
-    const int64_t samples = student.size(0), per_sample = student.size(1), width = student.size(2), cells = teacher.size(1);
-    TORCH_CHECK_VALUE(teacher.size(0) == samples && teacher.size(2) == width && (kept_in.has_value() || cells == per_sample), kOp,
-                      ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
+    const int64_t samples = student.size(0), per_sample = student.size(1), width = student.size(2),
+                  cells = teacher.size(1);
+    TORCH_CHECK_VALUE(
+        teacher.size(0) == samples && teacher.size(2) == width && (kept_in.has_value() || cells == per_sample), kOp,
+        ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
     if (kept_in.has_value()) {
       TORCH_CHECK_TYPE(kept_in->scalar_type() == at::kLong, kOp, ": kept must be int64, got ", kept_in->scalar_type());
       TORCH_CHECK_VALUE(kept_in->dim() == 2 && kept_in->size(0) == samples && kept_in->size(1) == per_sample, kOp,
@@ -42,7 +45,8 @@ struct Rows {
     call.width = narrow_size(kOp, "the width of student", width);
     call.student_number = number_of(kOp, "student", student.scalar_type());
     call.teacher_number = number_of(kOp, "teacher", teacher.scalar_type());
-    TORCH_CHECK_TYPE(call.student_number != kU8 && call.teacher_number != kU8, kOp, ": student and teacher must be floating");
+    TORCH_CHECK_TYPE(call.student_number != kU8 && call.teacher_number != kU8, kOp,
+                     ": student and teacher must be floating");
   }
   int64_t rows() const { return call.samples * call.per_sample; }
   at::TensorOptions wide() const { return student.options().dtype(statistics_type(student.scalar_type())); }
@@ -58,7 +62,8 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
   TORCH_CHECK_VALUE(pairs.rows() > 0 && pairs.call.width > 0, kOp, ": student must hold at least one token, got shape ",
                     student.sizes());
   const at::Tensor loss = at::empty({}, pairs.wide()), factors = at::empty({pairs.rows(), 2}, pairs.wide());
-  const at::Tensor partials = at::empty({oner_fast_token_alignment_partials(pairs.rows())}, student.options().dtype(at::kDouble));
+  const at::Tensor partials =
+      at::empty({oner_fast_token_alignment_partials(pairs.rows())}, student.options().dtype(at::kDouble));
   pairs.call.loss = result(loss);
   pairs.call.factors = result(factors);
   pairs.call.partials = static_cast<double*>(result(partials));
@@ -74,8 +79,8 @@ at::Tensor token_alignment_backward(const at::Tensor& grad_in, const at::Tensor&
   TORCH_CHECK_VALUE(grad_in.numel() == 1, kOp, ": the gradient must hold one number, got shape ", grad_in.sizes());
   const at::ScalarType wide = statistics_type(student.scalar_type());
   const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows() && factors.size(1) == 2;
-  TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows(),
-                    ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
+  TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (",
+                    pairs.rows(), ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
   const at::Tensor grad = grad_in.to(wide).contiguous();
   const at::Tensor out = at::empty(student.sizes(), student.options().memory_format(at::MemoryFormat::Contiguous));
   pairs.call.grad = data(grad);
