@@ -4,7 +4,7 @@ The reference implementations of all of them stand together in `oner_fast.ops.re
 """
 
 from oner_fast import _extension
-from oner_fast.ops import flops, library
+from oner_fast.ops import flop_formulas, library
 from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
 from oner_fast.ops.mixup_info_nce import mixup_info_nce
@@ -15,7 +15,7 @@ from oner_fast.ops.varlen_attention import varlen_attention
 # Loaded here, not at the first call, which may be one that torch.compile traces.
 _extension.status()
 library.choose_cuda_ops()
-flops.register()
+flop_formulas.register()
 
 __all__ = [
     "boundaries",

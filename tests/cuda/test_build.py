@@ -41,13 +41,13 @@ def nvcc(monkeypatch: pytest.MonkeyPatch) -> str:
     return "/cuda/bin/nvcc"
 
 
-def test_what_is_compiled_for(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_architectures_compiled_for(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert build["cuda_architectures"](nvcc) == "80-real;90"  # of ours, what this nvcc knows
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6;9.0+PTX")
     assert build["cuda_architectures"](nvcc) == "80-real;86-real;90"
 
 
-def test_when_there_is_no_cuda_part(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_why_no_cuda_part_is_built(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = build["find_cuda"]
     assert find({**TORCH, "cuda": "12.8"}) == (nvcc, "")
     assert find({**TORCH, "cuda": None}) == (None, "this torch is a CPU build")
@@ -58,7 +58,7 @@ def test_when_there_is_no_cuda_part(build: Any, nvcc: str, monkeypatch: pytest.M
     assert find(TORCH) == (None, "sanitizers watch the CPU's code")
 
 
-def test_the_cpus_part_is_built_where_cuda_cannot_be(build: Any, tmp_path: Path) -> None:
+def test_the_cpu_part_is_built_where_cuda_cannot_be(build: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "_C.so").write_text("the library")
     asked = []

@@ -59,7 +59,7 @@ def test_compiles_without_spills(
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["86", "89", "100"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles_for_the_others(compiler: str, source: Path, architecture: str, tmp_path: Path) -> None:
+def test_compiles_for_other_architectures(compiler: str, source: Path, architecture: str, tmp_path: Path) -> None:
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     if f"compute_{architecture}" not in known:
         pytest.skip(f"this nvcc does not know sm_{architecture}")

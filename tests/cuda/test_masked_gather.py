@@ -82,7 +82,7 @@ def case(dtype: torch.dtype, width: int, ragged: bool, batch: int = 3, cells: in
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("width", [40, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_the_definition(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
+def test_forward_is_that_of_the_reference(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
     tokens, positions, prefix, kept, cu = case(dtype, width, ragged)
     lib = library("masked_gather")
     for place, front in ((positions, prefix), (None, prefix), (positions, None), (None, None)):
@@ -94,7 +94,7 @@ def test_forward_is_the_definition(library: Any, dtype: torch.dtype, width: int,
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("width", [40, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_those_of_the_definition(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
+def test_gradients_are_those_of_the_reference(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
     tokens, _, prefix, kept, cu = case(dtype, width, ragged, batch=35)  # two partial sums
     batch, cells = tokens.shape[:2]
     rows = (batch, kept.shape[1] + 2, width) if cu is None else (kept.shape[0] + 2 * batch, width)
@@ -154,7 +154,7 @@ def test_more_cells_than_a_warp_has_lanes(library: Any) -> None:
         assert torch.equal(ours["to_tokens"], grad.flip(1))
 
 
-def test_nothing_to_do(library: Any) -> None:
+def test_empty_inputs_are_legal(library: Any) -> None:
     lib = library("masked_gather")
     none = torch.zeros(2, 0, dtype=torch.int64)
     prefix = torch.randn(1, 4)

@@ -86,7 +86,7 @@ def exact_logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 @pytest.mark.parametrize("columns_too", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_is_the_definition(library: Any, dtype: torch.dtype, columns_too: bool) -> None:
+def test_agrees_with_the_reference(library: Any, dtype: torch.dtype, columns_too: bool) -> None:
     lib, scale = library("mixup_info_nce"), 20.0
     (query, of_query), (key, of_key) = side(70, 40, dtype, 1), side(150, 40, dtype, 2)
     partner = torch.randint(150, (70,), generator=torch.Generator().manual_seed(3))
@@ -107,7 +107,7 @@ def test_chunks_of_many_tiles(library: Any, plan: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("first_pair", [-40, 5, 60, 2**40, -(2**40)])
-def test_targets_may_lie_elsewhere(library: Any, first_pair: int) -> None:
+def test_targets_may_lie_outside_the_block(library: Any, first_pair: int) -> None:
     lib, (query, of_query), (key, of_key) = (
         library("mixup_info_nce"),
         side(70, 8, DTYPES[0], 1),
@@ -188,7 +188,7 @@ def test_the_plan_covers_every_tile_with_bounded_scratch(library: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_counters(library: Any, dtype: torch.dtype) -> None:
+def test_counted_bytes_and_instructions(library: Any, dtype: torch.dtype) -> None:
     lib, (query, of_query), (key, of_key) = library("mixup_info_nce"), side(256, 64, dtype, 1), side(256, 64, dtype, 2)
     statistics(lib, query, of_query, key, of_key, 10.0)
     stats = lib.log[0]

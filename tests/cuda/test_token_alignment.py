@@ -62,7 +62,7 @@ def check(lib: Any, student: Tensor, teacher: Tensor, kept: Any, grad: float = 3
 
 
 @pytest.mark.parametrize("student,teacher", [*PAIRS, *ODD_PAIRS])
-def test_is_the_definition(library: Any, student: torch.dtype, teacher: torch.dtype) -> None:
+def test_agrees_with_the_reference(library: Any, student: torch.dtype, teacher: torch.dtype) -> None:
     lib, generator = library("token_alignment"), torch.Generator().manual_seed(0)
     mine, other = (torch.randn(2, 9, 72, generator=generator).to(dtype) for dtype in (student, teacher))
     check(lib, mine, other, None, shuffle=1)
@@ -105,7 +105,7 @@ def test_extreme_rows(library: Any, width: int) -> None:
         )
 
 
-def test_nan_stays_and_indices_are_held(library: Any) -> None:
+def test_nan_stays_and_indices_are_clamped(library: Any) -> None:
     lib, other = library("token_alignment"), torch.randn(1, 4, 8)
     mine = torch.randn(1, 4, 8)
     mine[0, 2, 3] = float("nan")

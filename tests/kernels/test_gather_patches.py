@@ -159,7 +159,7 @@ def test_any_shape(
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_side_longer_than_a_tile(device: str) -> None:
+def test_patches_with_a_side_longer_than_a_tile(device: str) -> None:
     images = torch.randint(0, 256, (1, 1, 70, 140), dtype=torch.uint8, device=device)
     kept = torch.tensor([[1, 0]], device=device)
     (ours,), (theirs,) = (outcome(n, images, kept, 70, None, None) for n in ("triton", "reference"))

@@ -101,7 +101,7 @@ def test_error_is_that_of_plain_pytorch(dtype: torch.dtype, is_ragged: bool, dev
 
 
 @pytest.mark.parametrize("wanted", ["tokens", "positions", "prefix"])
-def test_a_gradient_that_nobody_asks_for_is_not_made(wanted: str, device: str) -> None:
+def test_a_gradient_that_is_not_needed_is_not_computed(wanted: str, device: str) -> None:
     tokens, kept, positions, prefix = make(3, 7, 16, 5, 2, torch.float32, device)
     names = ("tokens", "positions", "prefix")
     parts = [x if name == wanted else x.detach() for name, x in zip(names, (tokens, positions, prefix), strict=True)]

@@ -128,7 +128,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(case: Case, device:
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])
-def test_what_is_settled_has_no_loss_and_no_gradient_at_all(dtype: torch.dtype, device: str) -> None:
+def test_pairs_with_all_the_probability_have_no_loss_and_no_gradient(dtype: torch.dtype, device: str) -> None:
     generator = torch.Generator().manual_seed(5)
     unit = torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
     query = (unit * torch.rand(40, 1, generator=generator) * 3).to(device, dtype).requires_grad_()
@@ -140,7 +140,7 @@ def test_what_is_settled_has_no_loss_and_no_gradient_at_all(dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", [HALF, WIDE, FULL])
-def test_scale_100_is_exact_where_all_is_wrong(dtype: torch.dtype, device: str) -> None:
+def test_scale_100_is_exact_where_every_pair_is_wrong(dtype: torch.dtype, device: str) -> None:
     """Every pair is opposite, every other pair equal: logits of -100 and 100, where exp overflows in float32."""
     query = torch.zeros(4, 2, dtype=dtype, device=device)
     query[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -177,7 +177,7 @@ def test_norms_of_float16_may_lie_far_apart(device: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_shows(bad: float, device: str) -> None:
+def test_a_loss_of_not_finite_inputs_is_not_finite(bad: float, device: str) -> None:
     query = torch.randn(3, 4, dtype=WIDE, device=device)
     query[2, 1] = bad
     assert not mixup_info_nce(query, torch.ones_like(query), 1.0, implementation="triton").isfinite()
@@ -344,7 +344,7 @@ def test_compiles_without_a_break(device: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_atomics_are_right_and_refused_where_order_counts(device: str) -> None:
+def test_atomics_are_right_and_refused_under_deterministic_algorithms(device: str) -> None:
     leaves, options = CASES[1].arguments(device)
     one, other = (mixup_info_nce(**leaves, **options, implementation=x) for x in ("triton", "triton_atomic"))
     assert torch.equal(one, other)

@@ -37,7 +37,7 @@ def both(seed: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**64 - 1, 2**32 - 1), (0xDEADBEEF80000000, 16)])
-def test_every_cell_is_that_of_the_definition(seed: int, step: int, pattern: Pattern, device: str) -> None:
+def test_every_cell_is_that_of_the_reference(seed: int, step: int, pattern: Pattern, device: str) -> None:
     samples = torch.tensor([0, 1, 2, 17, 4095, 2**31, 2**32 - 1], device=device)
     both(seed, step, samples[:: 6 if INTERPRETED else 1], (16, 16), 128, pattern, 11)
 
@@ -76,14 +76,14 @@ def test_equal_draws_are_taken_in_the_order_of_cells(device: str) -> None:
         assert out.nonzero().squeeze(1).tolist() == sorted(order[:count])
 
 
-def test_random_masks_are_those_of_patch_mask(device: str) -> None:
+def test_random_masks_agree_with_patch_mask(device: str) -> None:
     samples = torch.arange(40, 44 if INTERPRETED else 60, device=device)
     before = patch_mask(7, 9, samples, 196, 98, 2, implementation="reference")
     assert torch.equal(patch_mask(7, 9, samples, 196, 98, 2, implementation="triton"), before)
     assert torch.equal(both(7, 9, samples, (14, 14), 98, "random", 2), before)
 
 
-def test_a_step_on_the_device(device: str) -> None:
+def test_a_step_tensor_on_the_device_is_read_at_each_launch(device: str) -> None:
     """What a captured graph reads anew at every replay."""
     samples, step = torch.arange(2, device=device), torch.tensor(3, device=device)
     first = both(1, step, samples, (8, 8), 30, "block")
@@ -92,7 +92,7 @@ def test_a_step_on_the_device(device: str) -> None:
     assert torch.equal(second, draw_masks(1, 4, samples, (8, 8), 30, "block").mask) and not torch.equal(first, second)
 
 
-def test_samples_of_any_stride_and_none(device: str) -> None:
+def test_samples_of_any_stride_and_no_samples(device: str) -> None:
     samples = torch.arange(8, device=device)
     assert torch.equal(both(1, 2, samples[::3], (8, 8), 32), both(1, 2, samples, (8, 8), 32)[::3])
     empty = draw_masks(1, 2, samples[:0], (8, 8), 32, implementation="triton")
@@ -113,7 +113,7 @@ def test_boundaries_of_any_stride(device: str) -> None:
     assert boundaries(counts, implementation="triton").tolist() == [0, 0, 2, 6, 12, 20]
 
 
-def test_grids_too_large_for_a_program_are_left_to_the_definition(device: str) -> None:
+def test_grids_too_large_for_a_program_are_refused_by_triton(device: str) -> None:
     with pytest.raises(RuntimeError, match="at most 16384 cells, not 20000"):
         draw_masks(0, 0, torch.arange(2, device=device), (100, 200), 5, implementation="triton")
 

@@ -78,7 +78,7 @@ def test_the_report_has_every_kernel_on_every_target() -> None:
     assert rows == resources.tasks(), f"run `{resources.COMMAND}` again"
 
 
-def test_problems_are_found() -> None:
+def test_the_report_finds_spills_and_other_problems() -> None:
     """A gate that finds nothing proves nothing: spills, too much shared memory, no tensor cores, no compilation."""
     good = compile_triton(product(64, num_warps=4), "sm_80")
     assert good.matrix > 0 and good.local == 0 and good.shared > 0 and not good.problems(tensor_cores=True)

@@ -101,7 +101,7 @@ def test_gradcheck(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clamped_norms_infinities_and_nan_are_those_of_the_definition(device: str, dtype: torch.dtype) -> None:
+def test_clamped_norms_infinities_and_nan_agree_with_the_reference(device: str, dtype: torch.dtype) -> None:
     student, teacher = torch.randn(4, 3, 150, dtype=dtype), torch.randn(4, 3, 150, dtype=dtype)
     student[0, 0], teacher[0, 1] = 0, 0
     student[0, 2] *= 1e-14  # below eps: divided by eps, and the norm takes no gradient
@@ -135,7 +135,7 @@ def test_clamped_norms_infinities_and_nan_are_those_of_the_definition(device: st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("of_student", "of_teacher"), [(1e20, 1.0), (1.0, 1e20), (1e-8, 1e37), (1e37, 1e37)])
-def test_rows_whose_squares_leave_float32(
+def test_rows_whose_squares_overflow_float32(
     device: str, dtype: torch.dtype, of_student: float, of_teacher: float
 ) -> None:
     """Finite rows have the cosine and the gradient that float64 gives them."""
@@ -161,7 +161,7 @@ def test_orthogonal_rows_have_their_gradient(device: str) -> None:
     torch.testing.assert_close(gradient.cpu(), torch.tensor([[[0.0, -0.5], [-0.08, 0.06]]]))
 
 
-def test_rows_meet_in_programs_and_programs_in_the_mean_with_the_same_bits_twice(
+def test_rows_meet_in_programs_and_the_mean_has_the_same_bits_twice(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 6)
@@ -234,7 +234,7 @@ def test_opcheck_and_one_graph(device: str) -> None:
     assert torch.equal(torch.autograd.grad(mine, student)[0], torch.autograd.grad(theirs, student)[0])
 
 
-def test_counts(device: str, executor: Any) -> None:
+def test_counted_bytes_and_instructions(device: str, executor: Any) -> None:
     """On the emulated A100: DRAM bytes and sectors within a hundredth of the ideal, no shared memory."""
     if executor is None:
         pytest.skip("only the emulation counts")

@@ -187,7 +187,7 @@ def test_scores_far_below_zero(causal: bool, device: str) -> None:
         assert (one - truth).abs().max() <= 3 * (other - truth).abs().max() + unit
 
 
-def test_a_blind_query_is_as_if_it_were_not_there(device: str) -> None:
+def test_a_blind_query_changes_no_other_gradient(device: str) -> None:
     """Whatever it holds and whatever comes from above; and what new memory held reaches no result."""
     (query, key, value), upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device)
     blind = torch.zeros(len(query), dtype=torch.bool, device=device)
@@ -213,7 +213,7 @@ def test_a_blind_query_is_as_if_it_were_not_there(device: str) -> None:
         assert (one - truth).abs().max() < 4e-3 * truth.abs().max()
 
 
-def test_a_blind_query_has_no_gradient_beside_keys_that_are_not_finite(device: str) -> None:
+def test_a_blind_query_has_no_gradient_beside_infinite_or_nan_keys(device: str) -> None:
     """It shares its tile with queries that see them."""
     leaves, upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device, ([9], [4]))
     query, key, value = (x.detach() for x in leaves)
@@ -236,7 +236,7 @@ def test_a_blind_query_has_no_gradient_beside_keys_that_are_not_finite(device: s
         (1, -math.inf, True),
     ],
 )
-def test_what_is_not_finite_goes_where_the_definition_sends_it(
+def test_infinities_and_nan_go_where_the_reference_sends_them(
     which: int, bad: float, causal: bool, device: str
 ) -> None:
     leaves, upstream, cu_q, _ = inputs((2, 2), 64, torch.bfloat16, device, ([5, 6, 12], [5, 6, 12]))
@@ -278,7 +278,7 @@ def test_same_bits_in_any_order_of_programs(device: str, executor: Any) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_gradient_that_nobody_asks_for_is_not_made(device: str, executor: Any) -> None:
+def test_a_gradient_that_is_not_needed_is_not_computed(device: str, executor: Any) -> None:
     leaves, upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device)
     leaves = [x.detach() for x in leaves]
     out, statistics = FORWARD(*leaves, cu_q, cu_k, True, 0.125)
@@ -292,7 +292,7 @@ def test_a_gradient_that_nobody_asks_for_is_not_made(device: str, executor: Any)
             assert [launch.name for launch in executor[before:]] == ["_rows_kernel", kernel]
 
 
-def test_nothing_is_legal(device: str) -> None:
+def test_empty_inputs_are_legal(device: str) -> None:
     for rows, rows_k, heads, width in ((0, 0, 2, 8), (0, 5, 2, 8), (5, 5, 0, 8), (5, 5, 2, 0)):
         query = torch.zeros(rows, heads, width, device=device)
         key = torch.ones(rows_k, max(heads, 1), width, device=device)
@@ -355,7 +355,7 @@ def test_opcheck(device: str) -> None:
         torch.library.opcheck(BACKWARD.default, given, test_utils=tests)
 
 
-def test_what_it_cannot_serve_it_says(device: str) -> None:
+def test_each_unfit_call_gives_its_reason(device: str) -> None:
     x = torch.zeros(3, 1, 264, device=device)
     with pytest.raises(RuntimeError, match="'triton'.*head dimensions up to 256, not 264"):
         varlen_attention(x, x, x, cumulative([3], device), implementation="triton")

@@ -128,7 +128,7 @@ def results(attend: Callable[..., Tensor], leaves: list[Tensor], *arguments: Any
     "lengths", [([3, 2, 4], None), ([3, 0, 4, 2, 5], [2, 3, 0, 2, 9]), ([2, 3], [0, 0]), ([0, 0], [2, 3])]
 )
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_the_contract_is_kept(
+def test_every_package_keeps_the_contract_of_the_op(
     name: str,
     causal: bool,
     lengths: tuple[list[int], list[int] | None],
@@ -150,7 +150,7 @@ def test_the_contract_is_kept(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_packages_are_told(name: str, calls: list[dict[str, Any]]) -> None:
+def test_each_package_gets_its_arguments(name: str, calls: list[dict[str, Any]]) -> None:
     query, key = torch.randn(7, 2, 8), torch.randn(9, 2, 8)
     serving = implementations("varlen_attention")[name].function
     cu_q, cu_k = cumulative([3, 4]), cumulative([4, 5])
@@ -177,7 +177,7 @@ def test_arguments_are_checked_first(name: str, calls: list[dict[str, Any]]) -> 
 
 @pytest.mark.skipif(backends._older(str(torch.__version__), backends.TORCH_OLDEST), reason="torch is older than 2.13")
 @pytest.mark.skipif(not hasattr(torch.nn.attention, "varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no varlen")  # fmt: skip  # noqa: E501
-def test_torchs_own_takes_what_it_is_given() -> None:
+def test_pytorchs_varlen_attn_takes_the_arguments_given() -> None:
     """The real function on meta tensors, which hold no numbers."""
     query, key = torch.empty(7, 4, 8, device="meta").half(), torch.empty(9, 2, 8, device="meta").half()
     cu = cumulative([3, 4], "meta")
@@ -191,7 +191,7 @@ def test_torchs_own_takes_what_it_is_given() -> None:
     ("module", "function"),
     [("flash_attn", "flash_attn_varlen_func"), ("flash_attn_interface", "flash_attn_varlen_func")],
 )
-def test_the_real_signature_has_what_is_given(module: str, function: str) -> None:
+def test_the_real_package_takes_the_arguments_given(module: str, function: str) -> None:
     package = pytest.importorskip(module, reason=f"{module} is not installed")
     known = inspect.signature(getattr(package, function)).parameters
     assert {"softmax_scale", "causal", "deterministic"} <= set(known)
@@ -254,7 +254,7 @@ def test_every_reason_is_listed(everything: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_against_a_call_that_fits(name: str, everything: Callable[..., None]) -> None:
+def test_a_call_that_fits_gives_no_reason_against_any_package(name: str, everything: Callable[..., None]) -> None:
     everything((9, 0))
     torch.use_deterministic_algorithms(True)
     try:
@@ -279,14 +279,14 @@ def test_nothing_against_a_call_that_fits(name: str, everything: Callable[..., N
         ("xformers", (8, 0), {"needs_grad": False, "dtype": torch.float32, "head_dim": 6}, "whole 16 bytes"),
     ],
 )
-def test_a_reason(
+def test_each_unfit_call_gives_its_reason(
     name: str, capability: tuple[int, int] | None, facts: dict[str, Any], reason: str, everything: Callable[..., None]
 ) -> None:
     everything(capability)
     assert reason in against(name, **FACTS | facts)
 
 
-def test_old_versions_and_waiting_for_the_device(
+def test_old_versions_and_waits_for_the_device_are_reasons(
     everything: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     everything(version="2.6.3")
@@ -314,7 +314,7 @@ def test_old_versions_and_waiting_for_the_device(
         ((8, 0), (), {"dtype": torch.float64, "causal": True}, "reference"),
     ],
 )
-def test_who_serves(
+def test_the_implementation_chosen_on_each_gpu(
     capability: tuple[int, int], missing: tuple[str, ...], facts: dict[str, Any], serves: str,
     everything: Callable[..., None],
 ) -> None:  # fmt: skip
@@ -324,7 +324,9 @@ def test_who_serves(
     assert choose("varlen_attention", "cuda", **FACTS | facts).name == serves
 
 
-def test_without_triton_the_next_one_serves(everything: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_the_next_package_is_chosen(
+    everything: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     everything((8, 0))
     real = importlib.util.find_spec
     monkeypatch.setattr(
@@ -336,18 +338,18 @@ def test_without_triton_the_next_one_serves(everything: Callable[..., None], mon
     assert choose("varlen_attention", "cuda", **FACTS).name == "sdpa"
 
 
-def test_a_forced_one_says_why_not() -> None:
+def test_a_forced_implementation_that_cannot_run_gives_its_reason() -> None:
     query = torch.randn(3, 1, 8)
     with pytest.raises(RuntimeError, match="'flash_attn' .*cannot serve this call: runs on cuda, not on cpu"):
         varlen_attention(query, query, query, cumulative([3]), implementation="flash_attn")
 
 
-def test_the_doctor_lists_them() -> None:
+def test_the_doctor_lists_the_packages() -> None:
     choice = next(one for one in explain("cpu") if one.op == "varlen_attention")
     assert set(NAMES) <= set(choice.others)
 
 
-def test_looked_for_but_not_imported() -> None:
+def test_packages_are_looked_up_without_importing_them() -> None:
     program = """
 import sys
 import oner_fast.ops, oner_fast.doctor

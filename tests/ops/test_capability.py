@@ -57,7 +57,7 @@ def test_same_bits_on_every_instruction_set() -> None:
         assert done.stdout.split() == [other, digest], done.stderr
 
 
-def test_the_default_is_the_fastest_not_the_latest() -> None:
+def test_the_default_instruction_set_is_the_fastest_not_the_latest() -> None:
     """AVX-512-BF16 of Intel's without tiles is slower than widened numbers."""
     default, most = run("").stdout.split()[0], run("amx").stderr
     expected = re.search(r"but this processor runs (\w+) at most", most)
@@ -66,7 +66,7 @@ def test_the_default_is_the_fastest_not_the_latest() -> None:
     assert default == ("avx512" if able == "avx512_bf16" and intel else able)
 
 
-def test_unknown_name_lists_the_known_ones() -> None:
+def test_an_unknown_implementation_lists_the_known_ones() -> None:
     wrong = run("sse9")
     assert wrong.returncode != 0
     assert "'sse9'; known ones: portable, avx2, avx512, avx512_bf16, amx" in wrong.stderr

@@ -231,7 +231,7 @@ def mean_over_ranks(found: list[list[Tensor]]) -> list[Tensor]:
 
 @pytest.mark.parametrize("size", list(SHARES))
 @pytest.mark.parametrize("name", list(CASES))
-def test_processes_equal_one(ranks: list[dict[str, Any]], size: int, name: str) -> None:
+def test_several_processes_agree_with_one(ranks: list[dict[str, Any]], size: int, name: str) -> None:
     given = inputs(name)
     exact = reference.mixup_info_nce(**given)
     found = [each[f"{size} {name}"] for each in ranks[:size]]
@@ -279,7 +279,7 @@ def test_memory_does_not_grow_with_the_ranks(ranks: list[dict[str, Any]], dtype:
 
 
 @pytest.mark.parametrize("wanted", KEYS_WANTED)
-def test_the_next_block_is_on_its_way_while_this_one_is_worked_on(
+def test_the_next_block_is_sent_while_this_one_is_computed(
     ranks: list[dict[str, Any]], wanted: tuple[int, ...]
 ) -> None:
     """Every exchange: what leaves and what arrives, begun before the work of its step and waited for after it."""
@@ -305,7 +305,9 @@ def test_the_next_block_is_on_its_way_while_this_one_is_worked_on(
 
 
 @pytest.mark.parametrize("wanted", KEYS_WANTED)
-def test_gradients_of_keys_come_home_where_one_wants_them(ranks: list[dict[str, Any]], wanted: tuple[int, ...]) -> None:
+def test_gradients_of_keys_return_to_their_rank_where_one_rank_wants_them(
+    ranks: list[dict[str, Any]], wanted: tuple[int, ...]
+) -> None:
     given = inputs("plain")
     query, key, scale = torch.autograd.grad(reference.mixup_info_nce(**given), leaves(given))
     start = 0
@@ -321,7 +323,7 @@ def test_gradients_of_keys_come_home_where_one_wants_them(ranks: list[dict[str, 
     torch.testing.assert_close(found, scale, rtol=1e-10, atol=1e-12)
 
 
-def test_the_same_bits_whatever_arrives_first(ranks: list[dict[str, Any]]) -> None:
+def test_the_same_bits_in_any_order_of_arrival(ranks: list[dict[str, Any]]) -> None:
     for each in ranks:
         for seed in (1, 2):
             assert all(torch.equal(a, b) for a, b in zip(each["late 0"], each[f"late {seed}"], strict=True))

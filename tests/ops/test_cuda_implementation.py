@@ -39,7 +39,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_cpu_tensors_are_served_by_the_cpu_and_never_by_cuda(op: str) -> None:
+def test_cuda_is_never_chosen_for_cpu_tensors(op: str) -> None:
     assert "cuda" in implementations.implementations(op)
     assert choose(op, "cpu").name in ("cpp", "reference")
     calls()[op]()
@@ -63,7 +63,7 @@ def test_mixed_devices_raise_before_any_kernel() -> None:
 
 @pytest.mark.skipif(library.has_cuda_kernel("masked_gather"), reason="the extension was built with CUDA C++")
 @compiled
-def test_an_extension_without_cuda_says_why() -> None:
+def test_an_extension_built_without_cuda_gives_the_reason() -> None:
     for op in OPS:
         against = implementations.implementations(op)["cuda"].reasons_against("cuda", dtype=torch.float16)
         assert any("the extension was built without CUDA C++: " in reason for reason in against), against
@@ -80,7 +80,7 @@ def test_the_order_of_cuda_and_triton(built: None) -> None:
         choose("mixup_info_nce", "cuda", "cuda", dtype=torch.float32)
 
 
-def test_an_old_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_is_too_old_is_a_reason_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "_status", _extension.Status(True))
     monkeypatch.setattr(library, "has_cuda_kernel", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -88,7 +88,7 @@ def test_an_old_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library._of_this_machine.__wrapped__("x") == "needs a GPU of sm_80 (A100) or newer, this one is sm_75"
 
 
-def test_each_raw_op_comes_from_where_it_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_raw_op_of_cuda_comes_from_the_library_with_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "_cuda", ModuleType("cuda"))
     monkeypatch.setattr(library, "has_cuda_kernel", lambda name: name == "mixup_info_nce_statistics")
     library.choose_cuda_ops()

@@ -188,7 +188,7 @@ def test_same_bits_with_any_threads_under_deterministic_algorithms() -> None:
 @compiled
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("patch", [7, 8, 14, 16, 32])
-def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torch.dtype, patch: int) -> None:
+def test_large_results_bypass_the_cache_with_the_same_bits(dtype: torch.dtype, patch: int) -> None:
     """More than 64 MiB; sample by sample, each is written the other way. 7 and 14: lines that no vector divides."""
     images = pictures(dtype, 12, 3, 4 * patch, 5 * patch)
     kept = torch.randint(20, (12, (64 << 20) // (12 * 3 * patch * patch * 4) + 1))
@@ -203,13 +203,13 @@ def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torc
 
 
 @compiled
-def test_a_side_longer_than_any_buffer() -> None:
+def test_patches_larger_than_any_buffer() -> None:
     images, kept = torch.randint(0, 256, (1, 1, 1100, 2200), dtype=torch.uint8), torch.tensor([[1, 0]])
     ours = gather_patches(images, kept, 1100, implementation="cpp")
     torch.testing.assert_close(ours, reference.gather_patches(images, kept, 1100), rtol=1e-6, atol=0)
 
 
-def test_constants_for_a_gpu_are_filled_there_and_kept() -> None:
+def test_constants_for_a_gpu_are_filled_on_it_once() -> None:
     """torch.tensor(numbers, device="cuda") would wait for the GPU and break a graph's capture."""
     device = torch.device("cpu")
     with torch.inference_mode():
@@ -290,6 +290,6 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "message", "arguments"), WRONG)
-def test_bad_arguments_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+def test_errors_name_the_bad_argument(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         gather_patches(**{"images": IMAGES, "kept": K, "patch_size": 4, **arguments})

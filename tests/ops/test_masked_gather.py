@@ -50,7 +50,7 @@ def gradients(result: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> t
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("with_positions", [True, False])
 @pytest.mark.parametrize("with_prefix", [True, False])
-def test_fixed_is_the_plain_loop(implementation: str, with_positions: bool, with_prefix: bool) -> None:
+def test_fixed_samples_agree_with_a_plain_loop(implementation: str, with_positions: bool, with_prefix: bool) -> None:
     tokens, kept, positions, prefix = make()
     place, front = positions if with_positions else None, prefix if with_prefix else None
     result = masked_gather(tokens, kept, place, front, implementation=implementation)
@@ -64,7 +64,7 @@ def test_fixed_is_the_plain_loop(implementation: str, with_positions: bool, with
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_ragged_is_the_plain_loop(implementation: str) -> None:
+def test_ragged_samples_agree_with_a_plain_loop(implementation: str) -> None:
     tokens, _, positions, prefix = make(samples=4)
     starts = [0, 3, 3, 4, 12]
     kept, cu_seqlens = torch.randint(7, (12,)), torch.tensor(starts, dtype=torch.int32)
@@ -188,7 +188,7 @@ def test_upstream_gradient_of_any_stride() -> None:
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_every_number_survives(dtype: torch.dtype) -> None:
+def test_every_number_survives_a_copy(dtype: torch.dtype) -> None:
     """Adding 0 changes no finite number, infinity or NaN: every bit pattern of the half types."""
     if dtype in (torch.float16, torch.bfloat16):
         numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -225,7 +225,7 @@ def test_same_bits_with_any_threads_under_deterministic_algorithms(dtype: torch.
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("with_positions", [True, False])
-def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torch.dtype, with_positions: bool) -> None:
+def test_large_results_bypass_the_cache_with_the_same_bits(dtype: torch.dtype, with_positions: bool) -> None:
     """More than 4 MiB, rows at addresses that no vector divides; sample by sample, each is written the other way."""
     tokens, kept, positions, prefix = make(32, 70, 1029, 67, 1, dtype)
     place = positions if with_positions else None
@@ -241,7 +241,7 @@ def test_large_results_are_written_past_the_cache_with_the_same_bits(dtype: torc
 
 
 @compiled
-def test_a_gradient_that_nobody_asks_for_is_not_made() -> None:
+def test_a_gradient_that_is_not_needed_is_not_computed() -> None:
     tokens, kept, positions, prefix = make()
     for wanted in ((tokens,), (positions,), (prefix,)):
         parts = [x if x is wanted[0] else x.detach() for x in (tokens, positions, prefix)]
@@ -349,13 +349,13 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "message", "arguments"), WRONG)
-def test_bad_arguments_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+def test_errors_name_the_bad_argument(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         masked_gather(**{"tokens": T, "kept": K, **arguments})
 
 
 @compiled
-def test_raw_op_is_safe_by_itself() -> None:
+def test_the_raw_op_stays_in_its_tensors() -> None:
     """Under torch.compile no value is checked in Python, so the compiled op must never leave its tensors."""
     op = torch.ops.oner_fast.masked_gather
     with pytest.raises(IndexError, match=r"kept must hold values in \[0, 4\), found 9"):

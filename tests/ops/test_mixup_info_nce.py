@@ -106,7 +106,7 @@ def make(rows: int, width: int, *, others: str, mix: str, partner: str, symmetri
     symmetric=st.booleans(),
     scale=st.sampled_from(["number", "tensor"]),
 )
-def test_is_the_formula(implementation: str, **drawn: Any) -> None:
+def test_the_loss_agrees_with_its_formula(implementation: str, **drawn: Any) -> None:
     case = make(**drawn)
     ours = mixup_info_nce(*case.positional, **case.options, implementation=implementation)
     exact = formula(*case.positional, **case.options)
@@ -135,7 +135,7 @@ def test_gradcheck(implementation: str, symmetric: bool, mix: str, partner: str)
 
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_column_without_mass_adds_nothing(implementation: str, dtype: torch.dtype) -> None:
+def test_a_column_without_targets_adds_nothing_to_the_loss(implementation: str, dtype: torch.dtype) -> None:
     """All rows point at row 0 with their whole weight: columns 1 and 2 have no target at all."""
     query, key = torch.eye(3, dtype=dtype).requires_grad_(), torch.eye(3, dtype=dtype).requires_grad_()
     partner, weight = torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=dtype)
@@ -159,7 +159,7 @@ def test_one_pair_has_no_loss(implementation: str, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_scale_100_is_exact_where_all_is_wrong(implementation: str, dtype: torch.dtype) -> None:
+def test_scale_100_is_exact_where_every_pair_is_wrong(implementation: str, dtype: torch.dtype) -> None:
     """Every pair is opposite, every other pair equal: logits of -100 and 100, where exp overflows in float32."""
     query = torch.zeros(4, 2, dtype=dtype)
     query[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
@@ -173,7 +173,7 @@ def test_scale_100_is_exact_where_all_is_wrong(implementation: str, dtype: torch
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_scale_100_of_random_numbers(implementation: str) -> None:
+def test_scale_100_with_random_rows(implementation: str) -> None:
     case = make(16, 4, others="qk", mix="each", partner="half", symmetric=True, scale="number")
     exact = formula(*case.positional[:2], 100.0, **case.options)
     ours = mixup_info_nce(*case.positional[:2], 100.0, **case.options, implementation=implementation)
@@ -183,7 +183,7 @@ def test_scale_100_of_random_numbers(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_a_row_of_zeros_is_no_division_by_zero(implementation: str) -> None:
+def test_a_row_of_zeros_causes_no_division_by_zero(implementation: str) -> None:
     query, key = torch.randn(3, 4), torch.randn(3, 4)
     query[1] = 0
     query.requires_grad_()
@@ -195,7 +195,7 @@ def test_a_row_of_zeros_is_no_division_by_zero(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_shows(implementation: str, bad: float) -> None:
+def test_a_loss_of_not_finite_inputs_is_not_finite(implementation: str, bad: float) -> None:
     query = torch.randn(3, 4)
     query[2, 1] = bad
     assert not mixup_info_nce(query, torch.randn(3, 4), 1.0, implementation=implementation).isfinite()
@@ -228,7 +228,7 @@ def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_autocast_changes_nothing(implementation: str) -> None:
+def test_autocast_does_not_change_the_result(implementation: str) -> None:
     query, key = torch.randn(8, 16), torch.randn(8, 16)
     plain = mixup_info_nce(query, key, 10.0, implementation=implementation)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -245,7 +245,7 @@ def test_non_contiguous_inputs(implementation: str) -> None:
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
 
 
-def test_the_definition_is_public_with_the_same_arguments() -> None:
+def test_the_reference_is_public_with_the_same_arguments() -> None:
     case = make(5, 4, others="qk", mix="each", partner="half", symmetric=True, scale="tensor")
     served = mixup_info_nce(*case.positional, **case.options, implementation="reference")
     defined = reference.mixup_info_nce(*case.positional, **case.options, group=None, implementation=None)
@@ -285,12 +285,12 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "message", "arguments"), WRONG)
-def test_bad_arguments_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+def test_errors_name_the_bad_argument(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         mixup_info_nce(**{"query": X, "key": X, "logit_scale": 1.0, **arguments})
 
 
-def test_what_is_no_tensor_is_named() -> None:
+def test_an_argument_that_is_no_tensor_is_named() -> None:
     with pytest.raises(TypeError, match=r"query must be a torch\.Tensor, got list"):
         mixup_info_nce([[0.0]], X, 1.0)  # type: ignore[arg-type]
 
@@ -366,7 +366,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("name", list(RANK_CASES))
-def test_processes_equal_one(ranks: list[dict[str, Any]], implementation: str, size: int, name: str) -> None:
+def test_several_processes_agree_with_one(
+    ranks: list[dict[str, Any]], implementation: str, size: int, name: str
+) -> None:
     """The loss on every rank, and the mean over ranks of every gradient as DDP takes it."""
     whole = rank_case(name)
     exact = formula(*whole.positional, **whole.options)

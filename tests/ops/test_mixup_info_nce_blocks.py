@@ -85,7 +85,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (31, 7), (257, 48), (300, 520)])
 @pytest.mark.parametrize("scale", [-3.0, 0.0, 30.0])
-def test_is_the_definition_at_any_size(
+def test_any_size_agrees_with_the_reference(
     rows: int, width: int, scale: float, symmetric: bool, dtype: torch.dtype
 ) -> None:
     given = inputs(rows, width, dtype)
@@ -143,7 +143,7 @@ def test_a_logit_far_below_all_others_still_counts(scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES, torch.float64])
 @pytest.mark.parametrize("rows", [40, 300])
-def test_settled_pairs_have_no_gradient_but_their_own(rows: int, dtype: torch.dtype) -> None:
+def test_pairs_with_all_the_probability_have_no_gradient(rows: int, dtype: torch.dtype) -> None:
     """Pairs of one direction at scale 100: what backward recomputes must be forward's largest logit to the last bit, or
     rounding alone would move the vectors."""
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +155,7 @@ def test_settled_pairs_have_no_gradient_but_their_own(rows: int, dtype: torch.dt
         assert gradient.double().abs().max() < 1e-12
 
 
-def test_one_bad_row_spoils_what_depends_on_it_alone() -> None:
+def test_one_bad_row_changes_only_results_that_depend_on_it() -> None:
     given = {name: x.detach() for name, x in inputs(70, 16, torch.float32).items() if "other" not in name}
     given["query"][3, 2] = float("nan")
     leaves = [x.requires_grad_() for x in given.values()]
@@ -220,7 +220,7 @@ def test_every_number_of_the_outputs_is_written(dtype: torch.dtype, rows: int, w
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_blocks_of_keys_make_the_whole(dtype: torch.dtype) -> None:
+def test_results_of_blocks_of_keys_merge_to_the_whole(dtype: torch.dtype) -> None:
     """As ranks exchange them: statistics and gradients of 150 rows against 300 unit keys, at once and in blocks."""
     ops, rows, first, cuts = torch.ops.oner_fast, 150, 100, (0, 70, 71, 140, 300)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -314,7 +314,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.oner_fast.mixup_info_nce_backward.default, backward)
 
 
-def test_raw_ops_refuse_what_would_leave_their_tensors() -> None:
+def test_raw_ops_refuse_indices_outside_their_tensors() -> None:
     forward, backward = raw_arguments(torch.float32)
     for place, value, error in (
         (9, torch.zeros(19, dtype=torch.int64), ValueError),

@@ -36,7 +36,7 @@ def plain(student: Tensor, teacher: Tensor, kept: Tensor | None) -> Tensor:
     width=st.integers(1, 9),
     chosen=st.booleans(),
 )
-def test_is_the_plain_loop(
+def test_the_reference_agrees_with_a_plain_loop(
     implementation: str, batch: int, visible: int, tokens: int, width: int, chosen: bool
 ) -> None:
     student = torch.randn(batch, visible, width, dtype=torch.float64).requires_grad_()
@@ -67,7 +67,7 @@ def test_the_teacher_takes_no_gradient(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_bounds_and_low_precision(implementation: str, dtype: torch.dtype) -> None:
+def test_the_loss_is_bounded_in_low_precision_too(implementation: str, dtype: torch.dtype) -> None:
     student = torch.randn(2, 7, 33).to(dtype).requires_grad_()
     same = token_alignment(student, 3 * student, implementation=implementation)
     assert same.dtype == torch.float32 and abs(same.item() + 1) < (1e-6 if dtype == torch.float32 else 1e-3)
@@ -99,7 +99,7 @@ def test_zero_tokens_autocast_and_strides(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_a_double_teacher_is_read_in_the_students_precision(implementation: str) -> None:
+def test_a_float64_teacher_is_read_in_the_students_precision(implementation: str) -> None:
     student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4, dtype=torch.float64)
     loss = token_alignment(student, teacher, implementation=implementation)
     assert loss.dtype == torch.float32
@@ -107,7 +107,7 @@ def test_a_double_teacher_is_read_in_the_students_precision(implementation: str)
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_a_teacher_of_higher_precision_is_not_rounded_to_the_students(implementation: str) -> None:
+def test_a_teacher_of_higher_precision_is_not_rounded_to_the_student(implementation: str) -> None:
     student, teacher = torch.randn(4, 8, 16).bfloat16(), torch.randn(4, 8, 16)
     loss = token_alignment(student, teacher, implementation=implementation)
     torch.testing.assert_close(loss.double(), plain(student.double(), teacher.double(), None), rtol=0, atol=1e-7)
@@ -176,7 +176,7 @@ def test_any_shape_dtype_and_layout(
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clamped_norms_infinities_and_nan_are_those_of_the_definition(dtype: torch.dtype) -> None:
+def test_clamped_norms_infinities_and_nan_agree_with_the_reference(dtype: torch.dtype) -> None:
     student, teacher = torch.randn(4, 3, 70, dtype=dtype), torch.randn(4, 3, 70, dtype=dtype)
     student[0, 0], teacher[0, 1] = 0, 0
     student[0, 2] *= 1e-14  # below eps: divided by eps, and the norm takes no gradient
@@ -213,7 +213,7 @@ def test_clamped_norms_infinities_and_nan_are_those_of_the_definition(dtype: tor
 @pytest.mark.parametrize(
     ("of_student", "of_teacher"), [(1e20, 1.0), (1.0, 1e20), (1e20, 1e20), (1e30, 1e-8), (1e-8, 1e37), (1e37, 1e37)]
 )
-def test_rows_whose_squares_leave_float32(dtype: torch.dtype, of_student: float, of_teacher: float) -> None:
+def test_rows_whose_squares_overflow_float32(dtype: torch.dtype, of_student: float, of_teacher: float) -> None:
     """Finite rows have the cosine and the gradient that float64 gives them."""
     student, teacher = (torch.randn(2, 3, 70, dtype=torch.float64) for _ in range(2))
     student[0, 1] *= of_student
@@ -246,7 +246,7 @@ def test_same_bits_with_any_threads_under_deterministic_algorithms(dtype: torch.
 
 
 @compiled
-def test_a_large_gradient_is_written_past_the_cache_with_the_same_bits() -> None:
+def test_a_large_gradient_bypasses_the_cache_with_the_same_bits() -> None:
     """More than 4 MiB, at an address that no vector divides; the same row by itself is written the other way."""
     student, teacher = torch.randn(8, 128, 1029).requires_grad_(), torch.randn(8, 128, 1029)
     loss = token_alignment(student, teacher, implementation="cpp")
@@ -297,7 +297,7 @@ def test_opcheck() -> None:
 
 
 @compiled
-def test_raw_op_is_safe_and_refuses_a_gradient() -> None:
+def test_the_raw_op_stays_in_its_tensors_and_refuses_a_gradient() -> None:
     op, back = torch.ops.oner_fast.token_alignment, torch.ops.oner_fast.token_alignment_backward
     with pytest.raises(IndexError, match=r"kept must hold values in \[0, 5\), found 5"):
         op(S, T, K + 5)
@@ -322,7 +322,7 @@ def test_compiles_as_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(ours, student), torch.autograd.grad(theirs, student), rtol=0, atol=0)
 
 
-def test_the_definition_is_public_with_the_same_arguments() -> None:
+def test_the_reference_is_public_with_the_same_arguments() -> None:
     student, teacher = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     served = token_alignment(student, teacher, None, implementation="reference")
     assert torch.equal(served, reference.token_alignment(student, teacher, kept=None, implementation=None))
@@ -347,6 +347,6 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("error", "message", "arguments"), WRONG)
-def test_bad_arguments_are_named(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+def test_errors_name_the_bad_argument(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         token_alignment(**{"student": S, "teacher": T, "kept": K, **arguments})

@@ -82,7 +82,7 @@ lengths = st.lists(st.integers(0, 5), min_size=1, max_size=6)
 
 @pytest.mark.parametrize("implementation", EVERY)
 @given(lengths_q=lengths, heads=st.integers(1, 3), groups=st.integers(1, 2))
-def test_own_keys(implementation: str, lengths_q: list[int], heads: int, groups: int) -> None:
+def test_keys_of_the_same_sequences(implementation: str, lengths_q: list[int], heads: int, groups: int) -> None:
     check(implementation, lengths_q, None, heads, groups)
 
 
@@ -90,7 +90,7 @@ def test_own_keys(implementation: str, lengths_q: list[int], heads: int, groups:
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=6), groups=st.integers(1, 2)
 )
-def test_other_keys(implementation: str, pairs: list[tuple[int, int]], groups: int) -> None:
+def test_keys_of_other_sequences(implementation: str, pairs: list[tuple[int, int]], groups: int) -> None:
     check(implementation, [q for q, _ in pairs], [k for _, k in pairs], 2, groups, scale=0.7)
 
 
@@ -103,14 +103,14 @@ def test_causal_is_aligned_bottom_right(implementation: str, pairs: list[tuple[i
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_equal_lengths_apart_from_each_other(implementation: str) -> None:
+def test_sequences_of_equal_length_need_not_be_adjacent(implementation: str) -> None:
     """Sequences of one length are computed together; their rows must come back to their places."""
     check(implementation, [3, 2, 3, 2, 1, 3], None, 2, 1)
     check(implementation, [3, 2, 3, 2], [1, 4, 1, 2], 2, 1)
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_one_sequence_and_none(implementation: str) -> None:
+def test_one_sequence_and_no_sequence(implementation: str) -> None:
     check(implementation, [7], None, 1, 1)
     nothing = torch.zeros(0, 2, 4)
     result = varlen_attention(nothing, nothing, nothing, cumulative([]), implementation=implementation)
@@ -119,7 +119,7 @@ def test_one_sequence_and_none(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
-def test_a_blind_query_gives_zero_and_takes_no_gradient(implementation: str, dtype: torch.dtype) -> None:
+def test_a_query_that_sees_no_key_gives_zero_and_takes_no_gradient(implementation: str, dtype: torch.dtype) -> None:
     """Of four queries over two keys, aligned bottom-right, the first two see nothing."""
     query, key, value = numbers(4, 1, 4, dtype=dtype), numbers(2, 1, 4, dtype=dtype), numbers(2, 1, 4, dtype=dtype)
     result = varlen_attention(
@@ -209,7 +209,7 @@ def test_error_against_float64(implementation: str, dtype: torch.dtype, scale: f
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_extreme_scores(implementation: str) -> None:
+def test_extreme_scores_stay_exact(implementation: str) -> None:
     """Scores of thousands, where exp overflows: the softmax is one at the largest."""
     query = torch.tensor([[[1000.0]], [[-1000.0]]], dtype=torch.float32)
     key, value = torch.tensor([[[5.0]], [[-5.0]]]), torch.tensor([[[1.0]], [[2.0]]])
@@ -247,7 +247,7 @@ def test_non_contiguous_inputs(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-def test_maxima_are_hints_only(implementation: str) -> None:
+def test_maximum_lengths_do_not_change_the_result(implementation: str) -> None:
     query, key, value = (torch.randn(5, 2, 4) for _ in range(3))
     plainly = varlen_attention(query, key, value, cumulative([2, 3]), implementation=implementation)
     hinted = varlen_attention(
@@ -366,7 +366,7 @@ def test_same_bits_with_any_threads(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_is_not_finite_goes_where_the_definition_sends_it(dtype: torch.dtype, bad: float, which: int) -> None:
+def test_infinities_and_nan_go_where_the_reference_sends_them(dtype: torch.dtype, bad: float, which: int) -> None:
     inputs = [torch.randn(23, 2, 8).abs().to(dtype) for _ in range(3)]
     inputs[which][7, 1, 3] = bad
     cu = cumulative([5, 6, 12])
@@ -417,7 +417,7 @@ def test_saves_the_inputs_the_result_and_one_number_a_row(dtype: torch.dtype) ->
 
 
 @compiled
-def test_a_gradient_that_nobody_asks_for_is_not_made() -> None:
+def test_a_gradient_that_is_not_needed_is_not_computed() -> None:
     inputs = tuple(numbers(9, 2, 5) for _ in range(3))
     cu = cumulative([4, 5])
     every = varlen_attention(*inputs, cu, implementation="cpp")
@@ -493,7 +493,7 @@ def test_gradients_of_large_scores(size: float, dtype: torch.dtype) -> None:
 
 
 @compiled
-def test_a_blind_query_is_as_if_it_were_not_there() -> None:
+def test_a_blind_query_changes_no_other_gradient() -> None:
     """Whatever it holds and whatever comes from above."""
     query, key, value = numbers(7, 2, 5), numbers(4, 2, 5), numbers(4, 2, 5)
     cu_q, cu_k = cumulative([5, 2]), cumulative([3, 1])
@@ -521,7 +521,7 @@ def test_raw_op_refuses_a_gradient() -> None:
 
 
 @compiled
-def test_raw_op_is_safe_by_itself() -> None:
+def test_the_raw_op_stays_in_its_tensors() -> None:
     """Under torch.compile no value is checked in Python, so the compiled op must never leave its tensors."""
     op = torch.ops.oner_fast.varlen_attention
     x, cu = torch.randn(4, 2, 3), cumulative([4])
@@ -562,7 +562,7 @@ def test_compiles_as_one_graph() -> None:
     )
 
 
-def test_sdpa_leaves_causal_masks_to_others() -> None:
+def test_sdpa_is_not_chosen_for_causal_masks() -> None:
     query = torch.randn(3, 1, 4)
     with pytest.raises(RuntimeError, match="'sdpa'.*cannot serve this call: causal masks"):
         varlen_attention(query, query, query, cumulative([3]), causal=True, implementation="sdpa")
@@ -604,7 +604,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("error", "message", "arguments"), WRONG)
 @pytest.mark.parametrize("implementation", EVERY)
-def test_bad_arguments_are_named(
+def test_errors_name_the_bad_argument(
     implementation: str, error: type[Exception], message: str, arguments: dict[str, Any]
 ) -> None:
     given = {"query": Q, "key": KV, "value": KV, "cu_seqlens_q": CU, "cu_seqlens_k": CU_K}

@@ -29,7 +29,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 @compiled
-def test_attention_counts_the_pairs_of_each_sequence() -> None:
+def test_flops_of_attention_count_pairs_within_sequences() -> None:
     query, key, value = leaves((11, 4, 8), (9, 2, 8), (9, 2, 8))
     cu_q, cu_k = torch.tensor([0, 5, 5, 11], dtype=torch.int32), torch.tensor([0, 3, 4, 9], dtype=torch.int32)
     product = 2 * (5 * 3 + 0 * 1 + 6 * 5) * 4 * 8
@@ -50,7 +50,7 @@ def test_attention_counts_the_pairs_of_each_sequence() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @compiled
-def test_contrast_counts_the_logits_twice_and_the_gradients_that_are_asked_for(symmetric: bool) -> None:
+def test_flops_of_the_contrast_count_logits_twice_and_needed_gradients(symmetric: bool) -> None:
     query, key = leaves((7, 5), (7, 5))
     product = 2 * 7 * 7 * 5
 
@@ -63,7 +63,7 @@ def test_contrast_counts_the_logits_twice_and_the_gradients_that_are_asked_for(s
 
 
 @compiled
-def test_what_moves_memory_has_no_products() -> None:
+def test_ops_that_move_memory_count_no_flops() -> None:
     tokens, student = leaves((2, 5, 8), (2, 3, 8))
     kept = torch.tensor([[0, 4, 1], [2, 2, 3]])
     assert counted(lambda: masked_gather(tokens, kept, implementation="cpp").sum().backward()) == 0
@@ -77,7 +77,7 @@ def test_what_moves_memory_has_no_products() -> None:
         "import torch.utils.flop_counter\nimport oner_fast.ops",
     ],
 )
-def test_the_counter_of_a_process_knows_them_whichever_is_imported_first(imports: str) -> None:
+def test_flop_counter_knows_the_ops_in_either_order_of_import(imports: str) -> None:
     program = f"""
 import sys
 {imports}
@@ -97,7 +97,7 @@ print([type(one).__name__ for one in sys.meta_path if "oner_fast" in type(one)._
 
 
 @pytest.mark.parametrize("library", ["oner_fast_triton", "oner_fast_triton_atomic"])
-def test_tritons_attention_makes_the_scores_in_both_of_its_backward_kernels(library: str) -> None:
+def test_flops_of_tritons_attention_count_the_scores_in_both_backward_kernels(library: str) -> None:
     """Three products for the query's gradient, four for the key's and value's: seven, where C++ needs five."""
     raw, product = getattr(torch.ops, library), 2 * (12 * 12 // 3) * 2 * 4
     with FakeTensorMode():
@@ -125,7 +125,7 @@ def test_tritons_attention_makes_the_scores_in_both_of_its_backward_kernels(libr
         ("oner_fast", torch.bfloat16, 64, False, 3),
     ],
 )  # fmt: skip
-def test_contrasts_backward_counts_the_logits_that_each_library_makes(
+def test_flops_of_the_contrasts_backward_follow_each_library(
     library: str, dtype: torch.dtype, width: int, mixed: bool, both: int
 ) -> None:
     pytest.importorskip("triton")
@@ -145,7 +145,7 @@ def test_contrasts_backward_counts_the_logits_that_each_library_makes(
         assert counted(lambda: backward(False)) == 2 * product
 
 
-def test_without_values_all_sequences_are_as_long_as_the_mean() -> None:
+def test_flops_of_fake_tensors_assume_sequences_of_equal_length() -> None:
     """As torch.compile meets them."""
     raw = torch.ops.oner_fast.varlen_attention
     with FakeTensorMode():
