@@ -10,17 +10,17 @@ from typing import Any
 
 import tyro
 
-from oner_fast.train.config.registry import UnknownRecipe, get_recipe, recipes
+from oner_fast.train.config.registry import find_recipe, recipes
 
 
 def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = object) -> Any:
     """Read a command line into a configuration.
 
-    `--recipe NAME` picks the recipe whose values are the defaults. Every field, nested ones too, is a flag
-    (`--optim.lr 1e-3`), whose last part is enough where only one flag ends so (`--lr 1e-3`). The help shows the
-    short flags where that holds for all of them, else the long ones. `--list-recipes` prints the recipes and
-    `--help` prints every flag with its default; both exit with status 0. An error is printed on stderr and exits
-    with status 2.
+    `--recipe NAME` picks the recipe whose values are the defaults, `--recipe FILE.py:NAME` one in a file of your own.
+    Every field, nested ones too, is a flag (`--optim.lr 1e-3`), whose last part is enough where only one flag ends so
+    (`--lr 1e-3`). The help shows the short flags where that holds for all of them, else the long ones.
+    `--list-recipes` prints the recipes and `--help` prints every flag with its default; both exit with status 0. An
+    error is printed on stderr and exits with status 2.
 
     Args:
         argv: the arguments without the program's name.
@@ -41,10 +41,11 @@ def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = obje
         raise SystemExit(0)
     chosen = default_recipe if name is None else name
     try:
-        default = get_recipe(chosen, kind)
-    except UnknownRecipe as error:
+        make = find_recipe(chosen, kind)
+        default = make()
+    except ValueError as error:
         _exit(prog, str(error))
-    summary = (recipes(kind)[chosen].__doc__ or "").strip().splitlines()[0]
+    summary = (make.__doc__ or "").strip().splitlines()[0]
     description = f"Recipe {chosen}: {summary} Another one: --recipe NAME; all of them: --list-recipes."
     flags = _flags(default)
     short = len({_last(flag) for flag in flags}) == len(flags)

@@ -10,7 +10,10 @@ import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
+
+from oner_fast.train.config.python_file import describe_error, import_file, split_reference
 
 C = TypeVar("C")
 Recipe = Callable[[], Any]
@@ -43,10 +46,7 @@ def recipe(function: Callable[[], C]) -> Callable[[], C]:
 
     @functools.wraps(function)
     def named() -> C:
-        config: Any = function()
-        if hasattr(getattr(config, "run", None), "recipe"):
-            config = dataclasses.replace(config, run=dataclasses.replace(config.run, recipe=name))
-        found: C = config
+        found: C = _stamped(function(), name)
         return found
 
     _RECIPES[name] = named
@@ -59,28 +59,77 @@ def recipes(kind: type = object) -> dict[str, Recipe]:
 
 
 def get_recipe(name: str, kind: type = object) -> Any:
-    """Build the configuration of the recipe `name`.
+    """Build the configuration of the recipe `name`, or of `FILE.py:NAME`.
 
     Raises:
-        UnknownRecipe: no recipe of this name returns a `kind`. The message names the command that the recipe belongs
-            to, or else the nearest name and all known ones.
+        UnknownRecipe: as in `find_recipe`.
+        TypeError: the recipe returns something else than a dataclass instance.
     """
-    known = recipes(kind)
-    if name not in known:
-        raise UnknownRecipe(_describe_unknown(name, known))
-    config = _RECIPES[name]()
+    config = find_recipe(name, kind)()
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"recipe {name!r} must return a dataclass instance, got {type(config).__name__}")
     return config
 
 
-def _describe_unknown(name: str, known: dict[str, Recipe]) -> str:
-    import_all_recipes()
-    if name in _RECIPES:
-        return f"recipe {name!r} belongs to '{command_of(_RECIPES[name]())}'"
+def find_recipe(name: str, kind: type = object) -> Recipe:
+    """Find the recipe `name`, or the one that `FILE.py:NAME` names, whose file is imported first.
+
+    Raises:
+        UnknownRecipe: no recipe of this name returns a `kind`, or the file cannot be imported. The message names the
+            command that the recipe belongs to, or else the nearest name and all known ones. The recipe of a file
+            raises it, or another `ValueError`, when it is called.
+    """
+    reference = split_reference(name)
+    if reference is not None:
+        return _find_in_file(name, *reference, kind)
+    known = recipes(kind)
+    if name not in known:
+        import_all_recipes()
+        if name in _RECIPES:
+            raise UnknownRecipe(f"recipe {name!r} belongs to '{command_of(_RECIPES[name]())}'")
+        raise UnknownRecipe(f"unknown recipe {name!r}.{_suggest(name, known)}")
+    return known[name]
+
+
+def _find_in_file(reference: str, path: Path, name: str, kind: type) -> Recipe:
+    try:
+        module = import_file(path)
+    except ValueError as error:
+        raise UnknownRecipe(f"--recipe {reference}: {error}") from error
+    found = {each: make for each, make in recipes().items() if make.__module__ == module.__name__}
+    if not found:
+        raise UnknownRecipe(f"{path} has no recipes: decorate functions with @recipe of {__name__}")
+    if name not in found:
+        problem = f"has no recipe {name!r}.{_suggest(name, found)}" if name else f"has recipes: {', '.join(found)}"
+        raise UnknownRecipe(f"{path} {problem}" + ("" if name else f"; choose with --recipe {path}:NAME"))
+    make = found[name]
+
+    @functools.wraps(make)
+    def named_by_file() -> Any:
+        try:
+            config = make()
+        except Exception as error:
+            raise ValueError(f"recipe {reference!r} fails: {describe_error(error, path)}") from error
+        if isinstance(config, kind):
+            return _stamped(config, reference)
+        if type(config).__module__.startswith(_PACKAGE + "."):
+            raise UnknownRecipe(f"recipe {reference!r} belongs to '{command_of(config)}'")
+        raise ValueError(f"recipe {reference!r} must return a {kind.__name__}, got {type(config).__name__}")
+
+    return named_by_file
+
+
+def _suggest(name: str, known: dict[str, Recipe]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown recipe {name!r}.{hint} Known recipes: {', '.join(known) or 'none'}"
+    return f"{hint} Known recipes: {', '.join(known) or 'none'}"
+
+
+def _stamped(config: Any, name: str) -> Any:
+    """Put a recipe's name into its configuration, where that has a field `run.recipe`."""
+    if not hasattr(getattr(config, "run", None), "recipe"):
+        return config
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, recipe=name))
 
 
 def command_of(config: Any) -> str:
