@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +139,25 @@ def run_two_ranks() -> Callable[..., None]:
         assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
 
     return run
+
+
+@pytest.fixture
+def check_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Runs a training's `main` with `--dry-run`, and checks its report and that no file under `tmp_path` changed."""
+
+    def files() -> dict[str, bytes | None]:
+        found = {str(path): path.read_bytes() if path.is_file() else None for path in tmp_path.rglob("*")}
+        return {name: content for name, content in found.items() if not name.endswith(".index.npz")}
+
+    def check(main: Callable[[list[str]], int], words: list[str], run: str) -> None:
+        before = files()
+        capsys.readouterr()
+        assert main([*words, "--dry-run"]) == 0
+        memory, pace, whole, loss = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(r"memory  \d+\.\d\d GiB at the peak of the process", memory)
+        assert re.fullmatch(r"pace    \d+\.\d samples/s, \d+\.\d{3} s a step, \d+% of it waiting for data \(.*\)", pace)
+        assert re.fullmatch(rf"run     {run}: \d+\.\d\d hours", whole)
+        assert re.fullmatch(r"loss    -?\d+\.\d{4}", loss)
+        assert files() == before
+
+    return check

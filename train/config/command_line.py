@@ -12,6 +12,9 @@ import tyro
 
 from oner_fast.train.config.registry import find_recipe, recipes
 
+DRY_RUN = "--dry-run"
+"""The flag of a training that makes a step, tells memory, pace and hours, and leaves nothing."""
+
 
 def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = object) -> Any:
     """Read a command line into a configuration.
@@ -46,7 +49,10 @@ def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = obje
     except ValueError as error:
         _exit(prog, str(error))
     summary = (make.__doc__ or "").strip().splitlines()[0]
-    description = f"Recipe {chosen}: {summary} Another one: --recipe NAME; all of them: --list-recipes."
+    description = (
+        f"Recipe {chosen}: {summary} Another one: --recipe NAME (or FILE.py:NAME); all of them: --list-recipes. "
+        f"Memory, pace and hours, by a step that leaves nothing: {DRY_RUN}."
+    )
     flags = _flags(default)
     short = len({_last(flag) for flag in flags}) == len(flags)
     try:

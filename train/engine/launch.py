@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 
-from oner_fast.train.config.command_line import parse
+from oner_fast.train.config.command_line import DRY_RUN, parse
 from oner_fast.train.engine import distributed
 from oner_fast.train.engine.allocator import freed_memory_kept
-from oner_fast.train.engine.distributed import World
+from oner_fast.train.engine.dry_run import dry_run
 from oner_fast.train.engine.loop import C, Training
 from oner_fast.train.engine.nonfinite import NonFiniteError
 from oner_fast.train.engine.signals import stop_on_signals
@@ -25,7 +25,7 @@ def launch(
     prog: str,
     kind: type[C],
     default_recipe: str,
-    build: Callable[[C, World], Training[C]],
+    build: type[Training[C]],
 ) -> int:
     """Parse the command line and train.
 
@@ -34,15 +34,17 @@ def launch(
         prog: the program's name in messages.
         kind: the dataclass of the configuration; recipes of other kinds are refused.
         default_recipe: the recipe used without `--recipe`.
-        build: makes the training of a configuration and a world.
+        build: the class of the training.
 
     Returns:
         0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
     """
-    config: C = parse(sys.argv[1:] if argv is None else argv, default_recipe, prog, kind)
+    words = list(sys.argv[1:] if argv is None else argv)
+    dry = DRY_RUN in words
+    config: C = parse([word for word in words if word != DRY_RUN], default_recipe, prog, kind)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        return _train(config, build)
+        return _train(config, build, dry)
     except (ValueError, FileNotFoundError, NonFiniteError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
@@ -51,7 +53,7 @@ def launch(
         return _EXIT["SIGINT"]
 
 
-def _train(config: C, build: Callable[[C, World], Training[C]]) -> int:
+def _train(config: C, build: type[Training[C]], dry: bool) -> int:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)
@@ -59,8 +61,14 @@ def _train(config: C, build: Callable[[C, World], Training[C]]) -> int:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     world = distributed.setup(config.run.device)
     try:
-        with freed_memory_kept() if world.device.type == "cpu" else nullcontext(), stop_on_signals() as stop:
-            signal = build(config, world).run(stop)
+        with freed_memory_kept() if world.device.type == "cpu" else nullcontext():
+            if dry:
+                found = dry_run(config, build, world)
+                if world.is_main:
+                    print(found.report(config.optim.steps, world.device))
+                return 0
+            with stop_on_signals() as stop:
+                signal = build(config, world).run(stop)
     finally:
         distributed.shutdown()
     return 0 if signal is None else _EXIT[signal]

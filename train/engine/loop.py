@@ -147,6 +147,11 @@ class Training(ABC, Generic[C]):
         """React to the optimiser's step; return metrics."""
         return {}
 
+    @classmethod
+    def without_traces(cls, config: C) -> C:
+        """Return `config` without what would be written outside the run's folder, for a dry run."""
+        return config
+
     def _snapshot(self) -> None:
         """Record what the report shows of this moment; only the main rank calls this."""
 
@@ -174,7 +179,7 @@ class Training(ABC, Generic[C]):
             while self.steps_done < total:
                 with meter.waiting():
                     batch = next(self.batches)
-                metrics = self._step(batch)
+                metrics = self.step_once(batch)
                 self.steps_done += 1
                 meter.step(len(batch) * self.world.size)
                 flops.append(self._flops(batch))
@@ -209,7 +214,7 @@ class Training(ABC, Generic[C]):
         """Tell whether something is due now that happens every so many steps (0: never) and at the end."""
         return every > 0 and (self.steps_done % every == 0 or self.steps_done == self.config.optim.steps)
 
-    def _step(self, batch: PairBatch) -> dict[str, Tensor | float]:
+    def step_once(self, batch: PairBatch) -> dict[str, Tensor | float]:
         """Take one optimisation step and return its metrics, still on the device."""
         o = self.config.optim
         lr = cosine_lr(self.steps_done, peak=o.lr, total_steps=o.steps, warmup_steps=o.warmup, floor=o.min_lr)

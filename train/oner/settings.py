@@ -5,8 +5,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from tyro.conf import Fixed, Suppress
+
 from oner_fast.models.oner import OneRConfig
 from oner_fast.train.config.common import Data, Optimisation, Run, check_temperature
+
+CONTRASTS = ("itc", "xmc", "cic", "cmc")
+"""The weights of the contrasts, which need embeddings."""
+
+
+@dataclass(frozen=True)
+class CustomObjective:
+    """An objective of one's own in the configuration."""
+
+    source: str
+    """`FILE.py:FUNCTION`, or the name of an entry point of the group `oner_fast.objectives`."""
+    weight: float
+    """Its share in the step's loss, above 0."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"the weight of objective {self.source!r} must be above 0, got {self.weight}")
+
+    @property
+    def name(self) -> str:
+        """The function's name, which stands for the loss in the metrics."""
+        return self.source.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,8 @@ class Objectives:
     mask_word_ratio: float = 0.15
     force_patch_dropout: float = 0.0
     """Share of the patches left out of the student's passes, before they are embedded."""
+    custom: Suppress[Fixed[tuple[CustomObjective, ...]]] = ()
+    """Objectives of one's own, which a recipe adds; no flag sets them."""
 
     def __post_init__(self) -> None:
         weights = (self.itc, self.xmc, self.cic, self.cmc, self.mlm, self.mim)
@@ -54,11 +80,16 @@ class Objectives:
         for name in ("mask_patch_ratio", "mask_word_ratio", "force_patch_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.custom and not self.contrastive:
+            raise ValueError("an objective of one's own needs a contrast above 0: it reads the contrast's embeddings")
+        names = [*CONTRASTS, "mlm", "mim", *(each.name for each in self.custom)]
+        if taken := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"objectives need names of their own, {', '.join(taken)} is there twice")
 
     @property
     def contrastive(self) -> bool:
         """Whether any of the four contrasts is on."""
-        return any((self.itc, self.xmc, self.cic, self.cmc))
+        return any(getattr(self, name) for name in CONTRASTS)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from oner_fast.models.oner import OneR, PassName
 from oner_fast.train.engine.distributed import World, sum_over_ranks
 from oner_fast.train.engine.replica import Replica
 from oner_fast.train.engine.two_pass import first_pass, second_pass
+from oner_fast.train.oner.custom_objectives import load_objectives
 from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
 from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
 from oner_fast.train.oner.settings import OneRConfiguration
@@ -61,6 +62,7 @@ class TrainingStep:
         autocast_dtype: torch.dtype | None,
     ) -> None:
         self.config, self.teacher, self.vocabulary, self.world = config, teacher, vocabulary, world
+        self.custom = load_objectives(config.objectives.custom)
         self.replica = Replica(student, world, autocast_dtype)
 
     def __call__(self, batch: PairBatch) -> StepResult:
@@ -84,6 +86,10 @@ class TrainingStep:
         weights = {"mlm": c.objectives.mlm, "mim": c.objectives.mim}
         losses |= {name: value for name, value in masked_parts.items() if weights[name]}
         loss = contrast.detach() + sum(weights[name] * value for name, value in masked_parts.items())
+        for each in self.custom:
+            own = losses[each.name].detach()
+            losses[each.name] = sum_over_ranks(own) / self.world.size
+            loss = loss + each.weight * (losses[each.name] - own)
         shown = keys or embeddings
         gap = modality_gap(shown["image"], shown["text"]) if c.objectives.contrastive else None
         return StepResult(loss, {name: value.detach() for name, value in losses.items()}, gap)
@@ -124,9 +130,13 @@ class TrainingStep:
         objectives = self.config.objectives
         if not objectives.contrastive:
             return {}, torch.zeros((), device=self.world.device)
-        losses = contrastive_losses(query, keys or query, scale, objectives, self.replica.group)
-        weighted = [getattr(objectives, name) * loss for name, loss in losses.items()]
-        return losses, torch.stack(weighted).sum()
+        keys = keys or query
+        losses = contrastive_losses(query, keys, scale, objectives, self.replica.group)
+        weights = {name: getattr(objectives, name) for name in losses}
+        for each in self.custom:
+            losses[each.name] = each(query, keys, scale, self.replica.group)
+            weights[each.name] = each.weight
+        return losses, torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 
     def _masked(self, output: StudentOutput, words: Tensor, patches: Tensor) -> _MaskedSums:
         """Divide the sums of this rank's masked positions by the count of all ranks and micro-batches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class UTATraining(Training[UTAConfiguration]):
         if features.overlaps:
             self.batches.ahead = features.submit
         self.step = AlignmentStep(self.config, self.student, features, self.world, self.dtype)
+
+    @classmethod
+    def without_traces(cls, config: UTAConfiguration) -> UTAConfiguration:
+        """Leave the cache of the teacher's tokens alone."""
+        return replace(config, alignment=replace(config.alignment, teacher_cache=""))
 
     def _cache(self) -> FeatureCache | None:
         alignment, batches = self.config.alignment, self.batches

@@ -197,5 +197,9 @@ def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], chan
     assert text in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_a_dry_run_leaves_nothing(straight: tuple[Path, Path], tmp_path: Path, check_dry_run: Any) -> None:
+    check_dry_run(clip.main, command(straight[0], tmp_path / "runs" / "new"), "8 steps of 8 samples")
+
+
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -141,3 +141,10 @@ def test_a_temperature_too_low_is_refused(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         lit.main(command(tmp_path, tmp_path / "run", temperature=0.001))
     assert "temperature must be at least 0.01" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_dry_run_leaves_nothing(
+    data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any], check_dry_run: Any
+) -> None:
+    tiny_encoders(0)
+    check_dry_run(lit.main, command(data, tmp_path / "run", **SIZES), "8 steps of 8 samples")

@@ -286,5 +286,12 @@ def test_wrong_settings(capsys: pytest.CaptureFixture[str], flags: dict[str, Any
     assert text in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_dry_run_leaves_nothing(
+    straight: tuple[Path, Path], teacher: Path, tmp_path: Path, check_dry_run: Any
+) -> None:
+    words = command(straight[0], tmp_path / "run", teacher, teacher_cache=tmp_path / "cache")
+    check_dry_run(uta.main, words, "6 steps of 8 samples")
+
+
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
