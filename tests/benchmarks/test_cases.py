@@ -39,7 +39,7 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*given: object) -> None:
         raise measuring.peak_memory.Unavailable("not measured in this test")
 
-    monkeypatch.setattr(measuring.memory, "measure", refuse)
+    monkeypatch.setattr(measuring.peak_memory, "measure", refuse)
 
 
 def test_a_row_names_the_faster_contender() -> None:
