@@ -1,4 +1,4 @@
-"""What setup.py decides of the CUDA part, without building it."""
+"""setup.py's decisions about the CUDA part, without building it."""
 
 from __future__ import annotations
 

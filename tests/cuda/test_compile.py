@@ -18,7 +18,7 @@ SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10}
 
 
 def compiled(compiler: str, source: Path, architecture: str, folder: Path) -> list[dict[str, Any]]:
-    """What ptxas says of each kernel."""
+    """The report of ptxas for each kernel."""
     command = [
         compiler, "-cubin", f"-arch=sm_{architecture}", "-std=c++17", "-I", ROOT / "csrc", "-Xptxas", "-v",
         "--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", source, "-o", folder / "kernels.cubin",

@@ -18,7 +18,7 @@ def inverse_norm(x: Tensor) -> Tensor:
 def pack(
     lib: Any, x: Tensor, other: Tensor | None = None, mix: Tensor | None = None, inverse: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What mixup_pack makes of a side: its rows, and what makes unit vectors of them."""
+    """Pack a side with mixup_pack: its rows, and the factors that make them unit vectors."""
     padded = -(-x.shape[1] // 8) * 8
     out, rest = lib.poison(x.shape[0], padded, dtype=x.dtype), lib.poison(x.shape[0], dtype=torch.float32)
     lib.call("mixup_pack", dict(

@@ -192,7 +192,7 @@ def test_bad_boundaries_touch_nothing(executor: Any, starts: list[int], device: 
 
 
 def test_pixels_beyond_two_to_the_31(executor: Any, device: str, tmp_path: Path) -> None:
-    """Of 6 GiB of bytes (a file without blocks) a few lines are touched: offsets need 64 bits."""
+    """A few lines of 6 GiB of bytes (a sparse file) are touched, so that offsets need 64 bits."""
     if executor is None:
         pytest.skip("needs the emulation: the interpreter shadows every byte, and a GPU would have to hold them")
     size = 3 * 2**31
@@ -223,7 +223,7 @@ def test_compiles_as_one_graph(device: str) -> None:
 
 
 def sectors(places: Tensor) -> int:
-    """How many of 32 bytes hold these."""
+    """Count the sectors of 32 bytes that hold these."""
     return int((places // 32).unique().numel())
 
 

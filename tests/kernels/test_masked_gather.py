@@ -239,7 +239,7 @@ def test_bad_boundaries_touch_nothing(executor: Any, starts: list[int], device: 
 
 
 def test_rows_beyond_two_to_the_31_numbers(executor: Any, device: str, tmp_path: Path) -> None:
-    """Of 12 GiB of float16 (a file without blocks) five rows are touched: offsets need 64 bits."""
+    """Five rows of 12 GiB of float16 (a sparse file) are touched, so that offsets need 64 bits."""
     if executor is None:
         pytest.skip("needs the emulation: the interpreter shadows every byte, and a GPU would have to hold them")
     size, far = 3 * 2**31, 2**31 + 64

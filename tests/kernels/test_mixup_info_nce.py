@@ -39,7 +39,7 @@ class Case:
         return "-".join([f"{self.rows}x{self.width}", str(self.dtype)[6:], *(x for x in options if x)])
 
     def arguments(self, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What may ask for a gradient, and the rest."""
+        """The arguments that may take a gradient, and the others."""
         generator = torch.Generator().manual_seed(self.rows * 1000 + self.width)
 
         def numbers() -> Tensor:
@@ -72,7 +72,7 @@ def plain(
     key_other: Tensor | None = None, mix: Tensor | float = 0.5, partner: Tensor | None = None,
     partner_weight: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """What anybody writes, in the inputs' dtype, with N x N targets."""
+    """The obvious PyTorch code, in the inputs' dtype, with N x N targets."""
     dtype, rows = query.dtype, torch.arange(query.shape[0], device=query.device)
     share = mix.to(dtype).unsqueeze(1) if isinstance(mix, Tensor) else mix
     q = query if query_other is None else (1 - share) * query + share * query_other

@@ -84,7 +84,7 @@ def test_random_masks_agree_with_patch_mask(device: str) -> None:
 
 
 def test_a_step_tensor_on_the_device_is_read_at_each_launch(device: str) -> None:
-    """What a captured graph reads anew at every replay."""
+    """A captured graph reads it again at every replay."""
     samples, step = torch.arange(2, device=device), torch.tensor(3, device=device)
     first = both(1, step, samples, (8, 8), 30, "block")
     step += 1

@@ -1,4 +1,4 @@
-"""What every kernel compiles to for GPUs that are not here: it compiles, does not spill, and fits."""
+"""Every kernel compiles for GPUs that are not here, does not spill, and fits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def committed() -> str:
 
 @pytest.fixture(scope="module")
 def figures() -> dict[tuple[str, str], Figures]:
-    """Of one specialisation of every kernel, compiled several at a time."""
+    """The figures of one specialisation of every kernel, compiled several at a time."""
     return resources.compile_all(
         [(one.name, target) for one in FIRST for target in resources.TUNED], os.cpu_count() or 1
     )

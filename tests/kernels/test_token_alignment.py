@@ -186,7 +186,7 @@ def test_every_number_of_the_outputs_is_written(device: str, monkeypatch: pytest
 
 
 def test_wrong_indices_stay_inside_the_teacher(device: str) -> None:
-    """What CUDA cannot check without waiting is read from the nearest token; the executor finds any other access."""
+    """A wrong index, which CUDA does not check, reads the nearest token; the executor finds any other access."""
     student, teacher = torch.randn(2, 3, 8, device=device), torch.randn(2, 5, 8, device=device)
     wild = torch.tensor([[-1, 5, 2**40], [-(2**40), 1, 4]], device=device)
     op, back = torch.ops.oner_fast_triton.token_alignment, torch.ops.oner_fast_triton.token_alignment_backward

@@ -169,7 +169,7 @@ def test_gradients_of_large_scores(size: float, dtype: torch.dtype, width: int, 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_scores_far_below_zero(causal: bool, device: str) -> None:
-    """What lies behind the last key would have the weight exp(512), and must have none."""
+    """Numbers after the last key would have the weight exp(512), and must have none."""
     leaves, upstream, cu_q, cu_k = inputs((2, 2), 64, torch.bfloat16, device, ([5, 6], [7, 8]))
     with torch.no_grad():
         leaves[0].copy_(8 + leaves[0] / 8)

@@ -59,7 +59,7 @@ def careless(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What the stand-ins were called with."""
+    """The arguments that the stand-ins were called with."""
     seen: list[dict[str, Any]] = []
 
     def fake(name: str, **content: Any) -> None:

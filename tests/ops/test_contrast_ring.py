@@ -212,7 +212,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of four processes found, all that these tests ask about."""
+    """The results of four processes for all cases of these tests."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     # This file as a program, which imports once and forks: pytest has threads by now.
     done = subprocess.run(
@@ -224,7 +224,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def mean_over_ranks(found: list[list[Tensor]]) -> list[Tensor]:
-    """What DDP makes of the ranks' gradients."""
+    """The mean over ranks of the gradients, as DDP computes it."""
     together = zip(*(gradients for _, *gradients in found), strict=True)
     return [(torch.cat(parts) if parts[0].ndim else torch.stack(parts).sum()) / len(found) for parts in together]
 
@@ -242,7 +242,7 @@ def test_several_processes_agree_with_one(ranks: list[dict[str, Any]], size: int
 
 
 def plain(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
-    """What anybody writes, in the inputs' dtype."""
+    """The obvious PyTorch code, in the inputs' dtype."""
     logits = logit_scale * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
     target = torch.arange(logits.shape[0])
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -253,7 +253,7 @@ def plain(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
 def test_error_against_float64_is_near_that_of_plain_pytorch(
     ranks: list[dict[str, Any]], spread: float, dtype: str
 ) -> None:
-    """Of blocks whose gradients nearly cancel, too: each is rounded to the inputs' dtype, their sum is float32."""
+    """Blocks whose gradients nearly cancel included: each is rounded to the inputs' dtype, and their sum is float32."""
     wide = close_keys(sum(SIZES), 40, spread)
     narrow = {name: x.detach().to(DTYPES[dtype]).requires_grad_(x.requires_grad) for name, x in wide.items()}
     wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in narrow.items()}

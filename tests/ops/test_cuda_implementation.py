@@ -1,4 +1,4 @@
-"""What can be said of the implementation "cuda" on a machine without a GPU: who serves a call, and why not."""
+"""The choice of the implementation "cuda" and the reasons against it, on a machine without a GPU."""
 
 from __future__ import annotations
 

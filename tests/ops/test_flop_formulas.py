@@ -1,4 +1,4 @@
-"""What PyTorch's counter finds in our ops."""
+"""FLOPs of our ops by PyTorch's counter."""
 
 from __future__ import annotations
 

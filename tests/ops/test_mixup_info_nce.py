@@ -208,7 +208,7 @@ def bfloat16_products() -> bool:
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype: torch.dtype) -> None:
-    """The only error is float32's in the loss, and one rounding to ``dtype`` in each gradient; where the processor has
+    """The only error is float32's in the loss, and one rounding to `dtype` in each gradient; where the processor has
     products of bfloat16, mixed rows are rounded once more."""
     wide = [torch.randn(24, 16, dtype=torch.float64).to(dtype).double().requires_grad_() for _ in range(4)]
     narrow = [x.detach().to(dtype).requires_grad_() for x in wide]
@@ -352,7 +352,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of three processes found for every case."""
+    """The results of three processes for every case."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     # This file as a program, which imports once and forks: pytest has threads by now.
     done = subprocess.run(

@@ -41,7 +41,7 @@ def inputs(rows: int, width: int, dtype: torch.dtype, *, noise: float = 1.0) -> 
 
 
 def plain(query: Tensor, key: Tensor, scale: Tensor, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """What anybody writes, in the inputs' dtype."""
+    """The obvious PyTorch code, in the inputs' dtype."""
     if other is not None:
         query, key = 0.5 * query + 0.5 * other[0], 0.5 * key + 0.5 * other[1]
     logits = scale * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T

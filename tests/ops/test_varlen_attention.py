@@ -120,7 +120,7 @@ def test_one_sequence_and_no_sequence(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 def test_a_query_that_sees_no_key_gives_zero_and_takes_no_gradient(implementation: str, dtype: torch.dtype) -> None:
-    """Of four queries over two keys, aligned bottom-right, the first two see nothing."""
+    """With four queries and two keys, aligned at their ends, the first two queries see nothing."""
     query, key, value = numbers(4, 1, 4, dtype=dtype), numbers(2, 1, 4, dtype=dtype), numbers(2, 1, 4, dtype=dtype)
     result = varlen_attention(
         query, key, value, cumulative([4]), cumulative([2]), causal=True, implementation=implementation
