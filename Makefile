@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint format docs clean
+.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -110,6 +110,9 @@ lint: $(STAMP)-dev ## ruff, mypy, clang-format, and the files of .github against
 format: $(STAMP)-dev ## format Python and C++ in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+support: $(STAMP)-test ## write docs/support.md again, from the registry of the ops and the versions that are set here
+	$(BIN)/python docs/support_matrix.py
 
 docs: $(STAMP)-docs ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
