@@ -14,9 +14,9 @@ from itertools import groupby
 from pathlib import Path
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 90rem; padding: 1rem; }
 table { border-collapse: collapse; display: block; margin: 1rem 0; max-width: 100%; overflow-x: auto; }
-th, td { border: 1px solid #8886; padding: .25rem .6rem; text-align: left; white-space: nowrap; }
+th, td { border: 1px solid #8886; padding: .25rem .6rem; text-align: left; }
 th { background: #8882; }
 img { background: #fff; display: block; height: auto; margin: 1rem 0; max-width: 100%; }
 :root { color-scheme: light dark; }
