@@ -138,7 +138,7 @@ def chosen(torch_version: str) -> list[list[str]]:
         for dtype in DTYPES:
             each = [able(op, dtype, machine, torch_version) for machine in COLUMNS.values()]
             answers[dtype] = [next(name for name in names if name not in NEEDS_A_PACKAGE) for names in each]
-        rows += [[f"`{op}`", dtypes, *(f"`{name}`" for name in names)] for dtypes, names in _grouped(answers)]
+        rows += [[op, dtypes, *names] for dtypes, names in _grouped(answers)]
     return rows
 
 
@@ -152,13 +152,13 @@ def others(targets: list[str], torch_version: str) -> list[list[str]]:
             each = {target: able(op, dtype, machine, torch_version) for target, machine in machines.items()}
             order = [name for name in implementations.implementations(op) if any(name in one for one in each.values())]
             answers[dtype] = [_named(name, [t for t in targets if name in each[t]], targets) for name in order]
-        rows += [[f"`{op}`", dtypes, ", ".join(names)] for dtypes, names in _grouped(answers)]
+        rows += [[op, dtypes, ", ".join(names)] for dtypes, names in _grouped(answers)]
     return rows
 
 
 def _named(name: str, on_targets: list[str], targets: list[str]) -> str:
     alone = "" if on_targets == targets else f" (sm_{', sm_'.join(on_targets)} alone)"
-    return f"`{name}`{'*' if name in NEEDS_A_PACKAGE else ''}{alone}"
+    return f"{name}{' (package)' if name in NEEDS_A_PACKAGE else ''}{alone}"
 
 
 def markdown() -> str:
@@ -198,7 +198,7 @@ def markdown() -> str:
             "",
             *_table(["Target", "GPUs", "Compiled", "Has run on"], gpus),
             "",
-            "Everything that an op can take there, in the order of preference. `*` marks an optional package.",
+            "Everything that an op can take there, in the order of preference. Packages are optional.",
             "",
             *_table(["Op", "dtype", "Implementations"], others(targets, torch_version)),
             "",
