@@ -157,8 +157,9 @@ def others(targets: list[str], torch_version: str) -> list[list[str]]:
 
 
 def _named(name: str, on_targets: list[str], targets: list[str]) -> str:
-    alone = "" if on_targets == targets else f" (sm_{', sm_'.join(on_targets)} alone)"
-    return f"{name}{' (package)' if name in NEEDS_A_PACKAGE else ''}{alone}"
+    marks = ["package"] * (name in NEEDS_A_PACKAGE)
+    marks += [] if on_targets == targets else [f"sm_{' and sm_'.join(on_targets)} alone"]
+    return f"{name} ({', '.join(marks)})" if marks else name
 
 
 def markdown() -> str:
@@ -174,8 +175,8 @@ def markdown() -> str:
             "",
             "# Support matrix",
             "",
-            "**CPU:** every op, model and training is tested on Linux x86-64, at each commit. **CUDA:** no GPU has",
-            "run this project's code. Its kernels are compiled, and emulated on a CPU; see",
+            "**CPU:** every op, model and training is tested on Linux x86-64, at each commit. **CUDA:** no GPU",
+            "has run this project's code. Its kernels are compiled, and emulated on a CPU; see",
             "[GPU status](gpu-status.md).",
             "",
             "## Versions",
@@ -198,7 +199,7 @@ def markdown() -> str:
             "",
             *_table(["Target", "GPUs", "Compiled", "Has run on"], gpus),
             "",
-            "Everything that an op can take there, in the order of preference. Packages are optional.",
+            "Everything that an op can take there, in the order of preference; (package): where it is installed.",
             "",
             *_table(["Op", "dtype", "Implementations"], others(targets, torch_version)),
             "",
