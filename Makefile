@@ -18,8 +18,15 @@ TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
 PYTEST ?=
+# Tests run in as many processes as there are cores, up to eight, a file in one of them; PARALLEL= runs them in one.
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --benchmark-disable
 # The tests that run a second time, in Triton's interpreter.
 INTERPRETED := tests/kernels tests/benchmarks/gpuless
+
+# Most of what a short test program costs is its imports: they need the bytecode that the first one leaves.
+unexport PYTHONDONTWRITEBYTECODE
+# Threads that wait for work sleep, for another process has some.
+test test-slow: export OMP_WAIT_POLICY = passive
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -72,12 +79,12 @@ demo: $(STAMP)-demo ## train OneR on pictograms, evaluate it on unseen captions,
 	@echo "The page: $(abspath $(RUN))/report.html"
 
 test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
-	$(BIN)/pytest -rfE $(PYTEST)
-	TRITON_INTERPRET=1 $(BIN)/pytest -rfE $(PYTEST) $(INTERPRETED) || (($$? == 5))  # 5: PYTEST left none
+	$(BIN)/pytest $(PARALLEL) -rfE $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE $(PYTEST) $(INTERPRETED) || (($$? == 5))  # 5: PYTEST left none
 
 test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulated and interpreted
-	$(BIN)/pytest -rfE -m slow $(PYTEST)
-	TRITON_INTERPRET=1 $(BIN)/pytest -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
+	$(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
 
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
 	$(BIN)/pytest -ra --show-capture=no benchmarks

@@ -21,6 +21,21 @@ hypothesis.settings.load_profile("oner_fast")
 
 # The tools without which tests of GPU kernels are skipped.
 LADDER = tuple(dict.fromkeys([*tools.FOR_INTERPRETER, *tools.FOR_AOT, *tools.FOR_EMULATE, *tools.FOR_CUDA]))
+# The files that take longest, which start first: several processes share the files, and none should wait for one at the
+# end.
+LONGEST = (
+    "tests/test_install.py",
+    "tests/kernels/test_mixup_info_nce.py",
+    "tests/train/oner/test_resume.py",
+    "tests/train/oner/test_step.py",
+    "tests/ops/test_varlen_attention.py",
+    "tests/ops/test_instruction_sets.py",
+    "tests/train/uta/test_training.py",
+    "tests/kernels/test_varlen_attention.py",
+    "tests/kernels/test_resources.py",
+    "tests/ops/test_capability.py",
+    "tests/test_import.py",
+)
 MOST_REASONS = 7  # that the end of a run lists one by one
 
 
@@ -30,6 +45,14 @@ def pytest_configure() -> None:
         raise pytest.UsageError(
             f"ONER_FAST_CI=1 lets no test of a GPU kernel be skipped, and needs {', '.join(absent)}"
         )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest files first where processes share the files; the order within a file stays."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        order = {config.rootpath / name: number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path, len(LONGEST)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -29,6 +29,13 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return WithoutTriton.from_parent(parent, path=module_path) if tools.missing("triton") else None
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A compilation by g++ is what takes long: what is `slow_emulated` is `slow` where kernels are emulated."""
+    emulated = not (INTERPRETED or torch.cuda.is_available())
+    if emulated and item.get_closest_marker("slow_emulated"):
+        item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

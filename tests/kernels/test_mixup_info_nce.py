@@ -91,6 +91,7 @@ def plain(
     return (loss - (target * logits.log_softmax(0)).sum() / len(rows)) / 2
 
 
+SLOW = pytest.mark.slow_emulated
 HALF, WIDE, FULL = torch.float16, torch.bfloat16, torch.float32
 CASES = [
     Case(64, 64, HALF),
@@ -127,7 +128,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(case: Case, device:
         assert error <= 3 * (other.double() - right).abs().max() + unit, name
 
 
-@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(FULL, marks=SLOW)])
 def test_pairs_with_all_the_probability_have_no_loss_and_no_gradient(dtype: torch.dtype, device: str) -> None:
     generator = torch.Generator().manual_seed(5)
     unit = torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
@@ -139,7 +140,7 @@ def test_pairs_with_all_the_probability_have_no_loss_and_no_gradient(dtype: torc
         assert gradient.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("dtype", [HALF, WIDE, FULL])
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(WIDE, marks=SLOW), FULL])
 def test_scale_100_is_exact_where_every_pair_is_wrong(dtype: torch.dtype, device: str) -> None:
     """Every pair is opposite, every other pair equal: logits of -100 and 100, where exp overflows in float32."""
     query = torch.zeros(4, 2, dtype=dtype, device=device)

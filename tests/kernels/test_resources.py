@@ -51,17 +51,14 @@ def committed() -> str:
 
 @pytest.fixture(scope="module")
 def figures() -> dict[tuple[str, str], Figures]:
-    """The figures of one specialisation of every kernel, compiled several at a time."""
-    return resources.compile_all(
-        [(one.name, target) for one in FIRST for target in resources.TUNED], os.cpu_count() or 1
-    )
+    """The figures of one specialisation of every kernel on sm_80, compiled several at a time."""
+    return resources.compile_all([(one.name, "sm_80") for one in FIRST], os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("one", FIRST, ids=lambda one: one.name)
 def test_compiles_without_spills_and_as_committed(one: Compilation, figures: dict[tuple[str, str], Figures]) -> None:
-    """One specialisation of every kernel; the others are `slow`."""
-    for target in resources.TUNED:
-        assert not figures[one.name, target].problems(one.tensor_cores), figures[one.name, target]
+    """Check one specialisation of every kernel on sm_80; the others, and all of them on sm_90, are `slow`."""
+    assert not figures[one.name, "sm_80"].problems(one.tensor_cores), figures[one.name, "sm_80"]
     row = resources.row(figures[one.name, "sm_80"])
     assert row in committed().splitlines(), f"run `{resources.COMMAND}` again: {row}"
 
