@@ -18,14 +18,14 @@ TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
 PYTEST ?=
-# Tests run in as many processes as there are cores, up to eight, a file in one of them; PARALLEL= runs them in one.
-PARALLEL ?= -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --benchmark-disable
+# Tests run in a process for each core, at most eight; a file runs in one of them. `PARALLEL=` runs all in one process.
+PARALLEL ?= -n $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --benchmark-disable
 # The tests that run a second time, in Triton's interpreter.
 INTERPRETED := tests/kernels tests/benchmarks/gpuless
 
-# Most of what a short test program costs is its imports: they need the bytecode that the first one leaves.
+# Tests start many short programs. Without kept bytecode each of them would compile torch's Python files again.
 unexport PYTHONDONTWRITEBYTECODE
-# Threads that wait for work sleep, for another process has some.
+# OpenMP threads sleep while they wait, because the other processes need the cores.
 test test-slow: export OMP_WAIT_POLICY = passive
 
 BIN := $(VENV)/bin

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ print(torch.ops.oner_fast.cpu_capability(), digest.hexdigest())
 KNOWN = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
+@cache
 def run(capability: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "ONER_FAST_CPU_CAPABILITY": capability}
     return subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
