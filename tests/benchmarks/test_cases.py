@@ -83,7 +83,7 @@ def test_a_wrong_shape_and_a_failing_baseline_are_reported() -> None:
         Settings(seconds=0.05),
     )
     assert row.unavailable == {"eager other": "NotImplementedError: no kernel here"} and not row.wrong
-    with pytest.raises(ValueError, match=r"shape \(2,\), \(3,\) is right"):
+    with pytest.raises(ValueError, match=r"shape \(2,\), not \(3,\)"):
         relative_error(torch.ones(2), torch.ones(3))
 
 
