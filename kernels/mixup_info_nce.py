@@ -8,13 +8,15 @@ mixup_info_nce_backward.py.
 
 | kernel | FLOPs | reads | writes |
 |---|---|---|---|
-| `_statistics` | 2 M N D | e (M D + N D) once from memory, the keys again from the L2 cache for each row tile | 8 (parts M + stripes N) at most 256 (M + N) |
+| `_statistics` | 2 M N D | e (M D + N D) from memory; keys from L2 for each row tile | 8 (parts M + stripes N) |
 | `_merge` | O(parts M + stripes N) | the partials once | 8 (M + N) |
 | `_partner_sums` | 2 M N, no product | 12 M for each block of columns (from the L2 cache) | 4 N |
 
+`_statistics` writes at most 256 (M + N) bytes.
+
 Logits are in base e and rounded once (no fused multiply-add skips that rounding). Backward therefore recomputes
 exactly the logit that forward found to be the largest, and a pair with all the probability has a gradient of exactly 0.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

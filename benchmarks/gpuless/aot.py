@@ -55,7 +55,7 @@ class Request:
 
 @dataclass
 class TargetReport:
-    """What one kernel is on one target.
+    """Result of compiling one kernel for one target.
 
     Args:
         target: `sm_80`, `gfx942` and the like.

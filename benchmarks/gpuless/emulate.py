@@ -62,7 +62,7 @@ class Launch:
 
 @dataclass
 class _State:
-    """What `install` sets; `loading` is the `CompiledKernel` that asks for its handles."""
+    """Settings made by `install`; `loading` is the `CompiledKernel` that asks for its handles."""
 
     capability: int
     checks: Checks

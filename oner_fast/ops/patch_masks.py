@@ -29,7 +29,7 @@ _TRITON_CELLS = 1 << 14  # one program holds all cells of a sample
 
 
 class PatchMasks(NamedTuple):
-    """Which cells are masked, and which stay visible.
+    """The masked cells and the visible cells of each sample.
 
     `mask` is (B, cells) bool, True where masked. `kept` is (B, cells - masked) int64, the other cells in increasing
     order.

@@ -176,7 +176,7 @@ def test_arguments_are_checked_first(name: str, calls: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.skipif(backends._older(str(torch.__version__), backends.TORCH_OLDEST), reason="torch is older than 2.13")
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no varlen")  # fmt: skip  # noqa: E501
+@pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no varlen")
 def test_pytorchs_varlen_attn_takes_the_arguments_given() -> None:
     """The real function on meta tensors, which hold no numbers."""
     query, key = torch.empty(7, 4, 8, device="meta").half(), torch.empty(9, 2, 8, device="meta").half()

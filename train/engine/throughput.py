@@ -141,12 +141,10 @@ class Throughput:
 class ThroughputMeter:
     """Time the steps of a loop.
 
-    ```python
-    with meter.waiting():
-        batch = next(batches)
-    ...
-    meter.step(len(batch))
-    ```
+        with meter.waiting():
+            batch = next(batches)
+        ...
+        meter.step(len(batch))
 
     Args:
         warmup: the first steps, which are not counted: they start workers and choose kernels.

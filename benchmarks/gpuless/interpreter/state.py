@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Settings:
-    """What is checked, and in which order programs run.
+    """Checks that the interpreter makes, and the order in which programs run.
 
     Args:
         bounds: accesses lie in the tensors of the launch.

@@ -27,7 +27,7 @@ Dimensions = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Checks:
-    """What a launch looks for, and in which order it runs the blocks.
+    """Checks that a launch makes, and the order in which it runs the blocks.
 
     Args:
         bounds: every global access lies in one of the tensors passed.
@@ -56,7 +56,7 @@ DEFAULT_CHECKS = Checks()
 
 @dataclass(frozen=True)
 class _Ran:
-    """What ptx_run left: whether it broke off, its report, and its counters."""
+    """Results of `ptx_run`: whether it stopped early, its report, and its counters."""
 
     aborted: bool
     report: str

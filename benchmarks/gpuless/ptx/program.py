@@ -91,7 +91,7 @@ def align_up(size: int, to: int) -> int:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where a function is expanded: `end` is the label behind an inlined call, and `stack` the functions outside."""
+    """One expansion of a function: `end` is the label after the inlined call, `stack` lists the calling functions."""
 
     function: Function
     scopes: list[Scope]

@@ -1,4 +1,4 @@
-"""Where batches come from: the same training reads tars on disk and streams."""
+"""Sources of batches: the same training reads tars on disk and streams."""
 
 from __future__ import annotations
 
