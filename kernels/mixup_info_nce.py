@@ -1,9 +1,9 @@
 """mixup_info_nce forward: one pass over tiles of logits computes the statistics of rows and columns, without N x N.
 
 There are M query rows and N keys of width D and element size e. A program takes a stripe of row tiles and a part of the
-column tiles. The statistics are (maximum, sum of exp(logit - maximum)). Those of rows stay in registers along the
-columns of the part; those of columns are merged, tile by tile, into partials of the stripe. There are at most 32
-stripes and 32 parts, so that partials are O(M + N). A small kernel merges them in order. Backward stands in
+column tiles. The statistics are (maximum, sum of exp(logit - maximum)). Row statistics stay in registers along the
+columns of the part. Column statistics are merged, tile by tile, into partials of the stripe. There are at most 32
+stripes and 32 parts, so that partials are O(M + N). A small kernel merges them in order. Backward is in
 mixup_info_nce_backward.py.
 
 | kernel | FLOPs | reads | writes |
@@ -195,7 +195,7 @@ def statistics(
     first_pair: int,
     columns_too: bool,
 ) -> tuple[Tensor, ...]:
-    """Launch forward: maximum and sum of each row and column, and the logits of own pairs and partners."""
+    """Launch forward: compute the maximum and sum of each row and column, and the logits of own pairs and partners."""
     q, q_rest = Side.of(query, query_other, query_mix, query_inverse_norm).operand()
     k, k_rest = Side.of(key, key_other, key_mix, key_inverse_norm).operand()
     (rows, width), columns = q.shape, k.shape[0]
@@ -234,7 +234,7 @@ def _configuration(q: Tensor) -> tuple[str, Configuration]:
 
 
 def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
-    """Sum for each column the values of the rows whose partner it is, in the order of rows."""
+    """For each column, sum the values of the rows whose partner is that column, in the order of rows."""
     out = torch.empty(columns, dtype=values.dtype, device=values.device)
     chosen = configuration(OP, "partner_sums", "all", architecture_of(values))
     _partner_sums[(triton.cdiv(columns, chosen.blocks["BLOCK_N"]),)](

@@ -51,7 +51,7 @@ def own_tile(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def extent(cu_seqlens, sequence, rows):
-    """Return the first row and the length of a sequence, clamped to the tensor whatever the boundaries are."""
+    """Return the first row and the length of a sequence, clamped to the tensor in case the boundaries are corrupt."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), rows)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), rows)
     return begin, end - begin
@@ -193,20 +193,20 @@ def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, grou
 def dense(x: Tensor) -> Tensor:
     """Return x, or a contiguous copy where the kernels cannot read it.
 
-    They load the numbers of a row as vectors, so these must be adjacent, and count offsets within a tile in 32 bits.
+    The kernels load a row as vectors, so its numbers must be adjacent. Offsets within a tile have 32 bits.
     """
     apart = x.stride(2) != 1 and x.shape[2] > 1
     return x.contiguous() if apart or x.stride(0) * _LARGEST_TILE >= 2**31 else x
 
 
 def vector_of(*tensors: Tensor) -> int:
-    """Return how many numbers 16 bytes hold if every row and head starts at a multiple of that, else 1."""
+    """Return how many numbers 16 bytes hold if every row and head starts at a multiple of 16 bytes, else 1."""
     size = 16 // tensors[0].element_size()
     return size if all(stride % size == 0 for x in tensors for stride in x.stride()[:2]) else 1
 
 
 def strides(x: Tensor, vector: int) -> tuple[int, int]:
-    """Return the strides of rows and heads in vectors."""
+    """Return the strides of rows and of heads, counted in vectors of `vector` numbers."""
     return x.stride(0) // vector, x.stride(1) // vector
 
 

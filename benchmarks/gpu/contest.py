@@ -1,8 +1,7 @@
 """Run one contestant at one workload on the emulated A100, in a process of its own: correctness first, then counts.
 
 `python -m oner_fast.benchmarks.gpu.contest WORKLOAD CONTESTANT [PEERS]` prints JSON. Some rivals need `python -O`,
-since
-they assert that their tensors are on CUDA.
+since they assert that their tensors are on CUDA.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def _flash_attention_triton(deterministic: bool) -> Contender:
 
 
 def _attention_case() -> Case:
-    """Make the case that the rival can serve: causal, float16, all sequences equally long."""
+    """Make the case that the rival can compute: causal, float16, all sequences equally long."""
     total = sum(LENGTHS)
 
     def make(seed: int, device: str) -> Call:

@@ -30,12 +30,12 @@ class Counts:
     """Counts of forward and backward together.
 
     Args:
-        launches: of kernels; `operations`: of eager PyTorch between them.
-        dram: the bytes that each launch reads and writes, each sector once, summed over launches: what must cross the
-            bus where nothing stays in L2 from one kernel to the next. Eager operations count their tensors.
+        launches: number of kernel launches. `operations`: number of eager PyTorch operations between them.
+        dram: bytes that launches read and write, each sector once for each launch. This is the traffic if nothing stays
+            in L2 from one kernel to the next. Eager operations count the bytes of their tensors.
         eager: the part of `dram` that eager operations move.
-        sectors: bytes of all sectors that warps asked for, hits of the caches included; of kernels alone.
-        instructions: of warps. `tensor_flops`: of matrix instructions.
+        sectors: bytes of all sectors that the warps of kernels requested, cache hits included.
+        instructions: number of warp instructions. `tensor_flops`: FLOPs of matrix instructions.
         conflicts: wavefronts of shared memory beyond the ideal.
     """
 
@@ -51,7 +51,7 @@ class Counts:
 
 @contextmanager
 def emulated_a100() -> Iterator[list[Any]]:
-    """Run Triton's kernels on CPU tensors while torch.cuda answers as an A100 would; give the log of launches."""
+    """Run Triton's kernels on CPU tensors while torch.cuda answers as an A100 would; yield the log of launches."""
     answers: dict[str, Any] = {
         "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (A100.major, A100.minor),
@@ -94,7 +94,7 @@ def count(run: Callable[[], Sequence[Tensor]], log: list[Any]) -> tuple[Counts, 
 
 
 class _Eager(TorchDispatchMode):
-    """The tensors that eager operations read and write: each input and output once, views and allocations not."""
+    """Count the bytes that eager operations read and write: each input and output once, no views and no allocations."""
 
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh")
 

@@ -6,7 +6,7 @@
 
 The .cu must not include torch: keep kernels in a .cu or .cuh of their own and bind them elsewhere. Templates need an
 explicit instantiation. Parameters are tensors, numbers, None, or bytes for structures. No GPU and no driver is needed.
-What is caught and what is not stands in `ptx`; messages name the line of the .cu.
+The docstring of `ptx` lists the faults that are caught and those that are not. Messages name the line of the .cu file.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return what `cuobjdump -res-usage` says of a cubin, and its disassembly."""
+    """Return the output of `cuobjdump -res-usage` for a cubin, and its disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -57,7 +57,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def group(names: Iterable[str]) -> dict[str, int]:
-    """Count instructions by group; `other` holds what belongs to none."""
+    """Count instructions by group; `other` counts those of no group."""
     counts = Counter(next((g for g, p in GROUPS.items() if re.match(p, name)), "other") for name in names)
     return {each: counts[each] for each in [*GROUPS, "other"] if counts[each]}
 
@@ -65,7 +65,7 @@ def group(names: Iterable[str]) -> dict[str, int]:
 def main_loop(disassembly: str) -> tuple[list[str], list[str]]:
     """Return the names of the instructions in the main loop, and of all.
 
-    The main loop is the backward branch that spans the most matrix instructions; of equals it is the innermost. It is
+    The main loop is the backward branch that spans the most matrix instructions; among equals, the innermost. It is
     empty where nothing branches backward.
     """
     labels: dict[str, int] = {}

@@ -36,7 +36,7 @@ def linear_cross_entropy(query: Tensor, key: Tensor, logit_scale: Tensor, labels
 
 
 def with_labels(call: Call) -> Call:
-    """Add the numbers of the rows, computed beforehand."""
+    """Add the labels, which are the row numbers, computed beforehand."""
     query = call.arguments[0]
     labels = torch.arange(query.shape[0], device=query.device)
     return Call((*call.arguments, labels), call.leaves, call.upstream)

@@ -1,9 +1,8 @@
 """varlen_attention: packed images, captions and both together in one batch, against all that PyTorch has on the CPU.
 
 Each baseline gets queries, keys and values in the layout that suits it best, made beforehand: padded and masked,
-grouped
-by length, one tensor for each sequence, or nested. `torch.nn.attention.varlen` has no CPU kernel; on CUDA it is a
-baseline.
+grouped by length, one tensor for each sequence, or nested. `torch.nn.attention.varlen` has no CPU kernel; on CUDA it is
+a baseline.
 """
 
 from __future__ import annotations

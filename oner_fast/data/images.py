@@ -1,4 +1,4 @@
-"""Decode images to uint8 tensors, with transforms that given integers decide."""
+"""Decode images to uint8 tensors; crops and flips follow from random integers that the caller gives."""
 
 import io
 import math
@@ -76,7 +76,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Random resized crop and horizontal flip, decided by given integers.
+    """Random resized crop and horizontal flip, decided by random integers that the caller gives.
 
     Attributes:
         size: side of the result in pixels.

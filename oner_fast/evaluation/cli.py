@@ -105,7 +105,8 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     Returns:
         An entry for each split (`pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for `coco`, and for
-        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` says what they were made with.
+        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` lists the model, data and settings
+        behind them.
 
     Raises:
         FileNotFoundError: a run, its data or a file is missing.
@@ -206,7 +207,7 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
 
 
 def _training_data(run: Path, other: Path) -> Path:
-    """Data whose training captions decide which words were seen: the run's, or else the data given."""
+    """Find the data set whose training captions decide which words are new: the run's, or else the given one."""
     try:
         return find_data(run, None)
     except FileNotFoundError:
@@ -233,7 +234,7 @@ def _check_options(options: Options) -> None:
 
 
 def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
-    """Embed the images of the train split from which k-NN and the probe learn."""
+    """Embed the training images to which k-NN and the linear probe are fitted."""
     if not _probes(options):
         return {}
     listing = data / "dataset.json"

@@ -1,4 +1,4 @@
-"""A LiT-like teacher: one trained linear head on each of two frozen encoders that packages bring.
+"""A LiT-like teacher: one trained linear head on each of two frozen encoders, which come from PyPI packages.
 
 It is not a CLIP. In LiT (Zhai et al., CVPR 2022) the image tower is locked and the text tower is trained. Here both are
 locked, as both are small and pretrained, and only the heads learn a common space from captioned images.

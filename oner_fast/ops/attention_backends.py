@@ -158,7 +158,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def _blind(cu_seqlens: Tensor, others: Tensor, rows: int, causal: bool) -> Tensor:
-    """Mark the rows that meet no row of the other side: (rows,) bool, on the device of the tensors."""
+    """Mark the queries without a key, or the keys without a query: (rows,) bool, on the device of the tensors."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     met = others.diff()[sequence]
@@ -264,7 +264,11 @@ def xformers(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Pass xFormers only the sequences and queries that see a key; its causal mask knows no query before the keys."""
+    """Attend with xFormers; arguments and result are those of `oner_fast.ops.varlen_attention`.
+
+    Only sequences and queries that have a key are passed on, as xFormers' causal mask allows no query before the first
+    key.
+    """
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     package = importlib.import_module("xformers.ops")
     masks = importlib.import_module("xformers.ops.fmha.attn_bias")

@@ -1,4 +1,4 @@
-"""Choose the implementation of an op: the one place that decides.
+"""Choose the implementation of an op. Every choice is made here.
 
 An implementation is a plain function with an op's arguments. It is registered under a name, with the device types it
 runs on, a preference, and a predicate that lists every reason why it cannot run. A call takes the implementation of the
@@ -164,9 +164,9 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for an op on a device type, why, and the reasons against each of the others.
+    """The implementation chosen for an op on a device type, why, and the reasons against every other implementation.
 
-    `serves` is its name, or None where none can run.
+    `serves` is the name of the chosen implementation, or None where none can run.
     """
 
     op: str

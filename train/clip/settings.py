@@ -35,8 +35,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class CLIPConfiguration:
-    """The whole configuration of a run; saved beside it as config.json. `model` describes the towers that are new;
-    its image_size is that of the images in any case."""
+    """The whole configuration of a run; saved beside it as config.json.
+
+    `model` describes the new towers. Its `image_size` is the size of the images, also where no tower is new.
+    """
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
     contrast: Contrast = field(default_factory=Contrast)

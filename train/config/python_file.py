@@ -1,4 +1,4 @@
-"""Names in Python files of one's own: `my_recipes.py:name`."""
+"""Find functions in a user's Python file: `my_recipes.py:name`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 def describe_error(error: Exception, path: Path) -> str:
-    """Describe an exception that came out of a file: `FILE, line N: KIND: message`."""
+    """Describe an exception that a file raised: `FILE, line N: KIND: message`."""
     path = path.resolve()
     if isinstance(error, SyntaxError):
         line = error.lineno

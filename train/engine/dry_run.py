@@ -1,4 +1,4 @@
-"""Try a training before it is started: a step or a few on its data, and nothing is kept."""
+"""Try a training before starting it: take one to three steps on its data, and keep nothing."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class DryRun:
 
     Attributes:
         steps: optimisation steps taken.
-        timed: how many of the last of them the pace is of: the first is left out, where there is another.
+        timed: number of steps that the pace is measured over: all but the first, or the first where there is no other.
         samples: samples per step, over all ranks.
         seconds_per_step: wall-clock time.
         data_wait: share of that time spent waiting for data, 0 to 1.
-        peak_memory: bytes of this rank at most: the GPU's, or the process's where it computes on the CPU.
-        loss: of the last step.
+        peak_memory: peak bytes of this rank: of its GPU, or of its process where it computes on the CPU.
+        loss: loss of the last step.
     """
 
     steps: int
@@ -62,15 +62,15 @@ class DryRun:
 
 
 def dry_run(config: C, kind: type[Training[C]], world: World) -> DryRun:
-    """Build a training in a temporary folder, take a step or a few on its data, and remove the folder.
+    """Build a training in a temporary folder, take one to three steps on its data, and remove the folder.
 
-    A step is repeated up to three times while all together take less than ten seconds, so that the pace is one without
-    the warm-up of the first step. Nothing of an existing run is read or written.
+    A step is repeated up to three times while all together take less than ten seconds, so that the pace excludes the
+    warm-up of the first step. Nothing of an existing run is read or written.
 
     Args:
         config: the configuration; its `run_dir` and `resume` are not used.
         kind: the class of the training.
-        world: this process among its peers, all of which must call this.
+        world: this process's place in the process group, all ranks of which must call this.
     """
     with _temporary_folder(Path(config.run.run_dir), world) as folder:
         training = kind(

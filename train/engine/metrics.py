@@ -20,8 +20,8 @@ FILE = "metrics.jsonl"
 class MetricLog:
     """Appends metrics to `folder/metrics.jsonl` and writes them to `folder/tensorboard`.
 
-    A resumed run has no step twice: what was logged after the checkpoint it continues from is dropped from
-    both, the JSON lines atomically.
+    A resumed run logs no step twice: entries after the checkpoint that it continues from are removed from both, from
+    the JSON lines atomically.
 
     Args:
         folder: the run; made where needed.
@@ -97,8 +97,9 @@ class MetricLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, or of the one in the run folder `path`; a last line that was cut
-    short is left out.
+    """Read the lines of a `metrics.jsonl`, or of the one in the run folder `path`.
+
+    A last line that was cut short is left out.
 
     Raises:
         ValueError: a line before the last is not a JSON object with a step.

@@ -20,7 +20,7 @@ _NOTE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at o
 
 
 class StopRequest:
-    """The request of the signals received so far.
+    """A request to stop, made by the signals received so far.
 
     Attributes:
         requested: None, `"SIGINT"` or `"SIGTERM"`: the first signal that came to this process.
@@ -35,7 +35,7 @@ class StopRequest:
         """Agree over all ranks: None to go on, else the name of a signal that some rank received.
 
         Every rank must call it at the same step; all get the same answer, SIGINT before SIGTERM, and
-        `requested` becomes it. Alone, it is `requested`.
+        `requested` becomes it. In a single process the answer is `requested`.
         """
         if world.size > 1:
             votes = torch.tensor([self.requested == name for name in _NAMES], dtype=torch.int32)

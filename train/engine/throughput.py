@@ -1,4 +1,4 @@
-"""The machine's rate of multiplication, the pace of a training, and the share that one is of the other (MFU)."""
+"""The machine's rate of multiplication, the pace of a training, and their ratio (MFU)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gemm_rate(
     Args:
         device: CPU or CUDA.
         dtype: float32, float16, bfloat16 or float64.
-        threads: CPU threads, the present number by default; it is as before afterwards.
+        threads: CPU threads, the current number by default. The current number is restored afterwards.
         again: measure once more, and keep the better of both: the machine may have been busy the first time.
 
     Raises:
@@ -111,10 +111,10 @@ class Throughput:
     """The pace of some steps.
 
     Attributes:
-        steps: how many.
-        samples: samples in them.
-        seconds: wall-clock time of them.
-        waited: seconds of it spent waiting for data.
+        steps: number of steps.
+        samples: number of samples in them.
+        seconds: their wall-clock time.
+        waited: the part of that time spent waiting for data.
     """
 
     steps: int

@@ -18,7 +18,7 @@ from oner_fast.train.engine.replica import Replica
 
 
 class Embedded(Protocol):
-    """A forward's output, as far as the contrast reads it."""
+    """The part of a forward's output that the contrast reads."""
 
     @property
     def embeddings(self) -> Mapping[Any, Tensor]:

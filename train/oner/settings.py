@@ -16,7 +16,7 @@ CONTRASTS = ("itc", "xmc", "cic", "cmc")
 
 @dataclass(frozen=True)
 class CustomObjective:
-    """An objective of one's own in the configuration."""
+    """A user-defined objective in the configuration."""
 
     source: str
     """`FILE.py:FUNCTION`, or the name of an entry point of the group `oner_fast.objectives`."""

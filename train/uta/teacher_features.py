@@ -1,4 +1,4 @@
-"""The teacher's targets for a training's batches, from the cache or computed, on a GPU beside the student's work."""
+"""The teacher's targets for each batch, from the cache or computed; on a GPU, in parallel with the student."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Pending(NamedTuple):
 
 
 class TeacherFeatures:
-    """The tokens (B, 1 + N, E) of a batch by `take(batch)`; `submit(batch)` may start their computation earlier.
+    """Get the teacher's tokens (B, 1 + N, E) of a batch: `take(batch)` returns them, `submit(batch)` starts them early.
 
     On a GPU the teacher runs on its own stream: submit the next batch before the student's step of this one
     (`Batches.ahead` does), and both run at once. On the CPU that gains nothing. With a cache, a step's tokens have the
@@ -41,7 +41,7 @@ class TeacherFeatures:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a batch submitted early is computed beside other work, as on a GPU."""
+        """Whether a batch submitted early is computed in parallel with other work, as on a GPU."""
         return self._stream is not None
 
     def submit(self, batch: PairBatch) -> None:

@@ -65,7 +65,7 @@ class UTATraining(Training[UTAConfiguration]):
 
     @classmethod
     def without_traces(cls, config: UTAConfiguration) -> UTAConfiguration:
-        """Leave the cache of the teacher's tokens alone."""
+        """Turn off the cache of the teacher's tokens."""
         return replace(config, alignment=replace(config.alignment, teacher_cache=""))
 
     def _cache(self) -> FeatureCache | None:

@@ -70,8 +70,8 @@ class Kernel:
 
     Args:
         ptx: the text.
-        name: of the kernel. It may leave out C++ mangling where that is unambiguous, and be left out where the text has
-            one kernel.
+        name: the kernel's name. C++ mangling may be omitted where that is unambiguous, and the whole name where the
+            text has one kernel.
 
     Raises:
         PtxError: no kernel or several fit the name, something is not emulated, or there is no C++ compiler.
@@ -105,7 +105,7 @@ class Kernel:
             args: CPU tensors, Python numbers, None for a null pointer, or bytes.
             shared: bytes of dynamic shared memory.
             tensors: more tensors that the kernel may touch.
-            checks: what is looked for.
+            checks: the checks to make.
             raise_on_fault: raise where a rule is broken; otherwise the findings are in the counters.
             overrides: fields of `checks`.
 

@@ -58,8 +58,8 @@ class Instruction:
     Args:
         op: `root.modifiers`.
         args: the operands as text.
-        guard: the predicate under which it runs; `negated` turns it round.
-        names: what the names among the operands stand for.
+        guard: the predicate under which it runs; `negated` inverts the predicate.
+        names: the register or variable of each name among the operands.
         text, line, source: as in `parse.Statement`.
         index: its number in the program.
     """
@@ -114,8 +114,8 @@ class Program:
     Attributes:
         blocks: the instructions of each basic block; `insts` has all of them.
         labels: the number of the block that a label stands before.
-        targets: the labels of each table of branches.
-        registers: how many there are of each class.
+        targets: the labels of each branch table.
+        registers: number of registers of each class.
         static_smem, local_bytes, param_bytes: bytes of each memory.
         globals: the variables of the module that are global or constant.
 
@@ -284,7 +284,7 @@ def _parts_of_call(args: Sequence[str]) -> tuple[list[str], str, list[str], list
 
 
 class _Labels:
-    """Resolve labels, which belong to the braces that they stand in: inline assembly may repeat a name."""
+    """Resolve labels. A label belongs to the braces around it, since inline assembly may repeat a name."""
 
     def __init__(self, statements: Sequence[Statement], prefix: str) -> None:
         self.prefix, self.count = prefix, 0
@@ -313,7 +313,7 @@ class _Labels:
         """Return the unique name of a label.
 
         Raises:
-            PtxError: no brace around has it.
+            PtxError: no enclosing brace has the label.
         """
         for i in reversed(self.path):
             if name in self.declared[i]:

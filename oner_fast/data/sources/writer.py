@@ -15,8 +15,10 @@ OWNER = "oner_fast"
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair. `key` has no dot, `image` is a file in the format of `extension`, and `meta` is the content of
-    KEY.json."""
+    """One pair.
+
+    `key` has no dot, `image` is a file in the format of `extension`, and `meta` is the content of KEY.json.
+    """
 
     key: str
     image: bytes
