@@ -22,8 +22,8 @@ from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
 from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
-# A result may err this many times as much as plain eager PyTorch in the same dtype, and some units more: a single
-# number such as a loss is sometimes exact by chance.
+# A result may have this many times the error of plain eager PyTorch in the same dtype, and some units more, since a
+# single number such as a loss is sometimes exact by chance.
 ALLOWED = 3.0
 MORE_UNITS = 4.0
 # Eager PyTorch itself must be within this many units, or the case is broken.

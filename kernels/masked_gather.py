@@ -23,7 +23,7 @@ from oner_fast.kernels.launch import Compilation, architecture_of, configuration
 
 _SAMPLES_A_GROUP = 64  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
 _GROUPS = 16
-_GRID_LIMIT = 65535  # of every axis but the first
+_GRID_LIMIT = 65535  # the most programs along every axis but the first
 
 
 @triton.jit(do_not_specialize=["rows", "entries", "samples", "cells", "per_sample", "prefix_rows", "steps"])

@@ -45,8 +45,8 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
 
 __all__ = ["backward", "backward_with_atomics", "compilations", "inverse_norms", "partner_sums", "statistics"]
 
-_LARGEST_PARTS = 32  # partials of a row or column
-_PROGRAMS = 512  # aimed at: a few for each of the 108 multiprocessors of an A100
+_LARGEST_PARTS = 32  # the most partials of a row or column
+_PROGRAMS = 512  # the number aimed at: a few for each of the 108 multiprocessors of an A100
 
 
 @triton.jit

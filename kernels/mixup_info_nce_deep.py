@@ -38,7 +38,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     range_factor,
 )  # fmt: skip
 
-_CHUNK = 512  # rows, at least
+_CHUNK = 512  # the least number of rows of a chunk
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])

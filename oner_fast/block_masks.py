@@ -19,7 +19,7 @@ from oner_fast.philox import philox4x32, random_u32, split_seed
 
 MIN_AREA = 16
 ATTEMPTS = 10
-PADDING = 1 << 31  # the first Philox block of the draws that pad
+PADDING = 1 << 31  # the first Philox block of the draws that pick cells one by one
 MAX_SIDE, MAX_CELLS = 512, 1 << 16  # so that 32 bits hold every product
 
 # Aspects times 2^12 at the middles of 64 equal parts of the distribution, as `aspects()` computes them. No logarithm,

@@ -110,7 +110,7 @@ def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tens
 
 
 def student_dual_encoder(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
-    """Combine UTA's student with the text tower of the model `teacher`; an empty `teacher` leaves out the text tower."""
+    """Combine UTA's student with the text tower of the model `teacher`, or with none where `teacher` is empty."""
     ready = student.to(device).eval().requires_grad_(False)
     return LoadedDualEncoder(ready, student.config.image_size, teacher, beside, torch.device(device))
 

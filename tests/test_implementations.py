@@ -190,5 +190,5 @@ def test_a_missing_extension_warns_once_and_the_definition_is_chosen(monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.masked_gather(tokens, kept)
-    with pytest.raises(RuntimeError, match="'cpp'.*cannot serve this call: the C.. extension is not built"):
+    with pytest.raises(RuntimeError, match="'cpp'.*cannot run this call: the C.. extension is not built"):
         ops.masked_gather(tokens, kept, implementation="cpp")

@@ -61,7 +61,7 @@ def emulated_a100() -> Iterator[list[Any]]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        # Blocks may order each other by atomics, and a peer's races are its own affair: results are checked.
+        # Blocks may order each other by atomics, so races between blocks are not reported; results are checked.
         yield stack.enter_context(emulate.active(global_race=False, race=False))
 
 
@@ -105,14 +105,14 @@ class _Eager(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        if func.namespace != "aten":  # a library's own op; what ours does inside is counted there
+        if func.namespace != "aten":  # an op of a library; operations inside our ops are counted where they run
             return results
         returns = func._schema.returns
         is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
         name = func._schema.name.removeprefix("aten::")
         if is_view or name in self.ALLOCATE:
             return results
-        fills = name.startswith("new_") or name.endswith("_like")  # its input gives no more than a shape
+        fills = name.startswith("new_") or name.endswith("_like")  # only the shape of its input is read
         given, _ = torch.utils._pytree.tree_flatten(() if fills else (args, kwargs))
         made, _ = torch.utils._pytree.tree_flatten(results)
         moved = [one for one in (*given, *made) if isinstance(one, Tensor)]

@@ -34,7 +34,7 @@ COMMAND = "oner-fast bench gpu-tune"
 DEFAULT_LOG = Path("runs/gpu_tune.jsonl")
 MARGIN = 0.03
 FINALISTS = 3
-MOST_MOVES = 4  # moves of one key, from a tile to a neighbour, in one run
+MOST_MOVES = 4  # most moves from a tile to a neighbour, for one key in one run
 # No workload of a class may become slower by more than this in favour of the others.
 LOSS = 0.01
 MOST_SETS = 8  # sets of inputs of a workload

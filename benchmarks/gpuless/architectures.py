@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB = 1024
-WARP_REGISTERS, REGISTERS = 256, 65536  # registers are handed to a warp in units, out of so many a multiprocessor
+WARP_REGISTERS, REGISTERS = 256, 65536  # registers are allocated to a warp in units; a multiprocessor has this many
 RESERVED = 1024  # bytes of shared memory that the system takes of each block
 
 

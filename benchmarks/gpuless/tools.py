@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGES = ("triton", "numpy", "ml_dtypes")
 TRITON_PROGRAMS = ("ptxas", "cuobjdump", "nvdisasm")  # Triton's wheel for Linux brings them
 
-# What each rung needs.
+# The tools that each checker needs.
 FOR_INTERPRETER = ("triton", "numpy", "ml_dtypes")
 FOR_AOT = ("triton", "ptxas", "cuobjdump", "nvdisasm")
 FOR_EMULATE = ("triton", "ptxas", "g++")

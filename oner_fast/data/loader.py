@@ -82,7 +82,7 @@ class PairSource(Dataset[PairBatch]):
                 corrupt.append(str(error))
         raise RuntimeError(
             f"slot {slot} of epoch {epoch}: its sample and all {CANDIDATES} substitutes are corrupt; the last is "
-            f"{corrupt[-1]}. Is the dataset whole?"
+            f"{corrupt[-1]}. Is the dataset complete?"
         )
 
     def _read(self, place: Tensor, randoms: NDArray[np.int64], i: int) -> str:
@@ -214,7 +214,7 @@ class PairLoader(Batches):
         if self.state_dict() != dict(state):
             mine, self.step = self.state_dict(), before
             raise ValueError(
-                f"the state stands at epoch {state['epoch']}, slot {state['position']} of {state['samples']} samples, "
+                f"the state is at epoch {state['epoch']}, slot {state['position']} of {state['samples']} samples, "
                 f"but step {state['step']} is at epoch {mine['epoch']}, slot {mine['position']} of {mine['samples']} "
                 "here: the batch size or the dataset has changed"
             )

@@ -54,7 +54,7 @@ class Options:
     image_folder: Path | None = None
     """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
-    """Images of the same classes, from which --knn and --linear-probe learn the classes of --image-folder."""
+    """Training images of the same classes as --image-folder, for --knn and --linear-probe."""
     classes: str | None = None
     """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; the sub-folders'
     names by default."""
@@ -67,10 +67,11 @@ class Options:
     linear_probe: bool = False
     """Evaluate logistic regression on the features of training images."""
     label: tuple[str, ...] = ()
-    """Label that k-NN and the probe learn on a captioned data set: `concept`, or a field of its samples' json;
-    `concept` and `set` by default."""
+    """Label that k-NN and the probe predict on a captioned data set: `concept`, or a field of its samples' json;
+    `concept` and `set` by default.
+    """
     label_classes: int = 1000
-    """Take the images of this many classes of a label, the most frequent ones."""
+    """Keep this many classes of each label, the most frequent ones."""
     batch_size: int = 64
     """Number of images embedded at once."""
     device: str = "cpu"
@@ -184,7 +185,7 @@ def _splits(
             limit=options.limit,
         )
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
-        raise ValueError(f"no image of {', '.join(splits)} has a {missing[0]!r} that the train split teaches")
+        raise ValueError(f"no image of {', '.join(splits)} has a {missing[0]!r} that occurs in the train split")
     return entries
 
 

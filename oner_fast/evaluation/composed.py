@@ -46,7 +46,7 @@ def shuffle_key(seed: int, name: str) -> str:
 
 
 def composed_scores(query: Tensor, gallery: Tensor, queries: Sequence[ComposedQuery]) -> Tensor:
-    """Compute (Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for a query's own image."""
+    """Compute (Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for the query's image."""
     scores = query.double() @ gallery.double().T
     own = torch.tensor([one.image for one in queries], dtype=torch.int64)
     return scores.scatter(1, own[:, None], -torch.inf)

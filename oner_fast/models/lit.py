@@ -34,9 +34,9 @@ class LiTConfig:
     """Sizes of the heads, and of the images that they are trained on."""
 
     image_size: int = 48
-    """Pixels a side of the student's images, which are enlarged to grid times the encoder's stride (6 x 32 px)."""
+    """Side of the student's images in pixels; they are enlarged to grid times the encoder's stride (6 x 32 px)."""
     grid: int = 6
-    """Cells a side of the feature map, which gives grid x grid tokens; the student's grid."""
+    """Number of cells along a side of the feature map, which gives grid x grid tokens; the student's grid."""
     embed_dim: int = 256
 
     def __post_init__(self) -> None:

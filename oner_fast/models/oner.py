@@ -344,7 +344,7 @@ def _check(passes: Sequence[Pass]) -> None:
             raise ValueError(f"pass {each.name} needs {'an image' if lacks_image else 'a text'} input, got None")
         other = _CONTEXT.get(each.name)
         if other is not None and other not in names:
-            raise ValueError(f"pass {each.name} runs in lock step with {other}; give both")
+            raise ValueError(f"pass {each.name} runs together with {other}; give both")
         counts = {count for one in passes if one.name in (each.name, other) for count in _sample_counts(one)}
         if len(counts) > 1:
             together = each.name if other is None else f"{each.name} and {other}"

@@ -21,7 +21,7 @@ from typing import Any
 from oner_fast import _extension
 
 REFERENCE = "reference"
-Facts = tuple[str, str, dict[str, Any]]  # of a call: the op, the device type, and what its implementations ask about
+Facts = tuple[str, str, dict[str, Any]]  # a call's op, device type, and the values that implementations ask about
 
 
 def _no_reasons(device: str, **facts: Any) -> list[str]:
@@ -150,7 +150,7 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
             raise ValueError(f"{op} has no implementation {name!r} (asked for by {source}); known ones: {listed}")
         against = known[name].reasons_against(device, asked_for=True, **facts)
         if against:
-            raise RuntimeError(f"{op}: {name!r} (asked for by {source}) cannot serve this call: {'; '.join(against)}")
+            raise RuntimeError(f"{op}: {name!r} (asked for by {source}) cannot run this call: {'; '.join(against)}")
         return known[name]
     for candidate in known.values():
         against = candidate.reasons_against(device, **facts)
@@ -159,7 +159,7 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
         if candidate.compiled and candidate.devices is not None and device in candidate.devices:
             _extension.warn_if_missing()
     every = "; ".join(f"{name}: {', '.join(i.reasons_against(device, **facts))}" for name, i in known.items())
-    raise RuntimeError(f"{op}: nothing can serve this call on {device}: {every}")
+    raise RuntimeError(f"{op}: no implementation can run this call on {device}: {every}")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _ATOMIC = torch.library.Library("oner_fast_triton_atomic", "DEF")
 _COMPILED.define("cpu_capability() -> str")
-_names: list[str] = []  # of the raw ops that have Triton kernels
+_names: list[str] = []  # names of the raw ops that have Triton kernels
 _cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
 
 Shape = TypeVar("Shape", bound=Callable[..., object])

@@ -30,7 +30,7 @@ class Options:
     output: Annotated[Path, tyro.conf.Positional]
     """The PNG file to write."""
     grid: int = 16
-    """Cells a side."""
+    """Number of cells along a side."""
     ratio: float = 0.5
     """Share of cells that are masked."""
     draws: int = 5000

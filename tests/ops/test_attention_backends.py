@@ -340,7 +340,7 @@ def test_without_triton_the_next_package_is_chosen(
 
 def test_a_forced_implementation_that_cannot_run_gives_its_reason() -> None:
     query = torch.randn(3, 1, 8)
-    with pytest.raises(RuntimeError, match="'flash_attn' .*cannot serve this call: runs on cuda, not on cpu"):
+    with pytest.raises(RuntimeError, match="'flash_attn' .*cannot run this call: runs on cuda, not on cpu"):
         varlen_attention(query, query, query, cumulative([3]), implementation="flash_attn")
 
 

@@ -43,7 +43,7 @@ def test_cuda_is_never_chosen_for_cpu_tensors(op: str) -> None:
     assert "cuda" in implementations.implementations(op)
     assert choose(op, "cpu").name in ("cpp", "reference")
     calls()[op]()
-    with pytest.raises(RuntimeError, match=f"{op}: 'cuda' .*cannot serve this call: runs on cuda, not on cpu"):
+    with pytest.raises(RuntimeError, match=f"{op}: 'cuda' .*cannot run this call: runs on cuda, not on cpu"):
         calls()[op](implementation="cuda")
 
 

@@ -564,7 +564,7 @@ def test_compiles_as_one_graph() -> None:
 
 def test_sdpa_is_not_chosen_for_causal_masks() -> None:
     query = torch.randn(3, 1, 4)
-    with pytest.raises(RuntimeError, match="'sdpa'.*cannot serve this call: causal masks"):
+    with pytest.raises(RuntimeError, match="'sdpa'.*cannot run this call: causal masks"):
         varlen_attention(query, query, query, cumulative([3]), causal=True, implementation="sdpa")
     served = varlen_attention(query, query, query, cumulative([3]), causal=True)
     defined = reference.varlen_attention(query, query, query, cumulative([3]), causal=True)

@@ -13,7 +13,7 @@ import tyro
 from oner_fast.train.config.registry import find_recipe, recipes
 
 DRY_RUN = "--dry-run"
-"""The flag of a training that makes a step, tells memory, pace and hours, and leaves nothing."""
+"""The flag that makes a training take a few steps, report memory, pace and hours, and keep nothing."""
 
 
 def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = object) -> Any:

@@ -28,7 +28,7 @@ def import_file(path: Path) -> ModuleType:
         ValueError: there is no such file, or its import fails; the message has the line and the exception.
     """
     path = path.resolve()
-    # One name for each path, so that two files of one name in two folders do not meet.
+    # One module name for each path, so that files of the same name in two folders do not collide.
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -20,7 +20,7 @@ from oner_fast.train.engine.distributed import World, barrier, sum_over_ranks
 from oner_fast.train.engine.loop import C, Training
 
 _STEPS, _SECONDS = 4, 10.0
-"""Steps at most, and the time after which no further one is begun."""
+"""The most steps, and the seconds after which no further step begins."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def dry_run(config: C, kind: type[Training[C]], world: World) -> DryRun:
                 metrics = training.step_once(batch)
                 loss = float(metrics["loss"])  # waits for the device
                 times.append((time.perf_counter() - start, waited))
-                # All ranks must take as many steps.
+                # All ranks must take the same number of steps.
                 spent = float(sum_over_ranks(torch.tensor(sum(seconds for seconds, _ in times)))) / world.size
                 if len(times) == _STEPS or spent * (len(times) + 1) / len(times) > _SECONDS:
                     break

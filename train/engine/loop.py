@@ -29,7 +29,7 @@ from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
-# Settings of the data that change neither the samples nor their order: their place and the pace.
+# Settings of the data that change neither the samples nor their order: paths and speed.
 _FREE_DATA = ("workers", "train_data", "tokenizer")
 
 
@@ -69,7 +69,7 @@ class Training(ABC, Generic[C]):
     """
 
     title: ClassVar[str]
-    """The name before the progress bar."""
+    """The name shown before the progress bar."""
     config: C
     """The given configuration, completed by what the data or the checkpoint decided."""
 
@@ -203,7 +203,7 @@ class Training(ABC, Generic[C]):
                     if asked or self._due(c.run.save_every):
                         self._save()
                 if asked and self.steps_done < total:
-                    progress.note(f"{asked}: saved step {self.steps_done}; the same command goes on from there")
+                    progress.note(f"{asked}: saved step {self.steps_done}; the same command continues from there")
                     return asked
         if main:
             self._export()

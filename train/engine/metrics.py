@@ -110,7 +110,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def _board(folder: Path, resume_step: int) -> Any:
     try:
-        # Imported here, for it takes a second and readers of metrics need none of it.
+        # Imported here, since the import takes a second and readers of metrics do not need it.
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _log.info("TensorBoard is not installed: metrics go to %s only (pip install tensorboard)", FILE)

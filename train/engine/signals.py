@@ -42,7 +42,7 @@ class StopRequest:
             # On the CPU, so that no GPU is waited for.
             counts = sum_over_ranks(votes).tolist()
             agreed = next((name for name, count in zip(_NAMES, counts, strict=True) if count), None)
-            # A signal that came during the vote is put to the next one.
+            # A signal that arrives during this exchange is handled in the next one.
             self.requested = agreed or self.requested
             return agreed
         return self.requested
@@ -50,7 +50,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if os.getpid() != self._process:
-            # A forked child inherits the handler but is not the one to save: Ctrl-C is its parent's affair.
+            # A forked child inherits the handler, but only its parent saves and handles Ctrl-C.
             if name == "SIGTERM":
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -86,5 +86,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            # None: it was set outside Python, and only the default can be given back.
+            # None: it was set outside Python, and only the default can be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 FORWARD_AND_BACKWARD = 3
-"""A step's operations over those of its forward: a backward takes twice the forward's."""
+"""A step's operations divided by its forward's: a backward takes twice as many as its forward."""
 
 _SECONDS = 0.3
 _LARGEST = 8192
@@ -64,9 +64,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
         size *= 2
         left = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
         right = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
-        _time(left, right)  # the first call loads the library and wakes the threads
+        _time(left, right)  # the first call loads the library and starts the threads
         seconds = _time(left, right)
-        # Large enough that starting a product costs nothing against it.
+        # Large enough that the start of a product costs nothing by comparison.
         if seconds > 0.005 or size >= _LARGEST:
             break
     spent, best = 0.0, seconds

@@ -18,7 +18,7 @@ DEFAULT = "uta_tiny_icons_cpu"
 
 _STEPS = 600
 _ALL_TOKENS = 37 / 19
-"""Tokens of a student that sees all of 6 x 6 patches, over those of one that sees half of them."""
+"""Tokens of a student that reads all 6 x 6 patches, divided by the tokens of a student that reads half of them."""
 
 
 @recipe

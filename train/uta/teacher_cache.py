@@ -99,7 +99,7 @@ class FeatureCache:
         theirs = json.loads(path.read_text())
         if theirs != mine:
             raise ValueError(
-                f"{self.folder} holds features of something else ({'; '.join(_differences(theirs, mine))}); "
+                f"{self.folder} holds features for other settings ({'; '.join(_differences(theirs, mine))}); "
                 "give another folder, or delete it"
             )
         remove_leftovers(self.folder)

@@ -34,7 +34,7 @@ class TeacherFeatures:
     def __init__(self, teacher: Teacher, cache: FeatureCache | None = None) -> None:
         self.teacher, self.cache = teacher, cache
         self.computed, self.served = 0, 0
-        """Batches that the teacher computed, and that the cache gave."""
+        """Number of batches that the teacher computed, and number that came from the cache."""
         self._device = next(teacher.parameters()).device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pending: deque[_Pending] = deque()
@@ -70,7 +70,7 @@ class TeacherFeatures:
         if pending.ready is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(pending.ready)
-            tokens.record_stream(current)  # its memory is the other stream's, which must not take it back too early
+            tokens.record_stream(current)  # the memory belongs to the other stream, which must not reuse it too early
         if pending.to_store and self.cache is not None:
             kept = self.cache.put(batch.step, batch.images.cpu(), tokens, _place(batch))
             tokens = kept.to(device=self._device, dtype=self.teacher.dtype)

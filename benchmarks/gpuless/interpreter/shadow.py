@@ -20,7 +20,7 @@ OF_TRITON = tuple(
     for module in (stock, triton.language.core, triton.language.semantic, triton.language.standard)
 )  # fmt: skip
 SECTOR_SHIFT = 5  # sectors of 32 bytes
-SEVERAL = -1  # in the place of a program's number: several have read
+SEVERAL = -1  # replaces a program's number where several have read
 
 
 class OutOfBounds(Exception):

@@ -138,7 +138,7 @@ class Program:
         params: Scope = {p.name: Symbol("param", p.offset) for p in entry.params}
         self.param_bytes = max([p.offset + p.size for p in entry.params], default=0)
         self._expand(entry, {**self.module_names, **params}, "", None, [entry.name])
-        self.blocks.append([])  # falling off the end lands here; never executed after ret
+        self.blocks.append([])  # a program that runs off the end comes here; never executed after ret
 
     def _place(self, v: Variable) -> Symbol:
         if v.space == "dynamic":

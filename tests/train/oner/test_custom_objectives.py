@@ -162,7 +162,7 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a contrast above 0"):
         Objectives(itc=0, cmc=0, custom=(own,))
     for twice in ((own, own), (CustomObjective("mine.py:itc", 1.0),)):
-        with pytest.raises(ValueError, match="names of their own"):
+        with pytest.raises(ValueError, match="need distinct names"):
             Objectives(custom=twice)
 
 
