@@ -61,8 +61,8 @@ class Contender:
         layout: converts the case's call to the layout that suits this contender best; not timed.
         restore: converts (outputs..., gradients...) back to the case's layout, for the comparison with float64.
         compiled: whether torch.compile compiles the forward, as one graph and for static shapes.
-        quick: whether it takes part in a quick run. A contender known to be slower than a similar one is left out.
-        devices: devices on which it takes part.
+        quick: whether a quick run includes it. A contender known to be slower than a similar one is left out.
+        devices: devices on which it is run.
     """
 
     name: str
@@ -201,7 +201,7 @@ def exact_by(definition: Forward) -> Callable[[Call], Result]:
 def both(
     name: str, forward: Forward, quick: tuple[str, ...] = ("eager", "compiled"), **options: Any
 ) -> list[Contender]:
-    """Make an eager baseline and its torch.compile version; `quick` says which of them take part in a quick run."""
+    """Make an eager baseline and its torch.compile version; `quick` says which of them a quick run includes."""
     return [
         Contender(f"eager {name}", forward, quick="eager" in quick, **options),
         Contender(f"compiled {name}", forward, compiled=True, quick="compiled" in quick, **options),

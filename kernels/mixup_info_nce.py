@@ -165,7 +165,7 @@ def _partner_sums(partner, values, out, rows, columns, BLOCK_M: tl.constexpr, BL
 
 
 def _parts(tiles: int, wanted: int) -> tuple[int, int]:
-    """Return the number of parts and the tiles of each but the last; no part is empty."""
+    """Return the number of parts, and the number of tiles in every part except the last; no part is empty."""
     each = triton.cdiv(tiles, max(1, min(tiles, wanted, _LARGEST_PARTS)))
     return triton.cdiv(tiles, each), each
 

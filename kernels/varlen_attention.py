@@ -1,8 +1,8 @@
 """varlen_attention: flash attention forward over packed sequences, and the functions that backward shares.
 
 A program owns one tile of BLOCK_M queries of one sequence and head, and finds its sequence on the device. Sequence s
-owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all of its tiles and at most one spare, so that
-the grid depends on T and the number of sequences alone. The search is W-ary, one load for up to W sequences.
+owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all its tiles and at most one spare tile. The
+grid therefore depends only on T and on the number of sequences. The search is W-ary, one load for up to W sequences.
 
 FLOPs for each head: 4 Lq Lk Dh, about half of it under a causal mask, which skips whole tiles. Bytes from DRAM: Q, K, V
 and the result once, and 8 bytes of statistics for each query and head. Each tile of queries reads K and V of its
@@ -285,7 +285,7 @@ def compilation(kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causa
 
 
 def specialisations() -> list[tuple[int, torch.dtype, bool]]:
-    """List head dimension, dtype and causal of the kernels that the report compiles."""
+    """List (head dimension, dtype, whether causal) of every kernel that the report compiles."""
     half = [(size, torch.bfloat16, False) for size in (32, 64, 80, 88, 96, 128, 256)]
     wide = [(size, torch.float32, False) for size in (32, 64, 80, 96, 128)]
     return [*half, *wide, (64, torch.float16, False), *((size, torch.bfloat16, True) for size in (64, 96, 128, 256))]

@@ -40,7 +40,7 @@ def run_tool(name: str, *arguments: str) -> str:
     """Run a program of Triton's wheel and return what it prints.
 
     Raises:
-        FileNotFoundError: this Triton does not bring the program.
+        FileNotFoundError: this version of Triton does not contain the program.
     """
     program = tools.find(name)
     if program is None:
@@ -63,10 +63,10 @@ def group(names: Iterable[str]) -> dict[str, int]:
 
 
 def main_loop(disassembly: str) -> tuple[list[str], list[str]]:
-    """Return the names of the instructions in the main loop, and of all.
+    """Return the names of the instructions in the main loop, and the names of all instructions.
 
-    The main loop is the backward branch that spans the most matrix instructions; among equals, the innermost. It is
-    empty where nothing branches backward.
+    The main loop is the backward branch that spans the most matrix instructions; among equals, the innermost. The loop
+    is empty where nothing branches backward.
     """
     labels: dict[str, int] = {}
     names: list[str] = []

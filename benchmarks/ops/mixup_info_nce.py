@@ -56,9 +56,7 @@ def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool 
     def make(seed: int, device: str) -> Call:
         generator = torch.Generator().manual_seed(seed)
         query = torch.randn(rows, width, generator=generator)
-        key = 0.3 * query + torch.randn(
-            rows, width, generator=generator
-        )  # as amid a training: the loss is well above 0
+        key = 0.3 * query + torch.randn(rows, width, generator=generator)  # half trained: the loss is well above 0
         leaves = (
             query.to(device, dtype).requires_grad_(),
             key.to(device, dtype).requires_grad_(),

@@ -54,7 +54,7 @@ def each(attend: Attend) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def groups_of(lengths: list[int], by_length: bool) -> list[list[int]]:
-    """Group the sequences that are computed together: those of one length, or each by itself."""
+    """Group the sequences that are computed together: all of one length, or each sequence alone."""
     if not by_length:
         return [[i] for i in range(len(lengths))]
     return [[i for i, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]

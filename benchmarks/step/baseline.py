@@ -55,7 +55,7 @@ def plain_model(student: Student) -> PlainModel:
     """Make the plain model with the weights of `student`.
 
     Raises:
-        ValueError: the plain step does not cover `student`: it needs one trunk, one head, and every loss but CIC.
+        ValueError: the plain step does not cover `student`: it needs one trunk, one head, and every loss except CIC.
     """
     if student.predictor is None:
         raise ValueError("the plain step has a predictor, and the student has none")

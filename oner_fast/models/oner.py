@@ -47,7 +47,7 @@ class ImageInput:
 
     Attributes:
         images: (B, 3, S, S) uint8 or floating.
-        cells: (B, M) int64, the patches that take part; all where None.
+        cells: (B, M) int64, the patches to embed; all where None.
         masked: (B, M) bool, the patches shown as the mask token, the same number in each image; none where None.
     """
 

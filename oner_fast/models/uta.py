@@ -1,7 +1,7 @@
 """UTA's student: a ViT in EVA-02's style that reads only the visible patches (Liu et al., TMLR 2024, arXiv 2405.19009).
 
-There is no mask token and no decoder. [CLS] and the kept patches pass through the trunk, and the final norm and one
-Linear map each output to the joint space of the CLIP teacher that the student is aligned with.
+There is no mask token and no decoder. [CLS] and the kept patches pass through the trunk. The final norm and one Linear
+map each output to the joint space of the CLIP teacher.
 """
 
 from __future__ import annotations

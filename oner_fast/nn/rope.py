@@ -32,7 +32,7 @@ def rope_angles(
 
 
 class RotaryPositions(nn.Module):
-    """Table of the rotations of [CLS] (none) and of each cell, from which the tokens present are gathered.
+    """Table of one rotation for each cell and the identity for [CLS]; a batch gathers those of its tokens.
 
     The table stays float64 when its module is cast, and is not part of a state dict.
     """

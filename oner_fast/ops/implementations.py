@@ -4,7 +4,7 @@ An implementation is a plain function with an op's arguments. It is registered u
 runs on, a preference, and a predicate that lists every reason why it cannot run. A call takes the implementation of the
 highest preference that has no reason against it. The argument `implementation=` of any op forces one. So do the
 environment variables `ONER_FAST_<OP>_IMPLEMENTATION` (one op) and `ONER_FAST_IMPLEMENTATION` (all ops that have one of
-that name). The argument wins over the variables, and the op's own variable over the one for all.
+that name). The argument wins over both variables, and the op's own variable wins over `ONER_FAST_IMPLEMENTATION`.
 
 What decides about a call is its facts. The module of each op has a function `facts`, which takes the op's arguments
 and returns them without computing anything. The op passes them to `choose`. A tool that wants to know which

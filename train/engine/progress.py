@@ -33,10 +33,10 @@ _WINDOW = 64
 class Progress:
     """Shows the steps of a training.
 
-    On a terminal a bar with step, total and time left stands above a table of two rows, the names and the
-    newest values of the loss and its parts, learning rate, gradient norm, samples a second, data wait, MFU and
-    modality gap. Elsewhere it prints, every `every` steps and for the first and the last, one line `step  120/2000
-    loss 3.1416  ...` with the same values in fixed columns.
+    On a terminal, a bar shows step, total and time left. Below it, a table of two rows shows names and newest values:
+    the loss and its parts, learning rate, gradient norm, samples a second, data wait, MFU and modality gap. Elsewhere
+    it prints, every `every` steps and for the first and the last, one line `step  120/2000 loss 3.1416  ...` with the
+    same values in fixed columns.
 
     Args:
         total: steps of the whole run.

@@ -94,7 +94,7 @@ def mfu(model_flops: float, seconds: float, rate: float) -> float:
     """Return the model FLOP utilisation: the share of the measured rate that the model's own operations used.
 
     Args:
-        model_flops: operations the model's definition needs (no recomputation, no padding), of one rank.
+        model_flops: operations that the model needs on one rank, without recomputation and padding.
         seconds: wall-clock time they took.
         rate: FLOP/s, from `gemm_rate`.
 

@@ -113,7 +113,7 @@ class Program:
 
     Attributes:
         blocks: the instructions of each basic block; `insts` has all of them.
-        labels: the number of the block that a label stands before.
+        labels: the number of the block that follows each label.
         targets: the labels of each branch table.
         registers: number of registers of each class.
         static_smem, local_bytes, param_bytes: bytes of each memory.
