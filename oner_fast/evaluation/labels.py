@@ -106,8 +106,7 @@ def teach(
 
 
 def ask(taught: Taught, name: str, embedded: SplitEmbeddings) -> tuple[Tensor, Tensor]:
-    """Select the embedded images whose class occurs in the training images: (N, E) and their (N,) labels; N may be 0.
-    """
+    """Select the embedded images whose class occurs in the training images: (N, E) and (N,) labels; N may be 0."""
     place = {value: number for number, value in enumerate(taught.classes)}
     found = [
         place.get(label_of(captions[0], meta, name) or "", -1)

@@ -166,12 +166,12 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
 class Choice:
     """The implementation chosen for an op on a device type, why, and the reasons against every other implementation.
 
-    `serves` is the name of the chosen implementation, or None where none can run.
+    `chosen` is the name of the chosen implementation, or None where none can run.
     """
 
     op: str
     device: str
-    serves: str | None
+    chosen: str | None
     why: str
     others: dict[str, list[str]]
 
@@ -188,17 +188,15 @@ def explain(device: str = "cpu") -> list[Choice]:
             against[wanted[0]] = known[wanted[0]].reasons_against(device, asked_for=True)
             able = [name for name, reasons in against.items() if not reasons]
         if wanted is None:
-            serves = able[0] if able else None
-            why = "the first in the order of preference that can serve" if able else "nothing can serve"
+            chosen = able[0] if able else None
+            why = "the most preferred that can run" if able else "none can run"
         elif wanted[0] in able:
-            serves, why = wanted[0], f"asked for by {wanted[1]}"
+            chosen, why = wanted[0], f"asked for by {wanted[1]}"
         else:
-            known_or_not = "cannot serve" if wanted[0] in known else f"is unknown (known: {', '.join(known)})"
-            serves, why = None, f"{wanted[0]!r}, asked for by {wanted[1]}, {known_or_not}"
+            known_or_not = "cannot run" if wanted[0] in known else f"is unknown (known: {', '.join(known)})"
+            chosen, why = None, f"{wanted[0]!r}, asked for by {wanted[1]}, {known_or_not}"
         others = {
-            name: reasons or ["can serve, but stands lower in the order"]
-            for name, reasons in against.items()
-            if name != serves
+            name: reasons or ["can run, but is less preferred"] for name, reasons in against.items() if name != chosen
         }
-        choices.append(Choice(op, device, serves, why, others))
+        choices.append(Choice(op, device, chosen, why, others))
     return choices

@@ -1,4 +1,4 @@
-"""Other packages behind varlen_attention: why each cannot serve, and that what adapts them keeps the contract.
+"""Other packages behind varlen_attention: why each cannot run, and that the adapters keep the contract.
 
 None of them runs without a GPU. Where one is missing, a stand-in with its signature records its calls, computes by the
 definition, and leaves NaN wherever the package makes no promise.
@@ -301,7 +301,7 @@ def test_old_versions_and_waits_for_the_device_are_reasons(
 
 
 @pytest.mark.parametrize(
-    ("capability", "missing", "facts", "serves"),
+    ("capability", "missing", "facts", "chosen"),
     [
         ((9, 0), (), {}, "flash_attn_3"),
         ((9, 0), (), {"max_seqlen_q": None, "max_seqlen_k": None}, "triton"),
@@ -315,13 +315,13 @@ def test_old_versions_and_waits_for_the_device_are_reasons(
     ],
 )
 def test_the_implementation_chosen_on_each_gpu(
-    capability: tuple[int, int], missing: tuple[str, ...], facts: dict[str, Any], serves: str,
+    capability: tuple[int, int], missing: tuple[str, ...], facts: dict[str, Any], chosen: str,
     everything: Callable[..., None],
 ) -> None:  # fmt: skip
     """The table of docs/implementations.md."""
     pytest.importorskip("triton")
     everything(capability, missing)
-    assert choose("varlen_attention", "cuda", **FACTS | facts).name == serves
+    assert choose("varlen_attention", "cuda", **FACTS | facts).name == chosen
 
 
 def test_without_triton_the_next_package_is_chosen(

@@ -33,7 +33,7 @@ class TeacherFeatures:
 
     def __init__(self, teacher: Teacher, cache: FeatureCache | None = None) -> None:
         self.teacher, self.cache = teacher, cache
-        self.computed, self.served = 0, 0
+        self.computed, self.cached = 0, 0
         """Number of batches that the teacher computed, and number that came from the cache."""
         self._device = next(teacher.parameters()).device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
@@ -52,7 +52,7 @@ class TeacherFeatures:
         if stored is None:
             self.computed += 1
         else:
-            self.served += 1
+            self.cached += 1
         tokens, ready = self._on_cpu(batch, stored) if self._stream is None else self._beside(batch, stored)
         self._pending.append(_Pending(batch.step, tokens, ready, self.cache is not None and stored is None))
 
