@@ -141,7 +141,7 @@ def backward(
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Launch backward: the gradient of images of `image_shape`, in `dtype`."""
+    """Launch backward: return the gradient of the images, of shape `image_shape` and dtype `dtype`."""
     samples, channels, height, width = image_shape
     to_images = grad.new_empty(image_shape, dtype=dtype)
     if to_images.numel() == 0:

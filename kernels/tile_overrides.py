@@ -65,7 +65,7 @@ def tiles_of(architecture: int) -> Iterator[None]:
 
 
 class _CountedClasses(dict[str, Configuration]):
-    """The classes of shapes of a kernel, which count how often each is looked up."""
+    """A table of a kernel's tiles by class of shapes that counts how often each class is looked up."""
 
     def __init__(self, op: str, kernel: str, classes: Mapping[str, Configuration], lookups: Counter[Key]) -> None:
         super().__init__(classes)

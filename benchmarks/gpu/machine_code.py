@@ -89,7 +89,7 @@ def compile_triton(compilation: Compilation, target: str) -> Figures:
 
 
 def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
-    """Figures of every kernel in a cubin, by its name there; `shared` is static and `warps` unknown.
+    """Return the figures of every kernel in a cubin, by name. `shared` is the static part, and `warps` is unknown.
 
     Raises ValueError where the disassembly cannot be read.
     """

@@ -45,7 +45,7 @@ def in_float32(attend: Attend) -> Attend:
 
 
 def each(attend: Attend) -> Callable[..., tuple[Tensor, ...]]:
-    """Apply `attend` to every (query, key, value) of a flat list of them."""
+    """Apply `attend` to every query, key and value of a flat list query, key, value, query, ..."""
 
     def attend_all(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(attend(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))

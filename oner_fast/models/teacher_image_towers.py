@@ -19,8 +19,8 @@ class TeacherImageTower(ABC):
     same norm and projection.
 
     Attributes:
-        patch_size, image_size: in pixels.
-        mean, std: of pixel values in [0, 1].
+        patch_size, image_size: sides of a patch and of the image, in pixels.
+        mean, std: normalisation of pixel values in [0, 1].
     """
 
     patch_size: int

@@ -72,7 +72,7 @@ def test_the_size_on_disk_is_the_stated_one(dtype: str, size: int, tmp_path: Pat
 
 def test_another_key_is_refused_by_name(tmp_path: Path) -> None:
     open_cache(tmp_path)
-    with pytest.raises(ValueError, match=r"something else \(seed 0 -> 1\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed 0 -> 1\)"):
         open_cache(tmp_path, seed=1)
     with pytest.raises(ValueError, match="dtype 'bf16' -> 'int8'"):
         open_cache(tmp_path, "int8")
