@@ -97,7 +97,7 @@ gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels a
 	ONER_FAST_GPU=1 $(BIN)/pytest -rfE tests/gpu tests/kernels $(PYTEST)
 	$(BIN)/oner-fast bench ops --device cuda --out runs/gpu
 
-gpu-report: $(STAMP)-test ## without a GPU: write benchmarks/results/gpu_resources.md and benchmarks/results/gpu_peers.md again
+gpu-report: $(STAMP)-test ## without a GPU: write gpu_resources.md and gpu_peers.md in benchmarks/results again
 	$(BIN)/oner-fast bench gpu-resources
 	$(BIN)/oner-fast bench gpu-peers --peers $(PEERS)
 
@@ -115,7 +115,8 @@ lint: $(STAMP)-dev ## ruff, mypy, clang-format, import contracts, style checks, 
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
-	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		$(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 

@@ -1,7 +1,7 @@
-"""Builds the C++ extension with CMake and ninja, and never fails for want of them.
+"""Build the C++ extension with CMake and ninja; where a tool is missing, install the pure-Python package alone.
 
-Whatever stands in the way is written, with its remedy, to ``oner_fast/_build.json``, and the pure-Python package is
-installed; ``oner_fast`` says so at the first call that the extension would have served, ``oner-fast doctor`` always.
+The reason and its remedy are then written to `oner_fast/_build.json`. `oner_fast` warns at the first call that the
+extension would have handled; `oner-fast doctor` always reports it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ARCHITECTURES = ["80", "86", "89", "90", "100"]  # machine code for each, and PT
 
 
 class Missing(Exception):
-    """What the build lacks, and how to get it."""
+    """A missing requirement of the build, and how to get it."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(reason)
@@ -39,7 +39,7 @@ class Missing(Exception):
 
 
 def find_torch() -> dict[str, Any]:
-    """Where torch is and how it was built."""
+    """Find torch's location and build settings."""
     try:
         import torch
         from torch.utils import cpp_extension
@@ -102,7 +102,7 @@ def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
 
 
 def cuda_architectures(nvcc: str) -> str:
-    """What to compile for, as CMake has it: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or all of ours that nvcc knows."""
+    """Return CMake's list of architectures: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), or all of ours that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     if asked:
         each = [one for one in asked.split(";") if one]
@@ -276,9 +276,10 @@ class Wheel(bdist_wheel):
 
 
 def package_root() -> str:
-    """Where packages are looked for: the repository root; for an editable install a folder that holds only the package.
+    """Return the folder in which to look for packages: the repository root; for an editable install, `.editable`.
 
-    That folder goes on the path, so type checkers follow it, and neither `kernels` nor `train` is importable by itself.
+    `.editable` holds the package alone and goes on the path. Type checkers follow it, and neither `kernels` nor `train`
+    is importable as a package of its own.
     """
     if not EDITABLE:
         return "."

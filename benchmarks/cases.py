@@ -61,8 +61,8 @@ class Contender:
         layout: converts the case's call to the layout that suits this contender best; not timed.
         restore: converts (outputs..., gradients...) back to the case's layout, for the comparison with float64.
         compiled: whether torch.compile compiles the forward, as one graph and for static shapes.
-        quick: whether it takes part in a quick run; a contender that is known to be slower than a similar one need not.
-        devices: devices on which it takes part.
+        quick: whether a quick run includes it. A contender known to be slower than a similar one is left out.
+        devices: devices on which it is run.
     """
 
     name: str
@@ -120,13 +120,14 @@ class Case:
         exact: computes (outputs..., gradients...) of a call in float64.
         flops: FLOPs that the op must compute, forward and backward, within its memory contract.
         bytes: bytes that it must read and write, forward and backward.
-        limit: which of the two bounds it: "gemm" or "copy".
+        limit: the machine's limit that bounds the op: "gemm" or "copy".
         limit_dtype: dtype of the products that bound it; `dtype` where None.
         target: our promises.
         timed: False measures memory alone (the baselines would not fit).
         counted: FLOPs that PyTorch's counter must find in eager code; None where no counted operation is used.
         saved: bytes that ours keeps for backward beyond its inputs.
-        facts: the facts of our call by its arguments, as in `oner_fast.ops.implementations`; None: its dtype alone.
+        facts: takes the call's arguments and returns its facts (see `oner_fast.ops.implementations`); None: the dtype
+            alone.
         notes: remarks that a reader of the row needs.
     """
 
@@ -180,7 +181,7 @@ def step(forward: Forward, call: Call) -> Result:
 
 
 def exact_by(definition: Forward) -> Callable[[Call], Result]:
-    """Compute a call in float64 through a definition."""
+    """Compute a call in float64 with a reference implementation."""
 
     def compute(call: Call) -> Result:
         def wide(value: Any) -> Any:
@@ -200,7 +201,7 @@ def exact_by(definition: Forward) -> Callable[[Call], Result]:
 def both(
     name: str, forward: Forward, quick: tuple[str, ...] = ("eager", "compiled"), **options: Any
 ) -> list[Contender]:
-    """Make an eager baseline and its torch.compile version; `quick` says which of them take part in a quick run."""
+    """Make an eager baseline and its torch.compile version; `quick` says which of them a quick run includes."""
     return [
         Contender(f"eager {name}", forward, quick="eager" in quick, **options),
         Contender(f"compiled {name}", forward, compiled=True, quick="compiled" in quick, **options),

@@ -1,5 +1,4 @@
-"""`oner-fast bench ops`: compare each op with the fastest of PyTorch, correctness first, and report it with the
-machine."""
+"""`oner-fast bench ops`: check each op, compare it with PyTorch's fastest code, and report both with the machine."""
 
 from __future__ import annotations
 
@@ -167,7 +166,7 @@ def _fail(message: str) -> int:
 
 
 class _Status:
-    """Show the current work: on a terminal in one line, elsewhere the case alone."""
+    """Show the current work: a changing line on a terminal, elsewhere one line for each title."""
 
     def __init__(self, title: str) -> None:
         self.title, self.start, self.live = title, time.perf_counter(), sys.stderr.isatty()

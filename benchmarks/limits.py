@@ -1,6 +1,6 @@
-"""The machine's own limits: its rates of multiplying and of copying.
+"""The machine's limits: its highest rates of multiplying and of copying.
 
-They are candidates that take turns with the ops, so that a share of the limit compares two figures of the same minutes.
+The limits are timed in turn with the ops, so that both figures of a share come from the same minutes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ class Limit:
 
 
 def gemm_limits(dtype: torch.dtype, device: str = "cpu") -> list[Limit]:
-    """Make the fastest products of PyTorch in `dtype`: `torch.mm` at two shapes and, on the CPU, a convolution of
-    oneDNN.
+    """Make PyTorch's fastest products in `dtype`: `torch.mm` at two shapes and, on the CPU, oneDNN's convolution.
 
     The highest rate is the machine's limit; which product reaches it differs between machines. On the CPU the limits of
     16-bit numbers include float32's, since some processors multiply 16-bit numbers faster once they are widened.

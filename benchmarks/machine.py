@@ -1,4 +1,4 @@
-"""Describe the machine as far as a figure depends on it."""
+"""Describe the machine: the facts that measured figures depend on."""
 
 from __future__ import annotations
 

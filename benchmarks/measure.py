@@ -22,8 +22,8 @@ from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
 from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
-# A result may err this many times as much as plain eager PyTorch in the same dtype, and some units more: a single
-# number such as a loss is sometimes exact by chance.
+# A result may have this many times the error of plain eager PyTorch in the same dtype, and some units more, since a
+# single number such as a loss is sometimes exact by chance.
 ALLOWED = 3.0
 MORE_UNITS = 4.0
 # Eager PyTorch itself must be within this many units, or the case is broken.
@@ -38,7 +38,7 @@ class Settings:
         seconds: time of interleaved rounds for each case.
         device: "cpu" or "cuda".
         quick: measure the small cases, and the memory of baselines only where a target needs it.
-        memory: False measures no memory, which needs processes of its own.
+        memory: whether to measure memory, which takes a separate process for each contender.
     """
 
     seconds: float = 12.0
@@ -55,7 +55,7 @@ def measure(case: Case, settings: Settings, progress: Callable[[str], None] = la
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the compiler's messages about graph breaks, which are counted, and PyTorch's about prototypes."""
+    """Silence the compiler's messages about graph breaks, which are counted instead, and PyTorch's about prototypes."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -94,7 +94,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
 
 
 def _ours_by_name(case: Case, device: str) -> list[Contender]:
-    """Make a contender for each of our other implementations that can serve the call."""
+    """Make a contender for each of our other implementations that can compute the call."""
     ours, variable = case.contender(OURS), f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
 
     def forced(name: str) -> Forward:
@@ -119,9 +119,8 @@ def check(
 ) -> dict[str, float]:
     """Run every contender once against float64; fills in errors, tolerance, refused and unavailable.
 
-    The tolerance of all follows the first eager baseline, the code that everybody would write. Returns the seconds of
-    the
-    first runs, compilation included.
+    The error of the first eager baseline, which is the obvious PyTorch code, sets the tolerance of all contenders.
+    Returns the seconds of the first runs, compilation included.
     """
     progress("float64")
     exact = case.exact(call)
@@ -159,8 +158,7 @@ def check(
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """The larger of two relative errors: maximum error over maximum value, and root mean square error over root mean
-    square."""
+    """Return the larger of two relative errors: maximum error over maximum value, and RMS error over RMS value."""
     if found.shape != exact.shape:
         raise ValueError(f"a result has the shape {tuple(found.shape)}, not {tuple(exact.shape)}")
     exact = exact.detach()
@@ -217,8 +215,10 @@ def _memory(case: Case, settings: Settings, row: Row, progress: Callable[[str], 
 
 
 def _weighed(case: Case, settings: Settings, row: Row) -> list[Contender]:
-    """Contenders to weigh: ours; in a full run, or where a target needs it, also the fastest eager and compiled
-    baselines."""
+    """List the contenders whose memory is measured.
+
+    They are ours and, in a full run or where a target needs it, the fastest eager and compiled baselines.
+    """
     chosen = [case.contender(OURS)]
     if case.timed and (not settings.quick or case.target.memory_share is not None):
         for compiled in (False, True):

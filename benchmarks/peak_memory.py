@@ -1,9 +1,9 @@
 """Memory of an op: the peak above its inputs, in a process of its own, and the bytes kept for backward.
 
-The peak is the kernel's own count: `VmHWM` of /proc/self/status after a reset through /proc/self/clear_refs. The op has
-run before, so that pages of code, compiler and threads do not count. Freed memory has gone back to the system, since
-allocations from 64 KiB on are mapped one by one and MKL keeps no buffers, so that pages of the earlier run do not hide
-pages of the later one.
+The peak is the kernel's own count: `VmHWM` of /proc/self/status after a reset through /proc/self/clear_refs. The op
+runs once before it is measured, so that pages of code, compiler and threads do not count. Memory that this first run
+freed is back with the system and counts again: allocations from 64 KiB on are mapped one by one, and MKL keeps no
+buffers.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Memory:
     """Bytes of one call.
 
     Args:
-        peak: above the memory before the call, without the gradients that it returned; outputs count.
-        saved: kept between forward and backward, each storage once, inputs included.
+        peak: bytes above the memory before the call. Outputs count, returned gradients do not.
+        saved: bytes kept between forward and backward, each storage once, inputs included.
         saved_beyond_inputs: the same without storages of the inputs.
     """
 
@@ -49,8 +49,7 @@ class Memory:
 
 
 def peak_bytes(run: Callable[[], Sequence[Tensor]], warm_ups: int = WARM_UPS) -> tuple[int, Sequence[Tensor]]:
-    """Measure the peak of resident memory during `run()` above that before it, after some warm-ups; also returns its
-    result.
+    """Measure how far `run()` raises the peak of resident memory, after some warm-ups; also return its result.
 
     The peak is exact to some hundred KiB where the process was started with `ENVIRONMENT`. Raises Unavailable without
     Linux's /proc.
@@ -139,7 +138,7 @@ def _give_back() -> None:
 
 
 def _status(name: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Read a field of /proc/self/status, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError as error:

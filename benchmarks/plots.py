@@ -1,4 +1,4 @@
-"""Plots of the report: ratios, shares of the limit, memory. They need matplotlib, which the extra `bench` brings."""
+"""Plots of the report: ratios, shares of the limit, memory. They need matplotlib, which the extra `bench` installs."""
 
 from __future__ import annotations
 

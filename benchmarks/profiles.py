@@ -28,7 +28,7 @@ def phases(forward: Forward, calls: Sequence[Call], device: str = "cpu") -> Phas
 
     Args:
         forward: the forward, which has run before.
-        calls: taken in turn, CALLS of them after one that does not count; without leaves there is no backward.
+        calls: the calls to profile, in turn: one warm-up, then `CALLS` that count. Without leaves there is no backward.
         device: where the call runs.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler's library prints each start and stop

@@ -172,7 +172,7 @@ def _memory_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _in_the_way(row: Row) -> list[str]:
-    """For a row that misses a target: the time that the machine itself would need, and where the time goes instead."""
+    """Explain a row that misses a target: the time that the machine needs at its limits, and the slowest operations."""
     if not row.profiles:
         return []
     words = {"gemm": "its products at the best product's rate", "copy": "its bytes at the copy's rate"}

@@ -1,5 +1,7 @@
-"""One row of the report: the figures of one case, and whether it met its target. Plain data, converted to and from
-JSON."""
+"""One row of the report: the figures of one case, and whether it met its target.
+
+A row is plain data and converts to and from JSON.
+"""
 
 from __future__ import annotations
 

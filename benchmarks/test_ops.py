@@ -74,7 +74,7 @@ def test_flops(case: Case) -> None:
 
 @pytest.mark.parametrize("case", [one for one in cases(True) if one.counted is not None], ids=lambda case: case.key)
 def test_flops_of_the_baseline(case: Case) -> None:
-    """Count the first eager baseline that has products of its own, not a fused op's."""
+    """Count the first eager baseline that calls matrix products itself instead of a fused op."""
     name = next(one.name for one in case.contenders if one.eager and "SDPA" not in one.name)
     assert counted_flops(case, name) == case.counted
 

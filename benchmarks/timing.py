@@ -132,8 +132,8 @@ def interleave(
         seconds: how long to measure. Rounds that have begun are finished; there are at least `LEAST_ROUNDS` and at most
             `MOST_ROUNDS`. A candidate that takes more than `SLOW_SHARE` of the time in one call has `SLOW_ROUNDS`.
         rounds: number of rounds, instead of `seconds`.
-        device: on "cuda" a sample is the mean of as many calls, one behind the other, as keep the GPU busy for
-            `BATCH_SECONDS`, by its own clock, since a single short call would only measure its launch.
+        device: on "cuda" a sample is the mean over consecutive calls that keep the GPU busy for `BATCH_SECONDS`, by the
+            GPU's own clock. A single short call would only measure its launch.
         progress: called with the current work.
 
     Raises:

@@ -3,8 +3,8 @@
 The kernels work on lines of patches: `patch_size` numbers that lie side by side in the image and in the result. Bytes,
 for T kept patches of C P^2 numbers: forward reads the numbers once in the images' type, writes them once in the
 result's, and reads 8 T bytes of indices. (A line of 16 uint8 is half a 32-byte sector; where its neighbour is not kept,
-the other half is read in vain.) Backward reads the T C P^2 numbers of the gradient, writes the whole gradient of the
-images once, zeros included, and moves 16 T + 8 B N bytes of indices and lists (`kernels.kept`).
+the other half is read for nothing.) Backward reads the T C P^2 numbers of the gradient. It writes the whole gradient of
+the images once, zeros included. It moves 16 T + 8 B N bytes of indices and lists (`kernels.kept`).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def backward(
     dtype: torch.dtype,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Launch backward: the gradient of images of `image_shape`, in `dtype`."""
+    """Launch backward: return the gradient of the images, of shape `image_shape` and dtype `dtype`."""
     samples, channels, height, width = image_shape
     to_images = grad.new_empty(image_shape, dtype=dtype)
     if to_images.numel() == 0:

@@ -1,4 +1,4 @@
-"""The `kept` argument of the gathers on the device: the sample of a packed row, and the entries that chose each cell.
+"""Work on the gathers' `kept` on the device: find the sample of a packed row, and the entries that chose each cell.
 
 A gradient has to find, for every (sample, cell), the entries of `kept` that chose it, in any order and any number. Two
 int32 arrays hold them as linked lists: `head` (B, N) is the first entry of a cell or -1, and `following` (T) the next
@@ -79,7 +79,7 @@ def lists(kept: Tensor, cu_seqlens: Tensor | None, samples: int, cells: int) -> 
 
 
 def search_steps(samples: int) -> int:
-    """Return how many halvings find one of `samples`."""
+    """Return the number of bisection steps that find one of `samples` samples."""
     return max(samples - 1, 0).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""Shared by the launchers of all kernels: the architecture, committed tile shapes, and lists of compilations."""
+"""Parts shared by the launchers of all kernels: the architecture, committed tile shapes, and lists of compilations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Compilation:
 
 
 def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> Configuration:
-    """Return the committed tile for an architecture: that of the newest one not newer than it (80 always has one).
+    """Return the committed tile for an architecture, or else for the newest older one (80 always has a tile).
 
     Raises KeyError for a kernel and class of shapes without a committed tile.
     """
@@ -91,7 +91,7 @@ def committed_tiles(op: str) -> dict[int, dict[str, dict[str, Configuration]]]:
 def architecture_of(tensor: torch.Tensor) -> int:
     """Return the architecture that kernels are launched for, 80 for sm_80.
 
-    It is that of the tensor's GPU; for a CPU tensor that of the active Triton driver, or 80 without a driver.
+    For a CUDA tensor this is its GPU's. For a CPU tensor it is the active Triton driver's, or 80 without a driver.
     """
     if tensor.is_cuda:
         return _capability(tensor.device.index)

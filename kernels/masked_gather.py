@@ -2,7 +2,7 @@
 
 Bytes, for B samples of N tokens of D numbers of e bytes, K kept tokens and P prefix rows. Forward reads B K D e, writes
 B (P + K) D e, and reads N D e of positions and 8 B K of indices. Backward reads B (P + K) D e once for all three
-gradients, writes B N D e once, zeros included, and moves 16 B K + 8 B N of indices and lists (`kernels.kept`).
+gradients, and writes B N D e once, zeros included. It moves 16 B K + 8 B N of indices and lists (`kernels.kept`).
 
 The programs that write the tokens' gradient also make the sums over samples for positions and prefix: each owns some
 cells of a group of samples. A single group writes the sums to their place. Several groups (for many samples) write
@@ -23,7 +23,7 @@ from oner_fast.kernels.launch import Compilation, architecture_of, configuration
 
 _SAMPLES_A_GROUP = 64  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
 _GROUPS = 16
-_GRID_LIMIT = 65535  # of every axis but the first
+_GRID_LIMIT = 65535  # the most programs along every axis but the first
 
 
 @triton.jit(do_not_specialize=["rows", "entries", "samples", "cells", "per_sample", "prefix_rows", "steps"])

@@ -1,20 +1,22 @@
 """mixup_info_nce forward: one pass over tiles of logits computes the statistics of rows and columns, without N x N.
 
 There are M query rows and N keys of width D and element size e. A program takes a stripe of row tiles and a part of the
-column tiles. The statistics are (maximum, sum of exp(logit - maximum)). Those of rows stay in registers along the
-columns of the part; those of columns are merged, tile by tile, into partials of the stripe. There are at most 32
-stripes and 32 parts, so that partials are O(M + N). A small kernel merges them in order. Backward stands in
+column tiles. The statistics are (maximum, sum of exp(logit - maximum)). Row statistics stay in registers along the
+columns of the part. Column statistics are merged, tile by tile, into partials of the stripe. There are at most 32
+stripes and 32 parts, so that partials are O(M + N). A small kernel merges them in order. Backward is in
 mixup_info_nce_backward.py.
 
 | kernel | FLOPs | reads | writes |
 |---|---|---|---|
-| `_statistics` | 2 M N D | e (M D + N D) once from memory, the keys again from the L2 cache for each row tile | 8 (parts M + stripes N) at most 256 (M + N) |
+| `_statistics` | 2 M N D | e (M D + N D) from memory; keys from L2 for each row tile | 8 (parts M + stripes N) |
 | `_merge` | O(parts M + stripes N) | the partials once | 8 (M + N) |
 | `_partner_sums` | 2 M N, no product | 12 M for each block of columns (from the L2 cache) | 4 N |
 
+`_statistics` writes at most 256 (M + N) bytes.
+
 Logits are in base e and rounded once (no fused multiply-add skips that rounding). Backward therefore recomputes
 exactly the logit that forward found to be the largest, and a pair with all the probability has a gradient of exactly 0.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
 
 __all__ = ["backward", "backward_with_atomics", "compilations", "inverse_norms", "partner_sums", "statistics"]
 
-_LARGEST_PARTS = 32  # partials of a row or column
-_PROGRAMS = 512  # aimed at: a few for each of the 108 multiprocessors of an A100
+_LARGEST_PARTS = 32  # the most partials of a row or column
+_PROGRAMS = 512  # the number aimed at: a few for each of the 108 multiprocessors of an A100
 
 
 @triton.jit
@@ -163,7 +165,7 @@ def _partner_sums(partner, values, out, rows, columns, BLOCK_M: tl.constexpr, BL
 
 
 def _parts(tiles: int, wanted: int) -> tuple[int, int]:
-    """Return the number of parts and the tiles of each but the last; no part is empty."""
+    """Return the number of parts, and the number of tiles in every part except the last; no part is empty."""
     each = triton.cdiv(tiles, max(1, min(tiles, wanted, _LARGEST_PARTS)))
     return triton.cdiv(tiles, each), each
 
@@ -193,7 +195,7 @@ def statistics(
     first_pair: int,
     columns_too: bool,
 ) -> tuple[Tensor, ...]:
-    """Launch forward: maximum and sum of each row and column, and the logits of own pairs and partners."""
+    """Launch forward: compute the maximum and sum of each row and column, and the logits of own pairs and partners."""
     q, q_rest = Side.of(query, query_other, query_mix, query_inverse_norm).operand()
     k, k_rest = Side.of(key, key_other, key_mix, key_inverse_norm).operand()
     (rows, width), columns = q.shape, k.shape[0]
@@ -232,7 +234,7 @@ def _configuration(q: Tensor) -> tuple[str, Configuration]:
 
 
 def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
-    """Sum for each column the values of the rows whose partner it is, in the order of rows."""
+    """For each column, sum the values of the rows whose partner is that column, in the order of rows."""
     out = torch.empty(columns, dtype=values.dtype, device=values.device)
     chosen = configuration(OP, "partner_sums", "all", architecture_of(values))
     _partner_sums[(triton.cdiv(columns, chosen.blocks["BLOCK_N"]),)](

@@ -9,16 +9,18 @@ For M query rows and N keys of width D and element size e:
 
 | kernel | FLOPs | reads | writes |
 |---|---|---|---|
-| `_gradient`, both sides | 4 times 2 M N D | e (M D + N D) once from memory, the other side again from the L2 cache for each tile of rows | e (M D + N D), + 4 M |
-| `_gradient`, ATOMIC | 3 times 2 M N D | the same | e M D, adds 4 N D to memory for each tile of rows |
+| `_gradient`, both sides | 4 times 2 M N D | e (M D + N D) | e (M D + N D) + 4 M |
+| `_gradient`, ATOMIC | 3 times 2 M N D | e (M D + N D) | e M D, adds 4 N D to memory for each tile of rows |
 | `_finish`, the keys where ATOMIC | 8 N D | (4 + e) N D | e N D |
+
+`_gradient` reads both sides once from memory, and the other side again from the L2 cache for each tile of rows.
 
 Rows of more than 256 elements, mixed rows of more than 128, and all float32 rows leave no registers for the sums of a
 tile; mixup_info_nce_deep.py handles them.
 
 The range of float16 is too small for G times the inverse norm of a row that was not normalised. `_largest` finds the
 largest weight and inverse norm, and G is scaled so that their product is 2^14. bfloat16 and float32 need no scaling.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """mixup_info_nce backward for rows too wide for registers to hold their sums: G is stored for a chunk of query rows.
 
-A chunk has R = max(512, 2 D) rows, so that G (R x N, in the inputs' dtype) is at most twice the size of the keys, or
+A chunk has R = max(512, 2 D) rows. G (R x N, in the inputs' dtype) is therefore at most twice the size of the keys, or
 512 N elements. Chunks follow each other, and the keys' sums add them in order. The result is deterministic, with four
 products of 2 M N D, forward included.
 
@@ -38,7 +38,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     range_factor,
 )  # fmt: skip
 
-_CHUNK = 512  # rows, at least
+_CHUNK = 512  # the least number of rows of a chunk
 
 
 @triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])

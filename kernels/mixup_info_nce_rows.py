@@ -35,7 +35,7 @@ class Side:
 
     @staticmethod
     def of(x: Tensor, other: Tensor | None, mix: Tensor | None, inverse_norm: Tensor | None) -> Side:
-        """Make rows dense, and mix float32."""
+        """Copy rows that are not dense, and convert `mix` to float32."""
         if other is None:
             return Side(dense_rows(x), None, None, inverse_norm)
         assert mix is not None
@@ -54,7 +54,7 @@ class Side:
         return {"MIXED": self.other is not None, "MIX_EACH": self.mix is not None and self.mix.dim() == 1}
 
     def operand(self) -> tuple[Tensor, Tensor | None]:
-        """Return the rows (N, D) for products, and the factors that make them unit vectors (None: they are)."""
+        """Return the rows (N, D) for products, and the factors that make them unit vectors (None where they are)."""
         return (self.x, self.inverse_norm) if self.other is None else (self.unit_rows(), None)
 
     def unit_rows(self) -> Tensor:
@@ -154,7 +154,7 @@ def store_gradient(
     u, along, factor, x, x_stride, other, other_stride, mix, to_x, to_other, row, here, first, width,
     UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Store the gradients of x and other for some columns, and return what these columns add to that of mix.
+    """Store the gradients of x and other for some columns; return what these columns add to the gradient of mix.
 
     The gradient of the mixed rows is factor * (u - along * mixed row). UNIT: the rows are unit vectors without a norm.
     """
@@ -229,7 +229,7 @@ class Gradients:
 
     @staticmethod
     def of(side: Side, needed: bool) -> Gradients:
-        """Allocate them; for unit vectors without a norm the gradient is float32 sums."""
+        """Allocate the gradients; those of unit vectors without a norm are float32 sums."""
         x, mixed, wide = side.x, needed and side.other is not None, torch.float32
         dtype = wide if side.inverse_norm is None or not needed else x.dtype
         return Gradients(
@@ -239,7 +239,7 @@ class Gradients:
         )
 
     def finish(self, side: Side, sums: Tensor, logit_scale: Tensor, ranges: Tensor | None, dot: Tensor | None) -> None:
-        """Compute them from sums (N, D), which carry the range factor of the queries' inverse norms."""
+        """Compute the gradients from sums (N, D), which carry the range factor of the queries' inverse norms."""
         rows, width = side.x.shape
         chosen = configuration(OP, "finish", size_class(width, 1024), architecture_of(sums))
         _finish[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]),)](

@@ -67,7 +67,8 @@ def columns_of(at, width, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
 def places_of(x, stride, first, rows, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """Return pointers to the first BLOCK_K columns of BLOCK rows.
 
-    Rows beyond the last repeat the last one, so that their results are as finite as its; the caller drops them.
+    Rows beyond the last repeat the last row, so that their results are finite where its results are. The caller drops
+    them.
     """
     row = tl.minimum(first + tl.arange(0, BLOCK), rows - 1)
     return x + row.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
@@ -155,7 +156,7 @@ class Weights:
     first_pair: int
 
     def ranges(self, query_rest: Tensor | None, key_rest: Tensor | None, columns: int) -> Tensor:
-        """Compute the argument of range_factor, for the inverse norms that G is multiplied by (None: by none)."""
+        """Compute range_factor's argument, for the inverse norms that G is multiplied by (None for none)."""
         # Zero is the maximum of no numbers, so fewer programs than ranges are enough.
         out = torch.zeros(4 * RANGES, dtype=torch.float32, device=self.row_weight.device)
 

@@ -1,7 +1,7 @@
 """Change, list and count the committed tiles, for tuning and for lists of compilations; no launch needs this module.
 
-The table that `kernels.launch` reads is changed, not the way it is read. A launch costs what it always does, and
-torch.compile sees nothing.
+An override changes the table that `kernels.launch` reads, not the code that reads it. A launch therefore costs the same
+as without overrides, and torch.compile traces the same code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def committed_keys() -> list[Key]:
 
 
 def reload_tiles() -> None:
-    """Forget what was read from the files of tiles, after they were changed."""
+    """Drop the cached tiles, after their files were changed."""
     committed_tiles.cache_clear()
 
 
@@ -65,7 +65,7 @@ def tiles_of(architecture: int) -> Iterator[None]:
 
 
 class _CountedClasses(dict[str, Configuration]):
-    """The classes of shapes of a kernel, which count how often each is looked up."""
+    """A table of a kernel's tiles by class of shapes that counts how often each class is looked up."""
 
     def __init__(self, op: str, kernel: str, classes: Mapping[str, Configuration], lookups: Counter[Key]) -> None:
         super().__init__(classes)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
 
-PROGRAMS = 8192  # of forward, at most; each passes one number to the mean
+PROGRAMS = 8192  # the most programs of forward; each passes one number to the mean
 EPS = tl.constexpr(1e-12)  # a row's norm is at least this, as in F.normalize
 LEAST = tl.constexpr(1e-30)  # a smaller factor, times the gradient of the loss, may underflow float32
-WIDE_BLOCK = tl.constexpr(128)  # numbers of a row that are float64 at a time
+WIDE_BLOCK = tl.constexpr(128)  # numbers of a row that are converted to float64 at a time
 MEAN_BLOCK = 1024
 
 

@@ -1,8 +1,8 @@
 """varlen_attention: flash attention forward over packed sequences, and the functions that backward shares.
 
 A program owns one tile of BLOCK_M queries of one sequence and head, and finds its sequence on the device. Sequence s
-owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all of its tiles and at most one spare, so that
-the grid depends on T and the number of sequences alone. The search is W-ary, one load for up to W sequences.
+owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all its tiles and at most one spare tile. The
+grid therefore depends only on T and on the number of sequences. The search is W-ary, one load for up to W sequences.
 
 FLOPs for each head: 4 Lq Lk Dh, about half of it under a causal mask, which skips whole tiles. Bytes from DRAM: Q, K, V
 and the result once, and 8 bytes of statistics for each query and head. Each tile of queries reads K and V of its
@@ -51,7 +51,7 @@ def own_tile(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def extent(cu_seqlens, sequence, rows):
-    """Return the first row and the length of a sequence, clamped to the tensor whatever the boundaries are."""
+    """Return the first row and the length of a sequence, clamped to the tensor in case the boundaries are corrupt."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), rows)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), rows)
     return begin, end - begin
@@ -193,20 +193,20 @@ def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, grou
 def dense(x: Tensor) -> Tensor:
     """Return x, or a contiguous copy where the kernels cannot read it.
 
-    They load the numbers of a row as vectors, so these must be adjacent, and count offsets within a tile in 32 bits.
+    The kernels load a row as vectors, so its numbers must be adjacent. Offsets within a tile have 32 bits.
     """
     apart = x.stride(2) != 1 and x.shape[2] > 1
     return x.contiguous() if apart or x.stride(0) * _LARGEST_TILE >= 2**31 else x
 
 
 def vector_of(*tensors: Tensor) -> int:
-    """Return how many numbers 16 bytes hold if every row and head starts at a multiple of that, else 1."""
+    """Return how many numbers 16 bytes hold if every row and head starts at a multiple of 16 bytes, else 1."""
     size = 16 // tensors[0].element_size()
     return size if all(stride % size == 0 for x in tensors for stride in x.stride()[:2]) else 1
 
 
 def strides(x: Tensor, vector: int) -> tuple[int, int]:
-    """Return the strides of rows and heads in vectors."""
+    """Return the strides of rows and of heads, counted in vectors of `vector` numbers."""
     return x.stride(0) // vector, x.stride(1) // vector
 
 
@@ -285,7 +285,7 @@ def compilation(kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causa
 
 
 def specialisations() -> list[tuple[int, torch.dtype, bool]]:
-    """List head dimension, dtype and causal of the kernels that the report compiles."""
+    """List (head dimension, dtype, whether causal) of every kernel that the report compiles."""
     half = [(size, torch.bfloat16, False) for size in (32, 64, 80, 88, 96, 128, 256)]
     wide = [(size, torch.float32, False) for size in (32, 64, 80, 96, 128)]
     return [*half, *wide, (64, torch.float16, False), *((size, torch.bfloat16, True) for size in (64, 96, 128, 256))]

@@ -1,13 +1,13 @@
 """varlen_attention: flash attention backward without atomics, so that the result has the same bits every time.
 
-There are three kernels. `rows` computes delta = sum(dO * O) for each query and head, and stores it with the maximum and
-1 / sum of forward, head by head, so that a tile reads them in one piece. In `query`, a program owns a tile of queries,
-walks over their keys, and writes dQ. In `key`, a program owns a tile of keys, walks over all queries of all heads that
-share it, from the first query that sees the tile, and writes dK and dV. The weights are those of forward: exp2 of the
-same difference, times the same 1 / sum.
+There are three kernels. `rows` computes delta = sum(dO * O) for each query and head. It stores delta with the maximum
+and 1 / sum of forward, head by head, so that a tile reads them in one piece. In `query`, a program owns a tile of
+queries, walks over their keys, and writes dQ. In `key`, a program owns a tile of keys. It walks over all queries of all
+heads that share the tile, from the first query that sees it, and writes dK and dV. The weights equal those of forward:
+exp2 of the same difference, times the same 1 / sum.
 
 FLOPs for each head: 6 Lq Lk Dh in `query` and 8 Lq Lk Dh in `key`, 14 in all, since both recompute the scores and their
-gradients (ten where programs add to a shared dQ with atomics). Bytes from DRAM: `rows` reads O, dO and 8 bytes of
+gradients. (With atomic additions to a shared dQ there would be ten.) Bytes from DRAM: `rows` reads O, dO and 8 bytes of
 statistics for each query and head, and writes 12; `query` reads Q, K, V and dO once and writes dQ; `key` reads them
 once and writes dK and dV.
 """

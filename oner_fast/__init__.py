@@ -1,8 +1,7 @@
 """oner_fast: one transformer for images and text, trained fast.
 
 `oner_fast.ops` holds the fused ops, and `oner_fast.load` opens a trained model. Importing the package takes little
-longer
-than importing torch, starts no CUDA context and needs no extra.
+longer than importing torch, starts no CUDA context and needs no extra.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ than those of the grid, and its place is uniform on the grid. A block is accepte
 more than remain. After ten rejections in a row, the missing cells are picked one by one at random.
 
 Attempt t of a sample uses the four words of its Philox block t for area, aspect, top and left. The cells picked one by
-one are those of the smallest pairs (draw, cell), drawn from block 2^31 on.
+one are those with the smallest pairs (draw, cell), whose draws come from block 2^31 on.
 """
 
 import math
@@ -19,7 +19,7 @@ from oner_fast.philox import philox4x32, random_u32, split_seed
 
 MIN_AREA = 16
 ATTEMPTS = 10
-PADDING = 1 << 31  # the first Philox block of the draws that pad
+PADDING = 1 << 31  # the first Philox block of the draws that pick cells one by one
 MAX_SIDE, MAX_CELLS = 512, 1 << 16  # so that 32 bits hold every product
 
 # Aspects times 2^12 at the middles of 64 equal parts of the distribution, as `aspects()` computes them. No logarithm,
@@ -43,7 +43,7 @@ def pick_blocks(
 ) -> Tensor:
     """Pick exactly `count` cells of a grid (height, width) in each sample: (B, height, width) bool.
 
-    The loop ends when all samples are done, which it reads back from the device.
+    After each attempt the loop reads back from the device whether all samples are done.
     """
     height, width = grid
     device, key = samples.device, split_seed(seed)

@@ -98,8 +98,10 @@ def _complain(what: str, given: str, known: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `oner-fast` with `argv` (the process's arguments by default); returns the exit code, 2 for a wrong command
-    line."""
+    """Run `oner-fast` with `argv` (the process's arguments by default); return the exit code.
+
+    The exit code of a wrong command line is 2.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)

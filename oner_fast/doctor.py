@@ -132,7 +132,7 @@ def _ops() -> Iterator[tuple[str, str]]:
 
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for choice in explain(device):
-            yield f"{choice.op} ({device})", f"{choice.serves or 'NOTHING'}: {choice.why}"
+            yield f"{choice.op} ({device})", f"{choice.chosen or 'NOTHING'}: {choice.why}"
             for name, reasons in choice.others.items():
                 yield "", f"not {name}: {'; '.join(reasons)}"
 
@@ -142,7 +142,7 @@ SECTIONS = {
     "Machine": _machine,
     "Optional packages": _peers,
     "C++ extension": _extension_facts,
-    "Who serves each op": _ops,
+    "Implementation chosen for each op": _ops,
 }
 
 

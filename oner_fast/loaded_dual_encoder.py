@@ -28,7 +28,7 @@ class LoadedDualEncoder:
         image_size: pixels a side that `preprocess` gives.
         text_source: source of the text tower, which is loaded at its first use (see
             `oner_fast.models.teacher.load_teacher`); empty where there is none.
-        beside: the model's folder, from which a relative path in `text_source` may also start.
+        beside: the model's folder; a relative path in `text_source` may start there too.
         device: where the model computes.
     """
 
@@ -110,7 +110,7 @@ def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tens
 
 
 def student_dual_encoder(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
-    """Combine UTA's student with the text tower of `teacher` (empty: none)."""
+    """Combine UTA's student with the text tower of the model `teacher`, or with none where `teacher` is empty."""
     ready = student.to(device).eval().requires_grad_(False)
     return LoadedDualEncoder(ready, student.config.image_size, teacher, beside, torch.device(device))
 

@@ -1,7 +1,7 @@
 """Counter-based randomness: Philox4x32-10 (Salmon et al., SC 2011) in int64 tensor arithmetic.
 
 A draw is a function of (seed, stream, step, sample) and of nothing else, so that workers, ranks, a restart and the
-device change nothing. Only integers take part: no float rounding can move a mask or a crop.
+device change nothing. Only integers are used: no float rounding can move a mask or a crop.
 """
 
 import torch

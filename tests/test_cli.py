@@ -58,7 +58,7 @@ def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys
 
 
 @pytest.mark.parametrize("argv", [["train"], ["data"], ["bench"]])
-def test_a_missing_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_without_its_subcommand_prints_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert f"usage: oner-fast {argv[0]} {{" in capsys.readouterr().err
     assert cli.main([*argv, "--help"]) == 0
@@ -75,7 +75,9 @@ def test_a_missing_name_is_asked_for(argv: list[str], capsys: pytest.CaptureFixt
         (["doctor", "--help"], "oner_fast.doctor", ["--help"]),
     ],
 )
-def test_dispatch(argv: list[str], module: str, rest: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_calls_its_module_with_the_remaining_arguments(
+    argv: list[str], module: str, rest: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     def find(name: str) -> SimpleNamespace:

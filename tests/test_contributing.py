@@ -25,7 +25,7 @@ def files(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sorted({each for each in files(PAGE) if "NAME" not in each}))
-def test_a_file_that_is_named_exists(path: str) -> None:
+def test_files_that_the_guide_names_exist(path: str) -> None:
     assert (ROOT / path).exists()
 
 
@@ -43,12 +43,12 @@ def test_the_example_has_every_file_of_an_op(path: str) -> None:
         }
     ),
 )
-def test_a_name_in_a_file_is_there(path: str, name: str) -> None:
+def test_names_that_the_guide_gives_are_in_their_files(path: str, name: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert re.search(rf"\b{name.rpartition('.')[2]}\b", text), f"{path} has no {name}"
 
 
-def test_make_has_the_targets() -> None:
+def test_make_targets_that_the_guide_names_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     commands = re.findall(r"^\s*(make(?: [a-z-]+)+)", PAGE, flags=re.MULTILINE)

@@ -51,7 +51,7 @@ def test_troubleshooting_quotes_messages_that_the_code_has() -> None:
         assert any(_has(strings, part) for part in parts if len(part) >= 15), f"no source says {message!r}"
 
 
-def test_the_check_of_quoted_messages_sees_another_wording() -> None:
+def test_a_quote_with_another_wording_is_reported() -> None:
     part = "runs/mine/checkpoints contains 2 checkpoints up to step-00000400.pt; resume it, or give another --run-dir"
     assert not _has(_strings(), part)
 

@@ -36,12 +36,12 @@ def toy() -> Iterator[str]:
     del implementations._registry["toy"]
 
 
-def test_every_public_op_has_its_definition() -> None:
+def test_every_public_op_has_a_reference_implementation() -> None:
     assert implementations.ops() == PUBLIC
     assert all("reference" in implementations.implementations(op) for op in PUBLIC)
 
 
-def test_the_best_able_implementation_is_chosen(toy: str) -> None:
+def test_the_most_preferred_implementation_that_can_run_is_chosen(toy: str) -> None:
     assert choose(toy, "cuda").name == "gpu"
     assert choose(toy, "cpu").name == "picky"
     assert choose(toy, "cpu", dtype=torch.float32).function() == "picky"
@@ -64,7 +64,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
 
 @pytest.mark.parametrize("op", sorted(calls()))
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_facts_of_a_call_are_those_its_implementation_is_chosen_by(
+def test_the_implementation_is_chosen_by_the_facts_that_facts_returns(
     op: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str, dict[str, Any]]] = []
@@ -96,7 +96,9 @@ def test_the_facts_of_attention_tell_lengths_head_dimension_and_gradient() -> No
     assert known["max_seqlen_q"] is None and known["max_seqlen_k"] is None
 
 
-def test_an_argument_beats_the_ops_variable_and_that_the_general_one(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_argument_beats_the_ops_variable_which_beats_the_general_one(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "reference")
     assert choose(toy, "cuda").name == "reference"
     monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "picky")
@@ -123,27 +125,27 @@ def test_unknown_name_lists_the_known_ones(toy: str, monkeypatch: pytest.MonkeyP
         choose("tyo", "cpu")
 
 
-def test_an_unable_implementation_lists_every_reason(toy: str) -> None:
+def test_an_implementation_that_cannot_run_lists_every_reason(toy: str) -> None:
     with pytest.raises(
         RuntimeError, match="runs on cpu and cuda, not on xpu; takes float32, not torch.float16; is in a bad"
     ):
         choose(toy, "xpu", "picky", dtype=torch.float16)
 
 
-def test_some_implementations_serve_only_when_named(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_implementations_run_only_when_named(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     register(toy, "shy", lambda: "shy", devices=("cuda",), on_request=("cpu",), preference=200)
     assert choose(toy, "cuda").name == "shy" and choose(toy, "cpu").name == "picky"
     assert choose(toy, "cpu", "shy").name == "shy"
     with pytest.raises(RuntimeError, match="runs on cuda, and on cpu when asked for by name, not on xpu"):
         choose(toy, "xpu", "shy")
-    assert next(choice for choice in explain("cpu") if choice.op == toy).serves == "picky"
+    assert next(choice for choice in explain("cpu") if choice.op == toy).chosen == "picky"
     monkeypatch.setenv("ONER_FAST_TOY_IMPLEMENTATION", "shy")
     assert choose(toy, "cpu").name == "shy"
-    assert next(choice for choice in explain("cpu") if choice.op == toy).serves == "shy"
+    assert next(choice for choice in explain("cpu") if choice.op == toy).chosen == "shy"
 
 
 @pytest.mark.parametrize("op", PUBLIC)
-def test_triton_says_why_it_cannot_serve(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_says_why_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     triton = implementations.implementations(op)["triton"]
     assert triton.reasons_against("cpu"), "never without being asked for"
     monkeypatch.setattr(library, "_triton_runs_on_the_cpu", lambda: False)
@@ -154,9 +156,9 @@ def test_triton_says_why_it_cannot_serve(op: str, monkeypatch: pytest.MonkeyPatc
     assert any("pip install triton" in reason for reason in triton.reasons_against("cuda"))
 
 
-def test_no_able_implementation_is_an_error(toy: str) -> None:
+def test_a_call_that_no_implementation_can_run_is_an_error(toy: str) -> None:
     register(toy, "reference", lambda: None, devices=("cpu",))
-    with pytest.raises(RuntimeError, match="nothing can serve.*gpu: runs on cuda.*reference: runs on cpu"):
+    with pytest.raises(RuntimeError, match="no implementation can run.*gpu: runs on cuda.*reference: runs on cpu"):
         choose(toy, "xpu")
 
 
@@ -165,12 +167,12 @@ def test_explain(toy: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return next(choice for choice in explain("cpu") if choice.op == toy)
 
     free = of_toy()
-    assert free.serves == "picky" and free.others["gpu"] == ["runs on cuda, not on cpu"]
-    assert free.others["reference"] == ["can serve, but stands lower in the order"]
+    assert free.chosen == "picky" and free.others["gpu"] == ["runs on cuda, not on cpu"]
+    assert free.others["reference"] == ["can run, but is less preferred"]
     monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "gpu")
-    assert of_toy().serves is None and "cannot serve" in of_toy().why
+    assert of_toy().chosen is None and "cannot run" in of_toy().why
     monkeypatch.setenv("ONER_FAST_IMPLEMENTATION", "nonsense")
-    assert of_toy().serves is None and "known: gpu, picky, reference" in of_toy().why
+    assert of_toy().chosen is None and "known: gpu, picky, reference" in of_toy().why
 
 
 def test_the_variable_reaches_a_public_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +181,7 @@ def test_the_variable_reaches_a_public_op(monkeypatch: pytest.MonkeyPatch) -> No
         ops.masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
 
 
-def test_a_missing_extension_warns_once_and_the_definition_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extension_warns_once_and_the_reference_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _extension.Status(False, "the C++ extension is not built: no C++ compiler was found", "install g++")
     monkeypatch.setattr(_extension, "_status", missing)
     monkeypatch.setattr(_extension, "_warned", False)
@@ -190,5 +192,5 @@ def test_a_missing_extension_warns_once_and_the_definition_is_chosen(monkeypatch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.masked_gather(tokens, kept)
-    with pytest.raises(RuntimeError, match="'cpp'.*cannot serve this call: the C.. extension is not built"):
+    with pytest.raises(RuntimeError, match="'cpp'.*cannot run this call: the C.. extension is not built"):
         ops.masked_gather(tokens, kept, implementation="cpp")

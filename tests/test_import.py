@@ -100,7 +100,7 @@ print(os.path.exists(os.path.join(root, "pyproject.toml")) and root in installed
     assert result_of(program) == "False"
 
 
-def test_the_test_run_has_not_the_root_on_its_path() -> None:
+def test_tests_run_without_the_repository_root_on_the_path() -> None:
     root = Path(__file__).resolve().parents[1]
     found = [Path(entry or ".").resolve() for entry in sys.path]
     assert root not in found, "run 'pytest'; 'python -m pytest' puts the current folder on sys.path"
@@ -114,7 +114,7 @@ def unbuilt(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_extension_the_definitions_are_chosen(unbuilt: Path) -> None:
+def test_without_the_extension_the_reference_implementations_are_chosen(unbuilt: Path) -> None:
     program = """
 import warnings, torch, oner_fast
 from oner_fast.ops import masked_gather

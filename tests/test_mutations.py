@@ -31,7 +31,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_list_that_fits_has_no_problem_and_one_that_does_not_says_what(mutations: Any, tree: Path) -> None:
+def test_mutants_that_no_longer_fit_the_tree_are_reported(mutations: Any, tree: Path) -> None:
     good = mutations.Mutant("kernels/add.py", "test_add.py", "no mask", ", mask=m", "", "is_exact")
     assert mutations.problems([good], tree) == []
     wrong = {

@@ -31,7 +31,7 @@ def scalar_philox(counter, key):
     return c
 
 
-def test_draws_stand_where_the_counter_says():
+def test_draws_follow_from_the_counter():
     seed, stream, step = 0xDEADBEEF12345678, 7, 99
     samples = torch.tensor([0, 5, FULL])
     drawn = random_u32(seed, stream, step, samples, 10)
@@ -42,7 +42,7 @@ def test_draws_stand_where_the_counter_says():
             assert drawn[row, column] == words[column % 4]
 
 
-def test_a_sample_draws_the_same_in_any_company():
+def test_a_samples_draws_do_not_depend_on_the_batch():
     together = random_u32(3, 1, 2, torch.arange(100), 6)
     assert torch.equal(random_u32(3, 1, 2, torch.tensor([42]), 6)[0], together[42])
     assert torch.equal(random_u32(3, 1, 2, torch.arange(100), 3), together[:, :3])

@@ -44,7 +44,7 @@ def test_the_committed_page_is_what_the_command_writes(tmp_path: Path) -> None:
     assert page.read_text() == (ROOT / "docs" / "support.md").read_text(), "run `make support`"
 
 
-def test_answers_are_those_of_the_machine_that_is_described(script: dict[str, Any], toy: str) -> None:
+def test_answers_depend_on_the_described_machine(script: dict[str, Any], toy: str) -> None:
     machine, able = script["Machine"], script["able"]
     old, new = machine("cuda", cuda_cpp=True), machine("cuda", cuda_cpp=True, architecture="90")
     assert able(toy, torch.float16, machine("cpu"), "2.13.0") == ["reference"]

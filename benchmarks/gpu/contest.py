@@ -1,8 +1,7 @@
 """Run one contestant at one workload on the emulated A100, in a process of its own: correctness first, then counts.
 
 `python -m oner_fast.benchmarks.gpu.contest WORKLOAD CONTESTANT [PEERS]` prints JSON. Some rivals need `python -O`,
-since
-they assert that their tensors are on CUDA.
+since they assert that their tensors are on CUDA.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def _flash_attention_triton(deterministic: bool) -> Contender:
 
 
 def _attention_case() -> Case:
-    """Make the case that the rival can serve: causal, float16, all sequences equally long."""
+    """Make the case that the rival can compute: causal, float16, all sequences equally long."""
     total = sum(LENGTHS)
 
     def make(seed: int, device: str) -> Call:
@@ -114,7 +113,7 @@ def _attention_case() -> Case:
         exact=exact_by(partial(reference.varlen_attention, **known)),
         facts=partial(facts, **known),
         flops=14.0 * pairs * HEADS * WIDTH,
-        # q, k, v in and the result out; then these, the result and its gradient in, and three gradients out.
+        # Forward reads q, k, v and writes the result. Backward reads these four and a gradient, and writes three.
         bytes=float(12 * total * HEADS * WIDTH * 2),
         limit="gemm",
     )
@@ -134,7 +133,7 @@ RIVALS: dict[str, list[Rival]] = {
         for kind in ("deterministic", "atomics")
     ],
 }
-# Baselines whose products are cuBLAS's, which cannot be emulated; inductor's kernels around them say little.
+# Baselines whose products are cuBLAS's, which cannot be emulated. Inductor's other kernels take little of the time.
 WITHOUT_INDUCTOR = ("mixup_info_nce", "varlen_attention")
 
 

@@ -30,12 +30,12 @@ class Counts:
     """Counts of forward and backward together.
 
     Args:
-        launches: of kernels; `operations`: of eager PyTorch between them.
-        dram: the bytes that each launch reads and writes, each sector once, summed over launches: what must cross the
-            bus where nothing stays in L2 from one kernel to the next. Eager operations count their tensors.
+        launches: number of kernel launches. `operations`: number of eager PyTorch operations between them.
+        dram: bytes that launches read and write, each sector once for each launch. This is the traffic if nothing stays
+            in L2 from one kernel to the next. Eager operations count the bytes of their tensors.
         eager: the part of `dram` that eager operations move.
-        sectors: bytes of all sectors that warps asked for, hits of the caches included; of kernels alone.
-        instructions: of warps. `tensor_flops`: of matrix instructions.
+        sectors: bytes of all sectors that the warps of kernels requested, cache hits included.
+        instructions: number of warp instructions. `tensor_flops`: FLOPs of matrix instructions.
         conflicts: wavefronts of shared memory beyond the ideal.
     """
 
@@ -51,7 +51,7 @@ class Counts:
 
 @contextmanager
 def emulated_a100() -> Iterator[list[Any]]:
-    """Run Triton's kernels on CPU tensors while torch.cuda answers as an A100 would; give the log of launches."""
+    """Run Triton's kernels on CPU tensors while torch.cuda answers as an A100 would; yield the log of launches."""
     answers: dict[str, Any] = {
         "device_count": lambda: 1, "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (A100.major, A100.minor),
@@ -61,7 +61,7 @@ def emulated_a100() -> Iterator[list[Any]]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        # Blocks may order each other by atomics, and a peer's races are its own affair: results are checked.
+        # Blocks may order each other by atomics, so races between blocks are not reported; results are checked.
         yield stack.enter_context(emulate.active(global_race=False, race=False))
 
 
@@ -94,7 +94,7 @@ def count(run: Callable[[], Sequence[Tensor]], log: list[Any]) -> tuple[Counts, 
 
 
 class _Eager(TorchDispatchMode):
-    """The tensors that eager operations read and write: each input and output once, views and allocations not."""
+    """Count the bytes that eager operations read and write: each input and output once, no views and no allocations."""
 
     ALLOCATE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_unsafe_view", "lift_fresh")
 
@@ -105,14 +105,14 @@ class _Eager(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        if func.namespace != "aten":  # a library's own op; what ours does inside is counted there
+        if func.namespace != "aten":  # an op of a library; operations inside our ops are counted where they run
             return results
         returns = func._schema.returns
         is_view = any(one.alias_info is not None and not one.alias_info.is_write for one in returns)
         name = func._schema.name.removeprefix("aten::")
         if is_view or name in self.ALLOCATE:
             return results
-        fills = name.startswith("new_") or name.endswith("_like")  # its input gives no more than a shape
+        fills = name.startswith("new_") or name.endswith("_like")  # only the shape of its input is read
         given, _ = torch.utils._pytree.tree_flatten(() if fills else (args, kwargs))
         made, _ = torch.utils._pytree.tree_flatten(results)
         moved = [one for one in (*given, *made) if isinstance(one, Tensor)]

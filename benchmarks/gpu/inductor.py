@@ -2,8 +2,7 @@
 
 The graph of forward and backward comes from AOTAutograd with inductor's own decompositions and partitioner. Inductor
 lowers it for fake CUDA tensors and writes its program, which then runs with allocations on the CPU. Where inductor
-would
-time several configurations of a kernel, the first one is taken.
+would time several configurations of a kernel, the first one is taken.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ SOURCES = Path(oner_fast.kernels.__file__).resolve().parents[1] / "csrc"
 
 
 def compilations() -> list[Compilation]:
-    """List the compilations of each module of `oner_fast.kernels`, by name. Raises ValueError where a name occurs
-    twice."""
+    """List the compilations of each module of `oner_fast.kernels`, by name; ValueError where a name occurs twice."""
     found: dict[str, Compilation] = {}
     for module in pkgutil.iter_modules(oner_fast.kernels.__path__, "oner_fast.kernels."):
         for one in getattr(importlib.import_module(module.name), "compilations", list)():
@@ -65,7 +64,7 @@ def compile_cuda(source: Path, target: str) -> list[Figures]:
 
 
 def demangled(names: list[str]) -> dict[str, str]:
-    """Shorten C++ names by namespaces and arguments; unchanged where c++filt is missing."""
+    """Remove namespaces and arguments from C++ names; return them unchanged where c++filt is missing."""
     if (tool := shutil.which("c++filt")) is None or not names:
         return {name: name for name in names}
     said = subprocess.run([tool, "-p", *names], capture_output=True, text=True, check=True).stdout.splitlines()

@@ -89,7 +89,7 @@ def compile_triton(compilation: Compilation, target: str) -> Figures:
 
 
 def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
-    """Figures of every kernel in a cubin, by its name there; `shared` is static and `warps` unknown.
+    """Return the figures of every kernel in a cubin, by name. `shared` is the static part, and `warps` is unknown.
 
     Raises ValueError where the disassembly cannot be read.
     """
@@ -109,7 +109,7 @@ def of_cubin(cubin: bytes, target: str) -> dict[str, Figures]:
 
 
 def versions() -> str:
-    """Versions of the compilers; another version may assign other registers."""
+    """Versions of the compilers; another version may allocate registers differently."""
     release = re.search(r"V(\d[\d.]*)", sass.run_tool("ptxas", "--version"))
     return f"Triton {triton.__version__}, ptxas {release[1] if release else 'unknown'}"
 

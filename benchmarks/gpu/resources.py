@@ -76,8 +76,10 @@ def compile_all(named: Sequence[tuple[str, str]], jobs: int) -> dict[tuple[str, 
 
 
 def _compilers(jobs: int) -> ProcessPoolExecutor:
-    """Make a pool of spawned processes, as torch's threads do not survive a fork; they compile by name, as kernels
-    cannot be sent."""
+    """Make a pool of spawned processes, which find the kernels that they compile by name.
+
+    Torch's threads do not survive a fork, and kernels cannot be pickled.
+    """
     return ProcessPoolExecutor(jobs, get_context("spawn"))
 
 
@@ -125,7 +127,7 @@ def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
 
 
 def table(figures: Sequence[Figures]) -> list[str]:
-    """Format a table, by name and then in the order of the targets."""
+    """Format a table, sorted by name and then by the order of the targets."""
     ordered = sorted(figures, key=lambda one: (one.name, TARGETS.index(one.target)))
     return [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(row(one) for one in ordered)]
 

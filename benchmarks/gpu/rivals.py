@@ -1,4 +1,4 @@
-"""`oner-fast bench gpu-peers`: the GPU kernels against other libraries' and torch.compile's, on one emulated A100.
+"""`oner-fast bench gpu-peers`: compare GPU kernels of ours, other libraries and torch.compile on an emulated A100.
 
 No GPU is needed, and nothing is measured. The compiled kernels run on the CPU; their bytes and instructions are
 counted, forward and backward together, after their results have been compared with float64. This needs Triton and a
@@ -61,7 +61,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run every contestant and write the table; returns 1 where ours is wrong or cannot run, 2 without a tool."""
+    """Run every contestant and write the table.
+
+    Returns 1 if our kernel is wrong or cannot run, 2 if a tool is missing.
+    """
     options = parser().parse_args(argv)
     if absent := tools.missing(*tools.FOR_EMULATE):
         print(f"{COMMAND}: kernels cannot be emulated without {', '.join(absent)}", file=sys.stderr)

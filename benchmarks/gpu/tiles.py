@@ -48,7 +48,7 @@ WARPS, STAGES = (1, 8), (1, 5)
 
 
 def limits(key: Key) -> dict[str, tuple[int, int]]:
-    """Blocks that may differ from the committed ones, with their sizes. Raises KeyError for an unknown kernel."""
+    """Return the least and greatest size of each block that tuning may change; KeyError for an unknown kernel."""
     op, kernel, shape_class = key
     deep = kernel == "statistics" and shape_class.endswith(" deep")
     return {**LIMITS[op][kernel], **(DEEP if deep else {})}
@@ -58,8 +58,7 @@ def neighbours(key: Key, tile: Configuration, changes: int = 2) -> list[Configur
     """List tiles that differ from `tile` in 1 to `changes` numbers, the nearest first.
 
     A block or the number of warps is halved or doubled, and a stage is added or removed. Only kernels with more than
-    one
-    stage have loops that use stages.
+    one stage have loops that use stages.
     """
     options: dict[str, list[int]] = {
         block: _within(sizes, tile.blocks[block] // 2, tile.blocks[block] * 2) for block, sizes in limits(key).items()

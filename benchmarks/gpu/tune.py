@@ -3,10 +3,8 @@
 For each (op, kernel, class of shapes), tiles that spill or do not fit are dropped, compiled as for the report of
 resources. A tile whose results differ from the committed tile's is refused. The rest take turns on the workloads of the
 class. The fastest are timed once more, and the best is written to kernels/configurations where the lower quantile of
-its
-speedups reaches the margin. Then its own neighbours are tried. Each tile leaves a line in the log; after an
-interruption
-the same command continues. --dry-run and --compile-only need no GPU.
+its speedups reaches the margin. Then its own neighbours are tried. Each tile leaves a line in the log; after an
+interruption the same command continues. --dry-run and --compile-only need no GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ COMMAND = "oner-fast bench gpu-tune"
 DEFAULT_LOG = Path("runs/gpu_tune.jsonl")
 MARGIN = 0.03
 FINALISTS = 3
-MOST_MOVES = 4  # moves of one key, from a tile to a neighbour, in one run
+MOST_MOVES = 4  # most moves from a tile to a neighbour, for one key in one run
 # No workload of a class may become slower by more than this in favour of the others.
 LOSS = 0.01
 MOST_SETS = 8  # sets of inputs of a workload
@@ -49,7 +47,7 @@ class Tuner:
     Args:
         architecture: the architecture whose tiles are tuned, 80 for sm_80.
         gpu: its name, for the log.
-        log: the findings.
+        log: the log of results.
         device: where workloads run.
         timer: times tiles on one workload.
         compiler: compiles tiles.
@@ -110,7 +108,7 @@ class Tuner:
         return chosen != committed
 
     def compilable(self, key: Key) -> list[Configuration]:
-        """List the neighbours of the committed tile that neither spill nor exceed any GPU that they serve."""
+        """List the neighbours of the committed tile that neither spill nor exceed a limit of the GPUs that use them."""
         tiles = neighbours(key, configuration(*key, self.architecture), self.changes)
         targets = served_by(key, self.architecture)
         known = {label(tile): self.log.compiled(key, tile, targets) for tile in tiles}
@@ -121,7 +119,7 @@ class Tuner:
         return [tile for tile in tiles if not known[label(tile)]]
 
     def _workloads(self, key: Key) -> list[tuple[Workload, str]]:
-        """List workloads with the phase to time: forward where only that uses the key, else the whole step."""
+        """List workloads with the phase to time: "forward" where only forward uses the key, else the whole step."""
         op = key[0]
         if op not in self._asking:
             self._asking[op] = [
@@ -182,7 +180,7 @@ class Tuner:
 
 
 def served_by(key: Key, architecture: int) -> list[str]:
-    """Targets of a tile: its architecture, and newer tuned ones that have no tile of their own and use it."""
+    """Return the targets that use a tile: its own architecture, and newer tuned ones without a tile of their own."""
     found = [f"sm_{architecture}"]
     for target in TUNED:
         newer = int(target.removeprefix("sm_"))

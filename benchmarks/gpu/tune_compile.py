@@ -37,7 +37,8 @@ def compile_tiles(
 ) -> Iterator[Compiled]:
     """Compile all tiles, several at a time, and yield each when it is done, in order.
 
-    A tile that no list of compilations in `oner_fast.kernels` has is not compiled, and that is its problem.
+    A tile that appears in no list of compilations in `oner_fast.kernels` is not compiled; this is reported as its
+    problem.
     """
     if not tiles:
         return

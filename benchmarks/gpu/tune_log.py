@@ -24,9 +24,8 @@ def _digest() -> str:
 class Log:
     """A log that appends to a file, line by line, and reads the earlier lines.
 
-    Lines of another GPU settle nothing here, and lines of other compilers or kernels are ignored; all stay in the file.
-    A
-    last line that an interruption left unfinished is dropped.
+    Decisions made on another GPU do not count here, and lines from other compilers or kernel sources are ignored. All
+    lines stay in the file. A last line that an interruption left unfinished is dropped.
 
     Args:
         path: path of the file; its folder is made.

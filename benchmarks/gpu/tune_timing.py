@@ -25,13 +25,13 @@ Timer = Callable[[Sequence[Candidate], int, float], Mapping[str, Samples]]
 
 
 def results(key: Key, tile: Configuration, workload: Workload, phase: str, call: Call) -> tuple[Tensor, ...]:
-    """Results with that tile for the key and all other tiles as committed."""
+    """Compute the results with `tile` for the key and the committed tile for every other key."""
     with override(*key, tile):
         return workload.run(phase, call)
 
 
 def difference(found: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """Reason why results differ from the committed tile's, for numbers of `dtype`; empty where they do not."""
+    """Describe how results differ from the committed tile's beyond rounding to `dtype`; empty where they do not."""
     for number, (mine, theirs) in enumerate(zip(found, truth, strict=True)):
         if not theirs.is_floating_point():
             if not torch.equal(mine, theirs):
@@ -59,8 +59,7 @@ def on_gpu(candidates: Sequence[Candidate], sets: int, seconds: float) -> dict[s
     """Time candidates by the GPU's clock; returns the seconds of one call.
 
     Each candidate's calls, one on each set of inputs, are captured in a CUDA graph, since the launch of a short kernel
-    takes
-    longer than the kernel.
+    takes longer than the kernel.
     """
     graphs, pool = [], torch.cuda.graph_pool_handle()
     for one in candidates:
@@ -84,8 +83,10 @@ def _replay(graph: torch.cuda.CUDAGraph) -> Callable[[int], object]:
 
 @dataclass(frozen=True)
 class Scores:
-    """Speed relative to the committed tile: geometric means over workloads of the quantiles of the ratios within a
-    round.
+    """Speed relative to the committed tile.
+
+    A ratio compares two times of one round. Each quantile of the ratios is averaged over workloads by the geometric
+    mean.
 
     `least` is the lowest median of any workload.
     """

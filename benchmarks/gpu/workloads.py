@@ -34,7 +34,7 @@ class Workload:
     Args:
         name: unique among all workloads.
         op: name of the op's file of tiles.
-        dtype: dtype in whose units results are compared.
+        dtype: dtype whose rounding error sets the tolerance when results are compared.
         make: makes the call of a seed on a device.
         forward: called with the call's arguments.
         implementation: "triton" or "triton_atomic".
@@ -58,7 +58,7 @@ class Workload:
 
 @contextmanager
 def _served_by(implementation: str) -> Iterator[None]:
-    """Force an implementation for all ops that no variable of their own forces."""
+    """Force an implementation for every op that has no environment variable of its own."""
     variable = "ONER_FAST_IMPLEMENTATION"
     before = os.environ.get(variable)
     os.environ[variable] = implementation
@@ -110,7 +110,7 @@ def _more_attention() -> list[Workload]:
 
 
 def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str) -> Workload:
-    """Make a contrast with partners, or mixed on both sides."""
+    """Make a contrastive loss with partners, or with mixing on both sides."""
 
     def make(seed: int, device: str) -> Call:
         drawn = _drawn(seed, device, dtype, *[(rows, width)] * 4)

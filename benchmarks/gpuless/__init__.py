@@ -1,4 +1,4 @@
-"""Check GPU kernels without a GPU, in four rungs, each of which catches what the one before cannot.
+"""Check GPU kernels without a GPU, with four checkers; each catches faults that the one before cannot.
 
 - `interpreter`: Triton's interpreter made strict (`TRITON_INTERPRET=1`). It checks the algorithm, masks, indices and
   races between programs.
@@ -8,5 +8,6 @@
   made: barriers, pipelining, bank conflicts.
 - `estimate`: a rough time from the machine code, +-30 %.
 
-Nothing is imported here, and `tools` says which of the programs they need are missing. docs/gpuless.md is the guide.
+Importing this package imports none of them. `tools` names the programs that they need and that are missing.
+docs/gpuless.md is the guide.
 """

@@ -42,7 +42,7 @@ class Request:
         divisible: `{"stride": 16}` says that an integer is divisible. Pointers are taken as divisible by 16 unless told
             otherwise.
         options: `num_warps`, `num_stages` and the like.
-        name: what the report calls it; the kernel's own name where this is empty.
+        name: the kernel's name in the report; by default its own name.
     """
 
     kernel: Any
@@ -55,19 +55,19 @@ class Request:
 
 @dataclass
 class TargetReport:
-    """What one kernel is on one target.
+    """Result of compiling one kernel for one target.
 
     Args:
         target: `sm_80`, `gfx942` and the like.
-        error: why it did not compile.
-        registers: of a thread.
-        spill_bytes: of a thread.
+        error: the reason why it did not compile.
+        registers: registers of a thread.
+        spill_bytes: bytes that a thread spills.
         shared: bytes of a block; `shared_limit` is the most that it may have.
-        warps: of a block.
+        warps: warps of a block.
         blocks_per_sm, occupancy, limited_by: as in `architectures.Occupancy`, where the target is known.
         mix: the number of instructions of the whole kernel, by group.
         loop: the names of the instructions of the main loop.
-        seconds: what compiling took.
+        seconds: the time that compiling took.
         compiled: Triton's `CompiledKernel`.
     """
 
@@ -93,7 +93,7 @@ class TargetReport:
 
     @property
     def problems(self) -> list[str]:
-        """Everything for which `--strict` fails."""
+        """The problems for which `--strict` fails."""
         found = {
             "does not compile": bool(self.error),
             f"spills {self.spill_bytes} B": self.spill_bytes > 0,
@@ -193,7 +193,7 @@ def _row(name: str, one: TargetReport) -> tuple[str, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile all that a function lists and print the table; 1 with `--strict` where something is wrong."""
+    """Compile all requests that a function lists and print the table; returns 1 for a problem under `--strict`."""
     parser = argparse.ArgumentParser(
         prog="python -m oner_fast.benchmarks.gpuless.aot",
         description="Compile Triton kernels for GPUs that are not here.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KIB = 1024
-WARP_REGISTERS, REGISTERS = 256, 65536  # registers are handed to a warp in units, out of so many a multiprocessor
+WARP_REGISTERS, REGISTERS = 256, 65536  # registers are allocated to a warp in units; a multiprocessor has this many
 RESERVED = 1024  # bytes of shared memory that the system takes of each block
 
 
@@ -40,7 +40,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Resident blocks a multiprocessor, the share of its warps that they are, and what limits them."""
+    """Resident blocks of a multiprocessor, the share of its warps that they occupy, and what limits their number."""
 
     blocks: int
     share: float
@@ -50,13 +50,14 @@ class Occupancy:
 def occupancy(capability: int, registers: int, shared: int, warps: int) -> Occupancy:
     """Return the occupancy of a kernel by the rules of CUDA's occupancy calculator.
 
-    Registers are allotted by 256 a warp and quarter of the multiprocessor, shared memory by 128 bytes.
+    Registers are allocated in units of 256 for each warp, within a quarter of the multiprocessor, and shared memory in
+    units of 128 bytes.
 
     Args:
         capability: 80 for sm_80.
-        registers: of a thread.
+        registers: registers of a thread.
         shared: bytes of a block.
-        warps: of a block.
+        warps: warps of a block.
 
     Raises:
         KeyError: the capability is not in `ARCHITECTURES`.

@@ -11,7 +11,8 @@ class FixedConfiguration:
     """Replace the benchmark of Triton's `Autotuner`.
 
     Args:
-        index: which of the configurations as written is taken. Pruned ones are never taken.
+        index: the place of the configuration to take, in the order in which they are written. Pruned ones are never
+            taken.
     """
 
     def __init__(self, index: int = 0) -> None:
@@ -28,5 +29,5 @@ class FixedConfiguration:
         self._stock, Autotuner._bench = Autotuner._bench, bench
 
     def uninstall(self) -> None:
-        """Give Triton its own benchmark back."""
+        """Restore Triton's own benchmark."""
         Autotuner._bench = self._stock

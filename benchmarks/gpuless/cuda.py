@@ -4,9 +4,9 @@
     module = cuda.Module("softmax.cu")                   # a path, or the source text itself
     stats = module["softmax"].launch(grid, block, [x, y, 128, 0.5], shared=4096)
 
-The .cu must not include torch: keep kernels in a .cu or .cuh of their own and bind them elsewhere. Templates need an
+The .cu must not include torch: keep kernels in a separate .cu or .cuh and bind them elsewhere. Templates need an
 explicit instantiation. Parameters are tensors, numbers, None, or bytes for structures. No GPU and no driver is needed.
-What is caught and what is not stands in `ptx`; messages name the line of the .cu.
+The docstring of `ptx` lists the faults that are caught and those that are not. Messages name the line of the .cu file.
 """
 
 from __future__ import annotations

@@ -44,9 +44,9 @@ class Launch:
     """One entry of the log.
 
     Args:
-        name: of the kernel.
+        name: the kernel's name.
         grid: blocks in three dimensions.
-        num_warps: of a block.
+        num_warps: warps of a block.
         shared: bytes of dynamic shared memory.
         stats: the counters.
         compiled: Triton's `CompiledKernel`; `compiled.asm["ptx"]` is what ran.
@@ -62,7 +62,7 @@ class Launch:
 
 @dataclass
 class _State:
-    """What `install` sets; `loading` is the `CompiledKernel` that asks for its handles."""
+    """Settings made by `install`; `loading` is the `CompiledKernel` that asks for its handles."""
 
     capability: int
     checks: Checks
@@ -78,12 +78,12 @@ _stock_init_handles = CompiledKernel._init_handles
 
 
 def install(arch: int = 80, autotune: int = 0, checks: Checks = DEFAULT_CHECKS, **overrides: Any) -> None:
-    """Run Triton's launches here from now on; calling it again changes the settings.
+    """Run Triton's launches on the CPU from now on; a second call changes the settings.
 
     Args:
         arch: 80, 86 or 89.
         autotune: the index of the configuration that autotuning takes.
-        checks: what each launch looks for.
+        checks: the checks that each launch makes.
         overrides: fields of `checks`, such as `race=False` or `max_errors=20`.
 
     Raises:
@@ -103,7 +103,7 @@ def install(arch: int = 80, autotune: int = 0, checks: Checks = DEFAULT_CHECKS, 
 
 
 def uninstall() -> None:
-    """Give Triton its own driver back."""
+    """Restore Triton's own driver."""
     global _state
     if _state is not None:
         _state.autotuning.uninstall()
@@ -114,9 +114,9 @@ def uninstall() -> None:
 
 @contextmanager
 def active(**settings: Any) -> Iterator[list[Launch]]:
-    """Install for a while, with the arguments of `install`, and give the log, which starts empty.
+    """Install within the block, with the arguments of `install`; yield the log, which starts empty.
 
-    It may be nested: the settings outside hold again afterwards.
+    Blocks may be nested: afterwards the outer settings apply again.
     """
     outer = _state
     log.clear()
@@ -136,14 +136,14 @@ def _installed() -> _State:
 
 
 def _init_handles(self: Any) -> None:
-    """Remember who is loading, so that `load_binary` finds the PTX; nothing is left to unload."""
+    """Remember the kernel that is loading, so that `load_binary` finds its PTX; there is nothing to unload."""
     _installed().loading = self
     _stock_init_handles(self)
     self.module = None
 
 
 class _Utils:
-    """Answer what Triton asks of a CUDA driver when it loads a kernel."""
+    """Stand in for the functions of a CUDA driver that Triton calls when it loads a kernel."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         chip = ARCHITECTURES[_installed().capability]
@@ -161,7 +161,7 @@ class _Utils:
 
 
 class _NoTiming:
-    """Stand in for `torch.cuda`, of which only waiting means something here."""
+    """Stand in for `torch.cuda`, of which only `synchronize` is needed here."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"{name}: nothing can be timed or synchronised, kernels are emulated on the CPU")
@@ -238,7 +238,7 @@ class _Launcher:
 
 
 def flatten(kinds: Sequence[Any], values: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Give the type and value of every kernel parameter.
+    """Return the type and value of every kernel parameter.
 
     Tuples and tensor descriptors are taken apart, and constexprs left out.
     """

@@ -33,13 +33,13 @@ TENSOR_SHARE, TENSOR_AND_EXPONENTIALS_SHARE, PIPE_SHARE = 0.73, 0.92, 0.9
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU, by what good kernels reach on it.
+    """A GPU, described by the rates that good kernels reach on it.
 
     Args:
         target: the name that it is compiled for.
         sms: the number of multiprocessors.
-        hertz: their clock.
-        bytes_per_second: of DRAM, as good kernels reach it, not the data sheet's.
+        hertz: clock rate of the multiprocessors.
+        bytes_per_second: DRAM bandwidth that good kernels reach, not the data sheet's.
         hmma, fma, alu, mufu: cycles of a warp instruction on a quarter of a multiprocessor; `hmma` is m16n8k16.
     """
 
@@ -61,14 +61,14 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate, to be printed with its warning.
+    """Estimated time of a kernel. Print it together with its warning.
 
     Args:
         chip: a name of `CHIPS`.
         seconds: the estimate; `fastest` with perfect overlap, `slowest` with none.
         bound: the busiest pipe, or `memory`.
-        cycles: of each pipe, for one iteration of one block.
-        flops, dram_bytes: of the whole launch, as given.
+        cycles: cycles of each pipe, for one iteration of one block.
+        flops, dram_bytes: FLOPs and DRAM bytes of the whole launch, as given.
         tail: rounds of blocks needed, divided by rounds filled; 1 when the blocks fill the chip evenly.
     """
 
@@ -93,7 +93,7 @@ class Estimate:
 
 
 def pipe_cycles(names: Sequence[str], chip: Chip) -> dict[str, float]:
-    """Return the cycles that one warp takes of each pipe; those of `smem` are of the whole multiprocessor.
+    """Return the cycles that one warp takes on each pipe. Cycles of `smem` are counted for the whole multiprocessor.
 
     Raises:
         ValueError: an instruction is one of later architectures than sm_86.
@@ -125,9 +125,9 @@ def kernel(
     Args:
         compiled: the kernel's report for the chip's target.
         chip: a name of `CHIPS`.
-        blocks: of the launch.
-        iterations: of the loop, in each block.
-        flops, dram_bytes: of the whole launch.
+        blocks: number of blocks in the launch.
+        iterations: iterations of the loop in each block.
+        flops, dram_bytes: FLOPs and DRAM bytes of the whole launch.
 
     Raises:
         ValueError: the report is for another target, or the kernel has no loop.

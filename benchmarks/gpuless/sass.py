@@ -40,7 +40,7 @@ def run_tool(name: str, *arguments: str) -> str:
     """Run a program of Triton's wheel and return what it prints.
 
     Raises:
-        FileNotFoundError: this Triton does not bring the program.
+        FileNotFoundError: this version of Triton does not contain the program.
     """
     program = tools.find(name)
     if program is None:
@@ -49,7 +49,7 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """Return what `cuobjdump -res-usage` says of a cubin, and its disassembly."""
+    """Return the output of `cuobjdump -res-usage` for a cubin, and its disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -57,16 +57,16 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def group(names: Iterable[str]) -> dict[str, int]:
-    """Count instructions by group; `other` holds what belongs to none."""
+    """Count instructions by group; `other` counts those of no group."""
     counts = Counter(next((g for g, p in GROUPS.items() if re.match(p, name)), "other") for name in names)
     return {each: counts[each] for each in [*GROUPS, "other"] if counts[each]}
 
 
 def main_loop(disassembly: str) -> tuple[list[str], list[str]]:
-    """Return the names of the instructions in the main loop, and of all.
+    """Return the names of the instructions in the main loop, and the names of all instructions.
 
-    The main loop is the backward branch that spans the most matrix instructions; of equals it is the innermost. It is
-    empty where nothing branches backward.
+    The main loop is the backward branch that spans the most matrix instructions; among equals, the innermost. The loop
+    is empty where nothing branches backward.
     """
     labels: dict[str, int] = {}
     names: list[str] = []

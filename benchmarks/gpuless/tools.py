@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGES = ("triton", "numpy", "ml_dtypes")
 TRITON_PROGRAMS = ("ptxas", "cuobjdump", "nvdisasm")  # Triton's wheel for Linux brings them
 
-# What each rung needs.
+# The tools that each checker needs.
 FOR_INTERPRETER = ("triton", "numpy", "ml_dtypes")
 FOR_AOT = ("triton", "ptxas", "cuobjdump", "nvdisasm")
 FOR_EMULATE = ("triton", "ptxas", "g++")
@@ -36,6 +36,6 @@ def find(tool: str) -> str | None:
 
 
 def missing(*tools: str) -> list[str]:
-    """Return the names of the tools that are not here, in the order given; a compiler by the name in `CXX`."""
+    """Return the names of the missing tools, in the given order; the compiler has the name in `CXX`."""
     cxx = os.environ.get("CXX")
     return [cxx if tool == "g++" and cxx else tool for tool in tools if find(tool) is None]

@@ -1,4 +1,4 @@
-"""gather_patches: the kept half of the patches of uint8 images, normalised. Bytes take no gradient: forward alone."""
+"""gather_patches: half of the patches of uint8 images, normalised. uint8 takes no gradient, so forward alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _affine(images: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def normalise_then_gather(images: Tensor, kept: Tensor, patch: int, scale: Tensor, shift: Tensor) -> Tensor:
-    """Normalise and unfold all pixels, then keep half of the patches, as data loaders and towers share the work."""
+    """Normalise and unfold all pixels, then keep half of the patches, as a data loader and a tower do together."""
     patches = F.unfold(images.float() * scale + shift, patch, stride=patch).transpose(1, 2)
     return patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 

@@ -36,7 +36,7 @@ def linear_cross_entropy(query: Tensor, key: Tensor, logit_scale: Tensor, labels
 
 
 def with_labels(call: Call) -> Call:
-    """Add the numbers of the rows, computed beforehand."""
+    """Add the labels, which are the row numbers, computed beforehand."""
     query = call.arguments[0]
     labels = torch.arange(query.shape[0], device=query.device)
     return Call((*call.arguments, labels), call.leaves, call.upstream)
@@ -56,7 +56,7 @@ def case(rows: int, width: int, dtype: torch.dtype, target: Target, timed: bool 
     def make(seed: int, device: str) -> Call:
         generator = torch.Generator().manual_seed(seed)
         query = torch.randn(rows, width, generator=generator)
-        key = 0.3 * query + torch.randn(rows, width, generator=generator)  # half learnt: the loss is well above 0
+        key = 0.3 * query + torch.randn(rows, width, generator=generator)  # half trained: the loss is well above 0
         leaves = (
             query.to(device, dtype).requires_grad_(),
             key.to(device, dtype).requires_grad_(),

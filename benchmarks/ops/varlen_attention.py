@@ -1,9 +1,8 @@
 """varlen_attention: packed images, captions and both together in one batch, against all that PyTorch has on the CPU.
 
 Each baseline gets queries, keys and values in the layout that suits it best, made beforehand: padded and masked,
-grouped
-by length, one tensor for each sequence, or nested. `torch.nn.attention.varlen` has no CPU kernel; on CUDA it is a
-baseline.
+grouped by length, one tensor for each sequence, or nested. `torch.nn.attention.varlen` has no CPU kernel; on CUDA it is
+a baseline.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def in_float32(attend: Attend) -> Attend:
 
 
 def each(attend: Attend) -> Callable[..., tuple[Tensor, ...]]:
-    """Apply `attend` to every (query, key, value) of a flat list of them."""
+    """Apply `attend` to every query, key and value of a flat list query, key, value, query, ..."""
 
     def attend_all(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(attend(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))
@@ -55,7 +54,7 @@ def each(attend: Attend) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def groups_of(lengths: list[int], by_length: bool) -> list[list[int]]:
-    """Group the sequences that are computed together: those of one length, or each by itself."""
+    """Group the sequences that are computed together: all of one length, or each sequence alone."""
     if not by_length:
         return [[i] for i in range(len(lengths))]
     return [[i for i, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]

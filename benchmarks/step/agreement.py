@@ -15,8 +15,9 @@ class Disagreement(RuntimeError):
 
 
 def check(ours: OurStep, plain: PlainStep, loss_tolerance: float, gradient_tolerance: float) -> None:
-    """Compare the losses (relative) and each gradient (relative L2 distance) of one forward and backward; keeps
-    nothing.
+    """Compare the losses and each gradient of one forward and backward by their relative L2 distance.
+
+    Gradients are removed afterwards.
 
     Raises:
         Disagreement: a loss or gradient differs by more than its tolerance; the message names all of them.

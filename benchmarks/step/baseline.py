@@ -55,7 +55,7 @@ def plain_model(student: Student) -> PlainModel:
     """Make the plain model with the weights of `student`.
 
     Raises:
-        ValueError: the plain step does not cover `student`: it needs one trunk, one head, and every loss but CIC.
+        ValueError: the plain step does not cover `student`: it needs one trunk, one head, and every loss except CIC.
     """
     if student.predictor is None:
         raise ValueError("the plain step has a predictor, and the student has none")
@@ -77,7 +77,7 @@ def _padded(values: Tensor, lengths: list[int], longest: int) -> Tensor:
 
 
 def plain_batch(batch: PairBatch, masked: StudentInput) -> Batch:
-    """Pad `batch` to its longest caption, with the very masks of our step."""
+    """Pad `batch` to its longest caption, with the same masks as our step."""
     lengths = batch.text.lengths.tolist()
     longest = max(lengths)
     padding = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
@@ -135,8 +135,7 @@ class PlainStep:
         return nullcontext() if self.dtype is None else torch.autocast("cpu", dtype=self.dtype)
 
     def gradient(self) -> dict[str, Tensor]:
-        """Run forward and backward; returns the losses by name (0-d) and leaves the gradients in the student's
-        parameters."""
+        """Run forward and backward: return the losses by name (0-d), leave the gradients in the parameters."""
         objectives = self.config.objectives
         with self._autocast():
             keys = teacher_keys(self.teacher, self.batch)

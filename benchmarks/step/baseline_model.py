@@ -1,7 +1,7 @@
-"""The same step in plain PyTorch, written without this library.
+"""OneR's training step in plain PyTorch, written without this library.
 
-Captions are padded with key-padding masks. Images, texts and pairs have a pass each, by scaled_dot_product_attention,
-and the logits are N x N.
+Captions are padded with key-padding masks. Images, texts and pairs take one pass each, attention is
+scaled_dot_product_attention, and the logits are N x N.
 """
 
 from __future__ import annotations

@@ -38,8 +38,7 @@ class OurStep:
         self.step = TrainingStep(config, self.student, self.teacher, words, world, dtype)
 
     def gradient(self) -> dict[str, Tensor]:
-        """Run forward and backward; returns the losses by name (0-d) and leaves the gradients in the student's
-        parameters."""
+        """Run forward and backward: return the losses by name (0-d), leave the gradients in the parameters."""
         result = self.step(self.batch)
         return {"loss": result.loss, **result.parts}
 

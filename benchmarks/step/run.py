@@ -43,10 +43,9 @@ def measure(
     compiled: bool = True,
     tell: Tell = lambda text: None,
 ) -> tuple[Row, dict[str, list[Share]]]:
-    """Check that all candidates compute the same step, then measure them in turn; returns the row, and the shares of
-    each.
+    """Check that all candidates compute the same step, then time them in turn; return the row and each one's shares.
 
-    All run with the memory settings of the trainer (`freed_memory_kept`), the plain ones too.
+    All candidates, the plain ones too, run with the trainer's memory settings (`freed_memory_kept`).
 
     Args:
         dtype: "fp32", or "bf16" for autocast of every candidate.
@@ -113,7 +112,7 @@ def markdown(row: Row, found: Mapping[str, Sequence[Share]]) -> str:
 
 
 def rows(settings: Settings, tell: Tell) -> Iterator[Row]:
-    """Yield the step's rows for the report of `oner-fast bench ops`; none on a GPU, whose baseline is another one."""
+    """Yield the step's rows for the report of `oner-fast bench ops`; none on a GPU, which has no baseline here."""
     if settings.device == "cpu":
         for dtype in DTYPES:
             yield measure(dtype, tell=tell)[0]

@@ -32,8 +32,10 @@ def vitb16() -> OneRConfiguration:
 
 
 def synthetic_batch(config: OneRConfiguration, shortest: int = SHORTEST, longest: int = LONGEST) -> PairBatch:
-    """Make random images and captions, whose lengths are spread evenly from `shortest` to `longest` tokens, in random
-    order."""
+    """Make random images and captions.
+
+    The lengths of captions are spread evenly from `shortest` to `longest` tokens, in random order.
+    """
     pairs, model = config.optim.batch_size, config.model
     draw = torch.Generator().manual_seed(0)
     lengths = torch.linspace(shortest, longest, pairs).round().long()[torch.randperm(pairs, generator=draw)]

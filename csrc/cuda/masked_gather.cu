@@ -3,9 +3,10 @@
 //
 // Traffic in rows of `w` bytes:
 //   forward    R = B (P + K) rows written, B K read, N of the positions; the ideal, since a kept token is read once.
-//   backward   B (P + K) rows read, B N written. With positions, the same thread that writes a cell's gradients adds them
-//              up over 32 samples: 8 bytes of partial sums a number and 32 samples beside the ideal, 4 % of it for
-//              float32, 8 % for half types. A table of 8 bytes a (sample, cell) says which entries chose a cell.
+//   backward   B (P + K) rows read, B N written. With positions, the thread that writes a cell's gradients also adds
+//              them up over 32 samples. The partial sums take 8 bytes for each number and 32 samples. That is 4 % more
+//              than the ideal for float32 and 8 % more for half types. A table of 8 bytes for each (sample, cell) says
+//              which entries chose a cell.
 #include "cuda/kept.cuh"
 #include "cuda/numbers.cuh"
 

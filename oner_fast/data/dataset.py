@@ -48,8 +48,8 @@ class PairDataset:
 
     Args:
         path: a dataset folder, a tar, a glob or brace pattern, or a list of those.
-        split: chooses the shards of a folder: those that `dataset.json` lists, else `<split>-*.tar`, else, for
-            "train", every tar.
+        split: the split of a folder to read. Its shards are those that `dataset.json` lists, else `<split>-*.tar`,
+            else, for "train", every tar.
 
     Attributes:
         damage: the damage that the index found, one sentence each, also logged once. A damaged sample keeps its number

@@ -1,4 +1,4 @@
-"""Decode images to uint8 tensors, with transforms that given integers decide."""
+"""Decode images to uint8 tensors; crops and flips follow from random integers that the caller gives."""
 
 import io
 import math
@@ -40,7 +40,7 @@ def decode(data: bytes, name: str = "image", side: int = 0) -> Image.Image:
         return to_rgb(image)
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:  # its own message names an address in memory
+    except UnidentifiedImageError as error:  # Pillow's own message contains an address in memory
         raise CorruptSample(name, "not a readable image (of no known format)") from error
     except Exception as error:  # decoders raise whatever they meet first in damaged bytes
         raise CorruptSample(name, f"not a readable image ({type(error).__name__}: {error})") from error
@@ -76,7 +76,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Random resized crop and horizontal flip, decided by given integers.
+    """Random resized crop and horizontal flip, decided by random integers that the caller gives.
 
     Attributes:
         size: side of the result in pixels.

@@ -20,7 +20,7 @@ from oner_fast.philox import AUGMENT, random_u32
 
 
 class PairSource(Dataset[PairBatch]):
-    """Make the batch of any step: `source[step]`. No state of a source changes a batch."""
+    """Make the batch of any step: `source[step]`. Nothing that happened before changes a batch."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class PairSource(Dataset[PairBatch]):
     def _fill(
         self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int
     ) -> tuple[list[str], str]:
-        """Read the image of a slot into `place`; returns the corrupt samples met, and the caption."""
+        """Read the image of a slot into `place`; return the corrupt samples met on the way, and the caption."""
         try:
             return [], self._read(place, randoms, first)
         except CorruptSample as error:
@@ -82,7 +82,7 @@ class PairSource(Dataset[PairBatch]):
                 corrupt.append(str(error))
         raise RuntimeError(
             f"slot {slot} of epoch {epoch}: its sample and all {CANDIDATES} substitutes are corrupt; the last is "
-            f"{corrupt[-1]}. Is the dataset whole?"
+            f"{corrupt[-1]}. Is the dataset complete?"
         )
 
     def _read(self, place: Tensor, randoms: NDArray[np.int64], i: int) -> str:
@@ -112,12 +112,11 @@ class _Steps(Sampler[int]):
 class PairLoader(Batches):
     """Endless batches from `start_step` on; the batch of a step is a pure function of (seed, step).
 
-    Step s is batch k = s mod steps_per_epoch of epoch s // steps_per_epoch, where steps_per_epoch is
-    len(dataset) // batch_size. Its global batch holds the slots [k * batch_size, (k + 1) * batch_size) of that epoch's
-    permutation, and rank r gets the r-th contiguous part. The number of workers, the world size and the first step do
-    not
-    change any byte. A sample that cannot be read is counted in `corrupt` and named once in the log "oner_fast.data". A
-    substitute, which depends on (seed, epoch, slot) alone, takes its place.
+    Step s is batch k = s mod steps_per_epoch of epoch s // steps_per_epoch, where steps_per_epoch is len(dataset) //
+    batch_size. Its global batch holds the slots [k * batch_size, (k + 1) * batch_size) of that epoch's permutation, and
+    rank r gets the r-th contiguous part. The number of workers, the world size and the first step do not change any
+    byte. A sample that cannot be read is counted in `corrupt` and named once in the log "oner_fast.data". A substitute,
+    which depends on (seed, epoch, slot) alone, takes its place.
 
     Args:
         tokenizer: None leaves `text` empty.
@@ -197,8 +196,7 @@ class PairLoader(Batches):
         return in_workers(self.source, steps, self._workers, self._prefetch, self._pin_memory)
 
     def state_dict(self) -> dict[str, int]:
-        """Position in the data: the seed, the next step, its epoch, its first slot in that epoch, and the number of
-        samples."""
+        """Position in the data: seed, next step, its epoch, its first slot in that epoch, and number of samples."""
         return {
             "seed": self.seed,
             "step": self.step,
@@ -216,7 +214,7 @@ class PairLoader(Batches):
         if self.state_dict() != dict(state):
             mine, self.step = self.state_dict(), before
             raise ValueError(
-                f"the state stands at epoch {state['epoch']}, slot {state['position']} of {state['samples']} samples, "
+                f"the state is at epoch {state['epoch']}, slot {state['position']} of {state['samples']} samples, "
                 f"but step {state['step']} is at epoch {mine['epoch']}, slot {mine['position']} of {mine['samples']} "
                 "here: the batch size or the dataset has changed"
             )

@@ -15,10 +15,8 @@ class Permutation:
     """Pseudo-random permutation of range(n), different for each (seed, epoch) and evaluated at any place in O(1).
 
     An item is a pair (left, right) in an a x b grid with a * b >= n. A round adds a keyed hash of one half to the
-    other,
-    modulo its side. This can be undone, so each round is a bijection. A value of n or more passes through the rounds
-    again.
-    The grid exceeds n by less than a, so that this is rare.
+    other, modulo its side. This can be undone, so each round is a bijection. A value of n or more passes through the
+    rounds again. The grid exceeds n by less than a, so that this is rare.
     """
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:

@@ -141,18 +141,16 @@ class StreamedPairs(Batches):
     """Endless batches from streamed tars, in the form of `PairLoader`'s.
 
     Streams are divided among ranks and workers; where there are too few, their samples are divided instead. Samples
-    that
-    cannot be read are counted and left out. A run cannot resume exactly, and the log says so once. A `pipe:` command
-    runs
-    in a shell, so name only commands that you trust.
+    that cannot be read are counted and left out. A run cannot resume exactly, and the log says so once. A `pipe:`
+    command runs in a shell, so name only commands that you trust.
 
     Args:
         urls: one address or several, with braces expanded: `pipe:COMMAND` (the command writes a tar; an object store is
             read by its own client in this way), `http(s)://...`, or a path.
-        shuffle: number of samples that a buffer mixes.
+        shuffle: size of the shuffle buffer, in samples.
 
     Raises:
-        ValueError: as PairLoader, and where there is no address.
+        ValueError: as for PairLoader, or there is no address.
         RuntimeError: a pass gives no sample.
     """
 

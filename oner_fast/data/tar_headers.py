@@ -1,4 +1,4 @@
-"""List the members of a tar header by header, naming and skipping damage at which `tarfile` stops."""
+"""List the members of a tar, header by header. Damage, at which `tarfile` would stop, is reported and skipped."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,8 +35,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member | Damage]:
     """Yield the regular members of a tar of `size` bytes, and its damage, in order.
 
     Handles ustar, GNU (long names, large sizes) and PAX (path, size). After a damaged header the scan continues at the
-    next
-    block that is a header with a correct checksum.
+    next block that is a header with a correct checksum.
     """
     position, ended = 0, False
     long_name: str | None = None

@@ -183,7 +183,7 @@ def _read(path: Path) -> TarIndex | None:
                 stored["name_ends"],
             )
     except (OSError, KeyError, ValueError, EOFError, zlib.error, zipfile.BadZipFile):
-        return None  # missing or damaged: the tar itself decides
+        return None  # missing or damaged: the index is built again
 
 
 def _probe(path: Path, offsets: NDArray[np.int64]) -> int:

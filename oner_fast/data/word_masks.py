@@ -54,9 +54,9 @@ def mask_words(
 ) -> MaskedText:
     """Mask whole words of every caption, as BERT does.
 
-    A caption of n words has floor(ratio * n + u / 2^32) of them chosen, where u is one 32-bit draw for the caption, so
-    that the mean is the ratio even for captions of one word. A chosen word becomes [MASK] (80 %), random ids that are
-    not special (10 %), or stays (10 %). All tokens of a word share that choice.
+    In a caption of n words, floor(ratio * n + u / 2^32) words are chosen, where u is one 32-bit draw for the caption.
+    The mean share is therefore `ratio`, even for captions of one word. A chosen word becomes [MASK] (80 %), random ids
+    that are not special (10 %), or stays (10 %). All tokens of a word share that choice.
 
     Args:
         text: the packed captions.

@@ -25,7 +25,7 @@ class Batches(Iterator[PairBatch]):
 
     Attributes:
         corrupt: number of reads that failed so far.
-        corrupt_names: the sentences logged about them, each once.
+        corrupt_names: the messages logged about these reads, each once.
         ahead: if set before the first batch, it is called with each batch one step before that batch is returned.
     """
 
@@ -100,7 +100,10 @@ def _one_ahead(batches: Iterator[PairBatch], begin: Callable[[PairBatch], object
 
 @contextmanager
 def _sigterm_blocked() -> Iterator[None]:
-    """Start processes inside whose every thread, PyTorch's own from before `_begin_worker` too, blocks SIGTERM."""
+    """Block SIGTERM in all threads of the processes started within the block.
+
+    That includes threads that PyTorch starts before `_begin_worker` runs.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield

@@ -1,4 +1,4 @@
-"""Accuracy of scored classes, with the accuracy of chance and of the most frequent class."""
+"""Compute classification accuracy from scores, beside that of chance and of always choosing the most frequent class."""
 
 import torch
 from torch import Tensor
@@ -9,9 +9,8 @@ from oner_fast.evaluation.retrieval import chance
 def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
     """Compute the top-1 and top-5 accuracy of (N, C) scores for (N,) int64 labels.
 
-    A class whose score equals the right one's ranks ahead of it. `majority` is the accuracy of always naming the
-    images'
-    most frequent label.
+    A wrong class with the same score as the right class ranks ahead of it. `majority` is the accuracy of always
+    predicting the most frequent label.
 
     Returns:
         {"top1", "top5", "chance@1", "chance@5", "majority", "images", "classes"}; shares, not per cent.

@@ -54,7 +54,7 @@ class Options:
     image_folder: Path | None = None
     """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
-    """Images of the same classes, from which --knn and --linear-probe learn the classes of --image-folder."""
+    """Training images of the same classes as --image-folder, for --knn and --linear-probe."""
     classes: str | None = None
     """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; the sub-folders'
     names by default."""
@@ -67,10 +67,11 @@ class Options:
     linear_probe: bool = False
     """Evaluate logistic regression on the features of training images."""
     label: tuple[str, ...] = ()
-    """Label that k-NN and the probe learn on a captioned data set: `concept`, or a field of its samples' json;
-    `concept` and `set` by default."""
+    """Label that k-NN and the probe predict on a captioned data set: `concept`, or a field of its samples' json;
+    `concept` and `set` by default.
+    """
     label_classes: int = 1000
-    """Take the images of this many classes of a label, the most frequent ones."""
+    """Keep this many classes of each label, the most frequent ones."""
     batch_size: int = 64
     """Number of images embedded at once."""
     device: str = "cpu"
@@ -105,7 +106,8 @@ def evaluate(options: Options) -> dict[str, Any]:
 
     Returns:
         An entry for each split (`pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for `coco`, and for
-        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` says what they were made with.
+        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` lists the model, data and settings
+        behind them.
 
     Raises:
         FileNotFoundError: a run, its data or a file is missing.
@@ -183,7 +185,7 @@ def _splits(
             limit=options.limit,
         )
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
-        raise ValueError(f"no image of {', '.join(splits)} has a {missing[0]!r} that the train split teaches")
+        raise ValueError(f"no image of {', '.join(splits)} has a {missing[0]!r} that occurs in the train split")
     return entries
 
 
@@ -206,7 +208,7 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
 
 
 def _training_data(run: Path, other: Path) -> Path:
-    """Data whose training captions decide which words were seen: the run's, or else the data given."""
+    """Find the data set whose training captions decide which words are new: the run's, or else the given one."""
     try:
         return find_data(run, None)
     except FileNotFoundError:
@@ -233,7 +235,7 @@ def _check_options(options: Options) -> None:
 
 
 def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
-    """Embed the images of the train split from which k-NN and the probe learn."""
+    """Embed the training images to which k-NN and the linear probe are fitted."""
     if not _probes(options):
         return {}
     listing = data / "dataset.json"

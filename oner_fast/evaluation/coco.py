@@ -25,7 +25,7 @@ def read_captions(annotations: Path, images: Path, *, split: str = "test") -> li
 
     Raises:
         FileNotFoundError: a file or image is missing.
-        ValueError: the layout is another one, or the split is unknown.
+        ValueError: the file has neither layout, or the split is unknown.
     """
     if not annotations.is_file():
         raise FileNotFoundError(f"no annotation file {annotations}")

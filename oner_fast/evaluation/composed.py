@@ -1,5 +1,6 @@
-"""Retrieval by an image and words together: the query is F(I,T), the gallery is F(I) (OneR, section 1, "Multimodal
-retrieval").
+"""Retrieval by an image and words together (OneR, section 1, "Multimodal retrieval").
+
+A query's embedding is F(I,T), and the gallery's embeddings are F(I).
 
 A query is an image and one word that its caption lacks. Its targets are the images whose captions consist of the words
 of the query's caption and the added word. The query's own image is not an answer.
@@ -45,7 +46,7 @@ def shuffle_key(seed: int, name: str) -> str:
 
 
 def composed_scores(query: Tensor, gallery: Tensor, queries: Sequence[ComposedQuery]) -> Tensor:
-    """Compute (Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for its own image."""
+    """Compute (Q, N) float64 cosines of (Q, E) query embeddings with an (N, E) gallery; -inf for the query's image."""
     scores = query.double() @ gallery.double().T
     own = torch.tensor([one.image for one in queries], dtype=torch.int64)
     return scores.scatter(1, own[:, None], -torch.inf)

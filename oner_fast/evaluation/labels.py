@@ -25,8 +25,10 @@ LABELS = (CONCEPT, "set")  # the default; `oner-fast data` calls a sample's sour
 
 
 def label_of(caption: str, meta: dict[str, Any], name: str) -> str | None:
-    """Find a sample's label: the field `name` of its json, or else, for "concept", the caption's concept; None without
-    one."""
+    """Find a sample's label; None where it has none.
+
+    The label is the field `name` of its json or else, for "concept", the caption's concept.
+    """
     value = meta.get(name)
     if isinstance(value, (str, int)) and value != "":
         return str(value)
@@ -74,7 +76,7 @@ def teach(
 
     Args:
         names: names of the labels; a label with fewer than two classes in the data is left out.
-        most: take the images of this many classes of a label, the most frequent ones.
+        most: keep this many classes of each label, the most frequent ones.
         limit: take only this many samples of the split, evenly spaced.
         batch_size: images embedded at once.
     """
@@ -104,7 +106,7 @@ def teach(
 
 
 def ask(taught: Taught, name: str, embedded: SplitEmbeddings) -> tuple[Tensor, Tensor]:
-    """Select the embedded images whose label was taught: (N, E) and their (N,) labels; N may be 0."""
+    """Select the embedded images whose class occurs in the training images: (N, E) and (N,) labels; N may be 0."""
     place = {value: number for number, value in enumerate(taught.classes)}
     found = [
         place.get(label_of(captions[0], meta, name) or "", -1)

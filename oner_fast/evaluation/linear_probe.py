@@ -49,9 +49,9 @@ def fit_linear_probe(
     """Fit a probe to (N, E) features with (N,) int64 labels in [0, classes).
 
     Args:
-        l2_grid: weights of the penalty, the strongest first. Each fit starts from the one before, and the search ends
-            once two in a row are worse than the best.
-        iterations: at most this many of L-BFGS for each l2.
+        l2_grid: weights of the penalty, the strongest first. Each fit starts from the previous one, and the search ends
+            after two fits in a row that are worse than the best.
+        iterations: the most L-BFGS iterations for each l2.
 
     Raises:
         ValueError: shapes or labels do not fit, there are fewer than ten images or two classes, or features are not

@@ -1,8 +1,8 @@
 """Retrieval between images and captions: R@k in both directions, with chance.
 
 An image may have several captions and a caption several images. A query is a hit when one of its matches is among the
-top k. Scores are cosines (dot products of L2-normalised embeddings) in float64. A tie is a miss: a match whose score
-equals a wrong item's ranks behind it, so that a collapsed model, whose embeddings are all equal, gets zero.
+top k. Scores are cosines (dot products of L2-normalised embeddings) in float64. A tie is a miss: at equal scores a
+wrong item ranks ahead of a match. A collapsed model, whose embeddings are all equal, therefore gets zero.
 """
 
 import math
@@ -58,11 +58,11 @@ def caption_gallery(
 
     Args:
         captions: for each image, its captions (at least one).
-        also: for each image, further captions that are right for it where the gallery has them; they add no row.
-        distinct: list captions that are equal but for case once. Otherwise each caption keeps a row of its own, as in
+        also: for each image, further captions that count as right if the gallery contains them; they add no row.
+        distinct: give captions that differ in case only one row. Otherwise each caption keeps a row of its own, as in
             the published COCO protocol.
-        equal_captions_match: let an image match a caption of another image that equals its own but for case. `distinct`
-            needs it.
+        equal_captions_match: let an image match another image's caption if it differs from its own in case only.
+            `distinct` needs it.
 
     Raises:
         ValueError: an image has no caption, or `distinct` is given without `equal_captions_match`.

@@ -1,9 +1,8 @@
 """Evaluate a trained run on data.
 
-A held-out split is evaluated as a whole and in two parts, by whether captions hold a new word. Image files with
-captions
-are evaluated by retrieval. Classes of a split or of an ImageFolder are predicted zero-shot, or learnt from frozen
-features.
+A held-out split is evaluated as a whole and in two parts: captions of known words only, and captions with a word that
+no training caption has. Image files with captions are evaluated by retrieval. Classes of a split or of an ImageFolder
+are predicted zero-shot, or learnt from frozen features.
 """
 
 import json
@@ -81,7 +80,7 @@ def evaluate_split(
     batch_size: int = 64,
     limit: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate one split: as a whole, and for its captions of seen words and with a new word.
+    """Evaluate one split: as a whole, and separately for captions without and with a word that is new.
 
     The two parts have fewer queries, but their gallery is the whole split, so that the figures can be compared.
 
@@ -91,9 +90,8 @@ def evaluate_split(
         name: the split's name in the results.
         seen: the words of training captions; None leaves out the two parts.
         templates: prompts for classifying by the split's concepts zero-shot; left out where empty.
-        taught: for each label, features of the train split that have it; a label that no image of this split has is
-            left out.
-        probes: the classifiers that learn from them: `knn`, `linear_probe`.
+        taught: for each label, features of training images; a label that no image of this split has is left out.
+        probes: the classifiers to fit to these features: `knn`, `linear_probe`.
         batch_size: images embedded at once.
         limit: evaluate only this many samples, evenly spaced.
     """
@@ -141,7 +139,7 @@ def evaluate_retrieval(loaded: Encoder, images: Sequence[CaptionedImage], *, bat
 def evaluate_concepts(
     loaded: Encoder, embedded: SplitEmbeddings, templates: Sequence[str] = TEMPLATES, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Zero-shot accuracy among the concepts of a split's captions; captions of equal images are right too."""
+    """Compute zero-shot accuracy among the concepts of a split's captions; captions of equal images count as right."""
     shown = concept_classes(
         [[*own, *meta.get("also", [])] for own, meta in zip(embedded.captions, embedded.meta, strict=True)],
         [meta.get(CONCEPT) for meta in embedded.meta],

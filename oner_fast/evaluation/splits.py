@@ -1,4 +1,4 @@
-"""Split validation captions by vocabulary: all words seen in training, or at least one never seen."""
+"""Split validation captions by vocabulary: every word occurs in training captions, or at least one is new."""
 
 import re
 from collections.abc import Iterable, Sequence

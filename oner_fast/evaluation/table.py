@@ -41,7 +41,7 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]
 
 
 def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield (images, classifier, figures) of each classification in the evaluation, with names for a table."""
+    """Yield the images' name, the classifier's name and the figures of each classification in the evaluation."""
     for name in CLASSIFIERS:  # an ImageFolder's classification is an entry of its own
         if isinstance(entry := evaluation.get(name), dict) and "top1" in entry:
             yield "image folder", CLASSIFIERS[name], entry

@@ -55,7 +55,7 @@ class CLIPConfig:
 
     @property
     def grid(self) -> int:
-        """Cells a side."""
+        """Number of patches along a side of the image."""
         return self.image_size // self.patch_size
 
 

@@ -38,7 +38,7 @@ _QKV = ("attn.q_proj.weight", "attn.k_proj.weight", "attn.v_proj.weight")
 
 
 class _Row(NamedTuple):
-    """One tensor of ours, the names that hold its rows in another layout, in order, and its other shape there."""
+    """One of our tensors: the names that hold its rows in another layout, in order, and its shape there."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -49,8 +49,7 @@ def to_eva(state: Mapping[str, Tensor], config: UTAConfig) -> State:
     """Convert the state dict of a `oner_fast.models.uta.UTA` to the released layout.
 
     Its names are `blocks.0.attn.q_proj.weight`, `attn.q_bias`, `mlp.w1` (gate), `w2` (value), `ffn_ln`, `w3`. The
-    tables of
-    RoPE are not in it.
+    tables of RoPE are not in it.
     """
     return _convert(state, config, "eva")
 
@@ -59,8 +58,7 @@ def to_timm(state: Mapping[str, Tensor], config: UTAConfig) -> State:
     """Convert the state dict of a `oner_fast.models.uta.UTA` to the layout of timm's `Eva` (`qkv_fused=False`).
 
     Its names are `attn.q_proj.bias`, `mlp.fc1_g` (gate), `fc1_x` (value), `norm`, `fc2`. open_clip puts `visual.trunk.`
-    in
-    front.
+    in front.
     """
     return _convert(state, config, "timm")
 

@@ -69,7 +69,7 @@ def _ordered(data: bytes) -> bytes:
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin aligned
+    text += b" " * (-len(text) % 8)  # so that the tensors begin aligned
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 

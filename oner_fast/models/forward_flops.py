@@ -1,4 +1,4 @@
-"""Count the floating-point operations of a forward pass from the definition; (M x K) times (K x N) is 2 M N K."""
+"""Count the floating-point operations that a forward pass needs; (M x K) times (K x N) is 2 M N K."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def trunk_flops(
     """Count one forward of the trunk over packed sequences of `lengths` tokens.
 
     They attend to `key_lengths` (their own where None). The last block computes only `wanted` outputs of each sequence
-    (all
-    where None).
+    (all where None).
     """
     queries = list(lengths)
     keys = queries if key_lengths is None else list(key_lengths)
@@ -52,8 +51,8 @@ def contrast_flops(pairs: int, embed_dim: int, symmetric_inputs: int = 1) -> flo
 def uta_flops(config: UTAConfig, tokens_per_sample: Iterable[int], patches: int | None = None) -> float:
     """Count one forward of UTA's student over images that give `tokens_per_sample` tokens each, [CLS] included.
 
-    Each token's output is projected. `patches` are embedded: all tokens but [CLS] where None, fewer where mask tokens
-    replace some.
+    Each token's output is projected. `patches` is the number of embedded patches: by default all tokens but [CLS],
+    fewer where mask tokens replace some.
     """
     c, lengths = config, list(tokens_per_sample)
     tokens, pairs = sum(lengths), sum(length**2 for length in lengths)

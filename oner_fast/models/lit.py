@@ -1,4 +1,4 @@
-"""A LiT-like teacher: one trained linear head on each of two frozen encoders that packages bring.
+"""A LiT-like teacher: one trained linear head on each of two frozen encoders, which come from PyPI packages.
 
 It is not a CLIP. In LiT (Zhai et al., CVPR 2022) the image tower is locked and the text tower is trained. Here both are
 locked, as both are small and pretrained, and only the heads learn a common space from captioned images.
@@ -34,9 +34,9 @@ class LiTConfig:
     """Sizes of the heads, and of the images that they are trained on."""
 
     image_size: int = 48
-    """Pixels a side of the student's images, which are enlarged to grid times the encoder's stride (6 x 32 px)."""
+    """Side of the student's images in pixels; they are enlarged to grid times the encoder's stride (6 x 32 px)."""
     grid: int = 6
-    """Cells a side of the feature map, which gives grid x grid tokens; the student's grid."""
+    """Number of cells along a side of the feature map, which gives grid x grid tokens; the student's grid."""
     embed_dim: int = 256
 
     def __post_init__(self) -> None:

@@ -47,7 +47,7 @@ class ImageInput:
 
     Attributes:
         images: (B, 3, S, S) uint8 or floating.
-        cells: (B, M) int64, the patches that take part; all where None.
+        cells: (B, M) int64, the patches to embed; all where None.
         masked: (B, M) bool, the patches shown as the mask token, the same number in each image; none where None.
     """
 
@@ -68,7 +68,7 @@ class TextInput:
 class Pass:
     """One forward pass of the framework: F(I), F(T), F(I,T), F(I|T) or F(T|I).
 
-    The last two run in lock step, so both are given.
+    F(I|T) and F(T|I) run together, layer by layer, so both must be given.
     """
 
     name: PassName
@@ -137,8 +137,7 @@ class OneR(nn.Module):
         """Run all `passes` as one packed variable-length batch (one for each trunk where there are two), by name.
 
         With `wanted`, only these outputs and [CLS] are computed; a pass that it does not name gives [CLS] alone. The
-        last block
-        then computes no more than they need.
+        last block then computes no more than they need.
 
         Raises:
             ValueError: a pass is given twice or without its input, a context pass without the other one, the numbers of
@@ -187,8 +186,10 @@ class OneR(nn.Module):
         return head(cls)
 
     def project_cls(self, outputs: Mapping[PassName, PassOutput]) -> dict[PassName, Tensor]:
-        """Project the [CLS] of each pass: (B, embed_dim), not normalised. Each head makes one product for all of its
-        passes."""
+        """Project the [CLS] of each pass: (B, embed_dim), not normalised.
+
+        Each head makes one product for all of its passes.
+        """
         found: dict[PassName, Tensor] = {}
         texts = [name for name in outputs if self.text_head is not None and name == "text"]
         for names in (texts, [name for name in outputs if name not in texts]):
@@ -282,7 +283,7 @@ def _sequences(
 
 
 class _Places(NamedTuple):
-    """Rows of a pass's outputs: of [CLS] (B,), of its patches and of its words, in the shapes of the outputs."""
+    """Packed rows that hold a pass's outputs: for [CLS] (B,), for patches and for words, in the outputs' shapes."""
 
     cls: Tensor
     patches: Tensor | None
@@ -343,7 +344,7 @@ def _check(passes: Sequence[Pass]) -> None:
             raise ValueError(f"pass {each.name} needs {'an image' if lacks_image else 'a text'} input, got None")
         other = _CONTEXT.get(each.name)
         if other is not None and other not in names:
-            raise ValueError(f"pass {each.name} runs in lock step with {other}; give both")
+            raise ValueError(f"pass {each.name} runs together with {other}; give both")
         counts = {count for one in passes if one.name in (each.name, other) for count in _sample_counts(one)}
         if len(counts) > 1:
             together = each.name if other is None else f"{each.name} and {other}"

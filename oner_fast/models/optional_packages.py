@@ -20,8 +20,7 @@ def optional_package(name: str) -> ModuleType:
     """Import `open_clip` or `timm`.
 
     Both import torchvision, whose compiled ops are missing where its build does not fit torch's (PyPI's wheel beside a
-    CPU
-    build of torch). Neither package calls these ops, so declaring them is enough.
+    CPU build of torch). Neither package calls these ops, so declaring them is enough.
 
     Raises:
         ModuleNotFoundError: the package is not installed; the message says how to install it.

@@ -1,5 +1,7 @@
-"""A BERT that embeds a sentence as the mean of its tokens: MiniLM (Wang et al., NeurIPS 2020), in
-sentence-transformers' version."""
+"""A BERT that embeds a sentence as the mean of its tokens.
+
+It fits MiniLM (Wang et al., NeurIPS 2020) in sentence-transformers' version.
+"""
 
 from __future__ import annotations
 

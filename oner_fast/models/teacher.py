@@ -39,7 +39,7 @@ class Teacher(nn.Module):
     Attributes:
         name: its source.
         embed_dim: size of an embedding.
-        grid: cells a side.
+        grid: number of cells along a side.
         image_size: pixels a side of the tower's input.
         logit_scale: 1 / temperature that the CLIP was trained to (1.0 for an image tower alone).
     """
@@ -55,8 +55,10 @@ class Teacher(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Wrap `tower`. `model` is the whole CLIP where there is a text tower; `tokenize` makes its tokenizer on first
-        use."""
+        """Wrap `tower`.
+
+        `model` is the whole CLIP where there is a text tower; `tokenize` makes its tokenizer on first use.
+        """
         super().__init__()
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -161,7 +163,7 @@ class Teacher(nn.Module):
         return self._tower.pixels(images, device).to(self.dtype)
 
     def _check(self) -> int:
-        """Check that token 0 of an image of noise is its embedding; returns the size of an embedding."""
+        """Check on an image of noise that token 0 is the image's embedding; return the size of an embedding."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(256, (1, 3, self.image_size, self.image_size), dtype=torch.uint8, generator=generator)
         tokens, pooled = self.tokens(noise), self.encode_image(noise)
@@ -196,8 +198,8 @@ def load_teacher(
             * `hf-hub:OWNER/NAME`, a CLIP in open_clip's layout;
             * `FILE:MODEL`: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of `timm:MODEL`;
             * `timm:MODEL`, such as `timm:vit_base_patch16_clip_224.openai`: an image tower without texts.
-        grid: cells a side that the teacher should have (the student's): its input is resized to grid * patch pixels and
-            its positions are resampled. Its own grid by default.
+        grid: number of cells along a side, usually the student's. The teacher's input is resized to grid * patch pixels
+            and its positions are resampled. By default the teacher keeps its own grid.
         device: where the teacher computes.
         dtype: dtype of the weights and outputs: torch.float32 or torch.bfloat16.
 

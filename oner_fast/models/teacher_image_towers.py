@@ -16,12 +16,11 @@ class TeacherImageTower(ABC):
     """An image tower that gives all of its tokens in the joint space.
 
     Its pooled embedding is token 0 ([CLS]) after the final norm and the projection; the other tokens pass through the
-    same
-    two.
+    same norm and projection.
 
     Attributes:
-        patch_size, image_size: in pixels.
-        mean, std: of pixel values in [0, 1].
+        patch_size, image_size: sides of a patch and of the image, in pixels.
+        mean, std: normalisation of pixel values in [0, 1].
     """
 
     patch_size: int
@@ -50,8 +49,10 @@ class TeacherImageTower(ABC):
 
     @abstractmethod
     def hidden(self, pixels: Tensor) -> Tensor:
-        """Compute [CLS] and the grid, row by row, of normalised pixels (B, 3, S, S), before the projection: (B, 1 + N,
-        D)."""
+        """Compute [CLS] and the grid's tokens, before projection, of normalised pixels (B, 3, S, S): (B, 1 + N, D).
+
+        The grid is in order row by row.
+        """
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class OpenClipViT(TeacherImageTower):
 
 
 class TimmViT(TeacherImageTower):
-    """A ViT of timm, alone or as the trunk of open_clip's TimmModel (EVA, for one)."""
+    """A ViT of timm, alone or as the trunk of open_clip's TimmModel (for example EVA)."""
 
     def __init__(self, trunk: nn.Module, visual: nn.Module | None, name: str) -> None:
         self._trunk: Any = trunk

@@ -1,7 +1,7 @@
-"""UTA's student: a ViT in EVA-02's style that sees the visible patches alone (Liu et al., TMLR 2024, arXiv 2405.19009).
+"""UTA's student: a ViT in EVA-02's style that reads only the visible patches (Liu et al., TMLR 2024, arXiv 2405.19009).
 
-There is no mask token and no decoder. [CLS] and the kept patches pass through the trunk, and the final norm and one
-Linear map each output to the joint space of the CLIP teacher that the student is aligned with.
+There is no mask token and no decoder. [CLS] and the kept patches pass through the trunk. The final norm and one Linear
+map each output to the joint space of the CLIP teacher.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UTAConfig:
 
     @property
     def grid(self) -> int:
-        """Cells a side."""
+        """Number of patches along a side of the image."""
         return self.image_size // self.patch_size
 
     @property
@@ -119,8 +119,7 @@ class UTA(nn.Module):
         """Embed images (B, C, S, S), with all patches visible: the output of [CLS], (B, E), not normalised.
 
         Where `projected` is false, returns the input of the head, (B, D), which is the final norm's output. The last
-        block
-        computes no other output.
+        block computes no other output.
         """
         x, places = self._embed(images, None, None)
         batch, tokens = x.shape[:2]
@@ -130,8 +129,7 @@ class UTA(nn.Module):
         return self.head(outputs) if projected else outputs
 
     def encode_patches(self, images: Tensor, projected: bool = True) -> Tensor:
-        """Compute the patches' outputs of images (B, C, S, S), with all patches visible: (B, N, E), row-major, not
-        normalised.
+        """Compute the outputs of all patches of images (B, C, S, S): (B, N, E), row-major, not normalised.
 
         Where `projected` is false, returns the input of the head, (B, N, D).
         """
@@ -145,8 +143,10 @@ class UTA(nn.Module):
         return self.trunk(x, rotation, cu_seqlens, longest, kept)
 
     def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embed the trunk's input (B, 1 + K, D); also returns the places of its tokens (B, 1 + K): 0 for [CLS], else 1
-        + cell."""
+        """Embed the trunk's input (B, 1 + K, D), and return the place of each of its tokens (B, 1 + K).
+
+        The place is 0 for [CLS], else 1 + cell.
+        """
         if masked is not None and kept is not None:
             raise ValueError("masked cells stay among all patches: pass either kept or masked")
         tokens = self.patch_embedding(images, kept, masked)

@@ -13,8 +13,7 @@ class PatchEmbedding(nn.Module):
     """Embed patches with learned absolute positions; the pixels of a masked patch are never read or embedded.
 
     A masked cell becomes the mask token with the cell's position and keeps its place in the sequence. A dropped cell
-    (patch
-    dropout) is absent.
+    (patch dropout) is absent.
     """
 
     def __init__(

@@ -17,8 +17,7 @@ class Linear(nn.Linear):
 
     oneDNN compiles and keeps a kernel for each shape of a bfloat16 product, and the number of rows of a packed batch
     differs at each step. Without this layer, more than half of the products' time is compilation, and memory grows at
-    each
-    step.
+    each step.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ from oner_fast import ops
 
 
 class Packed(NamedTuple):
-    """A packed batch: `rows` (T,) int64 into the table of embedded rows, and `lengths` (S,) int64 of its sequences in
-    order."""
+    """A packed batch.
+
+    `rows` (T,) int64 index the table of embedded rows, and `lengths` (S,) int64 are those of the sequences, in order.
+    """
 
     rows: Tensor
     lengths: Tensor

@@ -1,4 +1,4 @@
-"""Two-dimensional rotary positions: each pair of a head's numbers turns by an angle that its token's cell decides.
+"""Two-dimensional rotary positions: each pair of a head's numbers rotates by an angle that its token's cell decides.
 
 The first half of the pairs turns with the row of the cell, the second half with its column. A pair is two neighbours
 (2 i, 2 i + 1), as in EVA-02, so that its weights fit unchanged; one complex product turns a whole head.
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 def rope_angles(
     grid: int, head_dim: int, theta: float = 10000.0, rope_grid: int = 16, device: torch.device | None = None
 ) -> Tensor:
-    """Compute the angle of each pair in each cell of a `grid` x `grid` image: (grid**2, head_dim / 2) float64,
-    row-major.
+    """Compute the angle of each pair in each cell of a `grid` x `grid` image: (grid**2, head_dim / 2) float64.
 
-    Place i of an axis counts as i * rope_grid / grid, so that each resolution spans the same angles. Frequency f of the
-    head_dim / 4 of an axis is theta**(-4 f / head_dim). Raises ValueError where head_dim is not a multiple of 4.
+    Cells are in row-major order. Place i of an axis counts as i * rope_grid / grid, so that each resolution spans the
+    same angles. Frequency f of the head_dim / 4 of an axis is theta**(-4 f / head_dim). Raises ValueError where
+    head_dim is not a multiple of 4.
     """
     if head_dim % 4:
         raise ValueError(f"rotary positions of two axes need a head_dim that is a multiple of 4, got {head_dim}")
@@ -32,7 +32,7 @@ def rope_angles(
 
 
 class RotaryPositions(nn.Module):
-    """Table of the rotations of [CLS] (none) and of each cell, from which the tokens present are gathered.
+    """Table of one rotation for each cell and the identity for [CLS]; a batch gathers those of its tokens.
 
     The table stays float64 when its module is cast, and is not part of a state dict.
     """
@@ -45,8 +45,10 @@ class RotaryPositions(nn.Module):
         self.register_buffer("table", self._table(None), persistent=False)
 
     def forward(self, places: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gather rotations for places (T,) int64, 0 for [CLS] and 1 + cell for a patch: (T, Dh / 2) complex64,
-        complex128 for float64."""
+        """Gather the rotations for places (T,) int64, 0 for [CLS] and 1 + cell for a patch: (T, Dh / 2).
+
+        The result is complex64, or complex128 for float64.
+        """
         rows = self.table.index_select(0, places)
         return torch.view_as_complex(rows if dtype == torch.float64 else rows.float())
 

@@ -17,8 +17,7 @@ class Sequences(NamedTuple):
     """Sequences of a packed (T, D) tensor, and the keys that each attends to.
 
     Sequence i attends to the rows `key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]` of the same layer's input, with
-    `key_rows`
-    (T,) int64 and `cu_seqlens_k` (S + 1,). Where both are None, each sequence attends to itself.
+    `key_rows` (T,) int64 and `cu_seqlens_k` (S + 1,). Where both are None, each sequence attends to itself.
     """
 
     cu_seqlens: Tensor

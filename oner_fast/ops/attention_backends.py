@@ -157,8 +157,8 @@ class _WithoutGradient(torch.autograd.Function):
         return grad.masked_fill(ctx.saved_tensors[0][:, None, None], 0), None
 
 
-def _blind(cu_seqlens: Tensor, others: Tensor, rows: int, causal: bool) -> Tensor:
-    """Mark the rows that meet no row of the other side: (rows,) bool, on the device of the tensors."""
+def _rows_without_partner(cu_seqlens: Tensor, others: Tensor, rows: int, causal: bool) -> Tensor:
+    """Mark the queries without a key, or the keys without a query: (rows,) bool, on the device of the tensors."""
     row = torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     met = others.diff()[sequence]
@@ -167,7 +167,7 @@ def _blind(cu_seqlens: Tensor, others: Tensor, rows: int, causal: bool) -> Tenso
     return row - cu_seqlens[sequence] + met - cu_seqlens.diff()[sequence] < 0
 
 
-def _settled(
+def _zero_without_keys(
     attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, causal: bool,
 ) -> Tensor:  # fmt: skip
@@ -176,14 +176,14 @@ def _settled(
         return query.masked_fill(torch.ones_like(query, dtype=torch.bool), 0)
     if cu_seqlens_k is None:
         return attend(query, key, value, cu_seqlens_q)
-    blind = _blind(cu_seqlens_q, cu_seqlens_k, query.shape[0], causal)
-    unseen = _blind(cu_seqlens_k, cu_seqlens_q, key.shape[0], False)
-    query = _WithoutGradient.apply(query, blind)
-    key, value = _WithoutGradient.apply(key, unseen), _WithoutGradient.apply(value, unseen)
-    return attend(query, key, value, cu_seqlens_k).masked_fill(blind[:, None, None], 0)
+    without_keys = _rows_without_partner(cu_seqlens_q, cu_seqlens_k, query.shape[0], causal)
+    without_queries = _rows_without_partner(cu_seqlens_k, cu_seqlens_q, key.shape[0], False)
+    query = _WithoutGradient.apply(query, without_keys)
+    key, value = _WithoutGradient.apply(key, without_queries), _WithoutGradient.apply(value, without_queries)
+    return attend(query, key, value, cu_seqlens_k).masked_fill(without_keys[:, None, None], 0)
 
 
-def _with(
+def _check_and_call(
     attend: Callable[..., Any],
     query: Tensor,
     key: Tensor,
@@ -205,7 +205,7 @@ def _with(
         result = attend(query, key, value, cu_seqlens_q, cu_k, longest_q, longest_k, scale)
         return result[0] if isinstance(result, tuple) else result
 
-    return _settled(on, query, key, value, cu_seqlens_q, cu_seqlens_k, causal)
+    return _zero_without_keys(on, query, key, value, cu_seqlens_q, cu_seqlens_k, causal)
 
 
 def flash_attn_3(
@@ -220,7 +220,7 @@ def flash_attn_3(
             q, k, v, cu_q, cu_k, most_q, most_k, softmax_scale=by, causal=causal, deterministic=True
         )
 
-    return _with(
+    return _check_and_call(
         attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale
     )  # fmt: skip
 
@@ -237,7 +237,7 @@ def flash_attn(
             q, k, v, cu_q, cu_k, most_q, most_k, dropout_p=0.0, softmax_scale=by, causal=causal, deterministic=True
         )
 
-    return _with(
+    return _check_and_call(
         attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale
     )  # fmt: skip
 
@@ -255,7 +255,7 @@ def torch_varlen(
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
 
-    return _with(
+    return _check_and_call(
         attend, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale
     )  # fmt: skip
 
@@ -264,7 +264,11 @@ def xformers(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None, *,
     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Pass xFormers only the sequences and queries that see a key; its causal mask knows no query before the keys."""
+    """Attend with xFormers; arguments and result are those of `oner_fast.ops.varlen_attention`.
+
+    Only sequences and queries that have a key are passed on, as xFormers' causal mask allows no query before the first
+    key.
+    """
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     package = importlib.import_module("xformers.ops")
     masks = importlib.import_module("xformers.ops.fmha.attn_bias")
@@ -277,11 +281,11 @@ def xformers(
     if causal:
         mask = mask.make_causal_from_bottomright()
     every = all(lq and lk and (lq <= lk or not causal) for lq, lk in pairs)
-    seeing = None if every else ~_blind(cu_seqlens_q, cu_k, query.shape[0], causal)
-    seen = None if every else ~_blind(cu_k, cu_seqlens_q, key.shape[0], False)
+    queries_with_keys = None if every else ~_rows_without_partner(cu_seqlens_q, cu_k, query.shape[0], causal)
+    keys_with_queries = None if every else ~_rows_without_partner(cu_k, cu_seqlens_q, key.shape[0], False)
     group = query.shape[1] // key.shape[1]
-    q = query if seeing is None else query[seeing]
-    k, v = (x if seen is None else x[seen] for x in (key, value))
+    q = query if queries_with_keys is None else query[queries_with_keys]
+    k, v = (x if keys_with_queries is None else x[keys_with_queries] for x in (key, value))
     k, v = (x if group == 1 else x.repeat_interleave(group, 1) for x in (k, v))
     out = package.memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, scale=scale)[0]
-    return out if seeing is None else query.new_zeros(query.shape).index_put((seeing,), out)
+    return out if queries_with_keys is None else query.new_zeros(query.shape).index_put((queries_with_keys,), out)

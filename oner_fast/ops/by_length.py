@@ -92,7 +92,7 @@ def _rows(lengths: tuple[int, ...], samples: list[int], sizes: tuple[int, ...]) 
         return _Rows(None, None, sizes)
     begins, sizes_in_order = torch.tensor(list(accumulate(lengths, initial=0))[:-1]), torch.tensor(lengths)[samples]
     ends = sizes_in_order.cumsum(0)
-    # Row r of the sorted rows is as far from the start of its sequence as r is from where the sequence was sorted to.
+    # A row has the same offset from the start of its sequence before and after sorting.
     shift = begins[samples] - (ends - sizes_in_order)
     order = torch.arange(int(ends[-1])) + shift.repeat_interleave(sizes_in_order)
     inverse = torch.empty_like(order)

@@ -222,7 +222,7 @@ def varlen_attention(
     same_device(op, "query", query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens(op, "cu_seqlens_q", is_tensor(op, "cu_seqlens_q", cu_seqlens_q), query.shape[0])
     if cu_seqlens_k is None:
-        cu_seqlens(op, "cu_seqlens_q (which serves key too)", cu_seqlens_q, key.shape[0])
+        cu_seqlens(op, "cu_seqlens_q (which bounds key too)", cu_seqlens_q, key.shape[0])
     else:
         batch = cu_seqlens_q.shape[0] - 1
         cu_seqlens(op, "cu_seqlens_k", is_tensor(op, "cu_seqlens_k", cu_seqlens_k), key.shape[0], batch)

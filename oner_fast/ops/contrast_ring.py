@@ -171,7 +171,10 @@ class Rows:
         return (*self.query, keys, None, None, None, self.logit_scale, partner, ring.first(ring.rank) - first)
 
     def of_columns(self, partner: Tensor, values: Tensor, columns: int) -> Tensor:
-        """Sum over each column the values of the rows whose partner, an index into the block, it is: (columns,)."""
+        """For each column, sum the values of the rows whose partner is that column: (columns,).
+
+        Partners are indices into the block.
+        """
         inside = (partner >= 0) & (partner < columns)
         return self.partner_sums(partner.clamp(0, columns - 1), torch.where(inside, values, 0.0), columns)
 

@@ -44,7 +44,7 @@ def _varlen_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
 ) -> int:  # fmt: skip
-    """Count the scores again, their gradient, then that of query, and those of key and value."""
+    """Count the scores again, then the gradients of scores, query, key and value."""
     return (2 + need_query + 2 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
 
 
@@ -52,8 +52,10 @@ def _varlen_attention_backward_in_triton(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
 ) -> int:  # fmt: skip
-    """Count both kernels, which each compute the scores and their gradient: three products for query, four for key and
-    value."""
+    """Count both kernels, each of which computes the scores and their gradient.
+
+    That makes three products for query, and four for key and value.
+    """
     return (3 * need_query + 4 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
 
 

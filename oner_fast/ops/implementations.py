@@ -1,10 +1,10 @@
-"""Choose the implementation of an op: the one place that decides.
+"""Choose the implementation of an op. Every choice is made here.
 
 An implementation is a plain function with an op's arguments. It is registered under a name, with the device types it
 runs on, a preference, and a predicate that lists every reason why it cannot run. A call takes the implementation of the
 highest preference that has no reason against it. The argument `implementation=` of any op forces one. So do the
 environment variables `ONER_FAST_<OP>_IMPLEMENTATION` (one op) and `ONER_FAST_IMPLEMENTATION` (all ops that have one of
-that name). The argument wins over the variables, and the op's own variable over the one for all.
+that name). The argument wins over both variables, and the op's own variable wins over `ONER_FAST_IMPLEMENTATION`.
 
 What decides about a call is its facts. The module of each op has a function `facts`, which takes the op's arguments
 and returns them without computing anything. The op passes them to `choose`. A tool that wants to know which
@@ -21,7 +21,7 @@ from typing import Any
 from oner_fast import _extension
 
 REFERENCE = "reference"
-Facts = tuple[str, str, dict[str, Any]]  # of a call: the op, the device type, and what its implementations ask about
+Facts = tuple[str, str, dict[str, Any]]  # a call's op, device type, and the values that implementations ask about
 
 
 def _no_reasons(device: str, **facts: Any) -> list[str]:
@@ -150,7 +150,7 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
             raise ValueError(f"{op} has no implementation {name!r} (asked for by {source}); known ones: {listed}")
         against = known[name].reasons_against(device, asked_for=True, **facts)
         if against:
-            raise RuntimeError(f"{op}: {name!r} (asked for by {source}) cannot serve this call: {'; '.join(against)}")
+            raise RuntimeError(f"{op}: {name!r} (asked for by {source}) cannot run this call: {'; '.join(against)}")
         return known[name]
     for candidate in known.values():
         against = candidate.reasons_against(device, **facts)
@@ -159,19 +159,19 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
         if candidate.compiled and candidate.devices is not None and device in candidate.devices:
             _extension.warn_if_missing()
     every = "; ".join(f"{name}: {', '.join(i.reasons_against(device, **facts))}" for name, i in known.items())
-    raise RuntimeError(f"{op}: nothing can serve this call on {device}: {every}")
+    raise RuntimeError(f"{op}: no implementation can run this call on {device}: {every}")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation chosen for an op on a device type, why, and the reasons against each of the others.
+    """The implementation chosen for an op on a device type, why, and the reasons against every other implementation.
 
-    `serves` is its name, or None where none can run.
+    `chosen` is the name of the chosen implementation, or None where none can run.
     """
 
     op: str
     device: str
-    serves: str | None
+    chosen: str | None
     why: str
     others: dict[str, list[str]]
 
@@ -188,17 +188,15 @@ def explain(device: str = "cpu") -> list[Choice]:
             against[wanted[0]] = known[wanted[0]].reasons_against(device, asked_for=True)
             able = [name for name, reasons in against.items() if not reasons]
         if wanted is None:
-            serves = able[0] if able else None
-            why = "the first in the order of preference that can serve" if able else "nothing can serve"
+            chosen = able[0] if able else None
+            why = "the most preferred that can run" if able else "none can run"
         elif wanted[0] in able:
-            serves, why = wanted[0], f"asked for by {wanted[1]}"
+            chosen, why = wanted[0], f"asked for by {wanted[1]}"
         else:
-            known_or_not = "cannot serve" if wanted[0] in known else f"is unknown (known: {', '.join(known)})"
-            serves, why = None, f"{wanted[0]!r}, asked for by {wanted[1]}, {known_or_not}"
+            known_or_not = "cannot run" if wanted[0] in known else f"is unknown (known: {', '.join(known)})"
+            chosen, why = None, f"{wanted[0]!r}, asked for by {wanted[1]}, {known_or_not}"
         others = {
-            name: reasons or ["can serve, but stands lower in the order"]
-            for name, reasons in against.items()
-            if name != serves
+            name: reasons or ["can run, but is less preferred"] for name, reasons in against.items() if name != chosen
         }
-        choices.append(Choice(op, device, serves, why, others))
+        choices.append(Choice(op, device, chosen, why, others))
     return choices

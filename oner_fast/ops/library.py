@@ -1,7 +1,7 @@
 """The torch.library behind the ops: schemas are defined in Python, so an op exists even where nothing was compiled.
 
-Three libraries hold the same schemas. `oner_fast` has the kernels of the C++ extension (for the CPU, and in CUDA C++
-for GPUs), `oner_fast_triton` those of Triton, and `oner_fast_triton_atomic` the same with kernels that add in no fixed
+Three libraries hold the same schemas. `oner_fast` has the kernels of the C++ extension, for the CPU and, in CUDA C++,
+for GPUs. `oner_fast_triton` has the Triton kernels, and `oner_fast_triton_atomic` has variants that add in no fixed
 order. One autograd.Function therefore works with all of them. The GPU's Triton kernels can be forced by name on the
 CPU, where Triton's interpreter or an emulated GPU runs them. The implementation "cuda" takes each raw op from the first
 library where that has a CUDA kernel for it, else from the second.
@@ -25,7 +25,7 @@ _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _ATOMIC = torch.library.Library("oner_fast_triton_atomic", "DEF")
 _COMPILED.define("cpu_capability() -> str")
-_names: list[str] = []  # of the raw ops that have Triton kernels
+_names: list[str] = []  # names of the raw ops that have Triton kernels
 _cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
 
 Shape = TypeVar("Shape", bound=Callable[..., object])

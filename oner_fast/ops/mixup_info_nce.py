@@ -107,7 +107,7 @@ def _partner_sums_shape(partner: Tensor, values: Tensor, columns: int) -> Tensor
 
 
 def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -> Tensor:
-    """Sum for each column the values (n,) whose partner (n,) it is, in a fixed order: (columns,)."""
+    """For each column, sum the values (n,) of the rows whose partner is that column, in a fixed order: (columns,)."""
     if backend == "cpp":
         return values.new_zeros(columns).index_add(0, partner, values)
     return raw_ops(backend).mixup_partner_sums(partner, values, columns)

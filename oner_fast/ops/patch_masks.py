@@ -5,7 +5,7 @@ process and many, the CPU and a GPU, a run and its resumption therefore draw the
 on a GPU are drawn there by a Triton kernel, cell for cell those of the reference implementation. No call waits for the
 device, except for block-wise masks on a GPU without Triton.
 
-No floating-point number takes part, so the reference implementation stands here and in `oner_fast.block_masks`, not in
+No floating-point number is used, so the reference implementation is here and in `oner_fast.block_masks`, not in
 `oner_fast.ops.reference`, which is the float64 oracle of the other ops.
 """
 
@@ -29,7 +29,7 @@ _TRITON_CELLS = 1 << 14  # one program holds all cells of a sample
 
 
 class PatchMasks(NamedTuple):
-    """Which cells are masked, and which stay visible.
+    """The masked cells and the visible cells of each sample.
 
     `mask` is (B, cells) bool, True where masked. `kept` is (B, cells - masked) int64, the other cells in increasing
     order.

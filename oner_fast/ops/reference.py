@@ -1,9 +1,9 @@
 """The reference implementations of the ops in plain PyTorch: the specification of the library on one page.
 
 Every test compares with these functions, run in float64. They are also chosen where nothing faster is built. The ops
-themselves have the same names, arguments and errors and stand beside this file, one op a file. `implementation` is
-accepted so that the signatures agree, and is ignored. Masks are not here: they have no floating-point result, and stand
-in `oner_fast.ops.patch_masks`.
+themselves have the same names, arguments and errors; they are in the files beside this one, one op in each.
+`implementation` is accepted so that the signatures agree, and is ignored. Masks are not here: they have no
+floating-point result, and stand in `oner_fast.ops.patch_masks`.
 """
 
 from __future__ import annotations

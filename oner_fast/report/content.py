@@ -211,7 +211,7 @@ def flattened(config: dict[str, Any], prefix: str = "") -> Sequence[tuple[str, s
 
 
 def _elapsed(seconds: Sequence[float]) -> float | None:
-    """Minutes of the whole training, in which the clock of a resumed run restarts."""
+    """Compute the minutes of the whole training from the log, whose clock restarts when a run is resumed."""
     if not seconds:
         return None
     ends = [now for now, after in zip(seconds, [*seconds[1:], 0.0], strict=True) if after < now]

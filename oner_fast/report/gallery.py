@@ -1,4 +1,4 @@
-"""Write the examples as PNG files for use outside the page: retrieval, words with an image, heat maps."""
+"""Write the examples as PNG files for use outside the page: retrieval by text, by image and word, and heat maps."""
 
 import base64
 import io

@@ -34,7 +34,7 @@ def heat_rows(
     seed: int,
     count: int = 6,
 ) -> list[HeatRow]:
-    """Draw heat maps of captions with two or three words, chosen by seed; of any captions where there are none.
+    """Draw heat maps of captions with two or three words, chosen by seed; if there are none, of any captions.
 
     Args:
         loaded: the model.

@@ -1,5 +1,4 @@
-"""`python -m oner_fast.report.mask_map FILE.png`: draw how often each masking pattern masks each cell, over 5,000
-draws.
+"""`python -m oner_fast.report.mask_map FILE.png`: draw how often each masking pattern masks each cell.
 
 This is UTA's figure 3: block-wise masks rarely hide a corner, reversed block-wise masks nearly always do.
 """
@@ -31,7 +30,7 @@ class Options:
     output: Annotated[Path, tyro.conf.Positional]
     """The PNG file to write."""
     grid: int = 16
-    """Cells a side."""
+    """Number of cells along a side."""
     ratio: float = 0.5
     """Share of cells that are masked."""
     draws: int = 5000

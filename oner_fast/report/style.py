@@ -95,7 +95,10 @@ def chart(
 
 
 def page_svg(svg: str, name: str) -> str:
-    """Turn an SVG file into an element of a page: no header, no external address, own ids, the page's colours."""
+    """Turn an SVG file into an element of a page.
+
+    The header and external addresses are removed, ids become unique, and colours become the page's.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")

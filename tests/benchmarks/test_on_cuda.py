@@ -124,7 +124,7 @@ def test_a_row_names_the_implementation_chosen_for_its_shape(monkeypatch: pytest
         ("triton", [OURS, f"{OURS} triton", f"{OURS} cuda"]),
         ("cuda", [OURS, f"{OURS} cuda"]),
     ]
-    assert not ran, "asking what serves must not compute anything"
+    assert not ran, "asking which implementation is chosen must not compute anything"
 
 
 def test_baselines_take_part_only_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,9 @@ def test_mask_tokens_replace_hidden_patches() -> None:
     assert hidden[0] > 1.8 * hidden[1]
 
 
-def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_lists_ratios_and_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(student, "UTA_SIZES", {"tiny": SMALL})
     peaks = iter(range(1, 7))
     monkeypatch.setattr(student.Setting, "peak", lambda self, name, ratio: next(peaks) << 20)

@@ -93,7 +93,7 @@ class Library:
         return cached
 
     def launch(self, name: bytes, grid: int, block: int, arguments: int, shared: int) -> int:
-        """What the host code's launches call; an exception waits for the call's end."""
+        """Run a kernel that the host code launches; an exception is raised after the host code returns."""
         try:
             kernel = self.kernel(name.decode())
             places = (POINTER * len(kernel.params)).from_address(arguments)

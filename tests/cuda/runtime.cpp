@@ -1,5 +1,5 @@
-// A CUDA runtime without a GPU: the launches of csrc/cuda, made by its own host code, are handed to Python, which runs the
-// compiled PTX on the CPU. It holds what nvcc's host code calls, and nothing else.
+// A CUDA runtime without a GPU. The host code of csrc/cuda launches kernels; each launch is handed to Python, which
+// runs the compiled PTX on the CPU. Only the functions that nvcc's host code calls are here.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>

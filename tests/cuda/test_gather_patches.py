@@ -69,7 +69,7 @@ def close(ours: Tensor, exact: Tensor) -> None:
 
 
 @pytest.mark.parametrize("images,result", PAIRS)
-def test_forward_is_that_of_the_reference(library: Any, images: torch.dtype, result: torch.dtype) -> None:
+def test_forward_agrees_with_the_reference(library: Any, images: torch.dtype, result: torch.dtype) -> None:
     lib, pixels = library("gather_patches"), pictures(images, 8)
     kept = torch.tensor([[5, 0, 5], [1, 2, 3]])
     for mean, std in ((MEAN, STD), (None, STD), (MEAN, None), (None, None)):
@@ -96,7 +96,7 @@ def test_forward_number_by_number(library: Any, images: torch.dtype, result: tor
 @pytest.mark.parametrize("patch", [3, 8])
 @pytest.mark.parametrize("grad_dtype,images", [(F32, F32), (F16, F16), (BF16, BF16), (F16, F32), (F64, F64)])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_gradient_is_that_of_the_reference(
+def test_gradient_agrees_with_the_reference(
     library: Any, grad_dtype: torch.dtype, images: torch.dtype, patch: int, ragged: bool
 ) -> None:
     lib, pixels = library("gather_patches"), torch.zeros(2, 3, 2 * patch, 3 * patch, dtype=F64, requires_grad=True)

@@ -82,7 +82,7 @@ def case(dtype: torch.dtype, width: int, ragged: bool, batch: int = 3, cells: in
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("width", [40, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_that_of_the_reference(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
+def test_forward_agrees_with_the_reference(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
     tokens, positions, prefix, kept, cu = case(dtype, width, ragged)
     lib = library("masked_gather")
     for place, front in ((positions, prefix), (None, prefix), (positions, None), (None, None)):
@@ -94,7 +94,7 @@ def test_forward_is_that_of_the_reference(library: Any, dtype: torch.dtype, widt
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("width", [40, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_are_those_of_the_reference(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
+def test_gradients_agree_with_the_reference(library: Any, dtype: torch.dtype, width: int, ragged: bool) -> None:
     tokens, _, prefix, kept, cu = case(dtype, width, ragged, batch=35)  # two partial sums
     batch, cells = tokens.shape[:2]
     rows = (batch, kept.shape[1] + 2, width) if cu is None else (kept.shape[0] + 2 * batch, width)

@@ -8,7 +8,7 @@ from oner_fast.data.permutation import Permutation
 
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1))
-def test_it_is_a_bijection(n, seed, epoch):
+def test_a_permutation_is_a_bijection(n, seed, epoch):
     assert np.array_equal(np.sort(Permutation(n, seed, epoch).take(np.arange(n))), np.arange(n))
 
 

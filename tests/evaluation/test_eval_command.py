@@ -62,7 +62,7 @@ def test_two_trunks_have_no_composed_queries(run: Path, reader: Any) -> None:
     assert "image_text_to_image" not in json.loads((run / "evaluation.json").read_text())["val"]
 
 
-def test_data_given_and_limit(run: Path, data: Path) -> None:
+def test_other_data_and_a_limit_can_be_given(run: Path, data: Path) -> None:
     tar = data / "val-000000.tar"
     assert main([str(run), "--data", str(tar), "--limit", "4"]) == 0
     result = json.loads((run / "evaluation.json").read_text())
@@ -114,7 +114,9 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
     assert not (run / "evaluation.json").exists()
 
 
-def test_interrupted(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_evaluation_writes_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 

@@ -38,7 +38,7 @@ every_implementation = pytest.mark.parametrize("implementation", [None, "triton"
 def prepared(
     op: str, dtype: torch.dtype, implementation: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Case, Call]:
-    """The case and its inputs, served by an implementation; skips, with its reasons, where that cannot serve."""
+    """The case and its inputs, run by an implementation; skips, with the reasons, where it cannot run."""
     case = CASES[op](dtype)
     call = case.make(0, "cuda")
     if implementation is not None:
@@ -46,7 +46,7 @@ def prepared(
         try:
             ours(case, call)
         except (RuntimeError, ValueError) as error:
-            if "cannot serve" not in str(error) and "has no implementation" not in str(error):
+            if "cannot run" not in str(error) and "has no implementation" not in str(error):
                 raise
             pytest.skip(str(error))
     return case, call
@@ -160,20 +160,20 @@ def test_tensors_beyond_two_to_the_31_numbers(implementation: str | None) -> Non
     near, first = tokens[:, -8:].clone(), torch.arange(8, device="cuda").unsqueeze(0)
     upstream = torch.randn(1, 8, width, dtype=torch.bfloat16, device="cuda")
 
-    def serves(function: Any, *arguments: Any) -> Tensor:
+    def run_forced(function: Any, *arguments: Any) -> Tensor:
         try:
             found: Tensor = function(*arguments, implementation=implementation)
             return found
         except RuntimeError as error:
-            if "cannot serve" not in str(error):
+            if "cannot run" not in str(error):
                 raise
             pytest.skip(str(error))
 
     student = torch.randn(1, 8, width, dtype=torch.bfloat16, device="cuda").requires_grad_()
-    loss = serves(token_alignment_op, student, tokens, kept)
+    loss = run_forced(token_alignment_op, student, tokens, kept)
     torch.testing.assert_close(loss, reference.token_alignment(student, near, first), rtol=1e-4, atol=1e-5)
     tokens.requires_grad_()
-    gathered = serves(masked_gather_op, tokens, kept)
+    gathered = run_forced(masked_gather_op, tokens, kept)
     assert torch.equal(gathered, near)
     (gradient,) = torch.autograd.grad(gathered, tokens, upstream)
     assert torch.equal(gradient[:, -8:], upstream) and not gradient[:, :-8].any()

@@ -37,7 +37,7 @@ def both(seed: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("seed", "step"), [(0, 1), (2**64 - 1, 2**32 - 1), (0xDEADBEEF80000000, 16)])
-def test_every_cell_is_that_of_the_reference(seed: int, step: int, pattern: Pattern, device: str) -> None:
+def test_masks_equal_the_reference_cell_for_cell(seed: int, step: int, pattern: Pattern, device: str) -> None:
     samples = torch.tensor([0, 1, 2, 17, 4095, 2**31, 2**32 - 1], device=device)
     both(seed, step, samples[:: 6 if INTERPRETED else 1], (16, 16), 128, pattern, 11)
 

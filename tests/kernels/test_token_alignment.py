@@ -52,7 +52,7 @@ def worst(error: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [3, 129, 1408])
-def test_error_is_that_of_plain_pytorch(device: str, dtype: torch.dtype, width: int) -> None:
+def test_error_is_near_that_of_plain_pytorch(device: str, dtype: torch.dtype, width: int) -> None:
     """At most twice (gradient three times) plain PyTorch's error against float64, and one unit in the last place."""
     given = inputs(device, 2, 3, 7, width, dtype, dtype)
     (loss, mine), (true_loss, truth), (other_loss, other) = ours(*given), exact(*given), plain(*given)
@@ -152,7 +152,7 @@ def test_rows_whose_squares_overflow_float32(
         torch.testing.assert_close(one.double(), other, rtol=0, atol=last)
 
 
-def test_orthogonal_rows_have_their_gradient(device: str) -> None:
+def test_the_gradient_of_orthogonal_rows_is_exact(device: str) -> None:
     """The factor of the student is exactly 0, as that of a clamped row is, and must not be taken for one."""
     student = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]], device=device, requires_grad=True)
     teacher = torch.tensor([[[0.0, 2.0], [4.0, -3.0]]], device=device)
@@ -161,9 +161,7 @@ def test_orthogonal_rows_have_their_gradient(device: str) -> None:
     torch.testing.assert_close(gradient.cpu(), torch.tensor([[[0.0, -0.5], [-0.08, 0.06]]]))
 
 
-def test_rows_meet_in_programs_and_the_mean_has_the_same_bits_twice(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_programs_with_several_rows_give_the_same_bits_twice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 6)
     monkeypatch.setattr(kernels, "MEAN_BLOCK", 4)
     given = inputs(device, 3, 7, 9, 33, torch.float32, torch.float32)  # 21 rows: 6 programs of up to 4

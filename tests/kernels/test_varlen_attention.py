@@ -187,7 +187,7 @@ def test_scores_far_below_zero(causal: bool, device: str) -> None:
         assert (one - truth).abs().max() <= 3 * (other - truth).abs().max() + unit
 
 
-def test_a_blind_query_changes_no_other_gradient(device: str) -> None:
+def test_a_query_without_keys_changes_no_other_gradient(device: str) -> None:
     """Whatever it holds and whatever comes from above; and what new memory held reaches no result."""
     (query, key, value), upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device)
     blind = torch.zeros(len(query), dtype=torch.bool, device=device)
@@ -213,7 +213,7 @@ def test_a_blind_query_changes_no_other_gradient(device: str) -> None:
         assert (one - truth).abs().max() < 4e-3 * truth.abs().max()
 
 
-def test_a_blind_query_has_no_gradient_beside_infinite_or_nan_keys(device: str) -> None:
+def test_a_query_without_keys_has_no_gradient_beside_infinite_or_nan_keys(device: str) -> None:
     """It shares its tile with queries that see them."""
     leaves, upstream, cu_q, cu_k = inputs((2, 1), 64, torch.float16, device, ([9], [4]))
     query, key, value = (x.detach() for x in leaves)

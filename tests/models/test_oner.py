@@ -441,8 +441,8 @@ def test_bf16_autocast_is_close_to_float32() -> None:
         (lambda: [Pass("image", text=texts())], "pass image needs an image input, got None"),
         (lambda: [Pass("text", ImageInput(pictures()))], "pass text needs a text input, got None"),
         (lambda: [Pass("image_text", ImageInput(pictures()))], "pass image_text needs a text input"),
-        (lambda: [Pass("image_given_text", ImageInput(pictures()))], "in lock step with text_given_image; give both"),
-        (lambda: [Pass("text_given_image", text=texts())], "in lock step with image_given_text; give both"),
+        (lambda: [Pass("image_given_text", ImageInput(pictures()))], "together with text_given_image; give both"),
+        (lambda: [Pass("text_given_image", text=texts())], "together with image_given_text; give both"),
         (lambda: [Pass("image_text", ImageInput(pictures(2)), texts())], "one caption for each image, got 2 and 3"),
         (
             lambda: [Pass("image_given_text", ImageInput(pictures())), Pass("text_given_image", text=texts([1]))],

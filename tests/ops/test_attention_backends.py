@@ -1,4 +1,4 @@
-"""Other packages behind varlen_attention: why each cannot serve, and that what adapts them keeps the contract.
+"""Other packages behind varlen_attention: why each cannot run, and that the adapters keep the contract.
 
 None of them runs without a GPU. Where one is missing, a stand-in with its signature records its calls, computes by the
 definition, and leaves NaN wherever the package makes no promise.
@@ -176,7 +176,7 @@ def test_arguments_are_checked_first(name: str, calls: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.skipif(backends._older(str(torch.__version__), backends.TORCH_OLDEST), reason="torch is older than 2.13")
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "varlen") and importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no varlen")  # fmt: skip  # noqa: E501
+@pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no varlen")
 def test_pytorchs_varlen_attn_takes_the_arguments_given() -> None:
     """The real function on meta tensors, which hold no numbers."""
     query, key = torch.empty(7, 4, 8, device="meta").half(), torch.empty(9, 2, 8, device="meta").half()
@@ -301,7 +301,7 @@ def test_old_versions_and_waits_for_the_device_are_reasons(
 
 
 @pytest.mark.parametrize(
-    ("capability", "missing", "facts", "serves"),
+    ("capability", "missing", "facts", "chosen"),
     [
         ((9, 0), (), {}, "flash_attn_3"),
         ((9, 0), (), {"max_seqlen_q": None, "max_seqlen_k": None}, "triton"),
@@ -315,13 +315,13 @@ def test_old_versions_and_waits_for_the_device_are_reasons(
     ],
 )
 def test_the_implementation_chosen_on_each_gpu(
-    capability: tuple[int, int], missing: tuple[str, ...], facts: dict[str, Any], serves: str,
+    capability: tuple[int, int], missing: tuple[str, ...], facts: dict[str, Any], chosen: str,
     everything: Callable[..., None],
 ) -> None:  # fmt: skip
     """The table of docs/implementations.md."""
     pytest.importorskip("triton")
     everything(capability, missing)
-    assert choose("varlen_attention", "cuda", **FACTS | facts).name == serves
+    assert choose("varlen_attention", "cuda", **FACTS | facts).name == chosen
 
 
 def test_without_triton_the_next_package_is_chosen(
@@ -340,7 +340,7 @@ def test_without_triton_the_next_package_is_chosen(
 
 def test_a_forced_implementation_that_cannot_run_gives_its_reason() -> None:
     query = torch.randn(3, 1, 8)
-    with pytest.raises(RuntimeError, match="'flash_attn' .*cannot serve this call: runs on cuda, not on cpu"):
+    with pytest.raises(RuntimeError, match="'flash_attn' .*cannot run this call: runs on cuda, not on cpu"):
         varlen_attention(query, query, query, cumulative([3]), implementation="flash_attn")
 
 

@@ -43,7 +43,7 @@ def test_cuda_is_never_chosen_for_cpu_tensors(op: str) -> None:
     assert "cuda" in implementations.implementations(op)
     assert choose(op, "cpu").name in ("cpp", "reference")
     calls()[op]()
-    with pytest.raises(RuntimeError, match=f"{op}: 'cuda' .*cannot serve this call: runs on cuda, not on cpu"):
+    with pytest.raises(RuntimeError, match=f"{op}: 'cuda' .*cannot run this call: runs on cuda, not on cpu"):
         calls()[op](implementation="cuda")
 
 
@@ -71,7 +71,7 @@ def test_an_extension_built_without_cuda_gives_the_reason() -> None:
 
 
 @with_triton
-def test_the_order_of_cuda_and_triton(built: None) -> None:
+def test_ops_prefer_cuda_or_triton_as_documented(built: None) -> None:
     for op in ("gather_patches", "masked_gather", "token_alignment"):
         assert choose(op, "cuda", dtype=torch.float64).name == "cuda"
     assert choose("mixup_info_nce", "cuda", dtype=torch.bfloat16).name == "triton"

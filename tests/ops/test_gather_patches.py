@@ -71,7 +71,7 @@ def test_default_dtypes() -> None:
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out", DTYPES)
-def test_error_is_that_of_plain_pytorch(dtype: torch.dtype, out: torch.dtype) -> None:
+def test_error_is_near_that_of_plain_pytorch(dtype: torch.dtype, out: torch.dtype) -> None:
     images = pictures(dtype).requires_grad_()
     kept = torch.tensor([[5, 0, 0, 0, 4], [2, 3, 3, 1, 2]])
     exact_images = images.detach().double().requires_grad_()

@@ -69,7 +69,7 @@ print(torch.ops.oner_fast.cpu_capability())
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
-def test_every_instruction_set(capability: str) -> None:
+def test_ops_are_right_on_every_instruction_set(capability: str) -> None:
     env = {**os.environ, "ONER_FAST_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=False)
     if "but this processor runs" in done.stderr:

@@ -125,7 +125,7 @@ def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, threads: Ca
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_a_logit_far_below_all_others_still_counts(scale: float) -> None:
-    """Rows and columns whose largest logit is far below the block's: one exponential cannot serve both."""
+    """Rows and columns whose largest logit is far below the block's: one exponential cannot represent both."""
     given = {name: x.detach() for name, x in inputs(96, 8, torch.float64).items()}
     given["query"][5] = -10 * given["key"].mean(0)
     given["key"][7] = -given["query"].mean(0)

@@ -126,7 +126,7 @@ def worst(error: Tensor) -> float:
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 129, 1024])
-def test_error_is_that_of_plain_pytorch(dtype: torch.dtype, width: int) -> None:
+def test_error_is_near_that_of_plain_pytorch(dtype: torch.dtype, width: int) -> None:
     """At most twice (gradient three times) plain PyTorch's error against float64, and one unit in the last place."""
     student, teacher = torch.randn(3, 20, width).to(dtype).requires_grad_(), torch.randn(3, 31, width).to(dtype)
     kept = torch.randint(31, (3, 20))

@@ -493,7 +493,7 @@ def test_gradients_of_large_scores(size: float, dtype: torch.dtype) -> None:
 
 
 @compiled
-def test_a_blind_query_changes_no_other_gradient() -> None:
+def test_a_query_without_keys_changes_no_other_gradient() -> None:
     """Whatever it holds and whatever comes from above."""
     query, key, value = numbers(7, 2, 5), numbers(4, 2, 5), numbers(4, 2, 5)
     cu_q, cu_k = cumulative([5, 2]), cumulative([3, 1])
@@ -564,7 +564,7 @@ def test_compiles_as_one_graph() -> None:
 
 def test_sdpa_is_not_chosen_for_causal_masks() -> None:
     query = torch.randn(3, 1, 4)
-    with pytest.raises(RuntimeError, match="'sdpa'.*cannot serve this call: causal masks"):
+    with pytest.raises(RuntimeError, match="'sdpa'.*cannot run this call: causal masks"):
         varlen_attention(query, query, query, cumulative([3]), causal=True, implementation="sdpa")
     served = varlen_attention(query, query, query, cumulative([3]), causal=True)
     defined = reference.varlen_attention(query, query, query, cumulative([3]), causal=True)
@@ -596,7 +596,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cu_seqlens_q must end with.*, 6, got 5", {"cu_seqlens_q": cumulative([1, 4])}),
     (ValueError, r"cu_seqlens_k must have shape \(B \+ 1,\) = \(3,\), got \(2,\)", {"cu_seqlens_k": CU_K[:2]}),
     (ValueError, "cu_seqlens_k must end with.*, 5, got 6", {"cu_seqlens_k": CU}),
-    (ValueError, r"cu_seqlens_q \(which serves key too\) must end with.*, 5, got 6", {"cu_seqlens_k": None}),
+    (ValueError, r"cu_seqlens_q \(which bounds key too\) must end with.*, 5, got 6", {"cu_seqlens_k": None}),
     (ValueError, "key is on meta but query is on cpu", {"key": KV.to("meta")}),
     (ValueError, "no implementation 'fast'", {"implementation": "fast"}),
 ]

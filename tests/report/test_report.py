@@ -236,7 +236,9 @@ def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "not a safetensors file" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)
 
 
-def test_interrupted(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_report_writes_no_page(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -26,7 +26,7 @@ from oner_fast.train.oner.student import Student
 
 @dataclass(frozen=True)
 class Words:
-    """What masking needs to know of a tokenizer."""
+    """The facts about a tokenizer that masking needs."""
 
     mask_id: int = 2
     first_word_id: int = 3

@@ -15,28 +15,31 @@ class Contrast:
     init_image: str = ""
     """A run of `oner-fast train uta`, whose student becomes the image tower (UTA's second stage); empty: a new ViT."""
     init_text: str = ""
-    """The CLIP whose text tower is taken, as --teacher of `train uta` names one; empty: a new one."""
+    """The CLIP whose text tower is used, named as for --teacher of `train uta`; empty: a new text tower."""
     lock_image: bool = False
-    """Leave the image tower as it is."""
+    """Keep the image tower's weights fixed."""
     lock_text: bool = False
-    """Leave the text tower as it is."""
+    """Keep the text tower's weights fixed."""
     temperature: float = 0.07
-    """1 / logit_scale at the start; it is learnt, and logit_scale stays at 100 at most. A text tower brings its own."""
+    """1 / logit_scale at the start; it is learnt, and logit_scale stays at 100 at most. A given text tower has its own.
+    """
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         if bool(self.init_image) != bool(self.init_text):
             raise ValueError("init_image and init_text go together: an aligned student and its teacher's text tower")
         if self.init_text and not self.lock_text:
-            raise ValueError("a text tower that is given stays as it is: --lock-text")
+            raise ValueError("a given text tower is not trained: add --lock-text")
         if (self.lock_image or self.lock_text) and not self.init_image:
             raise ValueError("lock_image and lock_text need towers to start from: --init-image and --init-text")
 
 
 @dataclass(frozen=True)
 class CLIPConfiguration:
-    """The whole configuration of a run; saved beside it as config.json. `model` describes the towers that are new;
-    its image_size is that of the images in any case."""
+    """The whole configuration of a run; saved beside it as config.json.
+
+    `model` describes the new towers. Its `image_size` is the size of the images, also where no tower is new.
+    """
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
     contrast: Contrast = field(default_factory=Contrast)

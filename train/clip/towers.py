@@ -141,7 +141,7 @@ class AlignedTowers(TwoTowers):
         return {"kind": "oner_fast.uta", "model_config": json.dumps(asdict(self.student.config)), **self._about}
 
     def save(self, folder: Path) -> None:
-        """Write the student, as after its first stage."""
+        """Write the student in the form in which its first stage writes it."""
         save_uta(folder / "model.safetensors", self.student, self._about)
 
 

@@ -19,7 +19,7 @@ from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 
 
 class ContrastConfiguration(Configuration, BatchConfiguration, Protocol):
-    """The configuration of a contrast of two towers, as far as its training reads it."""
+    """The fields of a contrastive configuration that the training reads."""
 
 
 C = TypeVar("C", bound=ContrastConfiguration)

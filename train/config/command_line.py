@@ -13,17 +13,17 @@ import tyro
 from oner_fast.train.config.registry import find_recipe, recipes
 
 DRY_RUN = "--dry-run"
-"""The flag of a training that makes a step, tells memory, pace and hours, and leaves nothing."""
+"""The flag that makes a training take a few steps, report memory, pace and hours, and keep nothing."""
 
 
 def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = object) -> Any:
     """Read a command line into a configuration.
 
     `--recipe NAME` picks the recipe whose values are the defaults, `--recipe FILE.py:NAME` one in a file of your own.
-    Every field, nested ones too, is a flag (`--optim.lr 1e-3`), whose last part is enough where only one flag ends so
-    (`--lr 1e-3`). The help shows the short flags where that holds for all of them, else the long ones.
-    `--list-recipes` prints the recipes and `--help` prints every flag with its default; both exit with status 0. An
-    error is printed on stderr and exits with status 2.
+    Every field, nested ones too, is a flag (`--optim.lr 1e-3`). Its last part alone is accepted where it is unambiguous
+    (`--lr 1e-3`). The help shows the short flags if all of them are unambiguous, else the long ones. `--list-recipes`
+    prints the recipes and `--help` prints every flag with its default; both exit with status 0. An error is printed on
+    stderr and exits with status 2.
 
     Args:
         argv: the arguments without the program's name.

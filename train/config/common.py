@@ -73,7 +73,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Run:
-    """The run itself. Of these settings only precision, seed and threads change what is learnt."""
+    """Settings of the run itself. Only precision, seed and threads among them change the trained weights."""
 
     run_dir: str = "runs/oner"
     recipe: str = ""

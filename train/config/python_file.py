@@ -1,4 +1,4 @@
-"""Names in Python files of one's own: `my_recipes.py:name`."""
+"""Find functions in a user's Python file: `my_recipes.py:name`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def import_file(path: Path) -> ModuleType:
         ValueError: there is no such file, or its import fails; the message has the line and the exception.
     """
     path = path.resolve()
-    # One name for each path, so that two files of one name in two folders do not meet.
+    # One module name for each path, so that files of the same name in two folders do not collide.
     name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -47,7 +47,7 @@ def import_file(path: Path) -> ModuleType:
 
 
 def describe_error(error: Exception, path: Path) -> str:
-    """Describe an exception that came out of a file: `FILE, line N: KIND: message`."""
+    """Describe an exception that a file raised: `FILE, line N: KIND: message`."""
     path = path.resolve()
     if isinstance(error, SyntaxError):
         line = error.lineno

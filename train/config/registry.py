@@ -30,7 +30,7 @@ class UnknownRecipe(ValueError):
 def recipe(function: Callable[[], C]) -> Callable[[], C]:
     """Register a function `model_data_hardware() -> dataclass instance` under its own name.
 
-    A configuration with a field `run.recipe` gets the name there.
+    The name is stored in the configuration's field `run.recipe`, if it has that field.
 
     Raises:
         ValueError: the name does not have three parts in lower case, the docstring is missing, or the name is taken.
@@ -76,8 +76,8 @@ def find_recipe(name: str, kind: type = object) -> Recipe:
 
     Raises:
         UnknownRecipe: no recipe of this name returns a `kind`, or the file cannot be imported. The message names the
-            command that the recipe belongs to, or else the nearest name and all known ones. The recipe of a file
-            raises it, or another `ValueError`, when it is called.
+            command that the recipe belongs to, or else the nearest name and all known ones. A recipe from a file may
+            also raise it, or another `ValueError`, when the recipe is called.
     """
     reference = split_reference(name)
     if reference is not None:

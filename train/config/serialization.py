@@ -21,8 +21,10 @@ C = TypeVar("C")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass instance as plain JSON values: tuples become lists, enums their names, paths strings and
-    non-finite floats `"inf"`, `"-inf"`, `"nan"`."""
+    """Convert a dataclass instance to plain JSON values.
+
+    Tuples become lists, enums their names, paths strings, and non-finite floats `"inf"`, `"-inf"` or `"nan"`.
+    """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"to_dict needs a dataclass instance, got {config!r}")
     return {f.name: _plain(getattr(config, f.name), f.name) for f in dataclasses.fields(config) if f.init}

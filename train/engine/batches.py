@@ -15,14 +15,14 @@ from oner_fast.train.engine.distributed import World
 
 
 class HasImageSize(Protocol):
-    """A model's configuration that has the side of its images, in pixels."""
+    """A model's configuration that states the side of its images, in pixels."""
 
     @property
     def image_size(self) -> int: ...
 
 
 class BatchConfiguration(Protocol):
-    """A training's configuration, as far as its batches depend on it."""
+    """The fields of a training's configuration that its batches depend on."""
 
     @property
     def model(self) -> HasImageSize: ...

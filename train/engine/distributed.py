@@ -14,7 +14,7 @@ _PEERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_N
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process's place in the process group.
 
     Attributes:
         rank: 0 <= rank < size.

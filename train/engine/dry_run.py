@@ -1,4 +1,4 @@
-"""Try a training before it is started: a step or a few on its data, and nothing is kept."""
+"""Try a training before starting it: take one to three steps on its data, and keep nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from oner_fast.train.engine.distributed import World, barrier, sum_over_ranks
 from oner_fast.train.engine.loop import C, Training
 
 _STEPS, _SECONDS = 4, 10.0
-"""Steps at most, and the time after which no further one is begun."""
+"""The most steps, and the seconds after which no further step begins."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class DryRun:
 
     Attributes:
         steps: optimisation steps taken.
-        timed: how many of the last of them the pace is of: the first is left out, where there is another.
+        timed: number of steps that the pace is measured over: all but the first, or the first where there is no other.
         samples: samples per step, over all ranks.
         seconds_per_step: wall-clock time.
         data_wait: share of that time spent waiting for data, 0 to 1.
-        peak_memory: bytes of this rank at most: the GPU's, or the process's where it computes on the CPU.
-        loss: of the last step.
+        peak_memory: peak bytes of this rank: of its GPU, or of its process where it computes on the CPU.
+        loss: loss of the last step.
     """
 
     steps: int
@@ -62,15 +62,15 @@ class DryRun:
 
 
 def dry_run(config: C, kind: type[Training[C]], world: World) -> DryRun:
-    """Build a training in a temporary folder, take a step or a few on its data, and remove the folder.
+    """Build a training in a temporary folder, take one to three steps on its data, and remove the folder.
 
-    A step is repeated up to three times while all together take less than ten seconds, so that the pace is one without
-    the warm-up of the first step. Nothing of an existing run is read or written.
+    A step is repeated up to three times while all together take less than ten seconds, so that the pace excludes the
+    warm-up of the first step. Nothing of an existing run is read or written.
 
     Args:
         config: the configuration; its `run_dir` and `resume` are not used.
         kind: the class of the training.
-        world: this process among its peers, all of which must call this.
+        world: this process's place in the process group, all ranks of which must call this.
     """
     with _temporary_folder(Path(config.run.run_dir), world) as folder:
         training = kind(
@@ -87,7 +87,7 @@ def dry_run(config: C, kind: type[Training[C]], world: World) -> DryRun:
                 metrics = training.step_once(batch)
                 loss = float(metrics["loss"])  # waits for the device
                 times.append((time.perf_counter() - start, waited))
-                # All ranks must take as many steps.
+                # All ranks must take the same number of steps.
                 spent = float(sum_over_ranks(torch.tensor(sum(seconds for seconds, _ in times)))) / world.size
                 if len(times) == _STEPS or spent * (len(times) + 1) / len(times) > _SECONDS:
                     break

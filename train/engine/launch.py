@@ -49,7 +49,7 @@ def launch(
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: stopped without saving; the last checkpoint stands", file=sys.stderr)
+        print(f"{prog}: stopped without saving; the last checkpoint is unchanged", file=sys.stderr)
         return _EXIT["SIGINT"]
 
 

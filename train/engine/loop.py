@@ -29,12 +29,12 @@ from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
-# Settings of the data that change neither the samples nor their order: their place and the pace.
+# Settings of the data that change neither the samples nor their order: paths and speed.
 _FREE_DATA = ("workers", "train_data", "tokenizer")
 
 
 class Configuration(Protocol):
-    """A dataclass of dataclasses, as far as the loop reads it."""
+    """The fields of a configuration (a dataclass of dataclasses) that the loop reads."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -50,7 +50,7 @@ C = TypeVar("C", bound=Configuration)
 
 @dataclass(frozen=True)
 class Gradient:
-    """The report of a step once the gradient of the whole batch is in the parameters.
+    """The loss and metrics of a step, returned once the gradient of the whole batch is in the parameters.
 
     Attributes:
         loss: 0-d, over all ranks.
@@ -64,12 +64,12 @@ class Gradient:
 class Training(ABC, Generic[C]):
     """A run, built from its configuration; `run` trains from the last checkpoint to the end.
 
-    A subclass defines what is built, what a step computes and what is saved. The loop owns the order: learning rate,
-    gradient norm, steps that are not finite, checkpoints, signals, metrics and progress.
+    A subclass defines what is built, what a step computes and what is saved. The loop does the rest: learning rate,
+    gradient norm, non-finite steps, checkpoints, signals, metrics and progress.
     """
 
     title: ClassVar[str]
-    """The name before the progress bar."""
+    """The name shown before the progress bar."""
     config: C
     """The given configuration, completed by what the data or the checkpoint decided."""
 
@@ -123,14 +123,14 @@ class Training(ABC, Generic[C]):
 
     @abstractmethod
     def _flops(self, batch: PairBatch) -> float:
-        """Count the floating-point operations that the definition of this rank's part of the step needs."""
+        """Count the floating-point operations that this rank's part of the step needs, without recomputation."""
 
     @abstractmethod
     def _export(self) -> None:
         """Write the trained model into the run's folder; only the main rank calls this."""
 
     def _resolve(self, config: C, state: dict[str, Any] | None) -> C:
-        """Complete `config` by what only the data or the checkpoint's `state` can tell."""
+        """Fill in the fields of `config` that only the data or the checkpoint's `state` determine."""
         return config
 
     def _ready(self) -> None:
@@ -144,16 +144,16 @@ class Training(ABC, Generic[C]):
         """Restore what `_extra_state` returned."""
 
     def _updated(self) -> dict[str, Tensor | float]:
-        """React to the optimiser's step; return metrics."""
+        """Do what follows each optimiser step; return further metrics."""
         return {}
 
     @classmethod
     def without_traces(cls, config: C) -> C:
-        """Return `config` without what would be written outside the run's folder, for a dry run."""
+        """Return `config` with all output outside the run's folder turned off, for a dry run."""
         return config
 
     def _snapshot(self) -> None:
-        """Record what the report shows of this moment; only the main rank calls this."""
+        """Record the state of the model that the report shows over time; only the main rank calls this."""
 
     # The loop.
 
@@ -203,7 +203,7 @@ class Training(ABC, Generic[C]):
                     if asked or self._due(c.run.save_every):
                         self._save()
                 if asked and self.steps_done < total:
-                    progress.note(f"{asked}: saved step {self.steps_done}; the same command goes on from there")
+                    progress.note(f"{asked}: saved step {self.steps_done}; the same command continues from there")
                     return asked
         if main:
             self._export()
@@ -211,7 +211,7 @@ class Training(ABC, Generic[C]):
         return None
 
     def _due(self, every: int) -> bool:
-        """Tell whether something is due now that happens every so many steps (0: never) and at the end."""
+        """Return whether work is due now that is done every `every` steps (0: never) and at the end."""
         return every > 0 and (self.steps_done % every == 0 or self.steps_done == self.config.optim.steps)
 
     def step_once(self, batch: PairBatch) -> dict[str, Tensor | float]:
@@ -266,7 +266,7 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
 
 
 def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
-    """Refuse a folder with newer checkpoints: they would be taken for this run's."""
+    """Refuse a folder with newer checkpoints, which would be mistaken for this run's."""
     existing = checkpoint.saved(checkpoints)
     if existing and (start is None or start.resolve() != existing[-1].resolve()):
         raise ValueError(
@@ -276,7 +276,7 @@ def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
 
 
 def _refuse_other_configuration(name: str, saved: str, config: Configuration) -> None:
-    """Refuse to resume with other settings, except those of the place, the pace and the bookkeeping."""
+    """Refuse to resume with other settings; paths, data loading, logging and the like may change."""
     before_all = from_dict(type(config), json.loads(saved))
     differences = []
     for part in dataclasses.fields(config):

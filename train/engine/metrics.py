@@ -20,8 +20,8 @@ FILE = "metrics.jsonl"
 class MetricLog:
     """Appends metrics to `folder/metrics.jsonl` and writes them to `folder/tensorboard`.
 
-    A resumed run has no step twice: what was logged after the checkpoint it continues from is dropped from
-    both, the JSON lines atomically.
+    A resumed run logs no step twice: entries after the checkpoint that it continues from are removed from both, from
+    the JSON lines atomically.
 
     Args:
         folder: the run; made where needed.
@@ -97,8 +97,9 @@ class MetricLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, or of the one in the run folder `path`; a last line that was cut
-    short is left out.
+    """Read the lines of a `metrics.jsonl`, or of the one in the run folder `path`.
+
+    A last line that was cut short is left out.
 
     Raises:
         ValueError: a line before the last is not a JSON object with a step.
@@ -109,7 +110,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 def _board(folder: Path, resume_step: int) -> Any:
     try:
-        # Imported here, for it takes a second and readers of metrics need none of it.
+        # Imported here, since the import takes a second and readers of metrics do not need it.
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         _log.info("TensorBoard is not installed: metrics go to %s only (pip install tensorboard)", FILE)

@@ -17,7 +17,7 @@ class NonFiniteGuard:
     """Decides for each step whether the optimiser may run.
 
     Attributes:
-        limit: so many steps skipped in a row raise `NonFiniteError`.
+        limit: number of steps skipped in a row that raises `NonFiniteError`.
         skipped: steps skipped in the whole run.
         consecutive: steps skipped since the last good one.
     """

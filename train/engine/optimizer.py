@@ -1,4 +1,4 @@
-"""AdamW with weight decay where it belongs, and the gradient norm."""
+"""AdamW with weight decay on weights alone, and clipping of the gradient norm."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float | None) -
     """Scale the gradients in place so that their joint L2 norm is at most `max_norm`.
 
     Args:
-        parameters: those without a gradient are passed over.
+        parameters: the parameters; those without a gradient are skipped.
         max_norm: positive; None only measures.
 
     Returns:
-        The norm before clipping, a scalar float tensor on the gradients' device; no host synchronisation. Where
-        it is not finite the gradients are worthless afterwards, and the step is to be skipped.
+        The norm before clipping, a scalar float tensor on the gradients' device; no host synchronisation. Where it is
+        not finite, the gradients are unusable afterwards and the step must be skipped.
 
     Raises:
         ValueError: `max_norm` is not positive.

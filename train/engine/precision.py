@@ -17,8 +17,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def has_native_bf16(device: torch.device) -> bool:
     """Tell whether products of bfloat16 are faster than float32's on a device.
 
-    They are with AMX on x86, BF16 on ARM, on GPUs from sm_80 on, and with AVX-512-BF16, except Intel's, which has one
-    unit for it and two for float32 (0.6x was measured).
+    This holds for AMX on x86, BF16 on ARM and GPUs from sm_80 on. It also holds for AVX-512-BF16, except on Intel's
+    processors, which have one unit for bfloat16 and two for float32 (0.6x was measured).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

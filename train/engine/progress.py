@@ -33,16 +33,16 @@ _WINDOW = 64
 class Progress:
     """Shows the steps of a training.
 
-    On a terminal a bar with step, total and time left stands above a table of two rows, the names and the
-    newest values of the loss and its parts, learning rate, gradient norm, samples a second, data wait, MFU and
-    modality gap. Elsewhere every `every` steps, and for the first and the last, one line
-    `step  120/2000  loss 3.1416  ...` with the same values in fixed columns.
+    On a terminal, a bar shows step, total and time left. Below it, a table of two rows shows names and newest values:
+    the loss and its parts, learning rate, gradient norm, samples a second, data wait, MFU and modality gap. Elsewhere
+    it prints, every `every` steps and for the first and the last, one line `step  120/2000 loss 3.1416  ...` with the
+    same values in fixed columns.
 
     Args:
         total: steps of the whole run.
         start: steps finished before, where a run is resumed.
         every: steps between two plain lines.
-        title: what stands before the bar.
+        title: text before the bar.
         console: where to write; stdout by default.
         enabled: False shows nothing; give `world.is_main`.
         clock: seconds, monotonic.
@@ -89,8 +89,8 @@ class Progress:
 
         Args:
             step: finished steps.
-            metrics: new values, by the names of `metrics.jsonl`; those not given keep their last value. What
-                has no column is ignored.
+            metrics: new values, by the names of `metrics.jsonl`; those not given keep their last value. Metrics without
+                a column are ignored.
         """
         self.step = step
         self._times.append((step, self._clock()))

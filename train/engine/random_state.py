@@ -19,8 +19,10 @@ def seed_generators(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the generators of torch (CPU), torch (the current CUDA device, where CUDA is in use),
-    numpy (where imported) and Python; plain values that `torch.load(weights_only=True)` reads back.
+    """Return the state of every random generator as plain values, which `torch.load(weights_only=True)` reads back.
+
+    The generators are those of torch on the CPU, torch on the current CUDA device (where CUDA is in use), numpy (where
+    imported) and Python.
 
     It is this process's state. Ranks have equal ones, as every draw of a training is a function of (seed, step).
     """
@@ -36,7 +38,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned; a generator that this process has not is passed over."""
+    """Restore what `random_state` returned; a generator that this process lacks is skipped."""
     torch.set_rng_state(state["torch"].cpu())
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

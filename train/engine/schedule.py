@@ -28,8 +28,9 @@ def cosine_lr(step: int, *, peak: float, total_steps: int, warmup_steps: int = 0
 
 
 def teacher_momentum(step: int, *, total_steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """Momentum of the teacher's moving average after the step `step`: half a cosine from `start` at step 0
-    to `end` at `total_steps` and later (as in MoCo v3 and BYOL).
+    """Momentum of the teacher's moving average after the step `step`: half a cosine, as in MoCo v3 and BYOL.
+
+    It rises from `start` at step 0 to `end` at `total_steps` and stays there.
 
     Raises:
         ValueError: a negative step, no steps at all, or not `0 <= start <= end <= 1`.

@@ -20,7 +20,7 @@ _NOTE = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at o
 
 
 class StopRequest:
-    """The request of the signals received so far.
+    """A request to stop, made by the signals received so far.
 
     Attributes:
         requested: None, `"SIGINT"` or `"SIGTERM"`: the first signal that came to this process.
@@ -35,14 +35,14 @@ class StopRequest:
         """Agree over all ranks: None to go on, else the name of a signal that some rank received.
 
         Every rank must call it at the same step; all get the same answer, SIGINT before SIGTERM, and
-        `requested` becomes it. Alone, it is `requested`.
+        `requested` becomes it. In a single process the answer is `requested`.
         """
         if world.size > 1:
             votes = torch.tensor([self.requested == name for name in _NAMES], dtype=torch.int32)
             # On the CPU, so that no GPU is waited for.
             counts = sum_over_ranks(votes).tolist()
             agreed = next((name for name, count in zip(_NAMES, counts, strict=True) if count), None)
-            # A signal that came during the vote is put to the next one.
+            # A signal that arrives during this exchange is handled in the next one.
             self.requested = agreed or self.requested
             return agreed
         return self.requested
@@ -50,7 +50,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if os.getpid() != self._process:
-            # A forked child inherits the handler but is not the one to save: Ctrl-C is its parent's affair.
+            # A forked child inherits the handler, but only its parent saves and handles Ctrl-C.
             if name == "SIGTERM":
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -86,5 +86,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            # None: it was set outside Python, and only the default can be given back.
+            # None: it was set outside Python, and only the default can be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,4 +1,4 @@
-"""The machine's rate of multiplication, the pace of a training, and the share that one is of the other (MFU)."""
+"""The machine's rate of multiplication, the pace of a training, and their ratio (MFU)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 FORWARD_AND_BACKWARD = 3
-"""A step's operations over those of its forward: a backward takes twice the forward's."""
+"""A step's operations divided by its forward's: a backward takes twice as many as its forward."""
 
 _SECONDS = 0.3
 _LARGEST = 8192
@@ -28,7 +28,7 @@ def gemm_rate(
     Args:
         device: CPU or CUDA.
         dtype: float32, float16, bfloat16 or float64.
-        threads: CPU threads, the present number by default; it is as before afterwards.
+        threads: CPU threads, the current number by default. The current number is restored afterwards.
         again: measure once more, and keep the better of both: the machine may have been busy the first time.
 
     Raises:
@@ -64,9 +64,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
         size *= 2
         left = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
         right = torch.randn(size, size, generator=generator, device=device, dtype=dtype)
-        _time(left, right)  # the first call loads the library and wakes the threads
+        _time(left, right)  # the first call loads the library and starts the threads
         seconds = _time(left, right)
-        # Large enough that starting a product costs nothing against it.
+        # Large enough that the start of a product costs nothing by comparison.
         if seconds > 0.005 or size >= _LARGEST:
             break
     spent, best = 0.0, seconds
@@ -94,7 +94,7 @@ def mfu(model_flops: float, seconds: float, rate: float) -> float:
     """Return the model FLOP utilisation: the share of the measured rate that the model's own operations used.
 
     Args:
-        model_flops: operations the model's definition needs (no recomputation, no padding), of one rank.
+        model_flops: operations that the model needs on one rank, without recomputation and padding.
         seconds: wall-clock time they took.
         rate: FLOP/s, from `gemm_rate`.
 
@@ -111,10 +111,10 @@ class Throughput:
     """The pace of some steps.
 
     Attributes:
-        steps: how many.
-        samples: samples in them.
-        seconds: wall-clock time of them.
-        waited: seconds of it spent waiting for data.
+        steps: number of steps.
+        samples: number of samples in them.
+        seconds: their wall-clock time.
+        waited: the part of that time spent waiting for data.
     """
 
     steps: int
@@ -141,12 +141,10 @@ class Throughput:
 class ThroughputMeter:
     """Time the steps of a loop.
 
-    ```python
-    with meter.waiting():
-        batch = next(batches)
-    ...
-    meter.step(len(batch))
-    ```
+        with meter.waiting():
+            batch = next(batches)
+        ...
+        meter.step(len(batch))
 
     Args:
         warmup: the first steps, which are not counted: they start workers and choose kernels.

@@ -18,7 +18,7 @@ from oner_fast.train.engine.replica import Replica
 
 
 class Embedded(Protocol):
-    """A forward's output, as far as the contrast reads it."""
+    """The part of a forward's output that the contrast reads."""
 
     @property
     def embeddings(self) -> Mapping[Any, Tensor]:
@@ -74,7 +74,7 @@ def second_pass(
         replica: the trained module; its ranks are synchronised in the last micro-batch's backward.
         forward: as in `first_pass`.
         inputs: as in `first_pass`.
-        leaves: the result of `first_pass`, whose gradients are set; a leaf without gradient is passed over.
+        leaves: the result of `first_pass`, whose gradients are set; a leaf without gradient is skipped.
         own_loss: a further loss (0-d) of each micro-batch by itself, which is added.
     """
     start = 0

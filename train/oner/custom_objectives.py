@@ -1,4 +1,4 @@
-"""Objectives of one's own: functions of the embeddings that a file or an installed package brings."""
+"""User-defined objectives: functions of the embeddings, from a Python file or an installed package."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class LoadedObjective:
-    """An objective of one's own, ready to be called.
+    """A user-defined objective, ready to be called.
 
     Attributes:
         name: the name of its loss in the metrics.

@@ -1,4 +1,4 @@
-"""The floating-point operations that the definition of a step of OneR needs, of which MFU is a share."""
+"""Count the floating-point operations that a step of OneR needs, from which MFU is computed."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class StudentInput:
     """The student's passes of a micro-batch.
 
     Attributes:
-        passes: the passes.
-        words: the masked words to predict, by pass.
-        patches: (B, M) bool by pass; marks the masked patches to predict.
+        passes: the forward passes to run.
+        words: for each pass that predicts words, the masked words.
+        patches: for each pass that predicts patches, (B, M) bool that marks the masked patches.
     """
 
     passes: tuple[Pass, ...]
@@ -85,8 +85,8 @@ class StudentInput:
 def student_passes(objectives: Objectives, shared_trunk: bool) -> tuple[PassName, ...]:
     """Return the passes that the weights ask for.
 
-    I and T serve ITC, XMC and their masked objective, and as keys where there is no teacher. (I,T) serves CMC and
-    masked multimodal modelling. F(.|.) serves CIC.
+    ITC, XMC and the masked objectives of a single modality need F(I) and F(T). So do the keys where there is no
+    teacher. CMC and masked multimodal modelling need F(I,T), and CIC needs F(I|T) and F(T|I).
     """
     both = bool(objectives.itc or objectives.xmc or (objectives.contrastive and not objectives.momentum_teacher))
     passes: tuple[PassName, ...] = ()

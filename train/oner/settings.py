@@ -16,12 +16,12 @@ CONTRASTS = ("itc", "xmc", "cic", "cmc")
 
 @dataclass(frozen=True)
 class CustomObjective:
-    """An objective of one's own in the configuration."""
+    """A user-defined objective in the configuration."""
 
     source: str
     """`FILE.py:FUNCTION`, or the name of an entry point of the group `oner_fast.objectives`."""
     weight: float
-    """Its share in the step's loss, above 0."""
+    """Its weight in the step's loss, above 0."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -68,7 +68,7 @@ class Objectives:
     force_patch_dropout: float = 0.0
     """Share of the patches left out of the student's passes, before they are embedded."""
     custom: Suppress[Fixed[tuple[CustomObjective, ...]]] = ()
-    """Objectives of one's own, which a recipe adds; no flag sets them."""
+    """User-defined objectives, which a recipe adds; no flag sets them."""
 
     def __post_init__(self) -> None:
         weights = (self.itc, self.xmc, self.cic, self.cmc, self.mlm, self.mim)
@@ -81,10 +81,10 @@ class Objectives:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.custom and not self.contrastive:
-            raise ValueError("an objective of one's own needs a contrast above 0: it reads the contrast's embeddings")
+            raise ValueError("a user-defined objective needs a contrast above 0: it reads the contrast's embeddings")
         names = [*CONTRASTS, "mlm", "mim", *(each.name for each in self.custom)]
         if taken := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"objectives need names of their own, {', '.join(taken)} is there twice")
+            raise ValueError(f"objectives need distinct names, got {', '.join(taken)} twice")
 
     @property
     def contrastive(self) -> bool:

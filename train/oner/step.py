@@ -28,7 +28,7 @@ class StepResult:
 
     Attributes:
         loss: 0-d, over all ranks.
-        parts: the losses that make it up by name, unweighted; 0-d, over all ranks.
+        parts: its component losses by name, unweighted; 0-d, over all ranks.
         modality_gap: 0-d, of all ranks' keys; None without a contrast.
     """
 

@@ -53,7 +53,7 @@ class Student(nn.Module):
             torch.tensor(math.log(1 / objectives.temperature)),
             requires_grad=objectives.learnable_temperature and self.contrastive,
         )
-        # What no loss reaches takes no gradient: the other ranks would wait for it.
+        # Parameters that no loss reaches take no gradient: the other ranks would wait for one.
         mask_token = self.tower.patch_embedding.mask_token
         assert mask_token is not None
         mask_token.requires_grad_(self.patch_head is not None)

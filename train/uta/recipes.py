@@ -1,4 +1,4 @@
-"""Recipes of UTA and of the rows it is compared with.
+"""Recipes of UTA and of the methods that it is compared with.
 
 The paper's choices (section 4.1): ImageNet-21K without labels, batch 2048, AdamW (0.9, 0.98), peak learning rate
 1.5e-3, weight decay 0.05, gradient norm 3.0, half of the patches hidden by reversed block-wise masks; its teacher is
@@ -18,7 +18,7 @@ DEFAULT = "uta_tiny_icons_cpu"
 
 _STEPS = 600
 _ALL_TOKENS = 37 / 19
-"""Tokens of a student that sees all of 6 x 6 patches, over those of one that sees half of them."""
+"""Tokens of a student that reads all 6 x 6 patches, divided by the tokens of a student that reads half of them."""
 
 
 @recipe

@@ -18,7 +18,7 @@ class Alignment:
 
     teacher: str = ""
     """The frozen CLIP: a run of `oner-fast train clip`, an open_clip name with its weights (ViT-B-16:openai), ...; or a
-    run of `oner-fast train lit`, which is no CLIP."""
+    run of `oner-fast train lit`, which is not a CLIP."""
     objective: Objective = "uta"
     """uta: [CLS] and the visible tokens; the hidden ones never enter the student. Comparison rows: distillation (every
     token enters and is aligned), mask_token (hidden tokens enter as [MASK]; they and [CLS] are aligned, as in EVA)."""
@@ -26,7 +26,7 @@ class Alignment:
     """Share of the patches that are hidden."""
     mask: Pattern = "reversed_block"
     teacher_precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: what the student computes in."""
+    """auto: the dtype that the student computes in."""
     teacher_cache: str = ""
     """Folder that keeps the teacher's tokens of every step, for runs of the same data with other students."""
     teacher_cache_dtype: Literal["bf16", "int8"] = "bf16"

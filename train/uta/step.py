@@ -14,7 +14,7 @@ from oner_fast.train.engine.replica import Replica
 from oner_fast.train.uta.settings import UTAConfiguration
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
-_STREAM = 0  # of the masks' random numbers
+_STREAM = 0  # the stream of the masks' random numbers
 
 
 class AlignmentStep:

@@ -2,7 +2,8 @@
 
 The batch of a step is a pure function of (seed, step), crops included. Runs that share data, crop, seed and batch size
 (other students, ablations, other initialisations) therefore see the same images at the same step. An entry is one
-rank's part of one step. It also holds a checksum of the images that it was computed from, and is served only for them.
+rank's part of one step. It also holds a checksum of the images that it was computed from, and is returned only for
+those images.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def feature_key(
 ) -> dict[str, Any]:
     """Return the key of a `FeatureCache`: everything that determines the teacher's tokens of a step.
 
-    `batch_size` is global. The number of ranks is no part: entries name their places in the global batch.
+    `batch_size` is global. The number of ranks is not part of the key: entries name their places in the global batch.
     """
     return {
         "teacher": teacher.fingerprint,
@@ -71,11 +72,11 @@ def feature_key(
 
 
 class FeatureCache:
-    """Tokens (B, T, D) by step: one file per entry, whole at any moment; several ranks and runs may share a folder.
+    """Tokens (B, T, D) by step: one file per entry, never half-written; several ranks and runs may share a folder.
 
     Args:
         folder: made where it is absent.
-        key: what the tokens depend on, JSON values by name (see `feature_key`).
+        key: everything that the tokens depend on, JSON values by name (see `feature_key`).
         shape: (T, D) of one sample.
         dtype: `bf16`, or `int8` with one float32 scale a token (the largest magnitude over 127): half the bytes.
 
@@ -98,7 +99,7 @@ class FeatureCache:
         theirs = json.loads(path.read_text())
         if theirs != mine:
             raise ValueError(
-                f"{self.folder} holds features of something else ({'; '.join(_differences(theirs, mine))}); "
+                f"{self.folder} holds features for other settings ({'; '.join(_differences(theirs, mine))}); "
                 "give another folder, or delete it"
             )
         remove_leftovers(self.folder)

@@ -1,4 +1,4 @@
-"""The teacher's targets for a training's batches, from the cache or computed, on a GPU beside the student's work."""
+"""The teacher's targets for each batch, from the cache or computed; on a GPU, in parallel with the student."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Pending(NamedTuple):
 
 
 class TeacherFeatures:
-    """The tokens (B, 1 + N, E) of a batch by `take(batch)`; `submit(batch)` may start their computation earlier.
+    """Get the teacher's tokens (B, 1 + N, E) of a batch: `take(batch)` returns them, `submit(batch)` starts them early.
 
     On a GPU the teacher runs on its own stream: submit the next batch before the student's step of this one
     (`Batches.ahead` does), and both run at once. On the CPU that gains nothing. With a cache, a step's tokens have the
@@ -33,15 +33,15 @@ class TeacherFeatures:
 
     def __init__(self, teacher: Teacher, cache: FeatureCache | None = None) -> None:
         self.teacher, self.cache = teacher, cache
-        self.computed, self.served = 0, 0
-        """Batches that the teacher computed, and that the cache gave."""
+        self.computed, self.cached = 0, 0
+        """Number of batches that the teacher computed, and number that came from the cache."""
         self._device = next(teacher.parameters()).device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._pending: deque[_Pending] = deque()
 
     @property
     def overlaps(self) -> bool:
-        """Whether a batch submitted early is computed beside other work, as on a GPU."""
+        """Whether a batch submitted early is computed in parallel with other work, as on a GPU."""
         return self._stream is not None
 
     def submit(self, batch: PairBatch) -> None:
@@ -52,7 +52,7 @@ class TeacherFeatures:
         if stored is None:
             self.computed += 1
         else:
-            self.served += 1
+            self.cached += 1
         tokens, ready = self._on_cpu(batch, stored) if self._stream is None else self._beside(batch, stored)
         self._pending.append(_Pending(batch.step, tokens, ready, self.cache is not None and stored is None))
 
@@ -70,7 +70,7 @@ class TeacherFeatures:
         if pending.ready is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(pending.ready)
-            tokens.record_stream(current)  # its memory is the other stream's, which must not take it back too early
+            tokens.record_stream(current)  # the memory belongs to the other stream, which must not reuse it too early
         if pending.to_store and self.cache is not None:
             kept = self.cache.put(batch.step, batch.images.cpu(), tokens, _place(batch))
             tokens = kept.to(device=self._device, dtype=self.teacher.dtype)

@@ -65,7 +65,7 @@ class UTATraining(Training[UTAConfiguration]):
 
     @classmethod
     def without_traces(cls, config: UTAConfiguration) -> UTAConfiguration:
-        """Leave the cache of the teacher's tokens alone."""
+        """Turn off the cache of the teacher's tokens."""
         return replace(config, alignment=replace(config.alignment, teacher_cache=""))
 
     def _cache(self) -> FeatureCache | None:
@@ -98,7 +98,7 @@ class UTATraining(Training[UTAConfiguration]):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if state["teacher_fingerprint"] != self.teacher.fingerprint:
             raise ValueError(
-                f"the run was trained towards another teacher than {self.config.alignment.teacher} now holds; give "
+                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; give "
                 "another --run-dir"
             )
 

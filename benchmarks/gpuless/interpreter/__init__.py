@@ -61,7 +61,7 @@ def install(autotune: int = 0, **options: Any) -> None:
 
 
 def uninstall() -> None:
-    """Give Triton its own interpreter back."""
+    """Restore Triton's own interpreter."""
     global _autotuning
     if _autotuning is None:
         return
@@ -78,9 +78,9 @@ def uninstall() -> None:
 
 @contextmanager
 def active(**options: Any) -> Iterator[Stats]:
-    """Install for a while, with the arguments of `install`, and give the counters, which start at zero.
+    """Install within the block, with the arguments of `install`; yield the counters, which start at zero.
 
-    It may be nested: the settings outside hold again afterwards.
+    Blocks may be nested: afterwards the outer settings apply again.
     """
     outer = None if _autotuning is None else (_autotuning.index, vars(current.settings))
     stats.reset()

@@ -1,4 +1,4 @@
-"""The functions that stand in the places of Triton's interpreter. Each has the name and arguments of the one there."""
+"""Replacements for functions of Triton's interpreter, with the same names and arguments."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_
 
 
 def counted(name: str) -> Callable[[Any, Any], Any]:
-    """Return the stock function of that name, with its numbers counted as exponentials."""
+    """Wrap the stock function of that name, so that the numbers passed to it are counted as exponentials."""
 
     def run(self: Any, arg: Any) -> Any:
         stats.exponentials += arg.data.size
@@ -115,7 +115,7 @@ def create_atomic_cas(self: Any, pointers: Any, expected: Any, value: Any, *rest
 
 
 def set_grid_idx(self: Any, x: int, y: int, z: int) -> Any:
-    """Begin a program; with `shuffle`, one of a random order."""
+    """Begin the next program; with `shuffle`, programs come in random order."""
     if current.settings.shuffle is not None:
         if (x, y, z) == (0, 0, 0):
             count = int(np.prod(self.grid_dim))
@@ -126,7 +126,7 @@ def set_grid_idx(self: Any, x: int, y: int, z: int) -> Any:
 
 
 def init_args_hst(self: Any, args_dev: Any, kwargs: Any) -> Any:
-    """Bring the arguments of a launch to the host, and shadow them."""
+    """Copy the arguments of a launch to the host, and make the shadow of their memory."""
     args, named = current.stock["_init_args_hst"](self, args_dev, kwargs)
     current.memory = Memory(list(_tensors_in([*args, *named.values()])))
     return args, named

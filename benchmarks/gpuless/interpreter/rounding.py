@@ -20,7 +20,7 @@ def round_tf32(x: np.ndarray) -> np.ndarray:
 
 
 class BitMover:
-    """Stand before the compiled part of the interpreter, which moves raw bits and sees bfloat16 as uint16."""
+    """Wrap the compiled part of the interpreter, which moves raw bits and treats bfloat16 as uint16."""
 
     _compiled: Any = stock._interpreter
 
@@ -28,7 +28,7 @@ class BitMover:
         return getattr(self._compiled, name)
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, other: Any, dtype: np.dtype[Any]) -> np.ndarray:
-        """Read each active lane's number; the others get theirs of `other`."""
+        """Read each active lane's number; an inactive lane takes its number from `other`."""
         if dtype != BFLOAT16:
             loaded: np.ndarray = self._compiled.load(pointers, mask, other, dtype)
             return loaded

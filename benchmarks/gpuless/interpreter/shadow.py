@@ -20,7 +20,7 @@ OF_TRITON = tuple(
     for module in (stock, triton.language.core, triton.language.semantic, triton.language.standard)
 )  # fmt: skip
 SECTOR_SHIFT = 5  # sectors of 32 bytes
-SEVERAL = -1  # in the place of a program's number: several have read
+SEVERAL = -1  # replaces a program's number where several have read
 
 
 class OutOfBounds(Exception):
@@ -55,7 +55,7 @@ class Region:
         self.sectors = {kind: np.zeros(((high - low) >> SECTOR_SHIFT) + 2, bool) for kind in ("read", "write")}
 
     def race(self, addresses: np.ndarray, size: int, kind: str, me: int) -> str:
-        """Note the accesses of program `me` and return what is wrong with them; empty where nothing is."""
+        """Record the accesses of program `me` and describe the race that they cause; empty where they cause none."""
         for part in range(max(1, size // self.unit)):
             at = (addresses - self.low) // self.unit + part
             foreign = (self.writer[at] != 0) & (self.writer[at] != me)
@@ -74,7 +74,7 @@ class Region:
         return ""
 
     def touch(self, addresses: np.ndarray, kind: str) -> None:
-        """Note which sectors were read or written."""
+        """Record which sectors were read or written."""
         sectors = (addresses >> SECTOR_SHIFT) - (self.low >> SECTOR_SHIFT)
         self.sectors["read" if kind == "load" else "write"][sectors] = True
 

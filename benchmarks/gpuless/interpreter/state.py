@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Settings:
-    """What is checked, and in which order programs run.
+    """Checks that the interpreter makes, and the order in which programs run.
 
     Args:
         bounds: accesses lie in the tensors of the launch.
@@ -30,11 +30,11 @@ class Stats:
     """Counters since the last reset, summed over programs.
 
     Args:
-        load_bytes, store_bytes, atomic_bytes: of active lanes.
+        load_bytes, store_bytes, atomic_bytes: bytes accessed by active lanes.
         load_sectors, store_sectors, atomic_sectors: 32-byte sectors of each access of each program.
-        unique_read_bytes, unique_write_bytes: of the last launch alone, in whole sectors.
-        dot_flops: of `tl.dot`.
-        exponentials: numbers that exp, exp2, log and log2 were taken of.
+        unique_read_bytes, unique_write_bytes: bytes that the last launch touched, in whole sectors.
+        dot_flops: FLOPs of `tl.dot`.
+        exponentials: count of numbers passed to exp, exp2, log and log2.
     """
 
     load_bytes: int = 0
@@ -59,17 +59,17 @@ class Stats:
         setattr(self, f"{kind}_sectors", getattr(self, f"{kind}_sectors") + sectors)
 
     def summary(self) -> dict[str, float]:
-        """Return all counters, and the share of the loaded sectors' bytes that were asked for."""
+        """Return all counters, and the share of the loaded sectors' bytes that lanes requested."""
         return dict(vars(self), load_efficiency=round(self.load_bytes / max(1, 32 * self.load_sectors), 3))
 
 
 @dataclass
 class Current:
-    """The state of the process, since Triton's interpreter is one for the process.
+    """The state of the interpreter, of which a process has exactly one.
 
     Args:
-        settings: of the last `install`.
-        stock: Triton's own functions by name, while others stand in their places.
+        settings: the settings of the last `install`.
+        stock: Triton's own functions by name, while replacements are installed.
         memory: the shadow of the launch that runs, a `shadow.Memory`; None before the first.
     """
 

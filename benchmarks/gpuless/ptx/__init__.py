@@ -3,8 +3,9 @@
     kernel = Kernel(ptx_text, "my_kernel")
     stats = kernel.launch(grid, block, [tensor, 128, 0.5, None], shared=4096)
 
-PTX from Triton or `nvcc -ptx` is translated to C++, compiled by g++ and run on host memory: 32 lanes in lockstep, lanes
-that part meet again at the lowest basic block, warps and blocks one after the other.
+PTX from Triton or `nvcc -ptx` is translated to C++, compiled by g++ and run on host memory. The 32 lanes of a warp run
+in lockstep. Where they diverge, the lowest basic block runs first, so that they meet again. Warps and blocks run one
+after the other.
 
 Caught: out-of-bounds and misaligned accesses to global, shared and local memory; races on shared memory between warps
 (no barrier between); races between blocks; cp.async data read before its wait_group and shared memory never written

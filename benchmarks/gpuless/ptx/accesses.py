@@ -52,14 +52,14 @@ def global_loop(
 def shared_loop(
     o: Decoded, addr: str, kind: str, body: str, size: int, before: str = "", value: str = "nullptr"
 ) -> str:
-    """Return the same for shared memory."""
+    """Return such a loop for shared memory."""
     site = o.new_site(f"shared_{SITES.get(kind, 'ld')}")
     check = f"check_shared({o.inst.index}, w, l, a_[l], {size}, {kind}, {value});"
     return f"{{ u32 a_[32]; LM {{ a_[l] = {addr}; {before} {check} {body} }} count_shared({site}, a_, m, {size}); }}"
 
 
 def local_loop(o: Decoded, addr: str, body: str, size: int) -> str:
-    """Return the same for local memory, which is not counted."""
+    """Return such a loop for local memory, which is not counted."""
     return f"LM {{ u64 a_ = {addr}; check_local({o.inst.index}, w, l, a_, {size}); {body} }}"
 
 
@@ -109,7 +109,7 @@ def store(o: Decoded) -> str:
 
 @handles("atom red", " ".join(ATOMIC_OPS) + " global shared noftz " + SCOPES + CACHE)
 def atomic(o: Decoded) -> str:
-    """Read, modify and write atomically; `atom` keeps what was there before."""
+    """Read, modify and write atomically; `atom` returns the old value."""
     where, op = space(o), o.one_of(ATOMIC_OPS)
     at = 1 if o.root == "atom" else 0
     ty, c = bits_type(o.ty), CTYPE[o.ty]
@@ -131,7 +131,7 @@ def atomic(o: Decoded) -> str:
 
 
 def updated(o: Decoded, op: str, value: str, c: str) -> str:
-    """Return what an atomic operation makes of o_, the number that was there."""
+    """Return the new value that an atomic operation computes from o_, the old value."""
     if o.ty in ("f16x2", "bf16x2"):
         t = o.ty[:-2]
         return " | ".join(
@@ -208,14 +208,14 @@ def nothing(o: Decoded) -> str:
 
 @handles("createpolicy", "fractional range L1::* L2::* global")
 def cache_policy(o: Decoded) -> str:
-    """Make a cache policy, which means nothing here."""
+    """Make a cache policy, which has no effect here."""
     return o.every_lane("0", "b64")
 
 
 def access_bytes(inst: Instruction) -> int | None:
     """Return the bytes of the smallest unit that an instruction moves, or None if it moves none.
 
-    Races are detected with the granularity of the smallest of a kernel.
+    The smallest such unit of a kernel is the granularity at which its races are detected.
     """
     root, *mods = inst.op.split(".")
     if root in ("ld", "st", "atom", "red") and not {"param", "local", "const"} & set(mods):

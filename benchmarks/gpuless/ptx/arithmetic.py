@@ -95,7 +95,7 @@ def float_op(o: Decoded, values: Sequence[str], ty: str) -> str:
 
 @handles(" ".join(UNARY), "approx ftz rn full")
 def unary_function(o: Decoded) -> str:
-    """Compute ex2, rcp, tanh and the like as accurately as the C library, so better than a GPU approximates them."""
+    """Compute ex2, rcp, tanh and the like by the C library, which is more accurate than a GPU's approximations."""
     if o.ty in ("f16x2", "bf16x2"):
         return halves(o, lambda values: UNARY[o.root].format(values[0]))
     return o.every_lane(flushed(o, UNARY[o.root].format(flushed(o, o.src(1)))))
@@ -161,13 +161,13 @@ def with_carry(o: Decoded) -> str:
 
 @handles("rem")
 def remainder(o: Decoded) -> str:
-    """Divide integers and keep what is left."""
+    """Compute the remainder of an integer division."""
     a, b, c = o.src(1), o.src(2), CTYPE[o.ty]
     return o.every_lane(f"({b} == 0 ? {a} : {b} == ({c})-1 && {int(o.ty[0] == 's')} ? 0 : {a} % {b})")
 
 
 @handles("sad")
 def sum_of_difference(o: Decoded) -> str:
-    """Add the distance of two integers to a third."""
+    """Add the absolute difference of two integers to a third."""
     a, b, u = o.src(1), o.src(2), f"u{o.bits}"
     return o.every_lane(f"(({a} < {b} ? ({u}){b} - ({u}){a} : ({u}){a} - ({u}){b}) + ({u}){o.src(3)})")

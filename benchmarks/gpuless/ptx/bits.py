@@ -16,13 +16,13 @@ def logic(o: Decoded) -> str:
 
 @handles("not cnot")
 def invert(o: Decoded) -> str:
-    """Negate bit by bit (`not`) or as a whole (`cnot`)."""
+    """Invert every bit (`not`), or map 0 to 1 and any other number to 0 (`cnot`)."""
     return o.every_lane(f"({o.src(1)} == 0)" if o.root == "cnot" or o.ty == "pred" else f"(~{o.src(1)})")
 
 
 @handles("shl shr")
 def shift(o: Decoded) -> str:
-    """Shift; to the right with the sign of a signed number."""
+    """Shift; a signed number keeps its sign when it is shifted to the right."""
     ty = CTYPE[o.ty] if o.root == "shr" else f"u{o.bits}"
     return o.every_lane(f"{o.root}<{ty}>({o.src(1)}, {o.src(2, 'u32')})")
 
@@ -58,5 +58,5 @@ def bit_count(o: Decoded) -> str:
 
 @handles("prmt lop3")
 def byte_select(o: Decoded) -> str:
-    """Choose bytes of two registers, or combine three by a table."""
+    """Choose bytes from two registers (`prmt`), or combine the bits of three by a truth table (`lop3`)."""
     return o.every_lane(f"{o.root}({', '.join(o.src(i, 'u32') for i in range(1, len(o.args)))})", "b32")

@@ -71,7 +71,7 @@ class Generator:
         return "\n".join([*out, "}"])
 
     def _branch(self, inst: Instruction, guard: str, following: int) -> str:
-        """Return what chooses each lane's next block, for an instruction that ends one; empty for all others."""
+        """Return the C++ that chooses each lane's next block; empty for an instruction that does not end a block."""
         root, *mods = inst.op.split(".")
         test = guard or "1"
         if root == "bra":

@@ -23,7 +23,7 @@ PROPERTIES = {
 
 
 def comparison(o: Decoded, ty: str) -> str:
-    """Return the test of operands 1 and 2, read as a type. `equ` and the like hold where one is NaN."""
+    """Return the test of operands 1 and 2, read as a type. `equ` and the like are true where an operand is NaN."""
     op = o.one_of(COMPARISONS)
     x, y = flushed(o, o.src(1, ty), ty), flushed(o, o.src(2, ty), ty)
     nan = f"({x} != {x} || {y} != {y})"

@@ -17,10 +17,10 @@ class Access:
     """Counters of memory instructions.
 
     Args:
-        executed: instructions of warps; `lanes`: of them, the active ones.
-        bytes: that lanes asked for.
-        sectors: of 32 bytes, in global memory.
-        wavefronts: in shared memory; more than `ideal_wavefronts` are bank conflicts.
+        executed: number of warp instructions. `lanes`: number of active lanes in them.
+        bytes: bytes that lanes requested.
+        sectors: number of 32-byte sectors, in global memory.
+        wavefronts: number of wavefronts, in shared memory. Those beyond `ideal_wavefronts` are bank conflicts.
     """
 
     executed: int = 0
@@ -41,12 +41,12 @@ class Stats:
     Args:
         kernel: its name.
         grid, block: in three dimensions.
-        seconds: that the emulation took.
-        opcodes: instructions that warps executed.
+        seconds: time that the emulation took.
+        opcodes: number of warp instructions by name.
         memory: an `Access` for each of `global_ld`, `shared_st` and so on.
         places: source line and instruction, kind and `Access` of every memory instruction.
-        unique_read_bytes, unique_write_bytes: of the sectors touched, each once.
-        findings: what broke a rule.
+        unique_read_bytes, unique_write_bytes: bytes of the sectors touched, each sector once.
+        findings: the places where a rule was broken.
     """
 
     kernel: str
@@ -72,7 +72,7 @@ class Stats:
         return sum(2 * int(m[1]) * int(m[2]) * int(m[3]) * count for m, count in shapes if m)
 
     def summary(self) -> dict[str, float | None]:
-        """Return the totals, the share of the sectors' bytes that were asked for, and the factors of bank conflicts."""
+        """Return the totals, the share of the sectors' bytes that lanes requested, and factors of bank conflicts."""
         out: dict[str, float | None] = {
             "warp_instructions": self.warp_instructions,
             "tensor_flops": self.tensor_flops,

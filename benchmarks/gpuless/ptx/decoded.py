@@ -16,7 +16,7 @@ class Decoded:
 
     Args:
         instruction: as it stands in the program.
-        new_site: numbers a counted memory access of the kind it is given.
+        new_site: takes the kind of a counted memory access and returns its number.
     """
 
     def __init__(self, instruction: Instruction, new_site: NewSite) -> None:
@@ -37,7 +37,7 @@ class Decoded:
         return next((each for each in self.mods if each in choices), "")
 
     def src(self, i: int, ty: str = "") -> str:
-        """Return operand i, read as a type: the instruction's own, where none is given."""
+        """Return operand i, read as the given type or, by default, as the instruction's own."""
         return operands.source(self.inst, self.args[i], ty or self.ty)
 
     def dst(self, value: str, ty: str = "", i: int = 0) -> str:

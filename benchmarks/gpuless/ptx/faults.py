@@ -12,10 +12,10 @@ class KernelFault(Exception):
     """The launch broke a rule.
 
     Args:
-        name: of the kernel.
-        total: how often, at all places together.
-        findings: the places.
-        stats: the counters of what ran.
+        name: the kernel's name.
+        total: number of violations, over all places.
+        findings: the places where a rule was broken.
+        stats: the counters of the launch.
     """
 
     def __init__(self, name: str, total: int, findings: Sequence[Finding], stats: Stats) -> None:

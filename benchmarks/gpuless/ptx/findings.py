@@ -11,8 +11,8 @@ class Finding:
 
     Args:
         kind: OUT OF BOUNDS, SHARED RACE and so on.
-        block, warp, lane: who broke it first; lane -1 is the whole warp.
-        count: how often at this instruction.
+        block, warp, lane: the first to break it; lane -1 is the whole warp.
+        count: number of violations at this instruction.
         message: what happened.
         where: source line and PTX instruction.
     """

@@ -27,7 +27,7 @@ Dimensions = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Checks:
-    """What a launch looks for, and in which order it runs the blocks.
+    """Checks that a launch makes, and the order in which it runs the blocks.
 
     Args:
         bounds: every global access lies in one of the tensors passed.
@@ -56,7 +56,7 @@ DEFAULT_CHECKS = Checks()
 
 @dataclass(frozen=True)
 class _Ran:
-    """What ptx_run left: whether it broke off, its report, and its counters."""
+    """Results of `ptx_run`: whether it stopped early, its report, and its counters."""
 
     aborted: bool
     report: str
@@ -70,8 +70,8 @@ class Kernel:
 
     Args:
         ptx: the text.
-        name: of the kernel. It may leave out C++ mangling where that is unambiguous, and be left out where the text has
-            one kernel.
+        name: the kernel's name. C++ mangling may be omitted where that is unambiguous, and the whole name where the
+            text has one kernel.
 
     Raises:
         PtxError: no kernel or several fit the name, something is not emulated, or there is no C++ compiler.
@@ -105,7 +105,7 @@ class Kernel:
             args: CPU tensors, Python numbers, None for a null pointer, or bytes.
             shared: bytes of dynamic shared memory.
             tensors: more tensors that the kernel may touch.
-            checks: what is looked for.
+            checks: the checks to make.
             raise_on_fault: raise where a rule is broken; otherwise the findings are in the counters.
             overrides: fields of `checks`.
 

@@ -43,7 +43,7 @@ def bits_type(ty: str) -> str:
 
 
 def immediate(x: str, ty: str) -> str | None:
-    """Return a literal as a C++ expression of a type, or None where it is none."""
+    """Return a literal as a C++ expression of a type, or None where the operand is not a literal."""
     if found := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", x):
         return f"F(0x{found[1]}u)" if ty == "f32" else f"0x{found[1]}u" if SIZES[ty] == 4 else None
     if found := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", x):
@@ -61,7 +61,7 @@ def immediate(x: str, ty: str) -> str | None:
 
 
 def special(x: str) -> str | None:
-    """Return a special register as a C++ expression, or None where it is none."""
+    """Return a special register as a C++ expression, or None where the operand is not a special register."""
     found = re.fullmatch(r"%(tid|ntid|ctaid|nctaid)\.([xyz])", x)
     if not found:
         return SPECIAL.get(x)
@@ -78,7 +78,7 @@ def array(inst: Instruction, x: str) -> str:
     """Return all 32 lanes of a register.
 
     Raises:
-        PtxError: the operand is `_` or a literal, which have none.
+        PtxError: the operand is `_` or a literal, not a register.
     """
     register = inst.names.get(x)
     if not isinstance(register, Register):
@@ -87,7 +87,7 @@ def array(inst: Instruction, x: str) -> str:
 
 
 def symbol(s: Symbol) -> str:
-    """Return the address of a variable; those of shared memory and of parameters are offsets."""
+    """Return the address of a variable; in shared memory and among parameters, an address is an offset."""
     places = {
         "shared": f"{s.offset}u",
         "dynamic": "w->c->dyn_offset",

@@ -37,8 +37,8 @@ class Statement:
 
     Args:
         kind: `open`, `close`, `label` or `code`.
-        text: without what surrounds it.
-        line: in the PTX text.
+        text: the label or the code, without colon, semicolon and surrounding white space.
+        line: line number in the PTX text.
         source: `file.py:12`, or empty without line information.
     """
 
@@ -184,7 +184,7 @@ class _Scanner:
         self.pos, self.line_pos, self.line = 0, 0, 1
 
     def skip(self, pattern: str) -> re.Match[str] | None:
-        """Step over a pattern, if it stands here."""
+        """Skip a pattern if it matches at the current position."""
         found = re.compile(pattern).match(self.text, self.pos)
         if found:
             self.pos = found.end()
@@ -197,7 +197,7 @@ class _Scanner:
         return self.line
 
     def until(self, end: str) -> str:
-        """Step over the text up to `end`, and over that, and return the text."""
+        """Skip the text up to and including `end`, and return the text before `end`."""
         at = self.text.find(end, self.pos)
         if at < 0:
             raise PtxError(f'line {self.here()}: no "{end}" after {self.text[self.pos : self.pos + 60]!r}')
@@ -230,7 +230,7 @@ class _Scanner:
                     out.append(Statement("code", text, line, source))
 
     def module(self) -> Module:
-        """Return all that the text defines."""
+        """Return everything that the text defines."""
         found = Module()
         while True:
             self.skip(r"\s+")

@@ -58,8 +58,8 @@ class Instruction:
     Args:
         op: `root.modifiers`.
         args: the operands as text.
-        guard: the predicate under which it runs; `negated` turns it round.
-        names: what the names among the operands stand for.
+        guard: the predicate under which it runs; `negated` inverts the predicate.
+        names: the register or variable of each name among the operands.
         text, line, source: as in `parse.Statement`.
         index: its number in the program.
     """
@@ -91,7 +91,7 @@ def align_up(size: int, to: int) -> int:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where a function is expanded: `end` is the label behind an inlined call, and `stack` the functions outside."""
+    """One expansion of a function: `end` is the label after the inlined call, `stack` lists the calling functions."""
 
     function: Function
     scopes: list[Scope]
@@ -113,9 +113,9 @@ class Program:
 
     Attributes:
         blocks: the instructions of each basic block; `insts` has all of them.
-        labels: the number of the block that a label stands before.
-        targets: the labels of each table of branches.
-        registers: how many there are of each class.
+        labels: the number of the block that follows each label.
+        targets: the labels of each branch table.
+        registers: number of registers of each class.
         static_smem, local_bytes, param_bytes: bytes of each memory.
         globals: the variables of the module that are global or constant.
 
@@ -138,7 +138,7 @@ class Program:
         params: Scope = {p.name: Symbol("param", p.offset) for p in entry.params}
         self.param_bytes = max([p.offset + p.size for p in entry.params], default=0)
         self._expand(entry, {**self.module_names, **params}, "", None, [entry.name])
-        self.blocks.append([])  # falling off the end lands here; never executed after ret
+        self.blocks.append([])  # a program that runs off the end comes here; never executed after ret
 
     def _place(self, v: Variable) -> Symbol:
         if v.space == "dynamic":
@@ -284,7 +284,7 @@ def _parts_of_call(args: Sequence[str]) -> tuple[list[str], str, list[str], list
 
 
 class _Labels:
-    """Resolve labels, which belong to the braces that they stand in: inline assembly may repeat a name."""
+    """Resolve labels. A label belongs to the braces around it, since inline assembly may repeat a name."""
 
     def __init__(self, statements: Sequence[Statement], prefix: str) -> None:
         self.prefix, self.count = prefix, 0
@@ -313,7 +313,7 @@ class _Labels:
         """Return the unique name of a label.
 
         Raises:
-            PtxError: no brace around has it.
+            PtxError: no enclosing brace has the label.
         """
         for i in reversed(self.path):
             if name in self.declared[i]:

@@ -25,7 +25,7 @@ def cache_folder() -> Path:
     """Return the folder of compiled kernels, which is made where it is not there.
 
     Raises:
-        PtxError: somebody else owns it; what lies there would be run.
+        PtxError: another user owns the folder, whose files would be executed.
     """
     named = os.environ.get("ONER_FAST_PTX_CACHE")
     path = Path(named) if named else Path(tempfile.gettempdir()) / f"oner-fast-ptx-{os.getuid()}"
@@ -82,7 +82,7 @@ def _compiler() -> str:
 
 
 def _cpu_features() -> str:
-    """Return what -march=native follows, so that no other processor's code is run."""
+    """Return the features that -march=native depends on, so that code compiled for another processor is not run."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -17,7 +17,8 @@ struct RowKernels {
   void (*accumulate[kKinds][2])(void* sum, const void* row, int64_t count);
   // row = sum
   void (*store[kKinds][2])(void* row, const void* sum, int64_t count);
-  // out (side * side, dense) = (pixels - shift) * (1 / divisor) for a square of pixels, consecutive lines `stride` elements apart.
+  // out (side * side, dense) = (pixels - shift) * (1 / divisor) for a square of pixels; its lines are `stride` elements
+  // apart.
   void (*normalise[kPixelKinds][kKinds])(void* out, const void* pixels, int64_t stride, int64_t side, double shift,
                                          double divisor);
 };

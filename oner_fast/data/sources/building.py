@@ -26,8 +26,7 @@ class Build:
     """A dataset folder under construction.
 
     `options` holds everything that the bytes depend on. The folder keeps it, so that a second run continues its own
-    build
-    only. Raises ValueError where the folder holds another build and `overwrite` is false.
+    build only. Raises ValueError where the folder holds another build and `overwrite` is false.
     """
 
     def __init__(self, output: str | Path, name: str, options: dict[str, Any], overwrite: bool = False) -> None:
@@ -142,8 +141,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
-    """Yield `work(job)` for each job, in order, from `workers` processes (1: this process). Leaving the loop stops
-    them."""
+    """Yield `work(job)` for each job, in order, from `workers` processes (1: this process).
+
+    Leaving the loop stops the processes.
+    """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
     if workers == 1 or len(jobs) <= 1:

@@ -94,7 +94,7 @@ def pairs(
         licence: Written into every sample.
         author: Written into every sample.
         workers: Processes that read and check images; one for each processor by default.
-        limit: Take only the first so many pairs.
+        limit: Take only this many pairs, the first ones.
         overwrite: Replace another build in the folder.
     """
     from oner_fast.data.sources.pairs import build_pairs

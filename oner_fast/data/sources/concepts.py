@@ -21,8 +21,7 @@ def concept(caption: str) -> str:
     """Lower-cased words of `caption` without digits, stop words and plural s, sorted and joined by blanks.
 
     "Batteries 10" and "batteries 20" are one concept, and so are "arrow down" and "down arrow". A caption without such
-    a
-    word ("24", "to") is its own concept.
+    a word ("24", "to") is its own concept.
     """
     text = caption.lower().translate(_QUOTES).replace("'s", "")
     words = sorted(singular(word) for word in _WORD.findall(text) if word not in STOP_WORDS)

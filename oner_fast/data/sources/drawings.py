@@ -57,8 +57,7 @@ def build_drawings(
     """Build the dataset of `drawings` at `size` pixels a side; returns the content of `dataset.json`.
 
     The sets named in `style` make the split "style" and are never in "train" or "val". An interrupted call loses at
-    most the
-    part that it was drawing; the next call continues there and writes the same bytes.
+    most the part that it was drawing; the next call continues there and writes the same bytes.
     """
     build.begin()
     parts = [drawings[start : start + PART] for start in range(0, len(drawings), PART)]

@@ -73,7 +73,7 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
     for pair in job.pairs:
         try:
             image, extension = _read_image(pair.image, job.resize)
-        except UnidentifiedImageError:  # its own message names an address in memory
+        except UnidentifiedImageError:  # Pillow's own message contains an address in memory
             corrupt.append(f"{pair.name}: not an image of a known format")
             continue
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -90,7 +90,7 @@ def _read_image(path: Path, resize: int | None) -> tuple[bytes, str]:
     with Image.open(io.BytesIO(data)) as image:
         kind = image.format or ""
         if kind not in EXTENSIONS:
-            raise ValueError(f"a {kind} picture; {', '.join(EXTENSIONS)} can be read")
+            raise ValueError(f"a {kind} image; only {', '.join(EXTENSIONS)} can be read")
         image.load()
         if resize is None or min(image.size) <= resize:
             return data, EXTENSIONS[kind]

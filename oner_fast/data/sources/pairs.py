@@ -44,12 +44,12 @@ def build_pairs(
         caption_key: the column of captions.
         separator: the character between columns; found from the header line by default.
         root: the folder where relative image paths start; the folder of the file by default.
-        resize: shrink each image whose shorter side is longer than this to it, in pixels; the others keep their bytes.
-        validation_percent: share of the concepts or captions, whichever `split_by` names, that goes to "val".
+        resize: shrink images to this shorter side, in pixels; smaller images keep their bytes.
+        validation_percent: percentage of concepts or captions (see `split_by`) that goes to "val".
         licence: written into every sample.
         author: written into every sample.
         workers: processes that read and check images; one for each processor by default.
-        limit: take only the first so many pairs.
+        limit: take only this many pairs, the first ones.
         overwrite: replace another build in `output`.
 
     Returns:

@@ -16,8 +16,7 @@ class Picture:
     """A rendered image.
 
     `digest` is the SHA-1 of its pixels in hexadecimal, equal for equal pixels. `blank` means one flat colour. A drawing
-    that
-    cannot be rendered has an `error` and no bytes.
+    that cannot be rendered has an `error` and no bytes.
     """
 
     png: bytes

@@ -15,8 +15,10 @@ OWNER = "oner_fast"
 
 @dataclass(frozen=True)
 class Sample:
-    """One pair. `key` has no dot, `image` is a file in the format of `extension`, and `meta` is the content of
-    KEY.json."""
+    """One pair.
+
+    `key` has no dot, `image` is a file in the format of `extension`, and `meta` is the content of KEY.json.
+    """
 
     key: str
     image: bytes
@@ -45,7 +47,7 @@ class Shard:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     """Write `samples` to the tar `path`, through a temporary file that is synced to the disk and then renamed."""
-    # Imported late: it imports torch, which takes seconds, and a finished build needs neither.
+    # Imported here, since it imports torch, which takes seconds and which a finished build does not need.
     from webdataset.writer import TarWriter
 
     count = 0

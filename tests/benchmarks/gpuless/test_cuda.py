@@ -72,12 +72,12 @@ def test_a_missing_barrier_is_a_race(row_sums: Any) -> None:
         run_sums(row_sums("-DNO_SYNC"), torch.randn(5, 1000))
 
 
-def test_what_nvcc_refuses_is_said() -> None:
+def test_errors_of_nvcc_are_reported() -> None:
     with pytest.raises(cuda.NvccError, match=r"kernel\.cu: .*error"):
         cuda.Module("this is\nno CUDA")
 
 
-def test_without_nvcc_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nvcc_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     assert tools.missing(*tools.FOR_CUDA) == ["nvcc"]
     with pytest.raises(cuda.NvccError, match="nvcc was not found"):

@@ -81,7 +81,7 @@ def test_offsets_beyond_two_to_the_31(kernels: Any) -> None:
     assert y.tolist() == [3, 5, 7]
 
 
-def test_settings_outside_hold_again_and_tritons_own_driver_comes_back(kernels: Any) -> None:
+def test_outer_settings_and_tritons_own_driver_are_restored(kernels: Any) -> None:
     before, x, y = driver._active, torch.ones(4, 64), torch.zeros(64)
     with emulate.active(global_race=False):
         assert driver._active is not before

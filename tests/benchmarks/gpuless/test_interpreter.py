@@ -83,7 +83,7 @@ def test_bytes_sectors_and_flops_are_counted(kernels: Any) -> None:
     assert stats.summary()["load_efficiency"] == 1.0
 
 
-def test_settings_outside_hold_again_and_tritons_own_come_back(kernels: Any) -> None:
+def test_outer_settings_and_tritons_own_interpreter_are_restored(kernels: Any) -> None:
     before = stock.InterpreterBuilder.create_dot, stock._get_np_dtype
     x, y = torch.ones(4, 64), torch.zeros(64)
     with interpreter.active(race=False):

@@ -107,7 +107,7 @@ def test_a_barrier_that_half_of_the_warps_reach_is_a_deadlock() -> None:
         Kernel(EXCHANGE.replace("BARRIER", half)).launch(1, 64, [torch.zeros(64, dtype=torch.int32)], race=False)
 
 
-def test_a_loop_without_end_is_given_up() -> None:
+def test_an_endless_loop_is_stopped() -> None:
     with pytest.raises(KernelFault, match="HANG"):
         Kernel(EXCHANGE.replace("BARRIER", "again: bra again;")).launch(
             1, 64, [torch.zeros(64, dtype=torch.int32)], max_steps=1000
@@ -148,7 +148,7 @@ def test_a_kernel_is_found_by_a_part_of_its_name() -> None:
         Kernel(two)
 
 
-def test_without_a_compiler_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(PtxError, match="no-such-compiler not found"):
         Kernel(COPY)

@@ -76,7 +76,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return data, folder / "run"
 
 
-def test_it_learns_and_open_clip_loads_the_run(straight: tuple[Path, Path]) -> None:
+def test_the_towers_learn_and_open_clip_loads_the_run(straight: tuple[Path, Path]) -> None:
     _, run = straight
     lines = figures(run)
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"]
@@ -107,7 +107,7 @@ def test_a_rate_that_was_too_low_is_measured_again(
     assert asked == [False, True] and found and all(0 < share < 1 for share in found)
 
 
-def test_resumed_is_uninterrupted(straight: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(straight: tuple[Path, Path], tmp_path: Path) -> None:
     data, whole = straight
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
@@ -157,7 +157,7 @@ def rank_main(rank: int, size: int, folder: str) -> None:
         shutdown()
 
 
-def test_two_processes_are_one(run_two_ranks: Any, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(run_two_ranks: Any, tmp_path: Path) -> None:
     loss, wanted = gradients(pairs())
     run_two_ranks(__file__, tmp_path)
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""Memory that a step has freed serves the next one without new pages."""
+"""Memory that a step has freed is used by the next step without new pages."""
 
 from __future__ import annotations
 

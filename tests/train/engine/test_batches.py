@@ -1,4 +1,4 @@
-"""Where batches come from: the same training reads tars on disk and streams."""
+"""Sources of batches: the same training reads tars on disk and streams."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def flags(data: str, run: Path, *more: str) -> list[str]:
     return [*small.split(), "--train-data", data, "--run-dir", str(run), "--snapshot-every", "2", *more]
 
 
-def test_what_is_a_stream() -> None:
+def test_streams_are_recognised_by_their_addresses() -> None:
     assert is_stream("pipe:cat a.tar") and is_stream("https://example.org/{00..09}.tar") and is_stream("s3://a/b.tar")
     assert not is_stream("data/pictograms") and not is_stream("data/{00..09}.tar")
 

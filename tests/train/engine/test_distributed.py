@@ -20,7 +20,7 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"PMI_SIZE": "1"}])
-def test_alone_nothing_is_started(environment, given):
+def test_a_single_process_starts_no_process_group(environment, given):
     for name, value in given.items():
         environment.setenv(name, value)
     world = setup("cpu")

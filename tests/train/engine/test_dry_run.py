@@ -42,13 +42,13 @@ def command(data: Path, run: Path) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def test_a_run_that_is_there_stays_as_it_is(tmp_path: Path, check_dry_run: Any) -> None:
+def test_a_dry_run_leaves_an_existing_run_unchanged(tmp_path: Path, check_dry_run: Any) -> None:
     words = command(make_pairs(tmp_path / "data"), tmp_path / "run")
     assert oner.main(words) == 0
     check_dry_run(oner.main, words, "3 steps of 8 samples")
 
 
-def test_a_failure_leaves_nothing_either(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_dry_run_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = command(tmp_path / "absent", tmp_path / "run")
     assert oner.main([*words, "--dry-run"]) == 1
     assert "absent" in capsys.readouterr().err and list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ GOOD, NAN, INF = torch.tensor(1.0), torch.tensor(math.nan), torch.tensor(-math.i
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, GOOD), (INF, GOOD), (GOOD, NAN), (GOOD, INF), (NAN, INF)])
-def test_each_kind_is_skipped_and_counted(loss, norm):
+def test_each_kind_of_nonfinite_step_is_skipped_and_counted(loss, norm):
     guard = NonFiniteGuard()
     assert guard.check(GOOD, GOOD)
     assert not guard.check(loss, norm)

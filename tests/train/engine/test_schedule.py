@@ -5,7 +5,7 @@ import pytest
 from oner_fast.train.engine.schedule import cosine_lr, teacher_momentum
 
 
-def test_learning_rate_at_its_corners():
+def test_learning_rate_at_the_start_the_peak_and_the_end():
     lr = [cosine_lr(s, peak=1.0, total_steps=110, warmup_steps=10, floor=0.1) for s in range(120)]
     assert lr[0] == 0.1 and lr[4] == 0.5 and lr[9] == 1.0 and lr[10] == 1.0
     assert lr[60] == pytest.approx(0.55, abs=1e-15)
@@ -19,7 +19,7 @@ def test_learning_rate_without_warm_up():
     assert cosine_lr(1, peak=3e-4, total_steps=1) == 0.0
 
 
-def test_momentum_at_its_ends():
+def test_momentum_at_the_first_and_last_step():
     momentum = [teacher_momentum(s, total_steps=100) for s in range(103)]
     assert momentum[0] == 0.996
     assert momentum[50] == pytest.approx(0.998, abs=1e-15)

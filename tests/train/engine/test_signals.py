@@ -14,7 +14,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_the_first_signal_only_asks(name, capfd):
+def test_the_first_signal_only_requests_a_stop(name, capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_on_signals() as stop:
         assert stop.requested is None and stop.agree(ALONE) is None
@@ -52,7 +52,7 @@ def test_forked_children_leave_ctrl_c_to_the_parent_and_obey_sigterm():
     assert (done.stdout, done.stderr) == ("15 None\n", "")
 
 
-def test_outside_the_main_thread_it_says_that_it_cannot(caplog):
+def test_outside_the_main_thread_a_warning_says_that_signals_are_not_handled(caplog):
     seen = []
 
     def work():

@@ -98,7 +98,9 @@ def test_micro_batches_change_nothing(data: Path, tmp_path: Path, tiny_encoders:
     assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
 
-def test_a_trained_one_finds_the_colours(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
+def test_a_trained_model_retrieves_every_colour(
+    data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]
+) -> None:
     tiny_encoders(0)
     run = tmp_path / "run"
     assert lit.main(command(data, run, **SIZES | {"steps": 60, "lr": 0.1})) == 0
@@ -118,7 +120,7 @@ def test_other_encoders_cannot_resume(
     assert "were trained on another image encoder" in capsys.readouterr().err
 
 
-def test_a_student_learns_from_it(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
+def test_a_student_learns_from_the_teacher(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
     tiny_encoders(0)
     assert lit.main(command(data, tmp_path / "lit", **SIZES)) == 0
     sizes = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "mlp_hidden": 16, "embed_dim": 6}

@@ -49,7 +49,7 @@ def with_custom(config: OneRConfiguration, file: Path, weight: float = 0.5) -> O
     return replace(config, objectives=replace(config.objectives, custom=custom))
 
 
-def test_it_adds_its_weighted_loss_and_gradient(small: Any, file: Path) -> None:
+def test_an_objective_adds_its_weighted_loss_and_gradient(small: Any, file: Path) -> None:
     batch, config = small.batch(), small.config()
     gradients, results, outputs = [], [], []
     for each in (config, with_custom(config, file)):
@@ -85,7 +85,9 @@ def test_micro_batches_change_nothing(small: Any, file: Path) -> None:
     torch.testing.assert_close(gradients, accumulated)
 
 
-def test_two_ranks_report_and_follow_their_mean(small: Any, file: Path, tmp_path: Path, run_two_ranks: Any) -> None:
+def test_two_ranks_train_on_the_mean_of_their_losses(
+    small: Any, file: Path, tmp_path: Path, run_two_ranks: Any
+) -> None:
     run_two_ranks(__file__, tmp_path, sys.modules[small.__module__].__file__, file)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.testing.assert_close(first, second)
@@ -99,7 +101,7 @@ def test_two_ranks_report_and_follow_their_mean(small: Any, file: Path, tmp_path
             torch.testing.assert_close(first["gradients"][name], parameter.grad)
 
 
-def test_the_configuration_keeps_it_and_a_resume_compares_it(file: Path, tmp_path: Path) -> None:
+def test_the_configuration_keeps_objectives_and_resuming_compares_them(file: Path, tmp_path: Path) -> None:
     config = with_custom(OneRConfiguration(), file)
     save_json(config, tmp_path / "config.json")
     assert load_json(OneRConfiguration, tmp_path / "config.json") == config
@@ -130,7 +132,7 @@ def test_the_example_spreads_images(small: Any, monkeypatch: pytest.MonkeyPatch)
     assert step(small.batch()).parts["spread"] < 0
 
 
-def test_an_installed_package_may_bring_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_can_provide_an_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     point = importlib.metadata.EntryPoint("margin", "torch.nn.functional:cosine_similarity", "oner_fast.objectives")
     points = importlib.metadata.EntryPoints([point])
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points.select(group=group))
@@ -162,7 +164,7 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="needs a contrast above 0"):
         Objectives(itc=0, cmc=0, custom=(own,))
     for twice in ((own, own), (CustomObjective("mine.py:itc", 1.0),)):
-        with pytest.raises(ValueError, match="names of their own"):
+        with pytest.raises(ValueError, match="need distinct names"):
             Objectives(custom=twice)
 
 

@@ -49,7 +49,7 @@ PASSES = ("image", "text", "image_text", "image_given_text", "text_given_image")
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("teacher", [False, True])
 @pytest.mark.parametrize("names", [["itc"], ["xmc"], ["cic"], ["cmc"], ["itc", "xmc", "cic", "cmc"]])
-def test_contrasts_are_the_table(names: list[str], teacher: bool, symmetric: bool) -> None:
+def test_contrasts_agree_with_the_papers_table(names: list[str], teacher: bool, symmetric: bool) -> None:
     weights: dict[str, Any] = {name: 0.7 if name in names else 0.0 for name in ("itc", "xmc", "cic", "cmc")}
     objectives = Objectives(**weights, mlm=0, mim=0, symmetric=symmetric, momentum_teacher=teacher)
     query: dict[Any, Tensor] = {name: torch.randn(6, 4, dtype=torch.float64).requires_grad_() for name in PASSES}

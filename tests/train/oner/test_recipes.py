@@ -26,7 +26,7 @@ def contrasts(config: OneRConfiguration) -> tuple[bool, ...]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_is_whole(name: str) -> None:
+def test_a_recipe_is_a_whole_configuration(name: str) -> None:
     config, build = get_recipe(name), recipes()[name]
     assert isinstance(config, OneRConfiguration) and config == build()
     assert build.__name__ == name and len(name.split("_")) >= 4
@@ -97,7 +97,7 @@ def test_every_row_of_the_ablation_is_a_recipe(row: str, ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["tiny_pictograms_cpu", "vitb16_cc3m_a100x8"])
-def test_rows_differ_in_what_is_compared_alone(ending: str) -> None:
+def test_ablation_recipes_differ_only_in_the_compared_settings(ending: str) -> None:
     """Same data, optimiser and sizes in each row; CLIP has its own frame, without masks and teacher."""
     rows = {name: get_recipe(name) for name in NAMES if name.endswith(ending)}
     base = rows[f"oner_{ending}"]

@@ -222,7 +222,7 @@ def test_a_finished_run_is_left_as_it_is_and_loads(runs: Runs, capfd: pytest.Cap
         ({"batch_size": 64}, "64"),
     ],
 )
-def test_what_would_not_continue_the_run_is_refused(
+def test_a_command_that_would_not_continue_the_run_is_refused(
     runs: Runs, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
 ) -> None:
     before = {path: path.read_bytes() for path in runs.straight.rglob("*") if path.is_file()}

@@ -146,7 +146,7 @@ def test_every_trainable_parameter_takes_part(small: Any, name: str) -> None:
     assert idle == []
 
 
-def test_autocast_is_near(small: Any) -> None:
+def test_loss_and_gradients_under_autocast_are_near_float32s(small: Any) -> None:
     config = small.config(**ALL)
     plain, student = small.step(config, torch.float32)
     cast, other = small.step(config, torch.float32)

@@ -19,13 +19,13 @@ def tokens(config: UTAConfiguration) -> int:
 
 
 @pytest.mark.parametrize("name", ["distillation_tiny_icons_cpu", "masktoken_tiny_icons_cpu"])
-def test_comparison_rows_see_as_many_tokens(name: str) -> None:
+def test_comparison_recipes_train_on_equally_many_tokens(name: str) -> None:
     ours, theirs = get_recipe(uta_recipes.DEFAULT, UTAConfiguration), get_recipe(name, UTAConfiguration)
     assert tokens(theirs) == pytest.approx(tokens(ours), rel=0.005)
     assert theirs.data == ours.data and theirs.alignment.teacher == ours.alignment.teacher
 
 
-def test_the_long_row_takes_as_many_steps_at_twice_the_tokens() -> None:
+def test_the_long_comparison_recipe_takes_equally_many_steps_at_twice_the_tokens() -> None:
     ours, theirs = (get_recipe(name) for name in (uta_recipes.DEFAULT, "distillation_long_tiny_icons_cpu"))
     assert theirs.optim == ours.optim and tokens(theirs) == pytest.approx(2 * tokens(ours), rel=0.05)
 
@@ -55,6 +55,6 @@ def test_the_teacher_fits_the_tiny_student() -> None:
     assert stage2.model.image_size == student.model.image_size
 
 
-def test_kinds_do_not_mix() -> None:
+def test_recipes_are_listed_by_their_system_only() -> None:
     assert uta_recipes.DEFAULT in recipes(UTAConfiguration) and uta_recipes.DEFAULT not in recipes(CLIPConfiguration)
     assert all(config().run.recipe == name for name, config in recipes(UTAConfiguration).items())

@@ -63,7 +63,7 @@ def test_int8_is_within_its_stated_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype, size", [("bf16", 5 * 24 * 2), ("int8", 5 * 28)])
-def test_the_size_on_disk_is_as_said(dtype: str, size: int, tmp_path: Path) -> None:
+def test_the_size_on_disk_is_the_stated_one(dtype: str, size: int, tmp_path: Path) -> None:
     cache = open_cache(tmp_path, dtype)
     assert cache.bytes_per_sample == size and cache.bytes_on_disk == 0 and cache.error() is None
     cache.put(0, images(200), features(200))
@@ -72,7 +72,7 @@ def test_the_size_on_disk_is_as_said(dtype: str, size: int, tmp_path: Path) -> N
 
 def test_another_key_is_refused_by_name(tmp_path: Path) -> None:
     open_cache(tmp_path)
-    with pytest.raises(ValueError, match=r"something else \(seed 0 -> 1\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed 0 -> 1\)"):
         open_cache(tmp_path, seed=1)
     with pytest.raises(ValueError, match="dtype 'bf16' -> 'int8'"):
         open_cache(tmp_path, "int8")
@@ -97,7 +97,7 @@ def test_damage_is_found_and_counts_as_absent(damage: str, tmp_path: Path, caplo
     assert cache.get(7, images()) is not None
 
 
-def test_features_of_other_pictures_are_not_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_features_of_other_images_are_not_returned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache = open_cache(tmp_path)
     cache.put(7, images(), features())
     assert cache.get(7, images(seed=1)) is None and "of other images" in caplog.text
@@ -138,7 +138,7 @@ def batch(step: int) -> PairBatch:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-def test_a_cold_and_a_warm_run_see_the_same_bits(dtype: Any, teacher: Teacher, tmp_path: Path) -> None:
+def test_runs_with_an_empty_and_a_filled_cache_get_the_same_bits(dtype: Any, teacher: Teacher, tmp_path: Path) -> None:
     runs = []
     for _ in range(2):
         queue = TeacherFeatures(teacher, open_cache(tmp_path, dtype))
@@ -147,7 +147,7 @@ def test_a_cold_and_a_warm_run_see_the_same_bits(dtype: Any, teacher: Teacher, t
         for step in range(3):
             queue.submit(batch(step + 1))
             seen.append(queue.take(batch(step)))
-        runs.append((seen, queue.computed, queue.served))
+        runs.append((seen, queue.computed, queue.cached))
     (cold, *counts), (warm, *again) = runs
     assert counts == [4, 0] and again == [1, 3]  # the batch that was submitted last was never taken, so never stored
     for step, (first, second) in enumerate(zip(cold, warm, strict=True)):
@@ -155,7 +155,7 @@ def test_a_cold_and_a_warm_run_see_the_same_bits(dtype: Any, teacher: Teacher, t
         torch.testing.assert_close(first, teacher.tokens(batch(step).images), rtol=0.02, atol=0.02)
 
 
-def test_without_a_cache_they_are_the_teachers(teacher: Teacher) -> None:
+def test_without_a_cache_the_features_come_from_the_teacher(teacher: Teacher) -> None:
     queue = TeacherFeatures(teacher)
     for step in (0, 1, 5):
         queue.submit(batch(step))

@@ -83,7 +83,7 @@ def gradients(student: UTA) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("objective", ["uta", "distillation", "mask_token"])
-def test_the_loss_is_its_definition(teacher: Path, objective: str) -> None:
+def test_the_loss_equals_its_formula(teacher: Path, objective: str) -> None:
     config, batch = settings(teacher, objective, mask_ratio=0.4), pictures()
     step, student = step_of(config)
     found = step(batch)
@@ -149,7 +149,7 @@ def rank_main(rank: int, size: int, folder: str, teacher: str) -> None:
         shutdown()
 
 
-def test_two_processes_are_one(teacher: Path, run_two_ranks: Any, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(teacher: Path, run_two_ranks: Any, tmp_path: Path) -> None:
     step, student = step_of(settings(teacher))
     loss, wanted = step(pictures()), gradients(student)
     run_two_ranks(__file__, tmp_path, teacher)
@@ -207,7 +207,9 @@ def figures(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_resumed_is_uninterrupted(straight: tuple[Path, Path], teacher: Path, tmp_path: Path, cached: bool) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    straight: tuple[Path, Path], teacher: Path, tmp_path: Path, cached: bool
+) -> None:
     data, whole = straight
     cache: dict[str, Any] = {}
     if cached:  # int8, whose rounding shows: a resumed run must see the same tokens as the one that stored them
@@ -225,7 +227,7 @@ def test_resumed_is_uninterrupted(straight: tuple[Path, Path], teacher: Path, tm
     assert figures(run) == figures(whole)[2:]
 
 
-def test_it_learns_and_its_file_names_the_teacher(straight: tuple[Path, Path], teacher: Path) -> None:
+def test_the_student_learns_and_its_file_names_the_teacher(straight: tuple[Path, Path], teacher: Path) -> None:
     _, run = straight
     losses = [line["loss"] for line in figures(run)]
     assert len(losses) == 6 and losses[-1] < losses[0] - 0.1
