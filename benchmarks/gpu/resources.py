@@ -114,15 +114,11 @@ def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
         "",
         *table(triton),
     ]
+    lines += ["", "## CUDA C++", ""]
     if cuda:
-        lines += [
-            "",
-            "## CUDA C++",
-            "",
-            f"{nvcc_version()}. Block sizes and dynamic shared memory are the launch's.",
-            "",
-        ]
-        lines += table(cuda)
+        lines += [f"{nvcc_version()}. Block sizes and dynamic shared memory are the launch's.", "", *table(cuda)]
+    else:
+        lines += ["Left out: nvcc was not found."]
     return "\n".join(lines) + "\n"
 
 
