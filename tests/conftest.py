@@ -87,6 +87,7 @@ def _steady() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # a training clears it
 
 
 @pytest.fixture
