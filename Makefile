@@ -114,6 +114,8 @@ lint: $(STAMP)-dev ## ruff, mypy, clang-format, import contracts, style checks, 
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	@if command -v actionlint >/dev/null; then actionlint; \
+	else echo 'actionlint was not found: the workflows are checked against their schema alone'; fi
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms \
 		$(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
