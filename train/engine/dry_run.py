@@ -1,4 +1,4 @@
-"""Try a training before starting it: take one to three steps on its data, and keep nothing."""
+"""Try a training before starting it: take one to four steps on its data, and keep nothing."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class DryRun:
 
 
 def dry_run(config: C, kind: type[Training[C]], world: World) -> DryRun:
-    """Build a training in a temporary folder, take one to three steps on its data, and remove the folder.
+    """Build a training in a temporary folder, take one to four steps on its data, and remove the folder.
 
     A step is repeated up to three times while all together take less than ten seconds, so that the pace excludes the
     warm-up of the first step. Nothing of an existing run is read or written.
