@@ -9,6 +9,9 @@ import re
 import zipfile
 import zlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +27,7 @@ KINDS |= {"txt": TEXT, "json": META}
 _KEY = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
 _PROBES = 16
 _HEADER = 512
+_saving: ContextVar[bool] = ContextVar("saving", default=True)
 
 
 @dataclass
@@ -150,6 +154,16 @@ def _incomplete(index: TarIndex) -> list[str]:
     ]
 
 
+@contextmanager
+def indexes_only_in_memory() -> Iterator[None]:
+    """Save no new index within the context: a tar without a valid one is read, and nothing is written beside it."""
+    before = _saving.set(False)
+    try:
+        yield
+    finally:
+        _saving.reset(before)
+
+
 def load_index(path: str | Path) -> TarIndex:
     """Load the index beside a tar, or build it where it is missing, has another format, or the tar has changed.
 
@@ -159,10 +173,9 @@ def load_index(path: str | Path) -> TarIndex:
     index = _read(path)
     if index is None:
         index = build_index(path)
-        try:
-            index.save()
-        except OSError:
-            return index
+        if _saving.get():
+            with suppress(OSError):
+                index.save()
     return index
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from oner_fast.data.tar_index import indexes_only_in_memory
 from oner_fast.train.engine.distributed import World, barrier, sum_over_ranks
 from oner_fast.train.engine.loop import C, Training
 
@@ -72,7 +73,7 @@ def dry_run(config: C, kind: type[Training[C]], world: World) -> DryRun:
         kind: the class of the training.
         world: this process's place in the process group, all ranks of which must call this.
     """
-    with _temporary_folder(Path(config.run.run_dir), world) as folder:
+    with indexes_only_in_memory(), _temporary_folder(Path(config.run.run_dir), world) as folder:
         training = kind(
             kind.without_traces(replace(config, run=replace(config.run, run_dir=folder, resume="none"))), world
         )

@@ -75,7 +75,7 @@ def test_the_report_counts_hours_of_the_whole_run() -> None:
 def test_two_ranks_leave_nothing(tmp_path: Path, run_two_ranks: Any) -> None:
     data = make_pairs(tmp_path / "data")
     run_two_ranks(__file__, data, tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "train-000000.tar"]
 
 
 def _rank(rank: int, size: int, data: Path, run: Path) -> int:
