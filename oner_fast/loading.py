@@ -16,7 +16,7 @@ from torch import Tensor
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.images import eval_transform, to_rgb
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_dual_encoder import Images, LoadedDualEncoder, clip_dual_encoder, stacked, student_dual_encoder
+from oner_fast.loaded_towers import Images, LoadedTowers, clip_towers, stacked, student_towers
 from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
 from oner_fast.models.files import FORMAT as ONER_FORMAT
@@ -93,7 +93,7 @@ class Loaded:
 
 def load(
     source: Path | str, device: torch.device | str = "cpu", *, text_tower: str | Path | None = None
-) -> Loaded | LoadedDualEncoder:
+) -> Loaded | LoadedTowers:
     """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, a CLIP, or a LiT.
 
     Args:
@@ -114,20 +114,18 @@ def load(
         raise FileNotFoundError(f"there is no run folder or model file {path}")
     path = _file_of(path) if path.is_dir() else path
     if path.name == CONFIG:
-        loaded: Loaded | LoadedDualEncoder = clip_dual_encoder(
-            load_teacher(path.parent, device=device), path.parent, device
-        )
+        loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
     elif path.name == lit.CONFIG:
         loaded = _lit(lit.load_lit(path.parent), path.parent, device)
     elif path.suffix == ".pt":
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
-        loaded = student_dual_encoder(load_uta(path), about.get("teacher", ""), path.parent, device)
+        loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
     else:
         loaded = _oner(*load_model(path), device)
     if text_tower is None:
         return loaded
-    if not isinstance(loaded, LoadedDualEncoder) or isinstance(loaded.model, Teacher):
+    if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
         raise ValueError(f"{source} has its own text tower; only UTA's student takes another")
     return replace(loaded, text_source=str(text_tower))
 
@@ -146,13 +144,13 @@ def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loade
     return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
 
 
-def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedDualEncoder:
+def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
     """Wrap a LiT, whose images are first reduced to the size that its heads were trained on."""
     teacher = lit_teacher(str(run), *parts, device=device)
-    return replace(clip_dual_encoder(teacher, run, device), image_size=parts[2].image_size)
+    return replace(clip_towers(teacher, run, device), image_size=parts[2].image_size)
 
 
-def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedDualEncoder:
+def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
     """Load the model of an unfinished run; its checkpoint names the kind of model under "kind"."""
     state = checkpoint.load(path)
     kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
@@ -167,7 +165,7 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedD
         teacher = Teacher(
             image_tower_of(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
         )
-        return clip_dual_encoder(teacher, run, device)
+        return clip_towers(teacher, run, device)
     if kind == lit.FORMAT:
         lit_config = lit.lit_config_from_dict(json.loads(state["model_config"]), str(path))
         encoders = pretrained_encoders.packaged_encoders()
@@ -178,7 +176,7 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedD
     if kind == UTA_FORMAT:
         uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
         uta.load_state_dict(part_of(student, "student.") or student)
-        return student_dual_encoder(uta, state.get("teacher", ""), run, device)
+        return student_towers(uta, state.get("teacher", ""), run, device)
     if "model_config" not in state:
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
     tower = OneR(config_from_dict(json.loads(state["model_config"])))

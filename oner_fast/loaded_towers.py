@@ -20,7 +20,7 @@ Images = Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
-class LoadedDualEncoder:
+class LoadedTowers:
     """Two towers with a common space. Embeddings are (B, E) float32, L2-normalised.
 
     Attributes:
@@ -109,15 +109,15 @@ def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tens
     return images if isinstance(images, Tensor) else torch.stack([preprocess(image) for image in images])
 
 
-def student_dual_encoder(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
+def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:
     """Combine UTA's student with the text tower of the model `teacher`, or with none where `teacher` is empty."""
     ready = student.to(device).eval().requires_grad_(False)
-    return LoadedDualEncoder(ready, student.config.image_size, teacher, beside, torch.device(device))
+    return LoadedTowers(ready, student.config.image_size, teacher, beside, torch.device(device))
 
 
-def clip_dual_encoder(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedDualEncoder:
+def clip_towers(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedTowers:
     """Combine the two towers of a CLIP."""
-    return LoadedDualEncoder(clip, clip.image_size, clip.name, beside, torch.device(device))
+    return LoadedTowers(clip, clip.image_size, clip.name, beside, torch.device(device))
 
 
 def _normalise(embeddings: Tensor) -> Tensor:
