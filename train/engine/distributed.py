@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 _PEERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}
 
@@ -97,6 +102,37 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Let rank 0 do `work`, and return its result on every rank.
+
+    Where `work` raises, every rank raises the same error, so that none waits for a rank that has ended. The result and
+    the error are pickled.
+    """
+    if world.size == 1:
+        return work()
+    sent: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            sent[0] = work()
+        except Exception as error:
+            sent[1] = _portable(error)
+    # On the CPU, so that no GPU is waited for.
+    dist.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
+    if sent[1] is not None:
+        raise sent[1]
+    return cast(T, sent[0])
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error as one that another process can build again."""
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:  # an exception's constructor may take anything
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _ranks() -> tuple[int, int, int]:
