@@ -11,7 +11,9 @@ import torch
 import tyro
 
 import oner_fast
-from oner_fast.evaluation.folder import check_run, find_data
+from oner_fast.data.splits import open_split, splits_of
+from oner_fast.evaluation.folder import check_run, find_data, unnamed_split
+from oner_fast.evaluation.record import read_record
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
-    data: Path | None = None
-    """Data that the examples come from; the run's own by default."""
+    data: str | None = None
+    """Data that the examples come from, in any form that --train-data takes; the run's own by default."""
     split: str = "val"
     """Split that the examples come from."""
     device: str = "cpu"
@@ -48,14 +50,13 @@ def main(argv: Sequence[str]) -> int:
 def report(options: Options, loaded: Any = None) -> Path:
     """Write the report and return its path. `loaded` avoids loading the model again."""
     check_run(options.run)
-    data = find_data(options.run, options.data)
+    data, split = _data_and_split(options)
 
-    from oner_fast.data.dataset import PairDataset
     from oner_fast.evaluation.run import has_joint_pass
     from oner_fast.report import content, gallery
     from oner_fast.report.page import render
 
-    dataset = PairDataset(data, split=options.split)
+    dataset = open_split(data, split)
     figures = options.run / "figures"
     figures.mkdir(exist_ok=True)
     loaded = loaded or oner_fast.load(options.run, options.device)
@@ -66,10 +67,10 @@ def report(options: Options, loaded: Any = None) -> Path:
     page = render(
         {
             "name": name,
-            "split": options.split,
+            "split": split,
             "seed": options.seed,
             **content.training_content(options.run, figures),
-            **content.evaluation_content(content.read_evaluation(options.run)),
+            **content.evaluation_content(read_record(options.run)),
             **examples,
             "made": about,
             "parameters": _parameters(loaded),
@@ -82,6 +83,15 @@ def report(options: Options, loaded: Any = None) -> Path:
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def _data_and_split(options: Options) -> tuple[str, str]:
+    """Find the data and the split that the examples come from. Raises ValueError where the data lack the split."""
+    data = find_data(options.run, options.data)
+    known = splits_of(data, unnamed_split(options.run, data))
+    if options.split not in known:
+        raise ValueError(f"{data} has no split {options.split!r}; it has {', '.join(known)}: give --split or --data")
+    return data, options.split
 
 
 def figures_folder(run: Path) -> list[Path]:

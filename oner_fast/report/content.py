@@ -36,18 +36,6 @@ EXAMPLE_PICTURES = 4096  # the examples of a larger split come from this many of
 BANNER = 40
 
 
-def read_evaluation(run: Path) -> dict[str, Any]:
-    """Content of evaluation.json; empty where the run was not evaluated."""
-    path = run / "evaluation.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON; run `oner-fast eval` again: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
 def training_content(run: Path, figures: Path) -> dict[str, Any]:
     """Charts of the training and facts about it."""
     metrics = read_metrics(run)
@@ -135,9 +123,9 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
     }
 
 
-def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]:
+def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
-    listing = data / "dataset.json" if data else None
+    listing = Path(data) / "dataset.json" if data else None
     described = json.loads(listing.read_text(encoding="utf-8")) if listing and listing.is_file() else {}
     config = read_config(run)
     return {

@@ -173,7 +173,10 @@ def test_a_model_without_text_is_evaluated_by_probes_alone(run: Path, drawn: Pat
     assert "give --text-tower" in capsys.readouterr().err
     result = evaluation(run, "--data", str(drawn), "--knn")
     assert set(result) == {"val", "style", "about"}
-    assert set(result["val"]) == {"pairs", "damaged", "knn"} and result["val"]["knn"]["set"]["images"] == 6
+    assert (
+        set(result["val"]) == {"data", "split", "pairs", "damaged", "knn"}
+        and result["val"]["knn"]["set"]["images"] == 6
+    )
 
 
 def test_a_text_tower_that_fails_is_named_before_any_image_is_read(

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from oner_fast.train.engine.dry_run import dry_run
 from oner_fast.train.engine.loop import C, Training
 from oner_fast.train.engine.nonfinite import NonFiniteError
 from oner_fast.train.engine.signals import stop_on_signals
+from oner_fast.train.engine.starting import nothing_left_by_a_failed_start
 
 _EXIT = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -67,7 +69,7 @@ def _train(config: C, build: type[Training[C]], dry: bool) -> int:
                 if world.is_main:
                     print(found.report(config.optim.steps, world.device))
                 return 0
-            with stop_on_signals() as stop:
+            with stop_on_signals() as stop, nothing_left_by_a_failed_start(Path(config.run.run_dir), world.is_main):
                 signal = build(config, world).run(stop)
     finally:
         distributed.shutdown()

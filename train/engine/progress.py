@@ -23,8 +23,10 @@ _COLUMNS = {
     "samples_per_second": ("smp/s", "{:.1f}"),
     "data_wait": ("wait", _PERCENT),
     "mfu": ("mfu", _PERCENT),
-    "modality_gap": ("gap", "{:.3f}"),
+    "logit_scale": ("scale", "{:.1f}"),
+    "batch_modality_gap": ("gap", "{:.3f}"),
 }
+_OPTIONAL = ("logit_scale",)  # shown where it is learnt
 _LOSS = "{:.4f}"
 _WIDTH = 7
 _WINDOW = 64
@@ -131,7 +133,8 @@ class Progress:
         losses = [name for name in self._values if name == "loss" or name.startswith("loss/")]
         losses.sort(key=lambda name: name != "loss")
         cells = [(name.removeprefix("loss/"), _format(_LOSS, self._values[name])) for name in losses]
-        return cells + [(short, _format(form, self._values.get(name))) for name, (short, form) in _COLUMNS.items()]
+        columns = {name: column for name, column in _COLUMNS.items() if name in self._values or name not in _OPTIONAL}
+        return cells + [(short, _format(form, self._values.get(name))) for name, (short, form) in columns.items()]
 
     def _left(self) -> str:
         seconds = self.seconds_left()

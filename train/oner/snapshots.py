@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from oner_fast.data.dataset import CorruptSample, PairDataset
+from oner_fast.data.dataset import CorruptSample
 from oner_fast.data.images import decode, eval_transform
+from oner_fast.data.splits import open_split, splits_of
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.oner import OneR
 from oner_fast.train.engine.batches import is_stream
@@ -27,7 +28,7 @@ class Snapshots:
 
     def __init__(self, config: OneRConfiguration, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
         self.folder, self.tower = folder / "snapshots", tower
-        wanted = config.run.snapshot_every and not is_stream(config.data.train_data)
+        wanted = config.run.snapshot_every and not is_stream(_data(config))
         images, captions = _pairs(config) if wanted else ([], [])
         self.images = torch.stack(images) if images else None
         self.text = tokenizer(captions, config.model.max_text_tokens) if captions else None
@@ -49,10 +50,18 @@ class Snapshots:
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
+def _data(config: OneRConfiguration) -> str:
+    """Return the data that snapshots are taken from."""
+    return config.data.val_data or config.data.train_data
+
+
 def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
     """Read pairs spread evenly over the validation split; none where there is no such split."""
     try:
-        dataset = PairDataset(config.data.train_data, config.data.val_split)
+        splits = splits_of(_data(config), "val" if config.data.val_data else "train")
+        if config.data.val_split not in splits:
+            raise ValueError(f"{_data(config)} has no split {config.data.val_split!r}; it has {', '.join(splits)}")
+        dataset = open_split(_data(config), config.data.val_split)
     except ValueError as error:
         _log.warning("no snapshots of embeddings: %s", error)
         return [], []
