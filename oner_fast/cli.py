@@ -69,7 +69,7 @@ COMMANDS = {
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
         },
     ),
-    "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
+    "doctor": Command("oner_fast.doctor", "show versions, hardware, and the implementation chosen for each op", None),
 }
 
 # Extras for packages that only some modules of a command need.

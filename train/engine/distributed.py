@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -52,8 +53,11 @@ def setup(device: str = "auto", *, init_method: str | None = None, timeout_secon
 
     Raises:
         ValueError: the environment is incomplete, contradicts itself, or comes from another launcher; the
-            device is not one that can be used, or there are fewer GPUs than local ranks.
+            device is not one that can be used, or there are fewer GPUs than local ranks; or the other ranks did not
+            come in time.
     """
+    if not 0 < timeout_seconds < math.inf:
+        raise ValueError(f"timeout_seconds must be positive and finite, got {timeout_seconds}")
     rank, size, local_rank = _ranks()
     place = _device(device, size, local_rank)
     if place.type == "cuda":
@@ -65,13 +69,20 @@ def setup(device: str = "auto", *, init_method: str | None = None, timeout_secon
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if init_method is None and missing:
             raise ValueError(f"WORLD_SIZE={size} but {' and '.join(missing)} not set: start with torchrun")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
-            init_method=init_method,
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+                init_method=init_method,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+        except dist.DistError as error:
+            at = init_method or "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+            raise ValueError(
+                f"rank {rank} did not meet the other {size - 1} at {at} within {timeout_seconds:g} s "
+                f"(--collective-timeout): {str(error).splitlines()[0]}"
+            ) from error
     return world
 
 

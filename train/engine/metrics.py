@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from oner_fast.atomic import write_atomic
+from oner_fast.remedies import install_command
 
 _log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
@@ -113,7 +114,7 @@ def _board(folder: Path, resume_step: int) -> Any:
         # Imported here, since the import takes a second and readers of metrics do not need it.
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        _log.info("TensorBoard is not installed: metrics go to %s only (pip install tensorboard)", FILE)
+        _log.info("TensorBoard is not installed: metrics go to %s only (%s)", FILE, install_command("tensorboard"))
         return None
     # Events of purge_step and later, written before, are no longer shown.
     return SummaryWriter(str(folder), purge_step=resume_step + 1)

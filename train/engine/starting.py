@@ -19,23 +19,16 @@ def nothing_left_by_a_failed_start(folder: Path, enabled: bool) -> Iterator[None
     Files that were there before stay.
 
     Args:
-        folder: the run's folder, which need not exist.
+        folder: the run's folder, which no other training writes into meanwhile.
         enabled: give `world.is_main`; the other ranks write nothing.
     """
-    absolute = folder.absolute()
-    # The folders above it that the run would have to make.
-    made = [absolute, *absolute.parents]
-    made = [path for path in made if not path.exists()]
-    before = set(absolute.iterdir()) if absolute.is_dir() else set()
+    before = set(folder.iterdir()) if folder.is_dir() else set()
     try:
         yield
     except BaseException:
-        if enabled and absolute.is_dir() and not _has_results(absolute):
-            for path in set(absolute.iterdir()) - before:
+        if enabled and folder.is_dir() and not _has_results(folder):
+            for path in set(folder.iterdir()) - before:
                 _remove(path)
-            for path in made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
         raise
 
 
