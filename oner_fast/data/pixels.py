@@ -8,8 +8,10 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from oner_fast.data.image_files import ImageFile, pixel_part, without_avif_exif
 from oner_fast.data.orientation import from_info, upright
 from oner_fast.data.picture_formats import FORMATS
 
+_PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif")
 _STRIP = 1 << 18  # pixels converted at once
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # a pixel of other modes takes 4
 # Bytes a pixel that a decoder holds beside the image, as measured; a JPEG of several scans holds its coefficients.
@@ -170,7 +173,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _open(data: bytes, clock: _Clock) -> Image.Image:
     try:
         return Image.open(_Timed(data, clock), formats=_formats())
-    except (UnidentifiedImageError, SyntaxError):
+    except (UnidentifiedImageError, ValueError):
         renamed = without_avif_exif(data) if data[4:8] == b"ftyp" else data
         if renamed is data:
             raise
@@ -179,8 +182,10 @@ def _open(data: bytes, clock: _Clock) -> Image.Image:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """The formats that this installation of Pillow has a reader for."""
-    Image.init()
+    """The formats that this installation of Pillow has a reader for, each reader loaded."""
+    for plugin in _PLUGINS:
+        with suppress(ImportError):
+            import_module(f"PIL.{plugin}ImagePlugin")
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
