@@ -14,8 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
-from oner_fast import bounded_json
-from oner_fast.data.budget import BUDGET
+from oner_fast.bounded_json import load_object
+from oner_fast.data.budget import BUDGET, excess
 from oner_fast.data.listing import read_listing
 from oner_fast.data.tar_headers import BLOCK
 from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
@@ -24,15 +24,12 @@ logger = logging.getLogger("oner_fast.data")
 
 _OPEN_FILES = 256
 _COMPRESSED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
-_LIMITS = {
-    IMAGE: ("image", BUDGET.image_bytes),
-    TEXT: ("caption", BUDGET.caption_bytes),
-    META: ("json", BUDGET.json_bytes),
-}
+_LIMITS = {IMAGE: "image_bytes", TEXT: "caption_bytes", META: "json_bytes"}
+_NAMES = {IMAGE: "image", TEXT: "caption", META: "json"}
 
 
-class CorruptSample(Exception):
-    """A sample cannot be read: `name` says which, `why` says why."""
+class CorruptSample(ValueError):
+    """A sample cannot be read, or is over its budget: `name` says which, `why` says why."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name, why)
@@ -210,9 +207,8 @@ class PairDataset:
         offset, size = int(index.offsets[row, kind]), int(index.sizes[row, kind])
         if offset < 0:
             return None
-        what, limit = _LIMITS[kind]
-        if size > limit:
-            raise CorruptSample(self.name(i), f"its {what} has {size:,} bytes, and at most {limit:,} are read")
+        if over := excess(_LIMITS[kind], size):
+            raise CorruptSample(self.name(i), over)
         try:
             with self._lock:
                 data = os.pread(self._open(shard), BLOCK + size, offset - BLOCK)
@@ -222,7 +218,7 @@ class PairDataset:
             there = max(0, len(data) - BLOCK)
             raise CorruptSample(self.name(i), f"cut off: {there} of {size} bytes at byte {offset}")
         if zlib.crc32(memoryview(data)[:BLOCK]) != int(index.checksums[row, kind]):
-            raise CorruptSample(self.name(i), self._other_header(index, what, offset))
+            raise CorruptSample(self.name(i), self._other_header(index, _NAMES[kind], offset))
         return data[BLOCK:]
 
     @staticmethod
@@ -246,8 +242,7 @@ class PairDataset:
 def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
     """Caption of a sample, from its text member or else its metadata, without surrounding white space.
 
-    Raises CorruptSample(name, why) where there is none, it is empty, it is not UTF-8, or it is longer than
-    `budget.BUDGET` allows.
+    Raises CorruptSample(name, why) where there is none, it is empty, too long or not UTF-8.
     """
     if text is None:
         caption = fields.get("caption")
@@ -255,13 +250,14 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
             raise CorruptSample(name, "it has no caption")
         length = len(caption.encode("utf-8", "replace"))
     else:
-        length = len(text)
+        caption, length = "", len(text)
+    if over := excess("caption_bytes", length):
+        raise CorruptSample(name, over)
+    if text is not None:
         try:
-            caption = text.decode("utf-8-sig") if length <= BUDGET.caption_bytes else ""
+            caption = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise CorruptSample(name, f"its caption is not UTF-8 ({error.reason})") from error
-    if length > BUDGET.caption_bytes:
-        raise CorruptSample(name, f"its caption has {length:,} bytes, and at most {BUDGET.caption_bytes:,} are read")
     caption = caption.strip()
     if not caption:
         raise CorruptSample(name, "its caption is empty")
@@ -269,12 +265,11 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
 
 
 def fields_of(name: str, data: bytes) -> dict[str, Any]:
-    """Fields of a json member.
-
-    Raises CorruptSample(name, why) where it holds no JSON object, or one longer or deeper than `budget.BUDGET` allows.
-    """
+    """Fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object within the budget."""
+    if over := excess("json_bytes", len(data)):
+        raise CorruptSample(name, over)
     try:
-        return bounded_json.load_object(data, name, max_bytes=BUDGET.json_bytes, max_depth=BUDGET.json_depth)
+        return load_object(data, name, max_depth=BUDGET.json_depth)
     except ValueError as error:
         raise CorruptSample(name, str(error).removeprefix(f"{name}: ")) from error
 
