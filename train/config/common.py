@@ -26,6 +26,8 @@ class Data:
     train_split: str = "train"
     val_split: str = "val"
     """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
+    verify_data: bool = False
+    """Compare the shards with their recorded checksums once, before the training."""
     workers: int = 1
     """Processes that decode; the order and the bytes of batches do not depend on their number."""
     tokenizer: str = "train"
