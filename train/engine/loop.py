@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Optimisation, Precision, Run
@@ -164,6 +165,8 @@ class Training(ABC, Generic[C]):
         if main:
             save_json(c, self.folder / "config.json")
             checkpoint.prepare(self.checkpoints)
+            for folder in (self.folder, self.folder / "snapshots"):
+                remove_leftovers(folder)
         meter, began = ThroughputMeter(), time.perf_counter()
         rate = gemm_rate(self.world.device, self.dtype or torch.float32)
         every, flops = c.run.log_every_n_steps, list[float]()
@@ -236,6 +239,11 @@ class Training(ABC, Generic[C]):
     def _save(self) -> None:
         """Write a checkpoint from rank 0: whatever differs between ranks is a pure function of the step."""
         if self.world.is_main:
+            if not self.folder.is_dir():  # it must not come back with a checkpoint alone
+                raise FileNotFoundError(
+                    f"the run folder {self.folder} is gone: it was moved or removed during the run; put it back, and "
+                    "the same command continues from its last checkpoint"
+                )
             state: dict[str, Any] = {
                 "student": self.student.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
