@@ -99,6 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The exit codes are those of `oner_fast.boundary`.
     """
+    return guarded("oner-fast", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)

@@ -242,6 +242,17 @@ def some(calls: list[Call], most: int) -> list[tuple[Call, int]]:
     return chosen
 
 
+ENDS = ("as if nothing had been", "goes on, named", "a sentence", "killed")
+
+
+def row(name: str, calls: list[Call], results: list[Result]) -> str:
+    """Make the line of a scenario for the table in docs/reliability.md."""
+    ended = Counter(result.ended for result in results)
+    wrong = sum(bool(result.wrong) for result in results)
+    cells = [name, len(calls), len(results), *(ended[end] for end in ENDS), wrong]
+    return "| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |"
+
+
 def alike(path: str) -> str:
     """Path of a file without its number; all figures count as one file."""
     return re.sub(r"figures/\S+", "figures/*", re.sub(r"\d+", "N", path))
