@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from oner_fast.data.dataset import CorruptSample
-from oner_fast.data.images import RANDOMS, ImageTransform, decode, eval_transform, to_rgb
+from oner_fast.data.images import RANDOMS, ImageTransform, decode, eval_transform
+from oner_fast.data.pixels import to_rgb
 
 FULL = 2**32 - 1
 

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from oner_fast.data.dataset import CorruptSample
+from oner_fast.data.picture_formats import SUFFIXES_OF
+from oner_fast.data.pixels import read_file, read_picture
 from oner_fast.data.sources.building import Build, each
 from oner_fast.data.sources.concepts import concept
 from oner_fast.data.sources.pair_sources import Pair
@@ -16,7 +19,9 @@ from oner_fast.data.sources.progress import progress
 from oner_fast.data.sources.writer import Sample, write_json, write_shard
 
 SHARD = 1024
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+EXTENSIONS = {kind: suffixes[0].removeprefix(".") for kind, suffixes in SUFFIXES_OF.items()}
+GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_SMALLER = {"JPEG": "JPEG", "AVIF": "JPEG", "WEBP": "WEBP"}  # the format of a reduced image; others become PNG
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,10 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
     for pair in job.pairs:
         try:
             image, extension = _read_image(pair.image, job.resize)
-        except UnidentifiedImageError:  # Pillow's own message contains an address in memory
-            corrupt.append(f"{pair.name}: not an image of a known format")
+        except CorruptSample as error:
+            corrupt.append(f"{pair.name}: {error.why}")
             continue
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             corrupt.append(f"{pair.name}: {error.strerror if isinstance(error, OSError) and error.strerror else error}")
             continue
         meta = {"caption": pair.caption, "concept": concept(pair.caption), "name": pair.name, **job.meta}
@@ -85,23 +90,21 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
 
 
 def _read_image(path: Path, resize: int | None) -> tuple[bytes, str]:
-    """Read an image's bytes, decoding them once as a check, and the extension of its actual format."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format or ""
-        if kind not in EXTENSIONS:
-            raise ValueError(f"a {kind} image; only {', '.join(EXTENSIONS)} can be read")
-        image.load()
-        if resize is None or min(image.size) <= resize:
-            return data, EXTENSIONS[kind]
-        scale = resize / min(image.size)
-        size = (max(resize, round(image.width * scale)), max(resize, round(image.height * scale)))
-        lossy = kind in ("JPEG", "WEBP")
-        colour = image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB" if lossy else "RGBA")
-        small = colour.resize(size, Image.Resampling.BICUBIC)
+    """Read an image's bytes, decoding them once as a check, and the extension of its actual format.
+
+    An image whose shorter side is longer than `resize` is stored as the loader shows it, only smaller.
+    """
+    data = read_file(path)
+    picture = read_picture(data, str(path))
+    kind, image = picture.format, picture.rgb
+    if resize is None or min(image.size) <= resize:
+        return data, EXTENSIONS[kind]
+    scale = resize / min(image.size)
+    size = (max(resize, round(image.width * scale)), max(resize, round(image.height * scale)))
+    small = image.resize(size, Image.Resampling.BICUBIC)
+    if picture.mode in GREY:  # a third of the bytes, and the same pixels
+        small = small.convert("L")
     buffer = io.BytesIO()
-    if lossy:
-        small.save(buffer, kind, quality=92)
-        return buffer.getvalue(), EXTENSIONS[kind]
-    small.save(buffer, "PNG")
-    return buffer.getvalue(), "png"
+    kind = _SMALLER.get(kind, "PNG")
+    small.save(buffer, kind, **({} if kind == "PNG" else {"quality": 92}))
+    return buffer.getvalue(), EXTENSIONS[kind]
