@@ -68,7 +68,10 @@ class Build:
         shards = [shard["file"] for split in record["splits"].values() for shard in split["shards"]]
         with progress("indexing shards", len(shards)) as advance:
             for file in shards:
-                build_index(self.output / file).save()
+                index = build_index(self.output / file)
+                if index.damage:
+                    raise OSError(f"{self.output / file} reads back damaged ({index.damage[0]}); run it again")
+                index.save()
                 advance()
         listed = set(shards)
         for stale in self.output.glob("*.tar"):
