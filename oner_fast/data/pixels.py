@@ -119,6 +119,8 @@ def read_picture(data: bytes, name: str = "image", side: int = 0) -> Picture:
     Raises:
         CorruptSample: the bytes are not a whole image, or it is over the budget.
     """
+    if not data:
+        raise CorruptSample(name, "it is empty: it has no bytes")
     if over := excess("image_bytes", len(data)):
         raise CorruptSample(name, over)
     clock = _Clock()
@@ -211,8 +213,6 @@ def _decoder_bytes(image: Image.Image, file: ImageFile) -> float:
 
 
 def _unknown(data: bytes) -> str:
-    if not data:
-        return "of no known format: it has no bytes"
     return "of no known format: a web page" if _WEB_PAGE.match(data) else "of no known format"
 
 

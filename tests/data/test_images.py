@@ -72,7 +72,7 @@ def test_whole_images_decode_and_truncated_ones_are_corrupt(kind):
 
 @pytest.mark.parametrize("data", [b"", b"GIF89a", b"<html>not found</html>", bytes(1000)])
 def test_bytes_that_are_no_image_are_refused(data):
-    with pytest.raises(CorruptSample, match="not a readable image"):
+    with pytest.raises(CorruptSample, match="not a readable image|it is empty"):
         decode(data)
 
 
