@@ -8,7 +8,7 @@ import fcntl
 import io
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,18 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write: called once with the open binary temporary file.
 
     Raises:
-        OSError: a step failed; `filename` is `path`. Where `write` turned the system's error into one of its own, as
+        OSError: as `replacing`.
+    """
+    with replacing(path) as file:
+        write(file)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` once it is complete and durable, as `write_atomic` describes.
+
+    Raises:
+        OSError: a step failed; `filename` is `path`. Where a library turned the system's error into one of its own, as
             `torch.save` does on a full disk, the system's error is raised.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
@@ -35,7 +46,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raw = _Recorder(temporary, "wb")
         with io.BufferedWriter(raw) as file:
             _lock(file)
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             # Rename the file while it is locked, so that no sweep takes it for a dead writer's.
@@ -44,8 +55,10 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        failed = error if isinstance(error, OSError) else raw.failed if raw is not None else None
-        if failed is None or failed.errno is None:
+        failed = raw.failed if raw is not None else None
+        if failed is None and isinstance(error, OSError) and str(error.filename) in ("None", str(temporary)):
+            failed = error
+        if failed is None or failed.errno is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         raise OSError(failed.errno, failed.strerror, str(path)) from failed
 
@@ -76,14 +89,16 @@ class _Recorder(io.FileIO):
             raise
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
+def remove_leftovers(folder: Path, name: str = "*") -> list[Path]:
     """Remove the temporary files in `folder` whose writers are dead; returns their paths, sorted.
+
+    `name` limits it to the temporary files of one target.
 
     A live writer holds a lock on its file, which the kernel drops when the writer ends. A file that cannot be locked is
     left alone.
     """
     removed = []
-    for path in sorted(folder.glob(f".*{SUFFIX}")):
+    for path in sorted(folder.glob(f".{name}.*{SUFFIX}")):
         try:
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,10 +14,12 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from oner_fast.atomic import remove_leftovers, write_atomic
 from oner_fast.data.tar_headers import Member, members
 
 FORMAT = 1
@@ -71,25 +73,18 @@ class TarIndex:
     def save(self) -> None:
         """Write the index beside its tar, atomically, with equal bytes for equal tars. Raises OSError."""
         target = self.file(self.path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                np.savez(
-                    file,
-                    format=np.int64(FORMAT),
-                    tar_size=np.int64(self.tar_size),
-                    probe=np.int64(_probe(self.path, self.offsets)),
-                    offsets=self.offsets,
-                    sizes=self.sizes,
-                    names=self._names,
-                    name_ends=self._name_ends,
-                    damage=np.frombuffer(json.dumps(self.damage).encode(), np.uint8),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        arrays: dict[str, Any] = {
+            "format": np.int64(FORMAT),
+            "tar_size": np.int64(self.tar_size),
+            "probe": np.int64(_probe(self.path, self.offsets)),
+            "offsets": self.offsets,
+            "sizes": self.sizes,
+            "names": self._names,
+            "name_ends": self._name_ends,
+            "damage": np.frombuffer(json.dumps(self.damage).encode(), np.uint8),
+        }
+        remove_leftovers(target.parent, target.name)
+        write_atomic(target, lambda file: np.savez(file, **arrays))
 
 
 def build_index(path: str | Path) -> TarIndex:
@@ -204,8 +199,8 @@ def _probe(path: Path, offsets: NDArray[np.int64]) -> int:
     images = offsets[:, IMAGE]
     images = images[images >= _HEADER]
     checksum = 0
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:  # buffered, so that a short read is continued
         for place in np.linspace(0, len(images) - 1, _PROBES).astype(np.int64) if len(images) else []:
-            header = os.pread(file.fileno(), _HEADER, int(images[place]) - _HEADER)
-            checksum = zlib.crc32(header, checksum)
+            file.seek(int(images[place]) - _HEADER)
+            checksum = zlib.crc32(file.read(_HEADER), checksum)
     return checksum

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from oner_fast import bounded_json
+from oner_fast.atomic import replacing
 from oner_fast.data.sources import owned_files
 from oner_fast.data.sources.progress import progress, say
-from oner_fast.data.sources.writer import FORMAT, replacing, write_json
+from oner_fast.data.sources.writer import FORMAT, write_json
 from oner_fast.data.tar_index import build_index
 from oner_fast.failures import keep_origin
 
