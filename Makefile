@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint format support docs clean
+.PHONY: help install demo test test-slow faults gates bench gpu gpu-report sanitize mutations lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -85,6 +85,9 @@ test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
 test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulated and interpreted
 	$(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
+
+faults: $(STAMP)-test ## let every access to a file fail once, in training, data builders, load, eval and report; print the counts
+	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)
 
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
 	$(BIN)/pytest -ra --show-capture=no benchmarks

@@ -4,7 +4,6 @@ It also evaluates captions in COCO's format and ImageFolders, by k-NN and a line
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 import tyro
 
 import oner_fast
+from oner_fast.atomic import remove_leftovers
+from oner_fast.boundary import guarded
 from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.coco import read_captions
 from oner_fast.evaluation.embed import embed_texts
@@ -81,21 +82,13 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
+    return guarded("oner-fast eval", lambda: _run(argv), extra="train", interrupted="interrupted; nothing was written")
+
+
+def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(argv), prog="oner-fast eval")
-    try:
-        evaluation = evaluate(options)
-    except KeyboardInterrupt:
-        print("oner-fast eval: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if error.name not in ("open_clip", "timm"):
-            raise
-        print(f"oner-fast eval: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"oner-fast eval: {error}", file=sys.stderr)
-        return 2
+    evaluation = evaluate(options)
     show(evaluation)
     print(f"wrote {options.run / 'evaluation.json'}")
     return 0
@@ -115,6 +108,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     """
     check_run(options.run)
     _check_options(options)
+    remove_leftovers(options.run)
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = [] if data is None else _asked_splits(options, data)

@@ -6,14 +6,13 @@ are predicted zero-shot, or learnt from frozen features.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from oner_fast.atomic import write_atomic
 from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.composed import composed_queries, composed_recall
@@ -201,17 +200,9 @@ def evaluate_zero_shot(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write through a temporary file, so that the old content stays until the new content is complete."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    """Write `content` atomically, so that the old content stays until the new content is complete."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dict[str, Any]:

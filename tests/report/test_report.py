@@ -222,7 +222,7 @@ def test_a_run_that_was_not_evaluated_and_logged_nothing(run: Path, tmp_path: Pa
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(argv) == 2
+    assert main(argv) == 1
     return capsys.readouterr().err
 
 

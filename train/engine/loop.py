@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
@@ -230,6 +231,8 @@ class Training(ABC, Generic[C]):
         save_json(self.config, self.folder / "config.json")
         self.threads.save(self.folder)
         checkpoint.prepare(self.checkpoints)
+        for folder in (self.folder, self.folder / "snapshots"):
+            remove_leftovers(folder)
         self._start.set_aside()
 
     def _due(self, every: int) -> bool:
@@ -260,6 +263,11 @@ class Training(ABC, Generic[C]):
         on_main(self.world, self._write_checkpoint)
 
     def _write_checkpoint(self) -> None:
+        if not self.folder.is_dir():  # it must not come back with a checkpoint alone
+            raise FileNotFoundError(
+                f"the run folder {self.folder} is gone: it was moved or removed during the run; put it back, and the "
+                "same command continues from its last checkpoint"
+            )
         state: dict[str, Any] = {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),

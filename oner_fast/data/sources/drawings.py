@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oner_fast.atomic import replacing
 from oner_fast.data.sources.building import Build, each, report
 from oner_fast.data.sources.concepts import concept, split_of
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.sources.rendering import Picture, render
-from oner_fast.data.sources.writer import Sample, Shard, measure, replacing, split_record, write_shard
+from oner_fast.data.sources.writer import Sample, Shard, measure, split_record, write_shard
 
 PART = 256
 SHARD = 2048
