@@ -10,8 +10,9 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from oner_fast.bounded_json import load_object
 from oner_fast.data.budget import BUDGET, excess
@@ -68,32 +69,42 @@ class PairDataset:
         ValueError: nothing matches `path`, the split is unknown, a tar is compressed, or there is no sample.
     """
 
+    path: str | Path | Sequence[str | Path]
+    damage: list[str]
+    skipped: list[str]
+
     def __init__(self, path: str | Path | Sequence[str | Path], split: str = "train") -> None:
         self.path = path
         self.split = split
-        self._shards: list[TarIndex] = []
-        self._first: list[int] = []
-        self.damage: list[str] = []
-        self.skipped: list[str] = []
-        total = 0
-        for tar, expected in _shards(path, split):
-            index = load_index(tar, expected)
-            self._shards.append(index)
-            self._first.append(total)
+        shards = [(load_index(tar, expected), expected) for tar, expected in _shards(path, split)]
+        self._take([index for index, _ in shards])
+        self.damage = []
+        for index, expected in shards:
             self.damage += index.damage
-            self.skipped += index.skipped
             if expected is not None and len(index) > expected:
-                self.damage.append(f"{tar.name}: {len(index)} samples, and dataset.json lists {expected}")
-            total += len(index)
-        self._length = total
-        self._reset()
+                self.damage.append(f"{index.path.name}: {len(index)} samples, and dataset.json lists {expected}")
+        self.skipped = [sentence for index, _ in shards for sentence in index.skipped]
         for sentence in self.damage:
             logger.warning("damaged data: %s", sentence)
         for sentence in self.skipped:
             logger.info("left out: %s", sentence)
-        if total == 0:
+        if len(self) == 0:
             why = (self.damage or self.skipped or ["the tars hold no image or caption members"])[0]
             raise ValueError(f"no samples in {path}: {why}")
+
+    @classmethod
+    def of_indexes(cls, indexes: Sequence[TarIndex]) -> Self:
+        """Read the samples of indexes that are held in memory, in their order."""
+        dataset = cls.__new__(cls)
+        dataset.path, dataset.split = [index.path for index in indexes], ""
+        dataset.damage, dataset.skipped = [], []
+        dataset._take(indexes)
+        return dataset
+
+    def _take(self, indexes: Sequence[TarIndex]) -> None:
+        ends = [0, *accumulate(len(index) for index in indexes)]
+        self._shards, self._first, self._length = list(indexes), ends[:-1], ends[-1]
+        self._reset()
 
     def _reset(self) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -239,18 +250,17 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
             raise CorruptSample(name, "it has no caption")
         length = len(caption.encode("utf-8", "replace"))
     else:
-        length = len(text)
-        try:
-            caption = text.decode("utf-8-sig") if length <= BUDGET.caption_bytes else ""
-        except UnicodeDecodeError as error:
-            raise CorruptSample(name, f"its caption is not UTF-8 ({error.reason})") from error
+        caption, length = "", len(text)
     if over := excess("caption_bytes", length):
         raise CorruptSample(name, over)
+    if text is not None:
+        try:
+            caption = text.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise CorruptSample(name, f"its caption is not UTF-8 ({error.reason})") from error
     caption = caption.strip()
     if not caption:
         raise CorruptSample(name, "its caption is empty")
-    if over := excess("caption_bytes", len(caption.encode("utf-8"))):
-        raise CorruptSample(name, over)
     return caption
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from oner_fast.data.batch import PairBatch, no_text
-from oner_fast.data.budget import BUDGET
+from oner_fast.data.budget import excess
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
 from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
@@ -130,10 +130,8 @@ class _StreamSource(IterableDataset[PairBatch]):
         if image is None:
             there = ", ".join(sorted(extension for extension in sample if not extension.startswith("__")))
             raise CorruptSample(name, f"it has no image (a key ends at its first dot; its members are {there})")
-        if len(image) > BUDGET.image_bytes:
-            raise CorruptSample(
-                name, f"its image has {len(image):,} bytes, and at most {BUDGET.image_bytes:,} are read"
-            )
+        if over := excess("image_bytes", len(image)):
+            raise CorruptSample(name, over)
         if not self.captions:
             place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
             return ""

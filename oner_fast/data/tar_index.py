@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,22 @@ class TarIndex:
             (self._name_ends, other._name_ends),
         )
         return all(np.array_equal(mine, others) for mine, others in pairs)
+
+    def part(self, first: int, end: int) -> "TarIndex":
+        """The samples from `first` up to `end` as an index of their own, without the damage."""
+        rows = slice(first, end)
+        start = int(self._name_ends[first - 1]) if first else 0
+        ends = self._name_ends[rows]
+        return replace(
+            self,
+            offsets=self.offsets[rows],
+            sizes=self.sizes[rows],
+            checksums=self.checksums[rows],
+            damage=[],
+            skipped=[],
+            _names=self._names[start : int(ends[-1]) if len(ends) else start],
+            _name_ends=ends - start,
+        )
 
     def scan(self) -> Scan:
         """The index in the form in which the headers of a tar are scanned."""

@@ -13,10 +13,11 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from oner_fast.data.picture_formats import SUFFIXES
 from oner_fast.data.tar_headers import BLOCK, Member, members
 
 IMAGE, TEXT, META = 0, 1, 2  # the columns of an index
-KINDS = {extension: IMAGE for extension in ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")}
+KINDS = {suffix.removeprefix("."): IMAGE for suffix in SUFFIXES}
 KINDS |= {"txt": TEXT, "json": META}
 NAMED = 1000  # damaged places that are named; the others are counted
 _KEY = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)

@@ -13,7 +13,7 @@ from oner_fast import bounded_json
 from oner_fast.data.sources import owned_files
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.sources.writer import FORMAT, replacing, write_json
-from oner_fast.data.tar_index import build_index
+from oner_fast.data.tar_index import build_index, stored_index
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -158,9 +158,11 @@ def index_tars(tars: Sequence[Path]) -> None:
     if absent:
         raise ValueError(f"no such file: {', '.join(absent)}")
     for tar in tars:
-        index = build_index(tar)
+        index = build_index(tar, earlier=stored_index(tar)[0])
         index.save()
         say(f"{tar}: {len(index):,} samples")
+        for line in index.skipped:
+            say(f"  left out by rule: {line}")
         for line in index.damage:
             say(f"  damaged: {line}")
 

@@ -1,8 +1,8 @@
-"""`oner-fast data pictograms | icons | pairs | index`: build and index datasets."""
+"""`oner-fast data pictograms | icons | pairs | index | verify`: build, index and verify datasets."""
 
 import sys
 
-NAMES = ("pictograms", "icons", "pairs", "index")
+NAMES = ("pictograms", "icons", "pairs", "index", "verify")
 
 
 def main(argv: list[str]) -> int:
