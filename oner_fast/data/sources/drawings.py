@@ -63,7 +63,7 @@ def build_drawings(
     build.begin()
     parts = [drawings[start : start + PART] for start in range(0, len(drawings), PART)]
     _render_parts(build.work, parts, len(drawings), size, workers)
-    kept, dropped, failed = _choose(build.work, parts)
+    kept, dropped, failed, left_out = _choose(build.work, parts)
     if not kept:
         raise ValueError(f"none of {len(drawings)} drawings gave an image: {'; '.join(failed[:5])}")
     for line in failed[:10]:
@@ -75,6 +75,7 @@ def build_drawings(
         "attribution": _attribution(kept),
         "dropped": {**dropped, "failed": failed},
     }
+    build.write_left_out(left_out)
     content = build.finish(record)
     report(content, build.output)
     return content
@@ -115,26 +116,34 @@ def _load_part(path: Path) -> list[Picture]:
         return [Picture(file.read(length), digest, blank, error) for length, digest, blank, error in head]
 
 
-def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept], dict[str, int], list[str]]:
-    """Choose the drawings to keep: of images with equal pixels the first, whose `also` lists the others' captions."""
+def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept], dict[str, int], list[str], list[str]]:
+    """Choose the drawings to keep: of images with equal pixels the first, whose `also` lists the others' captions.
+
+    Also returns how many were left out by which rule, why drawings failed, and one line for each that was left out.
+    """
     first: dict[str, _Kept] = {}
     dropped = {"blank": 0, "equal pixels": 0, "not drawable": 0}
     failed: list[str] = []
+    left_out: list[str] = []
     for i, part in enumerate(parts):
         for j, (drawing, picture) in enumerate(zip(part, _load_part(_part(work, i)), strict=True)):
+            name = f"{drawing.icon_set.name} {drawing.name}"
             if picture.error:
                 dropped["not drawable"] += 1
-                failed.append(f"{drawing.icon_set.name} {drawing.name}: {picture.error}")
+                failed.append(f"{name}: {picture.error}")
+                left_out.append(f"not drawable: {failed[-1]}")
             elif picture.blank:
                 dropped["blank"] += 1
+                left_out.append(f"blank: {name}")
             elif picture.digest in first:
                 dropped["equal pixels"] += 1
                 twin = first[picture.digest]
+                left_out.append(f"equal pixels: {name}, as {twin.drawing.icon_set.name} {twin.drawing.name}")
                 if drawing.caption not in (twin.drawing.caption, *twin.also):
                     twin.also.append(drawing.caption)
             else:
                 first[picture.digest] = _Kept(drawing, (i, j), [])
-    return list(first.values()), dropped, failed
+    return list(first.values()), dropped, failed, left_out
 
 
 def _write_splits(build: Build, kept: Sequence[_Kept], style: frozenset[str]) -> dict[str, Any]:
