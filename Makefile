@@ -4,7 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations fuzz lint format support docs clean
+.PHONY: help install demo test test-slow gates fuzz bench gpu gpu-report sanitize mutations \
+	lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
