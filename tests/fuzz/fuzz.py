@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import resource
 import subprocess
@@ -30,6 +31,8 @@ _COVERED = re.compile(r"cov: (\d+)")
 def child(name: str, corpus: str, seconds: int, findings: str) -> None:
     """Fuzz one reader in this process, which libFuzzer ends."""
     import atheris
+
+    logging.disable(logging.WARNING)
 
     reader = READERS[name]
     with atheris.instrument_imports(include=["oner_fast"]):

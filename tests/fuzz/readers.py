@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import logging
 import os
 import tarfile
 import tempfile
@@ -337,4 +336,3 @@ READERS = {
     "model": Reader(_model_seeds, check_model, ('\\"__metadata__\\"', '\\"config\\"', '\\"depth\\"', "1000000")),
     "picture": Reader(_picture_seeds, check_picture, ("IHDR", "iCCP", "eXIf", "Exif\\x00\\x00", "IDAT")),
 }
-logging.disable(logging.WARNING)
