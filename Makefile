@@ -4,7 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates bench gpu gpu-report sanitize mutations lint format support docs clean
+.PHONY: help install demo test test-slow faults gates bench gpu gpu-report sanitize mutations lint format support
+.PHONY: docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -86,7 +87,7 @@ test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulate
 	$(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
 
-faults: $(STAMP)-test ## let every access to a file fail once, in training, data builders, load, eval and report; print the counts
+faults: $(STAMP)-test ## let every access to a file fail once, for a tiny run of each command, and print the counts
 	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)
 
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
