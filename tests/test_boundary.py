@@ -110,7 +110,7 @@ def test_the_origin_travels_between_processes() -> None:
 def test_the_boundary_prints_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert guarded("tool", lambda: None) == 0 and guarded("tool", lambda: 3) == 3
     assert guarded("tool", throws(OSError(errno.ENOSPC, "", "x"))) == 1
-    assert capsys.readouterr().err == "tool: x: no space is left on the disk; free some\n"
+    assert capsys.readouterr().err == "tool: x: no space is left on the file system; free some\n"
     monkeypatch.setenv("ONER_FAST_TRACEBACK", "1")
     assert guarded("tool", throws(KeyError("x"))) == 1
     shown = capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_output_that_nobody_reads_ends_quietly_and_a_full_disk_does_not() -> Non
         done = subprocess.run(
             [sys.executable, "-c", command], stdout=full, stderr=subprocess.PIPE, check=False, env=environment
         )
-    assert (done.returncode, done.stderr) == (1, b"tool: standard output: no space is left on the disk; free some\n")
+    assert (done.returncode, done.stderr) == (1, b"tool: standard output: no space is left on the file system; free some\n")
 
 
 def test_a_full_disk_survives_torch_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
