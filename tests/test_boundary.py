@@ -147,7 +147,10 @@ def test_output_that_nobody_reads_ends_quietly_and_a_full_disk_does_not() -> Non
         done = subprocess.run(
             [sys.executable, "-c", command], stdout=full, stderr=subprocess.PIPE, check=False, env=environment
         )
-    assert (done.returncode, done.stderr) == (1, b"tool: standard output: no space is left on the file system; free some\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"tool: standard output: no space is left on the file system; free some\n",
+    )
 
 
 def test_a_full_disk_survives_torch_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
