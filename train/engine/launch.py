@@ -57,8 +57,6 @@ def _launch(argv: Sequence[str] | None, prog: str, kind: type[C], default_recipe
 
 
 def _train(config: C, build: type[Training[C]], dry: bool) -> int:
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)
     # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

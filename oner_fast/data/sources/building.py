@@ -16,7 +16,7 @@ from oner_fast.atomic import replacing
 from oner_fast.data.sources import owned_files
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.sources.writer import FORMAT, write_json
-from oner_fast.data.tar_index import build_index
+from oner_fast.data.tar_index import build_index, stored_index
 from oner_fast.failures import keep_origin
 
 Job = TypeVar("Job")
@@ -165,9 +165,11 @@ def index_tars(tars: Sequence[Path]) -> None:
     if absent:
         raise ValueError(f"no such file: {', '.join(absent)}")
     for tar in tars:
-        index = build_index(tar)
+        index = build_index(tar, earlier=stored_index(tar)[0])
         index.save()
         say(f"{tar}: {len(index):,} samples")
+        for line in index.skipped:
+            say(f"  left out by rule: {line}")
         for line in index.damage:
             say(f"  damaged: {line}")
 

@@ -131,3 +131,24 @@ def index(tars: Positional[tuple[Path, ...]]) -> None:
     from oner_fast.data.sources.building import index_tars
 
     index_tars(tars)
+
+
+def verify(
+    paths: Positional[tuple[Path, ...]],
+    workers: int | None = None,
+    named: int = 20,
+    damage_list: Path | None = None,
+) -> None:
+    """Check recorded checksums and indexes, and that every image, caption and json of a dataset can be read.
+
+    The exit status is 1 where anything is damaged. Nothing is written, except the file of --damage-list.
+
+    Args:
+        paths: Folders of datasets, or tars.
+        workers: Processes that read and decode; one for each processor by default.
+        named: Damaged places to print.
+        damage_list: File that takes every damaged place, one a line.
+    """
+    from oner_fast.data.sources.verification import verify as verify_paths
+
+    verify_paths(paths, workers, named, damage_list)

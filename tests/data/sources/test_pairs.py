@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 for package in ("PIL", "webdataset", "rich", "numpy"):
@@ -13,6 +14,7 @@ for package in ("PIL", "webdataset", "rich", "numpy"):
 from PIL import Image  # noqa: E402
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
+from oner_fast.data.images import decode  # noqa: E402
 from oner_fast.data.sources import pair_shards  # noqa: E402
 from oner_fast.data.sources.cli import main  # noqa: E402
 from oner_fast.data.sources.concepts import concept, percentile  # noqa: E402
@@ -125,6 +127,65 @@ def test_resize_shrinks_the_shorter_side_only_where_it_is_longer(tmp_path: Path)
     for name, kind in (("big.jpg", "JPEG"), ("big.png", "PNG")):
         image = Image.open(io.BytesIO(found[name]))
         assert (image.size, image.format) == ((40, 20), kind)
+
+
+def resized_kinds() -> dict[str, tuple[Image.Image, dict[str, Any]]]:
+    down, across = np.mgrid[:48, :64]
+    colour = Image.fromarray(np.stack([across * 4, 255 - across * 4, down * 5], 2).astype(np.uint8))
+    kinds: dict[str, tuple[Image.Image, dict[str, Any]]] = {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for suffix in ("jpg", "webp", "png", "tif", "avif"):
+            kinds[f"turned{orientation}.{suffix}"] = (colour, {"exif": exif})
+    alpha = colour.convert("RGBA")
+    alpha.putalpha(colour.convert("L"))
+    return kinds | {
+        "grey16.png": (Image.fromarray((across * 1000).astype(np.uint16)), {}),
+        "grey16.tif": (Image.fromarray((across * 1000).astype(np.uint16)), {}),
+        "grey16.pgm": (Image.fromarray((across * 1000).astype(np.uint16)), {}),
+        "float.tif": (Image.fromarray((across / 64).astype(np.float32)), {}),
+        "cmyk.jpg": (colour.convert("CMYK"), {}),
+        "grey.jpg": (colour.convert("L"), {}),
+        "bits.png": (colour.convert("1"), {}),
+        "alpha.png": (alpha, {}),
+        "alpha.webp": (alpha, {}),
+        "grey alpha.png": (alpha.convert("LA"), {}),
+        "colour key.png": (Image.new("RGB", (64, 48), (200, 30, 30)), {"transparency": (200, 30, 30)}),
+        "palette.gif": (colour.quantize(64), {"transparency": 1}),
+        "flat.bmp": (colour, {}),
+        "flat.ppm": (colour, {}),
+    }
+
+
+def test_resize_stores_what_the_loader_shows_only_smaller(tmp_path: Path) -> None:
+    kinds = resized_kinds()
+    for name, (image, options) in kinds.items():
+        image.save(tmp_path / name, **options)
+    (tmp_path / "p.csv").write_text("filepath,title\n" + "".join(f"{name},{name}\n" for name in kinds))
+    build_pairs(tmp_path / "p.csv", tmp_path / "out", resize=16, validation_percent=0, workers=1)
+    data = PairDataset(tmp_path / "out")
+    assert len(data) == len(kinds)
+    for i in range(len(data)):
+        name = data.caption(i)
+        stored = Image.open(io.BytesIO(data.picture(i)))
+        shown = decode((tmp_path / name).read_bytes())
+        expected = shown.resize(stored.size, Image.Resampling.BICUBIC)
+        error = np.abs(np.asarray(decode(data.picture(i))).astype(int) - np.asarray(expected).astype(int))
+        assert min(stored.size) == 16 and (stored.width > stored.height) == (shown.width > shown.height), name
+        if stored.format == "PNG":
+            assert error.max() == 0, name
+            assert (stored.mode == "L") == name.startswith(("grey16", "float", "bits")), name
+        else:
+            assert error.mean() < 4, (name, stored.format)
+
+
+def test_an_image_over_the_budget_is_left_out_and_named(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", 1)
+    Image.new("L", (1, 1001)).save(tmp_path / "long.png")
+    (tmp_path / "p.csv").write_text("filepath,title\na.png,a\nlong.png,b\n")
+    content = build_pairs(tmp_path / "p.csv", tmp_path / "out", validation_percent=0, workers=1)
+    assert content["dropped"]["named"] == ["long.png: over the budget of one sample: aspect 1,001, at most 1,000"]
 
 
 def test_a_validation_image_is_never_trained_on(tmp_path: Path) -> None:
