@@ -91,7 +91,7 @@ test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulate
 	$(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
 
-faults: $(STAMP)-test ## let every access to a file fail once, in training, data builders, load, eval and report; print the counts
+faults: $(STAMP)-test ## let every access to a file fail once, for a tiny run of each command, and print the counts
 	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)
 
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely

@@ -25,7 +25,7 @@ EXTRAS = {
 }
 # Cause and remedy of an error that the operating system reports.
 _CAUSES = {
-    errno.ENOSPC: ("no space is left on the disk", "free some"),
+    errno.ENOSPC: ("no space is left on the file system", "free some"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or have it raised"),
     errno.EFBIG: ("the file would be larger than a file may be here", "raise the limit (`ulimit -f`)"),
     errno.EROFS: ("the file system is read-only", "name a place that can be written"),

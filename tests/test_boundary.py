@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -111,7 +110,7 @@ def test_the_origin_travels_between_processes() -> None:
 def test_the_boundary_prints_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert guarded("tool", lambda: None) == 0 and guarded("tool", lambda: 3) == 3
     assert guarded("tool", throws(OSError(errno.ENOSPC, "", "x"))) == 1
-    assert capsys.readouterr().err == "tool: x: no space is left on the disk; free some\n"
+    assert capsys.readouterr().err == "tool: x: no space is left on the file system; free some\n"
     monkeypatch.setenv("ONER_FAST_TRACEBACK", "1")
     assert guarded("tool", throws(KeyError("x"))) == 1
     shown = capsys.readouterr().err
@@ -148,7 +147,10 @@ def test_output_that_nobody_reads_ends_quietly_and_a_full_disk_does_not() -> Non
         done = subprocess.run(
             [sys.executable, "-c", command], stdout=full, stderr=subprocess.PIPE, check=False, env=environment
         )
-    assert (done.returncode, done.stderr) == (1, b"tool: standard output: no space is left on the disk; free some\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"tool: standard output: no space is left on the file system; free some\n",
+    )
 
 
 def test_a_full_disk_survives_torch_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,17 +200,7 @@ def test_an_exception_that_cannot_travel_becomes_one_that_can() -> None:
         opened(failure)
 
 
-def kill_or_square(number: int) -> int:
-    if number == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number * number
-
-
-def refuse(number: int) -> int:
-    raise ValueError(f"{number} is refused")
-
-
-def test_a_builder_whose_worker_is_killed_ends(tmp_path: Path) -> None:
-    assert list(each(abs, [-1, -2, -3], 2)) == [1, 2, 3]
-    assert "was killed" in sentence(raised(lambda: list(each(kill_or_square, range(4), 2))))
-    assert isinstance(raised(lambda: list(each(refuse, range(4), 2))), ValueError)
+def test_a_builder_whose_worker_dies_ends() -> None:
+    assert list(each(int, ["1", "2"], 2)) == [1, 2]
+    assert "was killed" in sentence(raised(lambda: list(each(os._exit, [9, 9], 2))))
+    assert isinstance(raised(lambda: list(each(int, ["1", "x"], 2))), ValueError)

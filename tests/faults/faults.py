@@ -73,7 +73,7 @@ class Scenario:
 
 @dataclass
 class Result:
-    """What a fault led to.
+    """The consequence of a fault.
 
     Attributes:
         ended: `as if nothing had been`, `goes on, named`, `a sentence`, or `killed`.
