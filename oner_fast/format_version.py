@@ -12,6 +12,9 @@ CHECKPOINT = 1
 MODEL = 1
 """`model.safetensors` and `lit_config.json`. Version 0 has no field `format_version`."""
 
+RUN = 1
+"""`run.json`."""
+
 FIELD = "format_version"
 
 

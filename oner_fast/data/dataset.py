@@ -1,26 +1,35 @@
 """Random access to the image-text pairs of tars in webdataset's format, img2dataset's tars included."""
 
 import glob
-import json
 import logging
 import os
+import re
 import threading
+import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from oner_fast.bounded_json import load_object
+from oner_fast.data.budget import BUDGET, excess
+from oner_fast.data.listing import read_listing
+from oner_fast.data.tar_headers import BLOCK
 from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
 
 logger = logging.getLogger("oner_fast.data")
 
 _OPEN_FILES = 256
+_COMPRESSED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
+_LIMITS = {IMAGE: "image_bytes", TEXT: "caption_bytes", META: "json_bytes"}
+_NAMES = {IMAGE: "image", TEXT: "caption", META: "json"}
 
 
-class CorruptSample(Exception):
-    """A sample cannot be read: `name` says which, `why` says why."""
+class CorruptSample(ValueError):
+    """A sample cannot be read, or is over its budget: `name` says which, `why` says why."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name, why)
@@ -52,37 +61,50 @@ class PairDataset:
             else, for "train", every tar.
 
     Attributes:
-        damage: the damage that the index found, one sentence each, also logged once. A damaged sample keeps its number
-            and raises CorruptSample when it is read.
+        damage: the damage that the indexes found, one sentence each, also logged once. A damaged sample keeps its
+            number and raises CorruptSample when it is read.
+        skipped: a sentence for each rule by which members that are no part of a sample are left out.
 
     Raises:
-        ValueError: nothing matches `path`, or the split is unknown.
+        ValueError: nothing matches `path`, the split is unknown, a tar is compressed, or there is no sample.
     """
+
+    path: str | Path | Sequence[str | Path]
+    damage: list[str]
+    skipped: list[str]
 
     def __init__(self, path: str | Path | Sequence[str | Path], split: str = "train") -> None:
         self.path = path
         self.split = split
-        shards = _shards(path, split)
-        self._shards: list[TarIndex] = []
-        self._first: list[int] = []
-        self.damage: list[str] = []
-        total = 0
-        for tar, expected in shards:
-            index = load_index(tar)
-            found = len(index)
-            self._shards.append(index)
-            self._first.append(total)
+        shards = [(load_index(tar, expected), expected) for tar, expected in _shards(path, split)]
+        self._take([index for index, _ in shards])
+        self.damage = []
+        for index, expected in shards:
             self.damage += index.damage
-            if expected is not None and found < expected:  # lost samples keep their numbers, so that the others do too
-                self.damage.append(f"{tar.name}: {found} samples of the {expected} that dataset.json lists")
-                found = expected
-            total += found
-        self._length = total
-        self._reset()
+            if expected is not None and len(index) > expected:
+                self.damage.append(f"{index.path.name}: {len(index)} samples, and dataset.json lists {expected}")
+        self.skipped = [sentence for index, _ in shards for sentence in index.skipped]
         for sentence in self.damage:
             logger.warning("damaged data: %s", sentence)
-        if total == 0:
-            raise ValueError(f"no samples in {path}: the tars hold no image or caption members")
+        for sentence in self.skipped:
+            logger.info("left out: %s", sentence)
+        if len(self) == 0:
+            why = (self.damage or self.skipped or ["the tars hold no image or caption members"])[0]
+            raise ValueError(f"no samples in {path}: {why}")
+
+    @classmethod
+    def of_indexes(cls, indexes: Sequence[TarIndex]) -> Self:
+        """Read the samples of indexes that are held in memory, in their order."""
+        dataset = cls.__new__(cls)
+        dataset.path, dataset.split = [index.path for index in indexes], ""
+        dataset.damage, dataset.skipped = [], []
+        dataset._take(indexes)
+        return dataset
+
+    def _take(self, indexes: Sequence[TarIndex]) -> None:
+        ends = [0, *accumulate(len(index) for index in indexes)]
+        self._shards, self._first, self._length = list(indexes), ends[:-1], ends[-1]
+        self._reset()
 
     def _reset(self) -> None:
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -116,18 +138,20 @@ class PairDataset:
         """Name of sample `i` for messages: its tar and its key. Raises IndexError outside the dataset."""
         shard, row = self._locate(i)
         index = self._shards[shard]
-        return f"{index.path.name}:{index.key(row)}" if row < len(index) else f"{index.path.name}:sample {row}"
+        key = index.key(row)
+        if not key.isprintable():
+            key = repr(key)[1:-1]
+        return f"{index.path.name}:{key or f'sample {row}'}"
 
     def read(self, i: int, meta: bool = True) -> RawPair:
         """Read sample `i`. Where `meta` is false, its metadata are left empty.
 
         Raises:
-            CorruptSample: a member is missing, cut off or malformed, or the caption is empty.
+            CorruptSample: a member is missing, cut off or malformed, is not the one that was indexed, or is larger than
+                `budget.BUDGET` allows; or the caption is empty.
             IndexError: `i` is outside the dataset.
         """
-        shard, row = self._locate(i)
-        if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
+        shard, row = self._there(i)
         text = self._member(i, shard, row, TEXT)
         fields = self._fields(i, shard, row) if meta or text is None else {}
         image = self.picture(i)
@@ -136,9 +160,7 @@ class PairDataset:
 
     def picture(self, i: int) -> bytes:
         """Read the encoded image of sample `i`, which may lack a caption. Raises as `read` does."""
-        shard, row = self._locate(i)
-        if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
+        shard, row = self._there(i)
         image = self._member(i, shard, row, IMAGE)
         if image is None:
             raise CorruptSample(self.name(i), "it has no image")
@@ -146,32 +168,35 @@ class PairDataset:
 
     def caption(self, i: int) -> str:
         """Read the caption of sample `i` without its image. Raises as `read` does."""
-        shard, row = self._locate(i)
-        if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
+        shard, row = self._there(i)
         text = self._member(i, shard, row, TEXT)
         return caption_of(self.name(i), text, self._fields(i, shard, row) if text is None else {})
 
     def meta(self, i: int) -> dict[str, Any]:
         """Read the json member of sample `i` without its image; empty where there is none. Raises as `read`."""
-        shard, row = self._locate(i)
-        if row >= len(self._shards[shard]):
-            raise CorruptSample(self.name(i), "it was lost with the end of a damaged tar")
+        shard, row = self._there(i)
         return self._fields(i, shard, row)
 
     def captions(self) -> Iterator[str]:
-        """Iterate over the readable captions, in order."""
+        """Iterate over the readable captions, in order; the log names each that cannot be read."""
         for i in range(len(self)):
             try:
                 yield self.caption(i)
-            except CorruptSample:
-                continue
+            except CorruptSample as error:
+                logger.warning("left out of the captions: %s", error)
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self._length:
             raise IndexError(f"sample {i} is not in a dataset of {self._length}")
         shard = bisect_right(self._first, i) - 1
         return shard, i - self._first[shard]
+
+    def _there(self, i: int) -> tuple[int, int]:
+        """Locate a sample of which at least one member is there."""
+        shard, row = self._locate(i)
+        if (self._shards[shard].offsets[row] < 0).all():
+            raise CorruptSample(self.name(i), "it was lost with a damaged part of its tar")
+        return shard, row
 
     def _fields(self, i: int, shard: int, row: int) -> dict[str, Any]:
         data = self._member(i, shard, row, META)
@@ -182,14 +207,26 @@ class PairDataset:
         offset, size = int(index.offsets[row, kind]), int(index.sizes[row, kind])
         if offset < 0:
             return None
+        if over := excess(_LIMITS[kind], size):
+            raise CorruptSample(self.name(i), over)
         try:
             with self._lock:
-                data = os.pread(self._open(shard), size, offset)
+                data = os.pread(self._open(shard), BLOCK + size, offset - BLOCK)
         except OSError as error:
             raise CorruptSample(self.name(i), f"cannot be read ({error.strerror})") from error
-        if len(data) != size:
-            raise CorruptSample(self.name(i), f"cut off: {len(data)} of {size} bytes at byte {offset}")
-        return data
+        if len(data) != BLOCK + size:
+            there = max(0, len(data) - BLOCK)
+            raise CorruptSample(self.name(i), f"cut off: {there} of {size} bytes at byte {offset}")
+        if zlib.crc32(memoryview(data)[:BLOCK]) != int(index.checksums[row, kind]):
+            raise CorruptSample(self.name(i), self._other_header(index, _NAMES[kind], offset))
+        return data[BLOCK:]
+
+    @staticmethod
+    def _other_header(index: TarIndex, what: str, offset: int) -> str:
+        tar = index.path.stat()
+        if (tar.st_size, tar.st_mtime_ns) != (index.tar_size, index.tar_mtime_ns):
+            return f"the tar changed since its index was made, so the {what} at byte {offset} may be another sample's"
+        return f"the header of its {what}, before byte {offset}, is not the one that was indexed: the tar is damaged"
 
     def _open(self, shard: int) -> int:
         descriptor = self._files.get(shard)
@@ -205,15 +242,20 @@ class PairDataset:
 def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
     """Caption of a sample, from its text member or else its metadata, without surrounding white space.
 
-    Raises CorruptSample(name, why) where there is none, it is empty, or it is not UTF-8.
+    Raises CorruptSample(name, why) where there is none, it is empty, too long or not UTF-8.
     """
     if text is None:
         caption = fields.get("caption")
         if not isinstance(caption, str):
             raise CorruptSample(name, "it has no caption")
+        length = len(caption.encode("utf-8", "replace"))
     else:
+        caption, length = "", len(text)
+    if over := excess("caption_bytes", length):
+        raise CorruptSample(name, over)
+    if text is not None:
         try:
-            caption = text.decode("utf-8")
+            caption = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise CorruptSample(name, f"its caption is not UTF-8 ({error.reason})") from error
     caption = caption.strip()
@@ -223,14 +265,13 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
 
 
 def fields_of(name: str, data: bytes) -> dict[str, Any]:
-    """Fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object."""
+    """Fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object within the budget."""
+    if over := excess("json_bytes", len(data)):
+        raise CorruptSample(name, over)
     try:
-        fields = json.loads(data)
+        return load_object(data, name, max_depth=BUDGET.json_depth)
     except ValueError as error:
-        raise CorruptSample(name, f"its json cannot be read ({error})") from error
-    if not isinstance(fields, dict):
-        raise CorruptSample(name, f"its json is a {type(fields).__name__}, not an object")
-    return fields
+        raise CorruptSample(name, str(error).removeprefix(f"{name}: ")) from error
 
 
 def _shards(path: str | Path | Sequence[str | Path], split: str) -> list[tuple[Path, int | None]]:
@@ -249,21 +290,27 @@ def _shards(path: str | Path | Sequence[str | Path], split: str) -> list[tuple[P
 
 
 def _folder(folder: Path, split: str) -> list[tuple[Path, int | None]]:
-    listing = folder / "dataset.json"
-    if listing.is_file():
-        splits = json.loads(listing.read_text(encoding="utf-8"))["splits"]
+    splits = read_listing(folder)
+    if splits is not None:
         if split not in splits:
             raise ValueError(f"unknown split {split!r} in {folder}; it has {', '.join(splits)}")
-        shards = [(folder / shard["file"], int(shard["samples"])) for shard in splits[split]["shards"]]
-        missing = [tar.name for tar, _ in shards if not tar.is_file()]
+        missing = [shard.path.name for shard in splits[split] if not shard.path.is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which its dataset.json lists; build the data again")
-        return list(shards)
+        return [(shard.path, shard.samples) for shard in splits[split]]
     tars = sorted(folder.glob("*.tar"))
     chosen = [tar for tar in tars if tar.name.startswith(f"{split}-")]
     named = sorted({tar.name.rsplit("-", 1)[0] for tar in tars if "-" in tar.name})
     if not chosen and split == "train" and not named:
         chosen = tars
+    compressed = sorted(path.name for path in folder.glob("*.t*") if _COMPRESSED.search(path.name))
+    if compressed and not chosen:
+        raise ValueError(
+            f"{folder} holds {len(compressed)} compressed tars, such as {compressed[0]}, and samples are read from "
+            "plain tars in any order; decompress them, for example with `gzip -d *.tar.gz`"
+        )
+    if compressed:
+        logger.warning("left out: %d compressed tars in %s, such as %s", len(compressed), folder, compressed[0])
     if not chosen:
         known = f"splits found: {', '.join(named)}" if named else f"{len(tars)} tars found, none named by a split"
         raise ValueError(f"no tar of split {split!r} in {folder}; {known}")

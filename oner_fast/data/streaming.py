@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from oner_fast.data.batch import PairBatch, no_text
+from oner_fast.data.budget import excess
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
 from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
@@ -127,7 +128,10 @@ class _StreamSource(IterableDataset[PairBatch]):
         name = f"{sample['__url__']}:{sample['__key__']}"
         image = next((data for extension, data in sample.items() if KINDS.get(extension) == IMAGE), None)
         if image is None:
-            raise CorruptSample(name, "it has no image")
+            there = ", ".join(sorted(extension for extension in sample if not extension.startswith("__")))
+            raise CorruptSample(name, f"it has no image (a key ends at its first dot; its members are {there})")
+        if over := excess("image_bytes", len(image)):
+            raise CorruptSample(name, over)
         if not self.captions:
             place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
             return ""

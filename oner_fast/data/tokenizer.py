@@ -3,7 +3,9 @@
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,13 +13,16 @@ import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from oner_fast.atomic import write_atomic
 from oner_fast.data.batch import TokenizedText
+from oner_fast.data.characters import INNER, Characters
 from oner_fast.data.ragged import pack
+
+logger = logging.getLogger("oner_fast.data")
 
 PAD, UNK, MASK = "[PAD]", "[UNK]", "[MASK]"
 _SPECIAL = (PAD, UNK, "[CLS]", "[SEP]", MASK)
 _UNUSED = re.compile(r"\[unused\d+\]")
-_INNER = "##"
 _FILES = ("tokenizer.json", "vocab.txt")
 
 
@@ -49,24 +54,29 @@ class Tokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.first_word_id = _first_word_id(vocabulary)
         self._begins_word = torch.ones(self.vocab_size, dtype=torch.bool)
-        self._begins_word[[number for token, number in vocabulary.items() if token.startswith(_INNER)]] = False
+        self._begins_word[[number for token, number in vocabulary.items() if token.startswith(INNER)]] = False
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train a vocabulary of at most `vocab_size` pieces; the same captions, in any order, give the same bytes.
 
-        Raises ValueError where `vocab_size` is too small for the special tokens and every character.
+        Pieces of a single character take at most a quarter of it, the most frequent ones first. Words with another
+        character become [UNK]; they are counted in the log.
+
+        Raises ValueError where there is no caption, or where that quarter holds the characters of fewer than half of
+        the words.
         """
         captions = list(captions)
         backend = _word_piece({PAD: 0, UNK: 1, MASK: 2}, None)
-        words = sorted(_words(backend, captions))
-        firsts = sorted({word[0] for word in words})
-        inner = sorted({_INNER + character for word in words for character in word[1:]})
+        characters = Characters.choose(_word_counts(backend, captions), vocab_size)
+        if 2 * characters.words_left_out > characters.words or not characters.kept:
+            raise ValueError(_too_small(vocab_size, characters))
+        if characters.left_out:
+            logger.warning("%s", characters.report(vocab_size))
+            captions = [_without(backend, caption, characters) for caption in captions]
         # The trainer numbers inner characters in the order of a randomly seeded hash map, and breaks ties by number.
         # As reserved tokens the characters have fixed numbers, so that the captions alone decide the vocabulary.
-        reserved = [PAD, UNK, MASK, *firsts, *inner]
-        if vocab_size < len(reserved):
-            raise ValueError(f"vocab_size must be at least {len(reserved)} to hold every character, not {vocab_size}")
+        reserved = [PAD, UNK, MASK, *characters.kept]
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size, min_frequency=2, special_tokens=reserved, show_progress=False
         )
@@ -89,13 +99,14 @@ class Tokenizer:
     @classmethod
     def _from_json(cls, text: str, name: str) -> "Tokenizer":
         model = json.loads(text).get("model", {})
-        if model.get("type") != "WordPiece" or model.get("continuing_subword_prefix") != _INNER:
-            raise ValueError(f"{name} holds a {model.get('type')} model; a WordPiece with {_INNER} is needed")
+        if model.get("type") != "WordPiece" or model.get("continuing_subword_prefix") != INNER:
+            raise ValueError(f"{name} holds a {model.get('type')} model; a WordPiece with {INNER} is needed")
         return cls(model["vocab"], tokenizers.Tokenizer.from_str(text).normalizer)
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json; equal tokenizers give equal bytes."""
-        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        """Write a tokenizer.json, atomically; equal tokenizers give equal bytes."""
+        text = self._backend.to_str(pretty=True)
+        write_atomic(Path(path), lambda file: file.write(text.encode()))
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text, to be stored inside another file."""
@@ -159,10 +170,32 @@ def _is_reserved(token: str) -> bool:
     return token in _SPECIAL or _UNUSED.fullmatch(token) is not None
 
 
-def _words(backend: tokenizers.Tokenizer, captions: Iterable[str]) -> set[str]:
-    """The distinct words of the captions, as the trainer will see them."""
-    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
-    return {word for caption in set(captions) for word, _ in split(normalize(caption))}
+def _words(backend: tokenizers.Tokenizer, caption: str) -> list[str]:
+    """Split a caption into words, as the trainer will see them."""
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))]
+
+
+def _word_counts(backend: tokenizers.Tokenizer, captions: Iterable[str]) -> Counter[str]:
+    words: Counter[str] = Counter()
+    for caption, count in Counter(captions).items():
+        for word in _words(backend, caption):
+            words[word] += count
+    return words
+
+
+def _without(backend: tokenizers.Tokenizer, caption: str, characters: Characters) -> str:
+    """Leave out the words that the characters do not cover, so that no piece is learnt from them."""
+    return " ".join(word for word in _words(backend, caption) if characters.cover(word))
+
+
+def _too_small(vocab_size: int, characters: Characters) -> str:
+    if not characters.words:
+        return "there is no caption to learn a vocabulary from; --tokenizer names one that exists"
+    return (
+        f"a vocabulary of {vocab_size} pieces is too small: a quarter of it holds the characters of "
+        f"{characters.words - characters.words_left_out:,} of {characters.words:,} words; "
+        f"vocab_size (--tokenizer-vocab) must be at least {4 * characters.needed}"
+    )
 
 
 def _find(source: str | Path) -> Path:

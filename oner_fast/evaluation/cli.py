@@ -3,7 +3,6 @@
 It also evaluates captions in COCO's format and ImageFolders, by k-NN and a linear probe.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 import tyro
 
 import oner_fast
+from oner_fast.atomic import remove_leftovers
+from oner_fast.boundary import guarded
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.coco import read_captions
 from oner_fast.evaluation.embed import embed_texts
@@ -88,21 +89,13 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
+    return guarded("oner-fast eval", lambda: _run(argv), extra="train", interrupted="interrupted; nothing was written")
+
+
+def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(argv), prog="oner-fast eval")
-    try:
-        evaluation, aside = evaluate(options)
-    except KeyboardInterrupt:
-        print("oner-fast eval: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if error.name not in ("open_clip", "timm"):
-            raise
-        print(f"oner-fast eval: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"oner-fast eval: {error}", file=sys.stderr)
-        return 2
+    evaluation, aside = evaluate(options)
     show(evaluation)
     if aside is not None:
         print(f"the figures of an earlier model are kept in {aside}")
@@ -124,6 +117,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
     """
     check_run(options.run)
     _check_options(options)
+    remove_leftovers(options.run)
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = [] if data is None else _asked_splits(options, data)

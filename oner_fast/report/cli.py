@@ -1,7 +1,5 @@
 """`oner-fast report RUN`: write a self-contained page, RUN/report.html, and its charts as PNG files in RUN/figures."""
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,8 @@ import torch
 import tyro
 
 import oner_fast
+from oner_fast.atomic import remove_leftovers, write_atomic
+from oner_fast.boundary import guarded
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.folder import check_run, find_data, unnamed_split
 from oner_fast.evaluation.record import read_record
@@ -33,16 +33,14 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    options = tyro.cli(Options, args=list(argv), prog="oner-fast report")
-    try:
-        path = report(options)
-    except KeyboardInterrupt:
-        print("oner-fast report: interrupted; the page was not written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"oner-fast report: {error}", file=sys.stderr)
-        return 2
+    """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
+    return guarded(
+        "oner-fast report", lambda: _run(argv), extra="demo", interrupted="interrupted; the page was not written"
+    )
+
+
+def _run(argv: Sequence[str]) -> int:
+    path = report(tyro.cli(Options, args=list(argv), prog="oner-fast report"))
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) and {len(list(figures_folder(path.parent)))} figures")
     return 0
 
@@ -59,6 +57,8 @@ def report(options: Options, loaded: Any = None) -> Path:
     dataset = open_split(data, split)
     figures = options.run / "figures"
     figures.mkdir(exist_ok=True)
+    for folder in (options.run, figures):
+        remove_leftovers(folder)
     loaded = loaded or oner_fast.load(options.run, options.device)
     name = options.run.resolve().name
     shown_as = str(options.run) if not options.run.is_absolute() else name
@@ -79,9 +79,7 @@ def report(options: Options, loaded: Any = None) -> Path:
     )
     gallery.write(examples, figures)
     path = options.run / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, lambda file: file.write(page.encode()))
     return path
 
 

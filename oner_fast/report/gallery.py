@@ -1,7 +1,6 @@
 """Write the examples as PNG files for use outside the page: retrieval by text, by image and word, and heat maps."""
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,11 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
+from oner_fast.data.images import decode
 from oner_fast.report.examples import Example
 from oner_fast.report.heat import HeatRow
-from oner_fast.report.style import COLOURS, style
+from oner_fast.report.style import COLOURS, save_png, style
 
 CELL = 1.2  # distance between two images, each 1 wide
 
@@ -56,7 +55,7 @@ def _rows(examples: list[Example], path: Path) -> None:
             _show(axes, 0, y, example.picture, "joint")
         for column, hit in enumerate(example.hits, start=first):
             _show(axes, column * CELL, y, hit.picture or "", "right" if hit.right else "rule", marked=hit.right)
-    figure.savefig(path, dpi=160)
+    save_png(figure, path, dpi=160)
 
 
 def _heat(rows: list[HeatRow], path: Path) -> None:
@@ -67,14 +66,14 @@ def _heat(rows: list[HeatRow], path: Path) -> None:
             colour = COLOURS["muted" if column == 0 else "ink"]
             axes.text(column * CELL + 0.5, y - 0.06, label, fontsize=8, color=colour, ha="center", va="bottom")
             _show(axes, column * CELL, y, address, "rule", margin=0.0)
-    figure.savefig(path, dpi=160)
+    save_png(figure, path, dpi=160)
 
 
 def _show(
     axes: Axes, x: float, y: float, address: str, colour: str, *, marked: bool = False, margin: float = 0.09
 ) -> None:
     """Draw an image on a white tile of side 1 with its upper left corner at (x, y)."""
-    picture = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+    picture = decode(base64.b64decode(address.partition(",")[2]))
     scale = (1 - 2 * margin) / max(picture.size)
     width, height = picture.width * scale, picture.height * scale
     left, top = x + (1 - width) / 2, y + (1 - height) / 2

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import pickle
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from oner_fast.data.characters import Characters
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.word_masks import mask_words
 
@@ -86,8 +88,60 @@ def test_training_gives_the_same_bytes_in_any_process(tmp_path):
 
 
 def test_a_too_small_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="vocab_size must be at least"):
+    with pytest.raises(
+        ValueError, match=r"holds the characters of 0 of .* words; .*--tokenizer-vocab\) must be"
+    ) as said:
         Tokenizer.train(CAPTIONS, 10)
+    least = int(str(said.value).rsplit(" ", 1)[1])
+    assert Tokenizer.train(CAPTIONS, least).vocab_size <= least
+    with pytest.raises(ValueError, match="there is no caption to learn a vocabulary from; --tokenizer names"):
+        Tokenizer.train(["", " "], 100)
+
+
+ORDINARY = [f"{a}{b} {c} {b}{a}" for a in ("ba", "ko", "li", "mur", "ven") for b in ("dra", "so", "tik") for c in "xyz"]
+VARIED = [f"the {first}{second} of {second}{third}" for first in ("sun", "moon", "star", "rain", "snow", "wind", "fire")
+          for second in ("light", "storm", "fall", "house", "field") for third in ("er", "ing", "ed", "s", "less")
+          for _ in range(8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("vocab_size", [160, 2048])
+def test_rare_characters_do_not_take_the_place_of_words(times, vocab_size, caplog):
+    rare = [f"sunlight {chr(0x4E00 + i)}" for i in range(6000)] * times
+    before = Tokenizer.train(VARIED, vocab_size)(VARIED)
+    with caplog.at_level("WARNING", logger="oner_fast.data"):
+        tokenizer = Tokenizer.train(VARIED + rare, vocab_size)
+    after = tokenizer(VARIED)
+    assert after.input_ids.numel() <= 1.05 * before.input_ids.numel()
+    assert not (after.input_ids == tokenizer.unk_id).any()
+    pieces = json.loads(tokenizer.to_json())["model"]["vocab"]
+    single = [piece for piece in pieces if len(piece.removeprefix("##")) == 1]
+    assert len(single) <= vocab_size // 4 and len(pieces) <= vocab_size
+    assert "pieces of one character are left out" in caplog.text and "words become [UNK]" in caplog.text
+
+
+def test_the_most_frequent_characters_are_kept():
+    captions = ["aa bb"] * 50 + ["cc"] * 20 + [chr(0x4E00 + i) for i in range(40)] * 2
+    tokenizer = Tokenizer.train(captions, 24)
+    assert tokenizer(["aa bb cc"]).input_ids.tolist().count(tokenizer.unk_id) == 0
+    assert Tokenizer.train(captions[::-1], 24).to_json() == tokenizer.to_json()
+    counts = Characters.choose({"aa": 50, "bb": 50, "cc": 20, "x": 3, "y": 2}, 24)
+    assert counts.kept == ("a", "b", "c", "##a", "##b", "##c")
+    assert (dict(counts.left_out), counts.words, counts.words_left_out) == ({"x": 3, "y": 2}, 125, 5)
+    assert counts.cover("abc") and not counts.cover("x") and not counts.cover("yb")
+
+
+def test_every_character_is_kept_where_a_quarter_holds_them():
+    words = {"ab": 1, "c": 1}
+    assert Characters.choose(words, 12).kept == ("a", "c", "##b")
+    assert Characters.choose(words, 11).kept == ()
+
+
+def test_a_vocabulary_without_too_many_characters_is_that_of_earlier_versions():
+    text = Tokenizer.train(ORDINARY, 200).to_json()
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "5b08402fe674bca5500952c0575e5e03adf416972c7f4ddc2679fcc2d0657269"
+    )
 
 
 def test_saved_loaded_and_pickled_agree(tokenizer, tmp_path):

@@ -92,7 +92,7 @@ def test_spaced() -> None:
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(argv) == 2
+    assert main(argv) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("oner-fast eval: ")
     return captured.err

@@ -30,7 +30,7 @@ def clip_tiny_icons_cpu() -> CLIPConfiguration:
         ),
         data=Data(train_data="data/icons"),
         optim=Optimisation(steps=600, batch_size=256, lr=1e-3, min_lr=1e-5, warmup=60, wd=0.1),
-        run=Run(run_dir="runs/clip_tiny_icons", threads=2, save_every=100),
+        run=Run(run_dir="runs/clip_tiny_icons", save_every=100),
     )
 
 

@@ -28,6 +28,8 @@ class Data:
     """Data to evaluate on and to take snapshots of the embeddings from; empty: those of train_data."""
     val_split: str = "val"
     """Split that snapshots of the embeddings are taken from; unused where there is none."""
+    verify_data: bool = False
+    """Compare the shards with their recorded checksums once, before the training."""
     workers: int = 1
     """Processes that decode; the order and the bytes of batches do not depend on their number."""
     tokenizer: str = "train"
@@ -84,8 +86,8 @@ class Run:
     device: str = "auto"
     precision: Precision = "auto"
     """auto: bfloat16 autocast where the processor multiplies in it, else float32."""
-    threads: int = 0
-    """Threads of the CPU's ops; 0 leaves torch's choice."""
+    threads: int | Literal["auto"] = "auto"
+    """Threads of the CPU's ops: auto times one and more at the start; 0 leaves torch's choice."""
     resume: str = "latest"
     """latest, none, or the path of a checkpoint."""
     save_every: int = 500
@@ -103,5 +105,7 @@ class Run:
     """Seconds that a rank waits for the others before the run ends with an error that names them."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.threads, int) and self.threads < 0:
+            raise ValueError(f"threads must be auto, 0 or more, got {self.threads}")
         if not 0.0 < self.collective_timeout < math.inf:
             raise ValueError(f"collective_timeout must be positive and finite, got {self.collective_timeout}")

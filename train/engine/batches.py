@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol
 
+from oner_fast.data.checksums import check_shards
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import ImageTransform
 from oner_fast.data.loader import PairLoader
@@ -12,6 +14,8 @@ from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Run
 from oner_fast.train.engine.distributed import World
+
+logger = logging.getLogger("oner_fast.train")
 
 
 class HasImageSize(Protocol):
@@ -66,7 +70,8 @@ def open_batches(
         captions: False reads images only; samples may then lack a caption.
 
     Raises:
-        ValueError: there is no such data, or fewer samples than a batch needs.
+        ValueError: there is no such data, or fewer samples than a batch needs; or `data.verify_data` is set, and a
+            shard differs from its recorded checksum or has none. Each rank reads its share of the shards.
     """
     data, image_size = config.data, config.model.image_size
     common: dict[str, Any] = {
@@ -82,5 +87,10 @@ def open_batches(
         "captions": captions,
     }
     if is_stream(data.train_data):
+        if data.verify_data:
+            raise ValueError("streamed train_data has no recorded checksums: leave out --verify-data")
         return StreamedPairs(data.train_data, tokenizer, **common)
+    if data.verify_data:
+        checked = sum(1 for _ in check_shards(data.train_data, data.train_split, world.rank, world.size))
+        logger.info("the checksums of %d shards are those that were recorded", checked)
     return PairLoader(PairDataset(data.train_data, data.train_split), tokenizer, **common)

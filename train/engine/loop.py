@@ -13,21 +13,24 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
-from oner_fast.train.config.common import Optimisation, Precision, Run
+from oner_fast.train.config.common import Data, Optimisation, Precision, Run
 from oner_fast.train.config.serialization import from_dict, save_json, to_dict
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.engine.distributed import World, on_main, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
 from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, set_lr
+from oner_fast.train.engine.pace_watch import PaceWatch
 from oner_fast.train.engine.precision import autocast_dtype
 from oner_fast.train.engine.progress import Progress
 from oner_fast.train.engine.random_state import seed_generators
 from oner_fast.train.engine.resuming import find_start
 from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
+from oner_fast.train.engine.threads import load, settle_threads
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
 # Settings of the data that change neither the samples nor their order: paths and speed.
@@ -39,6 +42,9 @@ class Configuration(Protocol):
     """The fields of a configuration (a dataclass of dataclasses) that the loop reads."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def data(self) -> Data: ...
 
     @property
     def optim(self) -> Optimisation: ...
@@ -89,6 +95,13 @@ class Training(ABC, Generic[C]):
         state = None if start is None else checkpoint.load(start, world.device)
         before = None if state is None else _saved_configuration(str(start), state, type(config))
         self.dtype = autocast_dtype(config.run.precision, world.device)
+        self.threads = settle_threads(
+            config.run.threads,
+            world,
+            workers=config.data.workers,
+            recorded=None if state is None else state.get("threads"),
+            dtype=self.dtype or torch.float32,
+        )
         precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
         self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
         if before is not None:
@@ -169,6 +182,7 @@ class Training(ABC, Generic[C]):
         meter, began = ThroughputMeter(), time.perf_counter()
         rate = gemm_rate(self.world.device, self.dtype or torch.float32)
         every, flops = c.run.log_every_n_steps, list[float]()
+        watch = PaceWatch(None if self.world.device.type == "cuda" else self.threads.used, load)
         with (
             MetricLog(self.folder, resume_step=self.steps_done, enabled=main) as log,
             Progress(total, start=self.steps_done, every=every, title=self.title, enabled=main) as progress,
@@ -198,6 +212,8 @@ class Training(ABC, Generic[C]):
                     flops.clear()
                     log.write(self.steps_done, shown)
                     progress.update(self.steps_done, shown)
+                    if pace and (fallen := watch.read(pace["samples_per_second"], pace["data_wait"])):
+                        progress.note(fallen)
                 else:
                     progress.update(self.steps_done, {})
                 with meter.excluded():
@@ -219,7 +235,10 @@ class Training(ABC, Generic[C]):
     def _prepare(self) -> None:
         """Make the run's folder ready for writing."""
         save_json(self.config, self.folder / "config.json")
+        self.threads.save(self.folder)
         checkpoint.prepare(self.checkpoints)
+        for folder in (self.folder, self.folder / "snapshots"):
+            remove_leftovers(folder)
         self._start.set_aside()
 
     def _due(self, every: int) -> bool:
@@ -250,6 +269,11 @@ class Training(ABC, Generic[C]):
         on_main(self.world, self._write_checkpoint)
 
     def _write_checkpoint(self) -> None:
+        if not self.folder.is_dir():  # it must not come back with a checkpoint alone
+            raise FileNotFoundError(
+                f"the run folder {self.folder} is gone: it was moved or removed during the run; put it back, and the "
+                "same command continues from its last checkpoint"
+            )
         state: dict[str, Any] = {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -257,6 +281,7 @@ class Training(ABC, Generic[C]):
             "data": self.batches.state_dict(),
             "config": json.dumps(to_dict(self.config)),
             "random": checkpoint.random_state(),
+            "threads": self.threads.used,
         }
         state |= self._extra_state()
         keep = self.config.run.keep_checkpoints

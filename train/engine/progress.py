@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_log = logging.getLogger(__name__)
 _PERCENT = "{:.0%}"
 # metric -> (short name, format); losses stand before these, in the order they come.
 _COLUMNS = {
@@ -163,8 +165,12 @@ class Progress:
             self.console.print(text, markup=False, highlight=False)
             return
         # Not through rich: it would wrap lines at 80 columns in a log.
-        self.console.file.write(text + "\n")
-        self.console.file.flush()
+        try:
+            self.console.file.write(text + "\n")
+            self.console.file.flush()
+        except OSError as error:  # a display that nobody reads, or a log on a full disk, ends no run
+            self.enabled = False
+            _log.warning("the progress cannot be written, and the run goes on without: %s", error)
 
 
 def _format(form: str, value: Any) -> str:

@@ -17,5 +17,5 @@ def lit_tiny_icons_cpu() -> LiTConfiguration:
         model=LiTConfig(image_size=48, grid=6, embed_dim=256),
         data=Data(train_data="data/icons"),
         optim=Optimisation(steps=300, batch_size=256, lr=1e-3, min_lr=1e-5, warmup=30, wd=0.1),
-        run=Run(run_dir="runs/lit_tiny_icons", threads=2, save_every=100),
+        run=Run(run_dir="runs/lit_tiny_icons", save_every=100),
     )

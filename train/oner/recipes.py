@@ -57,7 +57,7 @@ def oner_tiny_pictograms_cpu() -> OneRConfiguration:
         objectives=Objectives(predictor_hidden=512, momentum=0.95, mlm=0.2, mask_patch_ratio=0.25),
         data=Data(train_data="data/pictograms"),
         optim=Optimisation(steps=600, batch_size=128, lr=1e-3, warmup=50, wd=0.05),
-        run=Run(run_dir="runs/demo", threads=2, save_every=150, snapshot_every=60),
+        run=Run(run_dir="runs/demo", save_every=150, snapshot_every=60),
     )
 
 
@@ -78,7 +78,7 @@ def oner_small_icons_cpu() -> OneRConfiguration:
         objectives=Objectives(predictor_hidden=768, momentum=0.98, mlm=0.2, mask_patch_ratio=0.25),
         data=Data(train_data="data/icons"),
         optim=Optimisation(steps=1400, batch_size=128, lr=1e-3, warmup=100, wd=0.05),
-        run=Run(run_dir="runs/icons", threads=2, save_every=200, snapshot_every=140),
+        run=Run(run_dir="runs/icons", save_every=200, snapshot_every=140),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from oner_fast.atomic import write_atomic
 from oner_fast.data.dataset import CorruptSample
 from oner_fast.data.images import decode, eval_transform
 from oner_fast.data.splits import open_split, splits_of
@@ -23,7 +24,8 @@ _log = logging.getLogger(__name__)
 class Snapshots:
     """Snapshots of the embeddings: `take(step)` writes `snapshots/step-%08d.npz`.
 
-    A file holds `image` (n, E) and `text` (n, E), float16 and L2-normalised, and `step`.
+    One that cannot be written is left out. A file holds `image` (n, E) and `text` (n, E), float16 and L2-normalised,
+    and `step`.
     """
 
     def __init__(self, config: OneRConfiguration, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
@@ -44,10 +46,14 @@ class Snapshots:
         image = F.normalize(self.tower.encode_image(self.images.to(device)).float(), dim=-1)
         words = F.normalize(self.tower.encode_text(text.input_ids, text.cu_seqlens).float(), dim=-1)
         self.tower.train(training)
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.npz"
         arrays = {"image": image.half().cpu().numpy(), "text": words.half().cpu().numpy(), "step": np.int64(step)}
-        np.savez(path, **arrays)  # type: ignore[arg-type]
+        try:
+            # Without its parents: a run folder that was moved away must not come back with a snapshot alone.
+            self.folder.mkdir(exist_ok=True)
+            write_atomic(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        except OSError as error:
+            _log.warning("no snapshot of step %d, and the run goes on: %s", step, error)
 
 
 def _data(config: OneRConfiguration) -> str:
@@ -69,9 +75,10 @@ def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
     images, captions = [], []
     count = min(config.run.snapshot_pairs, len(dataset))
     for index in range(count):
+        row = index * len(dataset) // count
         try:
-            pair = dataset.read(index * len(dataset) // count, meta=False)
-            images.append(transform(decode(pair.image)))
+            pair = dataset.read(row, meta=False)
+            images.append(transform(decode(pair.image, dataset.name(row))))
         except CorruptSample as error:
             _log.warning("left out of the snapshots: %s", error)
             continue

@@ -31,7 +31,7 @@ def uta_tiny_icons_cpu() -> UTAConfiguration:
         optim=Optimisation(
             steps=_STEPS, batch_size=128, lr=1.5e-3, min_lr=1e-5, warmup=60, wd=0.05, grad_clip_norm=3.0
         ),
-        run=Run(run_dir="runs/uta_tiny_icons", threads=2, save_every=200),
+        run=Run(run_dir="runs/uta_tiny_icons", save_every=200),
     )
 
 

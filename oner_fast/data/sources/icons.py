@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oner_fast.data.sources import npm
+from oner_fast.data.sources import npm, npm_lock
 from oner_fast.data.sources.building import Build, default_workers, report, versions
 from oner_fast.data.sources.concepts import caption_of_name
 from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
@@ -82,7 +82,7 @@ def build_icons(
 
     Raises:
         ValueError: a set is unknown, an option is out of range, or `output` holds another build.
-        NpmError: npm is missing or fails.
+        NpmError: npm is missing or fails, or a package is not the one that was published.
     """
     if size < 8:
         raise ValueError(f"size is {size}; images need at least 8 pixels a side")
@@ -99,7 +99,7 @@ def build_icons(
         report(content, build.output, "was complete already")
         return content
     folder = Path(cache) if cache is not None else build.output.parent / "npm-cache"
-    drawings = list(icon_drawings(npm.fetch(packages, folder)))
+    drawings = list(icon_drawings(npm.fetch(packages, folder, npm_lock.INTEGRITY)))
     if limit is not None:
         drawings = [drawings[i * len(drawings) // limit] for i in range(min(limit, len(drawings)))]
     say(f"icons: {len(drawings):,} drawings at {size} pixels into {build.output}")

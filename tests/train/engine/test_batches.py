@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.train.config.common import Data
-from oner_fast.train.engine.batches import build_tokenizer, is_stream
+from oner_fast.train.engine.batches import build_tokenizer, is_stream, open_batches
+from oner_fast.train.engine.distributed import World
 from oner_fast.train.oner import __main__ as oner
 
 WORDS = ["red", "green", "blue", "dark", "light"]
@@ -71,3 +75,24 @@ def test_training_from_one_tar_on_disk(tar: Path, tmp_path: Path) -> None:
 def test_missing_data_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert oner.main(flags(str(tmp_path / "nowhere"), tmp_path / "run")) == 1
     assert "nowhere" in capfd.readouterr().err
+
+
+def test_recorded_checksums_are_compared_when_asked(tar: Path) -> None:
+    content = bytearray(tar.read_bytes())
+    record = {"file": tar.name, "samples": 24, "sha256": hashlib.sha256(content).hexdigest()}
+    (tar.parent / "dataset.json").write_text(json.dumps({"splits": {"train": {"shards": [record]}}}))
+    config = SimpleNamespace(
+        data=Data(train_data=str(tar.parent), workers=0, verify_data=True),
+        model=SimpleNamespace(image_size=16),
+        optim=SimpleNamespace(batch_size=8),
+        run=SimpleNamespace(seed=0),
+    )
+    world = World(0, 1, 0, torch.device("cpu"))
+    assert next(open_batches(config, None, world)).images.shape == (8, 3, 16, 16)
+    content[600] ^= 1
+    tar.write_bytes(content)
+    with pytest.raises(ValueError, match="pairs-000000.tar is not the file that was built: its sha256 is"):
+        open_batches(config, None, world)
+    config.data = Data(train_data="pipe:cat pairs.tar", verify_data=True)
+    with pytest.raises(ValueError, match="no recorded checksums: leave out --verify-data"):
+        open_batches(config, None, world)

@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
+from oner_fast.train.engine import checkpoint
 from oner_fast.train.oner import __main__ as oner
 
-# signals to the group, threads, workers, whether they come before the first step
-STOPS: dict[str, tuple[tuple[str, ...], int, int, bool]] = {
-    "SIGTERM": (("SIGTERM",), 2, 2, False),
+# signals to the group, --threads, workers, whether they come before the first step
+STOPS: dict[str, tuple[tuple[str, ...], int | str, int, bool]] = {
+    "SIGTERM": (("SIGTERM",), "auto", 2, False),
     "SIGHUP": (("SIGHUP",), 2, 4, False),
     "SIGUSR1": (("SIGUSR1",), 1, 1, False),
     "SIGUSR1-then-others": (("SIGUSR1", "SIGTERM", "SIGHUP", "SIGTERM", "SIGINT"), 2, 1, False),
@@ -56,8 +57,15 @@ def test_a_signal_to_the_group_saves_and_exits(outcomes: dict[str, Any], name: s
     stopped, step = re.findall(r"(SIG\w+): saved step (\d+); the same command continues", found["said"])[0]
     assert stopped in signals and found["status"] == 128 + signal.Signals[stopped], found["said"]
     assert found["checkpoints"] == [f"step-{int(step):08d}.pt"]
-    assert found["files"] == ["checkpoints", "config.json", "metrics.jsonl", "tokenizer.json"]
+    assert found["files"] == ["checkpoints", "config.json", "metrics.jsonl", "run.json", "tokenizer.json"]
     assert (step == "1") == early and "Traceback" not in found["said"]
+
+
+def test_the_number_of_threads_is_recorded_in_the_run_and_in_its_checkpoint(outcomes: dict[str, Any]) -> None:
+    for name, (_, asked, _, _) in STOPS.items():
+        record = outcomes[name]["threads"]
+        assert record["asked"] == asked and record["used"] == outcomes[name]["saved"]["threads"]
+        assert record["used"] == asked or (asked == "auto" and record["used"] >= 1)
 
 
 def test_a_second_training_in_the_folder_says_who_holds_it(outcomes: dict[str, Any]) -> None:
@@ -133,7 +141,10 @@ class Child:
     def outcome(self) -> dict[str, Any]:
         status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
         checkpoints = self.run / "checkpoints"
+        saved = sorted(checkpoints.glob("step-*.pt"))
         return {
+            "threads": json.loads((self.run / "run.json").read_text())["threads"],
+            "saved": {"threads": checkpoint.load(saved[-1])["threads"]} if saved else {},
             "status": status,
             "said": self.said.read_text(),
             "checkpoints": sorted(os.listdir(checkpoints)) if checkpoints.is_dir() else [],
