@@ -18,6 +18,7 @@ from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
     "gather_patches(Tensor images, Tensor kept, SymInt patch_size, Tensor? mean, Tensor? std, ScalarType dtype, "
     "Tensor? cu_seqlens) -> Tensor",
     triton="gather_patches.forward",
+    portable=True,
 )
 def _forward_shape(
     images: Tensor,
@@ -35,6 +36,7 @@ def _forward_shape(
     "gather_patches_backward(Tensor grad, Tensor kept, SymInt patch_size, Tensor? std, SymInt[] image_shape, "
     "ScalarType dtype, Tensor? cu_seqlens) -> Tensor",
     triton="gather_patches.backward",
+    portable=True,
 )
 def _backward_shape(
     grad: Tensor,
@@ -132,7 +134,8 @@ def _compiled(
     return packed if cu_seqlens is None else (packed, cu_seqlens.clone())
 
 
-register("gather_patches", "reference", reference.gather_patches)
+register("gather_patches", "reference", reference.gather_patches, preference=-10)
+register("gather_patches", "portable", partial(_compiled, "portable"))
 register("gather_patches", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(

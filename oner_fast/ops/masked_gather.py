@@ -16,6 +16,7 @@ from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 @define(
     "masked_gather(Tensor tokens, Tensor kept, Tensor? positions, Tensor? prefix, Tensor? cu_seqlens) -> Tensor",
     triton="masked_gather.forward",
+    portable=True,
 )
 def _forward_shape(
     tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu_seqlens: Tensor | None
@@ -30,6 +31,7 @@ def _forward_shape(
     "masked_gather_backward(Tensor grad, Tensor kept, Tensor? cu_seqlens, SymInt samples, SymInt tokens, "
     "SymInt prefix, bool need_tokens, bool need_positions, bool need_prefix) -> (Tensor, Tensor, Tensor)",
     triton="masked_gather.backward",
+    portable=True,
 )
 def _backward_shape(
     grad: Tensor,
@@ -102,7 +104,8 @@ def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
     return cu_seqlens + prefix * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
 
 
-register("masked_gather", "reference", reference.masked_gather)
+register("masked_gather", "reference", reference.masked_gather, preference=-10)
+register("masked_gather", "portable", partial(_compiled, "portable"))
 register("masked_gather", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(

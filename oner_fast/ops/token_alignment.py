@@ -17,6 +17,7 @@ from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 @define(
     "token_alignment(Tensor student, Tensor teacher, Tensor? kept) -> (Tensor, Tensor)",
     triton="token_alignment.forward",
+    portable=True,
 )
 def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = student.shape[0] * student.shape[1]
@@ -27,6 +28,7 @@ def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tup
 @define(
     "token_alignment_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? kept, Tensor factors) -> Tensor",
     triton="token_alignment.backward",
+    portable=True,
 )
 def _backward_shape(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None, factors: Tensor) -> Tensor:
     return student.new_empty(student.shape)
@@ -55,7 +57,8 @@ def _compiled(backend: str, student: Tensor, teacher: Tensor, kept: Tensor | Non
     return _TokenAlignment.apply(student, teacher.detach(), kept, backend)
 
 
-register("token_alignment", "reference", reference.token_alignment)
+register("token_alignment", "reference", reference.token_alignment, preference=-10)
+register("token_alignment", "portable", partial(_compiled, "portable"))
 register("token_alignment", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(
