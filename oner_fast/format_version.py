@@ -11,6 +11,8 @@ CHECKPOINT = 1
 """`step-*.pt`, under `format`."""
 MODEL = 1
 """`model.safetensors` and `lit_config.json`. Version 0 has no field `format_version`."""
+EVALUATION = 1
+"""`evaluation.json` of a run. Version 0 has no field `format_version` and no `other_data`."""
 
 FIELD = "format_version"
 

@@ -3,7 +3,6 @@
 It also evaluates captions in COCO's format and ImageFolders, by k-NN and a linear probe.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,21 +13,21 @@ import torch
 import tyro
 
 import oner_fast
-from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.coco import read_captions
 from oner_fast.evaluation.embed import embed_texts
-from oner_fast.evaluation.folder import check_run, find_data, processor, read_config
+from oner_fast.evaluation.folder import check_run, find_data, processor, read_config, training_data
 from oner_fast.evaluation.labels import LABELS, teach
+from oner_fast.evaluation.records import merged, read_evaluation
 from oner_fast.evaluation.run import (
     evaluate_folders,
     evaluate_retrieval,
     evaluate_split,
     evaluate_zero_shot,
     has_text,
-    held_out_splits,
     training_words,
     write_json,
 )
+from oner_fast.evaluation.source import TRAIN, Source
 from oner_fast.evaluation.table import show
 from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
 
@@ -41,10 +40,11 @@ class Options:
     """The run folder, or a folder of open_clip with a CLIP."""
     text_tower: str | None = None
     """For a UTA student: the CLIP that embeds texts, by name or path; the one it was aligned to by default."""
-    data: Path | None = None
-    """Data to evaluate on (a folder with dataset.json, or a tar); the run's own by default."""
+    data: tuple[str, ...] = ()
+    """Data to evaluate on, as `--train-data` takes them: a folder, tars, a glob or a brace pattern; the run's own
+    validation data by default."""
     split: tuple[str, ...] = ()
-    """Splits to evaluate; all but `train` by default."""
+    """Splits to evaluate; all but `train` by default. Tars without names of splits are the split `val`."""
     coco_json: Path | None = None
     """Captions of images: Karpathy's json or COCO's captions json; needs --coco-images."""
     coco_images: Path | None = None
@@ -117,7 +117,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     _check_options(options)
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
-    splits = [] if data is None else _asked_splits(options, data)
+    splits = [] if data is None else data.held_out(options.split)
     loaded = _load(options)
     evaluation: dict[str, Any] = {}
     if data is not None:
@@ -133,24 +133,32 @@ def evaluate(options: Options) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
-    write_json(options.run / "evaluation.json", evaluation)
+    write_json(options.run / "evaluation.json", _merged(evaluation, data, options))
     return evaluation
 
 
-def _data(options: Options) -> Path | None:
+def _merged(evaluation: dict[str, Any], data: Source | None, options: Options) -> dict[str, Any]:
+    """Add the new figures to those of the file, under the data that each was measured on."""
+    about = evaluation["about"]
+    apart = {"coco": options.coco_json, **dict.fromkeys(("zero_shot", "knn", "linear_probe"), options.image_folder)}
+    content = read_evaluation(options.run)
+    places: dict[str, dict[str, Any]] = {}
+    for key, entry in evaluation.items():
+        if key != "about":
+            given = "" if not options.data or data is None else data.name
+            place = str(apart[key]) if key in apart else given
+            places.setdefault(place, {"about": about})[key] = entry
+    for place, entries in places.items():
+        content = merged(content, place, entries)
+    return content
+
+
+def _data(options: Options) -> Source | None:
     """Find the data set to evaluate on; None where only captions or an ImageFolder were given."""
     elsewhere = options.coco_json is not None or options.image_folder is not None
-    if elsewhere and options.data is None:
+    if elsewhere and not options.data:
         return None
     return find_data(options.run, options.data)
-
-
-def _asked_splits(options: Options, data: Path) -> list[str]:
-    """Splits that were asked for, or every held-out split."""
-    known = held_out_splits(data)
-    if unknown := [name for name in options.split if name not in known]:
-        raise ValueError(f"{data} has no held-out split {unknown[0]!r}; it has {', '.join(known)}")
-    return list(options.split) or known
 
 
 def _load(options: Options) -> Any:
@@ -166,16 +174,16 @@ def _load(options: Options) -> Any:
 
 
 def _splits(
-    loaded: Any, data: Path, splits: Sequence[str], templates: Sequence[str], options: Options
+    loaded: Any, data: Source, splits: Sequence[str], templates: Sequence[str], options: Options
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
-    seen = training_words(data if options.data is None else _training_data(options.run, data))
+    seen = training_words(_training_data(options.run, data))
     entries: dict[str, Any] = {}
     for name in splits:
         entries |= evaluate_split(
             loaded,
-            PairDataset(data, split=name),
+            data.open(name),
             name,
             seen,
             templates=templates if options.zero_shot else (),
@@ -207,11 +215,11 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
     return entries
 
 
-def _training_data(run: Path, other: Path) -> Path:
+def _training_data(run: Path, other: Source) -> Source:
     """Find the data set whose training captions decide which words are new: the run's, or else the given one."""
     try:
-        return find_data(run, None)
-    except FileNotFoundError:
+        return training_data(run)
+    except (FileNotFoundError, ValueError):
         return other
 
 
@@ -224,7 +232,7 @@ def _check_options(options: Options) -> None:
     probes = _probes(options)
     if options.image_folder_train is not None and (options.image_folder is None or not probes):
         raise ValueError("--image-folder-train needs --image-folder, and --knn or --linear-probe")
-    if probes and options.image_folder is not None and options.image_folder_train is None and options.data is None:
+    if probes and options.image_folder is not None and options.image_folder_train is None and not options.data:
         raise ValueError(
             "--knn and --linear-probe need images to learn the classes of --image-folder: give --image-folder-train"
         )
@@ -234,16 +242,15 @@ def _check_options(options: Options) -> None:
         raise ValueError("--coco-json and --coco-images go together")
 
 
-def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
+def _taught(loaded: Any, data: Source, options: Options) -> dict[str, Any]:
     """Embed the training images to which k-NN and the linear probe are fitted."""
     if not _probes(options):
         return {}
-    listing = data / "dataset.json"
-    if not listing.is_file() or "train" not in json.loads(listing.read_text(encoding="utf-8"))["splits"]:
-        raise ValueError(f"--knn and --linear-probe need a train split, and {data} has none")
+    if TRAIN not in data.splits:
+        raise ValueError(f"--knn and --linear-probe need a train split, and {data.name} has none")
     return teach(
         loaded,
-        PairDataset(data, split="train"),
+        data.open(TRAIN),
         options.label or LABELS,
         most=options.label_classes,
         limit=options.limit,

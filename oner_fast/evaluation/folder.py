@@ -2,9 +2,11 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oner_fast.evaluation.source import Source, open_source
 from oner_fast.format_version import CONFIGURATION, FIELD, check_format_version
 
 
@@ -35,25 +37,42 @@ def read_config(run: Path) -> dict[str, Any]:
     return content
 
 
-def find_data(run: Path, given: Path | None) -> Path:
-    """Find the data to evaluate on: the given path, else the one in the run's configuration.
+def find_data(run: Path, given: Sequence[str | Path] = ()) -> Source:
+    """Find the data to evaluate on: the given places, else the run's `val_data`, else its training data.
 
     Raises:
         FileNotFoundError: the data do not exist; the message says what to give.
     """
-    if given is not None:
-        if not given.exists():
-            raise FileNotFoundError(f"no data at {given} (given with --data)")
-        return given
-    named = read_config(run).get("data")
-    if isinstance(named, dict):
-        named = next((named[key] for key in ("train_data", "path") if isinstance(named.get(key), str)), None)
-    if not isinstance(named, str) or not named:
+    if given:
+        return open_source(given)
+    named = _named(run, "val_data")
+    if named:
+        return open_source([_beside(run, place) for place in named.split()])
+    return training_data(run)
+
+
+def training_data(run: Path) -> Source:
+    """Find the data that a run was trained on. Raises FileNotFoundError where they are named nowhere, or are gone."""
+    named = _named(run, "train_data") or _named(run, "path")
+    if not named:
         raise FileNotFoundError(f"{run / 'config.json'} names no data; give its folder with --data")
-    for path in (Path(named), run / named):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"the data that {run} was trained on is not at {named}; give its folder with --data")
+    try:
+        return open_source([_beside(run, named)], whole_as="train")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"the data that {run} was trained on is not at {named}; give its folder with --data"
+        ) from None
+
+
+def _named(run: Path, key: str) -> str:
+    data = read_config(run).get("data")
+    found = data.get(key) if isinstance(data, dict) else data if key == "train_data" else None
+    return found if isinstance(found, str) else ""
+
+
+def _beside(run: Path, place: str) -> str:
+    """Return `place`, or its path in the run's folder where only that exists."""
+    return str(run / place) if not Path(place).exists() and (run / place).exists() else place
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from oner_fast.evaluation.embed import (
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.retrieval import retrieval
+from oner_fast.evaluation.source import TRAIN, Source
 from oner_fast.evaluation.splits import split_by_words, vocabulary
 from oner_fast.evaluation.zero_shot import (
     TEMPLATES,
@@ -40,32 +41,9 @@ from oner_fast.evaluation.zero_shot import (
 )
 
 
-def held_out_splits(data: Path) -> list[str]:
-    """List the splits of a data set other than `train`; `["val"]` for a bare tar.
-
-    Raises:
-        FileNotFoundError: there are no such data.
-        ValueError: the data have no split to evaluate on.
-    """
-    if not data.exists():
-        raise FileNotFoundError(f"no data at {data}; give its folder with --data")
-    listing = data / "dataset.json"
-    if not data.is_dir():
-        return ["val"]
-    if not listing.is_file():
-        raise FileNotFoundError(f"{data} has no dataset.json; give a folder that `oner-fast data` made, or a tar")
-    splits = [name for name in json.loads(listing.read_text(encoding="utf-8"))["splits"] if name != "train"]
-    if not splits:
-        raise ValueError(f"{data} has only a train split; there is nothing held out to evaluate on")
-    return splits
-
-
-def training_words(data: Path) -> set[str] | None:
+def training_words(data: Source) -> set[str] | None:
     """Every word of the training captions of a data set, or None where it has no train split."""
-    listing = data / "dataset.json"
-    if not listing.is_file() or "train" not in json.loads(listing.read_text(encoding="utf-8"))["splits"]:
-        return None
-    return vocabulary(PairDataset(data, split="train").captions())
+    return vocabulary(data.open(TRAIN).captions()) if TRAIN in data.splits else None
 
 
 def evaluate_split(

@@ -20,10 +20,10 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
-    data: Path | None = None
-    """Data that the examples come from; the run's own by default."""
-    split: str = "val"
-    """Split that the examples come from."""
+    data: tuple[str, ...] = ()
+    """Data that the examples come from, as `--train-data` takes them; the run's own validation data by default."""
+    split: str = ""
+    """Split that the examples come from; `val`, or else the first that is held out, by default."""
     device: str = "cpu"
     """Device of the model: cpu, cuda, cuda:1, ..."""
     seed: int = 0
@@ -50,26 +50,28 @@ def report(options: Options, loaded: Any = None) -> Path:
     check_run(options.run)
     data = find_data(options.run, options.data)
 
-    from oner_fast.data.dataset import PairDataset
+    from oner_fast.evaluation.records import read_evaluation
     from oner_fast.evaluation.run import has_joint_pass
     from oner_fast.report import content, gallery
     from oner_fast.report.page import render
 
-    dataset = PairDataset(data, split=options.split)
+    held_out = data.held_out([options.split] if options.split else ())
+    split = "val" if "val" in held_out else held_out[0]
+    dataset = data.open(split)
     figures = options.run / "figures"
     figures.mkdir(exist_ok=True)
     loaded = loaded or oner_fast.load(options.run, options.device)
     name = options.run.resolve().name
     shown_as = str(options.run) if not options.run.is_absolute() else name
-    about = content.about_content(options.run, data, shown_as)
+    about = content.about_content(options.run, data.folder, shown_as)
     examples = content.example_content(loaded, dataset, seed=options.seed)
     page = render(
         {
             "name": name,
-            "split": options.split,
+            "split": split,
             "seed": options.seed,
             **content.training_content(options.run, figures),
-            **content.evaluation_content(content.read_evaluation(options.run)),
+            **content.evaluation_content(read_evaluation(options.run)),
             **examples,
             "made": about,
             "parameters": _parameters(loaded),

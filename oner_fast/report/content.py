@@ -11,12 +11,14 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from oner_fast import bounded_json
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import decode
 from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, embed_split
 from oner_fast.evaluation.folder import processor, read_config, read_metrics
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
+from oner_fast.evaluation.records import flattened as flattened_evaluation
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.attribution import credits_of
@@ -29,18 +31,6 @@ from oner_fast.report.image_tiles import tile
 PACKAGES = ("oner-fast", "torch", "numpy", "tokenizers", "webdataset", "Pillow")
 EXAMPLE_PICTURES = 4096  # the examples of a larger split come from this many of its images
 BANNER = 40
-
-
-def read_evaluation(run: Path) -> dict[str, Any]:
-    """Content of evaluation.json; empty where the run was not evaluated."""
-    path = run / "evaluation.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON; run `oner-fast eval` again: {error}") from error
-    return content if isinstance(content, dict) else {}
 
 
 def training_content(run: Path, figures: Path) -> dict[str, Any]:
@@ -68,6 +58,7 @@ def training_content(run: Path, figures: Path) -> dict[str, Any]:
 
 def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Table of figures, and the first split's figures for the summary."""
+    evaluation = flattened_evaluation(evaluation)
     table: dict[str, list[dict[str, Any]]] = {}
     for split, direction, figures in rows(evaluation):
         table.setdefault(split_title(split), []).append(
@@ -133,7 +124,7 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
 def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
     listing = data / "dataset.json" if data else None
-    described = json.loads(listing.read_text(encoding="utf-8")) if listing and listing.is_file() else {}
+    described = bounded_json.load_object(listing.read_bytes(), str(listing)) if listing and listing.is_file() else {}
     config = read_config(run)
     return {
         "config": list(flattened(config)),

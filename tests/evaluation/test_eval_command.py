@@ -16,7 +16,7 @@ from oner_fast.evaluation.folder import find_data, read_metrics
 def test_evaluation_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run)]) == 0
     result = json.loads((run / "evaluation.json").read_text())
-    assert set(result) == {"val", "val_seen_words", "val_new_words", "about"}
+    assert set(result) == {"val", "val_seen_words", "val_new_words", "about", "format_version"}
     val = result["val"]
     assert val["pairs"] == 8
     assert val["captions"] == 7  # "blue circle" twice
@@ -65,9 +65,60 @@ def test_two_trunks_have_no_composed_queries(run: Path, reader: Any) -> None:
 def test_other_data_and_a_limit_can_be_given(run: Path, data: Path) -> None:
     tar = data / "val-000000.tar"
     assert main([str(run), "--data", str(tar), "--limit", "4"]) == 0
-    result = json.loads((run / "evaluation.json").read_text())
+    result = json.loads((run / "evaluation.json").read_text())["other_data"][str(tar)]
     assert result["val"]["pairs"] == 4
     assert result["val_seen_words"]["captions"] == 4  # the training words still come from the run's own data
+
+
+def test_every_form_of_data_is_taken(run: Path, data: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    content = (data / "val-000000.tar").read_bytes()
+    for name in ("00000.tar", "00001.tar"):
+        (shards / name).write_bytes(content)
+    forms = [
+        [shards],
+        [shards / "*.tar"],
+        [shards / "{00000..00001}.tar"],
+        [shards / "00000.tar", shards / "00001.tar"],
+    ]
+    for form in forms:
+        assert main([str(run), "--no-zero-shot", "--data", *map(str, form)]) == 0
+        found = json.loads((run / "evaluation.json").read_text())["other_data"][" ".join(map(str, form))]
+        assert found["val"]["pairs"] == 16
+    (shards / "00000.tar").rename(shards / "train-0.tar")
+    (shards / "00001.tar").rename(shards / "train-1.tar")
+    assert main([str(run), "--data", str(shards)]) == 2
+    assert main([str(run), "--data", str(shards), "--split", "train"]) == 0
+    assert "train" in json.loads((run / "evaluation.json").read_text())["other_data"][str(shards)]
+
+
+def test_an_evaluation_adds_to_the_file(run: Path, data: Path) -> None:
+    path = run / "evaluation.json"
+    old = {"val": {"pairs": 1}, "val_new_words": {"pairs": 1}, "style": {"pairs": 2}, "coco": {"pairs": 3}}
+    path.write_text(json.dumps(old | {"about": {}}))  # a file without a version
+    assert main([str(run)]) == 0
+    own = json.loads(path.read_text())
+    assert own["val"]["pairs"] == 8 and own["style"] == {"pairs": 2} and own["coco"] == {"pairs": 3}
+    assert main([str(run), "--data", str(data / "val-000000.tar")]) == 0
+    both = json.loads(path.read_text())
+    assert {key: value for key, value in both.items() if key != "other_data"} == own
+    path.write_text(json.dumps({"format_version": 2}))
+    assert main([str(run)]) == 2
+    assert json.loads(path.read_text()) == {"format_version": 2}
+
+
+def test_the_runs_validation_data_are_the_default(run: Path, data: Path) -> None:
+    named = {"train_data": str(data / "train-000000.tar"), "val_data": str(data / "val-000000.tar")}
+    (run / "config.json").write_text(json.dumps({"data": named}))
+    assert find_data(run).open("val").captions()
+    assert main([str(run)]) == 0
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["val"]["pairs"] == 8 and result["val_new_words"]["captions"] == 3
+    (run / "config.json").write_text(json.dumps({"data": named | {"val_data": ""}}))
+    assert main([str(run)]) == 2
+    assert main([str(run), "--split", "train"]) == 0
+    assert json.loads((run / "evaluation.json").read_text()).keys() >= {"val", "train"}
 
 
 def test_a_damaged_image_is_left_out_and_counted(data: Path, reader: Any) -> None:
@@ -101,7 +152,7 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
     (tmp_path / "empty").mkdir()
     assert "neither model.safetensors nor a checkpoint" in fails([str(tmp_path / "empty")], capsys)
     assert "no data at" in fails([str(run), "--data", str(tmp_path / "gone")], capsys)
-    assert "no held-out split 'style'; it has val" in fails([str(run), "--split", "style"], capsys)
+    assert "has no split 'style'; it has train, val" in fails([str(run), "--split", "style"], capsys)
     assert "go together" in fails([str(run), "--coco-json", "x.json"], capsys)
     (run / "config.json").write_text(json.dumps({"data": {"train_data": "elsewhere"}}))
     assert "is not at elsewhere; give its folder with --data" in fails([str(run)], capsys)
@@ -110,7 +161,7 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
     (run / "config.json").unlink()
     assert "names no data; give its folder with --data" in fails([str(run)], capsys)
     (data / "dataset.json").write_text(json.dumps({"splits": {"train": {}}}))
-    assert "nothing held out" in fails([str(run), "--data", str(data)], capsys)
+    assert "nothing is held out" in fails([str(run), "--data", str(data)], capsys)
     assert not (run / "evaluation.json").exists()
 
 
@@ -129,4 +180,4 @@ def test_metrics_of_a_resumed_run(run: Path) -> None:
     lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 10, "loss": 2.5}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3')
     assert read_metrics(run) == [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}]
-    assert find_data(run, None).is_dir()
+    assert find_data(run).splits == ("train", "val")

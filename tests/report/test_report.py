@@ -230,7 +230,7 @@ def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no run folder" in fails([str(tmp_path / "none")], capsys)
     assert "neither model.safetensors nor a checkpoint" in fails([str(tmp_path)], capsys)
     assert "no data at" in fails([str(run), "--data", str(tmp_path / "gone")], capsys)
-    assert "unknown split 'style'" in fails([str(run), "--split", "style"], capsys)
+    assert "has no split 'style'" in fails([str(run), "--split", "style"], capsys)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "give its folder with --data" in fails([str(tmp_path)], capsys)
     assert "not a safetensors file" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)

@@ -25,7 +25,10 @@ class Data:
     """A data set's folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
     val_split: str = "val"
-    """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
+    """Split of the validation data that snapshots of the embeddings are taken from; unused where there is none."""
+    val_data: str = ""
+    """Validation data: a folder, a tar, a glob, or several with spaces between; by default `train_data`. Snapshots are
+    taken from them, and `oner-fast eval` and `report` read them by default."""
     workers: int = 1
     """Processes that decode; the order and the bytes of batches do not depend on their number."""
     tokenizer: str = "train"

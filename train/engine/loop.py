@@ -31,7 +31,7 @@ from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
 # Settings of the data that change neither the samples nor their order: paths and speed.
-_FREE_DATA = ("workers", "train_data", "tokenizer")
+_FREE_DATA = ("workers", "train_data", "val_data", "tokenizer")
 _KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 
 
@@ -174,7 +174,9 @@ class Training(ABC, Generic[C]):
             Progress(total, start=self.steps_done, every=every, title=self.title, enabled=main) as progress,
             self.batches,
         ):
-            if main and self.steps_done:
+            if main and self.steps_done >= total:
+                progress.note(f"{self.folder} finished at step {self.steps_done}; to go on, train in another --run-dir")
+            elif main and self.steps_done:
                 progress.note(f"resumed after step {self.steps_done}")
             if main and self.steps_done == 0:
                 self._snapshot()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import decode, eval_transform
 from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.evaluation.source import open_source
 from oner_fast.models.oner import OneR
 from oner_fast.train.engine.batches import is_stream
 from oner_fast.train.oner.settings import OneRConfiguration
@@ -27,7 +28,7 @@ class Snapshots:
 
     def __init__(self, config: OneRConfiguration, folder: Path, tokenizer: Tokenizer, tower: OneR) -> None:
         self.folder, self.tower = folder / "snapshots", tower
-        wanted = config.run.snapshot_every and not is_stream(config.data.train_data)
+        wanted = config.run.snapshot_every and (config.data.val_data or not is_stream(config.data.train_data))
         images, captions = _pairs(config) if wanted else ([], [])
         self.images = torch.stack(images) if images else None
         self.text = tokenizer(captions, config.model.max_text_tokens) if captions else None
@@ -49,11 +50,20 @@ class Snapshots:
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
+def _validation(config: OneRConfiguration) -> PairDataset:
+    """Open the validation pairs: a split of `val_data`, or of the training data."""
+    data = config.data
+    if not data.val_data:
+        return PairDataset(data.train_data, data.val_split)
+    source = open_source(data.val_data.split())
+    return source.open(data.val_split if data.val_split in source.splits else source.held_out()[0])
+
+
 def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
     """Read pairs spread evenly over the validation split; none where there is no such split."""
     try:
-        dataset = PairDataset(config.data.train_data, config.data.val_split)
-    except ValueError as error:
+        dataset = _validation(config)
+    except (ValueError, FileNotFoundError) as error:
         _log.warning("no snapshots of embeddings: %s", error)
         return [], []
     transform = eval_transform(config.model.image_size)
