@@ -115,7 +115,7 @@ def test_the_runs_validation_data_are_the_default(run: Path, data: Path) -> None
     assert main([str(run)]) == 0
     result = json.loads((run / "evaluation.json").read_text())
     assert result["val"]["pairs"] == 8 and result["val_new_words"]["captions"] == 3
-    (run / "config.json").write_text(json.dumps({"data": named | {"val_data": ""}}))
+    (run / "config.json").write_text(json.dumps({"data": {"train_data": named["val_data"]}}))
     assert main([str(run)]) == 2
     assert main([str(run), "--split", "train"]) == 0
     assert json.loads((run / "evaluation.json").read_text()).keys() >= {"val", "train"}
