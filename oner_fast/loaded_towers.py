@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oner_fast.data.given_images import GivenImage, GivenImages, as_list, as_rgb
 from oner_fast.data.images import eval_transform
-from oner_fast.models.teacher import Teacher, is_teacher, load_teacher
+from oner_fast.models.teacher import Teacher, is_hub_name, is_teacher, load_teacher
 from oner_fast.models.uta import UTA
 
 
@@ -28,6 +28,8 @@ class LoadedTowers:
             `oner_fast.models.teacher.load_teacher`); empty where there is none.
         beside: the model's folder; a relative path in `text_source` may start there too.
         device: where the model computes.
+        may_fetch: whether `text_source` may be a model of a hub, which its library downloads. A name that comes from
+            the model's file may not.
     """
 
     model: UTA | Teacher
@@ -35,6 +37,7 @@ class LoadedTowers:
     text_source: str
     beside: Path
     device: torch.device
+    may_fetch: bool = False
 
     @property
     def has_text(self) -> bool:
@@ -94,6 +97,11 @@ class LoadedTowers:
             raise ValueError("the student's file names no text tower; give one: oner_fast.load(..., text_tower=...)")
         places = (Path(self.text_source), self.beside / self.text_source)
         source = next((str(place) for place in places if is_teacher(place)), self.text_source)
+        if not self.may_fetch and not is_teacher(Path(source)) and is_hub_name(source):
+            raise ValueError(
+                f"the student's file names the text tower {self.text_source!r}, which would be downloaded; allow it by "
+                f"naming it: oner_fast.load(..., text_tower={self.text_source!r})"
+            )
         try:
             tower = load_teacher(source, device=self.device)
         except (ValueError, FileNotFoundError) as error:

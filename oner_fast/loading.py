@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,27 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast import bounded_json
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers
-from oner_fast.models import lit, pretrained_encoders
-from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
+from oner_fast.models import lit, pretrained_encoders, weights
+from oner_fast.models.clip import CONFIG, CLIPConfig, clip_tokenizer, fill_clip
 from oner_fast.models.files import FORMAT as ONER_FORMAT
-from oner_fast.models.files import (
-    UTA_FORMAT,
-    config_from_dict,
-    load_model,
-    load_uta,
-    read_metadata,
-    uta_config_from_dict,
-)
+from oner_fast.models.files import UTA_FORMAT, build_model, build_uta, load_model, load_uta, read_metadata
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
 from oner_fast.models.teacher_image_towers import image_tower_of
-from oner_fast.models.uta import UTA
 from oner_fast.train.engine import checkpoint
 
 CLIP_FORMAT = "oner_fast.clip"
@@ -130,17 +122,17 @@ def load(
         loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
     elif path.name == lit.CONFIG:
         loaded = _lit(lit.load_lit(path.parent), path.parent, device)
-    elif path.suffix == ".pt":
+    elif weights.is_pytorch(path):
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
         loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
     else:
-        loaded = _oner(*load_model(path), device)
+        loaded = _oner(str(path), *load_model(path), device)
     if text_tower is None:
         return loaded
     if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
         raise ValueError(f"{source} has its own text tower; only UTA's student takes another")
-    return replace(loaded, text_source=str(text_tower))
+    return replace(loaded, text_source=str(text_tower), may_fetch=True)
 
 
 def _file_of(folder: Path) -> Path:
@@ -153,8 +145,18 @@ def _file_of(folder: Path) -> Path:
     return found
 
 
-def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loaded:
-    return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
+def _oner(name: str, tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loaded:
+    try:
+        bounded_json.load_object(tokenizer_json, f"the tokenizer of {name}", max_bytes=weights.MAX_HEADER)
+        tokenizer = Tokenizer.from_json(tokenizer_json)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ValueError(f"the tokenizer of {name} cannot be read: {str(error).splitlines()[:1]}") from error
+    if tokenizer.vocab_size > tower.config.vocab_size:
+        raise ValueError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model embeds "
+            f"{tower.config.vocab_size:,}"
+        )
+    return Loaded(tower.to(device).eval().requires_grad_(False), tokenizer)
 
 
 def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
@@ -165,36 +167,66 @@ def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torc
 
 def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
     """Load the model of an unfinished run; its checkpoint names the kind of model under "kind"."""
-    state = checkpoint.load(path)
-    kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
+    weights.check_archive(path)
+    state = checkpoint.load(path) if _is_ours(path) else _foreign(path)
+    name, kind, student = str(path), state.get("kind", ONER_FORMAT), state.get("student", {})
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if "model_config" not in state or not isinstance(student, dict):
+        raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(map(str, state))[:8])}")
     if kind == CLIP_FORMAT:
-        read = json.loads(state["model_config"]).items()
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in read}
-        config = CLIPConfig(**values)
-        clip = build_clip(config)
-        clip.load_state_dict(part_of(student, "clip."))
-        name = str(run)
-        teacher = Teacher(
-            image_tower_of(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
-        )
-        return clip_towers(teacher, run, device)
+        read = weights.check_settings(_json(state, "model_config", name), name).items()
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read}
+        try:
+            config = CLIPConfig(**values)
+        except TypeError as error:
+            raise ValueError(f"{path}: its configuration does not describe a CLIP ({error})") from error
+        return _clip(fill_clip(config, part_of(student, "clip."), name), config, run, device)
     if kind == lit.FORMAT:
-        lit_config = lit.lit_config_from_dict(json.loads(state["model_config"]), str(path))
+        lit_config = lit.lit_config_from_dict(_json(state, "model_config", name), name)
         encoders = pretrained_encoders.packaged_encoders()
-        lit.check_origins(json.loads(state["encoders"]), encoders, str(path))
-        heads = lit.build_heads(lit_config, encoders)
-        heads.load_state_dict(part_of(student, "heads."))
+        lit.check_origins(_json(state, "encoders", name), encoders, name)
+        heads = lit.fill_heads(lit_config, encoders, part_of(student, "heads."), name)
         return _lit((lit.LiT(encoders, heads).eval(), encoders, lit_config), run, device)
     if kind == UTA_FORMAT:
-        uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
-        uta.load_state_dict(part_of(student, "student.") or student)
+        uta = build_uta(state["model_config"], part_of(student, "student.") or student, name)
         return student_towers(uta, state.get("teacher", ""), run, device)
-    if "model_config" not in state:
-        raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
-    tower = OneR(config_from_dict(json.loads(state["model_config"])))
-    tower.load_state_dict(tower_of(student))
-    return _oner(tower, state["tokenizer"], device)
+    if kind != ONER_FORMAT:
+        raise ValueError(f"{path} holds a model of the unknown kind {kind!r}; update oner_fast")
+    tower = build_model(state["model_config"], tower_of(student), name)
+    return _oner(name, tower, _entry(state, "tokenizer", name), device)
+
+
+def _clip(model: torch.nn.Module, config: CLIPConfig, run: Path, device: torch.device | str) -> LoadedTowers:
+    tower = image_tower_of(model, str(run))
+    teacher = Teacher(tower, name=str(run), model=model, tokenize=lambda: clip_tokenizer(config), device=device)
+    return clip_towers(teacher, run, device)
+
+
+def _is_ours(path: Path) -> bool:
+    """Tell whether a PyTorch file is a checkpoint of this library, by its name or its place."""
+    return checkpoint.is_name(path.name) or path.suffix == ".pt"
+
+
+def _foreign(path: Path) -> dict[str, Any]:
+    """Read a PyTorch file of another name: our checkpoint, or else weights that come without a configuration."""
+    state, _ = weights.read_weights(path)
+    if "model_config" in state:
+        return state
+    count = len(weights.state_dict_of(state, str(path)))
+    raise ValueError(
+        f"{path} holds {count:,} tensors and no configuration of this library, so that the sizes of the model are not "
+        "known; load the weights of a student with oner_fast.models.files.load_uta(path, config)"
+    )
+
+
+def _json(state: dict[str, Any], entry: str, name: str) -> Any:
+    return bounded_json.loads(_entry(state, entry, name), name, max_bytes=1 << 20)
+
+
+def _entry(state: dict[str, Any], entry: str, name: str) -> str:
+    if not isinstance(found := state.get(entry), str):
+        raise ValueError(f"{name} is not whole: it lacks the text {entry!r}")
+    return found
 
 
 def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:

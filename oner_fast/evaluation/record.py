@@ -9,6 +9,7 @@ from typing import Any
 
 from oner_fast.atomic import write_atomic
 from oner_fast.bounded_json import load_object
+from oner_fast.format_version import EVALUATION, FIELD, check_format_version
 
 FILE = "evaluation.json"
 ABOUT = "about"
@@ -21,9 +22,12 @@ def read_record(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return load_object(path.read_bytes(), str(path))
+        record = load_object(path.read_bytes(), str(path))
     except ValueError as error:
         raise ValueError(f"{error}; remove it and run `oner-fast eval` again") from error
+    about = record.get(ABOUT)
+    check_format_version(path, about.get(FIELD) if isinstance(about, dict) else None, EVALUATION)
+    return record
 
 
 def model_digest(run: Path) -> str | None:
@@ -55,6 +59,7 @@ def add(run: Path, entries: dict[str, dict[str, Any]], about: dict[str, Any]) ->
         OSError: the record cannot be written.
     """
     record = read_record(run)
+    about = {FIELD: EVALUATION, **about}
     aside = None
     before = record.get(ABOUT, {}).get("model") if isinstance(record.get(ABOUT), dict) else None
     if before is not None and before != about.get("model"):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from oner_fast import bounded_json
 from oner_fast.atomic import write_atomic
+from oner_fast.models import weights
 from oner_fast.models.optional_packages import optional_package
 
 CONFIG = "open_clip_config.json"
@@ -135,8 +136,8 @@ def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    weights, text = save(tensors), json.dumps(open_clip_config(config), indent=2) + "\n"
-    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
+    data, text = save(tensors), json.dumps(open_clip_config(config), indent=2) + "\n"
+    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
@@ -151,13 +152,15 @@ def load_clip(folder: Path | str) -> tuple[nn.Module, CLIPConfig]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train clip'")
-    config = _config(json.loads((folder / CONFIG).read_text()), folder / CONFIG)
-    model = build_clip(config)
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the configuration beside it: {error}") from error
-    return model.eval(), config
+    config = _config(bounded_json.load_object((folder / CONFIG).read_bytes(), str(folder / CONFIG)), folder / CONFIG)
+    state, _ = weights.read_weights(folder / WEIGHTS)
+    return fill_clip(config, state, str(folder / WEIGHTS)), config
+
+
+def fill_clip(config: CLIPConfig, state: dict[str, Any], name: str) -> nn.Module:
+    """Build a CLIP with the weights `state`; errors begin with `name`. Raises ValueError where they do not fit."""
+    found = weights.state_dict_of(state, name)
+    return weights.filled(lambda: build_clip(config), found, name, config.vision_layers, config.text_layers)
 
 
 def _config(values: dict[str, Any], path: Path) -> CLIPConfig:

@@ -6,23 +6,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from oner_fast import format_version
+from oner_fast import bounded_json, format_version
 from oner_fast.atomic import write_atomic
-from oner_fast.models import eva
+from oner_fast.models import eva, weights
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.uta import UTA, UTAConfig
 
 FORMAT = "oner_fast.oner"
 UTA_FORMAT = "oner_fast.uta"
-
-_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
@@ -81,21 +78,43 @@ def load_model(path: Path | str) -> tuple[OneR, str]:
         ValueError: it is not a model of this library, or its weights do not fit its configuration.
     """
     path = Path(path)
-    state, metadata = _read(path)
-    if metadata.get("format") != FORMAT:
+    state, metadata = weights.read_weights(path)
+    if _checked(path, metadata).get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a model of oner_fast: its format is {metadata.get('format')!r}, not {FORMAT!r}"
         )
-    tower = OneR(config_from_dict(json.loads(metadata["config"])))
-    return _filled(tower, state, f"{path}: the weights do not fit the configuration beside them"), metadata["tokenizer"]
+    for part in ("config", "tokenizer"):
+        if part not in metadata:
+            raise ValueError(f"{path} is not whole: its metadata lack {part!r}")
+    return build_model(metadata["config"], weights.state_dict_of(state, str(path)), str(path)), metadata["tokenizer"]
+
+
+def build_model(config: str, state: Mapping[str, Any], name: str) -> OneR:
+    """Build a tower from the JSON of its configuration, and its weights; errors begin with `name`.
+
+    Raises:
+        ValueError: the configuration cannot be read, or the weights do not fit it.
+    """
+    sizes = config_from_dict(_config(config, name))
+    return weights.filled(lambda: OneR(sizes), state, name, sizes.depth)
+
+
+def build_uta(config: str, state: Mapping[str, Any], name: str) -> UTA:
+    """Build a student as `build_model` builds a tower."""
+    sizes = uta_config_from_dict(_config(config, name))
+    return weights.filled(lambda: UTA(sizes), state, name, sizes.depth)
+
+
+def _config(text: str, name: str) -> dict[str, Any]:
+    return weights.check_settings(bounded_json.loads(text, name, max_bytes=1 << 20), name)
 
 
 def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
     """Load a student (float32, evaluation mode) from weights in any layout of `oner_fast.models.eva`.
 
     Args:
-        source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint (only the weights are read) in EVA's or
-            timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
+        source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint of any name (only the weights are read)
+            in EVA's or timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
         config: the sizes. By default they come from the file of `save_uta`. If given, positions of another grid are
             resampled to its grid.
 
@@ -103,20 +122,31 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
         FileNotFoundError: there is no such file.
         ValueError: the weights are in no known layout or do not fit, or `config` is needed.
     """
+    given = isinstance(source, Mapping)
     name = "the state dict" if isinstance(source, Mapping) else str(source)
-    state, metadata = _read_any(source)
-    layout = eva.layout_of(state)
+    read, metadata = (dict(source), {}) if isinstance(source, Mapping) else weights.read_weights(source)
+    if not given:
+        _checked(name, metadata)
+    state = weights.state_dict_of(read, name)
     if metadata.get("format") == UTA_FORMAT and config is None:
-        config = uta_config_from_dict(json.loads(metadata["config"]))
+        if "config" not in metadata:
+            raise ValueError(f"{name} is not whole: its metadata lack 'config'")
+        sizes = uta_config_from_dict(_config(metadata["config"], name))
+        return weights.filled(lambda: UTA(sizes), _without_mask_token(state, sizes), name, sizes.depth)
+    layout = eva.layout_of(state)
     if config is None:
         raise ValueError(f"{name} does not hold its configuration: pass config, for example UTA_SIZES['b']")
     if layout == "oner_fast":
-        state = {name: tensor for name, tensor in state.items() if config.mask_token or "mask_token" not in name}
+        state = _without_mask_token(state, config)
         positions = torch.cat([state["cls_position"].unsqueeze(0), state["patch_embedding.positions"]])
         state["patch_embedding.positions"] = eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]
     else:
         state = (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
-    return _filled(UTA(config), state, f"{name}: the weights do not fit the configuration")
+    return weights.filled(lambda: UTA(config), state, name, config.depth)
+
+
+def _without_mask_token(state: Mapping[str, Any], config: UTAConfig) -> dict[str, Any]:
+    return {name: tensor for name, tensor in state.items() if config.mask_token or "mask_token" not in name}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -126,61 +156,15 @@ def read_metadata(path: Path | str) -> dict[str, str]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a safetensors file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _checked(path, file.metadata())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    return _checked(path, weights.read_metadata(path))
 
 
-def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if isinstance(source, Mapping):
-        return _unwrapped(source), {}
-    path = Path(source)
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        return _read(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True)), {}
-
-
-def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """State dict within a checkpoint, without the prefix that DistributedDataParallel adds to its names."""
-    for key in ("model_ema", "model", "module", "state_dict"):
-        if isinstance(inner := checkpoint.get(key), Mapping):
-            checkpoint = inner
-    return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return state, _checked(path, file.metadata())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _checked(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
+def _checked(path: Path | str, metadata: Mapping[str, str]) -> dict[str, str]:
     """Return a file's metadata; ValueError where the file is one of ours in a newer format."""
-    found = dict(metadata or {})
+    found = dict(metadata)
     if found.get("format") in (FORMAT, UTA_FORMAT):
         format_version.check_format_version(path, found.get(format_version.FIELD), format_version.MODEL)
     return found
-
-
-def _filled(model: _Model, state: Mapping[str, Tensor], problem: str) -> _Model:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{problem}: {error}") from error
-    return model.eval()
 
 
 def config_from_dict(values: dict[str, object]) -> OneRConfig:

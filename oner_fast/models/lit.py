@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from oner_fast import format_version
+from oner_fast import bounded_json, format_version
 from oner_fast.atomic import write_atomic
-from oner_fast.models import pretrained_encoders
+from oner_fast.models import pretrained_encoders, weights
 from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher_image_towers import TeacherImageTower
 
@@ -136,10 +135,10 @@ def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: di
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
-    weights = save(tensors)
+    data = save(tensors)
     about = {"format": FORMAT, format_version.FIELD: format_version.MODEL, "model": asdict(config), "encoders": origins}
     text = json.dumps(about, indent=2) + "\n"
-    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
+    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
@@ -155,17 +154,19 @@ def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train lit'")
-    about = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    about = bounded_json.load_object((folder / CONFIG).read_bytes(), str(folder / CONFIG))
     format_version.check_format_version(folder / CONFIG, about.get(format_version.FIELD), format_version.MODEL)
     config = lit_config_from_dict(about.get("model"), str(folder / CONFIG))
     encoders = pretrained_encoders.packaged_encoders()
     check_origins(about.get("encoders"), encoders, str(folder))
-    heads = build_heads(config, encoders)
-    try:
-        heads.load_state_dict(load_file(folder / WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the configuration beside it: {error}") from error
+    state, _ = weights.read_weights(folder / WEIGHTS)
+    heads = fill_heads(config, encoders, state, str(folder / WEIGHTS))
     return LiT(encoders, heads).eval(), encoders, config
+
+
+def fill_heads(config: LiTConfig, encoders: Encoders, state: dict[str, Any], name: str) -> LiTHeads:
+    """Build heads with the weights `state`; errors begin with `name`. Raises ValueError where they do not fit."""
+    return weights.filled(lambda: build_heads(config, encoders), weights.state_dict_of(state, name), name)
 
 
 def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
@@ -178,7 +179,7 @@ def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
     if not isinstance(values, dict) or values.keys() != known:
         given = sorted(values) if isinstance(values, dict) else values
         raise ValueError(f"{name} must hold {', '.join(sorted(known))} under 'model', got {given}")
-    return LiTConfig(**values)
+    return LiTConfig(**weights.check_settings(values, name))
 
 
 def check_origins(saved: Any, encoders: Encoders, name: str) -> None:

@@ -11,13 +11,16 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from oner_fast.models import lit
+from oner_fast.models.open_clip_folder import check_folder
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher_image_towers import TeacherImageTower, TimmViT, image_tower_of
@@ -229,6 +232,13 @@ def is_teacher(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG, lit.CONFIG))
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether `load_teacher` would let open_clip or timm download the weights that `source` names."""
+    if Path(source.removeprefix("local-dir:")).is_dir() or source.startswith("local-dir:"):
+        return False
+    return source.startswith(("hf-hub:", "timm:")) or (":" in source and not _FILE.fullmatch(source))
+
+
 def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTConfig, **common: Any) -> Teacher:
     """Wrap a LiT as a teacher; `common` holds grid, device and dtype, as in `load_teacher`."""
     tower = lit.LiTTower(model.visual, encoders, config.grid)
@@ -246,6 +256,7 @@ def _from_folder(folder: Path, common: dict[str, Any]) -> Teacher:
         )
     if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
         raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
+    check_folder(folder, folder / CONFIG)
     return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
 
 
@@ -285,7 +296,10 @@ def _quick_gelu(model: str, tag: str) -> bool:
 
 def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
     open_clip = optional_package("open_clip")
-    model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
+    try:
+        model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
+    except (RuntimeError, SafetensorError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
+        raise ValueError(f"{name} cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
     tower = image_tower_of(model, name)
     return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
 

@@ -190,7 +190,7 @@ def test_a_record_without_data_or_model_is_added_to(run: Path, data: Path) -> No
     assert record(run)["val"]["data"] == str(data)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": ' * 1000])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": ' * 1000, '{"about": {"format_version": 2}}'])
 def test_a_record_that_cannot_be_read_is_not_overwritten(
     run: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -233,7 +233,7 @@ def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no split 'style'; it has train, val" in fails([str(run), "--split", "style"], capsys)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "give its folder with --data" in fails([str(tmp_path)], capsys)
-    assert "not a safetensors file" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)
+    assert "is empty, so it is not a model file" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)
 
 
 def test_an_interrupted_report_writes_no_page(
