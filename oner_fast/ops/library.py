@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from oner_fast import _extension
+from oner_fast.ops import batching
 
 _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
@@ -38,7 +39,9 @@ def constant(function: Function) -> Function:
     return function
 
 
-def define(schema: str, *, triton: str | None = None, atomic: str | None = None) -> Callable[[Shape], Shape]:
+def define(
+    schema: str, *, triton: str | None = None, atomic: str | None = None, fold: batching.Fold | None = None
+) -> Callable[[Shape], Shape]:
     """Define the raw op `schema`; the decorated function is its fake implementation.
 
     The fake implementation returns empty tensors of the result's shapes and dtypes. Raw ops are private: they check no
@@ -50,13 +53,18 @@ def define(schema: str, *, triton: str | None = None, atomic: str | None = None)
         triton: "module.function" under `oner_fast.kernels`, which takes the schema's arguments and launches the Triton
             kernels. It is imported at the first call, since importing Triton takes a while.
         atomic: the same for kernels that add in no fixed order; `triton` where there are none.
+        fold: computes the op under `torch.vmap` in one call, where it can; see `oner_fast.ops.batching`. Without it
+            the op is called once for each element of the batch.
     """
     name = schema.split("(", 1)[0]
 
     def wrap(fake: Shape) -> Shape:
         for library in (_COMPILED, _TRITON, _ATOMIC) if triton else (_COMPILED,):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+            qualified = f"{library.ns}::{name}"
+            torch.library.register_fake(qualified, fake, lib=library)
+            rule = batching.rule(getattr(getattr(torch.ops, library.ns), name), fold)
+            torch.library.register_vmap(qualified, rule, lib=library)
         if triton:
             _names.append(name)
             for library, path in ((_TRITON, triton), (_ATOMIC, atomic or triton)):
