@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from oner_fast.ops.values import inside_vmap, readable, under_autocast
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 _DTYPES = "float32, float16, bfloat16 or float64"
 _INT32 = torch.iinfo(torch.int32)
 
@@ -129,7 +131,7 @@ def cu_seqlens(op: str, name: str, tensor: Tensor, total: int | None, batch: int
             raise ValueError(f"{op}: {name} must end with the number of packed rows, {total}, got {values[-1]}")
 
 
-def as_int32(op: str, name: str, cu_seqlens: Tensor | None) -> Tensor | None:
+def as_int32(op: str, name: str, cu_seqlens: MaybeTensor) -> MaybeTensor:
     """Cast boundaries of int64 to int32, which the kernels read; return others as they are, to be checked."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int64:
         return cu_seqlens
@@ -164,7 +166,7 @@ def cast_like(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
     )
 
 
-def promoted(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, cast floating tensors to the widest of their dtypes, as PyTorch does for its losses."""
     dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
     if (
@@ -231,8 +233,9 @@ def gather_patches(
 def _count(op: str, name: str, values: Tensor | Sequence[float]) -> int:
     """Count the numbers of a tensor or a sequence, and check each of a sequence."""
     if isinstance(values, Tensor):
-        if is_tensor(op, name, values).dtype.is_complex or values.dtype == torch.bool or values.is_quantized:
-            raise TypeError(f"{op}: {name} must hold real numbers, got {values.dtype}")
+        dtype = is_tensor(op, name, values).dtype
+        if dtype not in FLOATING and dtype not in (torch.int64, torch.int32, torch.uint8):
+            raise TypeError(f"{op}: {name} must hold {_DTYPES} or integers, got {dtype}")
         return values.numel()
     if hasattr(values, "tolist"):  # an array of NumPy
         values = values.tolist()

@@ -29,6 +29,7 @@ from oner_fast.philox import MASK_BLOCK, MASK_PATCH, check_step, mask_stream, ra
 Pattern = Literal["random", "block", "reversed_block"]
 
 _OP = "patch_masks"
+_LAUNCHING = ("triton",)  # its kernels are launched from Python, and a fake tensor has no memory to launch them on
 _TRITON_CELLS = 1 << 14  # one program holds all cells of a sample
 
 
@@ -92,7 +93,8 @@ def draw_masks(
         )
     own_stream = mask_stream(MASK_PATCH if pattern == "random" else MASK_BLOCK, stream)
     check_step(step)
-    draw = serve(facts(samples, cells), implementation, samples, _shapes, () if pattern == "random" else ("reference",))
+    reading = _LAUNCHING if pattern == "random" else (*_LAUNCHING, "reference")
+    draw = serve(facts(samples, cells), implementation, samples, _shapes, reading)
     if inside_transform():
         return PatchMasks(*_Batched.apply(samples, step, draw, seed, own_stream, grid, masked, pattern))
     masks: PatchMasks = draw(seed, own_stream, step, samples, grid, masked, pattern)
@@ -134,7 +136,7 @@ def patch_mask(
     _check_count(masked, cells)
     own_stream = mask_stream(MASK_PATCH, stream)
     check_step(step)
-    draw = serve(facts(samples, cells), implementation, samples, _shapes)
+    draw = serve(facts(samples, cells), implementation, samples, _shapes, _LAUNCHING)
     if draw is _reference_masks:
         draw = _reference_mask
     if inside_transform():
@@ -159,7 +161,7 @@ def boundaries(counts: Tensor, *, implementation: str | None = None) -> Tensor:
         RuntimeError: the forced implementation cannot run here.
     """
     checks.counts("boundaries", counts)
-    draw = serve(facts(counts), implementation, counts, _shapes)
+    draw = serve(facts(counts), implementation, counts, _shapes, _LAUNCHING)
     return _triton_boundaries(counts) if draw is _triton_masks and not inside_vmap() else _reference_boundaries(counts)
 
 
