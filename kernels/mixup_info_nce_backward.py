@@ -109,7 +109,7 @@ def _gradient_of(
     if ATOMIC:
         adding = rest
         if RANGED:
-            adding = tl.where(adding >= 1e12, 0.0, adding) * range_factor(ranges, 2, RANGES)
+            adding = adding * range_factor(ranges, 2, RANGES)
         adding = tl.where(row_here, adding, 0.0)
         a_at = places_of(owner, owner_stride, owner_first, owners, BLOCK_M, PART)
     u = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -158,7 +158,7 @@ def _gradient_of(
                 v_at = other_sums + met.to(tl.int64)[:, None] * width + column_of_v[None, :]
                 tl.atomic_add(v_at, v, mask=met_here[:, None] & (column_of_v < width)[None, :], sem="relaxed")
         if RANGED:
-            met_rest = tl.where(met_rest >= 1e12, 0.0, met_rest) * factor
+            met_rest = met_rest * factor
         met_rest = tl.where(met_here, met_rest, 0.0)
         weighted = (gradient * met_rest[None, :]).to(owner.dtype.element_ty)
         u = tl.dot(weighted, b, u)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
 from oner_fast.kernels.mixup_info_nce_tiles import OP, RANGES, compilation, range_factor
+from oner_fast.kernels.norms import divisor_of
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _inverse_norms(
         mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
         squares += mixed * mixed
     norm = tl.sqrt_rn(tl.sum(squares, 1))
-    tl.store(out + row, tl.div_rn(1.0, tl.where(norm < 1e-12, 1e-12, norm)), mask=here)
+    tl.store(out + row, tl.div_rn(1.0, divisor_of(norm)), mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -186,8 +187,7 @@ def norm_factors(along, scale, inverse_norm, dot, row, here, UNIT: tl.constexpr,
         along = along * inverse
         if DOT:
             tl.store(dot + row, along, mask=here)
-        # A row shorter than 1e-12 was divided by a constant, so its gradient has no part to project out.
-        along = tl.where(inverse >= 1e12, 0.0, along * inverse)
+        along = along * inverse
         factor = factor * inverse
     return along, factor
 

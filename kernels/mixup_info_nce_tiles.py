@@ -101,7 +101,7 @@ def _largest(
     PARTNER: tl.constexpr, COLUMNS: tl.constexpr, QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr,
     RANGES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Store [4, RANGES]: bounds of G from rows and columns, and the largest inverse norms of nonzero rows."""
+    """Store [4, RANGES]: bounds of G from rows and columns, and the largest inverse norms."""
     part = tl.program_id(0)
     from_rows = tl.zeros([BLOCK_N], tl.float32)
     from_columns = tl.zeros([BLOCK_N], tl.float32)
@@ -116,8 +116,7 @@ def _largest(
             bound += tl.abs(tl.load(partner_weight + at, mask=at < rows, other=0.0))
         from_rows = tl.maximum(from_rows, bound)
         if QUERY_REST:
-            rest = tl.load(query_rest + at, mask=at < rows, other=0.0)
-            of_query = tl.maximum(of_query, tl.where(rest >= 1e12, 0.0, rest))
+            of_query = tl.maximum(of_query, tl.load(query_rest + at, mask=at < rows, other=0.0))
     if COLUMNS or KEY_REST:
         for first in range(part * BLOCK_N, columns, step):
             at = first + tl.arange(0, BLOCK_N)
@@ -125,8 +124,7 @@ def _largest(
                 bound = tl.abs(tl.load(column_weight + at, mask=at < columns, other=0.0))
                 from_columns = tl.maximum(from_columns, bound)
             if KEY_REST:
-                rest = tl.load(key_rest + at, mask=at < columns, other=0.0)
-                of_key = tl.maximum(of_key, tl.where(rest >= 1e12, 0.0, rest))
+                of_key = tl.maximum(of_key, tl.load(key_rest + at, mask=at < columns, other=0.0))
     tl.store(out + part, tl.max(from_rows, 0))
     tl.store(out + RANGES + part, tl.max(from_columns, 0))
     tl.store(out + 2 * RANGES + part, tl.max(of_query, 0))

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
+from oner_fast.kernels.norms import divisor_of
 
 PROGRAMS = 8192  # the most programs of forward; each passes one number to the mean
-EPS = tl.constexpr(1e-12)  # a row's norm is at least this, as in F.normalize
 LEAST = tl.constexpr(1e-30)  # a smaller factor, times the gradient of the loss, may underflow float32
 WIDE_BLOCK = tl.constexpr(128)  # numbers of a row that are converted to float64 at a time
 MEAN_BLOCK = 1024
@@ -47,30 +47,26 @@ def _sums(student_row, teacher_row, width, STATISTICS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _inverse_norm(squares):
-    """Return 1 / max(sqrt(squares), EPS), correctly rounded, and whether it was clamped."""
-    eps = tl.full((), EPS, squares.dtype)
+    """Return 1 / sqrt(squares), correctly rounded: 0 for a row that counts as zeros, NaN where squares overflow."""
     one = tl.full((), 1, squares.dtype)
     if squares.dtype is tl.float64:
         norm = tl.sqrt(squares)
-        clamped = norm < eps
-        inverse = one / tl.where(clamped, eps, norm)  # not tl.maximum: a NaN stays one
+        inverse = one / divisor_of(norm)
     else:
         norm = tl.sqrt_rn(squares)
-        clamped = norm < eps
-        inverse = tl.div_rn(one, tl.where(clamped, eps, norm))
-    return inverse, clamped
+        inverse = tl.div_rn(one, divisor_of(norm))
+    return inverse
 
 
 @triton.jit
 def _pair(ss, tt, st):
     """Return the cosine and the factors of s and t in its gradient, t / (|s| |t|) - s cos / |s|^2.
 
-    The factor of s is 0 where |s| was clamped.
+    All are 0 where either row counts as zeros.
     """
-    by_student, clamped = _inverse_norm(ss)
-    by_teacher, _ = _inverse_norm(tt)
+    by_student, by_teacher = _inverse_norm(ss), _inverse_norm(tt)
     cosine = st * by_student * by_teacher
-    return cosine, tl.where(clamped, 0.0, -cosine * by_student * by_student), by_student * by_teacher
+    return cosine, -cosine * by_student * by_student, by_student * by_teacher
 
 
 @triton.jit
@@ -105,14 +101,6 @@ def _forward(
         )  # fmt: skip
         ss, tt, st = _sums(student_row, teacher_row, width, STATISTICS, BLOCK_D)
         cosine, to_student, to_teacher = _pair(ss, tt, st)
-        if STATISTICS is tl.float32:  # noqa: SIM102 - the compiler drops it elsewhere
-            # A sum is infinite or NaN: so are the rows, or their squares overflow float32.
-            if not (tl.abs(ss + tt + st) < float("inf")):
-                wide_ss, wide_tt, wide_st = _sums(student_row, teacher_row, width, tl.float64, WIDE_BLOCK)
-                wide_cosine, wide_student, wide_teacher = _pair(wide_ss, wide_tt, wide_st)
-                cosine = wide_cosine.to(tl.float32)
-                to_student = wide_student.to(tl.float32)
-                to_teacher = wide_teacher.to(tl.float32)
         tl.store(factors + 2 * row, to_student)
         tl.store(factors + 2 * row + 1, to_teacher)
         total += cosine
@@ -144,8 +132,9 @@ def _backward(
     to_student, to_teacher = tl.load(factors + 2 * row), tl.load(factors + 2 * row + 1)
     exact = True
     if STATISTICS is tl.float32:
-        # Factors that underflow float32, or are 0 as for clamped and orthogonal rows, are computed again in float64.
-        exact = (tl.abs(to_student) >= LEAST) & (to_teacher >= LEAST)
+        # Factors that underflow float32, or are 0 as for orthogonal rows and rows of zeros, are computed in float64.
+        underflow = (tl.abs(to_student) < LEAST) | (to_teacher < LEAST)
+        exact = underflow == 0
     if exact:
         _combine(out_row, student_row, teacher_row, width, scale * to_student, scale * to_teacher, BLOCK_D)
     else:

@@ -181,7 +181,7 @@ def test_the_variable_reaches_a_public_op(monkeypatch: pytest.MonkeyPatch) -> No
         ops.masked_gather(torch.zeros(1, 2, 3), torch.zeros(1, 1, dtype=torch.int64))
 
 
-def test_a_missing_extension_warns_once_and_the_reference_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extension_warns_once_and_plain_pytorch_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _extension.Status(False, "the C++ extension is not built: no C++ compiler was found", "install g++")
     monkeypatch.setattr(_extension, "_status", missing)
     monkeypatch.setattr(_extension, "_warned", False)
@@ -189,6 +189,7 @@ def test_a_missing_extension_warns_once_and_the_reference_is_chosen(monkeypatch:
     with pytest.warns(RuntimeWarning, match="no C.. compiler was found. Remedy: install g..") as caught:
         result = ops.masked_gather(tokens, kept)
     assert len(caught) == 1 and torch.equal(result, tokens[:, :1])
+    assert implementations.choose("masked_gather", "cpu").name == "portable"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.masked_gather(tokens, kept)

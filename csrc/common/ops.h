@@ -27,7 +27,7 @@ at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kep
                                    const std::optional<at::Tensor>& std, at::IntArrayRef image_shape,
                                    at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
 
-// 1 / max(norm, 1e-12) of the rows (1 - mix) x + mix other: (N,), float32 or, for float64, float64.
+// 1 / norm of the rows (1 - mix) x + mix other, as in common/norm.h: (N,), float32 or, for float64, float64.
 at::Tensor mixup_inverse_norms(const at::Tensor& x, const std::optional<at::Tensor>& other,
                                const std::optional<at::Tensor>& mix);
 

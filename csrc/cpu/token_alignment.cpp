@@ -8,9 +8,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common/kept.h"
+#include "common/norm.h"
 #include "common/ops.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
@@ -20,7 +22,6 @@ namespace oner_fast {
 namespace {
 
 constexpr const char* kOp = "token_alignment";
-constexpr double kEps = 1e-12;            // a row's norm is at least this, as in F.normalize
 constexpr double kLeast = 1e-30;          // a smaller factor, times the gradient of the loss, may underflow float32
 constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another thread
 
@@ -70,17 +71,15 @@ class Pairs {
 };
 
 // The cosine of a pair of rows, and the factors of both rows in its gradient:
-// d cos / d s = t / (|s| |t|) - s cos / |s|^2, the second term 0 where |s| was clamped.
+// d cos / d s = t / (|s| |t|) - s cos / |s|^2, all 0 where either row counts as zeros, NaN where squares overflow.
 struct Pair {
   double cosine, to_student, to_teacher;
 
   explicit Pair(const double (&sum)[3]) {
-    const double norm = std::sqrt(sum[0]), norm_t = std::sqrt(sum[1]);
-    // Not std::max: a NaN stays one.
-    const double by_student = 1 / (norm < kEps ? kEps : norm);
-    to_teacher = by_student / (norm_t < kEps ? kEps : norm_t);
+    const double by_student = 1 / divisor_of(std::sqrt(sum[0]));
+    to_teacher = by_student / divisor_of(std::sqrt(sum[1]));
     cosine = sum[2] * to_teacher;
-    to_student = norm < kEps ? 0.0 : -cosine * by_student * by_student;
+    to_student = -cosine * by_student * by_student;
   }
 };
 
@@ -99,15 +98,14 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
   void* saved = factors.mutable_data_ptr();
   const TokenAlignmentKernels& kernels = token_alignment_kernels();
   const auto sums = kernels.sums[pairs.student_kind][pairs.teacher_kind];
-  const auto wide_sums = kernels.wide_sums[pairs.student_kind][pairs.teacher_kind];
   at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t next = std::min(i + 1, last - 1);
       double sum[3];
       sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
-      // A sum is infinite or NaN: so are the rows, or their squares overflow float32.
-      if (!is_double && !std::isfinite(sum[0] + sum[1] + sum[2]))
-        wide_sums(sum, pairs.student(i), pairs.teacher(i), pairs.width, pairs.student(next), pairs.teacher(next));
+      // The lanes of a float32 sum are added in float64, where they overflow later.
+      for (double& x : sum)
+        if (!is_double && x > std::numeric_limits<float>::max()) x = std::numeric_limits<double>::infinity();
       const Pair pair(sum);
       cosines[static_cast<size_t>(i)] = pair.cosine;
       if (is_double) {
@@ -154,10 +152,10 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
       const int64_t next = std::max(i - 1, first);
       const char *student_row = pairs.student(i), *teacher_row = pairs.teacher(i);
       const double to_student = factor(2 * i), to_teacher = factor(2 * i + 1);
-      if (is_double || (std::abs(to_student) >= kLeast && to_teacher >= kLeast)) {
+      if (is_double || !(std::abs(to_student) < kLeast || to_teacher < kLeast)) {
         combine(to + i * bytes, student_row, teacher_row, pairs.width, scale * to_student, scale * to_teacher,
                 pairs.student(next), pairs.teacher(next), output.streamed());
-      } else {  // underflow in float32, or 0 as for clamped and orthogonal rows: computed again
+      } else {  // underflow in float32, or 0 as for orthogonal rows and rows of zeros: computed again
         double sum[3];
         wide_sums(sum, student_row, teacher_row, pairs.width, student_row, teacher_row);
         const Pair pair(sum);

@@ -285,7 +285,8 @@ __global__ void __launch_bounds__(kThreads) mixup_pack(const MixupPack a) {
   const int64_t row = blockIdx.x * int64_t{kThreads / 32} + threadIdx.x / 32;
   if (row >= a.rows) return;
   const float inverse = a.inverse_norm == nullptr ? 1.0f : __ldg(a.inverse_norm + row);
-  const float power = a.other == nullptr ? 1.0f : __uint_as_float(__float_as_uint(inverse) & 0x7F800000u);
+  const bool as_it_is = a.other == nullptr || inverse == 0;  // a row of zeros has an inverse norm of 0
+  const float power = as_it_is ? 1.0f : __uint_as_float(__float_as_uint(inverse) & 0x7F800000u);
   const float share = a.other == nullptr ? 0.0f : __ldg(a.mix + row * a.mix_step);
   const T *x = static_cast<const T*>(a.x) + row * a.row_stride, *other = static_cast<const T*>(a.other);
   if (other != nullptr) other += row * a.other_row_stride;

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -104,6 +105,16 @@ __device__ __forceinline__ Bits<T, N> narrow(const Wide (&values)[N]) {
   Bits<T, N> bits;
   memcpy(&bits, numbers, sizeof numbers);
   return bits;
+}
+
+constexpr double kLeastNorm = 1e-12;  // a shorter row counts as a row of zeros
+
+// A row divided by this is a unit vector. The quotient is 0 for a row that counts as zeros, and NaN for a row whose
+// squares overflow: a loss of diverged rows must not look finite.
+template <typename Wide>
+__device__ __forceinline__ Wide divisor_of(Wide norm) {
+  if (norm < static_cast<Wide>(kLeastNorm)) return static_cast<Wide>(INFINITY);
+  return isinf(norm) ? static_cast<Wide>(NAN) : norm;
 }
 
 // Number `at` of a row whose type is known only at run time, for rare pairs of types and unaligned rows.

@@ -3,6 +3,8 @@
 //
 // For R pairs of rows of `w` bytes, forward reads 2 R w bytes and writes 8 R, and one double of the mean's scratch for
 // each block of 8 rows. Backward reads 2 R w and writes R w. This is the ideal: rows are read once in each direction.
+#include <cfloat>
+
 #include "cuda/kept.cuh"
 #include "cuda/numbers.cuh"
 
@@ -10,7 +12,6 @@ namespace oner_fast::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kTogether = 4;
-constexpr double kEps = 1e-12;    // a row's norm is at least this, as in F.normalize
 constexpr double kLeast = 1e-30;  // a smaller factor, times the gradient of the loss, may underflow float
 
 struct Pair {
@@ -46,20 +47,19 @@ struct Sums {
   }
 };
 
-// d cos / d s = t / (|s| |t|) - s cos / |s|^2, the second term 0 where |s| was clamped. A NaN stays one.
+// d cos / d s = t / (|s| |t|) - s cos / |s|^2, all 0 where either row counts as zeros, NaN where squares overflow.
 template <typename Wide>
 struct Factors {
   Wide cosine, to_student, to_teacher;
   __device__ __forceinline__ explicit Factors(const Sums<Wide>& sums) {
-    const Wide eps = static_cast<Wide>(kEps), norm = sqrt(sums.student), norm_t = sqrt(sums.teacher);
-    const Wide by_student = Wide(1) / (norm < eps ? eps : norm);
-    to_teacher = by_student / (norm_t < eps ? eps : norm_t);
+    const Wide by_student = Wide(1) / divisor_of(sqrt(sums.student));
+    to_teacher = by_student / divisor_of(sqrt(sums.teacher));
     cosine = sums.both * to_teacher;
-    to_student = norm < eps ? Wide(0) : -cosine * by_student * by_student;
+    to_student = -cosine * by_student * by_student;
   }
 };
 
-// The sums for any two types and any alignment, in double, where no square overflows.
+// The sums for any two types and any alignment, in double.
 __device__ __forceinline__ Sums<double> sums_of_any(const TokenAlignment& a, const Pair& pair) {
   Sums<double> sums;
   for (int i = threadIdx.x % 32; i < a.width; i += 32)
@@ -101,6 +101,12 @@ __device__ __forceinline__ Sums<Wide> sums_of(const TokenAlignment& a, const Pai
   }
 }
 
+// A sum of squares, infinite where float would be.
+template <typename Wide>
+__device__ __forceinline__ Wide overflowing(Wide squares) {
+  return squares > Wide(FLT_MAX) ? Wide(INFINITY) : squares;
+}
+
 template <typename Wide>
 __device__ __forceinline__ void save_factors(const TokenAlignment& a, int64_t row, const Factors<Wide>& factors) {
   if (threadIdx.x % 32 != 0) return;
@@ -116,17 +122,14 @@ __global__ void __launch_bounds__(kThreads) token_alignment_forward(const TokenA
   double cosine = 0;
   if (row < rows) {
     const Pair pair(a, row);
-    const Sums<Wide> sums = sums_of<Wide, S, T, N>(a, pair);
+    Sums<Wide> sums = sums_of<Wide, S, T, N>(a, pair);
+    if (std::is_same_v<Wide, double> && a.student_number != kF64) {  // squares overflow as they do in float
+      sums.student = overflowing(sums.student);
+      sums.teacher = overflowing(sums.teacher);
+    }
     const Factors<Wide> factors(sums);
     cosine = factors.cosine;
-    // A sum is infinite or NaN: so are the rows, or their squares overflow float.
-    if (std::is_same_v<Wide, float> && !isfinite(sums.student + sums.teacher + sums.both)) {
-      const Factors<double> exact(sums_of_any(a, pair));
-      cosine = exact.cosine;
-      save_factors(a, row, exact);
-    } else {
-      save_factors(a, row, factors);
-    }
+    save_factors(a, row, factors);
   }
   if (lane == 0) cosines[warp] = cosine;
   __syncthreads();
@@ -170,9 +173,8 @@ __global__ void __launch_bounds__(kThreads) token_alignment_backward(const Token
   const double scale = -read_any<double>(a.grad, saved, 0) / static_cast<double>(rows);
   const double to_student = read_any<double>(a.factors, saved, 2 * row);
   const double to_teacher = read_any<double>(a.factors, saved, 2 * row + 1);
-  const bool moderate = fabs(to_student) >= kLeast && to_teacher >= kLeast;
-  // Factors that underflow float, or are 0 as for clamped and orthogonal rows, are computed again in double.
-  if (saved == kF32 && !moderate) {
+  // Factors that underflow float, or are 0 as for orthogonal rows and rows of zeros, are computed again in double.
+  if (saved == kF32 && (fabs(to_student) < kLeast || to_teacher < kLeast)) {
     const Factors<double> exact(sums_of_any(a, pair));
     combine_any(a, pair, row, scale * exact.to_student, scale * exact.to_teacher);
     return;

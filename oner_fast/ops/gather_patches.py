@@ -60,6 +60,7 @@ def _fold_backward(
     "Tensor? cu_seqlens) -> Tensor",
     triton="gather_patches.forward",
     fold=_fold,
+    portable=True,
 )
 def _forward_shape(
     images: Tensor,
@@ -78,6 +79,7 @@ def _forward_shape(
     "ScalarType dtype, Tensor? cu_seqlens) -> Tensor",
     triton="gather_patches.backward",
     fold=_fold_backward,
+    portable=True,
 )
 def _backward_shape(
     grad: Tensor,
@@ -181,7 +183,8 @@ def _compiled(
 
 
 _shapes = partial(_compiled, "cpp")
-register("gather_patches", "reference", reference.gather_patches)
+register("gather_patches", "reference", reference.gather_patches, preference=-10)
+register("gather_patches", "portable", partial(_compiled, "portable"))
 register("gather_patches", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(

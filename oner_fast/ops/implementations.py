@@ -88,7 +88,7 @@ def register(
         name: the name to force it by.
         function: takes the op's arguments.
         devices: the device types ("cpu", "cuda") it runs on; None for all.
-        preference: the highest that can run is chosen. Reference implementations have 0.
+        preference: the highest that can run is chosen. Reference implementations have -10, and run only when asked for.
         reasons: `reasons(device, **facts)` lists why it cannot run. The facts are those of a call (dtype=...,
             head_dim=...). Without facts, as the doctor asks, the list is about the machine alone.
         compiled: it needs the C++ extension.

@@ -1,10 +1,10 @@
 """The torch.library behind the ops: schemas are defined in Python, so an op exists even where nothing was compiled.
 
-Three libraries hold the same schemas. `oner_fast` has the kernels of the C++ extension, for the CPU and, in CUDA C++,
+Four libraries hold the same schemas. `oner_fast` has the kernels of the C++ extension, for the CPU and, in CUDA C++,
 for GPUs. `oner_fast_triton` has the Triton kernels, and `oner_fast_triton_atomic` has variants that add in no fixed
-order. One autograd.Function therefore works with all of them. The GPU's Triton kernels can be forced by name on the
-CPU, where Triton's interpreter or an emulated GPU runs them. The implementation "cuda" takes each raw op from the first
-library where that has a CUDA kernel for it, else from the second.
+order. `oner_fast_portable` has plain PyTorch for any device. One autograd.Function therefore works with all of them.
+The GPU's Triton kernels can be forced by name on the CPU, where Triton's interpreter or an emulated GPU runs them. The
+implementation "cuda" takes each raw op from the first library where that has a CUDA kernel, else from the second.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from oner_fast.ops import batching
 _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
 _ATOMIC = torch.library.Library("oner_fast_triton_atomic", "DEF")
+_PORTABLE = torch.library.Library("oner_fast_portable", "DEF")
 _COMPILED.define("cpu_capability() -> str")
 _names: list[str] = []  # names of the raw ops that have Triton kernels
 _cuda = ModuleType("oner_fast_cuda")  # a module, like torch.ops.oner_fast: torch.compile reads its attributes
@@ -40,7 +41,12 @@ def constant(function: Function) -> Function:
 
 
 def define(
-    schema: str, *, triton: str | None = None, atomic: str | None = None, fold: batching.Fold | None = None
+    schema: str,
+    *,
+    triton: str | None = None,
+    atomic: str | None = None,
+    portable: bool = False,
+    fold: batching.Fold | None = None,
 ) -> Callable[[Shape], Shape]:
     """Define the raw op `schema`; the decorated function is its fake implementation.
 
@@ -53,13 +59,15 @@ def define(
         triton: "module.function" under `oner_fast.kernels`, which takes the schema's arguments and launches the Triton
             kernels. It is imported at the first call, since importing Triton takes a while.
         atomic: the same for kernels that add in no fixed order; `triton` where there are none.
+        portable: the function of the same path under `oner_fast.ops.portable` computes it in plain PyTorch.
         fold: computes the op under `torch.vmap` in one call, where it can; see `oner_fast.ops.batching`. Without it
             the op is called once for each element of the batch.
     """
     name = schema.split("(", 1)[0]
 
     def wrap(fake: Shape) -> Shape:
-        for library in (_COMPILED, _TRITON, _ATOMIC) if triton else (_COMPILED,):
+        everywhere = (_TRITON, _ATOMIC, *((_PORTABLE,) if portable else ())) if triton else ()
+        for library in (_COMPILED, *everywhere):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             qualified = f"{library.ns}::{name}"
             torch.library.register_fake(qualified, fake, lib=library)
@@ -72,6 +80,10 @@ def define(
                 launcher = _Launcher(f"oner_fast.kernels.{module}", function)
                 for key in ("CPU", "CUDA"):
                     library.impl(name, launcher, key)
+        if triton and portable:
+            module, function = triton.rsplit(".", 1)
+            plain = _PlainPyTorch(f"oner_fast.ops.portable.{module}", function)
+            _PORTABLE.impl(name, plain, "CompositeExplicitAutograd")
         return fake
 
     return wrap
@@ -88,8 +100,18 @@ class _Launcher:
         if self.launch is None:
             self.launch = getattr(importlib.import_module(self.module), self.function)
         first = next(one for one in arguments if isinstance(one, torch.Tensor))
-        with on_gpu_of(first):
+        with self.context(first):
             return self.launch(*arguments)
+
+    def context(self, first: torch.Tensor) -> AbstractContextManager[Any]:
+        return on_gpu_of(first)
+
+
+class _PlainPyTorch(_Launcher):
+    """A function of PyTorch's own ops, which autocast must leave in the dtypes that they are given."""
+
+    def context(self, first: torch.Tensor) -> AbstractContextManager[Any]:
+        return torch.autocast(first.device.type, enabled=False)
 
 
 def on_gpu_of(x: torch.Tensor) -> AbstractContextManager[Any]:
@@ -98,11 +120,13 @@ def on_gpu_of(x: torch.Tensor) -> AbstractContextManager[Any]:
 
 
 def raw_ops(backend: str) -> Any:
-    """Return the raw ops of the implementation `backend`: "cpp", "cuda", "triton" or "triton_atomic"."""
+    """Return the raw ops of the implementation `backend`: "cpp", "cuda", "triton", "triton_atomic" or "portable"."""
     if backend == "cuda":
         return _cuda
     if backend == "triton_atomic":
         return torch.ops.oner_fast_triton_atomic
+    if backend == "portable":
+        return torch.ops.oner_fast_portable
     return torch.ops.oner_fast_triton if backend == "triton" else torch.ops.oner_fast
 
 

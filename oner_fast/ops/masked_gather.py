@@ -58,6 +58,7 @@ def _fold_backward(
     "masked_gather(Tensor tokens, Tensor kept, Tensor? positions, Tensor? prefix, Tensor? cu_seqlens) -> Tensor",
     triton="masked_gather.forward",
     fold=_fold,
+    portable=True,
 )
 def _forward_shape(
     tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu_seqlens: Tensor | None
@@ -73,6 +74,7 @@ def _forward_shape(
     "SymInt prefix, bool need_tokens, bool need_positions, bool need_prefix) -> (Tensor, Tensor, Tensor)",
     triton="masked_gather.backward",
     fold=_fold_backward,
+    portable=True,
 )
 def _backward_shape(
     grad: Tensor,
@@ -150,7 +152,8 @@ def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
 
 
 _shapes = partial(_compiled, "cpp")
-register("masked_gather", "reference", reference.masked_gather)
+register("masked_gather", "reference", reference.masked_gather, preference=-10)
+register("masked_gather", "portable", partial(_compiled, "portable"))
 register("masked_gather", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oner_fast.dtypes import statistics_dtype
+from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import checks, contrast_ring, reference
 from oner_fast.ops.collectives import row_counts_and_any
 from oner_fast.ops.contrast_ring import Ring, Rows
@@ -18,11 +18,16 @@ from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
 from oner_fast.ops.serve import serve
 from oner_fast.ops.transforms import Values, differentiable
+from oner_fast.ops.unit_rows import through_normalisation, unit_rows
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
 
 
-@define("mixup_inverse_norms(Tensor x, Tensor? other, Tensor? mix) -> Tensor", triton="mixup_info_nce.inverse_norms")
+@define(
+    "mixup_inverse_norms(Tensor x, Tensor? other, Tensor? mix) -> Tensor",
+    triton="mixup_info_nce.inverse_norms",
+    portable=True,
+)
 def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], dtype=statistics_dtype(x))
 
@@ -35,6 +40,7 @@ def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) ->
     + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, bool columns_too) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton="mixup_info_nce.statistics",
+    portable=True,
 )
 def _statistics_shape(
     query: Tensor,
@@ -65,6 +71,7 @@ def _statistics_shape(
     "bool need_key) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton="mixup_info_nce.backward",
     atomic="mixup_info_nce.backward_with_atomics",
+    portable=True,
 )
 def _backward_shape(
     query: Tensor,
@@ -102,7 +109,9 @@ def _backward_shape(
 
 
 @define(
-    "mixup_partner_sums(Tensor partner, Tensor values, SymInt columns) -> Tensor", triton="mixup_info_nce.partner_sums"
+    "mixup_partner_sums(Tensor partner, Tensor values, SymInt columns) -> Tensor",
+    triton="mixup_info_nce.partner_sums",
+    portable=True,
 )
 def _partner_sums_shape(partner: Tensor, values: Tensor, columns: int) -> Tensor:
     return values.new_empty(columns)
@@ -177,23 +186,22 @@ class _MixupInfoNce:
                 column_target, mass = _column_targets(backend, partner, weight, own, shared)
         else:
             rows = Rows(raw, query_side, logit_scale, partner, weight, partial(_partner_sums, backend))
-            of_rows, of_columns = contrast_ring.statistics(
-                ring, rows, _unit_rows(key, key_other, mix, key_norm), symmetric
-            )
+            of_rows, of_columns = contrast_ring.statistics(ring, rows, _sent(key, key_other, mix, key_norm), symmetric)
             row_max, row_sum, own, shared = of_rows.maximum, of_rows.total, of_rows.own, of_rows.shared
             if of_columns is not None:
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
                 column_target = own if of_columns.target is None else of_columns.target
         target = own if weight is None else (1 - weight) * own + weight * shared
         # Summed in float64, so that the float32 result does not depend on the order of the sum.
-        loss = (row_max - target + row_sum.log()).sum(dtype=torch.float64)
+        widest = widest_dtype(query.device)
+        loss = (row_max - target + row_sum.log()).sum(dtype=widest)
         if column_max is not None and column_sum is not None and column_target is not None:
             if mass is not None:
                 column_target = column_target * _reciprocal(mass)
             entropy = column_max - column_target + column_sum.log()
             if mass is not None:
                 entropy = torch.where(mass == 0, 0.0, entropy)
-            loss = (loss + entropy.sum(dtype=torch.float64)) / 2
+            loss = (loss + entropy.sum(dtype=widest)) / 2
         if ring is not None:
             dist.all_reduce(loss, group=ring.group)
         loss = (loss / (query.shape[0] if ring is None else ring.total)).to(dtype)
@@ -236,14 +244,14 @@ class _MixupInfoNce:
             rows = Rows(raw, query_side, logit_scale, partner, weight, partial(_partner_sums, ctx.backend))
             columns = [x for x in (column_max, column_sum, share) if x is not None]
             found = contrast_ring.gradients(
-                ring, rows, _unit_rows(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
+                ring, rows, _sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
                 each, row_max, each / row_sum, own_weight, ctx.keys_wanted,
             )  # fmt: skip
             to_query, to_query_other = (x.to(query.dtype) for x in (found.query, found.query_other))
             to_mix, to_scale = found.mix, found.logit_scale
             to_key = to_key_other = to_key_mix = None
             if need_key and found.keys is not None:
-                to_key, to_key_other, to_key_mix = _through_normalisation(found.keys, key, key_other, mix, key_norm)
+                to_key, to_key_other, to_key_mix = through_normalisation(found.keys, key, key_other, mix, key_norm)
         gradient_of_mix = None
         if need[5]:
             parts = [x for x, other in ((to_mix, query_other), (to_key_mix, key_other)) if other is not None]
@@ -263,23 +271,9 @@ class _MixupInfoNce:
 _mixup_info_nce = differentiable("mixup_info_nce", _MixupInfoNce)
 
 
-def _unit_rows(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor) -> Tensor:
+def _sent(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor) -> Tensor:
     """Return the unit rows (n, D) as they are sent: contiguous, in the dtype of the rows."""
-    return (reference.mixed(x, other, mix) * inverse_norm.unsqueeze(1)).to(x.dtype).contiguous()
-
-
-def _through_normalisation(
-    gradient: Tensor, key: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Backpropagate from the unit keys through normalisation and mixing to key, key_other and the mix of each row."""
-    mixed, inverse = reference.mixed(key, other, mix), inverse_norm.unsqueeze(1)
-    along = torch.where(inverse >= 1e12, 0.0, inverse * inverse * (gradient * mixed).sum(1, keepdim=True))
-    inner = inverse * (gradient - along * mixed)
-    if other is None:
-        return inner.to(key.dtype), None, None
-    share = mix.unsqueeze(-1) if mix.ndim else mix
-    to_mix = (inner * (other.to(inner.dtype) - key.to(inner.dtype))).sum(1)
-    return ((1 - share) * inner).to(key.dtype), (share * inner).to(key.dtype), to_mix
+    return unit_rows(x, other, mix, inverse_norm).to(x.dtype).contiguous()
 
 
 def _compiled(
@@ -305,7 +299,11 @@ def _compiled(
     total = None if ring is None else ring.total
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     dtype = statistics_dtype(query)
-    scale = logit_scale if isinstance(logit_scale, Tensor) else _number(logit_scale, torch.float64, query.device)
+    scale = (
+        logit_scale
+        if isinstance(logit_scale, Tensor)
+        else _number(logit_scale, widest_dtype(query.device), query.device)
+    )
     share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
     loss: Tensor = _mixup_info_nce(
         query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, ring, keys_wanted,
@@ -320,8 +318,9 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 _shapes = partial(_compiled, "cpp")
-_READING = ("reference", "portable")  # they look up which rows have a partner
-register("mixup_info_nce", "reference", reference.mixup_info_nce)
+_READING = ("reference",)  # it looks up which rows have a partner
+register("mixup_info_nce", "reference", reference.mixup_info_nce, preference=-10)
+register("mixup_info_nce", "portable", partial(_compiled, "portable"))
 register("mixup_info_nce", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Less preferred than Triton, whose kernels compute backward: the same code then gives forward exactly the same logits.
 register(
@@ -375,10 +374,11 @@ def mixup_info_nce(
 ) -> Tensor:
     """Compute InfoNCE of two sets of embeddings, optionally mixed, with targets optionally shared with a partner.
 
-    With normalise(x) = x / max(|x|, 1e-12), the rows are q = normalise(query), or normalise((1 - mix) query + mix
-    query_other), and k likewise. The logits are logit_scale * q @ k.T. The loss is the mean over rows of the
-    cross-entropy or, where `symmetric`, the mean of that and of the same over columns. The compiled implementations
-    allocate no N x N buffer.
+    With normalise(x) = x / |x|, the rows are q = normalise(query), or normalise((1 - mix) query + mix query_other), and
+    k likewise. A row with |x| < 1e-12 counts as a row of zeros: it stays zero and takes a gradient of 0. A row whose
+    squares overflow makes the loss NaN. The logits are logit_scale * q @ k.T. The loss is the mean over rows of the
+    cross-entropy or, where `symmetric`, the mean of that and of the same over columns. No implementation but the
+    reference allocates an N x N buffer.
 
     Args:
         query: (N, D) float32, float16, bfloat16 or float64, not normalised; at least one row over all

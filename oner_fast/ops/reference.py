@@ -1,7 +1,8 @@
 """The reference implementations of the ops in plain PyTorch: the specification of the library on one page.
 
-Every test compares with these functions, run in float64. They are also chosen where nothing faster is built. The ops
-themselves have the same names, arguments and errors; they are in the files beside this one, one op in each.
+Every test compares with these functions, run in float64. They keep whatever autograd keeps, so they run only when asked
+for: where nothing is compiled, implementations of bounded memory serve. The ops themselves have the same names,
+arguments and errors; they are in the files beside this one, one op in each.
 `implementation` is accepted so that the signatures agree, and is ignored. Masks are not here: they have no
 floating-point result, and stand in `oner_fast.ops.patch_masks`.
 """
@@ -18,6 +19,8 @@ from torch import Tensor
 from oner_fast.ops import checks
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.collectives import gather_rows, gather_rows_without_gradient, row_counts, sum_loss
+
+LEAST_NORM = 1e-12  # a shorter row has no direction
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -106,9 +109,16 @@ def mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
     return (1 - weight) * wide + weight * _wide(other)
 
 
-def _unit(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
-    """Mix rows and normalise them: x / max(|x|, 1e-12)."""
-    return F.normalize(mixed(first, other, mix), dim=-1, eps=1e-12)
+def unit(rows: Tensor) -> Tensor:
+    """Divide rows (..., D) by their norms.
+
+    A row has no direction where its norm is below 1e-12: it becomes a row of zeros and takes a gradient of 0. A row
+    whose squares overflow becomes NaN.
+    """
+    squares = rows.square().sum(-1, keepdim=True)
+    no_direction = squares < LEAST_NORM**2
+    squares = squares.masked_fill(no_direction, 1.0).masked_fill(squares.isinf(), float("nan"))
+    return (rows / squares.sqrt()).masked_fill(no_direction, 0.0)
 
 
 def mixup_info_nce(
@@ -127,7 +137,7 @@ def mixup_info_nce(
 ) -> Tensor:
     """Compute the cross-entropy of logit_scale * q @ k.T (N, N) over rows and, where `symmetric`, columns; 0-d.
 
-    q and k are query and key, mixed and normalised. The targets of row i are P[i, :], with P[i, i] += 1 - w_i and
+    q and k are query and key, mixed and made `unit` rows. The targets of row i are P[i, :], with P[i, i] += 1 - w_i and
     P[i, partner_i] += w_i. Those of column j are P[:, j] / sum_i P[i, j]; a column whose sum is 0 adds nothing. Both
     means divide by N. With `group` the batch is that of all ranks, concatenated in rank order.
     """
@@ -135,7 +145,7 @@ def mixup_info_nce(
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = _unit(query, query_other, mix), _unit(key, key_other, mix)
+        q, k = unit(mixed(query, query_other, mix)), unit(mixed(key, key_other, mix))
         scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else logit_scale
         rows = q.shape[0]
         weight = torch.full_like(q[:, 0], 0.5) if partner_weight is None else partner_weight.to(q.dtype)
@@ -226,7 +236,7 @@ def token_alignment(
 ) -> Tensor:
     """Compute minus the mean cosine of student (B, K, D) and teacher (B, N, D) at kept (B, K); 0-d.
 
-    The teacher takes no gradient.
+    The cosine is that of `unit` rows. The teacher takes no gradient.
     """
     checks.token_alignment(student, teacher, kept)
     with torch.autocast(student.device.type, enabled=False):
@@ -235,4 +245,4 @@ def token_alignment(
             target = target.gather(1, kept.unsqueeze(-1).expand(-1, -1, student.shape[-1]))
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         student, target = student.to(wide), target.to(wide)
-        return -(F.normalize(student, dim=-1, eps=1e-12) * F.normalize(target, dim=-1, eps=1e-12)).sum(-1).mean()
+        return -(unit(student) * unit(target)).sum(-1).mean()

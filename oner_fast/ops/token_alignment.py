@@ -18,6 +18,7 @@ from oner_fast.ops.transforms import Values, differentiable
 @define(
     "token_alignment(Tensor student, Tensor teacher, Tensor? kept) -> (Tensor, Tensor)",
     triton="token_alignment.forward",
+    portable=True,
 )
 def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = student.shape[0] * student.shape[1]
@@ -28,6 +29,7 @@ def _forward_shape(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tup
 @define(
     "token_alignment_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? kept, Tensor factors) -> Tensor",
     triton="token_alignment.backward",
+    portable=True,
 )
 def _backward_shape(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor | None, factors: Tensor) -> Tensor:
     return student.new_empty(student.shape)
@@ -61,7 +63,8 @@ def _compiled(backend: str, student: Tensor, teacher: Tensor, kept: Tensor | Non
 
 
 _shapes = partial(_compiled, "cpp")
-register("token_alignment", "reference", reference.token_alignment)
+register("token_alignment", "reference", reference.token_alignment, preference=-10)
+register("token_alignment", "portable", partial(_compiled, "portable"))
 register("token_alignment", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # Preferred over Triton, whose kernels move the same bytes: no launcher in Python, nothing to compile at the first call.
 register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -73,6 +74,9 @@ def _joined(
     if cu_seqlens_k is None:
         return of_query, None
     return of_query, batching.boundaries(cu_seqlens_k, own[1], size, key.shape[0] // size)
+
+
+_LARGEST_MASK = 1 << 20  # numbers of a mask of unequal lengths; beyond, the queries are padded
 
 
 @define(
@@ -269,17 +273,34 @@ def _sdpa(
 ) -> Tensor:
     """Call PyTorch's fused attention once for each pair of lengths."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
-    grouped = query.shape[1] != key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        return _aligned_at_the_end(call, q, k, v) if causal else call(q, k, v)
 
+    if causal and scale is not None and scale <= 0:  # PyTorch's kernels mask scores before they scale them
+        query, scale = query * scale, 1.0
+    call = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     # Half-precision flash attention on the CPU is slower than its float32 one at these lengths.
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         return attend_by_length(attend, query, key, value, cu_seqlens_q, cu_seqlens_k).to(dtype)
+
+
+def _aligned_at_the_end(call: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Compute causal attention aligned at the ends of q (n, H, Lq, Dh) and k (n, Hk, Lk, Dh).
+
+    PyTorch aligns at the starts, so that lengths must be made equal where a mask would be too large.
+    """
+    blind, early = max(q.shape[2] - k.shape[2], 0), max(k.shape[2] - q.shape[2], 0)
+    q = q[:, :, blind:]  # earlier queries see no key
+    lq, lk = q.shape[2], k.shape[2]
+    if early and lq * lk <= _LARGEST_MASK:
+        out = call(q, k, v, attn_mask=torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(early))
+    else:
+        out = call(F.pad(q, (0, 0, early, 0)), k, v, is_causal=True)[:, :, early:]
+    return F.pad(out, (0, 0, blind, 0))
 
 
 def _compiled(
@@ -302,10 +323,6 @@ def _compiled(
     return out
 
 
-def _why_not_sdpa(device: str, **facts: object) -> list[str]:
-    return ["causal masks of unequal lengths are aligned top-left by PyTorch"] if facts.get("causal") else []
-
-
 def _why_not_triton(device: str, **facts: Any) -> list[str]:
     found = why_not_triton(device)
     if facts.get("dtype") == torch.float64:
@@ -323,9 +340,9 @@ def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, *
 
 
 _shapes = partial(_compiled, "cpp")
-_READING = ("reference", "portable", "sdpa", "xformers")  # they read the lengths
-register("varlen_attention", "reference", reference.varlen_attention)
-register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=_why_not_sdpa)
+_READING = ("reference", "sdpa", "xformers")  # they read the lengths
+register("varlen_attention", "reference", reference.varlen_attention, preference=-10)
+register("varlen_attention", "sdpa", _sdpa, preference=10)
 register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # docs/implementations.md gives the reasons for this order.
 _register_on_gpus("flash_attn_3", backends.flash_attn_3, 60, backends.why_not_flash_attn_3)

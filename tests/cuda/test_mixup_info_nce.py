@@ -12,7 +12,9 @@ PLAN = ("row_chunks", "column_chunks", "row_tiles_each", "column_tiles_each")
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    return 1 / x.double().norm(dim=1).clamp_min(1e-12)
+    """1 / norm as the op passes it on: 0 for a row of zeros."""
+    norm = x.double().norm(dim=1)
+    return torch.where(norm < 1e-12, 0.0, 1 / norm)
 
 
 def pack(

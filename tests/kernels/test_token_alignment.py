@@ -101,10 +101,10 @@ def test_gradcheck(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clamped_norms_infinities_and_nan_agree_with_the_reference(device: str, dtype: torch.dtype) -> None:
+def test_rows_of_zeros_infinities_and_nan_agree_with_the_reference(device: str, dtype: torch.dtype) -> None:
     student, teacher = torch.randn(4, 3, 150, dtype=dtype), torch.randn(4, 3, 150, dtype=dtype)
     student[0, 0], teacher[0, 1] = 0, 0
-    student[0, 2] *= 1e-14  # below eps: divided by eps, and the norm takes no gradient
+    student[0, 2] *= 1e-14  # counts as a row of zeros
     teacher[1, 0] *= 1e-14
     student[1, 1] *= 1e-9
     student, teacher = student.to(device).requires_grad_(), teacher.to(device)
@@ -134,11 +134,11 @@ def test_clamped_norms_infinities_and_nan_agree_with_the_reference(device: str, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("of_student", "of_teacher"), [(1e20, 1.0), (1.0, 1e20), (1e-8, 1e37), (1e37, 1e37)])
-def test_rows_whose_squares_overflow_float32(
+@pytest.mark.parametrize(("of_student", "of_teacher"), [(1e17, 1.0), (1e17, 1e17), (1e-8, 1e17)])
+def test_rows_whose_factors_underflow_float32(
     device: str, dtype: torch.dtype, of_student: float, of_teacher: float
 ) -> None:
-    """Finite rows have the cosine and the gradient that float64 gives them."""
+    """Rows whose squares barely fit have the cosine and the gradient that float64 gives them."""
     student, teacher = (torch.randn(2, 3, 140, dtype=torch.float64) for _ in range(2))
     student[0, 1] *= of_student
     teacher[0, 1] *= of_teacher
@@ -152,8 +152,23 @@ def test_rows_whose_squares_overflow_float32(
         torch.testing.assert_close(one.double(), other, rtol=0, atol=last)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_zeros_has_no_gradient_and_a_diverged_one_no_finite_loss(device: str, dtype: torch.dtype) -> None:
+    student, teacher = (torch.randn(1, 3, 40, dtype=dtype) for _ in range(2))
+    student[0, 0], teacher[0, 1] = 0, 0
+    loss, gradient = ours(student.to(device).requires_grad_(), teacher.to(device), None)
+    assert loss.isfinite() and gradient[0, :2].count_nonzero() == 0 and gradient[0, 2].count_nonzero() > 0
+    huge = float("inf") if dtype == torch.float16 else 1e20
+    for place in (student, teacher):
+        kept_row = place[0, 2].clone()
+        place[0, 2, 7] = huge
+        loss, gradient = ours(student.to(device).requires_grad_(), teacher.to(device), None)
+        assert not loss.isfinite() and not gradient[0, 2].isfinite().any()
+        place[0, 2] = kept_row
+
+
 def test_the_gradient_of_orthogonal_rows_is_exact(device: str) -> None:
-    """The factor of the student is exactly 0, as that of a clamped row is, and must not be taken for one."""
+    """The factor of the student is exactly 0, as that of a row of zeros is, and must not be taken for one."""
     student = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]], device=device, requires_grad=True)
     teacher = torch.tensor([[[0.0, 2.0], [4.0, -3.0]]], device=device)
     loss, gradient = ours(student, teacher, None)

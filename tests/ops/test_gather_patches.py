@@ -15,7 +15,7 @@ from oner_fast.ops import gather_patches, reference
 
 module = importlib.import_module("oner_fast.ops.gather_patches")
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
-EVERY = ["reference", pytest.param("cpp", marks=compiled)]
+EVERY = ["reference", "portable", pytest.param("cpp", marks=compiled)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 

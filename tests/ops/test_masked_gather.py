@@ -14,7 +14,7 @@ from oner_fast import _extension
 from oner_fast.ops import masked_gather, reference
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
-EVERY = ["reference", pytest.param("cpp", marks=compiled)]
+EVERY = ["reference", "portable", pytest.param("cpp", marks=compiled)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -344,7 +344,11 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "cu_seqlens must never decrease", {"kept": K.flatten(), "cu_seqlens": CU[[0, 2, 1]]}),
     (ValueError, "cu_seqlens must end with.*6, got 5", {"kept": K.flatten(), "cu_seqlens": CU - CU // 6}),
     (ValueError, "positions is on meta", {"positions": torch.zeros(4, 8, device="meta")}),
-    (ValueError, "no implementation 'fast'.*known ones: cpp, cuda, triton, reference", {"implementation": "fast"}),
+    (
+        ValueError,
+        "no implementation 'fast'.*known ones: cpp, cuda, triton, portable, reference",
+        {"implementation": "fast"},
+    ),
 ]
 
 

@@ -367,7 +367,7 @@ def test_masks_of_a_batch_of_samples() -> None:
 
 
 def test_raw_ops_of_every_library_have_batching_rules() -> None:
-    for backend in ("cpp", "triton", "triton_atomic"):
+    for backend in ("cpp", "triton", "triton_atomic", "portable"):
         library = raw_ops(backend).__name__.removeprefix("torch.ops.")
-        for op in ("masked_gather", "varlen_attention_backward", "mixup_info_nce_statistics"):
+        for op in ("masked_gather", "gather_patches_backward", "mixup_info_nce_statistics"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{library}::{op}", "FuncTorchBatched")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from oner_fast import _extension
-from oner_fast.ops import reference, varlen_attention
+from oner_fast.ops import varlen_attention
 from oner_fast.ops.implementations import implementations
 
 EVERY = [name for name, one in implementations("varlen_attention").items() if not one.reasons_against("cpu")]
@@ -181,8 +182,8 @@ def eager(
 @pytest.mark.parametrize(("scale", "causal"), [(0.125, False), (0.125, True), (100 / 64, False)])
 def test_error_against_float64(implementation: str, dtype: torch.dtype, scale: float, causal: bool) -> None:
     """At most twice (gradients three times) that of plain PyTorch in the same dtype, plus a unit in the last place."""
-    if implementation == "sdpa" and (causal or scale > 1):
-        pytest.skip("PyTorch's fused attention aligns causal masks top-left, and is less exact at large scores")
+    if implementation == "sdpa" and scale > 1:
+        pytest.skip("PyTorch's fused attention is less exact at large scores")
     lengths_q, lengths_k = [9, 70, 1, 130, 33], [20, 70, 1, 150, 600]
     narrow = [numbers(sum(lengths_q), 4, 64, dtype=dtype), *(numbers(sum(lengths_k), 2, 64, dtype=dtype) for _ in "kv")]
     wide = [x.detach().double().requires_grad_() for x in narrow]
@@ -562,13 +563,27 @@ def test_compiles_as_one_graph() -> None:
     )
 
 
-def test_sdpa_is_not_chosen_for_causal_masks() -> None:
-    query = torch.randn(3, 1, 4)
-    with pytest.raises(RuntimeError, match="'sdpa'.*cannot run this call: causal masks"):
-        varlen_attention(query, query, query, cumulative([3]), causal=True, implementation="sdpa")
-    served = varlen_attention(query, query, query, cumulative([3]), causal=True)
-    defined = reference.varlen_attention(query, query, query, cumulative([3]), causal=True)
-    torch.testing.assert_close(served, defined)
+@pytest.mark.parametrize(("lengths_q", "lengths_k"), [([5], [5]), ([7, 2], [3, 6]), ([0, 3], [4, 0])])
+@pytest.mark.parametrize("scale", [None, 0.0, -0.5])
+def test_sdpa_aligns_causal_masks_at_the_ends(
+    monkeypatch: pytest.MonkeyPatch, lengths_q: list[int], lengths_k: list[int], scale: float | None
+) -> None:
+    """With a mask, and with the padding that long sequences take in its place."""
+    query, key, value = (
+        torch.randn(sum(lengths), heads, 4, dtype=torch.float64).requires_grad_()
+        for lengths, heads in ((lengths_q, 4), (lengths_k, 2), (lengths_k, 2))
+    )
+    arguments = (query, key, value, cumulative(lengths_q), cumulative(lengths_k))
+    upstream = torch.randn(query.shape, dtype=torch.float64)
+    module = sys.modules[varlen_attention.__module__]
+    for name, largest in (("reference", 0), ("sdpa", 1 << 20), ("sdpa", 0)):
+        monkeypatch.setattr(module, "_LARGEST_MASK", largest)
+        result = varlen_attention(*arguments, causal=True, scale=scale, implementation=name)
+        found = [result.detach(), *torch.autograd.grad(result, arguments[:3], upstream, materialize_grads=True)]
+        if name == "reference":
+            expected = found
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 Q, KV = torch.zeros(6, 4, 8), torch.zeros(5, 2, 8)

@@ -1,6 +1,7 @@
 // Rows mixed from two and normalised: read in any kind, in parts that stay in the first-level cache.
 #pragma once
 
+#include "common/norm.h"
 #include "cpu/isa/mixup_info_nce.h"
 #include "cpu/isa/pack.h"
 
@@ -71,10 +72,10 @@ void read_mixed(const MixedRows& rows, int64_t i, int64_t column, int64_t count,
   for (int64_t j = 0; j < count; ++j) out[j] = rest * out[j] + share * second[j];
 }
 
-// Whether a row of this inverse norm times a unit vector cannot overflow.
+// Whether a row of this inverse norm times a unit vector cannot overflow. That of a row of zeros is 0.
 template <typename T>
 bool is_moderate(T inverse) {
-  return inverse > T(1.0f / (1 << 30)) && inverse < T(1 << 30);
+  return inverse == 0 || (inverse > T(1.0f / (1 << 30)) && inverse < T(1 << 30));
 }
 
 // The factor that a packed row was multiplied by, and the one that makes it a unit vector. bfloat16 rows are scaled by
@@ -153,8 +154,7 @@ void inverse_norms(const MixedRows& rows, int64_t first, int64_t last, void* out
       read_mixed(rows, i, column, n, part);
       sum += dot_of(part, part, n);
     }
-    const T norm = static_cast<T>(__builtin_sqrt(sum));
-    static_cast<T*>(out)[i] = 1 / (norm < T(1e-12) ? T(1e-12) : norm);
+    static_cast<T*>(out)[i] = 1 / divisor_of(static_cast<T>(__builtin_sqrt(sum)));
   }
 }
 
@@ -176,8 +176,7 @@ void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums
     }
     dot *= inverse;
     if (out.dot != nullptr) static_cast<T*>(out.dot)[i] = dot;
-    // A row shorter than 1e-12 was divided by a constant, so its gradient has no part to project out.
-    const T along = inverse >= T(1e12) ? T(0) : dot * inverse;
+    const T along = dot * inverse;
     for (int64_t column = 0; column < rows.width; column += kPart) {
       const int64_t n = rows.width - column < kPart ? rows.width - column : kPart;
       T gradient[kPart], second[kPart];

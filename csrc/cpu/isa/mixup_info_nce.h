@@ -76,7 +76,8 @@ enum ContrastKind { kContrastF32 = 0, kContrastF64, kContrastBF16, kContrastKind
 struct MixupInfoNceKernels {
   // [kContrastBF16] is empty where the instruction set has no bfloat16 products; use float32 there.
   ContrastKernels contrast[kContrastKinds];
-  // inverse_norm = 1 / max(norm, 1e-12) of rows first..last, and its backward; [0] float, [1] double statistics.
+  // inverse_norm = 1 / norm of rows first..last, as in common/norm.h, and its backward; [0] float, [1] double
+  // statistics.
   void (*inverse_norms[2])(const MixedRows& rows, int64_t first, int64_t last, void* out);
   void (*finish[2])(const MixedRows& rows, int64_t first, int64_t last, const void* sums, int64_t stride, double scale,
                     const MixedRowsGradient& out);

@@ -16,7 +16,7 @@ struct TokenAlignmentKernels {
   // out = to_teacher * t + to_student * s, in the student's dtype, bypassing the cache if streamed.
   void (*combine[kKinds][kKinds])(void* out, const void* student, const void* teacher, int64_t count, double to_student,
                                   double to_teacher, const void* next_student, const void* next_teacher, bool streamed);
-  // The same in float64, for rows whose squares overflow float32.
+  // The same in float64, for factors that underflow float32.
   decltype(sums) wide_sums;
   decltype(combine) wide_combine;
 };

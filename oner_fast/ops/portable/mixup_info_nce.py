@@ -1,0 +1,182 @@
+"""mixup_info_nce in plain PyTorch: the logits exist for a few rows at a time, in forward and again in backward.
+
+For N pairs of D numbers it holds two copies of each side in float32 (float64 for float64) beside inputs and results,
+and a few buffers of `PART_NUMBERS` numbers. Backward computes the same products as forward, so that the largest logit
+has an exponential of exactly 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oner_fast.dtypes import widest_dtype
+from oner_fast.ops.portable import add_rows, parts
+from oner_fast.ops.unit_rows import inverse_norms as _inverse_norms
+from oner_fast.ops.unit_rows import through_normalisation, unit_rows
+
+_LEAST_ROWS = 16  # of a part, however many columns there are
+
+
+def inverse_norms(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
+    """Return 1 / norm of the mixed rows: (N,)."""
+    return _inverse_norms(x, other, 0.0 if mix is None else mix)
+
+
+def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
+    """For each column, sum the values (n,) of the rows whose partner is that column: (columns,)."""
+    sums = values.new_zeros(columns)
+    add_rows(sums, partner, values)
+    return sums
+
+
+class _Operands:
+    """Both sides as unit rows in float32 or float64, the queries times logit_scale."""
+
+    def __init__(
+        self,
+        query: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+        key: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        logit_scale: Tensor,
+        partner: Tensor | None,
+        first_pair: int,
+    ) -> None:
+        x, other, mix, inverse_norm = query
+        self.keys = unit_rows(key[0], key[1], 0.0 if key[2] is None else key[2], key[3])
+        self.scale = logit_scale.to(self.keys.dtype)
+        self.queries = unit_rows(x, other, 0.0 if mix is None else mix, inverse_norm * self.scale)
+        self.partner, self.first_pair = partner, first_pair
+        self.rows, self.columns = self.queries.shape[0], self.keys.shape[0]
+
+    def parts(self) -> list[slice]:
+        return list(parts(self.rows if self.columns else 0, self.columns, _LEAST_ROWS))
+
+    def logits(self, part: slice) -> Tensor:
+        return self.queries[part] @ self.keys.T  # [rows of the part, N]
+
+    def own(self, part: slice) -> Tensor:
+        """Return the column of each row's own pair, which may lie outside of all columns."""
+        return torch.arange(part.start, part.stop, device=self.keys.device) + self.first_pair
+
+    def at(self, logits: Tensor, column: Tensor) -> Tensor:
+        """Return the logit of each row at its column, or 0 where the column lies outside."""
+        inside = (column >= 0) & (column < self.columns)
+        found = logits.gather(1, column.clamp(0, self.columns - 1).unsqueeze(1)).squeeze(1)
+        return torch.where(inside, found, 0.0)
+
+    def subtract(self, gradient: Tensor, column: Tensor, weight: Tensor) -> None:
+        """Subtract the weight of each row at its column, in place; nothing where the column lies outside."""
+        inside = (column >= 0) & (column < self.columns)
+        share = torch.where(inside, -weight, 0.0).unsqueeze(1)
+        gradient.scatter_add_(1, column.clamp(0, self.columns - 1).unsqueeze(1), share)
+
+
+def statistics(
+    query: Tensor,
+    query_other: Tensor | None,
+    query_mix: Tensor | None,
+    query_inverse_norm: Tensor,
+    key: Tensor,
+    key_other: Tensor | None,
+    key_mix: Tensor | None,
+    key_inverse_norm: Tensor | None,
+    logit_scale: Tensor,
+    partner: Tensor | None,
+    first_pair: int,
+    columns_too: bool,
+) -> tuple[Tensor, ...]:
+    """Compute forward: the maximum and sum of each row and column, and the logits of own pairs and partners."""
+    given = _Operands(
+        (query, query_other, query_mix, query_inverse_norm), (key, key_other, key_mix, key_inverse_norm), logit_scale,
+        partner, first_pair,
+    )  # fmt: skip
+    like, columns = given.keys, given.columns if columns_too else 0
+    row_max, row_sum = like.new_full((given.rows,), -torch.inf), like.new_zeros(given.rows)
+    column_max, column_sum = like.new_full((columns,), -torch.inf), like.new_zeros(columns)
+    own, shared = like.new_zeros(given.rows), like.new_zeros(0 if partner is None else given.rows)
+    for part in given.parts():
+        logits = given.logits(part)
+        own[part] = given.at(logits, given.own(part))
+        if partner is not None:
+            shared[part] = given.at(logits, partner[part])
+        row_max[part] = high = logits.amax(1)
+        row_sum[part] = (logits - high.unsqueeze(1)).exp_().sum(1)
+        if columns_too:
+            high = torch.maximum(column_max, logits.amax(0))
+            column_sum *= (column_max - high).exp_()
+            column_sum += logits.sub_(high).exp_().sum(0)
+            column_max = high
+    return row_max, row_sum, column_max, column_sum, own, shared
+
+
+def backward(
+    query: Tensor,
+    query_other: Tensor | None,
+    query_mix: Tensor | None,
+    query_inverse_norm: Tensor,
+    key: Tensor,
+    key_other: Tensor | None,
+    key_mix: Tensor | None,
+    key_inverse_norm: Tensor | None,
+    logit_scale: Tensor,
+    partner: Tensor | None,
+    first_pair: int,
+    row_max: Tensor,
+    row_weight: Tensor,
+    column_max: Tensor | None,
+    column_weight: Tensor | None,
+    own_weight: Tensor,
+    partner_weight: Tensor | None,
+    need_key: bool,
+) -> tuple[Tensor, ...]:
+    """Compute backward: the gradients of x, other and mix of both sides, and that of logit_scale."""
+    given = _Operands(
+        (query, query_other, query_mix, query_inverse_norm), (key, key_other, key_mix, key_inverse_norm), logit_scale,
+        partner, first_pair,
+    )  # fmt: skip
+    to_queries = torch.zeros_like(given.queries)
+    to_keys = torch.zeros_like(given.keys) if need_key else given.keys.new_empty(0)
+    for part in given.parts():
+        logits = given.logits(part)
+        gradient = (logits - row_max[part].unsqueeze(1)).exp_().mul_(row_weight[part].unsqueeze(1))
+        if column_max is not None and column_weight is not None:
+            gradient.addcmul_(logits.sub_(column_max).exp_(), column_weight)
+        given.subtract(gradient, given.own(part), own_weight[part])
+        if partner is not None and partner_weight is not None:
+            given.subtract(gradient, partner[part], partner_weight[part])
+        torch.mm(gradient, given.keys, out=to_queries[part])
+        if need_key:
+            to_keys.addmm_(gradient.T, given.queries[part])
+    unit = unit_rows(query, query_other, 0.0 if query_mix is None else query_mix, query_inverse_norm)
+    to_scale = unit.mul_(to_queries).sum(dtype=widest_dtype(unit.device)).to(unit.dtype)
+    # The queries of the products carry the scale already, and so do the sums of the keys.
+    queries = _finished(to_queries.mul_(given.scale), query, query_other, query_mix, query_inverse_norm)
+    if not need_key:
+        keys = [to_keys, to_keys.clone(), to_keys.clone()]
+    elif key_inverse_norm is None:
+        keys = [to_keys, key.new_empty(0), to_keys.new_empty(0)]
+    else:
+        keys = _finished(to_keys, key, key_other, key_mix, key_inverse_norm)
+    return (*queries, *keys, to_scale)
+
+
+def _finished(
+    gradient: Tensor, x: Tensor, other: Tensor | None, mix: Tensor | None, inverse_norm: Tensor
+) -> list[Tensor]:
+    """Return the gradients of x, other and mix, part by part; empty where the side has none."""
+    wide = gradient.dtype
+    share = gradient.new_zeros(()) if mix is None else mix.to(wide)
+    found = [
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(0) if other is None else torch.empty_like(other, memory_format=torch.contiguous_format),
+        gradient.new_empty(0 if other is None else x.shape[0]),
+    ]
+    for part in parts(x.shape[0], x.shape[1]):
+        some = None if other is None else other[part]
+        through = through_normalisation(
+            gradient[part], x[part], some, share[part] if share.ndim else share, inverse_norm[part]
+        )
+        for to, one in zip(found, through, strict=True):
+            if one is not None:
+                to[part] = one
+    return found
