@@ -49,6 +49,12 @@ COMMANDS = {
             "index": "write the index of webdataset tars you already have",
         },
     ),
+    "checkpoint": Command(
+        "oner_fast.train.engine.verify",
+        "check the checkpoints of a run",
+        "train",
+        {"verify": "list step, size and state of each; exit code 1 where one is damaged"},
+    ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
     "bench": Command(
         "oner_fast.benchmarks.cli",
@@ -81,7 +87,7 @@ def usage() -> str:
     """Text of `oner-fast --help`."""
     lines = ["usage: oner-fast COMMAND [...]", "", "commands:"]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<9}{command.help}")
+        lines.append(f"  {name:<11}{command.help}")
         lines.extend(f"    {name} {what:<15}{text}" for what, text in (command.names or {}).items())
     lines += ["", "options:", "  --version  print the version"]
     lines += ["  --help     print this; 'oner-fast COMMAND --help' says more", ""]

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from oner_fast.data.images import eval_transform, to_rgb
+from oner_fast.data.given_images import GivenImage, GivenImages, as_list, as_rgb
+from oner_fast.data.images import eval_transform
 from oner_fast.models.teacher import Teacher, is_teacher, load_teacher
 from oner_fast.models.uta import UTA
-
-Images = Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,26 @@ class LoadedTowers:
         """Whether there is a text tower."""
         return bool(self.text_source)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Convert an image of any size and mode to uint8 (3, S, S): shorter side to S, centre square."""
-        return eval_transform(self.image_size)(to_rgb(image))
+    def preprocess(self, image: GivenImage, name: str = "image") -> Tensor:
+        """Convert an image of any size to uint8 (3, S, S): upright, shorter side to S, centre square.
+
+        Takes, and raises as, `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
+        """
+        return eval_transform(self.image_size)(as_rgb(image, name))
 
     @torch.inference_mode()
-    def encode_image(self, images: Images) -> Tensor:
-        """Embed images, or uint8 (B, 3, S, S): (B, E)."""
+    def encode_image(self, images: GivenImages) -> Tensor:
+        """Embed images: (B, E).
+
+        Args:
+            images: one image or a list of images, each a path, the bytes of an image file, a PIL image or a uint8 array
+                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S).
+
+        Raises:
+            TypeError: an image has another form; the message says which.
+            ValueError: there is no image, or one that cannot be decoded or is over the budget of a sample.
+            OSError: a file cannot be read.
+        """
         return _normalise(self.model.encode_image(stacked(images, self.preprocess).to(self.device)))
 
     @torch.inference_mode()
@@ -67,7 +78,7 @@ class LoadedTowers:
         return _normalise(self.text.encode_text(list(texts)))
 
     @torch.inference_mode()
-    def encode_patches(self, images: Images) -> Tensor:
+    def encode_patches(self, images: GivenImages) -> Tensor:
         """Embed each patch token in the joint space: (B, N, E), the grid row by row."""
         pixels = stacked(images, self.preprocess).to(self.device)
         if isinstance(self.model, UTA):
@@ -95,18 +106,16 @@ class LoadedTowers:
         return tower
 
 
-def stacked(images: Images, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:
+def stacked(images: GivenImages, preprocess: Callable[[GivenImage, str], Tensor]) -> Tensor:
     """Stack images to one uint8 tensor (B, 3, S, S); a tensor passes unchanged.
 
-    Raises:
-        TypeError: one image instead of a list.
-        ValueError: an empty list.
+    Raises as `oner_fast.data.given_images.as_list` and `preprocess` do; a tensor of no images is a ValueError.
     """
-    if isinstance(images, Image.Image):
-        raise TypeError("images must be a list of images or a tensor, got one image")
-    if len(images) == 0:
-        raise ValueError("images must hold at least one image, got none")
-    return images if isinstance(images, Tensor) else torch.stack([preprocess(image) for image in images])
+    if isinstance(images, Tensor):
+        if len(images) == 0:
+            raise ValueError("images must hold at least one image, got none")
+        return images
+    return torch.stack([preprocess(image, f"image {i}") for i, image in enumerate(as_list(images))])
 
 
 def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:

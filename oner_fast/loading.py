@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from oner_fast.data.batch import TokenizedText
-from oner_fast.data.images import eval_transform, to_rgb
+from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
+from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import Images, LoadedTowers, clip_towers, stacked, student_towers
+from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers
 from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
 from oner_fast.models.files import FORMAT as ONER_FORMAT
@@ -50,13 +50,26 @@ class Loaded:
         """Configuration of the tower."""
         return self.model.config
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Convert an image of any size and mode to uint8 (3, S, S): shorter side to S, centre square."""
-        return eval_transform(self.config.image_size)(to_rgb(image))
+    def preprocess(self, image: GivenImage, name: str = "image") -> Tensor:
+        """Convert an image of any size to uint8 (3, S, S): upright, shorter side to S, centre square.
+
+        Takes, and raises as, `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
+        """
+        return eval_transform(self.config.image_size)(as_rgb(image, name))
 
     @torch.inference_mode()
-    def encode_image(self, images: Images) -> Tensor:
-        """Embed images, or uint8 (B, 3, S, S), by F(I): (B, E)."""
+    def encode_image(self, images: GivenImages) -> Tensor:
+        """Embed images by F(I): (B, E).
+
+        Args:
+            images: one image or a list of images, each a path, the bytes of an image file, a PIL image or a uint8 array
+                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S).
+
+        Raises:
+            TypeError: an image has another form; the message says which.
+            ValueError: there is no image, or one that cannot be decoded or is over the budget of a sample.
+            OSError: a file cannot be read.
+        """
         return _normalise(self.model.encode_image(self._images(images)))
 
     @torch.inference_mode()
@@ -66,7 +79,7 @@ class Loaded:
         return _normalise(self.model.encode_text(text.input_ids, text.cu_seqlens))
 
     @torch.inference_mode()
-    def encode_image_text(self, images: Images, texts: Sequence[str]) -> Tensor:
+    def encode_image_text(self, images: GivenImages, texts: Sequence[str]) -> Tensor:
         """Embed pairs by F(I,T): (B, E). Raises ValueError where the numbers of images and texts differ."""
         pixels, text = self._images(images), self._texts(texts)
         if pixels.shape[0] != len(text):
@@ -74,11 +87,11 @@ class Loaded:
         return _normalise(self.model.encode_image_text(pixels, text.input_ids, text.cu_seqlens))
 
     @torch.inference_mode()
-    def encode_patches(self, images: Images) -> Tensor:
+    def encode_patches(self, images: GivenImages) -> Tensor:
         """Project each patch output of F(I): (B, N, E), the grid row by row."""
         return _normalise(self.model.encode_patches(self._images(images)))
 
-    def _images(self, images: Images) -> Tensor:
+    def _images(self, images: GivenImages) -> Tensor:
         return stacked(images, self.preprocess).to(self._device)
 
     def _texts(self, texts: Sequence[str]) -> TokenizedText:

@@ -34,6 +34,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "data icons",
         "data pairs",
         "data index",
+        "checkpoint verify",
         "report",
         "bench ops",
         "doctor",
@@ -46,7 +47,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown command 'trian'; known: train, eval, data, report, bench, doctor"),
+        (["trian"], "unknown command 'trian'; known: train, eval, data, checkpoint, report, bench, doctor"),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index"),
         (["bench", "op"], "unknown name after 'bench' 'op'; known: ops, step, uta, gpu-resources, gpu-peers, gpu-tune"),
@@ -57,7 +58,7 @@ def test_unknown_names_list_the_known_ones(argv: list[str], message: str, capsys
     assert capsys.readouterr().err.strip() == f"oner-fast: {message}"
 
 
-@pytest.mark.parametrize("argv", [["train"], ["data"], ["bench"]])
+@pytest.mark.parametrize("argv", [["train"], ["data"], ["checkpoint"], ["bench"]])
 def test_a_command_without_its_subcommand_prints_the_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert f"usage: oner-fast {argv[0]} {{" in capsys.readouterr().err
@@ -70,6 +71,7 @@ def test_a_command_without_its_subcommand_prints_the_usage(argv: list[str], caps
         (["train", "oner", "--lr", "1"], "oner_fast.train.oner.__main__", ["--lr", "1"]),
         (["eval", "runs/x"], "oner_fast.evaluation.cli", ["runs/x"]),
         (["data", "pairs", "my.csv"], "oner_fast.data.sources.cli", ["pairs", "my.csv"]),
+        (["checkpoint", "verify", "runs/x"], "oner_fast.train.engine.verify", ["verify", "runs/x"]),
         (["report", "runs/x"], "oner_fast.report.cli", ["runs/x"]),
         (["bench", "ops", "--quick"], "oner_fast.benchmarks.cli", ["ops", "--quick"]),
         (["doctor", "--help"], "oner_fast.doctor", ["--help"]),
@@ -94,6 +96,7 @@ def test_a_command_calls_its_module_with_the_remaining_arguments(
         (["train", "oner"], "oner_fast.train.oner.__main__"),
         (["eval"], "oner_fast.evaluation.cli"),
         (["data", "pictograms"], "oner_fast.data.sources.cli"),
+        (["checkpoint"], "oner_fast.train.engine.verify"),
         (["report"], "oner_fast.report.cli"),
         (["bench", "ops"], "oner_fast.benchmarks.cli"),
         (["doctor"], "oner_fast.doctor"),

@@ -126,8 +126,8 @@ def test_bad_inputs_are_named(file: Path) -> None:
     loaded = oner_fast.load(file)
     with pytest.raises(TypeError, match="texts must be a list of strings, got one string"):
         loaded.encode_text("a red square")
-    with pytest.raises(TypeError, match="images must be a list of images or a tensor, got one image"):
-        loaded.encode_image(picture())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="images: got dict, need a path, the bytes of an image file, a PIL image"):
+        loaded.encode_image({"a": picture()})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="each image must have one text, got 1 images and 3 texts"):
         loaded.encode_image_text([picture()], CAPTIONS)
     with pytest.raises(ValueError, match="images must hold at least one image"):

@@ -124,8 +124,8 @@ def test_bad_inputs_are_named(runs: Path) -> None:
         loaded.encode_text("a red square")
     with pytest.raises(ValueError, match="at least one text"):
         loaded.encode_text([])
-    with pytest.raises(TypeError, match="got one image"):
-        loaded.encode_image(Image.new("RGB", (8, 8)))
+    with pytest.raises(TypeError, match="image 1: got NoneType, need a path"):
+        loaded.encode_image([Image.new("RGB", (8, 8)), None])
 
 
 @pytest.fixture

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oner_fast.bounded_json import load_object
+from oner_fast.data.budget import BUDGET, excess
 from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
 
 logger = logging.getLogger("oner_fast.data")
 
 _OPEN_FILES = 256
+_LIMITS = {IMAGE: "image_bytes", TEXT: "caption_bytes", META: "json_bytes"}
 
 
-class CorruptSample(Exception):
-    """A sample cannot be read: `name` says which, `why` says why."""
+class CorruptSample(ValueError):
+    """A sample cannot be read, or is over its budget: `name` says which, `why` says why."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(name, why)
@@ -182,6 +185,8 @@ class PairDataset:
         offset, size = int(index.offsets[row, kind]), int(index.sizes[row, kind])
         if offset < 0:
             return None
+        if over := excess(_LIMITS[kind], size):
+            raise CorruptSample(self.name(i), over)
         try:
             with self._lock:
                 data = os.pread(self._open(shard), size, offset)
@@ -205,7 +210,7 @@ class PairDataset:
 def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
     """Caption of a sample, from its text member or else its metadata, without surrounding white space.
 
-    Raises CorruptSample(name, why) where there is none, it is empty, or it is not UTF-8.
+    Raises CorruptSample(name, why) where there is none, it is empty, too long or not UTF-8.
     """
     if text is None:
         caption = fields.get("caption")
@@ -219,18 +224,19 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
     caption = caption.strip()
     if not caption:
         raise CorruptSample(name, "its caption is empty")
+    if over := excess("caption_bytes", len(caption.encode("utf-8"))):
+        raise CorruptSample(name, over)
     return caption
 
 
 def fields_of(name: str, data: bytes) -> dict[str, Any]:
-    """Fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object."""
+    """Fields of a json member. Raises CorruptSample(name, why) where it holds no JSON object within the budget."""
+    if over := excess("json_bytes", len(data)):
+        raise CorruptSample(name, over)
     try:
-        fields = json.loads(data)
+        return load_object(data, name, max_depth=BUDGET.json_depth)
     except ValueError as error:
-        raise CorruptSample(name, f"its json cannot be read ({error})") from error
-    if not isinstance(fields, dict):
-        raise CorruptSample(name, f"its json is a {type(fields).__name__}, not an object")
-    return fields
+        raise CorruptSample(name, str(error).removeprefix(f"{name}: ")) from error
 
 
 def _shards(path: str | Path | Sequence[str | Path], split: str) -> list[tuple[Path, int | None]]:

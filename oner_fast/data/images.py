@@ -1,72 +1,28 @@
 """Decode images to uint8 tensors; crops and flips follow from random integers that the caller gives."""
 
-import io
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from oner_fast.data.dataset import CorruptSample
+from oner_fast.data.pixels import read_picture
 
 RANDOMS = 5  # number of 32-bit integers that one training transform takes
 
-_ORIENTATION = 0x0112
 _ONE = 1 << 32
+_LONGEST = 16  # ratio of sides up to which an evaluated image is resized whole
 
 
 def decode(data: bytes, name: str = "image", side: int = 0) -> Image.Image:
-    """Decode an image to RGB, upright, on white where it is transparent.
+    """Decode an image file to RGB, upright, on white where it is transparent.
 
-    Args:
-        data: an image file.
-        name: the image's name in an error.
-        side: if given, a JPEG may be decoded at a half, a quarter or an eighth of its size, with no side smaller than
-            this many pixels.
-
-    Raises:
-        CorruptSample: the bytes are not a whole image.
+    Args and errors are those of `oner_fast.data.pixels.read_picture`.
     """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        if side and image.format == "JPEG":
-            image.draft("RGB", (side, side))
-        image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return to_rgb(image)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:  # Pillow's own message contains an address in memory
-        raise CorruptSample(name, "not a readable image (of no known format)") from error
-    except Exception as error:  # decoders raise whatever they meet first in damaged bytes
-        raise CorruptSample(name, f"not a readable image ({type(error).__name__}: {error})") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB: transparency on white, 16-bit and float grey scaled to 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _grey_to_rgb(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGB", layer.size, (255, 255, 255))
-        white.paste(layer, mask=layer.getchannel("A"))
-        return white
-    return image.convert("RGB")
-
-
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I"):  # integer grey is 16-bit
-        values = values / 257.0
-    elif values.size and values.max() <= 1.0:  # float grey ranges over [0, 1] or over [0, 255]
-        values = values * 255.0
-    return Image.fromarray(np.nan_to_num(values).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    return read_picture(data, name, side).rgb
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -146,14 +102,18 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image, randoms: NDArray[np.int64] | None = None) -> Tensor:
         """Convert an RGB image to uint8 (3, size, size); `randoms` are ignored."""
-        width, height = image.size
-        if (width, height) != (self.size, self.size):
-            shorter = min(width, height)
-            width, height = round(width * self.size / shorter), round(height * self.size / shorter)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            x, y = (width - self.size) // 2, (height - self.size) // 2
-            image = image.crop((x, y, x + self.size, y + self.size))
-        return to_tensor(image)
+        if image.size == (self.size, self.size):
+            return to_tensor(image)
+        shorter, longer = min(image.size), max(image.size)
+        width, height = (round(side * self.size / shorter) for side in image.size)
+        x, y = (width - self.size) // 2, (height - self.size) // 2
+        square = (x, y, x + self.size, y + self.size)
+        if longer <= _LONGEST * shorter:
+            return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC).crop(square))
+        # Resized whole, the image would take its ratio of sides times the memory of the square.
+        across, down = image.width / width, image.height / height
+        box = (square[0] * across, square[1] * down, square[2] * across, square[3] * down)
+        return to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
 
 
 def eval_transform(size: int) -> EvalTransform:

@@ -18,6 +18,8 @@ from oner_fast.data.batch import PairBatch
 logger = logging.getLogger("oner_fast.data")
 
 _WATCH_SECONDS = 1.0
+_STOPPING = {signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+"""The signals that stop a training; SIGINT is ignored instead of blocked."""
 
 
 class Batches(Iterator[PairBatch]):
@@ -99,19 +101,19 @@ def _one_ahead(batches: Iterator[PairBatch], begin: Callable[[PairBatch], object
 
 
 @contextmanager
-def _sigterm_blocked() -> Iterator[None]:
-    """Block SIGTERM in all threads of the processes started within the block.
+def signals_blocked() -> Iterator[None]:
+    """Block the signals that stop a training in all threads of the processes started within the block.
 
     That includes threads that PyTorch starts before `_begin_worker` runs.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@_sigterm_blocked()
+@signals_blocked()
 def in_workers(
     source: Dataset[PairBatch], sampler: Iterable[int] | None, workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[PairBatch]:
@@ -139,13 +141,13 @@ def _begin_worker(_: int) -> None:
     """Ignore the signals that stop a run, as the training process handles them, and end when that process ends."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process must not wait for threads that it lacks
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     trainer = multiprocessing.parent_process()
     threading.Thread(target=_watch, args=(os.getppid(), trainer and trainer.pid), daemon=True).start()
 
 
 def _watch(parent: int, trainer: int | None) -> None:
-    """End this process when its parent has ended, or on the trainer's own SIGTERM; ignore a SIGTERM sent to all.
+    """End this process when its parent has ended, or on the trainer's own SIGTERM; ignore signals sent to all.
 
     A worker that waits for space in its result pipe cannot notice that nobody reads from it, so a thread checks.
     """

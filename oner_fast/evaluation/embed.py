@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from oner_fast.data.dataset import CorruptSample, PairDataset
+from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import decode
+from oner_fast.data.pixels import read_file
 from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.retrieval import CaptionGallery, caption_gallery
 
@@ -103,9 +104,9 @@ def embed_pairs(
         (N, E) embeddings; the rows that could be read; the caption and json fields of each; the names of the others.
     """
 
-    def read(row: int) -> tuple[bytes, tuple[str, dict[str, Any]]]:
+    def read(row: int) -> tuple[str, bytes, tuple[str, dict[str, Any]]]:
         pair = dataset.read(row)
-        return pair.image, (pair.caption, pair.meta)
+        return dataset.name(row), pair.image, (pair.caption, pair.meta)
 
     return _embed_images(loaded, list(rows), read, batch_size, label)
 
@@ -116,8 +117,9 @@ def embed_captioned(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_
     Each caption keeps a row of its own and matches its own image, as in the published COCO protocol.
     """
 
-    def read(row: int) -> tuple[bytes, list[str]]:
-        return images[row].path.read_bytes(), images[row].captions
+    def read(row: int) -> tuple[str, bytes, list[str]]:
+        path = images[row].path
+        return str(path), read_file(path), images[row].captions
 
     rows = list(range(len(images)))
     image, kept, captions, damaged = _embed_images(loaded, rows, read, batch_size, "images")
@@ -129,8 +131,8 @@ def embed_captioned(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_
 def embed_files(loaded: Encoder, files: Sequence[Any], *, batch_size: int = 64) -> tuple[Tensor, list[int], list[str]]:
     """Embed image files (paths): (N, E) embeddings, the rows that could be read, and the names of the others."""
 
-    def read(row: int) -> tuple[bytes, None]:
-        return files[row].read_bytes(), None
+    def read(row: int) -> tuple[str, bytes, None]:
+        return str(files[row]), read_file(files[row]), None
 
     image, kept, _, damaged = _embed_images(loaded, list(range(len(files))), read, batch_size, "images")
     return image, kept, damaged
@@ -157,7 +159,7 @@ def spaced(count: int, limit: int | None) -> list[int]:
 
 
 def _embed_images(
-    loaded: Encoder, rows: list[int], read: Callable[[int], tuple[bytes, T]], batch_size: int, label: str
+    loaded: Encoder, rows: list[int], read: Callable[[int], tuple[str, bytes, T]], batch_size: int, label: str
 ) -> tuple[Tensor, list[int], list[T], list[str]]:
     """Embed images; returns embeddings, the rows kept, their other data, and the names of unreadable images."""
     if batch_size < 1:
@@ -165,9 +167,9 @@ def _embed_images(
 
     def prepare(row: int) -> tuple[int, Tensor, T] | str:
         try:
-            content, beside = read(row)
-            return row, loaded.preprocess(decode(content, f"image {row}")), beside
-        except (CorruptSample, OSError, ValueError) as error:
+            name, content, beside = read(row)
+            return row, loaded.preprocess(decode(content, name)), beside
+        except (OSError, ValueError) as error:
             return str(error)
 
     parts: list[Tensor] = []

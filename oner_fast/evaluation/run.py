@@ -260,6 +260,7 @@ def embed_composed(
     with torch.inference_mode():
         for start in range(0, len(queries), 64):
             chunk = queries[start : start + 64]
-            pictures = [loaded.preprocess(decode(dataset.read(embedded.rows[row]).image)) for row, _ in chunk]
+            asked = [embedded.rows[row] for row, _ in chunk]
+            pictures = [loaded.preprocess(decode(dataset.picture(row), dataset.name(row))) for row in asked]
             parts.append(loaded.encode_image_text(torch.stack(pictures), [word for _, word in chunk]).float().cpu())
     return torch.cat(parts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from oner_fast.data.picture_formats import SUFFIXES
 from oner_fast.data.sources.concepts import concept
 from oner_fast.evaluation.classifier import check_labels
 from oner_fast.evaluation.retrieval import recall
@@ -28,7 +29,6 @@ TEMPLATES = (
     "a small {}",
     "the {}",
 )
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
 def class_embeddings(
@@ -169,7 +169,7 @@ def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
         files += found
         labels += [label] * len(found)
     if not files:

@@ -115,7 +115,7 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
     picture = _pictures(dataset, embedded)
 
     def open_picture(row: int) -> Image.Image:
-        return decode(dataset.read(embedded.rows[row]).image)
+        return decode(dataset.picture(embedded.rows[row]), dataset.name(embedded.rows[row]))
 
     captions = [several[0] for several in embedded.captions]
     queries = composed_queries(captions, seed=seed) if has_joint_pass(loaded) else []

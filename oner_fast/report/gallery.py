@@ -1,7 +1,6 @@
 """Write the examples as PNG files for use outside the page: retrieval by text, by image and word, and heat maps."""
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
 
+from oner_fast.data.images import decode
 from oner_fast.report.examples import Example
 from oner_fast.report.heat import HeatRow
 from oner_fast.report.style import COLOURS, style
@@ -74,7 +73,7 @@ def _show(
     axes: Axes, x: float, y: float, address: str, colour: str, *, marked: bool = False, margin: float = 0.09
 ) -> None:
     """Draw an image on a white tile of side 1 with its upper left corner at (x, y)."""
-    picture = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGB")
+    picture = decode(base64.b64decode(address.partition(",")[2]))
     scale = (1 - 2 * margin) / max(picture.size)
     width, height = picture.width * scale, picture.height * scale
     left, top = x + (1 - width) / 2, y + (1 - height) / 2

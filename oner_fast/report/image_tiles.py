@@ -6,7 +6,7 @@ import io
 from PIL import Image
 from torch import Tensor
 
-from oner_fast.data.images import decode
+from oner_fast.data.pixels import read_picture
 
 LARGEST = 192  # longer side in px, enough for a tile at twice the pixel density
 
@@ -17,13 +17,12 @@ def data_uri(content: bytes, kind: str = "png") -> str:
 
 
 def tile(content: bytes) -> str:
-    """Encode an image file as a data URI; a small PNG unchanged, other images reduced and drawn on white."""
-    small = content.startswith(b"\x89PNG") and len(content) <= 16_384
-    if small:
+    """Encode an image file as a data URI; an upright small PNG unchanged, others reduced and drawn on white."""
+    picture = read_picture(content)
+    if picture.format == "PNG" and picture.as_stored and len(content) <= 16_384:
         return data_uri(content)
-    picture = decode(content)
-    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    return _encoded(picture)
+    picture.rgb.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return _encoded(picture.rgb)
 
 
 def from_pixels(pixels: Tensor) -> str:

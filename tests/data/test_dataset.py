@@ -70,8 +70,8 @@ def test_missing_data_are_named(tars, tmp_path):
         ([("k.png", b"x"), ("k.txt", b" \n")], "its caption is empty"),
         ([("k.png", b"x"), ("k.txt", b"\xff\xfe")], "not UTF-8"),
         ([("k.txt", b"x")], "no image"),
-        ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"{")], "its json cannot be read"),
-        ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"[1]")], "its json is a list"),
+        ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"{")], "its JSON cannot be read"),
+        ([("k.png", b"x"), ("k.txt", b"x"), ("k.json", b"[1]")], "its JSON is a list"),
     ],
 )
 def test_unreadable_samples_are_named(tars, tmp_path, members, why):

@@ -19,7 +19,7 @@ from oner_fast.data.tokenizer import Tokenizer
 
 torch.set_num_threads(2)  # as a training does: a forked worker then has a pool of threads from the start
 stop = []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, lambda number, _: stop.append(number))
 dataset = PairDataset(sys.argv[1])
 loader = PairLoader(dataset, Tokenizer.train('up down left right', 200), batch_size=8, seed=1, image_size=16, workers=2)
@@ -30,7 +30,7 @@ if sys.argv[2:] == ["leave"]:
     sys.exit()
 if sys.argv[2:] == ["sleep"]:
     time.sleep(60)  # prefetched batches stay unread
-while len(stop) < 2:
+while len(stop) < 4:
     next(loader)
     time.sleep(0.01)
 for _ in range(20):
@@ -94,6 +94,8 @@ class TestWorkers:
         process, workers = run()
         os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
         os.killpg(process.pid, signal.SIGTERM)  # as a scheduler does
+        os.killpg(process.pid, signal.SIGHUP)  # as a session does that ends
+        os.killpg(process.pid, signal.SIGUSR1)  # as SLURM does before it ends a job
         out, errors = process.communicate(timeout=60)
         assert out == "ended well\n" and process.returncode == 0, errors
         assert gone(workers, 6)

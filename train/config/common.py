@@ -97,3 +97,9 @@ class Run:
     """Train under torch.use_deterministic_algorithms(True)."""
     max_skipped_steps: int = 20
     """Non-finite steps in a row that end the run."""
+    collective_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before the run ends with an error that names them."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.collective_timeout < math.inf:
+            raise ValueError(f"collective_timeout must be positive and finite, got {self.collective_timeout}")

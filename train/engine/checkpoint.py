@@ -1,16 +1,13 @@
-"""Checkpoints by step, which a kill at any moment cannot spoil.
-
-A checkpoint `step-00000500.pt` is torch's zip format, whose members carry a CRC-32 each: reading the file
-once tells whether it is whole.
-"""
+"""Checkpoints by step, `step-00000500.pt`, which a kill at any moment cannot spoil."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
+import os
 import re
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +15,28 @@ import torch
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from oner_fast.atomic import remove_leftovers, sync_directory, write_atomic
-from oner_fast.format_version import CHECKPOINT, check_format_version
+from oner_fast.format_version import CHECKPOINT
+from oner_fast.train.engine.checkpoint_file import DamagedCheckpoint, check, load, looks_whole
 from oner_fast.train.engine.random_state import random_state, set_random_state
 
 __all__ = [
     "DamagedCheckpoint",
+    "check",
+    "is_name",
     "latest",
     "load",
     "prepare",
     "random_state",
-    "resolve",
     "save",
     "saved",
+    "search",
+    "set_aside",
     "set_random_state",
 ]
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 _LEAVES = (type(None), bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.device)
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint file is cut short, has flipped bits, or is not a checkpoint of this library."""
 
 
 def prepare(folder: Path | str) -> None:
@@ -50,7 +47,7 @@ def prepare(folder: Path | str) -> None:
         _log.info("removed %s, left by a writer that died", path.name)
 
 
-def save(folder: Path | str, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(folder: Path | str, step: int, state: dict[str, Any], keep: int, *, damaged: Collection[Path] = ()) -> Path:
     """Write `state` as the checkpoint of `step` and remove the oldest ones.
 
     Args:
@@ -59,6 +56,8 @@ def save(folder: Path | str, step: int, state: dict[str, Any], keep: int) -> Pat
         state: string keys; tensors, numbers, strings, None and dicts, lists and tuples of them. The keys
             `step` and `format` are the checkpoint's own.
         keep: how many checkpoints stay, those of the highest steps; the one just written always does. 0: all.
+            A file that is cut short or is no file does not count, and stays.
+        damaged: further paths in `folder` that do not count.
 
     Returns:
         The path written. It appears under its name only when whole and on disk.
@@ -83,31 +82,8 @@ def save(folder: Path | str, step: int, state: dict[str, Any], keep: int) -> Pat
         write_atomic(path, lambda file: torch.save({**state, "step": step, "format": CHECKPOINT}, file))
     finally:
         set_crc32_options(checksums)
-    _prune(folder, keep, path)
+    _prune(folder, keep, path, damaged)
     return path
-
-
-def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, with `weights_only=True`: no code in the file can run.
-
-    Returns:
-        The state as given to `save`, and `step`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        DamagedCheckpoint: the file is damaged or of another kind.
-        ValueError: a newer version of oner_fast wrote the file.
-    """
-    path = Path(path)
-    _verify(path)
-    try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or "step" not in state or "format" not in state:
-        raise DamagedCheckpoint(f"{path} is not a checkpoint of this library")
-    check_format_version(path, state.pop("format"), CHECKPOINT)
-    return state
 
 
 def saved(folder: Path | str) -> list[Path]:
@@ -121,74 +97,77 @@ def saved(folder: Path | str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def is_name(name: str) -> bool:
+    """Tell whether `name` is that of a checkpoint, such as `step-00000500.pt`."""
+    return _NAME.fullmatch(name) is not None
+
+
 def latest(folder: Path | str) -> Path | None:
-    """The whole checkpoint of the highest step, or None where `folder` holds none.
+    """Return the whole checkpoint of the highest step, or None where `folder` holds none. Nothing is changed.
 
     A damaged one is named in a warning and the next lower step is tried.
 
     Raises:
         DamagedCheckpoint: there are checkpoints and all are damaged.
     """
-    paths = saved(folder)
-    for path in reversed(paths):
-        try:
-            _verify(path)
-        except (DamagedCheckpoint, FileNotFoundError) as error:
-            _log.warning("%s; falling back to an older checkpoint", error)
-        else:
-            return path
-    if paths:
-        raise DamagedCheckpoint(f"all {len(paths)} checkpoints in {folder} are damaged")
-    return None
+    path, damaged = search(folder)
+    for reason in damaged.values():
+        _log.warning("%s; falling back to an older checkpoint", reason)
+    return path
 
 
-def resolve(folder: Path | str, resume: str) -> Path | None:
-    """Find the checkpoint to continue from; None starts afresh.
-
-    Args:
-        folder: the run's checkpoints.
-        resume: `latest` (None where there is none yet), `none`, or the path of a checkpoint, of a folder
-            of checkpoints or of a run.
+def search(folder: Path | str) -> tuple[Path | None, dict[Path, str]]:
+    """Find the whole checkpoint of the highest step, and the damaged ones above it with a sentence about each.
 
     Raises:
-        FileNotFoundError: `resume` is a path without a checkpoint.
-        DamagedCheckpoint: the checkpoint is damaged.
+        DamagedCheckpoint: there are checkpoints and all are damaged.
+        ValueError: a newer version of oner_fast wrote the highest whole one.
     """
-    if resume == "none":
-        return None
-    if resume == "latest":
-        return latest(folder)
-    path = Path(resume)
-    if path.is_file():
-        _verify(path)
-        return path
-    inner = path / "checkpoints"
-    found = latest(inner if inner.is_dir() else path)
-    if found is None:
-        raise FileNotFoundError(
-            f"resume {resume!r}: no checkpoint there; give latest, none, or the path of a step-*.pt file or a run"
+    damaged: dict[Path, str] = {}
+    for path in reversed(saved(folder)):
+        try:
+            check(path)
+        except FileNotFoundError:
+            continue  # its training removed it meanwhile
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+        else:
+            return path, damaged
+    if damaged:
+        newest = next(iter(damaged.values()))
+        raise DamagedCheckpoint(
+            f"all {len(damaged)} checkpoints in {folder} are damaged, and none was changed (the newest: {newest}); "
+            "`oner-fast checkpoint verify` lists them; --resume none moves them aside and starts afresh"
         )
-    return found
+    return None, damaged
 
 
-def _verify(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # zipfile raises many kinds on garbage
-        raise DamagedCheckpoint(f"{path} is damaged, cut short or unreadable: {error}") from error
-    if damaged is not None:
-        raise DamagedCheckpoint(f"{path} is damaged: the checksum of its member {damaged} does not match")
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to `NAME.damaged`, or `NAME.damaged.2` and so on, and return the new path.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    place, number = path.with_name(f"{path.name}.damaged"), 1
+    while os.path.lexists(place):
+        number += 1
+        place = path.with_name(f"{path.name}.damaged.{number}")
+    os.rename(path, place)
+    with contextlib.suppress(OSError):
+        sync_directory(path.parent)
+    return place
 
 
-def _prune(folder: Path, keep: int, written: Path) -> None:
+def _prune(folder: Path, keep: int, written: Path, damaged: Collection[Path]) -> None:
     if keep == 0:
         return
-    old = [path for path in saved(folder)[:-keep] if path != written]
+    whole = [path for path in saved(folder) if path not in damaged and looks_whole(path)]
+    old = [path for path in whole[:-keep] if path != written]
     for path in old:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("the old checkpoint %s cannot be removed: %s", path, error.strerror)
     if old:
         sync_directory(folder)
 

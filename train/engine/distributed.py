@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 _PEERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}
 
@@ -47,8 +53,11 @@ def setup(device: str = "auto", *, init_method: str | None = None, timeout_secon
 
     Raises:
         ValueError: the environment is incomplete, contradicts itself, or comes from another launcher; the
-            device is not one that can be used, or there are fewer GPUs than local ranks.
+            device is not one that can be used, or there are fewer GPUs than local ranks; or the other ranks did not
+            come in time.
     """
+    if not 0 < timeout_seconds < math.inf:
+        raise ValueError(f"timeout_seconds must be positive and finite, got {timeout_seconds}")
     rank, size, local_rank = _ranks()
     place = _device(device, size, local_rank)
     if place.type == "cuda":
@@ -60,13 +69,20 @@ def setup(device: str = "auto", *, init_method: str | None = None, timeout_secon
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if init_method is None and missing:
             raise ValueError(f"WORLD_SIZE={size} but {' and '.join(missing)} not set: start with torchrun")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
-            init_method=init_method,
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+                init_method=init_method,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+        except dist.DistError as error:
+            at = init_method or "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+            raise ValueError(
+                f"rank {rank} did not meet the other {size - 1} at {at} within {timeout_seconds:g} s "
+                f"(--collective-timeout): {str(error).splitlines()[0]}"
+            ) from error
     return world
 
 
@@ -97,6 +113,37 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Let rank 0 do `work`, and return its result on every rank.
+
+    Where `work` raises, every rank raises the same error, so that none waits for a rank that has ended. The result and
+    the error are pickled.
+    """
+    if world.size == 1:
+        return work()
+    sent: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            sent[0] = work()
+        except Exception as error:
+            sent[1] = _portable(error)
+    # On the CPU, so that no GPU is waited for.
+    dist.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
+    if sent[1] is not None:
+        raise sent[1]
+    return cast(T, sent[0])
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error as one that another process can build again."""
+    try:
+        if str(pickle.loads(pickle.dumps(error))) == str(error):
+            return error
+    except Exception:  # an exception's constructor may take anything
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _ranks() -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -14,10 +15,10 @@ from oner_fast.train.engine import distributed
 from oner_fast.train.engine.allocator import freed_memory_kept
 from oner_fast.train.engine.dry_run import dry_run
 from oner_fast.train.engine.loop import C, Training
+from oner_fast.train.engine.lost_ranks import LostRank, lost_ranks_named
 from oner_fast.train.engine.nonfinite import NonFiniteError
-from oner_fast.train.engine.signals import stop_on_signals
-
-_EXIT = {"SIGINT": 130, "SIGTERM": 143}
+from oner_fast.train.engine.run_lock import single_writer
+from oner_fast.train.engine.signals import exit_status, stop_on_signals
 
 
 def launch(
@@ -37,7 +38,7 @@ def launch(
         build: the class of the training.
 
     Returns:
-        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+        0 done; 128 plus its number (143 for SIGTERM) where a signal ended it and it saved; 1 failed with a message.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     dry = DRY_RUN in words
@@ -45,12 +46,12 @@ def launch(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         return _train(config, build, dry)
-    except (ValueError, FileNotFoundError, NonFiniteError) as error:
+    except (ValueError, FileNotFoundError, NonFiniteError, LostRank) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{prog}: stopped without saving; the last checkpoint is unchanged", file=sys.stderr)
-        return _EXIT["SIGINT"]
+        return exit_status("SIGINT")
 
 
 def _train(config: C, build: type[Training[C]], dry: bool) -> int:
@@ -59,16 +60,19 @@ def _train(config: C, build: type[Training[C]], dry: bool) -> int:
     torch.use_deterministic_algorithms(config.run.deterministic)
     # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    world = distributed.setup(config.run.device)
+    world = distributed.setup(config.run.device, timeout_seconds=config.run.collective_timeout)
     try:
-        with freed_memory_kept() if world.device.type == "cpu" else nullcontext():
+        with (
+            freed_memory_kept() if world.device.type == "cpu" else nullcontext(),
+            lost_ranks_named(world, config.run.collective_timeout),
+        ):
             if dry:
                 found = dry_run(config, build, world)
                 if world.is_main:
                     print(found.report(config.optim.steps, world.device))
                 return 0
-            with stop_on_signals() as stop:
+            with stop_on_signals() as stop, single_writer(Path(config.run.run_dir), world):
                 signal = build(config, world).run(stop)
     finally:
         distributed.shutdown()
-    return 0 if signal is None else _EXIT[signal]
+    return 0 if signal is None else exit_status(signal)

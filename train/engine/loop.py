@@ -18,19 +18,21 @@ from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Optimisation, Precision, Run
 from oner_fast.train.config.serialization import from_dict, save_json, to_dict
 from oner_fast.train.engine import checkpoint
-from oner_fast.train.engine.distributed import World, barrier, sum_over_ranks
+from oner_fast.train.engine.distributed import World, on_main, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
 from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, set_lr
 from oner_fast.train.engine.precision import autocast_dtype
 from oner_fast.train.engine.progress import Progress
 from oner_fast.train.engine.random_state import seed_generators
+from oner_fast.train.engine.resuming import find_start
 from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
 # Settings of the data that change neither the samples nor their order: paths and speed.
 _FREE_DATA = ("workers", "train_data", "tokenizer")
+_KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 
 
 class Configuration(Protocol):
@@ -81,14 +83,16 @@ class Training(ABC, Generic[C]):
                 f"batch_size must be a multiple of ranks x accum_freq, got {config.optim.batch_size} for "
                 f"{world.size} ranks and accum_freq {config.optim.accum_freq}"
             )
-        start = checkpoint.resolve(self.checkpoints, config.run.resume)
-        _refuse_to_overwrite(self.checkpoints, start)
+        # Every rank takes rank 0's choice, whatever the others' file systems show.
+        self._start = on_main(world, lambda: find_start(self.checkpoints, config.run.resume))
+        start = self._start.path
         state = None if start is None else checkpoint.load(start, world.device)
+        before = None if state is None else _saved_configuration(str(start), state, type(config))
         self.dtype = autocast_dtype(config.run.precision, world.device)
         precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
         self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
-        if state is not None:
-            _refuse_other_configuration(str(start), state["config"], self.config)
+        if before is not None:
+            _refuse_other_configuration(str(start), before, self.config)
         seed_generators(config.run.seed)
         o = self.config.optim
         self.student = self._build().to(world.device).train()
@@ -161,9 +165,7 @@ class Training(ABC, Generic[C]):
         """Train to the last step. Return None when done, or the name of the signal that ended the run early."""
         c, total = self.config, self.config.optim.steps
         main = self.world.is_main
-        if main:
-            save_json(c, self.folder / "config.json")
-            checkpoint.prepare(self.checkpoints)
+        on_main(self.world, self._prepare)
         meter, began = ThroughputMeter(), time.perf_counter()
         rate = gemm_rate(self.world.device, self.dtype or torch.float32)
         every, flops = c.run.log_every_n_steps, list[float]()
@@ -205,10 +207,14 @@ class Training(ABC, Generic[C]):
                 if asked and self.steps_done < total:
                     progress.note(f"{asked}: saved step {self.steps_done}; the same command continues from there")
                     return asked
-        if main:
-            self._export()
-        barrier()
+        on_main(self.world, self._export)
         return None
+
+    def _prepare(self) -> None:
+        """Make the run's folder ready for writing."""
+        save_json(self.config, self.folder / "config.json")
+        checkpoint.prepare(self.checkpoints)
+        self._start.set_aside()
 
     def _due(self, every: int) -> bool:
         """Return whether work is due now that is done every `every` steps (0: never) and at the end."""
@@ -235,18 +241,20 @@ class Training(ABC, Generic[C]):
 
     def _save(self) -> None:
         """Write a checkpoint from rank 0: whatever differs between ranks is a pure function of the step."""
-        if self.world.is_main:
-            state: dict[str, Any] = {
-                "student": self.student.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "guard": self.guard.state_dict(),
-                "data": self.batches.state_dict(),
-                "config": json.dumps(to_dict(self.config)),
-                "random": checkpoint.random_state(),
-            }
-            state |= self._extra_state()
-            checkpoint.save(self.checkpoints, self.steps_done, state, self.config.run.keep_checkpoints)
-        barrier()
+        on_main(self.world, self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        state: dict[str, Any] = {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "data": self.batches.state_dict(),
+            "config": json.dumps(to_dict(self.config)),
+            "random": checkpoint.random_state(),
+        }
+        state |= self._extra_state()
+        keep = self.config.run.keep_checkpoints
+        checkpoint.save(self.checkpoints, self.steps_done, state, keep, damaged=self._start.damaged)
 
 
 def _plain(metrics: dict[str, Tensor | float]) -> dict[str, float]:
@@ -265,19 +273,18 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
     }
 
 
-def _refuse_to_overwrite(checkpoints: Path, start: Path | None) -> None:
-    """Refuse a folder with newer checkpoints, which would be mistaken for this run's."""
-    existing = checkpoint.saved(checkpoints)
-    if existing and (start is None or start.resolve() != existing[-1].resolve()):
-        raise ValueError(
-            f"{checkpoints} holds {len(existing)} checkpoints up to {existing[-1].name}; "
-            "resume with --resume latest, or give another --run-dir"
-        )
+def _saved_configuration(name: str, state: dict[str, Any], kind: type[C]) -> C:
+    """Read the configuration in a checkpoint, and refuse the checkpoint of something else."""
+    if missing := _KEYS - state.keys():
+        raise ValueError(f"{name} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}")
+    try:
+        return from_dict(kind, json.loads(state["config"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is a checkpoint of another kind of training: {error}") from error
 
 
-def _refuse_other_configuration(name: str, saved: str, config: Configuration) -> None:
+def _refuse_other_configuration(name: str, before_all: Configuration, config: Configuration) -> None:
     """Refuse to resume with other settings; paths, data loading, logging and the like may change."""
-    before_all = from_dict(type(config), json.loads(saved))
     differences = []
     for part in dataclasses.fields(config):
         before, now = getattr(before_all, part.name), getattr(config, part.name)

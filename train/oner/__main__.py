@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
     Returns:
-        0 done; 130 or 143 stopped by a signal and saved; 1 failed with a message.
+        0 done; 128 plus its number (143 for SIGTERM) where a signal ended it and it saved; 1 failed with a message.
     """
     return launch(argv, "oner-fast train oner", OneRConfiguration, DEFAULT, OneRTraining)
 

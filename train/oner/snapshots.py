@@ -60,9 +60,10 @@ def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
     images, captions = [], []
     count = min(config.run.snapshot_pairs, len(dataset))
     for index in range(count):
+        row = index * len(dataset) // count
         try:
-            pair = dataset.read(index * len(dataset) // count, meta=False)
-            images.append(transform(decode(pair.image)))
+            pair = dataset.read(row, meta=False)
+            images.append(transform(decode(pair.image, dataset.name(row))))
         except CorruptSample as error:
             _log.warning("left out of the snapshots: %s", error)
             continue

@@ -14,7 +14,7 @@ from oner_fast.data.workers import Batches
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR
 from oner_fast.train.engine.batches import build_tokenizer, open_batches
-from oner_fast.train.engine.distributed import barrier
+from oner_fast.train.engine.distributed import on_main
 from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.engine.schedule import teacher_momentum
 from oner_fast.train.oner.ema import build_teacher, update_teacher
@@ -95,9 +95,11 @@ class OneRTraining(Training[OneRConfiguration]):
     def _tokenizer(self, config: OneRConfiguration, saved: str | None) -> Tokenizer:
         """Take the checkpoint's tokenizer, or let rank 0 learn or load one; save it in the run's folder."""
         path = self.folder / "tokenizer.json"
-        if self.world.is_main:
+
+        def write() -> None:
             tokenizer = build_tokenizer(config.data) if saved is None else Tokenizer.from_json(saved)
             self.folder.mkdir(parents=True, exist_ok=True)
             tokenizer.save(path)
-        barrier()
+
+        on_main(self.world, write)
         return Tokenizer.load(path)

@@ -2,8 +2,8 @@
 
 * `pictograms`: emoji and icons from PyPI packages, the data of the demo
 * `icons`: a larger set, drawn from npm packages
-* `pairs`, `pair_sources`, `pair_shards`: a user's own images and captions
+* `pairs`, `tables` and the modules `pair_...`: a user's own images and captions
 * `concepts`: the concept of a caption, and the split that it belongs to
-* `rendering`, `drawings`, `building`, `writer`, `progress`, `npm`: parts that the builders share
+* `rendering`, `drawings`, `building`, `owned_files`, `writer`, `progress`, `npm`: parts that the builders share
 * `cli`, `commands`: `oner-fast data ...`
 """

@@ -1,10 +1,7 @@
 """Parts of every builder: a folder that records its build, work that survives an interruption, and a process pool."""
 
-import json
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,32 +9,35 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from oner_fast import bounded_json
+from oner_fast.data.sources import owned_files
 from oner_fast.data.sources.progress import progress, say
-from oner_fast.data.sources.writer import FORMAT, write_json
+from oner_fast.data.sources.writer import FORMAT, replacing, write_json
 from oner_fast.data.tar_index import build_index
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-_OURS = re.compile(r"\.?(train|val|style)-\d{6}\.tar(\.index\.npz)?(\.\d+(\.tmp)?)?|\.?dataset\.json(\.\d+\.tmp)?")
 
 
 class Build:
     """A dataset folder under construction.
 
     `options` holds everything that the bytes depend on. The folder keeps it, so that a second run continues its own
-    build only. Raises ValueError where the folder holds another build and `overwrite` is false.
+    build only. Only files that a build writes are ever removed, by their names in the folder (see `owned_files`).
+
+    Raises:
+        ValueError: the folder holds another build and `overwrite` is false, it is a file, or its `.build` is a link.
     """
 
     def __init__(self, output: str | Path, name: str, options: dict[str, Any], overwrite: bool = False) -> None:
         self.output = Path(output)
         self.name = name
         self.options = {"source": name, **options}
-        self.work = self.output / ".build"
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"{self.output} is a file; --output needs a folder")
+        self.work = owned_files.working_folder(self.output)
         found = self._found()
-        if found is not None and found != self.options:
+        if found is not None and (found != self.options or (overwrite and not self._is_sound())):
             if not overwrite:
                 raise ValueError(
                     f"{self.output} holds another build ({_differences(found, self.options)}); "
@@ -52,68 +52,98 @@ class Build:
         self.work.mkdir(exist_ok=True)
         if not (self.work / "options.json").exists():
             write_json(self.work / "options.json", self.options)
-        for leftover in (*self.output.glob(".*"), *self.work.glob(".*.tmp")):
-            if leftover.parent == self.work or _OURS.fullmatch(leftover.name):
-                leftover.unlink()
-        for shard in self._recorded():
-            path = self.output / shard["file"]
-            if path.exists() and path.stat().st_size != shard["bytes"]:
-                path.unlink()
+        owned_files.remove_build(self.output, unfinished=True)
+        owned_files.remove_work(self.output, unfinished=True)
+        for path, size in self._recorded():
+            if path.exists() and path.stat().st_size != size:
+                owned_files.remove(path)
 
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:
         """Index each shard that `record` lists, write `dataset.json` last, and remove the working files."""
-        shards = [shard["file"] for split in record["splits"].values() for shard in split["shards"]]
+        every = [shard for split in record["splits"].values() for shard in split["shards"]]
+        shards = [owned_files.shard_name(shard["file"], "the build") for shard in every]
         with progress("indexing shards", len(shards)) as advance:
             for file in shards:
                 build_index(self.output / file).save()
                 advance()
-        listed = set(shards)
-        for stale in self.output.glob("*.tar"):
-            if _OURS.fullmatch(stale.name) and stale.name not in listed:
-                stale.unlink()
+        owned_files.remove_stale_shards(self.output, set(shards))
         content = {"name": self.name, "format": FORMAT, **record, "build": self.options}
         write_json(self.output / "dataset.json", content)
-        shutil.rmtree(self.work)
+        owned_files.remove_work(self.output)
         self.finished = True
         return content
 
+    def abandon(self) -> None:
+        """Remove everything that the build has written; other files stay."""
+        self._clear()
+        if not any(self.output.iterdir()):
+            self.output.rmdir()
+
     def dataset(self) -> dict[str, Any]:
-        """Content of the folder's `dataset.json`."""
-        content: dict[str, Any] = json.loads((self.output / "dataset.json").read_text(encoding="utf-8"))
-        return content
+        """Content of the folder's `dataset.json`. Raises ValueError where it is damaged."""
+        listing = self.output / "dataset.json"
+        return bounded_json.load_object(listing.read_bytes(), str(listing))
+
+    def write_left_out(self, lines: Sequence[str]) -> None:
+        """Write what was left out, a line each, to `left-out.txt`; without a line there is no such file."""
+        path = self.output / owned_files.LEFT_OUT
+        if not lines:
+            owned_files.remove(path)
+            return
+        with replacing(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
 
     def _found(self) -> dict[str, Any] | None:
         try:
-            if (self.work / "options.json").exists():
-                found: dict[str, Any] = json.loads((self.work / "options.json").read_text(encoding="utf-8"))
-                return found
+            options = self.work / "options.json"
+            if options.exists():
+                return bounded_json.load_object(options.read_bytes(), str(options))
             if (self.output / "dataset.json").exists():
-                return self.dataset().get("build", {"source": "an unknown builder"})
-        except (ValueError, AttributeError) as error:
-            return {"source": f"unreadable: {error}"}
+                found = self.dataset().get("build")
+                return found if isinstance(found, dict) else {"source": "an unknown builder"}
+        except ValueError as error:
+            return {"source": f"an unreadable record: {error}"}
         if self.output.is_dir() and any(self.output.glob("*.tar")):
             return {"source": "tars without a dataset.json"}
         return None
 
-    def _recorded(self) -> list[dict[str, Any]]:
-        if not (self.output / "dataset.json").exists():
+    def _recorded(self) -> list[tuple[Path, int]]:
+        """Return the path and the size in bytes of each shard that `dataset.json` lists.
+
+        Raises ValueError where the listing is damaged, or names a shard that no build writes.
+        """
+        listing = self.output / "dataset.json"
+        if not listing.exists():
             return []
-        return [shard for split in self.dataset()["splits"].values() for shard in split["shards"]]
+        try:
+            every = [shard for split in self.dataset()["splits"].values() for shard in split["shards"]]
+            found = [(shard["file"], int(shard["bytes"])) for shard in every]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{listing} lists no shards of a build ({error!r}); choose another --output, or give --overwrite"
+            ) from error
+        return [(self.output / owned_files.shard_name(name, str(listing)), size) for name, size in found]
+
+    def _is_sound(self) -> bool:
+        """Tell whether `dataset.json` lists shards that a build can have written."""
+        try:
+            self._recorded()
+        except ValueError:
+            return False
+        return True
 
     def _is_finished(self) -> bool:
         if not (self.output / "dataset.json").exists():
             return False
-        paths = [(self.output / shard["file"], shard["bytes"]) for shard in self._recorded()]
-        whole = all(path.exists() and path.stat().st_size == size for path, size in paths)
-        if whole and self.work.exists():
-            shutil.rmtree(self.work)
-        return whole and all(path.with_name(path.name + ".index.npz").exists() for path, _ in paths)
+        recorded = self._recorded()
+        whole = all(path.exists() and path.stat().st_size == size for path, size in recorded)
+        if whole:
+            owned_files.remove_work(self.output)
+        return whole and all(path.with_name(path.name + ".index.npz").exists() for path, _ in recorded)
 
     def _clear(self) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
-        for path in self.output.iterdir():
-            if _OURS.fullmatch(path.name):
-                path.unlink()
+        owned_files.remove_work(self.output)
+        owned_files.remove_build(self.output)
 
 
 def index_tars(tars: Sequence[Path]) -> None:

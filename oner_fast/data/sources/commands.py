@@ -66,12 +66,13 @@ def icons(
 def pairs(
     source: Positional[Path],
     output: Path,
+    val: Path | None = None,
     csv_img_key: Annotated[str, arg(aliases=["--image-column"])] = "filepath",
     csv_caption_key: Annotated[str, arg(aliases=["--caption-column"])] = "title",
     csv_separator: str | None = None,
     root: Path | None = None,
     resize: int | None = None,
-    validation_percent: int = 8,
+    validation_percent: int | None = None,
     split_by: Literal["concept", "caption"] = "concept",
     licence: str = "unspecified",
     author: str = "unspecified",
@@ -84,17 +85,20 @@ def pairs(
     Args:
         source: A CSV or TSV file with a header line, or a folder.
         output: Folder of the dataset.
+        val: File or folder of the validation pairs; all others are then trained on, but for images that are in both.
         csv_img_key: Column of image paths.
         csv_caption_key: Column of captions.
-        csv_separator: Character between columns; a tab where the header line has one, else a comma, by default.
+        csv_separator: Character between columns, or tab (also as \\t), comma, semicolon, bar or space; by default the
+            one with which the header line has both columns.
         root: Folder where relative image paths start; the folder of the file by default.
         resize: Shrink images to this shorter side, in pixels; smaller images keep their bytes.
-        validation_percent: Share of concepts (or captions) that go to "val" and are never trained on.
+        validation_percent: Share of concepts (or captions) that go to "val" and are never trained on; 8 by default. Not
+            with --val.
         split_by: "concept" keeps the same thing in other words out of training, "caption" only the same caption.
         licence: Written into every sample.
         author: Written into every sample.
         workers: Processes that read and check images; one for each processor by default.
-        limit: Take only this many pairs, the first ones.
+        limit: Take only this many pairs of each source, the first ones.
         overwrite: Replace another build in the folder.
     """
     from oner_fast.data.sources.pairs import build_pairs
@@ -102,6 +106,7 @@ def pairs(
     build_pairs(
         source,
         output,
+        val=val,
         image_key=csv_img_key,
         caption_key=csv_caption_key,
         separator=csv_separator,

@@ -8,6 +8,8 @@ from pathlib import Path
 import resvg_py
 from PIL import Image
 
+from oner_fast.data.images import decode
+
 WHITE = (255, 255, 255)
 
 
@@ -37,8 +39,7 @@ def render(svg: str | Path, size: int) -> Picture:
         )
     except (ValueError, OSError) as error:
         return Picture(b"", "", error=str(error))
-    with Image.open(io.BytesIO(drawn)) as opened:
-        image = opened.convert("RGB")
+    image = decode(drawn)
     if image.size != (size, size):
         square = Image.new("RGB", (size, size), WHITE)
         square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))

@@ -105,3 +105,106 @@ def test_index_tars_takes_files_and_folders(tmp_path: Path) -> None:
         index_tars([tmp_path / "absent.tar"])
     with pytest.raises(ValueError, match="no tar to index"):
         index_tars([])
+
+
+HOSTILE = ["../victim.txt", "/ABSOLUTE/victim.txt", "sub/train-000000.tar", "..", "", ".", "victim.txt", 7, None]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_listing_of_foreign_files_removes_none(name: object, overwrite: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    finished(folder, {})
+    victims = [tmp_path / "victim.txt", folder / "victim.txt", folder / "sub" / "train-000000.tar"]
+    for victim in victims:
+        victim.parent.mkdir(exist_ok=True)
+        victim.write_text("mine")
+    listing = json.loads((folder / "dataset.json").read_text())
+    listed = name.replace("/ABSOLUTE", str(tmp_path)) if isinstance(name, str) else name
+    listing["splits"]["train"]["shards"].append({"file": listed, "samples": 1, "bytes": 1, "sha256": ""})
+    (folder / "dataset.json").write_text(json.dumps(listing))
+    if overwrite:
+        assert not Build(folder, "test", {}, overwrite=True).finished
+        assert not (folder / "train-000000.tar").exists()
+    else:
+        with pytest.raises(ValueError, match=r"dataset.json lists the shard .*, which no build of oner_fast writes"):
+            Build(folder, "test", {}).begin()
+    assert [victim.read_text() for victim in victims] == ["mine"] * 3
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"splits": 7}', '{"splits": {"train": {"shards": [1]}}}', "[" * 10_000, "\0", ""]
+)
+def test_a_damaged_listing_is_refused_in_a_sentence_and_can_be_replaced(text: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match="holds another build.*--overwrite"):
+        Build(tmp_path, "test", {})
+    assert not Build(tmp_path, "test", {}, overwrite=True).finished
+    damaged = json.dumps({"build": {"source": "test"}, "splits": {"train": {}}})
+    (tmp_path / "dataset.json").write_text(damaged)
+    with pytest.raises(ValueError, match="dataset.json lists no shards of a build .*--overwrite"):
+        Build(tmp_path, "test", {})
+    assert not Build(tmp_path, "test", {}, overwrite=True).finished
+
+
+def test_links_are_removed_and_never_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for name in ("victim.tar", ".part-00001.7.tmp", "options.json"):
+        (outside / name).write_text("mine")
+    folder = tmp_path / "data"
+    finished(folder, {})
+    (folder / "train-000000.tar").unlink()
+    (folder / "train-000000.tar").symlink_to(outside / "victim.tar")
+    (folder / ".build").symlink_to(outside)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"data/.build is a symbolic link.*remove it"):
+            Build(folder, "test", {}, overwrite=overwrite)
+    (folder / ".build").unlink()
+    build = Build(folder, "test", {})
+    assert not build.finished
+    build.begin()
+    assert not (folder / "train-000000.tar").is_symlink()
+    assert sorted(path.read_text() for path in outside.iterdir()) == ["mine"] * 3
+
+
+def test_only_files_of_a_build_are_removed_from_its_working_folder(tmp_path: Path) -> None:
+    build = Build(tmp_path, "test", {})
+    build.begin()
+    work = tmp_path / ".build"
+    ours = ("part-00003", ".part-00004.12.tmp", "train-000001.tar.json", "val-000000.tar.json")
+    for name in (*ours, "notes.txt", ".cache.tmp"):
+        (work / name).write_text("")
+    (work / "nested").mkdir()
+    (work / "nested" / "part-00001").write_text("mine")
+    (tmp_path / "train-000009.tar").mkdir()
+    build.begin()
+    assert not (work / ".part-00004.12.tmp").exists() and (work / "part-00003").exists()
+    build.abandon()
+    assert sorted(path.name for path in work.iterdir()) == [".cache.tmp", "nested", "notes.txt"]
+    assert (work / "nested" / "part-00001").read_text() == "mine" and (tmp_path / "train-000009.tar").is_dir()
+
+
+def test_a_file_in_the_place_of_the_working_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".build").write_text("mine")
+    with pytest.raises(ValueError, match="a build keeps its working files there"):
+        Build(tmp_path, "test", {})
+
+
+def test_a_record_of_a_foreign_shard_is_not_finished(tmp_path: Path) -> None:
+    build = Build(tmp_path / "data", "test", {})
+    build.begin()
+    victim = write_shard(tmp_path / "victim.tar", [sample("x")])
+    record = split_record([victim], 1, 1)
+    record["shards"][0]["file"] = "../victim.tar"
+    with pytest.raises(ValueError, match="the build lists the shard '../victim.tar'"):
+        build.finish({"splits": {"train": record}})
+    assert [path.name for path in tmp_path.glob("victim*")] == ["victim.tar"]
+
+
+def test_what_was_left_out_is_written_and_belongs_to_the_build(tmp_path: Path) -> None:
+    build = Build(tmp_path, "test", {})
+    build.write_left_out(["a row", "caf\udce9"])
+    assert (tmp_path / "left-out.txt").read_text() == "a row\ncaf\\udce9\n"
+    build.write_left_out([])
+    assert not (tmp_path / "left-out.txt").exists()

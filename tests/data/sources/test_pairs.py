@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image  # noqa: E402
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
 from oner_fast.data.sources import pair_shards  # noqa: E402
+from oner_fast.data.sources.cli import main  # noqa: E402
 from oner_fast.data.sources.concepts import concept, percentile  # noqa: E402
 from oner_fast.data.sources.pairs import build_pairs  # noqa: E402
 
@@ -102,10 +104,11 @@ def test_corrupt_and_missing_images_are_counted_and_named(table: Path, tmp_path:
         file.write("img/4.png,\n,caption\n")
     content = build_pairs(table, tmp_path / "out", workers=1)
     dropped = content["dropped"]
-    assert dropped["unreadable pictures"] == 3 and dropped["rows without a caption or picture"] == 2
+    assert dropped["unreadable pictures"] == 3 and dropped["pictures without a caption"] == 1
+    assert dropped["captions without a picture"] == 1
     named = {line.split(":")[0] for line in dropped["named"]}
     assert named == {"img/1.png", "img/2.webp", "img/3.jpg", "row 62", "row 63"}
-    assert "img/2.webp: not an image of a known format" in dropped["named"]  # no address in memory, which would differ
+    assert "img/2.webp: not a readable image (of no known format)" in dropped["named"]  # no address
     assert sum(split["samples"] for split in content["splits"].values()) == len(CAPTIONS) - 3
 
 
@@ -194,3 +197,187 @@ def test_dataset_json_is_complete(table: Path, tmp_path: Path) -> None:
     assert content["name"] == "pairs" and content["format"] == 1 and content["image_size"] is None
     assert content["attribution"][0]["samples"] == len(CAPTIONS)
     assert not (tmp_path / "out" / ".build").exists()
+
+
+def small(folder: Path, *names: str, size: tuple[int, int] = (6, 4)) -> None:
+    """Draw an image of another colour for each name."""
+    for name in names:
+        draw(folder / name, sum(name.encode("utf-8", "surrogateescape")) % 250, size)
+
+
+def test_bad_rows_are_named_and_cost_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small(tmp_path, *(f"{i}.png" for i in range(9)))
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "p.csv").write_text(
+        'filepath , title\n0.png,a cat, black\n1.png,"a cat\n2.png,a dog\n3.png,nan\n4.png,None\n,a fox\n'
+        f'5.png,"two\nlines"\nNaN,a hen\n6.png,{"word " * 20_000}\n7.png,Null and void\nempty.png,gone\n'
+    )
+    content = build_pairs(tmp_path / "p.csv", tmp_path / "out", validation_percent=0, workers=1)
+    captions = {pair.meta["name"]: pair.caption for pair in read(tmp_path / "out", content)["train"]}
+    assert captions == {"2.png": "a dog", "5.png": "two lines", "7.png": "Null and void"}
+    assert {rule: count for rule, count in content["dropped"].items() if rule != "named"} == {
+        "captions over 65,536 bytes": 1,
+        "captions without a picture": 2,
+        "pictures without a caption": 2,
+        "rows with a quote that is not closed or not doubled": 1,
+        "rows with more or fewer fields than the header": 1,
+        "training captions of validation pictures": 0,
+        "unreadable pictures": 1,
+    }
+    lines = (tmp_path / "out" / "left-out.txt").read_text().splitlines()
+    assert len(lines) == len(content["dropped"]["named"]) == 8
+    assert "pictures without a caption: row 5: no caption" in lines
+    assert "unreadable pictures: empty.png: it is empty: it has no bytes" in lines
+    said = capsys.readouterr().err
+    assert "row 2: 3 fields where the header has 2; quote captions that contain ','" in said
+    assert "left out, pictures without a caption: 2" in said
+
+
+def test_columns_called_otherwise_twice_or_the_same(tmp_path: Path) -> None:
+    small(tmp_path, "a.png")
+    (tmp_path / "p.csv").write_text("image,text,text\na.png,one,two\n")
+    with pytest.raises(ValueError, match=r"it has image, text, text: name .* --csv-img-key and --csv-caption-key"):
+        build_pairs(tmp_path / "p.csv", tmp_path / "out")
+    with pytest.raises(ValueError, match="p.csv has 2 columns 'text'; rename all but one"):
+        build_pairs(tmp_path / "p.csv", tmp_path / "out", image_key="image", caption_key="text")
+    with pytest.raises(ValueError, match="column 'image' is named for images and captions"):
+        build_pairs(tmp_path / "p.csv", tmp_path / "out", image_key="image", caption_key="image")
+    with pytest.raises(ValueError, match="--csv-separator 'tabs' is not a separator"):
+        build_pairs(tmp_path / "p.csv", tmp_path / "out", separator="tabs")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["\\t", "tab", "\t"])
+def test_a_tab_has_names(name: str, tmp_path: Path) -> None:
+    small(tmp_path, "a.png")
+    (tmp_path / "p.tsv").write_text("filepath\ttitle\na.png\tred, old\n")
+    content = build_pairs(tmp_path / "p.tsv", tmp_path / "out", separator=name, validation_percent=0)
+    assert [pair.caption for pair in read(tmp_path / "out", content)["train"]] == ["red, old"]
+
+
+def test_every_file_of_a_folder_is_taken_or_named(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    raw = os.fsdecode(b"caf\xe9.png")
+    small(source, "a.jpg", "a.png", "B.JPG", "c.v2.webp", "d.tif", "e.bmp", "f.gif", "sub/g.png", raw, "u.png", "w.png")
+    small(source, "long.png", ".hidden.png", ".git/x.png", "x.ppm", "dir.png/in.png")
+    small(elsewhere, "h.jpeg")
+    for stem in ("a", "c.v2", "d", "e", "f", "sub/g", os.fsdecode(b"caf\xe9"), "alone", ".hidden", "x", "dir.png/in"):
+        (source / f"{stem}.txt").write_text(f"caption {len(stem)}")
+    (source / "B.TXT").write_text("\ufeffupper case", encoding="utf-8")
+    (source / "u.txt").write_bytes("caption".encode("utf-16"))
+    (source / "w.txt").write_text("None")
+    (source / "long.txt").write_text("word " * 40_000)
+    (elsewhere / "h.txt").write_text("linked")
+    (source / "notes.md").write_text("")
+    (source / "Makefile").write_text("")
+    (source / "link").symlink_to(elsewhere)
+    (source / "again").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(source)
+    (source / "self").symlink_to(source / "self")
+    os.mkfifo(source / "fifo.png")
+    os.mkfifo(source / "B.txt")
+    content = build_pairs(source, tmp_path / "out", validation_percent=0, workers=1)
+    captions = {pair.meta["name"]: pair.caption for pair in read(tmp_path / "out", content)["train"]}
+    assert captions == {
+        "a.jpg": "caption 1",
+        "a.png": "caption 1",
+        "B.JPG": "upper case",
+        "c.v2.webp": "caption 4",
+        "caf\\xe9.png": "caption 4",
+        "d.tif": "caption 1",
+        "dir.png/in.png": "caption 10",
+        "e.bmp": "caption 1",
+        "f.gif": "caption 1",
+        "again/h.jpeg": "linked",
+        "sub/g.png": "caption 5",
+        "x.ppm": "caption 1",
+    }
+    lines = (tmp_path / "out" / "left-out.txt").read_text().splitlines()
+    assert lines == [
+        "captions over 65,536 bytes: long.png: a caption over 65,536 bytes",
+        "captions without a picture: alone.txt: no image beside it",
+        "files and folders that cannot be read: B.txt: not a regular file",
+        "files and folders that cannot be read: fifo.png: not a regular file",
+        "files and folders that cannot be read: self: a broken link",
+        "files that are neither images nor captions: Makefile: no suffix",
+        "files that are neither images nor captions: notes.md: .md",
+        "folders reached twice: again/loop: its files are read under another name",
+        "folders reached twice: link: its files are read under another name",
+        "hidden files and folders: .git: its name begins with a dot",
+        "hidden files and folders: .hidden.png: its name begins with a dot",
+        "hidden files and folders: .hidden.txt: its name begins with a dot",
+        "pictures without a caption: u.png: its caption is not UTF-8",
+        "pictures without a caption: w.png: its caption is empty",
+    ]
+
+
+def test_equal_inputs_in_other_folders_build_equal_bytes(tmp_path: Path) -> None:
+    for place, workers in (("one", 1), ("two", 2)):
+        source = tmp_path / place / "in"
+        small(source, "a.png", "b.jpg", "c.webp", "sub/d.png")
+        for stem in ("a", "b", "c", "sub/d", "t", "h"):
+            (source / f"{stem}.txt").write_text(f"caption {stem}")
+        (source / "t.png").write_bytes(b"<html>" * 9)
+        (source / "h.png").write_bytes(b"")
+        build_pairs(source, tmp_path / place / "out", workers=workers)
+    files = sorted(path.name for path in (tmp_path / "one" / "out").iterdir())
+    assert {"dataset.json", "left-out.txt", "train-000000.tar"} <= set(files)
+    for name in files:
+        one, two = (tmp_path / place / "out" / name for place in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+        assert b"0x" not in one.read_bytes() or name.endswith((".tar", ".npz"))
+
+
+def test_validation_pairs_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "c.png").read_bytes())
+    (tmp_path / "train.csv").write_text("image,text\na.png,one\nb.png,two\nd.png,three\ncopy.png,four\nlost.png,five\n")
+    (tmp_path / "val.csv").write_text("image,text\nc.png,six\nb.png,seven\nb.png\n")
+    command = ["pairs", str(tmp_path / "train.csv"), "--val", str(tmp_path / "val.csv")]
+    command += ["--csv-img-key", "image", "--csv-caption-key", "text", "--output", str(tmp_path / "out")]
+    assert main(command) == 0
+    content = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    found = read(tmp_path / "out", content)
+    assert {split: sorted(pair.caption for pair in pairs) for split, pairs in found.items()} == {
+        "train": ["one", "three"],
+        "val": ["seven", "six"],
+    }
+    assert {pair.meta["set"] for pair in found["val"]} == {"val"}
+    assert len({pair.key for pairs in found.values() for pair in pairs}) == 4
+    assert content["dropped"]["training captions of validation pictures"] == 2
+    assert content["dropped"]["unreadable pictures"] == 1
+    assert "val.csv: row 4: 1 field where the header has 2" in content["dropped"]["named"]
+    assert [entry["title"] for entry in content["attribution"]] == ["train.csv", "val.csv"]
+    assert content["given"] == {
+        "train": "train.csv",
+        "val": "val.csv",
+        "csv_img_key": "image",
+        "csv_caption_key": "text",
+        "csv_separator": None,
+        "limit": None,
+    }
+    assert main(command) == 0
+    assert "was complete already" in capsys.readouterr().err
+    assert main([*command, "--validation-percent", "8"]) == 1
+    assert "--validation-percent would draw others: give only one" in capsys.readouterr().err
+
+
+def test_folders_of_training_and_validation(tmp_path: Path) -> None:
+    for split, names in (("train", "abcd"), ("val", "ex")):
+        for name in names:
+            small(tmp_path / split, f"{name}.png")
+            (tmp_path / split / f"{name}.txt").write_text(f"caption {name}")
+    (tmp_path / "val" / "x.png").write_bytes((tmp_path / "train" / "d.png").read_bytes())
+    content = build_pairs(tmp_path / "train", tmp_path / "out", val=tmp_path / "val", workers=1)
+    found = read(tmp_path / "out", content)
+    captions = {split: sorted(pair.caption[-1] for pair in pairs) for split, pairs in found.items()}
+    assert captions == {"train": ["a", "b", "c"], "val": ["e", "x"]}
+    with pytest.raises(ValueError, match="no image of .*train can be trained on: a.png: 'caption a' is not"):
+        build_pairs(tmp_path / "train", tmp_path / "none", val=tmp_path / "train")
+    with pytest.raises(ValueError, match="no pairs at .*absent"):
+        build_pairs(tmp_path / "train", tmp_path / "none", val=tmp_path / "absent")
+    (tmp_path / "val" / "e.png").write_bytes(b"")
+    (tmp_path / "val" / "x.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no image of .*val can be read: .*e.png: it is empty"):
+        build_pairs(tmp_path / "train", tmp_path / "none", val=tmp_path / "val")
+    assert not (tmp_path / "none").exists()

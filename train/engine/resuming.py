@@ -1,0 +1,92 @@
+"""The checkpoint that a run continues from, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from oner_fast.train.engine import checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """The place where a run begins.
+
+    Attributes:
+        path: the checkpoint to continue from; None starts afresh.
+        damaged: the damaged checkpoints of the run's own folder that are newer, with a sentence about each.
+    """
+
+    path: Path | None
+    damaged: dict[Path, str] = field(default_factory=dict)
+
+    def set_aside(self) -> None:
+        """Move the damaged checkpoints aside and say so in one line each.
+
+        Those that cannot be moved stay in `damaged`.
+        """
+        for path, reason in list(self.damaged.items()):
+            older = f"the run goes on from {self.path.name}" if self.path else "the run starts afresh"
+            try:
+                place = checkpoint.set_aside(path)
+            except OSError as error:
+                _log.warning("%s; it cannot be moved aside (%s), and %s", reason, error.strerror, older)
+            else:
+                del self.damaged[path]
+                _log.warning("%s; it is now %s, and %s", reason, place.name, older)
+
+
+def find_start(folder: Path, resume: str) -> Start:
+    """Find the checkpoint to continue from. Nothing is changed.
+
+    Args:
+        folder: the run's checkpoints.
+        resume: `latest` (a start afresh where there is none yet), `none`, or the path of a checkpoint, of a folder
+            of checkpoints or of a run.
+
+    Raises:
+        FileNotFoundError: `resume` is a path without a checkpoint.
+        DamagedCheckpoint: the named checkpoint is damaged, or all checkpoints of the folder are.
+        ValueError: `folder` holds a newer whole checkpoint, which would be mistaken for this run's.
+    """
+    start = _find(folder, resume)
+    every = checkpoint.saved(folder)
+    for path in reversed(every):
+        if path in start.damaged:
+            continue
+        if start.path is not None and start.path.resolve() == path.resolve():
+            break
+        try:
+            checkpoint.check(path)
+        except checkpoint.DamagedCheckpoint as error:
+            start.damaged[path] = str(error)
+        else:
+            raise ValueError(
+                f"{folder} holds {len(every)} checkpoints up to {path.name}; "
+                "resume with --resume latest, or give another --run-dir"
+            )
+    return start
+
+
+def _find(folder: Path, resume: str) -> Start:
+    if resume == "none":
+        return Start(None)
+    if resume == "latest":
+        return Start(*checkpoint.search(folder))
+    path = Path(resume)
+    if path.is_file():
+        checkpoint.check(path)
+        return Start(path)
+    inner = path / "checkpoints"
+    inside = inner if inner.is_dir() else path
+    if inside.is_dir() and folder.is_dir() and inside.samefile(folder):
+        return Start(*checkpoint.search(folder))
+    found = checkpoint.latest(inside)  # another run's folder: nothing in it is moved
+    if found is None:
+        raise FileNotFoundError(
+            f"resume {resume!r}: no checkpoint there; give latest, none, or the path of a step-*.pt file or a run"
+        )
+    return Start(found)

@@ -1,0 +1,153 @@
+"""One training at a time writes into a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from oner_fast import bounded_json
+from oner_fast.train.engine.distributed import World, on_main
+
+FILE = "run.lock"
+# What a file system without locks answers.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+_log = logging.getLogger(__name__)
+_held: set[int] = set()
+
+
+class RunInUse(ValueError):
+    """Another training writes into this run's folder."""
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of the run in `folder` while inside; make the folder where needed.
+
+    The lock belongs to the process: it ends with it, also by SIGKILL. `run.lock` in the folder says who holds it.
+    It is removed at the end, and so is a folder that was made for it and is still empty. On a file system without
+    locks a warning says that nothing keeps a second training out.
+
+    Raises:
+        RunInUse: another training holds the lock; the message says which.
+        OSError: the folder cannot be made or written.
+    """
+    made = _make(folder)
+    try:
+        descriptor = _acquire(folder / FILE)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    _held.add(descriptor)
+    try:
+        _write_holder(descriptor)
+        yield
+    finally:
+        # It goes before the lock does: a process that opens it later finds that the name is gone, and makes another.
+        with contextlib.suppress(OSError):
+            os.unlink(folder / FILE)
+        _held.discard(descriptor)
+        os.close(descriptor)
+        _remove_empty(made)
+
+
+@contextmanager
+def single_writer(folder: Path, world: World) -> Iterator[None]:
+    """Let rank 0 hold the lock of the run while inside; where it cannot, every rank raises its error."""
+    with contextlib.ExitStack() as held:
+        on_main(world, lambda: held.enter_context(run_lock(folder)))
+        yield
+
+
+def _acquire(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise RunInUse(
+                        f"{path.parent} is in use by {_holder(path)}; stop that training first, or give another "
+                        "--run-dir"
+                    ) from None
+                if error.errno not in _NO_LOCKS:
+                    raise
+                before = f"; {FILE} there names {_holder(path)}" if path.stat().st_size else ""
+                _log.warning(
+                    "the file system of %s has no locks (%s), so nothing keeps a second training out of this folder%s",
+                    path.parent,
+                    error.strerror,
+                    before,
+                )
+                return descriptor
+            # The holder before may have removed the file between the opening and the locking of it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _write_holder(descriptor: int) -> None:
+    about = {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(sys.orig_argv)[:1000],
+    }
+    # Who holds it is a courtesy; a full disk must not stop the run here.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(about) + "\n").encode(), 0)
+
+
+def _holder(path: Path) -> str:
+    try:
+        about = bounded_json.load_object(path.read_bytes(), str(path), max_bytes=10_000)
+    except (OSError, ValueError):
+        return "another training"
+    return (
+        f"process {about.get('pid')} on {about.get('host')}, which began {about.get('since')} ({about.get('command')})"
+    )
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and its parents; return those made, the innermost first."""
+    missing = []
+    for place in (folder, *folder.parents):
+        if place.exists():
+            break
+        missing.append(place)
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _close_in_child() -> None:
+    # A loader's worker would keep the lock for as long as it outlives a killed training.
+    for descriptor in _held:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
