@@ -1,4 +1,4 @@
-"""Where every sequence is empty, or no token is kept, gradients are zero: not missing, not NaN, not fresh memory."""
+"""Zero gradients where every sequence is empty or no token is kept: not missing, not NaN, not fresh memory."""
 
 from __future__ import annotations
 

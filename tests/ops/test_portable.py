@@ -1,4 +1,4 @@
-"""Where nothing is compiled, plain PyTorch keeps the ops' promises of memory, and the definition is not chosen."""
+"""The promises of memory where nothing is compiled: plain PyTorch keeps them, and the definition is not chosen."""
 
 from __future__ import annotations
 
