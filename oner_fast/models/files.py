@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -18,6 +18,7 @@ from oner_fast.models import eva, weights
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.uta import UTA, UTAConfig
 
+S = TypeVar("S")
 FORMAT = "oner_fast.oner"
 UTA_FORMAT = "oner_fast.uta"
 
@@ -95,18 +96,23 @@ def build_model(config: str, state: Mapping[str, Any], name: str) -> OneR:
     Raises:
         ValueError: the configuration cannot be read, or the weights do not fit it.
     """
-    sizes = config_from_dict(_config(config, name))
+    sizes = _sizes(config_from_dict, config, name)
     return weights.filled(lambda: OneR(sizes), state, name, sizes.depth)
 
 
 def build_uta(config: str, state: Mapping[str, Any], name: str) -> UTA:
     """Build a student as `build_model` builds a tower."""
-    sizes = uta_config_from_dict(_config(config, name))
+    sizes = _sizes(uta_config_from_dict, config, name)
     return weights.filled(lambda: UTA(sizes), state, name, sizes.depth)
 
 
-def _config(text: str, name: str) -> dict[str, Any]:
-    return weights.check_settings(bounded_json.loads(text, name, max_bytes=1 << 20), name)
+def _sizes(make: Callable[[dict[str, object]], S], text: str, name: str) -> S:
+    """Make a configuration from its JSON; every ValueError begins with `name`."""
+    values = weights.check_settings(bounded_json.loads(text, name, max_bytes=1 << 20), name)
+    try:
+        return make(values)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{name}: its configuration describes no model: {error}") from error
 
 
 def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
@@ -131,7 +137,7 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
     if metadata.get("format") == UTA_FORMAT and config is None:
         if "config" not in metadata:
             raise ValueError(f"{name} is not whole: its metadata lack 'config'")
-        sizes = uta_config_from_dict(_config(metadata["config"], name))
+        sizes = _sizes(uta_config_from_dict, metadata["config"], name)
         return weights.filled(lambda: UTA(sizes), _without_mask_token(state, sizes), name, sizes.depth)
     layout = eva.layout_of(state)
     if config is None:

@@ -111,6 +111,8 @@ def filled(build: Callable[[], M], state: Mapping[str, Tensor], name: str, *size
     Raises:
         ValueError: the configuration describes no model, or another one than the weights are for.
     """
+    if wrong := [size for size in sizes if isinstance(size, bool) or not isinstance(size, int)]:
+        raise ValueError(f"{name}: its configuration has {wrong[0]!r} layers, and a whole number is needed")
     if max(sizes, default=0) > len(state):
         raise ValueError(f"{name}: its configuration has {max(sizes):,} layers, and it holds {len(state):,} tensors")
     try:
