@@ -21,6 +21,8 @@ th { background: #8882; }
 img { background: #fff; display: block; height: auto; margin: 1rem 0; max-width: 100%; }
 :root { color-scheme: light dark; }
 """
+# The page holds no script, so none may run; its images and styles are inside.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _IMAGE = re.compile(r"!\[(.*)\]\((.*)\)")
 
 
@@ -33,7 +35,8 @@ def page(markdown: str, folder: Path) -> str:
     title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), "Report")
     body = "\n".join(_blocks(lines, folder))
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n<title>{html.escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )

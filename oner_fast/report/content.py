@@ -19,18 +19,13 @@ from oner_fast.evaluation.folder import processor, read_config, read_metrics
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
+from oner_fast.report.attribution import credits_of
 from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
 from oner_fast.report.image_tiles import tile
 
-LICENCE_PAGES = {
-    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
-    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
-    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
-    "MIT": "https://opensource.org/license/mit",
-}
 PACKAGES = ("oner-fast", "torch", "numpy", "tokenizers", "webdataset", "Pillow")
 EXAMPLE_PICTURES = 4096  # the examples of a larger split come from this many of its images
 BANNER = 40
@@ -149,10 +144,7 @@ def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]
             name: {key: split.get(key) for key in ("samples", "captions")}
             for name, split in described.get("splits", {}).items()
         },
-        "attribution": [
-            {"url": None, **entry, "licence_page": LICENCE_PAGES.get(entry.get("licence", ""))}
-            for entry in described.get("attribution", [])
-        ],
+        "attribution": credits_of(described),
         "commands": _commands(described, config, shown_as),
         "versions": versions(),
         "processor": processor(),

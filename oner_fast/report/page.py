@@ -7,6 +7,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from oner_fast.evaluation.table import percent
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+"""Content-Security-Policy of the pages. They hold no script, so none may run; images and styles are inside."""
+
 
 def render(content: dict[str, Any]) -> str:
     """Fill the template; a missing value is an error."""
@@ -18,4 +21,4 @@ def render(content: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "thousands": lambda number: f"{number:,}"}
-    return environment.get_template("template.html.j2").render(content)
+    return environment.get_template("template.html.j2").render(content, policy=POLICY)

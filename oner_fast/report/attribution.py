@@ -1,0 +1,55 @@
+"""Credits of a data set's images, made safe for the page: text, whole numbers and web addresses alone."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+LICENCE_PAGES = {
+    "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
+    "CC-BY-4.0": "https://creativecommons.org/licenses/by/4.0/",
+    "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
+    "MIT": "https://opensource.org/license/mit",
+}
+
+
+def credits_of(described: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the credits of `dataset.json`: `title`, `author`, `licence`, `samples`, `url` and `licence_page`.
+
+    An entry that is no object is left out. A missing text becomes "unknown". `url` is None unless `web_address` takes
+    it, so that no link of the page runs a script.
+    """
+    listed = described.get("attribution")
+    return [_credit(entry) for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, dict)]
+
+
+def web_address(text: Any) -> str | None:
+    """Return `text` where it is an absolute http or https address, else None.
+
+    White space, control characters and backslashes are refused anywhere: browsers drop or rewrite them, so that
+    `java<tab>script:` and `https:\\host` would mean something else than they say.
+    """
+    if not isinstance(text, str) or any(ord(letter) <= 32 or 127 <= ord(letter) <= 160 for letter in text):
+        return None
+    if "\\" in text or not text.lower().startswith(("http://", "https://")):
+        return None
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return None
+    return text if parts.hostname else None
+
+
+def _credit(entry: dict[str, Any]) -> dict[str, Any]:
+    texts = {name: _text(entry.get(name)) for name in ("title", "author", "licence")}
+    samples = entry.get("samples")
+    return {
+        **texts,
+        "samples": samples if isinstance(samples, int) else 0,
+        "url": web_address(entry.get("url")),
+        "licence_page": LICENCE_PAGES.get(texts["licence"]),
+    }
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else "unknown"
