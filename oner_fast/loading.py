@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,24 +11,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast import bounded_json
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers
 from oner_fast.models import lit, pretrained_encoders
-from oner_fast.models.clip import CONFIG, CLIPConfig, build_clip, clip_tokenizer
+from oner_fast.models.clip import CONFIG, build_clip, check_clip, clip_config_from_dict, clip_tokenizer
+from oner_fast.models.file_kinds import file_kind
 from oner_fast.models.files import FORMAT as ONER_FORMAT
 from oner_fast.models.files import (
     UTA_FORMAT,
+    check_oner,
+    check_uta,
     config_from_dict,
     load_model,
     load_uta,
     read_metadata,
     uta_config_from_dict,
 )
+from oner_fast.models.fitting import Found, filled
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.state_files import check_size, read_pytorch, unwrapped
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
 from oner_fast.models.teacher_image_towers import image_tower_of
 from oner_fast.models.uta import UTA
@@ -117,10 +122,15 @@ def load(
         text_tower: for UTA's student, the CLIP that embeds texts, named as in `oner_fast.models.teacher.load_teacher`;
             the one that the student was aligned to by default. It is loaded at the first text.
 
+    A file is recognised by its content, so that its suffix does not matter. Its weights are compared with its
+    configuration before anything is built, no code in it runs, and nothing is fetched that it names: only `text_tower`
+    may name a model that is downloaded.
+
     Raises:
         FileNotFoundError: there is no such run or file, or the run has no model and no checkpoint yet.
-        ValueError: the file is not a model of this library, or `text_tower` was given for a model that has a text
-            tower.
+        ValueError: the file is not a model of this library, is damaged, or its weights do not fit its configuration; or
+            `text_tower` was given for a model that has a text tower.
+        OSError: a file cannot be read.
     """
     path = Path(source)
     if not path.exists():
@@ -130,17 +140,17 @@ def load(
         loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
     elif path.name == lit.CONFIG:
         loaded = _lit(lit.load_lit(path.parent), path.parent, device)
-    elif path.suffix == ".pt":
+    elif file_kind(path) != "safetensors":
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
         loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
     else:
-        loaded = _oner(*load_model(path), device)
+        loaded = _oner(*load_model(path), path, device)
     if text_tower is None:
         return loaded
     if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
         raise ValueError(f"{source} has its own text tower; only UTA's student takes another")
-    return replace(loaded, text_source=str(text_tower))
+    return replace(loaded, text_source=str(text_tower), may_fetch=True)
 
 
 def _file_of(folder: Path) -> Path:
@@ -153,8 +163,14 @@ def _file_of(folder: Path) -> Path:
     return found
 
 
-def _oner(tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loaded:
-    return Loaded(tower.to(device).eval().requires_grad_(False), Tokenizer.from_json(tokenizer_json))
+def _oner(tower: OneR, tokenizer_json: str, path: Path, device: torch.device | str) -> Loaded:
+    tokenizer = Tokenizer.from_json(tokenizer_json, f"the tokenizer in {path}")
+    if tokenizer.vocab_size > tower.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {path} has ids up to {tokenizer.vocab_size - 1}, and the model embeds "
+            f"{tower.config.vocab_size} words"
+        )
+    return Loaded(tower.to(device).eval().requires_grad_(False), tokenizer)
 
 
 def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
@@ -165,36 +181,71 @@ def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torc
 
 def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
     """Load the model of an unfinished run; its checkpoint names the kind of model under "kind"."""
-    state = checkpoint.load(path)
-    kind, student = state.get("kind", ONER_FORMAT), state.get("student", {})
+    state = _checkpoint(path)
+    kind = state.get("kind", ONER_FORMAT)
+    if kind not in (ONER_FORMAT, UTA_FORMAT, CLIP_FORMAT, lit.FORMAT):
+        raise ValueError(f"{path} holds a model of an unknown kind, {str(kind)[:60]!r}")
+    name = f"the configuration in {path}"
+    values = bounded_json.load_object(_text(state, "model_config", path), name)
+    student = unwrapped(state["student"], str(path))
+    check_size(student, path)
+    problem = f"{path}: the weights do not fit the configuration beside them"
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     if kind == CLIP_FORMAT:
-        read = json.loads(state["model_config"]).items()
-        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in read}
-        config = CLIPConfig(**values)
-        clip = build_clip(config)
-        clip.load_state_dict(part_of(student, "clip."))
-        name = str(run)
-        teacher = Teacher(
-            image_tower_of(clip, name), name=name, model=clip, tokenize=lambda: clip_tokenizer(config), device=device
-        )
+        clip_config = clip_config_from_dict(values, name)
+        student = part_of(student, "clip.")
+        check_clip(Found.in_state(student), clip_config, problem)
+        clip = filled(build_clip(clip_config), student, problem)
+        tower = image_tower_of(clip, str(run))
+        teacher = Teacher(tower, name=str(run), model=clip, tokenize=lambda: clip_tokenizer(clip_config), device=device)
         return clip_towers(teacher, run, device)
     if kind == lit.FORMAT:
-        lit_config = lit.lit_config_from_dict(json.loads(state["model_config"]), str(path))
+        lit_config = lit.lit_config_from_dict(values, name)
         encoders = pretrained_encoders.packaged_encoders()
-        lit.check_origins(json.loads(state["encoders"]), encoders, str(path))
-        heads = lit.build_heads(lit_config, encoders)
-        heads.load_state_dict(part_of(student, "heads."))
+        lit.check_origins(bounded_json.loads(_text(state, "encoders", path), str(path)), encoders, str(path))
+        student = part_of(student, "heads.")
+        lit.check_lit(Found.in_state(student), lit_config, encoders, problem)
+        heads = filled(lit.build_heads(lit_config, encoders), student, problem)
         return _lit((lit.LiT(encoders, heads).eval(), encoders, lit_config), run, device)
     if kind == UTA_FORMAT:
-        uta = UTA(uta_config_from_dict(json.loads(state["model_config"])))
-        uta.load_state_dict(part_of(student, "student.") or student)
-        return student_towers(uta, state.get("teacher", ""), run, device)
-    if "model_config" not in state:
-        raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(state))}")
-    tower = OneR(config_from_dict(json.loads(state["model_config"])))
-    tower.load_state_dict(tower_of(student))
-    return _oner(tower, state["tokenizer"], device)
+        uta_config = uta_config_from_dict(values, name)
+        student = part_of(student, "student.") or student
+        check_uta(Found.in_state(student), uta_config, problem)
+        named = state.get("teacher", "")
+        return student_towers(
+            filled(UTA(uta_config), student, problem), named if isinstance(named, str) else "", run, device
+        )
+    config = config_from_dict(values, name)
+    student = tower_of(student)
+    check_oner(Found.in_state(student), config, problem)
+    return _oner(filled(OneR(config), student, problem), _text(state, "tokenizer", path), path, device)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run; ValueError where it is another PyTorch file, which holds no configuration."""
+    content = read_pytorch(path)
+    if not {"format", "step"} <= content.keys():
+        raise ValueError(
+            f"{path} is not a checkpoint of this library: it holds {_listed(content)}; weights alone carry no "
+            "configuration: oner_fast.models.files.load_uta(path, config) loads a student's, and "
+            "oner_fast.models.teacher.load_teacher('FILE:MODEL') a CLIP's"
+        )
+    del content
+    state = checkpoint.load(path)
+    if "model_config" not in state or not isinstance(state.get("student"), dict):
+        raise ValueError(f"{path} is not a checkpoint of a tower: it holds {_listed(state)}")
+    return state
+
+
+def _listed(content: dict[Any, Any]) -> str:
+    names = sorted(key[:60] for key in content if isinstance(key, str))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") or "nothing by name"
+
+
+def _text(state: dict[str, Any], name: str, path: Path) -> str:
+    if not isinstance(text := state.get(name), str):
+        raise ValueError(f"{path}: the text {name!r} is missing; a checkpoint of this library holds it")
+    return text
 
 
 def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from oner_fast import format_version
+from oner_fast import bounded_json, format_version
 from oner_fast.atomic import write_atomic
 from oner_fast.models import eva
+from oner_fast.models.file_kinds import file_kind
+from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.models.safetensors_header import Header, read_header
+from oner_fast.models.settings import settings_from_dict
+from oner_fast.models.state_files import read_safetensors, read_state, unwrapped
 from oner_fast.models.uta import UTA, UTAConfig
 
 FORMAT = "oner_fast.oner"
 UTA_FORMAT = "oner_fast.uta"
-
-_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
@@ -76,18 +78,23 @@ def _ordered(data: bytes) -> bytes:
 def load_model(path: Path | str) -> tuple[OneR, str]:
     """Read the file of `save_model`: the tower (float32, evaluation mode) and the tokenizer's JSON.
 
+    Nothing is built before the shapes in the file have been compared with its configuration.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a model of this library, or its weights do not fit its configuration.
     """
     path = Path(path)
-    state, metadata = _read(path)
-    if metadata.get("format") != FORMAT:
+    header = _header(path)
+    if header.metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not a model of oner_fast: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+            f"{path} is not a model of oner_fast: its format is {_shown(header.metadata.get('format'))}, not {FORMAT!r}"
         )
-    tower = OneR(config_from_dict(json.loads(metadata["config"])))
-    return _filled(tower, state, f"{path}: the weights do not fit the configuration beside them"), metadata["tokenizer"]
+    config = config_from_dict(_config(header, path), f"the configuration in {path}")
+    tokenizer = _part(header, "tokenizer", path)
+    problem = f"{path}: the weights do not fit the configuration beside them"
+    check_oner(Found.in_header(header), config, problem)
+    return filled(OneR(config), unwrapped(read_safetensors(path), str(path)), problem), tokenizer
 
 
 def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
@@ -95,7 +102,9 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
 
     Args:
         source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint (only the weights are read) in EVA's or
-            timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
+            timm's layout, alone or as the vision tower of a CLIP; or such a state dict. A file is recognised by its
+            content, so that its suffix does not matter. For the names that it may use see
+            `oner_fast.models.state_files.unwrapped`.
         config: the sizes. By default they come from the file of `save_uta`. If given, positions of another grid are
             resampled to its grid.
 
@@ -103,20 +112,38 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
         FileNotFoundError: there is no such file.
         ValueError: the weights are in no known layout or do not fit, or `config` is needed.
     """
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
-    state, metadata = _read_any(source)
+    name, header = "the state dict", None
+    if isinstance(source, Mapping):
+        state = unwrapped(source)
+    else:
+        path = Path(source)
+        name = str(path)
+        if file_kind(path) == "safetensors":
+            header = _header(path)
+            if config is None and header.metadata.get("format") == UTA_FORMAT:
+                config = uta_config_from_dict(_config(header, path), f"the configuration in {path}")
+                check_uta(Found.in_header(header), config, f"{path}: the weights do not fit the configuration")
+        state = read_state(path)
     layout = eva.layout_of(state)
-    if metadata.get("format") == UTA_FORMAT and config is None:
-        config = uta_config_from_dict(json.loads(metadata["config"]))
     if config is None:
         raise ValueError(f"{name} does not hold its configuration: pass config, for example UTA_SIZES['b']")
     if layout == "oner_fast":
-        state = {name: tensor for name, tensor in state.items() if config.mask_token or "mask_token" not in name}
-        positions = torch.cat([state["cls_position"].unsqueeze(0), state["patch_embedding.positions"]])
-        state["patch_embedding.positions"] = eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]
+        state = {each: tensor for each, tensor in state.items() if config.mask_token or "mask_token" not in each}
+        state = _resampled(state, config.grid, name)
     else:
         state = (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
-    return _filled(UTA(config), state, f"{name}: the weights do not fit the configuration")
+    problem = f"{name}: the weights do not fit the configuration"
+    check_uta(Found.in_state(state), config, problem)
+    return filled(UTA(config), state, problem)
+
+
+def _resampled(state: dict[str, Tensor], grid: int, name: str) -> dict[str, Tensor]:
+    """Resample the positions of our own layout to another grid."""
+    patches, cls = state.get("patch_embedding.positions"), state["cls_position"]
+    if patches is None or patches.ndim != 2 or cls.shape != patches.shape[1:]:
+        raise ValueError(f"{name}: patch_embedding.positions is missing, or does not fit cls_position")
+    positions = torch.cat([cls.unsqueeze(0), patches])
+    return state | {"patch_embedding.positions": eva.resample_positions(positions.unsqueeze(0), grid)[0, 1:]}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -124,77 +151,50 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file.
+        ValueError: it is not a safetensors file, or a newer version of oner_fast wrote it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _checked(path, file.metadata())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    return _header(Path(path)).metadata
 
 
-def _read_any(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if isinstance(source, Mapping):
-        return _unwrapped(source), {}
-    path = Path(source)
-    if path.suffix not in (".pt", ".pth", ".bin"):
-        return _read(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    return _unwrapped(torch.load(path, map_location="cpu", weights_only=True)), {}
+def _header(path: Path) -> Header:
+    """Read a file's header; ValueError where the file is one of ours in a newer format."""
+    if file_kind(path) != "safetensors":
+        raise ValueError(f"{path} is not a safetensors file but one of PyTorch")
+    header = read_header(path)
+    if header.metadata.get("format") in (FORMAT, UTA_FORMAT):
+        format_version.check_format_version(path, header.metadata.get(format_version.FIELD), format_version.MODEL)
+    return header
 
 
-def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """State dict within a checkpoint, without the prefix that DistributedDataParallel adds to its names."""
-    for key in ("model_ema", "model", "module", "state_dict"):
-        if isinstance(inner := checkpoint.get(key), Mapping):
-            checkpoint = inner
-    return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
+def _config(header: Header, path: Path) -> dict[str, Any]:
+    return bounded_json.load_object(_part(header, "config", path), f"the configuration in {path}")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return state, _checked(path, file.metadata())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+def _part(header: Header, name: str, path: Path) -> str:
+    if name not in header.metadata:
+        raise ValueError(f"{path} lacks {name!r} in its metadata; a model that this library saved holds it")
+    return header.metadata[name]
 
 
-def _checked(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """Return a file's metadata; ValueError where the file is one of ours in a newer format."""
-    found = dict(metadata or {})
-    if found.get("format") in (FORMAT, UTA_FORMAT):
-        format_version.check_format_version(path, found.get(format_version.FIELD), format_version.MODEL)
-    return found
+def _shown(text: str | None) -> str:
+    return repr(text if text is None else text[:60])
 
 
-def _filled(model: _Model, state: Mapping[str, Tensor], problem: str) -> _Model:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{problem}: {error}") from error
-    return model.eval()
+def check_oner(found: Found, config: OneRConfig, problem: str) -> None:
+    """Raise ValueError, which starts with `problem`, unless the weights are those of OneR's tower of this size."""
+    check_fit(found, lambda: OneR(replace(config, depth=1)), lambda trunk: config.depth, problem)
 
 
-def config_from_dict(values: dict[str, object]) -> OneRConfig:
-    """Make a configuration from JSON values; ValueError for an unknown key."""
-    return OneRConfig(**_settings(OneRConfig, values))
+def check_uta(found: Found, config: UTAConfig, problem: str) -> None:
+    """Raise ValueError, which starts with `problem`, unless the weights are those of a student of this size."""
+    check_fit(found, lambda: UTA(replace(config, depth=1)), lambda trunk: config.depth, problem)
 
 
-def uta_config_from_dict(values: dict[str, object]) -> UTAConfig:
-    """Make a student's configuration from JSON values; ValueError for an unknown key."""
-    return UTAConfig(**_settings(UTAConfig, values))
+def config_from_dict(values: dict[str, Any], name: str = "the configuration") -> OneRConfig:
+    """Make a configuration from JSON values; ValueError, which starts with `name`, for an unknown key or value."""
+    return OneRConfig(**settings_from_dict(OneRConfig, values, name))
 
 
-def _settings(config: type[Any], values: dict[str, object]) -> dict[str, Any]:
-    known = {field.name for field in fields(config)}
-    if unknown := values.keys() - known:
-        raise ValueError(f"unknown model settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def uta_config_from_dict(values: dict[str, Any], name: str = "the configuration") -> UTAConfig:
+    """Make a student's configuration from JSON values; ValueError, which starts with `name`, as `config_from_dict`."""
+    return UTAConfig(**settings_from_dict(UTAConfig, values, name))
