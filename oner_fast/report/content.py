@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
+from oner_fast import bounded_json
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import decode
 from oner_fast.evaluation.composed import composed_queries
@@ -37,7 +38,7 @@ def read_evaluation(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = bounded_json.loads(path.read_bytes(), "the text")
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON; run `oner-fast eval` again: {error}") from error
     return content if isinstance(content, dict) else {}
@@ -133,23 +134,30 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
 def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
     listing = data / "dataset.json" if data else None
-    described = json.loads(listing.read_text(encoding="utf-8")) if listing and listing.is_file() else {}
+    described = bounded_json.load_object(listing.read_bytes(), str(listing)) if listing and listing.is_file() else {}
     config = read_config(run)
     return {
         "config": list(flattened(config)),
         "recipe": _recipe(config),
         "from_scratch": _trainer(config) != "lit" and not _initialised(config),
         "data_name": described.get("name"),
-        "splits": {
-            name: {key: split.get(key) for key in ("samples", "captions")}
-            for name, split in described.get("splits", {}).items()
-        },
+        "splits": _splits(described),
         "attribution": credits_of(described),
         "commands": _commands(described, config, shown_as),
         "versions": versions(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _splits(described: dict[str, Any]) -> dict[str, dict[str, int | None]]:
+    """Numbers of images and captions by split; what is no whole number is left out."""
+    splits, found = described.get("splits"), {}
+    for name, split in splits.items() if isinstance(splits, dict) else ():
+        sizes = {key: split.get(key) if isinstance(split, dict) else None for key in ("samples", "captions")}
+        if isinstance(sizes["samples"], int):
+            found[name] = {key: value if isinstance(value, int) else None for key, value in sizes.items()}
+    return found
 
 
 def _recipe(config: dict[str, Any]) -> str | None:
@@ -173,7 +181,8 @@ def _initialised(config: dict[str, Any]) -> bool:
 
 
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
-    source, recipe = (described.get("build") or {}).get("source"), _recipe(config)
+    build, recipe = described.get("build"), _recipe(config)
+    source = build.get("source") if isinstance(build, dict) else None
     made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
     chosen = f" --recipe {recipe}" if recipe else ""
     trained = [f"oner-fast train {_trainer(config)}{chosen} --run.run-dir {shown_as}"] if config else []
