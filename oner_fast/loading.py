@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast import bounded_json
+from oner_fast import bounded_json, format_version
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
@@ -223,15 +223,14 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of a run; ValueError where it is another PyTorch file, which holds no configuration."""
-    content = read_pytorch(path)
-    if not {"format", "step"} <= content.keys():
+    state = read_pytorch(path)
+    if not {"format", "step"} <= state.keys():
         raise ValueError(
-            f"{path} is not a checkpoint of this library: it holds {_listed(content)}; weights alone carry no "
+            f"{path} is not a checkpoint of this library: it holds {_listed(state)}; weights alone carry no "
             "configuration: oner_fast.models.files.load_uta(path, config) loads a student's, and "
             "oner_fast.models.teacher.load_teacher('FILE:MODEL') a CLIP's"
         )
-    del content
-    state = checkpoint.load(path)
+    format_version.check_format_version(path, state.pop("format"), format_version.CHECKPOINT)
     if "model_config" not in state or not isinstance(state.get("student"), dict):
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {_listed(state)}")
     return state

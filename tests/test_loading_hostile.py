@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -116,6 +119,29 @@ def test_a_configuration_is_compared_before_anything_is_built(
     saved = checkpoint.save(tmp_path, 1, oner_state(whole, model_config=json.dumps({**asdict(ONER), **changes})), 0)
     with pytest.raises(ValueError, match=words):
         oner_fast.load(saved)
+
+
+def test_hostile_sizes_stay_below_500_mb(whole: Path, tmp_path: Path) -> None:
+    hostile: list[dict[str, Any]] = [
+        {"depth": 2**31 - 1}, {"vocab_size": 2**31 - 1}, {"width": 2**31 - 2}, {"projector_hidden": 2**31 - 1},
+        {"image_size": 8 * 2**26}, {"mlp_ratio": 1e9}, {"max_text_tokens": 2**31 - 1},
+    ]  # fmt: skip
+    paths = [oner_file(tmp_path / f"{number}.safetensors", each, whole) for number, each in enumerate(hostile)]
+    paths.append(checkpoint.save(tmp_path, 1, oner_state(whole, model_config=json.dumps({"depth": 10**6})), 0))
+    script = (
+        "import resource, sys, oner_fast\n"
+        "oner_fast.load\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for path in sys.argv[1:]:\n"
+        "    try:\n"
+        "        oner_fast.load(path)\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    argv = [sys.executable, "-c", script, *map(str, paths)]
+    *sentences, grown = subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(sentences) == len(paths) and int(grown) < 500, (sentences, grown)
 
 
 def test_parts_that_are_missing_or_more_are_named(whole: Path, tmp_path: Path) -> None:
@@ -248,7 +274,15 @@ def test_zip_archives_that_torch_did_not_write_are_named(tmp_path: Path) -> None
         oner_fast.load(path)
     with pytest.raises(FileNotFoundError, match="it is a directory"):
         load_uta(tmp_path, STUDENT)
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(ValueError, match="is a named pipe or a device"):
+        oner_fast.load(tmp_path / "pipe.pt")
     whole = torch_bytes({"a": torch.zeros(1000)})
+    flipped = bytearray(whole)
+    flipped[whole.index(bytes(1000)) + 500] = 1
+    path.write_bytes(flipped)
+    with pytest.raises(ValueError, match="the checksum of its member .* does not match"):
+        load_uta(path, STUDENT)
     for cut in (4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=r"model\.pt is (damaged|no)"):

@@ -124,26 +124,28 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
                 config = uta_config_from_dict(_config(header, path), f"the configuration in {path}")
                 check_uta(Found.in_header(header), config, f"{path}: the weights do not fit the configuration")
         state = read_state(path)
-    layout = eva.layout_of(state)
     if config is None:
         raise ValueError(f"{name} does not hold its configuration: pass config, for example UTA_SIZES['b']")
-    if layout == "oner_fast":
-        state = {each: tensor for each, tensor in state.items() if config.mask_token or "mask_token" not in each}
-        state = _resampled(state, config.grid, name)
-    else:
-        state = (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
+    try:
+        state = _converted(state, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
     problem = f"{name}: the weights do not fit the configuration"
     check_uta(Found.in_state(state), config, problem)
     return filled(UTA(config), state, problem)
 
 
-def _resampled(state: dict[str, Tensor], grid: int, name: str) -> dict[str, Tensor]:
-    """Resample the positions of our own layout to another grid."""
+def _converted(state: dict[str, Tensor], config: UTAConfig) -> dict[str, Tensor]:
+    """Convert weights of any layout to our own, with positions of the configuration's grid."""
+    layout = eva.layout_of(state)
+    if layout != "oner_fast":
+        return (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
+    state = {each: tensor for each, tensor in state.items() if config.mask_token or "mask_token" not in each}
     patches, cls = state.get("patch_embedding.positions"), state["cls_position"]
     if patches is None or patches.ndim != 2 or cls.shape != patches.shape[1:]:
-        raise ValueError(f"{name}: patch_embedding.positions is missing, or does not fit cls_position")
+        raise ValueError("patch_embedding.positions is missing, or does not fit cls_position")
     positions = torch.cat([cls.unsqueeze(0), patches])
-    return state | {"patch_embedding.positions": eva.resample_positions(positions.unsqueeze(0), grid)[0, 1:]}
+    return state | {"patch_embedding.positions": eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import zipfile
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pytorch(path: Path) -> dict[str, Any]:
-    """Read a PyTorch file with `weights_only=True`, so that no code in it can run.
+    """Read a PyTorch file with `weights_only=True`, so that no code in it can run, after its checksums.
 
     Raises:
         ValueError: it is damaged, holds no dict, or holds more than tensors and plain values.
@@ -63,7 +64,7 @@ def read_pytorch(path: Path) -> dict[str, Any]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises many kinds on what it cannot read
-        if isinstance(error, OSError) and error.errno is not None:
+        if _of_the_machine(error):
             raise
         if found := _GLOBAL.search(str(error)):
             raise ValueError(
@@ -122,25 +123,46 @@ def check_size(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
+    """Raise ValueError unless the file is an archive of torch whose checksums are right; torch itself checks none."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             names = {member.filename.rpartition("/")[2] for member in members}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+            stored = not any(member.compress_type for member in members)
+            damaged = archive.testzip() if stored else None
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile raises many kinds on garbage
+        if _of_the_machine(error):
+            raise
         raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from error
     if "constants.pkl" in names:
         raise ValueError(
             f"{path} is a TorchScript archive, which holds code; save the state dict of the model alone: "
             "torch.save(torch.jit.load(file).state_dict(), path)"
         )
-    if any(member.compress_type for member in members):
+    if not stored:
         raise ValueError(f"{path} is a compressed zip archive, which torch does not write; unpack it first")
     if any(member.external_attr & 0x10 for member in members):
         raise ValueError(f"{path} is damaged: it holds a folder where a member should be")
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of its member {damaged[:80]!r} does not match")
     if "data.pkl" not in names:
         raise ValueError(f"{path} is a zip archive and no PyTorch file; unpack it first")
 
 
+def _of_the_machine(error: Exception) -> bool:
+    """Whether an error says nothing about the file's content; EINVAL comes from a place before the file's start."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """Cause of an error in one line, without torch's advice to load the file with its code."""
+    if isinstance(error, OSError):
+        return "a part of it would lie outside of the file"
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    lines = str(error).partition("WeightsUnpickler error: ")[2].strip() or str(error).strip()
+    if lines.startswith("Weights only load failed"):
+        return "it holds more than tensors and plain values"
+    return lines.splitlines()[0][:300] if lines else type(error).__name__
