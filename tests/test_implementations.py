@@ -74,7 +74,7 @@ def test_the_implementation_is_chosen_by_the_facts_that_facts_returns(
         return choose(name, device, implementation, **facts)
 
     module = importlib.import_module(f"oner_fast.ops.{op}")
-    monkeypatch.setattr(module, "choose", note)
+    monkeypatch.setattr(importlib.import_module("oner_fast.ops.serve"), "choose", note)
     function, arguments, options = calls()[op]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = module.facts(*arguments, **options)

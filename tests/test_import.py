@@ -114,7 +114,7 @@ def unbuilt(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_the_extension_the_reference_implementations_are_chosen(unbuilt: Path) -> None:
+def test_without_the_extension_plain_pytorch_is_chosen(unbuilt: Path) -> None:
     program = """
 import warnings, torch, oner_fast
 from oner_fast.ops import masked_gather

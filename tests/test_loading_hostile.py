@@ -99,6 +99,10 @@ def oner_state(whole: Path, **changes: Any) -> dict[str, Any]:
         ({"depth": 0}, "depth must be a whole number"),
         ({"depth": -1}, "depth must be a whole number"),
         ({"depth": None}, "depth must be a whole number"),
+        ({"depth": 2.5}, "depth must be a whole number"),
+        ({"patch_size": 0}, "patch_size must be a whole number"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio must be a finite number"),
+        ({"image_mean": [1.0]}, "patch_embedding.project.weight has shape"),
         ({"depth": 2.0}, "depth must be a whole number"),
         ({"shared_trunk": 1}, "shared_trunk must be true or false"),
         ({"shared_trunk": False}, "missing text_trunk|the weights hold 0"),
@@ -157,6 +161,9 @@ def test_parts_that_are_missing_or_more_are_named(whole: Path, tmp_path: Path) -
         (state | {"more": torch.zeros(1)}, known, "extra more"),
         (state | {"cls_token": torch.zeros(9)}, known, r"cls_token has shape \[9\], and \[8\] is needed"),
         (state | {"cls_token": torch.zeros(8, dtype=torch.int64)}, known, "cls_token has dtype I64"),
+        (state, known | {"format_version": "9"}, "has format version 9"),
+        (state, known | {"format": "other"}, "its format is 'other'"),
+        (state | {"cls_token": torch.zeros(8, dtype=torch.complex64)}, known, "cls_token has dtype C64"),
         (state | {"cls_token": torch.zeros(8, dtype=torch.bool)}, known, "cls_token has dtype BOOL"),
         (state | {"module.cls_token": torch.zeros(8)}, known, "holds 'cls_token' twice"),
         ({}, known, "the weights hold 0|missing"),
@@ -360,6 +367,7 @@ def test_a_student_is_compared_before_it_is_built(whole: Path, tmp_path: Path) -
         ({"mlp_hidden": 2**31 - 1}, "has shape"),
         ({"rope_theta": 0.0}, "rope_theta must be a finite number above 0"),
         ({"heads": 16}, "multiple of 4"),
+        ({"rope_grid": 0}, "rope_grid must be a whole number"),
         ({"mask_token": True}, "missing patch_embedding.mask_token"),
     ):
         config = json.dumps({**asdict(STUDENT), **changes})

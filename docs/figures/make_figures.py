@@ -204,7 +204,7 @@ def uta_alignment() -> Drawing:
         y = top + cell * row + 10
         d.arrow(left + cell * 4 + 4, y, right + cell - 6, y, both=True)
     d.text(300, top + 12, "cosine at the same place", size=13, anchor="middle")
-    d.text(300, 476, "loss: minus the mean cosine over [CLS] and the visible places", "soft", size=13, anchor="middle")
+    d.text(300, 476, "loss: -cosine, averaged over [CLS] and the visible places", "soft", size=13, anchor="middle")
     return d
 
 

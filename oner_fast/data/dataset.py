@@ -178,12 +178,12 @@ class PairDataset:
         return self._fields(i, shard, row)
 
     def captions(self) -> Iterator[str]:
-        """Iterate over the readable captions, in order."""
+        """Iterate over the readable captions, in order; the log names each that cannot be read."""
         for i in range(len(self)):
             try:
                 yield self.caption(i)
-            except CorruptSample:
-                continue
+            except CorruptSample as error:
+                logger.warning("left out of the captions: %s", error)
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < self._length:

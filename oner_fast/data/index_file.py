@@ -4,26 +4,26 @@ import io
 import os
 import zipfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from oner_fast.atomic import remove_leftovers, write_atomic
 
 _LARGEST_HEADER = 256  # bytes of the description of an array in an .npz file
 
 
 def write_arrays(target: Path, arrays: dict[str, NDArray[Any]], mtime_ns: int) -> None:
     """Write arrays atomically, with equal bytes for equal arrays, and set the file's time of change. Raises OSError."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **cast(Any, arrays))
-            file.flush()
-            os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        np.savez(file, allow_pickle=False, **cast(Any, arrays))
+        file.flush()
+        os.utime(file.fileno(), ns=(mtime_ns, mtime_ns))
+
+    remove_leftovers(target.parent, target.name)
+    write_atomic(target, write)
 
 
 def read_arrays(path: Path, kinds: dict[str, tuple[str, int]]) -> dict[str, NDArray[Any]]:

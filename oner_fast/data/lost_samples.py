@@ -31,7 +31,7 @@ def place_lost_samples(scan: Scan, expected: int | None, earlier: Scan | None = 
     """
     if not scan.gaps and (expected is None or len(scan.keys) >= expected):
         return scan
-    if earlier is not None:
+    if earlier is not None and len(earlier.keys) >= (expected or 0):
         rows = _rows_before(scan, earlier)
         if rows is not None:
             return _spread(scan, rows, list(earlier.keys), "its earlier index had")

@@ -62,7 +62,7 @@ class _Header:
 
 @dataclass
 class _Extensions:
-    """What the headers before a member say of it."""
+    """The name, size and form of a member by the headers before it."""
 
     name: str | None = None
     size: int | None = None

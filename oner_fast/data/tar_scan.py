@@ -44,7 +44,7 @@ class Gap:
 
 @dataclass
 class Scan:
-    """What the headers of a tar say.
+    """The samples of a tar by its headers.
 
     Attributes:
         keys: one for each sample, as bytes, in the order in which they first appear; empty for a lost sample.

@@ -15,6 +15,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from oner_fast import bounded_json
+from oner_fast.atomic import write_atomic
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.characters import INNER, Characters
 from oner_fast.data.ragged import pack
@@ -132,8 +133,9 @@ class Tokenizer:
             raise ValueError(f"{name}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json; equal tokenizers give equal bytes."""
-        Path(path).write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        """Write a tokenizer.json, atomically; equal tokenizers give equal bytes."""
+        text = self._backend.to_str(pretty=True)
+        write_atomic(Path(path), lambda file: file.write(text.encode()))
 
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text, to be stored inside another file."""

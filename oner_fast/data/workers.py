@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from oner_fast.data.batch import PairBatch
+from oner_fast.data.carried import carried, opened
 
 logger = logging.getLogger("oner_fast.data")
 
@@ -118,9 +119,10 @@ def in_workers(
     source: Dataset[PairBatch], sampler: Iterable[int] | None, workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[PairBatch]:
     """Iterate over a source of whole batches in worker processes, `prefetch` batches ahead in each."""
-    return iter(
+    return map(
+        opened,
         DataLoader(
-            source,
+            carried(source),
             batch_size=None,
             sampler=sampler,
             num_workers=workers,
@@ -129,7 +131,7 @@ def in_workers(
             prefetch_factor=prefetch,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # a generator of its own, so that it draws nothing from the training's
-        )
+        ),
     )
 
 

@@ -3,8 +3,6 @@
 It also evaluates captions in COCO's format and ImageFolders, by k-NN and a linear probe.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,21 @@ import torch
 import tyro
 
 import oner_fast
-from oner_fast.data.dataset import PairDataset
+from oner_fast.atomic import remove_leftovers
+from oner_fast.boundary import guarded
+from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.coco import read_captions
 from oner_fast.evaluation.embed import embed_texts
-from oner_fast.evaluation.folder import check_run, find_data, processor, read_config
+from oner_fast.evaluation.folder import (
+    check_run,
+    find_data,
+    find_training_data,
+    processor,
+    read_config,
+    unnamed_split,
+)
 from oner_fast.evaluation.labels import LABELS, teach
+from oner_fast.evaluation.record import FILE, add, model_digest
 from oner_fast.evaluation.run import (
     evaluate_folders,
     evaluate_retrieval,
@@ -27,7 +35,6 @@ from oner_fast.evaluation.run import (
     has_text,
     held_out_splits,
     training_words,
-    write_json,
 )
 from oner_fast.evaluation.table import show
 from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
@@ -41,10 +48,11 @@ class Options:
     """The run folder, or a folder of open_clip with a CLIP."""
     text_tower: str | None = None
     """For a UTA student: the CLIP that embeds texts, by name or path; the one it was aligned to by default."""
-    data: Path | None = None
-    """Data to evaluate on (a folder with dataset.json, or a tar); the run's own by default."""
+    data: str | None = None
+    """Data to evaluate on, in any form that --train-data takes: a folder, a tar, a glob or a brace pattern of tars;
+    the run's own by default."""
     split: tuple[str, ...] = ()
-    """Splits to evaluate; all but `train` by default."""
+    """Splits to evaluate, `train` among them where you ask for it; all but `train` by default."""
     coco_json: Path | None = None
     """Captions of images: Karpathy's json or COCO's captions json; needs --coco-images."""
     coco_images: Path | None = None
@@ -81,33 +89,27 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
+    return guarded("oner-fast eval", lambda: _run(argv), extra="train", interrupted="interrupted; nothing was written")
+
+
+def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(argv), prog="oner-fast eval")
-    try:
-        evaluation = evaluate(options)
-    except KeyboardInterrupt:
-        print("oner-fast eval: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        if error.name not in ("open_clip", "timm"):
-            raise
-        print(f"oner-fast eval: {error}", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"oner-fast eval: {error}", file=sys.stderr)
-        return 2
+    evaluation, aside = evaluate(options)
     show(evaluation)
-    print(f"wrote {options.run / 'evaluation.json'}")
+    if aside is not None:
+        print(f"the figures of an earlier model are kept in {aside}")
+    print(f"wrote {options.run / FILE}")
     return 0
 
 
-def evaluate(options: Options) -> dict[str, Any]:
-    """Evaluate as the options say and write RUN/evaluation.json.
+def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
+    """Evaluate as the options say and add the figures to RUN/evaluation.json.
 
     Returns:
-        An entry for each split (`pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for `coco`, and for
-        `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` lists the model, data and settings
-        behind them.
+        First an entry for each split (`data`, `pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for
+        `coco`, and for `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` lists the model,
+        versions and machine behind them. Second the path to which figures of an earlier model were moved, if any.
 
     Raises:
         FileNotFoundError: a run, its data or a file is missing.
@@ -115,6 +117,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     """
     check_run(options.run)
     _check_options(options)
+    remove_leftovers(options.run)
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = [] if data is None else _asked_splits(options, data)
@@ -124,20 +127,22 @@ def evaluate(options: Options) -> dict[str, Any]:
         evaluation |= _splits(loaded, data, splits, templates, options)
     if options.coco_json is not None and options.coco_images is not None:
         images = read_captions(options.coco_json, options.coco_images, split=options.coco_split)
-        evaluation["coco"] = evaluate_retrieval(loaded, images, batch_size=options.batch_size)
+        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size)
+        evaluation["coco"] = {"data": str(options.coco_json), "split": options.coco_split, **figures}
     if options.image_folder is not None:
-        evaluation |= _image_folder(loaded, options.image_folder, templates, options)
-    evaluation["about"] = {
+        found = _image_folder(loaded, options.image_folder, templates, options)
+        evaluation |= {name: {"data": str(options.image_folder), **entry} for name, entry in found.items()}
+    about = {
+        "model": model_digest(options.run),
         "recipe": read_config(options.run).get("recipe"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
-    write_json(options.run / "evaluation.json", evaluation)
-    return evaluation
+    return add(options.run, evaluation, about)
 
 
-def _data(options: Options) -> Path | None:
+def _data(options: Options) -> str | None:
     """Find the data set to evaluate on; None where only captions or an ImageFolder were given."""
     elsewhere = options.coco_json is not None or options.image_folder is not None
     if elsewhere and options.data is None:
@@ -145,12 +150,15 @@ def _data(options: Options) -> Path | None:
     return find_data(options.run, options.data)
 
 
-def _asked_splits(options: Options, data: Path) -> list[str]:
+def _asked_splits(options: Options, data: str) -> list[str]:
     """Splits that were asked for, or every held-out split."""
-    known = held_out_splits(data)
+    unnamed = unnamed_split(options.run, data)
+    if not options.split:
+        return held_out_splits(data, unnamed)
+    known = splits_of(data, unnamed)
     if unknown := [name for name in options.split if name not in known]:
-        raise ValueError(f"{data} has no held-out split {unknown[0]!r}; it has {', '.join(known)}")
-    return list(options.split) or known
+        raise ValueError(f"{data} has no split {unknown[0]!r}; it has {', '.join(known)}")
+    return list(options.split)
 
 
 def _load(options: Options) -> Any:
@@ -166,16 +174,16 @@ def _load(options: Options) -> Any:
 
 
 def _splits(
-    loaded: Any, data: Path, splits: Sequence[str], templates: Sequence[str], options: Options
+    loaded: Any, data: str, splits: Sequence[str], templates: Sequence[str], options: Options
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
-    seen = training_words(data if options.data is None else _training_data(options.run, data))
+    seen = training_words(_training_data(options.run, data))
     entries: dict[str, Any] = {}
     for name in splits:
-        entries |= evaluate_split(
+        figures = evaluate_split(
             loaded,
-            PairDataset(data, split=name),
+            open_split(data, name),
             name,
             seen,
             templates=templates if options.zero_shot else (),
@@ -184,6 +192,7 @@ def _splits(
             batch_size=options.batch_size,
             limit=options.limit,
         )
+        entries |= {part: {"data": data, "split": name, **entry} for part, entry in figures.items()}
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
         raise ValueError(f"no image of {', '.join(splits)} has a {missing[0]!r} that occurs in the train split")
     return entries
@@ -207,10 +216,10 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
     return entries
 
 
-def _training_data(run: Path, other: Path) -> Path:
+def _training_data(run: Path, other: str) -> str:
     """Find the data set whose training captions decide which words are new: the run's, or else the given one."""
     try:
-        return find_data(run, None)
+        return find_training_data(run)
     except FileNotFoundError:
         return other
 
@@ -234,16 +243,15 @@ def _check_options(options: Options) -> None:
         raise ValueError("--coco-json and --coco-images go together")
 
 
-def _taught(loaded: Any, data: Path, options: Options) -> dict[str, Any]:
+def _taught(loaded: Any, data: str, options: Options) -> dict[str, Any]:
     """Embed the training images to which k-NN and the linear probe are fitted."""
     if not _probes(options):
         return {}
-    listing = data / "dataset.json"
-    if not listing.is_file() or "train" not in json.loads(listing.read_text(encoding="utf-8"))["splits"]:
+    if "train" not in splits_of(data, unnamed="val"):
         raise ValueError(f"--knn and --linear-probe need a train split, and {data} has none")
     return teach(
         loaded,
-        PairDataset(data, split="train"),
+        open_split(data, "train"),
         options.label or LABELS,
         most=options.label_classes,
         limit=options.limit,

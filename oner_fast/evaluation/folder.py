@@ -2,9 +2,11 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oner_fast.data.splits import exists
 from oner_fast.format_version import CONFIGURATION, FIELD, check_format_version
 
 
@@ -35,25 +37,42 @@ def read_config(run: Path) -> dict[str, Any]:
     return content
 
 
-def find_data(run: Path, given: Path | None) -> Path:
-    """Find the data to evaluate on: the given path, else the one in the run's configuration.
+def find_data(run: Path, given: str | None) -> str:
+    """Find the data to evaluate on: the given ones, else the run's `val_data`, else those that it was trained on.
 
     Raises:
         FileNotFoundError: the data do not exist; the message says what to give.
     """
     if given is not None:
-        if not given.exists():
+        if not exists(given):
             raise FileNotFoundError(f"no data at {given} (given with --data)")
         return given
+    return _of_run(run, ("val_data", "train_data", "path"))
+
+
+def find_training_data(run: Path) -> str:
+    """Find the data that a run was trained on. Raises as `find_data` does."""
+    return _of_run(run, ("train_data", "path"))
+
+
+def unnamed_split(run: Path, data: str) -> str:
+    """Name of the only split of data that name none: "train" for the data of the training, "val" for others."""
+    try:
+        return "train" if data == find_training_data(run) else "val"
+    except FileNotFoundError:
+        return "val"
+
+
+def _of_run(run: Path, keys: Sequence[str]) -> str:
     named = read_config(run).get("data")
     if isinstance(named, dict):
-        named = next((named[key] for key in ("train_data", "path") if isinstance(named.get(key), str)), None)
+        named = next((named[key] for key in keys if isinstance(named.get(key), str) and named[key]), None)
     if not isinstance(named, str) or not named:
         raise FileNotFoundError(f"{run / 'config.json'} names no data; give its folder with --data")
-    for path in (Path(named), run / named):
-        if path.exists():
-            return path
-    raise FileNotFoundError(f"the data that {run} was trained on is not at {named}; give its folder with --data")
+    for data in (named, str(run / named)):
+        if exists(data):
+            return data
+    raise FileNotFoundError(f"the data of {run} are not at {named}; give their place with --data")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ modality gap"). Read it together with the spread of each: where all embeddings h
 small too.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+_NAME = re.compile(r"step-.*\.npz")
 
 
 def modality_gap(image: Tensor, text: Tensor) -> float:
@@ -43,7 +47,9 @@ def load_snapshots(folder: Path) -> list[Snapshot]:
     import numpy
 
     found = []
-    for path in sorted(folder.glob("step-*.npz")):
+    # Unlike a glob, a list says where the folder cannot be read.
+    names = os.listdir(folder) if folder.is_dir() else []
+    for path in sorted(folder / name for name in names if _NAME.fullmatch(name)):
         try:
             with numpy.load(path) as arrays:
                 image, text = (torch.from_numpy(arrays[name].astype("float32")) for name in ("image", "text"))

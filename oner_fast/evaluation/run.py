@@ -5,9 +5,6 @@ no training caption has. Image files with captions are evaluated by retrieval. C
 are predicted zero-shot, or learnt from frozen features.
 """
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from oner_fast.data.dataset import PairDataset
+from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.composed import composed_queries, composed_recall
 from oner_fast.evaluation.embed import (
@@ -40,32 +38,30 @@ from oner_fast.evaluation.zero_shot import (
 )
 
 
-def held_out_splits(data: Path) -> list[str]:
-    """List the splits of a data set other than `train`; `["val"]` for a bare tar.
+def held_out_splits(data: str, unnamed: str) -> list[str]:
+    """List the splits of a data set other than `train`.
+
+    Args:
+        data: a folder, a tar, a glob or a brace pattern of tars.
+        unnamed: the name of the only split of data that name none: "train" for those of a training, "val" for others.
 
     Raises:
-        FileNotFoundError: there are no such data.
         ValueError: the data have no split to evaluate on.
     """
-    if not data.exists():
-        raise FileNotFoundError(f"no data at {data}; give its folder with --data")
-    listing = data / "dataset.json"
-    if not data.is_dir():
-        return ["val"]
-    if not listing.is_file():
-        raise FileNotFoundError(f"{data} has no dataset.json; give a folder that `oner-fast data` made, or a tar")
-    splits = [name for name in json.loads(listing.read_text(encoding="utf-8"))["splits"] if name != "train"]
+    splits = [name for name in splits_of(data, unnamed) if name != "train"]
     if not splits:
-        raise ValueError(f"{data} has only a train split; there is nothing held out to evaluate on")
+        raise ValueError(
+            f"{data} has only a train split, so nothing is held out; give other data with --data, or evaluate on the "
+            "training images themselves with --split train"
+        )
     return splits
 
 
-def training_words(data: Path) -> set[str] | None:
+def training_words(data: str) -> set[str] | None:
     """Every word of the training captions of a data set, or None where it has no train split."""
-    listing = data / "dataset.json"
-    if not listing.is_file() or "train" not in json.loads(listing.read_text(encoding="utf-8"))["splits"]:
+    if "train" not in splits_of(data):
         return None
-    return vocabulary(PairDataset(data, split="train").captions())
+    return vocabulary(open_split(data, "train").captions())
 
 
 def evaluate_split(
@@ -198,20 +194,6 @@ def evaluate_zero_shot(
     described = _describe(loaded, names, templates, batch_size)
     image, kept, damaged = embed_files(loaded, files, batch_size=batch_size)
     return accuracy(image, labels[kept], described) | {"templates": len(templates), "damaged": len(damaged)}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write through a temporary file, so that the old content stays until the new content is complete."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dict[str, Any]:

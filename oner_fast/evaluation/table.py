@@ -1,22 +1,27 @@
 """Print the figures of evaluation.json as a table: by rich on a terminal, elsewhere as aligned plain text."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from oner_fast.evaluation.record import part_of
 
 DIRECTIONS = {
     "image_to_text": "image → text",
     "text_to_image": "text → image",
     "image_text_to_image": "image + text → image",
 }
+# An ending of a split's name, and the captions that it stands for: by whether training captions hold all their words.
+PARTS = {"_seen_words": "training words", "_new_words": "new words"}
 KS = (1, 5, 10)
 CLASSIFIERS = {"zero_shot": "zero-shot", "knn": "k-NN", "linear_probe": "linear probe"}
 
 
 def split_title(name: str) -> str:
-    """Title of a split: `val_new_words` -> `val, new words`."""
-    for part in ("_seen_words", "_new_words"):
+    """Title of a split: `val_new_words` -> `val, new words`; `val_seen_words` -> `val, training words`."""
+    for part, words in PARTS.items():
         if name.endswith(part):
-            return f"{name.removesuffix(part)},{part.replace('_', ' ')}"
+            return f"{name.removesuffix(part)}, {words}"
     return name
 
 
@@ -42,16 +47,19 @@ def rows(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]
 
 def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield the images' name, the classifier's name and the figures of each classification in the evaluation."""
-    for name in CLASSIFIERS:  # an ImageFolder's classification is an entry of its own
-        if isinstance(entry := evaluation.get(name), dict) and "top1" in entry:
-            yield "image folder", CLASSIFIERS[name], entry
-    for split, entry in evaluation.items():
-        for name, title in CLASSIFIERS.items() if isinstance(entry, dict) and "top1" not in entry else ():
+    for key, entry in evaluation.items():
+        if not isinstance(entry, dict):
+            continue
+        if part_of(key) in CLASSIFIERS and "top1" in entry:  # an ImageFolder's classification is an entry of its own
+            folder = Path(entry["data"]).name if key != part_of(key) else "image folder"
+            yield folder, CLASSIFIERS[part_of(key)], entry
+            continue
+        for name, title in CLASSIFIERS.items():
             found = entry.get(name, {})
             if "top1" in found:
-                yield split_title(split), f"{title}, concept", found
+                yield split_title(key), f"{title}, concept", found
             else:
-                yield from ((split_title(split), f"{title}, {label}", figures) for label, figures in found.items())
+                yield from ((split_title(key), f"{title}, {label}", figures) for label, figures in found.items())
 
 
 def show(evaluation: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from oner_fast.remedies import install_command
+
 _MISSING = re.compile(r"operator torchvision::(\w+) does not exist")
 _libraries: list[Any] = []  # a library's declarations last as long as the object
 
@@ -31,10 +33,8 @@ def optional_package(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-            package = {"open_clip": "open-clip-torch"}.get(name, name)
-            raise ModuleNotFoundError(
-                f"{name} is needed here and not installed: pip install {package}", name=name
-            ) from error
+            command = install_command({"open_clip": "open_clip_torch"}.get(name, name))
+            raise ModuleNotFoundError(f"{name} is needed here and not installed: {command}", name=name) from error
         except RuntimeError as error:
             missing = _MISSING.search(str(error))
             if missing is None:

@@ -308,7 +308,10 @@ def _quick_gelu(model: str, tag: str) -> bool:
 
 def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
     open_clip = optional_package("open_clip")
-    model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
+    try:
+        model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be loaded as a CLIP: {' '.join(str(error).split())[:600]}") from error
     tower = image_tower_of(model, name)
     return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
 

@@ -63,8 +63,9 @@ def attend_by_length(
             v.unflatten(0, (group.samples, group.length_k)).transpose(1, 2),
         )
         outputs.append(result.transpose(1, 2).flatten(0, 1))
-    if not outputs:
-        return query.clone()
+    if not any(group.length_q and group.length_k for group in groups):
+        # Nothing was attended to. The inputs take part with no rows: their gradients are 0, not missing.
+        outputs += [x[:0].reshape(0, *query.shape[1:]) for x in (query, key, value)]
     packed = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return packed if rows_q.inverse is None else packed.index_select(0, rows_q.inverse.to(packed.device))
 

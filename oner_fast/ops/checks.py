@@ -1,89 +1,182 @@
 """Checks of the arguments of every op, made before any work is done.
 
-Shapes and dtypes are checked on every device. Values (indices, `cu_seqlens`) are always checked on the CPU, and on CUDA
-only where `ONER_FAST_DEBUG=1`: reading them back would wait for the stream and break graph capture.
+Shapes and dtypes are checked on every device. Values (indices, `cu_seqlens`) are checked on the CPU, and on CUDA only
+where `ONER_FAST_DEBUG=1`: reading them back would wait for the stream and break graph capture. A tensor that scales or
+mixes is never read. `oner_fast.ops.values` says where a tensor has no values at all.
 """
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from oner_fast.ops.values import inside_vmap, readable, under_autocast
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def values_are_checked(tensor: Tensor) -> bool:
-    """Return whether the values of an index tensor may be read on the host."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("ONER_FAST_DEBUG", "0") == "1"
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
+_DTYPES = "float32, float16, bfloat16 or float64"
+_INT32 = torch.iinfo(torch.int32)
 
 
 def is_tensor(op: str, name: str, value: object) -> Tensor:
-    """Return `value`, or raise TypeError where it is no tensor."""
+    """Return `value`, or raise TypeError where it is no tensor, or a tensor without strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        _refuse_layout(op, name, value)
     return value
+
+
+def _refuse_layout(op: str, name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a nested tensor; pack its rows by cu_seqlens")
+    raise TypeError(f"{op}: {name} must be a dense tensor, got {value.layout}; pass {name}.to_dense()")
+
+
+def number(op: str, name: str, value: object, needed: str = "a number") -> None:
+    """Raise unless `value` is a Python number that a finite float holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be {needed}, got {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise ValueError(f"{op}: {name} must be a finite number, got {_shown(value)}")
+
+
+def flag(op: str, name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {type(value).__name__}")
+
+
+def whole(op: str, name: str, value: object, least: int = 0, bits: int = 63) -> None:
+    """Raise unless `value` is an int in [least, 2^bits)."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {_shown(value)}")
+    if isinstance(value, int) and value.bit_length() > bits:
+        raise ValueError(f"{op}: {name} must be less than 2^{bits}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """Write a number; one of thousands of digits by its size, as Python refuses to write it."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
 
 
 def shape(op: str, name: str, tensor: Tensor, expected: str, sizes: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `tensor` has these sizes (None: any); the message describes them by `expected`."""
-    found = tuple(tensor.shape)
-    if len(found) != len(sizes) or any(
-        want is not None and want != got for want, got in zip(sizes, found, strict=True)
-    ):
-        needed = ", ".join("*" if size is None else str(size) for size in sizes) + ("," if len(sizes) == 1 else "")
-        raise ValueError(f"{op}: {name} must have shape {expected} = ({needed}), got {found}")
+    found = tensor.shape
+    if len(found) == len(sizes):
+        for want, got in zip(sizes, found, strict=True):
+            if want is not None and want != got:
+                break
+        else:
+            return
+    needed = ", ".join("*" if size is None else str(size) for size in sizes) + ("," if len(sizes) == 1 else "")
+    raise ValueError(f"{op}: {name} must have shape {expected} = ({needed}), got {tuple(found)}")
 
 
 def floating(op: str, name: str, tensor: Tensor, like: torch.dtype | None = None) -> None:
     """Raise TypeError unless `tensor` has a floating dtype that the ops know, and the dtype `like` where given."""
     if tensor.dtype not in FLOATING:
-        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        raise TypeError(f"{op}: {name} must be {_DTYPES}, got {tensor.dtype}")
     if like is not None and tensor.dtype != like:
         raise TypeError(f"{op}: {name} must have dtype {like} like the first argument, got {tensor.dtype}")
 
 
 def same_device(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on the device of the first."""
+    device = first.device
     for name, tensor in others.items():
-        if tensor is not None and is_tensor(op, name, tensor).device != first.device:
+        if isinstance(tensor, Tensor) and tensor.device != device:
             raise ValueError(
                 f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}; move one of them"
             )
 
 
 def cu_seqlens(op: str, name: str, tensor: Tensor, total: int | None, batch: int | None = None) -> None:
-    """Raise unless `tensor` is (B + 1,) int32, begins with 0, never decreases, and ends with `total`."""
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{op}: {name} must be int32, got {tensor.dtype}")
+    """Raise unless `tensor` is (B + 1,) int32 or int64, begins with 0, never decreases, and ends with `total`."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{op}: {name} must be int32 or int64, got {tensor.dtype}; "
+            "oner_fast.ops.boundaries(counts) makes them of the numbers of rows"
+        )
     if tensor.ndim != 1 or tensor.shape[0] < 1:
         raise ValueError(f"{op}: {name} must have shape (B + 1,), got {tuple(tensor.shape)}")
     if batch is not None and tensor.shape[0] != batch + 1:
         raise ValueError(f"{op}: {name} must have shape (B + 1,) = ({batch + 1},), got {tuple(tensor.shape)}")
-    if not values_are_checked(tensor):
+    known = readable(tensor)
+    if known is None:
         return
-    values = tensor.tolist()
-    if values[0] != 0:
-        raise ValueError(f"{op}: {name} must begin with 0, got {values[0]}")
-    if any(later < earlier for earlier, later in zip(values, values[1:], strict=False)):
-        raise ValueError(f"{op}: {name} must never decrease, got {values[:8]}{'...' if len(values) > 8 else ''}")
-    if total is not None and values[-1] != total:
-        raise ValueError(f"{op}: {name} must end with the number of packed rows, {total}, got {values[-1]}")
+    for values in [known.tolist()] if known.ndim == 1 else known.flatten(0, -2).tolist():
+        if values[0] != 0:
+            raise ValueError(f"{op}: {name} must begin with 0, got {values[0]}")
+        if any(later < earlier for earlier, later in zip(values, values[1:], strict=False)):
+            raise ValueError(f"{op}: {name} must never decrease, got {values[:8]}{'...' if len(values) > 8 else ''}")
+        if total is not None and values[-1] != total:
+            raise ValueError(f"{op}: {name} must end with the number of packed rows, {total}, got {values[-1]}")
+
+
+def as_int32(op: str, name: str, cu_seqlens: MaybeTensor) -> MaybeTensor:
+    """Cast boundaries of int64 to int32, which the kernels read; return others as they are, to be checked."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int64:
+        return cu_seqlens
+    known = readable(is_tensor(op, name, cu_seqlens))
+    if known is not None and known.numel():
+        low, high = (int(value) for value in torch.aminmax(known))
+        if low < _INT32.min or high > _INT32.max:
+            beyond = low if low < _INT32.min else high
+            raise ValueError(f"{op}: {name} must count fewer than 2^31 rows, which int32 holds, got {beyond}")
+    return cu_seqlens.to(torch.int32)
 
 
 def indices(op: str, name: str, tensor: Tensor, upper: int) -> None:
     """Raise unless `tensor` is int64 with values in [0, upper)."""
     if tensor.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be int64, got {tensor.dtype}")
-    if not values_are_checked(tensor) or tensor.numel() == 0:
+    known = readable(tensor)
+    if known is None or known.numel() == 0:
         return
-    low, high = (int(value) for value in torch.aminmax(tensor))
+    low, high = (int(value) for value in torch.aminmax(known))
     if low < 0 or high >= upper:
         raise IndexError(f"{op}: {name} must hold values in [0, {upper}), found {low if low < 0 else high}")
+
+
+def cast_like(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, cast other floating dtypes to that of `first`; their gradients come back in their own."""
+    if not under_autocast(first):
+        return others
+    return tuple(
+        x.to(first.dtype) if isinstance(x, Tensor) and x.dtype != first.dtype and x.dtype in FLOATING else x
+        for x in others
+    )
+
+
+def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Under autocast, cast floating tensors to the widest of their dtypes, as PyTorch does for its losses."""
+    dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
+    if (
+        len(dtypes) < 2
+        or not dtypes.issubset(FLOATING)
+        or not under_autocast(next(x for x in tensors if isinstance(x, Tensor)))
+    ):
+        return tensors
+    widest = torch.float64 if torch.float64 in dtypes else torch.float32  # two half types, too, have no common one
+    return tuple(x.to(widest) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def masked_gather(
@@ -122,25 +215,35 @@ def gather_patches(
     if images.dtype != torch.uint8 and images.dtype not in FLOATING:
         raise TypeError(f"{op}: images must be uint8 or floating, got {images.dtype}")
     shape(op, "images", images, "(B, C, H, W)", (None, None, None, None))
-    if not isinstance(patch_size, int) or isinstance(patch_size, bool):
-        raise TypeError(f"{op}: patch_size must be an int, got {type(patch_size).__name__}")
-    if patch_size < 1:
-        raise ValueError(f"{op}: patch_size must be at least 1, got {patch_size}")
+    whole(op, "patch_size", patch_size, least=1)
     batch, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
         raise ValueError(
             f"{op}: the sides of images must be multiples of patch_size {patch_size}, got {height} x {width}"
         )
     if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+        raise TypeError(f"{op}: dtype must be {_DTYPES}, got {dtype}")
     for name, value in (("mean", mean), ("std", std)):
-        if value is None:
-            continue
-        found = value.numel() if isinstance(value, Tensor) else len(value)
-        if found != channels:
+        if value is not None and (found := _count(op, name, value)) != channels:
             raise ValueError(f"{op}: {name} must hold one number a channel, {channels}, got {found}")
     same_device(op, "images", images, kept=kept, cu_seqlens=cu)
     _kept(op, kept, batch, (height // patch_size) * (width // patch_size), cu)
+
+
+def _count(op: str, name: str, values: Tensor | Sequence[float]) -> int:
+    """Count the numbers of a tensor or a sequence, and check each of a sequence."""
+    if isinstance(values, Tensor):
+        dtype = is_tensor(op, name, values).dtype
+        if dtype not in FLOATING and dtype not in (torch.int64, torch.int32, torch.uint8):
+            raise TypeError(f"{op}: {name} must hold {_DTYPES} or integers, got {dtype}")
+        return values.numel()
+    if hasattr(values, "tolist"):  # an array of NumPy
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"{op}: {name} must be a tensor or a sequence of numbers, got {type(values).__name__}")
+    for value in values:
+        number(op, f"each number of {name}", value)
+    return len(values)
 
 
 def _kept(op: str, kept: Tensor, batch: int, cells: int, cu: Tensor | None) -> None:
@@ -176,25 +279,25 @@ def mixup_info_nce(
         floating(op, name, is_tensor(op, name, tensor), query.dtype)
         shape(op, name, tensor, "(N, D)", (rows, width))  # type: ignore[arg-type]
     if isinstance(logit_scale, Tensor):
-        if not logit_scale.is_floating_point():
+        if is_tensor(op, "logit_scale", logit_scale).dtype not in FLOATING:
             raise TypeError(f"{op}: logit_scale must be a number or a floating 0-d tensor, got {logit_scale.dtype}")
         shape(op, "logit_scale", logit_scale, "()", ())
-    elif isinstance(logit_scale, bool) or not isinstance(logit_scale, (int, float)):
-        raise TypeError(f"{op}: logit_scale must be a number or a 0-d tensor, got {type(logit_scale).__name__}")
+    else:
+        number(op, "logit_scale", logit_scale, "a number or a 0-d tensor")
     if isinstance(mix, Tensor):
-        if not mix.is_floating_point():
+        if is_tensor(op, "mix", mix).dtype not in FLOATING:
             raise TypeError(f"{op}: mix must be a number or a floating tensor, got {mix.dtype}")
         if mix.ndim:
             shape(op, "mix", mix, "(N,)", (rows,))
-    elif isinstance(mix, bool) or not isinstance(mix, (int, float)):
-        raise TypeError(f"{op}: mix must be a number or a (N,) tensor, got {type(mix).__name__}")
+    else:
+        number(op, "mix", mix, "a number or a (N,) tensor")
     if partner_weight is not None and partner is None:
         raise ValueError(f"{op}: partner_weight was given without partner")
     if partner is not None:
         shape(op, "partner", is_tensor(op, "partner", partner), "(N,)", (rows,))
         indices(op, "partner", partner, rows if total is None else total)
     if partner_weight is not None:
-        if not is_tensor(op, "partner_weight", partner_weight).is_floating_point():
+        if is_tensor(op, "partner_weight", partner_weight).dtype not in FLOATING:
             raise TypeError(f"{op}: partner_weight must be floating, got {partner_weight.dtype}")
         shape(op, "partner_weight", partner_weight, "(N,)", (rows,))
     same_device(
@@ -203,10 +306,22 @@ def mixup_info_nce(
     )  # fmt: skip
 
 
+def contrast_options(symmetric: bool, group: dist.ProcessGroup | None) -> None:
+    """Check the options of `oner_fast.ops.mixup_info_nce` before any rank sends anything."""
+    op = "mixup_info_nce"
+    flag(op, "symmetric", symmetric)
+    if group is None:
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{op}: group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    if inside_vmap():
+        raise ValueError(f"{op}: group= lets ranks exchange rows, which torch.vmap cannot batch; loop over the batch")
+
+
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float | None
 ) -> None:
-    """Check the arguments of `oner_fast.ops.varlen_attention`."""
+    """Check the tensors and the scale of `oner_fast.ops.varlen_attention`."""
     op = "varlen_attention"
     floating(op, "query", is_tensor(op, "query", query))
     shape(op, "query", query, "(T, H, Dh)", (None, None, None))
@@ -217,8 +332,8 @@ def varlen_attention(
     shape(op, "value", value, "(Tk, Hk, Dh)", tuple(key.shape))
     if key.shape[1] == 0 or heads % key.shape[1]:
         raise ValueError(f"{op}: the heads of key and value must divide the {heads} heads of query, got {key.shape[1]}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise TypeError(f"{op}: scale must be a number, got {type(scale).__name__}")
+    if scale is not None:
+        number(op, "scale", scale)
     same_device(op, "query", query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens(op, "cu_seqlens_q", is_tensor(op, "cu_seqlens_q", cu_seqlens_q), query.shape[0])
     if cu_seqlens_k is None:
@@ -226,6 +341,41 @@ def varlen_attention(
     else:
         batch = cu_seqlens_q.shape[0] - 1
         cu_seqlens(op, "cu_seqlens_k", is_tensor(op, "cu_seqlens_k", cu_seqlens_k), key.shape[0], batch)
+
+
+def attention_options(causal: bool, scale: float | None, max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
+    """Check the options by which an implementation of `oner_fast.ops.varlen_attention` is chosen."""
+    op = "varlen_attention"
+    flag(op, "causal", causal)
+    if scale is not None:
+        number(op, "scale", scale)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None:
+            whole(op, name, longest)
+
+
+def masks(op: str, samples: Tensor, step: int | Tensor, *numbers: tuple[str, int]) -> None:
+    """Check the arguments of the ops of `oner_fast.ops.patch_masks`, except their ranges."""
+    is_tensor(op, "samples", samples)
+    if samples.dtype != torch.int64:
+        raise TypeError(f"{op}: samples must be int64, got {samples.dtype}")
+    shape(op, "samples", samples, "(B,)", (None,))
+    if isinstance(step, Tensor):
+        if is_tensor(op, "step", step).dtype != torch.int64:
+            raise TypeError(f"{op}: step must be an int or a 0-d int64 tensor, got {step.dtype}")
+        shape(op, "step", step, "()", ())
+        same_device(op, "samples", samples, step=step)
+    else:
+        whole(op, "step", step)
+    for name, value in numbers:
+        whole(op, name, value, bits=64)
+
+
+def counts(op: str, tensor: Tensor) -> None:
+    """Check the numbers of rows that `oner_fast.ops.boundaries` adds up."""
+    if is_tensor(op, "counts", tensor).dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: counts must be int32 or int64, got {tensor.dtype}")
+    shape(op, "counts", tensor, "(B,)", (None,))
 
 
 def token_alignment(student: Tensor, teacher: Tensor, kept: Tensor | None) -> None:

@@ -8,16 +8,58 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from oner_fast.ops import checks, reference
-from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops import batching, checks, reference
+from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.serve import serve
+from oner_fast.ops.transforms import Values, differentiable, inside_transform
+
+
+def _fold(
+    op: Any,
+    size: int,
+    batched: batching.Flags,
+    images: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> batching.Results | None:
+    """Take the batch as further samples, unless its elements are normalised by numbers of their own."""
+    if batched[3] or batched[4]:
+        return None
+    images, kept, cu_seqlens = batching.samples(size, batched[0], images, batched[1], kept, batched[6], cu_seqlens)
+    return (batching.elements(op(images, kept, patch_size, mean, std, dtype, cu_seqlens), size),)
+
+
+def _fold_backward(
+    op: Any,
+    size: int,
+    batched: batching.Flags,
+    grad: Tensor,
+    kept: Tensor,
+    patch_size: int,
+    std: Tensor | None,
+    image_shape: Sequence[int],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor | None,
+) -> batching.Results | None:
+    if batched[3]:
+        return None
+    grad, kept, cu_seqlens = batching.samples(size, batched[0], grad, batched[1], kept, batched[6], cu_seqlens)
+    shape = (size * image_shape[0], *image_shape[1:])
+    return (op(grad, kept, patch_size, std, shape, dtype, cu_seqlens).view(size, *image_shape),)
 
 
 @define(
     "gather_patches(Tensor images, Tensor kept, SymInt patch_size, Tensor? mean, Tensor? std, ScalarType dtype, "
     "Tensor? cu_seqlens) -> Tensor",
     triton="gather_patches.forward",
+    fold=_fold,
     portable=True,
 )
 def _forward_shape(
@@ -36,6 +78,7 @@ def _forward_shape(
     "gather_patches_backward(Tensor grad, Tensor kept, SymInt patch_size, Tensor? std, SymInt[] image_shape, "
     "ScalarType dtype, Tensor? cu_seqlens) -> Tensor",
     triton="gather_patches.backward",
+    fold=_fold_backward,
     portable=True,
 )
 def _backward_shape(
@@ -50,12 +93,11 @@ def _backward_shape(
     return grad.new_empty(image_shape, dtype=dtype)
 
 
-class _GatherPatches(torch.autograd.Function):
+class _GatherPatches:
     """The gradient of the images; only the indices and the divisor of each channel are saved for it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def compute(
         images: Tensor,
         kept: Tensor,
         patch_size: int,
@@ -64,20 +106,25 @@ class _GatherPatches(torch.autograd.Function):
         dtype: torch.dtype,
         cu_seqlens: Tensor | None,
         backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(kept, std, cu_seqlens)
-        ctx.backend = backend
-        ctx.patch_size, ctx.image_shape, ctx.image_dtype = patch_size, images.shape, images.dtype
-        return raw_ops(backend).gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
+    ) -> tuple[Tensor]:
+        return (raw_ops(backend).gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens),)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def remember(ctx: Any, arguments: Values, results: Values) -> None:
+        images, kept, ctx.patch_size, _, std, _, cu_seqlens, ctx.backend = arguments
+        ctx.save_for_backward(kept, std, cu_seqlens)
+        ctx.image_shape, ctx.image_dtype = images.shape, images.dtype
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, std, cu_seqlens = ctx.saved_tensors
         images = raw_ops(ctx.backend).gather_patches_backward(
             grad, kept, ctx.patch_size, std, ctx.image_shape, ctx.image_dtype, cu_seqlens
         )
         return images, None, None, None, None, None, None, None
+
+
+_gather_patches = differentiable("gather_patches", _GatherPatches)
 
 
 def _per_channel(values: Tensor | Sequence[float] | None, images: Tensor) -> Tensor | None:
@@ -128,12 +175,14 @@ def _compiled(
     result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     shift, divisor = _per_channel(mean, images), _per_channel(std, images)
     # uint8 images take no gradient; a call through autograd would cost as much as the rest of the Python here.
-    asks = images.requires_grad and torch.is_grad_enabled()
     given = (images, kept, patch_size, shift, divisor, result, cu_seqlens)
-    packed = _GatherPatches.apply(*given, backend) if asks else raw_ops(backend).gather_patches(*given)
+    asks = images.requires_grad and torch.is_grad_enabled()
+    asks = asks or forward_ad._current_level >= 0 or (images.dtype != torch.uint8 and inside_transform())
+    packed = _gather_patches(*given, backend) if asks else raw_ops(backend).gather_patches(*given)
     return packed if cu_seqlens is None else (packed, cu_seqlens.clone())
 
 
+_shapes = partial(_compiled, "cpp")
 register("gather_patches", "reference", reference.gather_patches, preference=-10)
 register("gather_patches", "portable", partial(_compiled, "portable"))
 register("gather_patches", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
@@ -205,12 +254,12 @@ def gather_patches(
         mean: one number for each channel, subtracted after the scaling. It takes no gradient.
         std: one number for each channel, by which the difference is divided. It takes no gradient.
         dtype: the dtype of the result. The default is float32 for uint8 images, else that of the images.
-        cu_seqlens: (B + 1,) int32, the boundaries of the samples in a flat `kept`.
+        cu_seqlens: (B + 1,) int32 or int64, the boundaries of the samples in a flat `kept`.
         implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
         (B, K, C * patch_size**2), each patch in the order of the weight of a patch convolution. With `cu_seqlens`, the
-            pair of (T, C * patch_size**2) and a copy of `cu_seqlens`.
+            pair of (T, C * patch_size**2) and a copy of `cu_seqlens` in int32.
 
     Raises:
         TypeError: a dtype does not fit, or an argument is no tensor.
@@ -218,8 +267,8 @@ def gather_patches(
         IndexError: a value of `kept` is outside [0, N). On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
         RuntimeError: the forced implementation cannot run this call.
     """
+    cu_seqlens = checks.as_int32("gather_patches", "cu_seqlens", cu_seqlens)
     checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
-    op, device, known = facts(images)
-    return choose(op, device, implementation, **known).function(
-        images, kept, patch_size, mean, std, dtype, cu_seqlens=cu_seqlens
-    )
+    function = serve(facts(images), implementation, images, _shapes)
+    found: Tensor | tuple[Tensor, Tensor] = function(images, kept, patch_size, mean, std, dtype, cu_seqlens=cu_seqlens)
+    return found

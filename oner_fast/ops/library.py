@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from oner_fast import _extension
+from oner_fast.ops import batching
 
 _COMPILED = torch.library.Library("oner_fast", "DEF")
 _TRITON = torch.library.Library("oner_fast_triton", "DEF")
@@ -40,7 +41,12 @@ def constant(function: Function) -> Function:
 
 
 def define(
-    schema: str, *, triton: str | None = None, atomic: str | None = None, portable: bool = False
+    schema: str,
+    *,
+    triton: str | None = None,
+    atomic: str | None = None,
+    portable: bool = False,
+    fold: batching.Fold | None = None,
 ) -> Callable[[Shape], Shape]:
     """Define the raw op `schema`; the decorated function is its fake implementation.
 
@@ -54,13 +60,19 @@ def define(
             kernels. It is imported at the first call, since importing Triton takes a while.
         atomic: the same for kernels that add in no fixed order; `triton` where there are none.
         portable: the function of the same path under `oner_fast.ops.portable` computes it in plain PyTorch.
+        fold: computes the op under `torch.vmap` in one call, where it can; see `oner_fast.ops.batching`. Without it
+            the op is called once for each element of the batch.
     """
     name = schema.split("(", 1)[0]
 
     def wrap(fake: Shape) -> Shape:
-        for library in (_COMPILED, _TRITON, _ATOMIC) if triton else (_COMPILED,):
+        everywhere = (_TRITON, _ATOMIC, *((_PORTABLE,) if portable else ())) if triton else ()
+        for library in (_COMPILED, *everywhere):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+            qualified = f"{library.ns}::{name}"
+            torch.library.register_fake(qualified, fake, lib=library)
+            rule = batching.rule(getattr(getattr(torch.ops, library.ns), name), fold)
+            torch.library.register_vmap(qualified, rule, lib=library)
         if triton:
             _names.append(name)
             for library, path in ((_TRITON, triton), (_ATOMIC, atomic or triton)):
@@ -69,8 +81,6 @@ def define(
                 for key in ("CPU", "CUDA"):
                     library.impl(name, launcher, key)
         if triton and portable:
-            _PORTABLE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(f"{_PORTABLE.ns}::{name}", fake, lib=_PORTABLE)
             module, function = triton.rsplit(".", 1)
             plain = _PlainPyTorch(f"oner_fast.ops.portable.{module}", function)
             _PORTABLE.impl(name, plain, "CompositeExplicitAutograd")

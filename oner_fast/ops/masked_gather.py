@@ -8,14 +8,56 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from oner_fast.ops import checks, reference
-from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops import batching, checks, reference
+from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.serve import serve
+from oner_fast.ops.transforms import Values, differentiable
+
+
+def _fold(
+    op: Any,
+    size: int,
+    batched: batching.Flags,
+    tokens: Tensor,
+    kept: Tensor,
+    positions: Tensor | None,
+    prefix: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> batching.Results | None:
+    """Take the batch as further samples, unless its elements have positions or prefixes of their own."""
+    if batched[2] or batched[3]:
+        return None
+    tokens, kept, cu_seqlens = batching.samples(size, batched[0], tokens, batched[1], kept, batched[4], cu_seqlens)
+    return (batching.elements(op(tokens, kept, positions, prefix, cu_seqlens), size),)
+
+
+def _fold_backward(
+    op: Any,
+    size: int,
+    batched: batching.Flags,
+    grad: Tensor,
+    kept: Tensor,
+    cu_seqlens: Tensor | None,
+    samples: int,
+    tokens: int,
+    prefix: int,
+    need_tokens: bool,
+    need_positions: bool,
+    need_prefix: bool,
+) -> batching.Results | None:
+    """Take the batch as further samples, unless gradients are wanted that are sums over samples."""
+    if need_positions or need_prefix:
+        return None
+    grad, kept, cu_seqlens = batching.samples(size, batched[0], grad, batched[1], kept, batched[2], cu_seqlens)
+    to_tokens, *rest = op(grad, kept, cu_seqlens, size * samples, tokens, prefix, need_tokens, False, False)
+    return (batching.elements(to_tokens, size), *(x.expand(size, 0) for x in rest))
 
 
 @define(
     "masked_gather(Tensor tokens, Tensor kept, Tensor? positions, Tensor? prefix, Tensor? cu_seqlens) -> Tensor",
     triton="masked_gather.forward",
+    fold=_fold,
     portable=True,
 )
 def _forward_shape(
@@ -31,6 +73,7 @@ def _forward_shape(
     "masked_gather_backward(Tensor grad, Tensor kept, Tensor? cu_seqlens, SymInt samples, SymInt tokens, "
     "SymInt prefix, bool need_tokens, bool need_positions, bool need_prefix) -> (Tensor, Tensor, Tensor)",
     triton="masked_gather.backward",
+    fold=_fold_backward,
     portable=True,
 )
 def _backward_shape(
@@ -52,27 +95,28 @@ def _backward_shape(
     )
 
 
-class _MaskedGather(torch.autograd.Function):
+class _MaskedGather:
     """The gradients of tokens, positions and prefix; only the indices are saved for them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def compute(
         tokens: Tensor,
         kept: Tensor,
         positions: Tensor | None,
         prefix: Tensor | None,
         cu_seqlens: Tensor | None,
         backend: str,
-    ) -> Tensor:
-        ctx.save_for_backward(kept, cu_seqlens)
-        ctx.backend = backend
-        ctx.sizes = (tokens.shape[0], tokens.shape[1], 0 if prefix is None else prefix.shape[0])
-        return raw_ops(backend).masked_gather(tokens, kept, positions, prefix, cu_seqlens)
+    ) -> tuple[Tensor]:
+        return (raw_ops(backend).masked_gather(tokens, kept, positions, prefix, cu_seqlens),)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def remember(ctx: Any, arguments: Values, results: Values) -> None:
+        tokens, kept, _, prefix, cu_seqlens, ctx.backend = arguments
+        ctx.save_for_backward(kept, cu_seqlens)
+        ctx.sizes = (tokens.shape[0], tokens.shape[1], 0 if prefix is None else prefix.shape[0])
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, cu_seqlens = ctx.saved_tensors
         need = (ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3])
         tokens, positions, prefix = raw_ops(ctx.backend).masked_gather_backward(
@@ -80,6 +124,9 @@ class _MaskedGather(torch.autograd.Function):
         )
         results = (tokens if need[0] else None, None, positions if need[1] else None, prefix if need[2] else None)
         return (*results, None, None)
+
+
+_masked_gather = differentiable("masked_gather", _MaskedGather)
 
 
 def _compiled(
@@ -91,7 +138,7 @@ def _compiled(
     *,
     cu_seqlens: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    packed = _MaskedGather.apply(tokens, kept, positions, prefix, cu_seqlens, backend)
+    packed = _masked_gather(tokens, kept, positions, prefix, cu_seqlens, backend)
     if cu_seqlens is None:
         return packed
     return packed, ragged_boundaries(cu_seqlens, 0 if prefix is None else prefix.shape[0])
@@ -104,6 +151,7 @@ def ragged_boundaries(cu_seqlens: Tensor, prefix: int) -> Tensor:
     return cu_seqlens + prefix * torch.arange(cu_seqlens.shape[0], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
 
 
+_shapes = partial(_compiled, "cpp")
 register("masked_gather", "reference", reference.masked_gather, preference=-10)
 register("masked_gather", "portable", partial(_compiled, "portable"))
 register("masked_gather", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
@@ -166,8 +214,9 @@ def masked_gather(
         kept: (B, K) int64 with values in [0, N), in any order; repeats are allowed. With `cu_seqlens`: (T,), the
             samples one after the other.
         positions: (N, D) in the dtype of the tokens, added to them. The sum of half-precision types is rounded once.
-        prefix: (P, D) in the dtype of the tokens, placed in front of every sample (for example [CLS]).
-        cu_seqlens: (B + 1,) int32, the boundaries of the samples in a flat `kept`.
+            Under autocast another floating-point dtype is cast to that of the tokens.
+        prefix: (P, D) as `positions`, placed in front of every sample (for example [CLS]).
+        cu_seqlens: (B + 1,) int32 or int64, the boundaries of the samples in a flat `kept`.
         implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
@@ -180,6 +229,10 @@ def masked_gather(
         IndexError: a value of `kept` is outside [0, N). On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
         RuntimeError: the forced implementation cannot run this call.
     """
+    checks.is_tensor("masked_gather", "tokens", tokens)
+    positions, prefix = checks.cast_like(tokens, positions, prefix)
+    cu_seqlens = checks.as_int32("masked_gather", "cu_seqlens", cu_seqlens)
     checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
-    op, device, known = facts(tokens)
-    return choose(op, device, implementation, **known).function(tokens, kept, positions, prefix, cu_seqlens=cu_seqlens)
+    function = serve(facts(tokens), implementation, tokens, _shapes)
+    found: Tensor | tuple[Tensor, Tensor] = function(tokens, kept, positions, prefix, cu_seqlens=cu_seqlens)
+    return found

@@ -14,8 +14,10 @@ from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import checks, contrast_ring, reference
 from oner_fast.ops.collectives import row_counts_and_any
 from oner_fast.ops.contrast_ring import Ring, Rows
-from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.serve import serve
+from oner_fast.ops.transforms import Values, differentiable
 from oner_fast.ops.unit_rows import through_normalisation, unit_rows
 
 _SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
@@ -135,20 +137,26 @@ def _column_targets(
     return target + (1 - weight) * own, mass + (1 - weight)
 
 
+def _weight(partner: Tensor | None, partner_weight: Tensor | None, norms: Tensor) -> Tensor | None:
+    """Return the weight of each row's partner (n,), in the dtype of the statistics; None without partners."""
+    if partner is None:
+        return None
+    return norms.new_full(partner.shape, 0.5) if partner_weight is None else partner_weight.to(norms.dtype)
+
+
 def _reciprocal(mass: Tensor) -> Tensor:
     """Return 1 / mass, or 0 where a column has no target."""
     return torch.where(mass == 0, 0.0, 1 / mass)
 
 
-class _MixupInfoNce(torch.autograd.Function):
+class _MixupInfoNce:
     """The loss and its gradients.
 
     Saved are the inputs and O(n) statistics of this rank's rows and columns; backward computes the logits again.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def compute(
         query: Tensor,
         key: Tensor,
         logit_scale: Tensor,
@@ -161,14 +169,12 @@ class _MixupInfoNce(torch.autograd.Function):
         ring: Ring | None,
         keys_wanted: bool,
         backend: str,
-    ) -> Tensor:
+    ) -> Values:
         raw = raw_ops(backend)
         dtype = statistics_dtype(query)
         query_norm = raw.mixup_inverse_norms(query, query_other, mix)
         key_norm = raw.mixup_inverse_norms(key, key_other, mix)
-        weight = None
-        if partner is not None:
-            weight = query_norm.new_full(partner.shape, 0.5) if partner_weight is None else partner_weight.to(dtype)
+        weight = _weight(partner, partner_weight, query_norm)
         query_side = (query, query_other, mix, query_norm)
         column_max = column_sum = column_target = mass = None
         if ring is None:
@@ -198,20 +204,21 @@ class _MixupInfoNce(torch.autograd.Function):
             loss = (loss + entropy.sum(dtype=widest)) / 2
         if ring is not None:
             dist.all_reduce(loss, group=ring.group)
-        ctx.save_for_backward(
-            *query_side, key, key_other, key_norm, logit_scale, partner, row_max, row_sum, column_max, column_sum,
-            weight, mass,
-        )  # fmt: skip
-        ctx.ring, ctx.keys_wanted, ctx.backend = ring, keys_wanted, backend
-        return (loss / (query.shape[0] if ring is None else ring.total)).to(dtype)
+        loss = (loss / (query.shape[0] if ring is None else ring.total)).to(dtype)
+        return loss, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def remember(ctx: Any, arguments: Values, results: Values) -> None:
+        *tensors, _, ctx.ring, ctx.keys_wanted, ctx.backend = arguments
+        ctx.save_for_backward(*tensors, *results[1:])
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> Values:
         (
-            query, query_other, mix, query_norm, key, key_other, key_norm, logit_scale, partner, row_max, row_sum,
-            column_max, column_sum, weight, mass,
+            query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_norm, key_norm,
+            row_max, row_sum, column_max, column_sum, mass,
         ) = ctx.saved_tensors  # fmt: skip
+        weight = _weight(partner, partner_weight, query_norm)
         ring, need = ctx.ring, ctx.needs_input_grad
         need_key = need[1] or need[4] or (need[5] and key_other is not None)
         world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
@@ -261,6 +268,9 @@ class _MixupInfoNce(torch.autograd.Function):
         )
 
 
+_mixup_info_nce = differentiable("mixup_info_nce", _MixupInfoNce)
+
+
 def _sent(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor) -> Tensor:
     """Return the unit rows (n, D) as they are sent: contiguous, in the dtype of the rows."""
     return unit_rows(x, other, mix, inverse_norm).to(x.dtype).contiguous()
@@ -295,7 +305,7 @@ def _compiled(
         else _number(logit_scale, widest_dtype(query.device), query.device)
     )
     share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
-    loss: Tensor = _MixupInfoNce.apply(
+    loss: Tensor = _mixup_info_nce(
         query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, ring, keys_wanted,
         backend,
     )  # fmt: skip
@@ -307,6 +317,8 @@ def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=dtype, device=device)
 
 
+_shapes = partial(_compiled, "cpp")
+_READING = ("reference",)  # it looks up which rows have a partner
 register("mixup_info_nce", "reference", reference.mixup_info_nce, preference=-10)
 register("mixup_info_nce", "portable", partial(_compiled, "portable"))
 register("mixup_info_nce", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
@@ -371,8 +383,9 @@ def mixup_info_nce(
     Args:
         query: (N, D) float32, float16, bfloat16 or float64, not normalised; at least one row over all
             ranks. Row i belongs to pair i.
-        key: (N, D) in the dtype of the query, not normalised.
-        logit_scale: 1 / temperature, a number or a floating-point 0-d tensor, which may take a gradient.
+        key: (N, D) in the dtype of the query, not normalised. Under autocast, floating-point dtypes may differ: the
+            widest is taken for all, and each gradient comes back in the dtype of its tensor.
+        logit_scale: 1 / temperature, a finite number or a floating-point 0-d tensor, which may take a gradient.
         query_other: (N, D) in the dtype of the query, mixed into it.
         key_other: (N, D) in the dtype of the query, mixed into the key.
         mix: the share of the other, a number, a 0-d tensor or (N,), which may take a gradient. OneR uses 1/2.
@@ -395,8 +408,11 @@ def mixup_info_nce(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("mixup_info_nce", "query", query)
-    op, device, known = facts(query)
-    return choose(op, device, implementation, **known).function(
+    checks.contrast_options(symmetric, group)
+    query, key, query_other, key_other = checks.promoted(query, key, query_other, key_other)
+    reading = _READING if partner is not None else ()
+    loss: Tensor = serve(facts(query), implementation, query, _shapes, reading)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, symmetric=symmetric, group=group,
     )  # fmt: skip
+    return loss

@@ -18,13 +18,18 @@ import torch
 from torch import Tensor
 
 from oner_fast.block_masks import MAX_CELLS, MAX_SIDE, pick_blocks
-from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops import batching, checks
+from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import on_gpu_of, why_not_triton
+from oner_fast.ops.serve import serve
+from oner_fast.ops.transforms import inside_transform
+from oner_fast.ops.values import inside_vmap
 from oner_fast.philox import MASK_BLOCK, MASK_PATCH, check_step, mask_stream, random_u32, split_seed
 
 Pattern = Literal["random", "block", "reversed_block"]
 
 _OP = "patch_masks"
+_LAUNCHING = ("triton",)  # its kernels are launched from Python, and a fake tensor has no memory to launch them on
 _TRITON_CELLS = 1 << 14  # one program holds all cells of a sample
 
 
@@ -76,9 +81,10 @@ def draw_masks(
         ValueError: a count, grid, pattern, stream, step or seed is out of range, or the implementation is unknown.
         RuntimeError: the forced implementation cannot run here.
     """
+    checks.masks("draw_masks", samples, step, ("seed", seed), ("masked", masked), ("stream", stream))
     if pattern not in get_args(Pattern):
         raise ValueError(f"pattern must be one of {', '.join(get_args(Pattern))}, not {pattern!r}")
-    height, width = grid
+    height, width = _sides(grid)
     cells = height * width
     _check_count(masked, cells)
     if pattern != "random" and (cells > MAX_CELLS or max(grid) > MAX_SIDE):
@@ -87,9 +93,11 @@ def draw_masks(
         )
     own_stream = mask_stream(MASK_PATCH if pattern == "random" else MASK_BLOCK, stream)
     check_step(step)
-    op, device, known = facts(samples, cells)
-    chosen = choose(op, device, implementation, **known)
-    masks: PatchMasks = chosen.function(seed, own_stream, step, samples, grid, masked, pattern)
+    reading = _LAUNCHING if pattern == "random" else (*_LAUNCHING, "reference")
+    draw = serve(facts(samples, cells), implementation, samples, _shapes, reading)
+    if inside_transform():
+        return PatchMasks(*_Batched.apply(samples, step, draw, seed, own_stream, grid, masked, pattern))
+    masks: PatchMasks = draw(seed, own_stream, step, samples, grid, masked, pattern)
     return masks
 
 
@@ -123,14 +131,18 @@ def patch_mask(
         ValueError: a count, stream, step or seed is out of range, or the implementation is unknown.
         RuntimeError: the forced implementation cannot run here.
     """
+    given = ("seed", seed), ("cells", cells), ("masked", masked), ("stream", stream)
+    checks.masks("patch_mask", samples, step, *given)
     _check_count(masked, cells)
     own_stream = mask_stream(MASK_PATCH, stream)
     check_step(step)
-    op, device, known = facts(samples, cells)
-    chosen = choose(op, device, implementation, **known)
-    if chosen.name == "reference":
-        return _random_mask(seed, own_stream, step, samples, cells, masked)
-    mask: Tensor = chosen.function(seed, own_stream, step, samples, (1, cells), masked, "random").mask
+    draw = serve(facts(samples, cells), implementation, samples, _shapes, _LAUNCHING)
+    if draw is _reference_masks:
+        draw = _reference_mask
+    if inside_transform():
+        batched: Tensor = _Batched.apply(samples, step, draw, seed, own_stream, (1, cells), masked, "random")[0]
+        return batched
+    mask: Tensor = draw(seed, own_stream, step, samples, (1, cells), masked, "random")[0]
     return mask
 
 
@@ -148,8 +160,18 @@ def boundaries(counts: Tensor, *, implementation: str | None = None) -> Tensor:
         ValueError: the implementation is unknown.
         RuntimeError: the forced implementation cannot run here.
     """
-    op, device, known = facts(counts)
-    return _BOUNDARIES[choose(op, device, implementation, **known).name](counts)
+    checks.counts("boundaries", counts)
+    draw = serve(facts(counts), implementation, counts, _shapes, _LAUNCHING)
+    return _triton_boundaries(counts) if draw is _triton_masks and not inside_vmap() else _reference_boundaries(counts)
+
+
+def _sides(grid: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"draw_masks: grid must be a pair (height, width), got {grid!r}")
+    height, width = grid
+    checks.whole("draw_masks", "the height of grid", height)
+    checks.whole("draw_masks", "the width of grid", width)
+    return height, width
 
 
 def _check_count(masked: int, cells: int) -> None:
@@ -168,6 +190,50 @@ def _reference_masks(
         picked = pick_blocks(seed, stream, step, samples, grid, cells - masked if reverse else masked)
         mask = picked.flatten(1).logical_not() if reverse else picked.flatten(1)
     return PatchMasks(mask, mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : cells - masked].contiguous())
+
+
+def _reference_mask(
+    seed: int, stream: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], masked: int, pattern: Pattern
+) -> tuple[Tensor]:
+    return (_random_mask(seed, stream, step, samples, grid[0] * grid[1], masked),)
+
+
+def _shapes(
+    seed: int, stream: int, step: int | Tensor, samples: Tensor, grid: tuple[int, int], masked: int, pattern: Pattern
+) -> PatchMasks:
+    """Make the tensors that masks would have; blocks are drawn in a loop that reads values, and there are none."""
+    rows, cells = samples.shape[0], grid[0] * grid[1]
+    return PatchMasks(samples.new_empty((rows, cells), dtype=torch.bool), samples.new_empty((rows, cells - masked)))
+
+
+class _Batched(torch.autograd.Function):
+    """Draw masks under `torch.vmap`: a batch of samples is drawn as further samples, a batch of steps one by one."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        samples: Tensor, step: int | Tensor, draw: Callable[..., tuple[Tensor, ...]], seed: int, stream: int, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        return tuple(draw(seed, stream, step, samples, *rest))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: batching.Dims, samples: Tensor, step: int | Tensor, *rest: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        size = info.batch_size
+        own = isinstance(in_dims[0], int)
+        rows = samples.movedim(in_dims[0], 0) if isinstance(in_dims[0], int) else samples
+        if isinstance(in_dims[1], int) and isinstance(step, Tensor):
+            each = [_Batched.apply(rows[i] if own else rows, step[i], *rest) for i in range(size)]
+            found = tuple(torch.stack(column) for column in zip(*each, strict=True))
+        else:
+            found = tuple(
+                batching.elements(x, size) for x in _Batched.apply(batching.rows(rows, own, size), step, *rest)
+            )
+        return found, (0,) * len(found)
 
 
 def _random_mask(seed: int, stream: int, step: int | Tensor, samples: Tensor, cells: int, masked: int) -> Tensor:
@@ -210,4 +276,3 @@ register(_OP, "reference", _reference_masks)
 register(
     _OP, "triton", _triton_masks, devices=("cuda",), on_request=("cpu",), preference=50, reasons=_why_not_triton,
 )  # fmt: skip
-_BOUNDARIES: dict[str, Callable[[Tensor], Tensor]] = {"reference": _reference_boundaries, "triton": _triton_boundaries}

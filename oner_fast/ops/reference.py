@@ -42,6 +42,7 @@ def masked_gather(
     `tokens` is (B, N, D), `positions` (N, D) and `prefix` (P, D). With `cu_seqlens` (B + 1,) int32, `kept` is flat (T,)
     and the result is the pair of (T + B * P, D) and the new boundaries (B + 1,).
     """
+    cu_seqlens = checks.as_int32("masked_gather", "cu_seqlens", cu_seqlens)
     checks.masked_gather(tokens, kept, positions, prefix, cu_seqlens)
     batch, cells, width = tokens.shape
     placed = tokens if positions is None else tokens + positions
@@ -79,6 +80,7 @@ def gather_patches(
     A patch is laid out as the weight of a patch convolution. uint8 images are scaled to [0, 1], others are not. Then
     (x - mean) / std is applied to each channel. With `cu_seqlens` it is ragged as in `masked_gather` without a prefix.
     """
+    cu_seqlens = checks.as_int32("gather_patches", "cu_seqlens", cu_seqlens)
     checks.gather_patches(images, kept, patch_size, mean, std, dtype, cu_seqlens)
     result = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     wide = torch.float64 if torch.float64 in (images.dtype, result) else torch.float32

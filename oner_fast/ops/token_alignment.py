@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import checks, reference
-from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.serve import serve
+from oner_fast.ops.transforms import Values, differentiable
 
 
 @define(
@@ -34,29 +35,34 @@ def _backward_shape(grad: Tensor, student: Tensor, teacher: Tensor, kept: Tensor
     return student.new_empty(student.shape)
 
 
-class _TokenAlignment(torch.autograd.Function):
+class _TokenAlignment:
     """The loss and the gradient of the student; the inputs and two numbers for each student token are saved."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, teacher: Tensor, kept: Tensor | None, backend: str
-    ) -> Tensor:
+    def compute(student: Tensor, teacher: Tensor, kept: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
         loss, factors = raw_ops(backend).token_alignment(student, teacher, kept)
-        ctx.save_for_backward(student, teacher, kept, factors)
-        ctx.backend = backend
-        return loss
+        return loss, factors
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def remember(ctx: Any, arguments: Values, results: Values) -> None:
+        student, teacher, kept, ctx.backend = arguments
+        ctx.save_for_backward(student, teacher, kept, results[1])
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return raw_ops(ctx.backend).token_alignment_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_token_alignment = differentiable("token_alignment", _TokenAlignment)
 
 
 def _compiled(backend: str, student: Tensor, teacher: Tensor, kept: Tensor | None = None) -> Tensor:
     checks.token_alignment(student, teacher, kept)
-    return _TokenAlignment.apply(student, teacher.detach(), kept, backend)
+    loss: Tensor = _token_alignment(student, teacher.detach(), kept, backend)
+    return loss
 
 
+_shapes = partial(_compiled, "cpp")
 register("token_alignment", "reference", reference.token_alignment, preference=-10)
 register("token_alignment", "portable", partial(_compiled, "portable"))
 register("token_alignment", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
@@ -97,5 +103,5 @@ def token_alignment(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("token_alignment", "student", student)
-    op, device, known = facts(student)
-    return choose(op, device, implementation, **known).function(student, teacher, kept)
+    loss: Tensor = serve(facts(student), implementation, student, _shapes)(student, teacher, kept)
+    return loss

@@ -12,10 +12,69 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import attention_backends as backends
-from oner_fast.ops import checks, reference
+from oner_fast.ops import batching, checks, reference
 from oner_fast.ops.by_length import attend_by_length
-from oner_fast.ops.implementations import Facts, choose, register
+from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops, why_not_triton
+from oner_fast.ops.serve import serve
+from oner_fast.ops.transforms import Values, differentiable
+from oner_fast.ops.values import under_autocast
+
+
+def _fold(
+    op: Any,
+    size: int,
+    batched: batching.Flags,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> batching.Results:
+    """Take the batch as further sequences."""
+    query, key, value = (batching.rows(x, own, size) for x, own in zip((query, key, value), batched[:3], strict=True))
+    ends = _joined(size, batched[3:5], cu_seqlens_q, cu_seqlens_k, query, key)
+    out, statistics = op(query, key, value, *ends, causal, scale)
+    return batching.elements(out, size), batching.elements(statistics, size, 1)
+
+
+def _fold_backward(
+    op: Any,
+    size: int,
+    batched: batching.Flags,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+) -> batching.Results:
+    tensors = zip((grad, query, key, value, out), batched[:5], strict=True)
+    grad, query, key, value, out = (batching.rows(x, own, size) for x, own in tensors)
+    every = statistics if batched[5] else statistics.expand(size, *statistics.shape)
+    statistics = every.movedim(0, 1).flatten(1, 2).contiguous()
+    ends = _joined(size, batched[6:8], cu_seqlens_q, cu_seqlens_k, query, key)
+    found = op(grad, query, key, value, out, statistics, *ends, causal, scale, need_query, need_key)
+    return tuple(batching.elements(x, size) if x.ndim == 3 else x.expand(size, 0) for x in found)
+
+
+def _joined(
+    size: int, own: batching.Flags, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Join the boundaries of the elements of a batch, whose `query` and `key` are joined already."""
+    of_query = batching.boundaries(cu_seqlens_q, own[0], size, query.shape[0] // size)
+    if cu_seqlens_k is None:
+        return of_query, None
+    return of_query, batching.boundaries(cu_seqlens_k, own[1], size, key.shape[0] // size)
+
 
 _LARGEST_MASK = 1 << 20  # numbers of a mask of unequal lengths; beyond, the queries are padded
 
@@ -24,6 +83,7 @@ _LARGEST_MASK = 1 << 20  # numbers of a mask of unequal lengths; beyond, the que
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, "
     "float scale) -> (Tensor, Tensor)",
     triton="varlen_attention.forward",
+    fold=_fold,
 )
 def _forward_shape(
     query: Tensor,
@@ -43,6 +103,7 @@ def _forward_shape(
     "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, "
     "bool need_key) -> (Tensor, Tensor, Tensor)",
     triton="varlen_attention_backward.backward",
+    fold=_fold_backward,
 )
 def _backward_shape(
     grad: Tensor,
@@ -65,15 +126,14 @@ def _backward_shape(
     )
 
 
-class _VarlenAttention(torch.autograd.Function):
+class _VarlenAttention:
     """The result and its gradients.
 
     Saved are the inputs, the result and, for each query and head, its largest score and 1 / the sum of its weights.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def compute(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -82,17 +142,19 @@ class _VarlenAttention(torch.autograd.Function):
         causal: bool,
         scale: float,
         backend: str,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         out, statistics = raw_ops(backend).varlen_attention(
             query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale
         )
-        ctx.save_for_backward(query, key, value, out, statistics, cu_seqlens_q, cu_seqlens_k)
-        ctx.causal, ctx.scale, ctx.backend = causal, scale, backend
-        return out
+        return out, statistics
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def remember(ctx: Any, arguments: Values, results: Values) -> None:
+        query, key, value, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale, ctx.backend = arguments
+        ctx.save_for_backward(query, key, value, *results, cu_seqlens_q, cu_seqlens_k)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_query, need_key, need_value = ctx.needs_input_grad[:3]
         to_query, to_key, to_value = raw_ops(ctx.backend).varlen_attention_backward(
             grad, *ctx.saved_tensors, ctx.causal, ctx.scale, need_query, need_key or need_value
@@ -105,12 +167,14 @@ class _VarlenAttention(torch.autograd.Function):
         )
 
 
+_varlen_attention = differentiable("varlen_attention", _VarlenAttention)
+
+
 def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks for, or None where it leaves the query as it is."""
-    device = query.device.type
-    if not torch.is_autocast_enabled(device) or query.dtype == torch.float64:
+    if not under_autocast(query) or query.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(query.device.type)
 
 
 def facts(
@@ -159,8 +223,8 @@ def varlen_attention(
         query: (T, H, Dh) float32, float16, bfloat16 or float64.
         key: (Tk, Hk, Dh) in the dtype of the query, where Hk divides H (grouped queries).
         value: (Tk, Hk, Dh) in the dtype of the query.
-        cu_seqlens_q: (S + 1,) int32, the boundaries of the query's sequences, from 0 to T.
-        cu_seqlens_k: (S + 1,) int32, those of key and value, from 0 to Tk. The default is `cu_seqlens_q`.
+        cu_seqlens_q: (S + 1,) int32 or int64, the boundaries of the query's sequences, from 0 to T.
+        cu_seqlens_k: (S + 1,) int32 or int64, those of key and value, from 0 to Tk. The default is `cu_seqlens_q`.
         max_seqlen_q: an upper bound of the query's lengths. Some implementations run only where it is given.
         max_seqlen_k: an upper bound of the key's lengths. The default, without `cu_seqlens_k`, is `max_seqlen_q`.
         causal: mask the keys behind each query, with both sequences aligned at their ends.
@@ -177,18 +241,22 @@ def varlen_attention(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("varlen_attention", "query", query)
+    checks.attention_options(causal, scale, max_seqlen_q, max_seqlen_k)
     if (dtype := _autocast_dtype(query)) is not None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    op, device, known = facts(
+    cu_seqlens_q = checks.as_int32("varlen_attention", "cu_seqlens_q", cu_seqlens_q)
+    cu_seqlens_k = checks.as_int32("varlen_attention", "cu_seqlens_k", cu_seqlens_k)
+    known = facts(
         query, key, value, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
     )  # fmt: skip
-    return choose(op, device, implementation, **known).function(
+    out: Tensor = serve(known, implementation, query, _shapes, _READING)(
         query, key, value, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
     )  # fmt: skip
+    return out
 
 
 def _sdpa(
@@ -251,7 +319,8 @@ def _compiled(
     """Call the flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton")."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _VarlenAttention.apply(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, backend)
+    out: Tensor = _varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, backend)
+    return out
 
 
 def _why_not_triton(device: str, **facts: Any) -> list[str]:
@@ -270,6 +339,8 @@ def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, *
     register("varlen_attention", name, function, devices=("cuda",), preference=preference, reasons=reasons, **more)
 
 
+_shapes = partial(_compiled, "cpp")
+_READING = ("reference", "sdpa", "xformers")  # they read the lengths
 register("varlen_attention", "reference", reference.varlen_attention, preference=-10)
 register("varlen_attention", "sdpa", _sdpa, preference=10)
 register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)

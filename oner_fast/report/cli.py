@@ -1,7 +1,5 @@
 """`oner-fast report RUN`: write a self-contained page, RUN/report.html, and its charts as PNG files in RUN/figures."""
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,11 @@ import torch
 import tyro
 
 import oner_fast
-from oner_fast.evaluation.folder import check_run, find_data
+from oner_fast.atomic import remove_leftovers, write_atomic
+from oner_fast.boundary import guarded
+from oner_fast.data.splits import open_split, splits_of
+from oner_fast.evaluation.folder import check_run, find_data, unnamed_split
+from oner_fast.evaluation.record import read_record
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
-    data: Path | None = None
-    """Data that the examples come from; the run's own by default."""
+    data: str | None = None
+    """Data that the examples come from, in any form that --train-data takes; the run's own by default."""
     split: str = "val"
     """Split that the examples come from."""
     device: str = "cpu"
@@ -31,16 +33,14 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    options = tyro.cli(Options, args=list(argv), prog="oner-fast report")
-    try:
-        path = report(options)
-    except KeyboardInterrupt:
-        print("oner-fast report: interrupted; the page was not written", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"oner-fast report: {error}", file=sys.stderr)
-        return 2
+    """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
+    return guarded(
+        "oner-fast report", lambda: _run(argv), extra="demo", interrupted="interrupted; the page was not written"
+    )
+
+
+def _run(argv: Sequence[str]) -> int:
+    path = report(tyro.cli(Options, args=list(argv), prog="oner-fast report"))
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB) and {len(list(figures_folder(path.parent)))} figures")
     return 0
 
@@ -48,16 +48,17 @@ def main(argv: Sequence[str]) -> int:
 def report(options: Options, loaded: Any = None) -> Path:
     """Write the report and return its path. `loaded` avoids loading the model again."""
     check_run(options.run)
-    data = find_data(options.run, options.data)
+    data, split = _data_and_split(options)
 
-    from oner_fast.data.dataset import PairDataset
     from oner_fast.evaluation.run import has_joint_pass
     from oner_fast.report import content, gallery
     from oner_fast.report.page import render
 
-    dataset = PairDataset(data, split=options.split)
+    dataset = open_split(data, split)
     figures = options.run / "figures"
     figures.mkdir(exist_ok=True)
+    for folder in (options.run, figures):
+        remove_leftovers(folder)
     loaded = loaded or oner_fast.load(options.run, options.device)
     name = options.run.resolve().name
     shown_as = str(options.run) if not options.run.is_absolute() else name
@@ -66,10 +67,10 @@ def report(options: Options, loaded: Any = None) -> Path:
     page = render(
         {
             "name": name,
-            "split": options.split,
+            "split": split,
             "seed": options.seed,
             **content.training_content(options.run, figures),
-            **content.evaluation_content(content.read_evaluation(options.run)),
+            **content.evaluation_content(read_record(options.run)),
             **examples,
             "made": about,
             "parameters": _parameters(loaded),
@@ -78,10 +79,17 @@ def report(options: Options, loaded: Any = None) -> Path:
     )
     gallery.write(examples, figures)
     path = options.run / "report.html"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, lambda file: file.write(page.encode()))
     return path
+
+
+def _data_and_split(options: Options) -> tuple[str, str]:
+    """Find the data and the split that the examples come from. Raises ValueError where the data lack the split."""
+    data = find_data(options.run, options.data)
+    known = splits_of(data, unnamed_split(options.run, data))
+    if options.split not in known:
+        raise ValueError(f"{data} has no split {options.split!r}; it has {', '.join(known)}: give --split or --data")
+    return data, options.split
 
 
 def figures_folder(run: Path) -> list[Path]:

@@ -32,18 +32,6 @@ EXAMPLE_PICTURES = 4096  # the examples of a larger split come from this many of
 BANNER = 40
 
 
-def read_evaluation(run: Path) -> dict[str, Any]:
-    """Content of evaluation.json; empty where the run was not evaluated."""
-    path = run / "evaluation.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = bounded_json.loads(path.read_bytes(), "the text")
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON; run `oner-fast eval` again: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
 def training_content(run: Path, figures: Path) -> dict[str, Any]:
     """Charts of the training and facts about it."""
     metrics = read_metrics(run)
@@ -131,9 +119,9 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
     }
 
 
-def about_content(run: Path, data: Path | None, shown_as: str) -> dict[str, Any]:
+def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
-    listing = data / "dataset.json" if data else None
+    listing = Path(data) / "dataset.json" if data else None
     described = bounded_json.load_object(listing.read_bytes(), str(listing)) if listing and listing.is_file() else {}
     config = read_config(run)
     return {

@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from oner_fast.data.images import decode
 from oner_fast.report.examples import Example
 from oner_fast.report.heat import HeatRow
-from oner_fast.report.style import COLOURS, style
+from oner_fast.report.style import COLOURS, save_png, style
 
 CELL = 1.2  # distance between two images, each 1 wide
 
@@ -55,7 +55,7 @@ def _rows(examples: list[Example], path: Path) -> None:
             _show(axes, 0, y, example.picture, "joint")
         for column, hit in enumerate(example.hits, start=first):
             _show(axes, column * CELL, y, hit.picture or "", "right" if hit.right else "rule", marked=hit.right)
-    figure.savefig(path, dpi=160)
+    save_png(figure, path, dpi=160)
 
 
 def _heat(rows: list[HeatRow], path: Path) -> None:
@@ -66,7 +66,7 @@ def _heat(rows: list[HeatRow], path: Path) -> None:
             colour = COLOURS["muted" if column == 0 else "ink"]
             axes.text(column * CELL + 0.5, y - 0.06, label, fontsize=8, color=colour, ha="center", va="bottom")
             _show(axes, column * CELL, y, address, "rule", margin=0.0)
-    figure.savefig(path, dpi=160)
+    save_png(figure, path, dpi=160)
 
 
 def _show(

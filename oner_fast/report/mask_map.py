@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
+from oner_fast.boundary import guarded
 from oner_fast.ops.patch_masks import Pattern, draw_masks
-from oner_fast.report.style import COLOURS, style
+from oner_fast.report.style import COLOURS, save_png, style
 
 PATTERNS: dict[Pattern, str] = {"random": "random", "block": "block-wise", "reversed_block": "reversed block-wise"}
 
@@ -50,13 +51,13 @@ def masking_probabilities(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status: 0, 2 for bad input."""
+    """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
+    return guarded("mask_map", lambda: _run(argv), extra="demo")
+
+
+def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(argv), prog="python -m oner_fast.report.mask_map")
-    try:
-        draw(options)
-    except (OSError, ValueError) as error:
-        print(f"mask_map: {error}", file=sys.stderr)
-        return 2
+    draw(options)
     print(f"wrote {options.output} ({options.output.stat().st_size / 1e3:.0f} kB)")
     return 0
 
@@ -80,7 +81,7 @@ def draw(options: Options) -> None:
         bar = figure.colorbar(image, cax=figure.add_axes((0.925, low, 0.016, high - low)), ticks=[0, 0.5, 1])
         bar.outline.set_visible(False)
         bar.ax.set_title("P(masked)", fontsize=8.5, color=COLOURS["muted"], pad=5, loc="center")
-        figure.savefig(options.output, dpi=130, metadata={"Software": None})
+        save_png(figure, options.output, dpi=130, metadata={"Software": None})
 
 
 def _panel(axes: Axes, title: str, share: Tensor) -> AxesImage:

@@ -11,6 +11,8 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from oner_fast.atomic import write_atomic
+
 # CSS variables and their colours on a light page, in which the charts are drawn.
 COLOURS = {
     "ink": "#1f2023",
@@ -89,10 +91,15 @@ def chart(
         width, height = size
         inside = ((width - left - right) / width, (height - top - bottom) / height)
         draw(figure.add_axes((left / width, bottom / height, *inside)))
-        figure.savefig(folder / f"{name}.png", dpi=200)
+        save_png(figure, folder / f"{name}.png", dpi=200)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     return {"name": name, "svg": page_svg(text.getvalue(), name)}
+
+
+def save_png(figure: Figure, path: Path, **options: Any) -> None:
+    """Save a figure atomically, with the options of matplotlib's `savefig`."""
+    write_atomic(path, lambda file: figure.savefig(file, format="png", **options))
 
 
 def page_svg(svg: str, name: str) -> str:

@@ -14,6 +14,7 @@ from oner_fast.benchmarks.cases import OURS, Case
 from oner_fast.benchmarks.machine import cache_bytes, describe
 from oner_fast.benchmarks.measure import Settings
 from oner_fast.benchmarks.rows import Quantiles, Row, Times
+from oner_fast.remedies import install_extra_command
 
 Measure = Callable[[Case, Settings, Callable[[str], None]], Row]
 
@@ -74,7 +75,7 @@ def test_without_matplotlib_a_notice_replaces_the_plots(
     monkeypatch.setattr(cli, "measure", fake())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run("--quick", "--op", "masked_gather", "--out", str(tmp_path)) == 0
-    assert "pip install 'oner_fast[bench]'" in capsys.readouterr().err
+    assert install_extra_command("bench") in capsys.readouterr().err
     assert not (tmp_path / "speedup.png").exists() and (tmp_path / "report.md").exists()
 
 

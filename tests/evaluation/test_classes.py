@@ -148,13 +148,13 @@ def test_image_folders(run: Path, tmp_path: Path, draw: Draw, reader: Any, capsy
         assert result[probe]["images"] == 5 and result[probe]["damaged"] == 1 and result[probe]["train_images"] == 33
     assert "val" not in result and "image folder" in capsys.readouterr().out
     (train / "u").rename(train / "v")
-    assert main([str(run), *argv]) == 2
+    assert main([str(run), *argv]) == 1
     assert "has the class 'u', which" in capsys.readouterr().err
 
 
 def test_errors_name_the_missing_option(run: Path, drawn: Path, tmp_path: Path, capsys: Any) -> None:
     def fails(*argv: str) -> str:
-        assert main([str(run), *argv]) == 2
+        assert main([str(run), *argv]) == 1
         return str(capsys.readouterr().err)
 
     assert "no image of val, style has a 'licence'" in fails("--data", str(drawn), "--knn", "--label", "licence")
@@ -169,11 +169,14 @@ def test_errors_name_the_missing_option(run: Path, drawn: Path, tmp_path: Path, 
 
 def test_a_model_without_text_is_evaluated_by_probes_alone(run: Path, drawn: Path, reader: Any, capsys: Any) -> None:
     reader.has_text = False
-    assert main([str(run), "--data", str(drawn)]) == 2
+    assert main([str(run), "--data", str(drawn)]) == 1
     assert "give --text-tower" in capsys.readouterr().err
     result = evaluation(run, "--data", str(drawn), "--knn")
     assert set(result) == {"val", "style", "about"}
-    assert set(result["val"]) == {"pairs", "damaged", "knn"} and result["val"]["knn"]["set"]["images"] == 6
+    assert (
+        set(result["val"]) == {"data", "split", "pairs", "damaged", "knn"}
+        and result["val"]["knn"]["set"]["images"] == 6
+    )
 
 
 def test_a_text_tower_that_fails_is_named_before_any_image_is_read(
@@ -184,7 +187,7 @@ def test_a_text_tower_that_fails_is_named_before_any_image_is_read(
 
     reader.encode_text = broken
     monkeypatch.setattr(reader, "encode_image", lambda _: pytest.fail("an image was read"))
-    assert main([str(run)]) == 2
+    assert main([str(run)]) == 1
     assert "'gone' cannot be loaded" in capsys.readouterr().err
 
 

@@ -12,6 +12,8 @@ from oner_fast.evaluation.cli import main
 from oner_fast.evaluation.embed import embed_split, spaced
 from oner_fast.evaluation.folder import find_data, read_metrics
 
+TRAIN = ["red square", "blue square", "red circle", "arrow left", "arrow right"]  # the training captions of `data`
+
 
 def test_evaluation_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(run)]) == 0
@@ -90,7 +92,7 @@ def test_spaced() -> None:
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(argv) == 2
+    assert main(argv) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("oner-fast eval: ")
     return captured.err
@@ -101,16 +103,16 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
     (tmp_path / "empty").mkdir()
     assert "neither model.safetensors nor a checkpoint" in fails([str(tmp_path / "empty")], capsys)
     assert "no data at" in fails([str(run), "--data", str(tmp_path / "gone")], capsys)
-    assert "no held-out split 'style'; it has val" in fails([str(run), "--split", "style"], capsys)
+    assert "no split 'style'; it has train, val" in fails([str(run), "--split", "style"], capsys)
     assert "go together" in fails([str(run), "--coco-json", "x.json"], capsys)
     (run / "config.json").write_text(json.dumps({"data": {"train_data": "elsewhere"}}))
-    assert "is not at elsewhere; give its folder with --data" in fails([str(run)], capsys)
+    assert "are not at elsewhere; give their place with --data" in fails([str(run)], capsys)
     (run / "config.json").write_text("{")
     assert "not valid JSON" in fails([str(run)], capsys)
     (run / "config.json").unlink()
     assert "names no data; give its folder with --data" in fails([str(run)], capsys)
     (data / "dataset.json").write_text(json.dumps({"splits": {"train": {}}}))
-    assert "nothing held out" in fails([str(run), "--data", str(data)], capsys)
+    assert "nothing is held out" in fails([str(run), "--data", str(data)], capsys)
     assert not (run / "evaluation.json").exists()
 
 
@@ -129,4 +131,111 @@ def test_metrics_of_a_resumed_run(run: Path) -> None:
     lines = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}, {"step": 10, "loss": 2.5}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3')
     assert read_metrics(run) == [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}]
-    assert find_data(run, None).is_dir()
+    assert Path(find_data(run, None)).is_dir()
+
+
+def record(run: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
+    return content
+
+
+def test_an_evaluation_of_other_data_erases_nothing(run: Path, data: Path, tmp_path: Path, draw: Any) -> None:
+    assert main([str(run)]) == 0
+    first = record(run)
+    other = tmp_path / "other"
+    other.mkdir()
+    (data / "val-000000.tar").rename(other / "000.tar")
+    classes = tmp_path / "classes"
+    for number in (100, 102):
+        (classes / f"kind {number}").mkdir(parents=True)
+        (classes / f"kind {number}" / "a.png").write_bytes(draw(number))
+    assert main([str(run), "--data", str(other)]) == 0
+    assert main([str(run), "--image-folder", str(classes)]) == 0
+    both = record(run)
+    assert {key: both[key] for key in first if key != "about"} == {key: first[key] for key in first if key != "about"}
+    assert (both[f"{other}:val"]["data"], both[f"{other}:val"]["split"]) == (str(other), "val")
+    assert both["zero_shot"]["data"] == str(classes)
+    assert both["val"]["data"] == str(data)
+    again = tmp_path / "again"
+    classes.rename(again)
+    assert main([str(run), "--image-folder", str(again), "--batch-size", "1"]) == 0
+    assert set(record(run)) == {*both, f"{again}:zero_shot"}
+    assert main([str(run), "--data", str(other), "--limit", "4"]) == 0
+    assert record(run)[f"{other}:val"]["pairs"] == 4
+    assert record(run)["val"]["pairs"] == 8
+
+
+def test_figures_of_an_earlier_model_are_kept_aside(run: Path, reader: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    reader.captions |= dict(enumerate(TRAIN))
+    assert main([str(run)]) == 0
+    before = (run / "evaluation.json").read_bytes()
+    digest = record(run)["about"]["model"]
+    (run / "model.safetensors").write_bytes(b"other weights")
+    assert main([str(run), "--split", "train"]) == 0
+    assert set(record(run)) == {"train", "train_seen_words", "about"}
+    aside = run / f"evaluation.{digest[:8]}.json"
+    assert aside.read_bytes() == before
+    assert str(aside) in capsys.readouterr().out
+
+
+def test_a_record_without_data_or_model_is_added_to(run: Path, data: Path) -> None:
+    assert main([str(run)]) == 0
+    old = record(run)
+    for entry in old.values():
+        entry.pop("data", None)
+        entry.pop("model", None)
+    (run / "evaluation.json").write_text(json.dumps(old | {"coco": {"pairs": 3}}))
+    assert main([str(run)]) == 0
+    assert record(run)["coco"] == {"pairs": 3}
+    assert record(run)["val"]["data"] == str(data)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": ' * 1000, '{"about": {"format_version": 2}}'])
+def test_a_record_that_cannot_be_read_is_not_overwritten(
+    run: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "evaluation.json").write_text(content)
+    assert "evaluation.json" in fails([str(run)], capsys)
+    assert (run / "evaluation.json").read_text() == content
+
+
+def test_training_images_are_evaluated_when_asked_for(run: Path, data: Path, reader: Any, capsys: Any) -> None:
+    reader.captions |= dict(enumerate(TRAIN))
+    assert main([str(run), "--split", "train", "val"]) == 0
+    assert record(run)["train"]["pairs"] == 5
+    (data / "val-000000.tar").unlink()
+    (data / "dataset.json").unlink()
+    assert "--split train" in fails([str(run)], capsys)
+    assert main([str(run), "--split", "train", "--limit", "2"]) == 0
+    assert record(run)["train"]["pairs"] == 2
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}/*.tar", "{0}/{{00000..00001}}.tar", "{0}/00000.tar"])
+@pytest.mark.parametrize("given", ["--data", "val_data"])
+def test_held_out_data_take_every_form_that_training_data_take(
+    run: Path, data: Path, tmp_path: Path, form: str, given: str
+) -> None:
+    from oner_fast.report.cli import Options, _data_and_split
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(2):
+        (shards / f"{number:05d}.tar").write_bytes((data / "val-000000.tar").read_bytes())
+    place = form.format(shards)
+    flags = ["--data", place] if given == "--data" else []
+    if given == "val_data":
+        (run / "config.json").write_text(json.dumps({"data": {"train_data": str(data), "val_data": place}}))
+    assert main([str(run), *flags]) == 0
+    assert record(run)["val"]["pairs"] == (8 if form.endswith("00000.tar") else 16)
+    assert record(run)["val_new_words"]["captions"] == 3  # the words of the training data count
+    assert _data_and_split(Options(run, data=place if flags else None)) == (place, "val")
+
+
+def test_training_data_are_no_validation_data(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from oner_fast.report.cli import Options, _data_and_split
+
+    tar = str(data / "train-000000.tar")
+    (run / "config.json").write_text(json.dumps({"data": {"train_data": tar}}))
+    assert "only a train split" in fails([str(run)], capsys)
+    with pytest.raises(ValueError, match="no split 'val'; it has train"):
+        _data_and_split(Options(run))

@@ -207,6 +207,8 @@ def test_rows_of_zeros_take_no_gradient(case: Case, implementation: str, device:
             assert row.count_nonzero() == 0 and gradient.count_nonzero() > 0
 
 
+# The host has several NaNs, a GPU one. Warps that write the same NaN would look like a race.
+@pytest.mark.parametrize("executor", [{"race": False}], indirect=True, ids=[""])
 @pytest.mark.parametrize("dtype", [WIDE, FULL])
 @pytest.mark.parametrize("side", ["query", "key"])
 @pytest.mark.parametrize("mixed", [False, True])

@@ -23,4 +23,4 @@ def test_a_missing_package_is_named() -> None:
         "except ModuleNotFoundError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert "pip install open-clip-torch" in done.stdout
+    assert "pip install open_clip_torch torch==" in done.stdout

@@ -41,7 +41,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_is_never_chosen_for_cpu_tensors(op: str) -> None:
     assert "cuda" in implementations.implementations(op)
-    assert choose(op, "cpu").name in ("cpp", "reference")
+    assert choose(op, "cpu").name in ("cpp", "portable")
     calls()[op]()
     with pytest.raises(RuntimeError, match=f"{op}: 'cuda' .*cannot run this call: runs on cuda, not on cpu"):
         calls()[op](implementation="cuda")
@@ -67,7 +67,7 @@ def test_an_extension_built_without_cuda_gives_the_reason() -> None:
     for op in OPS:
         against = implementations.implementations(op)["cuda"].reasons_against("cuda", dtype=torch.float16)
         assert any("the extension was built without CUDA C++: " in reason for reason in against), against
-        assert choose(op, "cuda").name in ("triton", "reference")
+        assert choose(op, "cuda").name in ("triton", "portable")
 
 
 @with_triton

@@ -50,6 +50,28 @@ for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.b
     for rows, width in ((9, 5), (300, 72)):
         compare(mixed, [torch.randn(rows, width, dtype=torch.float64) for _ in range(4)], dtype, tolerance)
 
+# Rows of zeros take no gradient, in blocks of one kind of row and of both; a diverged row has no finite loss.
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for rows, width, others in ((9, 5, False), (64, 64, False), (64, 64, True)):
+        given = [torch.randn(rows, width).to(dtype) for _ in range(4)]
+        for x in given:
+            x[3], x[8] = 0, 0
+        x = [one.requires_grad_() for one in given[: 4 if others else 2]]
+        options = {"query_other": x[2], "key_other": x[3]} if others else {}
+        for gradient in torch.autograd.grad(mixup_info_nce(*x[:2], 12.0, **options, implementation="cpp"), x):
+            assert gradient.isfinite().all() and gradient[0].any() and not gradient[3].any() and not gradient[8].any()
+        for one in x:
+            with torch.no_grad():
+                one[7, 2] = {torch.float64: 1e200, torch.float16: torch.inf}.get(dtype, 1e20)
+            assert not mixup_info_nce(*x[:2], 12.0, **options, implementation="cpp").isfinite()
+            with torch.no_grad():
+                one[7] = 1
+    student, teacher = (torch.randn(2, 4, 70).to(dtype) for _ in range(2))
+    student[0, 0], teacher[0, 1] = 0, 0
+    student.requires_grad_()
+    gradient = torch.autograd.grad(token_alignment(student, teacher, implementation="cpp"), student)[0]
+    assert gradient.isfinite().all() and not gradient[0, :2].any() and gradient[1, 0].any()
+
 # Blocks of keys, as ranks exchange them: own pairs and partners are found in one of them.
 ops = torch.ops.oner_fast
 for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)):

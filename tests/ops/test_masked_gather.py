@@ -338,7 +338,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"prefix must have shape \(P, D\).*got \(1, 7\)", {"prefix": torch.zeros(1, 7)}),
     (TypeError, "prefix must have dtype torch.float32", {"prefix": torch.zeros(1, 8).half()}),
     (ValueError, r"kept must have shape \(T,\)", {"cu_seqlens": CU}),
-    (TypeError, "cu_seqlens must be int32, got torch.int64", {"kept": K.flatten(), "cu_seqlens": CU.long()}),
+    (TypeError, "cu_seqlens must be int32 or int64, got torch.int16", {"kept": K.flatten(), "cu_seqlens": CU.short()}),
     (ValueError, r"cu_seqlens must have shape \(B \+ 1,\) = \(3,\)", {"kept": K.flatten(), "cu_seqlens": CU[:2]}),
     (ValueError, "cu_seqlens must begin with 0, got 1", {"kept": K.flatten(), "cu_seqlens": CU + 1}),
     (ValueError, "cu_seqlens must never decrease", {"kept": K.flatten(), "cu_seqlens": CU[[0, 2, 1]]}),

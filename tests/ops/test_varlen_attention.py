@@ -604,7 +604,7 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "must divide the 4 heads of query, got 0", {"key": KV[:, :0], "value": KV[:, :0]}),
     (TypeError, "scale must be a number, got str", {"scale": "1"}),
     (TypeError, "cu_seqlens_q must be a torch.Tensor, got list", {"cu_seqlens_q": [0, 6]}),
-    (TypeError, "cu_seqlens_q must be int32, got torch.int64", {"cu_seqlens_q": CU.long()}),
+    (TypeError, "cu_seqlens_q must be int32 or int64, got torch.int16", {"cu_seqlens_q": CU.short()}),
     (ValueError, r"cu_seqlens_q must have shape \(B \+ 1,\), got \(\)", {"cu_seqlens_q": CU[0]}),
     (ValueError, "cu_seqlens_q must begin with 0, got 1", {"cu_seqlens_q": CU + 1}),
     (ValueError, "cu_seqlens_q must never decrease", {"cu_seqlens_q": CU[[0, 2, 1]]}),

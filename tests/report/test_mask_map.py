@@ -28,5 +28,5 @@ def test_the_command_writes_a_png_file(tmp_path: Path, capsys: pytest.CaptureFix
     first = path.read_bytes()
     assert main([str(path), "--draws", "50", "--grid", "6"]) == 0
     assert path.read_bytes() == first
-    assert main([str(path), "--draws", "0"]) == 2
+    assert main([str(path), "--draws", "0"]) == 1
     assert "draws must be at least 1" in capsys.readouterr().err

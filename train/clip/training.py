@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -48,8 +49,9 @@ class TwoTowerTraining(Training[C]):
     def _flops(self, batch: PairBatch) -> float:
         return FORWARD_AND_BACKWARD * self._pair_flops * len(batch)
 
-    def _export(self) -> None:
+    def _export(self) -> Path:
         self.student.save(self.folder)
+        return self.folder
 
     def _extra_state(self) -> dict[str, Any]:
         return dict(self.student.about())

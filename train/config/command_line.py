@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -54,6 +56,7 @@ def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = obje
         f"Memory, pace and hours, by a step that leaves nothing: {DRY_RUN}."
     )
     flags = _flags(default)
+    default = _with_shorter_warmup(default, rest, prog)
     short = len({_last(flag) for flag in flags}) == len(flags)
     try:
         return tyro.cli(
@@ -67,6 +70,30 @@ def parse(argv: Sequence[str], default_recipe: str, prog: str, kind: type = obje
     except (ValueError, TypeError) as error:
         # A dataclass may refuse values of the right type in its __post_init__.
         _exit(prog, str(error))
+
+
+def _with_shorter_warmup(default: Any, argv: list[str], prog: str) -> Any:
+    """Shorten a recipe's warm-up in proportion, where `--steps` alone is given and is not above the warm-up."""
+    steps, warmup = (_value(argv, name) for name in ("steps", "warmup"))
+    if steps is None or warmup is not None or not (steps.isdecimal() and steps.isascii()) or int(steps) < 1:
+        return default
+    optim: Any = getattr(default, "optim", None)
+    if not hasattr(optim, "warmup") or int(steps) > optim.warmup:
+        return default
+    fewer = optim.warmup * int(steps) // optim.steps
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{prog}: {steps} steps are fewer than the recipe's warm-up; --warmup {optim.warmup} becomes {fewer}")
+    return dataclasses.replace(default, optim=dataclasses.replace(optim, steps=int(steps), warmup=fewer))
+
+
+def _value(argv: list[str], name: str) -> str | None:
+    """Return the value of `--name` or `--optim.name` in `argv`, the last one."""
+    found = None
+    for word, following in itertools.pairwise([*argv, ""]):
+        flag, equals, value = word.partition("=")
+        if flag in (f"--{name}", f"--optim.{name}"):
+            found = value if equals else following
+    return found
 
 
 def _flags(config: Any, prefix: str = "") -> list[str]:

@@ -24,8 +24,10 @@ class Data:
     train_data: str = "data/pictograms"
     """A data set's folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
+    val_data: str = ""
+    """Data to evaluate on and to take snapshots of the embeddings from; empty: those of train_data."""
     val_split: str = "val"
-    """Split of the same folder that snapshots of the embeddings are taken from; unused where there is none."""
+    """Split that snapshots of the embeddings are taken from; unused where there is none."""
     verify_data: bool = False
     """Compare the shards with their recorded checksums once, before the training."""
     workers: int = 1

@@ -111,7 +111,7 @@ def _find_in_file(reference: str, path: Path, name: str, kind: type) -> Recipe:
         except Exception as error:
             raise ValueError(f"recipe {reference!r} fails: {describe_error(error, path)}") from error
         if isinstance(config, kind):
-            return _stamped(config, reference)
+            return _in_own_folder(_stamped(config, reference), make)
         if type(config).__module__.startswith(_PACKAGE + "."):
             raise UnknownRecipe(f"recipe {reference!r} belongs to '{command_of(config)}'")
         raise ValueError(f"recipe {reference!r} must return a {kind.__name__}, got {type(config).__name__}")
@@ -130,6 +130,20 @@ def _stamped(config: Any, name: str) -> Any:
     if not hasattr(getattr(config, "run", None), "recipe"):
         return config
     return dataclasses.replace(config, run=dataclasses.replace(config.run, recipe=name))
+
+
+def _in_own_folder(config: Any, make: Recipe) -> Any:
+    """Give a recipe from a file a run folder of its own, where it names the one of a recipe of the package."""
+    run: Any = getattr(config, "run", None)
+    name = str(getattr(make, "__name__", ""))
+    ours = [each for each in _RECIPES.values() if each.__module__.startswith(_PACKAGE + ".")]
+    if not hasattr(run, "run_dir") or run.run_dir not in {_run_dir(each) for each in ours}:
+        return config
+    return dataclasses.replace(config, run=dataclasses.replace(run, run_dir=f"runs/{name}"))
+
+
+def _run_dir(make: Recipe) -> str | None:
+    return getattr(getattr(make(), "run", None), "run_dir", None)
 
 
 def command_of(config: Any) -> str:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from oner_fast.failures import keep_origin
+
 T = TypeVar("T")
 
 _PEERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SLURM_STEP_NUM_TASKS": "srun"}
@@ -137,13 +139,16 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error as one that another process can build again."""
+    """Return the error as one that another process can build again, with its place in the code."""
+    keep_origin(error)
     try:
         if str(pickle.loads(pickle.dumps(error))) == str(error):
             return error
     except Exception:  # an exception's constructor may take anything
         pass
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    told = RuntimeError(f"{type(error).__name__}: {error}")
+    told.__dict__.update(error.__dict__)
+    return told
 
 
 def _ranks() -> tuple[int, int, int]:

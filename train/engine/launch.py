@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
+from oner_fast.boundary import guarded
 from oner_fast.train.config.command_line import DRY_RUN, parse
 from oner_fast.train.engine import distributed
 from oner_fast.train.engine.allocator import freed_memory_kept
 from oner_fast.train.engine.dry_run import dry_run
 from oner_fast.train.engine.loop import C, Training
-from oner_fast.train.engine.lost_ranks import LostRank, lost_ranks_named
-from oner_fast.train.engine.nonfinite import NonFiniteError
+from oner_fast.train.engine.lost_ranks import lost_ranks_named
 from oner_fast.train.engine.run_lock import single_writer
 from oner_fast.train.engine.signals import exit_status, stop_on_signals
+from oner_fast.train.engine.starting import nothing_left_by_a_failed_start
 
 
 def launch(
@@ -38,20 +39,22 @@ def launch(
         build: the class of the training.
 
     Returns:
-        0 done; 128 plus its number (143 for SIGTERM) where a signal ended it and it saved; 1 failed with a message.
+        0 done; 128 plus its number (143 for SIGTERM) where a signal ended it and it saved; 1 failed with a sentence.
     """
+    return guarded(
+        prog,
+        lambda: _launch(argv, prog, kind, default_recipe, build),
+        extra="train",
+        interrupted="stopped without saving; the last checkpoint is unchanged",
+    )
+
+
+def _launch(argv: Sequence[str] | None, prog: str, kind: type[C], default_recipe: str, build: type[Training[C]]) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     dry = DRY_RUN in words
     config: C = parse([word for word in words if word != DRY_RUN], default_recipe, prog, kind)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    try:
-        return _train(config, build, dry)
-    except (ValueError, FileNotFoundError, NonFiniteError, LostRank) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{prog}: stopped without saving; the last checkpoint is unchanged", file=sys.stderr)
-        return exit_status("SIGINT")
+    return _train(config, build, dry)
 
 
 def _train(config: C, build: type[Training[C]], dry: bool) -> int:
@@ -69,7 +72,12 @@ def _train(config: C, build: type[Training[C]], dry: bool) -> int:
                 if world.is_main:
                     print(found.report(config.optim.steps, world.device))
                 return 0
-            with stop_on_signals() as stop, single_writer(Path(config.run.run_dir), world):
+            folder = Path(config.run.run_dir)
+            with (
+                stop_on_signals() as stop,
+                single_writer(folder, world),
+                nothing_left_by_a_failed_start(folder, world.is_main),
+            ):
                 signal = build(config, world).run(stop)
     finally:
         distributed.shutdown()

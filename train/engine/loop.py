@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
@@ -33,7 +34,7 @@ from oner_fast.train.engine.threads import load, settle_threads
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
 # Settings of the data that change neither the samples nor their order: paths and speed.
-_FREE_DATA = ("workers", "train_data", "tokenizer")
+_FREE_DATA = ("workers", "train_data", "val_data", "val_split", "tokenizer")
 _KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 
 
@@ -142,8 +143,8 @@ class Training(ABC, Generic[C]):
         """Count the floating-point operations that this rank's part of the step needs, without recomputation."""
 
     @abstractmethod
-    def _export(self) -> None:
-        """Write the trained model into the run's folder; only the main rank calls this."""
+    def _export(self) -> Path:
+        """Write the trained model into the run's folder and return its path; only the main rank calls this."""
 
     def _resolve(self, config: C, state: dict[str, Any] | None) -> C:
         """Fill in the fields of `config` that only the data or the checkpoint's `state` determine."""
@@ -187,7 +188,9 @@ class Training(ABC, Generic[C]):
             Progress(total, start=self.steps_done, every=every, title=self.title, enabled=main) as progress,
             self.batches,
         ):
-            if main and self.steps_done:
+            if main and self.steps_done == total:
+                progress.note(f"step {total} of {total} was done already; give another --run-dir to train anew")
+            elif main and self.steps_done:
                 progress.note(f"resumed after step {self.steps_done}")
             if main and self.steps_done == 0:
                 self._snapshot()
@@ -222,14 +225,20 @@ class Training(ABC, Generic[C]):
                 if asked and self.steps_done < total:
                     progress.note(f"{asked}: saved step {self.steps_done}; the same command continues from there")
                     return asked
-        on_main(self.world, self._export)
+        on_main(self.world, self._finish)
         return None
+
+    def _finish(self) -> None:
+        """Write the trained model and say where it lies and what comes next."""
+        print(f"the model is {self._export()}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}")
 
     def _prepare(self) -> None:
         """Make the run's folder ready for writing."""
         save_json(self.config, self.folder / "config.json")
         self.threads.save(self.folder)
         checkpoint.prepare(self.checkpoints)
+        for folder in (self.folder, self.folder / "snapshots"):
+            remove_leftovers(folder)
         self._start.set_aside()
 
     def _due(self, every: int) -> bool:
@@ -260,6 +269,11 @@ class Training(ABC, Generic[C]):
         on_main(self.world, self._write_checkpoint)
 
     def _write_checkpoint(self) -> None:
+        if not self.folder.is_dir():  # it must not come back with a checkpoint alone
+            raise FileNotFoundError(
+                f"the run folder {self.folder} is gone: it was moved or removed during the run; put it back, and the "
+                "same command continues from its last checkpoint"
+            )
         state: dict[str, Any] = {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from oner_fast.atomic import write_atomic
+from oner_fast.train.engine.tensorboard import Board, open_board
 
 _log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
@@ -22,6 +25,9 @@ class MetricLog:
 
     A resumed run logs no step twice: entries after the checkpoint that it continues from are removed from both, from
     the JSON lines atomically.
+
+    A line that cannot be written, on a full disk for instance, ends no run: one warning says so, and the line is
+    written with the next one. A file holds whole lines only.
 
     Args:
         folder: the run; made where needed.
@@ -35,19 +41,22 @@ class MetricLog:
         self, folder: Path | str, *, resume_step: int = 0, tensorboard: bool = True, enabled: bool = True
     ) -> None:
         self.path = Path(folder) / FILE
-        self._file = None
-        self._board: Any = None
+        self._file: int | None = None
+        self._end = 0  # bytes of whole lines in the file
+        self._waiting = b""
+        self._board: Board | None = None
         if not enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _drop_after(self.path, resume_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._end = os.fstat(self._file).st_size
         if tensorboard:
-            self._board = _board(self.path.parent / "tensorboard", resume_step)
+            self._board = open_board(self.path.parent / "tensorboard", resume_step)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line and flush it.
+        """Append one line.
 
         Args:
             step: finished steps.
@@ -71,17 +80,37 @@ class MetricLog:
                 nonfinite.append(name)
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        warned = bool(self._waiting)
+        self._waiting += (json.dumps(line, allow_nan=False) + "\n").encode()
+        error = self._append()
+        if error is not None and not warned:
+            _log.warning("%s cannot be written (%s); the run goes on, and later lines bring this one", self.path, error)
         if self._board is not None:
-            for name, value in line.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+            scalars = {key: value for key, value in line.items() if key != "step" and isinstance(value, (int, float))}
+            self._board.write(step, scalars)
+
+    def _append(self) -> OSError | None:
+        """Write the waiting lines behind the whole ones; return the error that kept some of them."""
+        assert self._file is not None
+        done = 0
+        try:
+            while done < len(self._waiting):
+                done += os.pwrite(self._file, self._waiting[done:], self._end + done)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # part of a line is overwritten next time; here a reader is spared it
+                os.ftruncate(self._file, self._end)
+            return error
+        self._end, self._waiting = self._end + done, b""
+        return None
 
     def close(self) -> None:
         """Close the files; a second call does nothing."""
         if self._file is not None:
-            self._file.close()
+            error = self._append() if self._waiting else None
+            if error is not None:
+                lost = self._waiting.count(b"\n")
+                _log.warning("the last %d lines of %s are lost: %s", lost, self.path, error)
+            os.close(self._file)
             self._file = None
         if self._board is not None:
             self._board.close()
@@ -106,17 +135,6 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """
     path = Path(path)
     return [line for _, line in _lines(path / FILE if path.is_dir() else path)]
-
-
-def _board(folder: Path, resume_step: int) -> Any:
-    try:
-        # Imported here, since the import takes a second and readers of metrics do not need it.
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _log.info("TensorBoard is not installed: metrics go to %s only (pip install tensorboard)", FILE)
-        return None
-    # Events of purge_step and later, written before, are no longer shown.
-    return SummaryWriter(str(folder), purge_step=resume_step + 1)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

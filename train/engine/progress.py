@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_log = logging.getLogger(__name__)
 _PERCENT = "{:.0%}"
 # metric -> (short name, format); losses stand before these, in the order they come.
 _COLUMNS = {
@@ -23,8 +25,10 @@ _COLUMNS = {
     "samples_per_second": ("smp/s", "{:.1f}"),
     "data_wait": ("wait", _PERCENT),
     "mfu": ("mfu", _PERCENT),
-    "modality_gap": ("gap", "{:.3f}"),
+    "logit_scale": ("scale", "{:.1f}"),
+    "batch_modality_gap": ("gap", "{:.3f}"),
 }
+_OPTIONAL = ("logit_scale",)  # shown where it is learnt
 _LOSS = "{:.4f}"
 _WIDTH = 7
 _WINDOW = 64
@@ -131,7 +135,8 @@ class Progress:
         losses = [name for name in self._values if name == "loss" or name.startswith("loss/")]
         losses.sort(key=lambda name: name != "loss")
         cells = [(name.removeprefix("loss/"), _format(_LOSS, self._values[name])) for name in losses]
-        return cells + [(short, _format(form, self._values.get(name))) for name, (short, form) in _COLUMNS.items()]
+        columns = {name: column for name, column in _COLUMNS.items() if name in self._values or name not in _OPTIONAL}
+        return cells + [(short, _format(form, self._values.get(name))) for name, (short, form) in columns.items()]
 
     def _left(self) -> str:
         seconds = self.seconds_left()
@@ -160,8 +165,12 @@ class Progress:
             self.console.print(text, markup=False, highlight=False)
             return
         # Not through rich: it would wrap lines at 80 columns in a log.
-        self.console.file.write(text + "\n")
-        self.console.file.flush()
+        try:
+            self.console.file.write(text + "\n")
+            self.console.file.flush()
+        except OSError as error:  # a display that nobody reads, or a log on a full disk, ends no run
+            self.enabled = False
+            _log.warning("the progress cannot be written, and the run goes on without: %s", error)
 
 
 def _format(form: str, value: Any) -> str:

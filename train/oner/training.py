@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,7 +59,9 @@ class OneRTraining(Training[OneRConfiguration]):
         result = self.step(batch)
         metrics: dict[str, Tensor | float] = {f"loss/{name}": value for name, value in result.parts.items()}
         if result.modality_gap is not None:
-            metrics["modality_gap"] = result.modality_gap
+            metrics["batch_modality_gap"] = result.modality_gap
+        if self.config.objectives.learnable_temperature and self.config.objectives.contrastive:
+            metrics["logit_scale"] = self.student.log_logit_scale.detach().exp()
         return Gradient(result.loss, metrics)
 
     def _updated(self) -> dict[str, Tensor | float]:
@@ -78,8 +81,10 @@ class OneRTraining(Training[OneRConfiguration]):
         if self._snapshots is not None:
             self._snapshots.take(self.steps_done)
 
-    def _export(self) -> None:
-        save_model(self.folder / "model.safetensors", self.exported, self.tokenizer.to_json())
+    def _export(self) -> Path:
+        path = self.folder / "model.safetensors"
+        save_model(path, self.exported, self.tokenizer.to_json())
+        return path
 
     def _extra_state(self) -> dict[str, Any]:
         return {

@@ -47,7 +47,7 @@ class AlignmentStep:
         return sum_over_ranks(total) / self.world.size
 
     def loss(self, batch: PairBatch, target: Tensor) -> Tensor:
-        """Return minus the mean cosine (0-d) of a micro-batch.
+        """Return the mean of -cosine (0-d) over the tokens of a micro-batch.
 
         Args:
             batch: the micro-batch.

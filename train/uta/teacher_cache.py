@@ -88,6 +88,7 @@ class FeatureCache:
         if dtype not in get_args(CacheType):
             raise ValueError(f"dtype must be one of {', '.join(get_args(CacheType))}, got {dtype!r}")
         self.folder, self.shape, self.dtype = Path(folder), tuple(shape), dtype
+        self._warned = False
         self.folder.mkdir(parents=True, exist_ok=True)
         written = {"version": VERSION, "shape": list(shape), "dtype": dtype, "key": dict(key)}
         mine = json.loads(json.dumps(written))
@@ -147,6 +148,8 @@ class FeatureCache:
     def put(self, step: int, images: Tensor, features: Tensor, place: int = 0) -> Tensor:
         """Store the tokens (B, T, D) of a step's images; return them as `get` will.
 
+        Where the disk takes no more, one warning says so and nothing is stored.
+
         Raises:
             ValueError: another shape than the cache's.
         """
@@ -166,7 +169,12 @@ class FeatureCache:
             "tokens": str(errors.numel()),
         }
         data = save(tensors, metadata)
-        write_atomic(self._path(step, place, images.shape[0]), lambda file: file.write(data))
+        try:
+            write_atomic(self._path(step, place, images.shape[0]), lambda file: file.write(data))
+        except OSError as error:
+            if not self._warned:
+                logger.warning("features cannot be cached, and the run goes on without: %s", error)
+            self._warned = True
         return restored
 
     def error(self) -> CacheError | None:

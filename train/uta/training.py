@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,8 +90,10 @@ class UTATraining(Training[UTAConfiguration]):
         tokens = 1 + model.cells - (alignment.hidden(model.cells) if alignment.objective == "uta" else 0)
         return FORWARD_AND_BACKWARD * uta_flops(model, [tokens] * len(batch))
 
-    def _export(self) -> None:
-        save_uta(self.folder / "model.safetensors", self.student, self._about())
+    def _export(self) -> Path:
+        path = self.folder / "model.safetensors"
+        save_uta(path, self.student, self._about())
+        return path
 
     def _extra_state(self) -> dict[str, Any]:
         return {"kind": "oner_fast.uta", "model_config": json.dumps(asdict(self.config.model)), **self._about()}

@@ -5,15 +5,19 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from oner_fast import bounded_json
+from oner_fast.atomic import replacing
 from oner_fast.data.sources import owned_files
 from oner_fast.data.sources.progress import progress, say
-from oner_fast.data.sources.writer import FORMAT, replacing, write_json
+from oner_fast.data.sources.writer import FORMAT, write_json
 from oner_fast.data.tar_index import build_index, stored_index
+from oner_fast.failures import keep_origin
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -64,7 +68,10 @@ class Build:
         shards = [owned_files.shard_name(shard["file"], "the build") for shard in every]
         with progress("indexing shards", len(shards)) as advance:
             for file in shards:
-                build_index(self.output / file).save()
+                index = build_index(self.output / file)
+                if index.damage:
+                    raise OSError(f"{self.output / file} reads back damaged ({index.damage[0]}); run it again")
+                index.save()
                 advance()
         owned_files.remove_stale_shards(self.output, set(shards))
         content = {"name": self.name, "format": FORMAT, **record, "build": self.options}
@@ -175,7 +182,10 @@ def versions(*packages: str) -> dict[str, str]:
 def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """Yield `work(job)` for each job, in order, from `workers` processes (1: this process).
 
-    Leaving the loop stops the processes.
+    Leaving the loop ends the processes after their present jobs.
+
+    Raises:
+        BrokenProcessPool: a process was killed.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
@@ -184,8 +194,12 @@ def each(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int) -> It
         return
     # fork is the fastest start, but it is safe only without other threads
     method = "fork" if threading.active_count() == 1 and hasattr(os, "fork") else "spawn"
-    with multiprocessing.get_context(method).Pool(min(workers, len(jobs)), _ignore_interrupts) as pool:
-        yield from pool.imap(work, jobs)
+    context = multiprocessing.get_context(method)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _ignore_interrupts)
+    try:
+        yield from pool.map(partial(_kept, work), jobs)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def default_workers() -> int:
@@ -202,6 +216,15 @@ def report(content: dict[str, Any], output: Path, verdict: str = "is complete") 
         if isinstance(count, int) and count:
             say(f"  left out, {reason}: {count:,}")
     say(f"{content['name']} {verdict} in {output}")
+
+
+def _kept(work: Callable[[Job], Result], job: Job) -> Result:
+    """Do a job in a worker process, whose exceptions lose their traceback on the way back."""
+    try:
+        return work(job)
+    except Exception as error:
+        keep_origin(error)
+        raise
 
 
 def _ignore_interrupts() -> None:

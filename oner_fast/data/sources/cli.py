@@ -2,6 +2,8 @@
 
 import sys
 
+from oner_fast.boundary import guarded
+
 NAMES = ("pictograms", "icons", "pairs", "index", "verify")
 
 
@@ -11,18 +13,14 @@ def main(argv: list[str]) -> int:
     An interruption returns 130 and keeps every complete file; the same command continues from there.
     """
     if argv and not argv[0].startswith("-") and argv[0] not in NAMES:
-        return _fail(f"unknown name {argv[0]!r}; known: {', '.join(NAMES)}", 2)
-    try:
-        return _run(argv)
-    except ModuleNotFoundError as error:
-        package = str(error.name or error).split(".", 1)[0]
-        if package == "oner_fast":
-            raise
-        return _fail(f"the package {package!r} is not installed: pip install 'oner_fast[demo]'", 1)
-    except (ValueError, OSError, RuntimeError) as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; complete files are kept, and the same command continues from there", 130)
+        print(f"oner-fast data: unknown name {argv[0]!r}; known: {', '.join(NAMES)}", file=sys.stderr)
+        return 2
+    return guarded(
+        "oner-fast data",
+        lambda: _run(argv),
+        extra="demo",
+        interrupted="interrupted; complete files are kept, and the same command continues from there",
+    )
 
 
 def _run(argv: list[str]) -> int:
@@ -36,11 +34,6 @@ def _run(argv: list[str]) -> int:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 2
     return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"oner-fast data: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oner_fast.atomic import replacing
 from oner_fast.data.sources.building import Build, each, report
 from oner_fast.data.sources.concepts import concept, split_of
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.sources.rendering import Picture, render
-from oner_fast.data.sources.writer import Sample, Shard, measure, replacing, split_record, write_shard
+from oner_fast.data.sources.writer import Sample, Shard, measure, split_record, write_shard
 
 PART = 256
 SHARD = 2048
@@ -62,7 +63,7 @@ def build_drawings(
     build.begin()
     parts = [drawings[start : start + PART] for start in range(0, len(drawings), PART)]
     _render_parts(build.work, parts, len(drawings), size, workers)
-    kept, dropped, failed = _choose(build.work, parts)
+    kept, dropped, failed, left_out = _choose(build.work, parts)
     if not kept:
         raise ValueError(f"none of {len(drawings)} drawings gave an image: {'; '.join(failed[:5])}")
     for line in failed[:10]:
@@ -74,6 +75,7 @@ def build_drawings(
         "attribution": _attribution(kept),
         "dropped": {**dropped, "failed": failed},
     }
+    build.write_left_out(left_out)
     content = build.finish(record)
     report(content, build.output)
     return content
@@ -114,26 +116,34 @@ def _load_part(path: Path) -> list[Picture]:
         return [Picture(file.read(length), digest, blank, error) for length, digest, blank, error in head]
 
 
-def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept], dict[str, int], list[str]]:
-    """Choose the drawings to keep: of images with equal pixels the first, whose `also` lists the others' captions."""
+def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept], dict[str, int], list[str], list[str]]:
+    """Choose the drawings to keep: of images with equal pixels the first, whose `also` lists the others' captions.
+
+    Also returns how many were left out by which rule, why drawings failed, and one line for each that was left out.
+    """
     first: dict[str, _Kept] = {}
     dropped = {"blank": 0, "equal pixels": 0, "not drawable": 0}
     failed: list[str] = []
+    left_out: list[str] = []
     for i, part in enumerate(parts):
         for j, (drawing, picture) in enumerate(zip(part, _load_part(_part(work, i)), strict=True)):
+            name = f"{drawing.icon_set.name} {drawing.name}"
             if picture.error:
                 dropped["not drawable"] += 1
-                failed.append(f"{drawing.icon_set.name} {drawing.name}: {picture.error}")
+                failed.append(f"{name}: {picture.error}")
+                left_out.append(f"not drawable: {failed[-1]}")
             elif picture.blank:
                 dropped["blank"] += 1
+                left_out.append(f"blank: {name}")
             elif picture.digest in first:
                 dropped["equal pixels"] += 1
                 twin = first[picture.digest]
+                left_out.append(f"equal pixels: {name}, as {twin.drawing.icon_set.name} {twin.drawing.name}")
                 if drawing.caption not in (twin.drawing.caption, *twin.also):
                     twin.also.append(drawing.caption)
             else:
                 first[picture.digest] = _Kept(drawing, (i, j), [])
-    return list(first.values()), dropped, failed
+    return list(first.values()), dropped, failed, left_out
 
 
 def _write_splits(build: Build, kept: Sequence[_Kept], style: frozenset[str]) -> dict[str, Any]:

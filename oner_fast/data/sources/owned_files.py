@@ -11,8 +11,10 @@ WORK = ".build"
 LEFT_OUT = "left-out.txt"
 
 _SHARD = re.compile(r"(?:train|val|style)-\d{6}\.tar")
-_OURS = re.compile(rf"\.?({_SHARD.pattern}(\.index\.npz)?|dataset\.json|{re.escape(LEFT_OUT)})(\.\d+(\.tmp)?)?")
-_WORKING = re.compile(rf"\.?({_SHARD.pattern}\.json|options\.json|part-\d{{5}})(\.\d+\.tmp)?")
+_OURS = re.compile(
+    rf"\.?({_SHARD.pattern}(\.index\.npz)?|dataset\.json|{re.escape(LEFT_OUT)})(\.\d+(-[0-9a-f]{{8}})?(\.tmp)?)?"
+)
+_WORKING = re.compile(rf"\.?({_SHARD.pattern}\.json|options\.json|part-\d{{5}})(\.\d+(-[0-9a-f]{{8}})?\.tmp)?")
 
 
 def shard_name(name: Any, where: str) -> str:

@@ -1,6 +1,7 @@
 """Write the shards of a user's own pairs, keeping the bytes of the images."""
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ SHARD = 1024
 EXTENSIONS = {kind: suffixes[0].removeprefix(".") for kind, suffixes in SUFFIXES_OF.items()}
 GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _SMALLER = {"JPEG": "JPEG", "AVIF": "JPEG", "WEBP": "WEBP"}  # the format of a reduced image; others become PNG
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in memory, which differs from run to run
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _samples(job: ShardJob, captions: set[str], corrupt: list[str]) -> Iterator[
         try:
             image, extension = _read_image(pair.image, job.resize)
         except CorruptSample as error:
-            corrupt.append(f"{pair.name}: {error.why}")
+            corrupt.append(f"{pair.name}: {_ADDRESS.sub('', error.why)}")
             continue
         except (OSError, ValueError) as error:
             corrupt.append(f"{pair.name}: {error.strerror if isinstance(error, OSError) and error.strerror else error}")

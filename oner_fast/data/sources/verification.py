@@ -32,7 +32,7 @@ class _SampleJob:
 
 @dataclass
 class Found:
-    """What a tar, a part of one, or all of them hold.
+    """The contents and the damage of a tar, of a part of one, or of all of them.
 
     Attributes:
         damage: a sentence for each damaged place or sample.

@@ -6,8 +6,9 @@ import pytest
 pytest.importorskip("webdataset", reason="needs the train extra")
 pytest.importorskip("rich", reason="needs the train extra")
 
+from oner_fast.atomic import replacing
 from oner_fast.data.sources.building import Build, each, index_tars
-from oner_fast.data.sources.writer import Sample, measure, replacing, split_record, write_shard
+from oner_fast.data.sources.writer import Sample, measure, split_record, write_shard
 from oner_fast.data.tar_index import load_index
 
 

@@ -33,6 +33,13 @@ def test_blank_equal_and_broken_drawings_are_dropped_and_counted(tmp_path: Path)
     content = build_drawings(Build(tmp_path, "test", {}), DRAWINGS, 16, 1)
     assert content["dropped"] | {"failed": 0} == {"blank": 1, "equal pixels": 2, "not drawable": 1, "failed": 0}
     assert content["dropped"]["failed"][0].startswith("one broken: ")
+    lines = (tmp_path / "left-out.txt").read_text().splitlines()
+    assert lines[:3] == [
+        "equal pixels: one kitten, as one cat",
+        "equal pixels: two puss, as one cat",
+        "blank: one nothing",
+    ]
+    assert len(lines) == 4 and lines[3].startswith("not drawable: one broken: ")
     assert [(entry["set"], entry["samples"]) for entry in content["attribution"]] == [("one", 2), ("two", 1)]
     data = PairDataset(tmp_path, "train")
     metas = {data.read(i).key: data.read(i).meta for i in range(len(data))}

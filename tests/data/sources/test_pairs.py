@@ -13,7 +13,7 @@ for package in ("PIL", "webdataset", "rich", "numpy"):
 
 from PIL import Image  # noqa: E402
 
-from oner_fast.data.dataset import PairDataset  # noqa: E402
+from oner_fast.data.dataset import CorruptSample, PairDataset  # noqa: E402
 from oner_fast.data.images import decode  # noqa: E402
 from oner_fast.data.sources import pair_shards  # noqa: E402
 from oner_fast.data.sources.cli import main  # noqa: E402
@@ -442,3 +442,16 @@ def test_folders_of_training_and_validation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no image of .*val can be read: .*e.png: it is empty"):
         build_pairs(tmp_path / "train", tmp_path / "none", val=tmp_path / "val")
     assert not (tmp_path / "none").exists()
+
+
+def test_no_memory_address_is_recorded(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pair_shards._read_image
+
+    def failing(path: Path, resize: int | None) -> tuple[bytes, str]:
+        if path.name == "4.png":
+            raise CorruptSample("4.png", "cannot read <_io.BytesIO object at 0x7f33a1b2c3d0>")
+        return real(path, resize)
+
+    monkeypatch.setattr(pair_shards, "_read_image", failing)
+    content = build_pairs(table, tmp_path / "out", workers=1)
+    assert content["dropped"]["named"] == ["img/4.png: cannot read <_io.BytesIO object>"]

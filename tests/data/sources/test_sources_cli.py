@@ -11,6 +11,7 @@ from PIL import Image  # noqa: E402
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
 from oner_fast.data.sources.cli import NAMES, main  # noqa: E402
+from oner_fast.remedies import install_extra_command  # noqa: E402
 
 
 def test_pairs_and_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +59,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
     monkeypatch.setattr(builtins, "__import__", without_tyro)
     assert main(["pictograms", "--output", str(tmp_path / "out")]) == 1
-    assert "the package 'tyro' is not installed: pip install 'oner_fast[demo]'" in capsys.readouterr().err
+    assert f"the package 'tyro' is not installed: {install_extra_command('demo')}" in capsys.readouterr().err
 
 
 def test_an_interruption_is_reported(

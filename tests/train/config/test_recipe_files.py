@@ -115,3 +115,8 @@ def test_an_error_says_what_is_wrong(
     output = capsys.readouterr().err
     for text in texts:
         assert text in output
+
+
+def test_recipes_of_a_file_share_no_run_folder_with_ours_or_each_other(file: str) -> None:
+    folders = [get_recipe(f"{file}:mine_{system}_cpu").run.run_dir for system in ("clip", "uta", "lit")]
+    assert folders == ["runs/mine_clip_cpu", "runs/mine_uta_cpu", "runs/mine_lit_cpu"]

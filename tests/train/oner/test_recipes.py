@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from oner_fast.models.oner import OneR
+from oner_fast.train.config.command_line import parse
 from oner_fast.train.config.registry import get_recipe, recipes
 from oner_fast.train.config.serialization import from_dict, load_json, save_json, to_dict
 from oner_fast.train.oner.recipes import DEFAULT
@@ -113,3 +114,26 @@ def test_ablation_recipes_differ_only_in_the_compared_settings(ending: str) -> N
             assert config.objectives.learnable_temperature and not config.objectives.mlm and not config.objectives.mim
         else:
             assert weights == base.objectives, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "warmup"),
+    [
+        (["--steps", "50"], 50, 4),
+        (["--steps=6"], 6, 0),
+        (["--optim.steps", "48"], 48, 4),
+        (["--steps", "51"], 51, 50),
+        (["--steps", "9", "--steps", "100"], 100, 50),
+        (["--steps", "20", "--warmup", "19"], 20, 19),
+    ],
+)
+def test_fewer_steps_than_the_warm_up_shorten_it_in_proportion(flags: list[str], steps: int, warmup: int) -> None:
+    config = parse(flags, "oner_tiny_pictograms_cpu", "prog", OneRConfiguration)
+    assert (config.optim.steps, config.optim.warmup) == (steps, warmup)
+
+
+@pytest.mark.parametrize("steps", ["0", "-3", "x", "1e3", "²"])
+def test_steps_that_are_no_number_are_refused_as_before(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--steps", steps], "oner_tiny_pictograms_cpu", "prog", OneRConfiguration)
+    assert "becomes" not in capsys.readouterr().out

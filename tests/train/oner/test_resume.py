@@ -189,7 +189,7 @@ def test_the_metrics_are_the_same_lines(runs: Runs, name: str) -> None:
 
     expected = lines(runs.straight)
     assert [line["step"] for line in expected] == list(range(1, 11))
-    assert {"loss", "loss/itc", "loss/cmc", "loss/mlm", "loss/mim", "lr", "grad_norm", "momentum", "modality_gap",
+    assert {"loss", "loss/itc", "loss/cmc", "loss/mlm", "loss/mim", "lr", "grad_norm", "momentum", "batch_modality_gap",
             "epoch", "skipped_steps", "corrupt_samples"} <= set(expected[0])  # fmt: skip
     assert [line["epoch"] for line in expected] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert len({line["loss"] for line in expected}) == 10 and expected[-1]["loss"] < expected[0]["loss"]
