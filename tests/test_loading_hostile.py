@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import oner_fast
 from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.models import state_files
 from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
 from oner_fast.models.files import FORMAT, UTA_FORMAT, load_uta, save_model, save_uta
 from oner_fast.models.oner import OneR, OneRConfig
@@ -294,6 +296,20 @@ def test_zip_archives_that_torch_did_not_write_are_named(tmp_path: Path) -> None
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=r"model\.pt is (damaged|no)"):
             oner_fast.load(path)
+
+
+def test_an_error_of_the_system_stays_one(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any, **more: Any) -> NoReturn:
+        raise RuntimeError("unable to mmap 120 bytes from file </a/b>: Cannot allocate memory (12)")
+
+    path = tmp_path / "w.pt"
+    path.write_bytes(torch_bytes({"a": torch.zeros(2)}))
+    monkeypatch.setattr(state_files, "load_file", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    for file in (path, whole / "oner.safetensors"):
+        with pytest.raises(OSError, match=file.name) as found:
+            oner_fast.load(file)
+        assert found.value.errno == errno.ENOMEM
 
 
 def test_weights_without_a_configuration_name_the_way(whole: Path, tmp_path: Path) -> None:

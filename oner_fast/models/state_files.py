@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -47,6 +48,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {_first_line(error)}") from error
+    except RuntimeError as error:
+        raise _system_error(error, path) or error from None
 
 
 def read_pytorch(path: Path) -> dict[str, Any]:
@@ -66,6 +69,8 @@ def read_pytorch(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds on what it cannot read
         if _of_the_machine(error):
             raise
+        if (system := _system_error(error, path)) is not None:
+            raise system from error
         if found := _GLOBAL.search(str(error)):
             raise ValueError(
                 f"{path} holds objects of {found[1] or found[2]} beside tensors, and no code of a file is run; save "
@@ -154,6 +159,12 @@ def _check_archive(path: Path) -> None:
 def _of_the_machine(error: Exception) -> bool:
     """Whether an error says nothing about the file's content; EINVAL comes from a place before the file's start."""
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+def _system_error(error: Exception, path: Path) -> OSError | None:
+    """Return the error of the system that torch met when it mapped the file, and told as a RuntimeError."""
+    found = re.search(r"(?:open|map|stat)\b.*: [^:]+ \((\d+)\)$", str(error).strip().partition("\n")[0])
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
 def _first_line(error: Exception) -> str:
