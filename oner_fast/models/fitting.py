@@ -54,7 +54,7 @@ def check_fit(found: Found, build: Callable[[], nn.Module], depth: Callable[[str
     try:
         with torch.device("meta"):
             one = {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
-    except (RuntimeError, OverflowError, TypeError) as error:
+    except (RuntimeError, ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"{problem}: no model has these sizes ({str(error).splitlines()[0][:200]})") from error
     there: dict[str, set[str]] = {}
     for name in found.shapes:

@@ -296,7 +296,7 @@ def check_model(data: bytes) -> None:
         try:
             read(path)
         except ValueError as error:
-            assert str(error), "an error without words"
+            assert str(path) in str(error), f"an error that does not name the file: {error}"
 
 
 @functools.cache
