@@ -129,16 +129,23 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
         "recipe": _recipe(config),
         "from_scratch": _trainer(config) != "lit" and not _initialised(config),
         "data_name": described.get("name"),
-        "splits": {
-            name: {key: split.get(key) for key in ("samples", "captions")}
-            for name, split in described.get("splits", {}).items()
-        },
+        "splits": _splits(described),
         "attribution": credits_of(described),
         "commands": _commands(described, config, shown_as),
         "versions": versions(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _splits(described: dict[str, Any]) -> dict[str, dict[str, int | None]]:
+    """Numbers of images and captions by split; what is no whole number is left out."""
+    splits, found = described.get("splits"), {}
+    for name, split in splits.items() if isinstance(splits, dict) else ():
+        sizes = {key: split.get(key) if isinstance(split, dict) else None for key in ("samples", "captions")}
+        if isinstance(sizes["samples"], int):
+            found[name] = {key: value if isinstance(value, int) else None for key, value in sizes.items()}
+    return found
 
 
 def _recipe(config: dict[str, Any]) -> str | None:
@@ -162,7 +169,8 @@ def _initialised(config: dict[str, Any]) -> bool:
 
 
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
-    source, recipe = (described.get("build") or {}).get("source"), _recipe(config)
+    build, recipe = described.get("build"), _recipe(config)
+    source = build.get("source") if isinstance(build, dict) else None
     made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
     chosen = f" --recipe {recipe}" if recipe else ""
     trained = [f"oner-fast train {_trainer(config)}{chosen} --run.run-dir {shown_as}"] if config else []

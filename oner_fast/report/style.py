@@ -59,6 +59,7 @@ def style() -> Any:
         "figure.facecolor": COLOURS["paper"],
         "axes.facecolor": "none",
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a caption may hold dollar signs
         "axes.unicode_minus": True,
         "path.simplify": True,
         "path.simplify_threshold": 0.4,

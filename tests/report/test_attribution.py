@@ -15,7 +15,8 @@ HOSTILE = [
     "javascript:alert(1)", "JaVaScRiPt:alert(1)", "java\tscript:alert(1)", "java\nscript:alert(1)", "\x01javascript:a",
     " javascript:alert(1)", "javascript&colon;alert(1)", "&#106;avascript:alert(1)", "data:text/html,<b>x</b>",
     "vbscript:msgbox(1)", "file:///etc/passwd", "//example.org/x", "/x", "#x", "", "https:", "https://", "http:///path",
-    "https:/example.org", "https:\\\\example.org", "https://exa\tmple.org", "https://example.org/a b", "ht\x00tp://a.org",
+    "https:/example.org", "https:\\\\example.org", "https://exa\tmple.org", "https://example.org/a b",
+    "ht\x00tp://a.org",
     "https://[half", "blob:https://example.org/x", "view-source:https://example.org", "feed:https://example.org",
     "http\u200bs://example.org", "https://example.org/\u0085", None, 7, ["https://example.org"], {"a": "b"},
 ]  # fmt: skip
