@@ -16,7 +16,7 @@ from oner_fast.atomic import write_atomic
 from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.safetensors_header import read_header
-from oner_fast.models.settings import settings_from_dict
+from oner_fast.models.settings import from_dict
 from oner_fast.models.state_files import read_safetensors, unwrapped
 
 CONFIG = "open_clip_config.json"
@@ -176,11 +176,7 @@ def check_clip(found: Found, config: CLIPConfig, problem: str) -> None:
 
 def clip_config_from_dict(values: dict[str, Any], name: str) -> CLIPConfig:
     """Make a configuration from JSON values; ValueError, which starts with `name`, for an unknown key or value."""
-    settings = settings_from_dict(CLIPConfig, values, name)
-    try:
-        return CLIPConfig(**settings)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return from_dict(CLIPConfig, values, name)
 
 
 def _config(values: dict[str, Any], path: Path) -> CLIPConfig:

@@ -19,7 +19,7 @@ from oner_fast.models.file_kinds import file_kind
 from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.safetensors_header import Header, read_header
-from oner_fast.models.settings import settings_from_dict
+from oner_fast.models.settings import from_dict
 from oner_fast.models.state_files import read_safetensors, read_state, unwrapped
 from oner_fast.models.uta import UTA, UTAConfig
 
@@ -194,9 +194,9 @@ def check_uta(found: Found, config: UTAConfig, problem: str) -> None:
 
 def config_from_dict(values: dict[str, Any], name: str = "the configuration") -> OneRConfig:
     """Make a configuration from JSON values; ValueError, which starts with `name`, for an unknown key or value."""
-    return OneRConfig(**settings_from_dict(OneRConfig, values, name))
+    return from_dict(OneRConfig, values, name)
 
 
 def uta_config_from_dict(values: dict[str, Any], name: str = "the configuration") -> UTAConfig:
     """Make a student's configuration from JSON values; ValueError, which starts with `name`, as `config_from_dict`."""
-    return UTAConfig(**settings_from_dict(UTAConfig, values, name))
+    return from_dict(UTAConfig, values, name)

@@ -23,7 +23,7 @@ from oner_fast.models import pretrained_encoders
 from oner_fast.models.fitting import Found, check_shapes, filled
 from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.safetensors_header import read_header
-from oner_fast.models.settings import settings_from_dict
+from oner_fast.models.settings import from_dict
 from oner_fast.models.state_files import read_safetensors, unwrapped
 from oner_fast.models.teacher_image_towers import TeacherImageTower
 
@@ -193,7 +193,7 @@ def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
     if not isinstance(values, dict) or values.keys() != known:
         given = sorted(values) if isinstance(values, dict) else values
         raise ValueError(f"{name} must hold {', '.join(sorted(known))} under 'model', got {given}")
-    return LiTConfig(**settings_from_dict(LiTConfig, values, name))
+    return from_dict(LiTConfig, values, name)
 
 
 def check_origins(saved: Any, encoders: Encoders, name: str) -> None:

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, TypeVar
 
 MAX_INT = 2**31 - 1
 _MAX_CHANNELS = 16
 
 
-def settings_from_dict(config: type[Any], values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the arguments of the dataclass `config` from JSON values.
+C = TypeVar("C")
+
+
+def from_dict(config: type[C], values: dict[str, Any], name: str) -> C:
+    """Make the dataclass `config` from JSON values.
 
     Each field must have a default, which decides the kind of its value: a flag; a whole number from 1 to `MAX_INT`; a
     finite number above 0; or a few finite numbers, read as a tuple. Fields that are not given keep their defaults.
 
     Raises:
-        ValueError: an unknown key, or a value of another kind; the message starts with `name`.
+        ValueError: an unknown key, a value of another kind, or values that do not fit each other; the message starts
+            with `name`.
     """
-    known = {field.name: field.default for field in fields(config)}
+    known = {field.name: field.default for field in fields(config)}  # type: ignore[arg-type]
     if unknown := values.keys() - known:
         raise ValueError(
             f"{name}: unknown model settings {', '.join(sorted(unknown))[:200]}; known: {', '.join(sorted(known))}"
         )
-    return {key: _value(value, known[key], f"{name}: {key}") for key, value in values.items()}
+    settings = {key: _value(value, known[key], f"{name}: {key}") for key, value in values.items()}
+    try:
+        return config(**settings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _value(value: Any, default: Any, name: str) -> Any:
@@ -42,8 +50,6 @@ def _value(value: Any, default: Any, name: str) -> Any:
         few = isinstance(value, list | tuple) and 1 <= len(value) <= _MAX_CHANNELS
         if not few or not all(_number(each) for each in value):
             raise ValueError(f"{name} must be 1 to {_MAX_CHANNELS} finite numbers, got {_shown(value)}")
-        if name.endswith("std") and min(value) <= 0:
-            raise ValueError(f"{name} must be above 0, got {_shown(value)}")
         if name.endswith("std") and min(value) <= 0:
             raise ValueError(f"{name} must be above 0, got {_shown(value)}")
         return tuple(value)
