@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from oner_fast.data.orientation import from_info, upright
-from oner_fast.data.pixels import check_size, read_file, read_picture, to_rgb
+from oner_fast.data.pixels import check_size, load, read_file, read_picture, to_rgb
 
 GivenImage: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8] | Tensor
@@ -44,7 +44,7 @@ def as_rgb(image: GivenImage, name: str = "image") -> Image.Image:
         return read_picture(bytes(image), name).rgb
     if isinstance(image, Image.Image):
         check_size(image, name)
-        image.load()
+        load(image)
         return to_rgb(upright(image, from_info(image.info)))
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
