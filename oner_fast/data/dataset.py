@@ -19,6 +19,7 @@ from oner_fast.data.listing import read_listing
 from oner_fast.data.tar_folders import tars_in, unlisted
 from oner_fast.data.tar_headers import BLOCK
 from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
+from oner_fast.data.tar_scan import printable
 
 logger = logging.getLogger("oner_fast.data")
 
@@ -140,7 +141,7 @@ class PairDataset:
         key = index.key(row)
         if not key.isprintable():
             key = repr(key)[1:-1]
-        return f"{index.path.name}:{key or f'sample {row}'}"
+        return f"{printable(index.path.name)}:{key or f'sample {row}'}"
 
     def read(self, i: int, meta: bool = True) -> RawPair:
         """Read sample `i`. Where `meta` is false, its metadata are left empty.

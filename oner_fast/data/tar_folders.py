@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from oner_fast.data.tar_scan import printable
+
 _COMPRESSED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
 
 
@@ -37,12 +39,12 @@ def tars_in(folder: Path) -> TarFolder:
     tars, compressed, others = [], [], []
     for path in sorted(folder.iterdir()):
         if _COMPRESSED.search(path.name):
-            compressed.append(path.name)
+            compressed.append(printable(path.name))
         elif path.suffix.lower() == ".tar" and path.is_file():
             tars.append(path)
         elif path.suffix.lower() == ".tar":
             kind = "a folder" if path.is_dir() else "a device or pipe" if path.exists() else "a broken link"
-            others.append(f"{path.name}: {kind}, not a tar")
+            others.append(f"{printable(path.name)}: {kind}, not a tar")
     return TarFolder(tars, compressed, others)
 
 
@@ -52,4 +54,4 @@ def unlisted(folder: Path, listed: set[Path]) -> list[str]:
     if not names:
         return []
     noun = "a tar is" if len(names) == 1 else f"{len(names):,} tars are"
-    return [f"{noun} not read, since {folder / 'dataset.json'} does not list it, such as {names[0]}"]
+    return [f"{noun} not read, since {folder / 'dataset.json'} does not list it, such as {printable(names[0])}"]

@@ -163,8 +163,9 @@ class Sentences:
 
 
 def printable(text: str) -> str:
-    """Write what UTF-8 cannot encode, such as bytes of a name in another encoding, as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Write as escapes what UTF-8 cannot encode, such as bytes of a name in another encoding, and line breaks."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import pytest
 
 from oner_fast.data.dataset import CorruptSample, PairDataset, caption_of
 from oner_fast.data.sources.building import index_tars
-from oner_fast.data.sources.verification import verify_data
+from oner_fast.data.sources.verification import verify, verify_data
 from oner_fast.data.sources.writer import Sample, write_shard
 from oner_fast.data.tar_folders import tars_in
 from oner_fast.data.tar_index import build_index
@@ -67,6 +67,16 @@ def test_a_pipe_is_refused_and_not_waited_for(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"pipe\.tar is a pipe"):
         PairDataset(folder / "pipe.tar")
     assert "is a pipe" in verify_data([folder / "pipe.tar"], 1).damage[0]
+
+
+def test_a_name_of_any_bytes_stands_on_one_line_of_the_damage(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9\n.tar")
+    write_shard(odd, [Sample("a", b"no image", "png", {"caption": "a cat"})])
+    odd.write_bytes(odd.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="damaged places"):
+        verify([odd], 1, 20, tmp_path / "damage.txt")
+    lines = (tmp_path / "damage.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 2 and all(line.startswith(r"caf\udce9\n.tar:") for line in lines)
 
 
 def test_zeroed_captions_are_corrupt() -> None:

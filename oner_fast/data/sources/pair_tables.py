@@ -20,6 +20,8 @@ from oner_fast.data.sources.pair_types import (
 )
 from oner_fast.data.sources.tables import BadRow, Table, lines_of
 
+_SHOWN = 50  # columns that an error names, and characters of each
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -82,7 +84,8 @@ def _column(table: Table, key: str, name: str) -> int:
         return table.header.index(key)
     if found:
         raise ValueError(f"{name} has {found} columns {key!r}; rename all but one")
+    more = f" and {len(table.header) - _SHOWN:,} more" if len(table.header) > _SHOWN else ""
+    columns = ", ".join(column[:_SHOWN] for column in table.header[:_SHOWN]) + more
     raise ValueError(
-        f"no column {key!r} in {name}; it has {', '.join(table.header)}: "
-        "name its columns with --csv-img-key and --csv-caption-key"
+        f"no column {key!r} in {name}; it has {columns}: name its columns with --csv-img-key and --csv-caption-key"
     )

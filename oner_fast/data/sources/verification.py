@@ -14,6 +14,7 @@ from oner_fast.data.sources.building import default_workers, each
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.tar_folders import tars_in, unlisted
 from oner_fast.data.tar_index import META, TEXT, TarIndex, build_index, stored_index
+from oner_fast.data.tar_scan import printable
 
 _CHUNK = 128  # samples that a worker reads at a time
 _NAMED_WITH_SAMPLES = ("has no whole image", "have no whole image", "has no caption", "have no caption")
@@ -125,7 +126,7 @@ def _left_out(folder: Path) -> list[str]:
 def _check_tar(job: _TarJob) -> tuple[Found, TarIndex | None]:
     """Check a tar's sum, headers and index; returns also the index of what it holds now."""
     found = Found()
-    name = job.tar.name
+    name = printable(job.tar.name)
     try:
         if job.record is not None:
             why = difference(job.record)
@@ -137,7 +138,7 @@ def _check_tar(job: _TarJob) -> tuple[Found, TarIndex | None]:
         found.damage.append(f"{name}: cannot be read ({error.strerror or error})")
         return found, None
     except ValueError as error:
-        found.damage.append(str(error))
+        found.damage.append(printable(str(error)))
         return found, None
     if stored is not None and current and not stored.same_samples(index):
         found.damage.append(f"{name}: {TarIndex.file(job.tar).name} is not its index; remove that file")

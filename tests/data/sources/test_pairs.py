@@ -495,3 +495,10 @@ def test_sources_that_are_no_table_are_called_what_they_are(tmp_path: Path) -> N
         (tmp_path / "wide.csv").write_bytes(mark + "filepath,title\na.png,a cat\n".encode(order))
         with pytest.raises(ValueError, match=r"wide\.csv is UTF-16, not UTF-8; .* iconv -f utf-16 -t utf-8"):
             build_pairs(tmp_path / "wide.csv", tmp_path / "out")
+
+
+def test_an_error_names_the_first_of_many_columns(tmp_path: Path) -> None:
+    (tmp_path / "wide.csv").write_text(",".join(f"c{i}" for i in range(9999)) + "\n")
+    with pytest.raises(ValueError, match="it has c0, c1, .*, c49 and 9,949 more: name its columns") as error:
+        build_pairs(tmp_path / "wide.csv", tmp_path / "out")
+    assert len(str(error.value)) < 1000
