@@ -37,7 +37,7 @@ from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 # Settings of the data that change neither the samples nor their order: paths and speed.
 _FREE_DATA = ("workers", "train_data", "val_data", "val_split", "tokenizer")
 # Settings of the run that may differ between ranks: those of a machine, and those that only rank 0 reads.
-_OF_A_RANK = ("run_dir", "recipe", "device", "threads", "resume", "collective_timeout")
+_OF_A_RANK = ("run_dir", "recipe", "device", "resume", "collective_timeout")
 _KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 
 

@@ -66,8 +66,14 @@ def settle_threads(
         dtype: dtype of the products.
 
     Returns:
-        The number, the same on every rank.
+        The number, the same on every rank: rank 0 decides, whatever cores the others may use.
     """
+    threads = on_main(world, lambda: _settle(asked, world, workers, recorded, dtype))
+    torch.set_num_threads(threads.used)
+    return threads
+
+
+def _settle(asked: int | Literal["auto"], world: World, workers: int, recorded: object, dtype: torch.dtype) -> Threads:
     cores = _cores()
     if isinstance(asked, int):
         used = asked or _DEFAULT
@@ -80,9 +86,8 @@ def settle_threads(
         if world.device.type == "cuda" or most == 1:
             used = most
         else:
-            times = on_main(world, lambda: time_threads(_powers(most), _products(dtype)))
+            times = time_threads(_powers(most), _products(dtype))
             used = fewest_fast_enough(times)
-            torch.set_num_threads(used)
             _log.info(
                 "--threads auto: %d of %d cores (%s for the same products); --threads N fixes the number",
                 used,
@@ -90,12 +95,10 @@ def settle_threads(
                 ", ".join(f"{threads}: {1000 * seconds:.1f} ms" for threads, seconds in times.items()),
             )
             return Threads(asked, used, _milliseconds(times))
-    torch.set_num_threads(used)
     if used == 1 or world.device.type == "cuda":
         return Threads(asked, used, {})
-    times = on_main(world, lambda: time_threads([1, used], _products(dtype)))
-    torch.set_num_threads(used)
-    if world.is_main and (warning := slow_threads(times)):
+    times = time_threads([1, used], _products(dtype))
+    if warning := slow_threads(times):
         _log.warning("%s", warning)
     return Threads(asked, used, _milliseconds(times))
 

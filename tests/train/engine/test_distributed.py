@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from oner_fast.train.engine.distributed import World, barrier, is_main, setup, shutdown, sum_over_ranks
+from oner_fast.train.engine.distributed import World, barrier, is_main, require_same, setup, shutdown, sum_over_ranks
 from oner_fast.train.engine.nonfinite import NonFiniteError, NonFiniteGuard
 from oner_fast.train.engine.signals import StopRequest
+from oner_fast.train.engine.threads import settle_threads
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -79,6 +80,15 @@ def rank_main(rank: int, size: int, folder: str) -> None:
         assert sum_over_ranks(mine).tolist() == [[3, 300], [30, 3000]]
         assert mine[0, 0] == rank + 1
         barrier()
+
+        require_same(world, {"lr": 0.1, "samples": 12})
+        named = r" \(lr 0.1 -> 0.5, samples 12 -> 14\); start" if rank == 1 else "; its own output names them"
+        with pytest.raises(ValueError, match=f"rank 1 has other settings or data than rank 0{named}"):
+            require_same(world, {"lr": 0.5, "samples": 14} if rank == 1 else {"lr": 0.1, "samples": 12})
+
+        # Rank 0 decides, also where another rank would not time anything.
+        threads = settle_threads(2 if rank == 0 else 1, world, workers=0, dtype=torch.float32)
+        assert threads.used == torch.get_num_threads() == 2 and threads.milliseconds.keys() == {"1", "2"}
 
         request = StopRequest()
         assert request.agree(world) is None
