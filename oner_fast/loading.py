@@ -16,7 +16,7 @@ from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers
+from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers, text_list
 from oner_fast.models import lit, pretrained_encoders, weights
 from oner_fast.models.clip import CONFIG, CLIPConfig, clip_tokenizer, fill_clip
 from oner_fast.models.files import FORMAT as ONER_FORMAT
@@ -66,7 +66,12 @@ class Loaded:
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed captions by F(T): (B, E)."""
+        """Embed captions by F(T): (B, E).
+
+        Raises:
+            TypeError: `texts` is one string, or holds something that is no string.
+            ValueError: there is no text, or one that is not valid Unicode.
+        """
         text = self._texts(texts)
         return _normalise(self.model.encode_text(text.input_ids, text.cu_seqlens))
 
@@ -87,9 +92,7 @@ class Loaded:
         return stacked(images, self.preprocess).to(self._device)
 
     def _texts(self, texts: Sequence[str]) -> TokenizedText:
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of strings, got one string")
-        return self.tokenizer(list(texts), self.config.max_text_tokens).to(self._device)
+        return self.tokenizer(text_list(texts), self.config.max_text_tokens).to(self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -174,11 +177,10 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
     if "model_config" not in state or not isinstance(student, dict):
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(map(str, state))[:8])}")
     if kind == CLIP_FORMAT:
-        read = weights.check_settings(_json(state, "model_config", name), name).items()
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in read}
+        values = weights.check_settings(_json(state, "model_config", name), name)
         try:
-            config = CLIPConfig(**values)
-        except TypeError as error:
+            config = weights.config_of(CLIPConfig, values)
+        except ValueError as error:
             raise ValueError(f"{path}: its configuration does not describe a CLIP ({error})") from error
         return _clip(fill_clip(config, part_of(student, "clip."), name), config, run, device)
     if kind == lit.FORMAT:
@@ -188,11 +190,12 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
         heads = lit.fill_heads(lit_config, encoders, part_of(student, "heads."), name)
         return _lit((lit.LiT(encoders, heads).eval(), encoders, lit_config), run, device)
     if kind == UTA_FORMAT:
-        uta = build_uta(state["model_config"], part_of(student, "student.") or student, name)
-        return student_towers(uta, state.get("teacher", ""), run, device)
+        uta = build_uta(_entry(state, "model_config", name), part_of(student, "student.") or student, name)
+        teacher = _entry(state, "teacher", name) if "teacher" in state else ""
+        return student_towers(uta, teacher, run, device)
     if kind != ONER_FORMAT:
         raise ValueError(f"{path} holds a model of the unknown kind {kind!r}; update oner_fast")
-    tower = build_model(state["model_config"], tower_of(student), name)
+    tower = build_model(_entry(state, "model_config", name), tower_of(student), name)
     return _oner(name, tower, _entry(state, "tokenizer", name), device)
 
 
@@ -236,7 +239,10 @@ def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Entries of `state` under a prefix, without the prefix."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    named = (
+        (name, tensor) for name, tensor in state.items() if isinstance(name, str)
+    )  # a foreign file may hold others
+    return {name.removeprefix(prefix): tensor for name, tensor in named if name.startswith(prefix)}
 
 
 def _normalise(embeddings: Tensor) -> Tensor:

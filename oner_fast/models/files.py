@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -174,17 +174,10 @@ def _checked(path: Path | str, metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def config_from_dict(values: dict[str, object]) -> OneRConfig:
-    """Make a configuration from JSON values; ValueError for an unknown key."""
-    return OneRConfig(**_settings(OneRConfig, values))
+    """Make a configuration from JSON values; ValueError for an unknown key or a value of another type."""
+    return weights.config_of(OneRConfig, values)
 
 
 def uta_config_from_dict(values: dict[str, object]) -> UTAConfig:
-    """Make a student's configuration from JSON values; ValueError for an unknown key."""
-    return UTAConfig(**_settings(UTAConfig, values))
-
-
-def _settings(config: type[Any], values: dict[str, object]) -> dict[str, Any]:
-    known = {field.name for field in fields(config)}
-    if unknown := values.keys() - known:
-        raise ValueError(f"unknown model settings {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    """Make a student's configuration from JSON values; ValueError for an unknown key or a value of another type."""
+    return weights.config_of(UTAConfig, values)

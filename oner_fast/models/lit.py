@@ -179,7 +179,10 @@ def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
     if not isinstance(values, dict) or values.keys() != known:
         given = sorted(values) if isinstance(values, dict) else values
         raise ValueError(f"{name} must hold {', '.join(sorted(known))} under 'model', got {given}")
-    return LiTConfig(**weights.check_settings(values, name))
+    try:
+        return weights.config_of(LiTConfig, weights.check_settings(values, name))
+    except ValueError as error:
+        raise ValueError(f"{name}: its configuration does not describe a LiT: {error}") from error
 
 
 def check_origins(saved: Any, encoders: Encoders, name: str) -> None:

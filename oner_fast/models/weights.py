@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 _SHOWN = 3  # entries of a list that a message names
 
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C")
 
 
 def read_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -53,6 +56,8 @@ def is_pytorch(path: Path) -> bool:
     """Tell whether a file holds what `torch.save` writes, and not safetensors. Raises as `read_weights` does."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder, and a model file is needed")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a device or a pipe, and a model file is needed")
     if not path.is_file():
         raise FileNotFoundError(f"there is no model file {path}")
     with path.open("rb") as file:
@@ -138,6 +143,44 @@ def check_settings(values: Any, name: str, *, largest: int = 1 << 31) -> dict[st
     return values
 
 
+def config_of(kind: type[C], values: Mapping[str, Any]) -> C:
+    """Make a configuration, a dataclass whose every field has a default, from JSON values.
+
+    Raises:
+        ValueError: a setting is unknown, or a value is of another type than the field's default. A list needs as many
+            numbers as the default.
+    """
+    known = {field.name: field.default for field in fields(kind)}  # type: ignore[arg-type]
+    if unknown := values.keys() - known:
+        raise ValueError(f"unknown model settings {_some(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return kind(**{name: _like(known[name], value, name) for name, value in values.items()})
+
+
+def _like(default: Any, value: Any, name: str) -> Any:
+    """Return a setting where it is of its default's type; ValueError with the type that is needed otherwise."""
+    if isinstance(default, tuple):
+        if isinstance(value, (list, tuple)) and len(value) == len(default) and all(map(_is_number, value)):
+            return tuple(value)
+        needed = f"a list of {len(default)} numbers"
+    elif isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        needed = "a truth value"
+    elif isinstance(default, int):
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        needed = "a whole number"
+    else:
+        if _is_number(value):
+            return value
+        needed = "a number"
+    raise ValueError(f"{name} is {repr(value)[:80]}, and {needed} is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1 << 63 and isfinite(value)
+
+
 def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
     """Refuse weights that do not fit; the tensors of `expected` have shapes and dtypes alone."""
     problem = f"{name}: the weights do not fit the configuration"
@@ -147,6 +190,11 @@ def _compare(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], name: 
         raise ValueError(f"{problem}: it holds {_some(extra)}, which the model lacks")
     for key, wanted in expected.items():
         given = state[key]
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{problem}: {key} is a {type(given).__name__}, and a tensor is needed")
+        if given.layout != torch.strided or given.is_quantized or given.is_meta:
+            kind = "a meta" if given.is_meta else "a quantized" if given.is_quantized else f"a {given.layout}"
+            raise ValueError(f"{problem}: {key} is {kind} tensor, and a dense one with values is needed")
         if given.shape != wanted.shape:
             raise ValueError(f"{problem}: {key} has shape {tuple(given.shape)}, and {tuple(wanted.shape)} is needed")
         if given.is_floating_point() != wanted.is_floating_point() or given.is_complex():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import resource
 import socket
@@ -51,7 +52,9 @@ def write(path: Path, changes: dict[str, Any] | None = None, state: dict[str, An
         {"depth": 10**6}, {"vocab_size": 2**40}, {"vocab_size": 2**31 - 1}, {"width": 2**30}, {"image_size": 2**30},
         {"patch_size": 0}, {"patch_size": -1}, {"depth": -1}, {"depth": 2.5}, {"heads": 0}, {"width": "8"},
         {"max_text_tokens": 2**32}, {"mlp_ratio": 1e300}, {"embed_dim": None}, {"image_mean": [1.0]}, {"depth": 2},
-        {"image_std": "abc"}, {"unknown": 1}, {"shared_trunk": False},
+        {"image_std": "abc"}, {"unknown": 1}, {"shared_trunk": False}, {"image_std": 1}, {"image_mean": []},
+        {"image_mean": [0, 0, None]}, {"image_std": [1, 1, True]}, {"image_std": [1, 1, 10**400]}, {"shared_trunk": 1},
+        {"depth": True}, {"width": 8.0}, {"mlp_ratio": [4.0]}, {"mlp_ratio": True}, {"mlp_ratio": float("nan")},
     ],
 )  # fmt: skip
 def test_a_hostile_configuration_is_refused_before_it_is_built(changes: dict[str, Any], tmp_path: Path) -> None:
@@ -91,6 +94,7 @@ def test_weights_that_do_not_fit_are_named(state: Callable[[], dict[str, Any]], 
         {"config": None}, {"config": "["}, {"config": "[" * 100_000}, {"config": "[]"}, {"config": "3"},
         {"tokenizer": None}, {"tokenizer": "{}"}, {"tokenizer": "x"}, {"tokenizer": "[" * 100_000},
         {"tokenizer": json.dumps({"model": []})}, {"format": "other"}, {"format_version": "9"},
+        {"format_version": "9" * 5000}, {"format_version": "²"},
         {"tokenizer": TOKENIZER.to_json().replace('"[MASK]":2', '"[MASK]":4294967296')},
         {"tokenizer": TOKENIZER.to_json().replace('"[MASK]":2', '"[MASK]":-1')},
     ],
@@ -140,6 +144,9 @@ def test_a_truncated_file_and_a_folder_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="model.safetensors is not a safetensors file"):
         oner_fast.load(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is a device or a pipe, and a model file is needed"):
+        oner_fast.load(tmp_path / "pipe")
     with pytest.raises(ValueError, match="is a folder"):
         load_uta(tmp_path)
 
@@ -190,3 +197,45 @@ def test_a_hostile_student_is_refused(tmp_path: Path) -> None:
             continue
         with pytest.raises(ValueError, match="model.safetensors"):
             oner_fast.load(tmp_path / "model.safetensors")
+
+
+def _checkpoint(path: Path, more: dict[Any, Any] | None = None, **entries: Any) -> Path:
+    state: dict[str, Any] = {
+        "student": {f"tower.{name}": tensor for name, tensor in OneR(ONER).state_dict().items()} | (more or {}),
+        "model_config": json.dumps(asdict(ONER)), "tokenizer": TOKENIZER.to_json(), "step": 1, "format": 1,
+    } | entries  # fmt: skip
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        None, 3, "x", [torch.zeros(8)], {}, torch.zeros(8, device="meta"), torch.zeros(8).to_sparse(),
+        torch.zeros(1, dtype=torch.complex64),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_whose_entry_is_no_dense_tensor_is_named(tensor: Any, tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path / "step-00000001.pt", {"tower.cls_token": tensor})
+    with pytest.raises(ValueError, match=r"step-00000001\.pt: the weights do not fit the configuration: cls_token"):
+        oner_fast.load(path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"model_config": 3}, {"model_config": b"{}"}, {"tokenizer": None}, {"kind": []}, {"kind": 3}, {"student": []},
+        {"kind": UTA_FORMAT, "model_config": 3}, {"kind": "oner_fast.clip", "model_config": '{"image_mean": 1}'},
+        {"kind": "oner_fast.clip", "model_config": '{"embed_dim": 2.5}'},
+        {"kind": UTA_FORMAT, "model_config": json.dumps(asdict(STUDENT)), "student": UTA(STUDENT).state_dict(),
+         "teacher": 3},
+    ],
+)  # fmt: skip
+def test_a_checkpoint_whose_entries_have_other_types_is_named(entries: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"step-00000001\.pt"):
+        oner_fast.load(_checkpoint(tmp_path / "step-00000001.pt", **entries))
+
+
+def test_keys_that_are_no_names_belong_to_no_tower(tmp_path: Path) -> None:
+    path = _checkpoint(tmp_path / "step-00000001.pt", {None: torch.zeros(1), 3: torch.zeros(1), (1, 2): None})
+    assert oner_fast.load(path).encode_text(["red"]).shape == (1, 5)
