@@ -159,4 +159,6 @@ def _other_lines(evaluation: dict[str, Any]) -> list[str]:
             lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
         if isinstance(entry, dict) and entry.get("damaged"):
             lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged images")
+        if isinstance(entry, dict) and (lost := entry.get("damaged_training")):
+            lines.append(f"left out of what {split_title(split)} learnt from: {lost} damaged images")
     return lines
