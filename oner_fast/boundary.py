@@ -5,6 +5,7 @@ Exit statuses: 0 done, 1 failed, 2 a wrong command line, 130 interrupted, 141 th
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import sys
@@ -37,6 +38,7 @@ def guarded(
         extra: the extra of this package that holds what the command needs.
         interrupted: the line after Ctrl-C.
     """
+    _print_every_character()
     try:
         try:
             code = int(run() or 0)
@@ -49,6 +51,9 @@ def guarded(
         _say(f"{prog}: {interrupted}")
         return INTERRUPTED
     except Exception as error:
+        if _after_an_interrupt(error):
+            _say(f"{prog}: {interrupted}")
+            return INTERRUPTED
         if isinstance(error, BrokenPipeError) and _reader_gone():
             _silence()
             return READER_GONE
@@ -58,6 +63,22 @@ def guarded(
     except OSError:  # the sentence about the failure itself stands
         _silence()
     return code
+
+
+def _print_every_character() -> None:
+    """Let standard output show a character that its encoding lacks as an escape, as standard error does."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _after_an_interrupt(error: BaseException) -> bool:
+    """Whether `error` was raised while a KeyboardInterrupt unwound, as by `torch.save` in the middle of a file."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, KeyboardInterrupt):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _fail(prog: str, error: Exception, extra: str | None) -> int:

@@ -121,7 +121,7 @@ def sentence(error: BaseException, extra: str | None = None) -> str:
     if dead := _DEAD_WORKER.search(str(error)):
         how = f" by the signal {dead[2].strip()}" if dead[2] else ""
         return f"a data worker (pid {dead[1]}) was killed{how}, perhaps because memory ran out; give fewer --workers"
-    if isinstance(error, MemoryError) or _is(error, "OutOfMemoryError") or _OUT_OF_MEMORY.search(said):
+    if is_out_of_memory(error):
         return (
             f"out of memory{f' ({said})' if said else ''}; give a smaller --batch-size or fewer --workers, and in "
             "training a larger --accum-freq, which leaves the loss as it is"
@@ -129,6 +129,15 @@ def sentence(error: BaseException, extra: str | None = None) -> str:
     if _is(error, "DistError") or (isinstance(error, RuntimeError) and _PEER.search(said)):
         return f"another rank ended or cannot be reached; the output of the first one that failed says why ({said})"
     return _bug(error, begun)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether `error` says that memory ran out, in Python's words or in torch's."""
+    return (
+        isinstance(error, MemoryError)
+        or _is(error, "OutOfMemoryError")
+        or _OUT_OF_MEMORY.search(_first_line(str(error))) is not None
+    )
 
 
 def install(package: str, extra: str | None) -> str:

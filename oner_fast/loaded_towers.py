@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oner_fast.data.given_images import GivenImage, GivenImages, as_list, as_rgb
 from oner_fast.data.images import eval_transform
-from oner_fast.models.teacher import Teacher, is_hub_name, is_teacher, load_teacher
+from oner_fast.models.teacher import Teacher, is_fetched, is_teacher, load_teacher
 from oner_fast.models.uta import UTA
 
 
@@ -26,10 +26,10 @@ class LoadedTowers:
         image_size: pixels a side that `preprocess` gives.
         text_source: source of the text tower, which is loaded at its first use (see
             `oner_fast.models.teacher.load_teacher`); empty where there is none.
+        may_fetch: whether that source was asked for by the caller and may be downloaded. A source that the model's file
+            names is taken only where it lies on this machine.
         beside: the model's folder; a relative path in `text_source` may start there too.
         device: where the model computes.
-        may_fetch: whether `text_source` may be a model of a hub, which its library downloads. A name that comes from
-            the model's file may not.
     """
 
     model: UTA | Teacher
@@ -72,8 +72,8 @@ class LoadedTowers:
 
         Raises:
             TypeError: `texts` is one string, or holds something that is no string.
-            ValueError: there is no text, one that is not valid Unicode, no text tower, or one that cannot be loaded or
-                does not fit; the message says which.
+            ValueError: there is no text, one that is not valid Unicode, no text tower, or one that cannot be loaded,
+                would have to be fetched without having been asked for, or does not fit; the message says which.
         """
         return _normalise(self.text.encode_text(text_list(texts)))
 
@@ -94,10 +94,10 @@ class LoadedTowers:
             raise ValueError("the student's file names no text tower; give one: oner_fast.load(..., text_tower=...)")
         places = (Path(self.text_source), self.beside / self.text_source)
         source = next((str(place) for place in places if is_teacher(place)), self.text_source)
-        if not self.may_fetch and not is_teacher(Path(source)) and is_hub_name(source):
+        if not self.may_fetch and is_fetched(source):
             raise ValueError(
-                f"the student's file names the text tower {self.text_source!r}, which would be downloaded; allow it by "
-                f"naming it: oner_fast.load(..., text_tower={self.text_source!r})"
+                f"the student's file names the text tower {source[:200]!r}, which may have to be fetched; ask for it: "
+                f"oner_fast.load(..., text_tower={source[:200]!r}), or --text-tower {source[:200]}"
             )
         try:
             tower = load_teacher(source, device=self.device)

@@ -11,20 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast import bounded_json
+from oner_fast import bounded_json, format_version
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers, text_list
-from oner_fast.models import lit, pretrained_encoders, weights
-from oner_fast.models.clip import CONFIG, CLIPConfig, clip_tokenizer, fill_clip
+from oner_fast.models import lit, pretrained_encoders
+from oner_fast.models.clip import CONFIG, build_clip, check_clip, clip_config_from_dict, clip_tokenizer
+from oner_fast.models.file_kinds import file_kind
 from oner_fast.models.files import FORMAT as ONER_FORMAT
-from oner_fast.models.files import UTA_FORMAT, build_model, build_uta, load_model, load_uta, read_metadata
+from oner_fast.models.files import (
+    UTA_FORMAT,
+    check_oner,
+    check_uta,
+    config_from_dict,
+    load_model,
+    load_uta,
+    read_metadata,
+    uta_config_from_dict,
+)
+from oner_fast.models.fitting import Found, filled
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.state_files import check_size, read_pytorch, unwrapped
 from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
 from oner_fast.models.teacher_image_towers import image_tower_of
+from oner_fast.models.uta import UTA
 from oner_fast.train.engine import checkpoint
 
 CLIP_FORMAT = "oner_fast.clip"
@@ -66,12 +79,7 @@ class Loaded:
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed captions by F(T): (B, E).
-
-        Raises:
-            TypeError: `texts` is one string, or holds something that is no string.
-            ValueError: there is no text, or one that is not valid Unicode.
-        """
+        """Embed captions by F(T): (B, E)."""
         text = self._texts(texts)
         return _normalise(self.model.encode_text(text.input_ids, text.cu_seqlens))
 
@@ -112,10 +120,15 @@ def load(
         text_tower: for UTA's student, the CLIP that embeds texts, named as in `oner_fast.models.teacher.load_teacher`;
             the one that the student was aligned to by default. It is loaded at the first text.
 
+    A file is recognised by its content, so that its suffix does not matter. Its weights are compared with its
+    configuration before anything is built, no code in it runs, and nothing is fetched that it names: only `text_tower`
+    may name a model that is downloaded.
+
     Raises:
         FileNotFoundError: there is no such run or file, or the run has no model and no checkpoint yet.
-        ValueError: the file is not a model of this library, or `text_tower` was given for a model that has a text
-            tower.
+        ValueError: the file is not a model of this library, is damaged, or its weights do not fit its configuration; or
+            `text_tower` was given for a model that has a text tower.
+        OSError: a file cannot be read.
     """
     path = Path(source)
     if not path.exists():
@@ -125,12 +138,12 @@ def load(
         loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
     elif path.name == lit.CONFIG:
         loaded = _lit(lit.load_lit(path.parent), path.parent, device)
-    elif weights.is_pytorch(path):
+    elif file_kind(path) != "safetensors":
         loaded = _from_checkpoint(path, device)
     elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
         loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
     else:
-        loaded = _oner(str(path), *load_model(path), device)
+        loaded = _oner(*load_model(path), path, device)
     if text_tower is None:
         return loaded
     if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
@@ -148,16 +161,12 @@ def _file_of(folder: Path) -> Path:
     return found
 
 
-def _oner(name: str, tower: OneR, tokenizer_json: str, device: torch.device | str) -> Loaded:
-    try:
-        bounded_json.load_object(tokenizer_json, f"the tokenizer of {name}", max_bytes=weights.MAX_HEADER)
-        tokenizer = Tokenizer.from_json(tokenizer_json)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(f"the tokenizer of {name} cannot be read: {str(error).splitlines()[:1]}") from error
+def _oner(tower: OneR, tokenizer_json: str, path: Path, device: torch.device | str) -> Loaded:
+    tokenizer = Tokenizer.from_json(tokenizer_json, f"the tokenizer in {path}")
     if tokenizer.vocab_size > tower.config.vocab_size:
         raise ValueError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size:,} pieces, and its model embeds "
-            f"{tower.config.vocab_size:,}"
+            f"the tokenizer in {path} has ids up to {tokenizer.vocab_size - 1}, and the model embeds "
+            f"{tower.config.vocab_size} words"
         )
     return Loaded(tower.to(device).eval().requires_grad_(False), tokenizer)
 
@@ -170,66 +179,70 @@ def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torc
 
 def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
     """Load the model of an unfinished run; its checkpoint names the kind of model under "kind"."""
-    weights.check_archive(path)
-    state = checkpoint.load(path) if _is_ours(path) else _foreign(path)
-    name, kind, student = str(path), state.get("kind", ONER_FORMAT), state.get("student", {})
+    state = _checkpoint(path)
+    kind = state.get("kind", ONER_FORMAT)
+    if kind not in (ONER_FORMAT, UTA_FORMAT, CLIP_FORMAT, lit.FORMAT):
+        raise ValueError(f"{path} holds a model of an unknown kind, {str(kind)[:60]!r}")
+    name = f"the configuration in {path}"
+    values = bounded_json.load_object(_text(state, "model_config", path), name)
+    student = unwrapped(state["student"], str(path))
+    check_size(student, path)
+    problem = f"{path}: the weights do not fit the configuration beside them"
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    if "model_config" not in state or not isinstance(student, dict):
-        raise ValueError(f"{path} is not a checkpoint of a tower: it holds {', '.join(sorted(map(str, state))[:8])}")
     if kind == CLIP_FORMAT:
-        values = weights.check_settings(_json(state, "model_config", name), name)
-        try:
-            config = weights.config_of(CLIPConfig, values)
-        except ValueError as error:
-            raise ValueError(f"{path}: its configuration does not describe a CLIP ({error})") from error
-        return _clip(fill_clip(config, part_of(student, "clip."), name), config, run, device)
+        clip_config = clip_config_from_dict(values, name)
+        student = part_of(student, "clip.")
+        check_clip(Found.in_state(student), clip_config, problem)
+        clip = filled(build_clip(clip_config), student, problem)
+        tower = image_tower_of(clip, str(run))
+        teacher = Teacher(tower, name=str(run), model=clip, tokenize=lambda: clip_tokenizer(clip_config), device=device)
+        return clip_towers(teacher, run, device)
     if kind == lit.FORMAT:
-        lit_config = lit.lit_config_from_dict(_json(state, "model_config", name), name)
+        lit_config = lit.lit_config_from_dict(values, name)
         encoders = pretrained_encoders.packaged_encoders()
-        lit.check_origins(_json(state, "encoders", name), encoders, name)
-        heads = lit.fill_heads(lit_config, encoders, part_of(student, "heads."), name)
+        lit.check_origins(bounded_json.loads(_text(state, "encoders", path), str(path)), encoders, str(path))
+        student = part_of(student, "heads.")
+        lit.check_lit(Found.in_state(student), lit_config, encoders, problem)
+        heads = filled(lit.build_heads(lit_config, encoders), student, problem)
         return _lit((lit.LiT(encoders, heads).eval(), encoders, lit_config), run, device)
     if kind == UTA_FORMAT:
-        uta = build_uta(_entry(state, "model_config", name), part_of(student, "student.") or student, name)
-        teacher = _entry(state, "teacher", name) if "teacher" in state else ""
-        return student_towers(uta, teacher, run, device)
-    if kind != ONER_FORMAT:
-        raise ValueError(f"{path} holds a model of the unknown kind {kind!r}; update oner_fast")
-    tower = build_model(_entry(state, "model_config", name), tower_of(student), name)
-    return _oner(name, tower, _entry(state, "tokenizer", name), device)
+        uta_config = uta_config_from_dict(values, name)
+        student = part_of(student, "student.") or student
+        check_uta(Found.in_state(student), uta_config, problem)
+        named = state.get("teacher", "")
+        return student_towers(
+            filled(UTA(uta_config), student, problem), named if isinstance(named, str) else "", run, device
+        )
+    config = config_from_dict(values, name)
+    student = tower_of(student)
+    check_oner(Found.in_state(student), config, problem)
+    return _oner(filled(OneR(config), student, problem), _text(state, "tokenizer", path), path, device)
 
 
-def _clip(model: torch.nn.Module, config: CLIPConfig, run: Path, device: torch.device | str) -> LoadedTowers:
-    tower = image_tower_of(model, str(run))
-    teacher = Teacher(tower, name=str(run), model=model, tokenize=lambda: clip_tokenizer(config), device=device)
-    return clip_towers(teacher, run, device)
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of a run; ValueError where it is another PyTorch file, which holds no configuration."""
+    state = read_pytorch(path)
+    if not {"format", "step"} <= state.keys():
+        raise ValueError(
+            f"{path} is not a checkpoint of this library: it holds {_listed(state)}; weights alone carry no "
+            "configuration: oner_fast.models.files.load_uta(path, config) loads a student's, and "
+            "oner_fast.models.teacher.load_teacher('FILE:MODEL') a CLIP's"
+        )
+    format_version.check_format_version(path, state.pop("format"), format_version.CHECKPOINT)
+    if "model_config" not in state or not isinstance(state.get("student"), dict):
+        raise ValueError(f"{path} is not a checkpoint of a tower: it holds {_listed(state)}")
+    return state
 
 
-def _is_ours(path: Path) -> bool:
-    """Tell whether a PyTorch file is a checkpoint of this library, by its name or its place."""
-    return checkpoint.is_name(path.name) or path.suffix == ".pt"
+def _listed(content: dict[Any, Any]) -> str:
+    names = sorted(key[:60] for key in content if isinstance(key, str))
+    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "") or "nothing by name"
 
 
-def _foreign(path: Path) -> dict[str, Any]:
-    """Read a PyTorch file of another name: our checkpoint, or else weights that come without a configuration."""
-    state, _ = weights.read_weights(path)
-    if "model_config" in state:
-        return state
-    count = len(weights.state_dict_of(state, str(path)))
-    raise ValueError(
-        f"{path} holds {count:,} tensors and no configuration of this library, so that the sizes of the model are not "
-        "known; load the weights of a student with oner_fast.models.files.load_uta(path, config)"
-    )
-
-
-def _json(state: dict[str, Any], entry: str, name: str) -> Any:
-    return bounded_json.loads(_entry(state, entry, name), name, max_bytes=1 << 20)
-
-
-def _entry(state: dict[str, Any], entry: str, name: str) -> str:
-    if not isinstance(found := state.get(entry), str):
-        raise ValueError(f"{name} is not whole: it lacks the text {entry!r}")
-    return found
+def _text(state: dict[str, Any], name: str, path: Path) -> str:
+    if not isinstance(text := state.get(name), str):
+        raise ValueError(f"{path}: the text {name!r} is missing; a checkpoint of this library holds it")
+    return text
 
 
 def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -239,10 +252,7 @@ def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Entries of `state` under a prefix, without the prefix."""
-    named = (
-        (name, tensor) for name, tensor in state.items() if isinstance(name, str)
-    )  # a foreign file may hold others
-    return {name.removeprefix(prefix): tensor for name, tensor in named if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _normalise(embeddings: Tensor) -> Tensor:

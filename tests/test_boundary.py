@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import subprocess
@@ -131,6 +132,24 @@ def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert guarded("tool", interrupt, interrupted="all is kept") == 130
     assert capsys.readouterr().err == "tool: all is kept\n"
+
+
+def test_ctrl_c_stays_one_where_a_library_fails_while_it_unwinds(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 422016 vs 421904")
+
+    assert guarded("tool", interrupt, interrupted="all is kept") == 130
+    assert capsys.readouterr().err == "tool: all is kept\n"
+
+
+def test_a_character_that_the_output_lacks_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", errors="strict"))
+    assert guarded("tool", lambda: print("runs/ünï/model \udcff")) == 0
+    assert raw.getvalue() == rb"runs/\xfcn\xef/model \udcff" + b"\n"
 
 
 def test_output_that_nobody_reads_ends_quietly_and_a_full_disk_does_not() -> None:

@@ -63,3 +63,12 @@ def test_committed_figures_are_what_their_script_draws(tmp_path: Path) -> None:
     assert len(drawn) >= 9
     for path in drawn:
         assert path.read_bytes() == (DOCS / "figures" / path.name).read_bytes(), f"draw {path.name} again"
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    page = (DOCS / "reliability.md").read_text(encoding="utf-8")
+    promises = re.findall(r"^\| (.+?) \| `(tests/[\w/]+\.py)::(\w+)` \|$", page, re.MULTILINE)
+    assert len(promises) > 60
+    for promise, file, name in promises:
+        source = (DOCS.parent / file).read_text(encoding="utf-8")
+        assert f"def {name}(" in source, f"{promise!r} names {file}::{name}, and there is no such test"

@@ -3,7 +3,6 @@
 import glob
 import logging
 import os
-import re
 import threading
 import zlib
 from bisect import bisect_right
@@ -17,13 +16,13 @@ from typing import Any, Self
 from oner_fast.bounded_json import load_object
 from oner_fast.data.budget import BUDGET, excess
 from oner_fast.data.listing import read_listing
+from oner_fast.data.tar_folders import tars_in, unlisted
 from oner_fast.data.tar_headers import BLOCK
 from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
 
 logger = logging.getLogger("oner_fast.data")
 
 _OPEN_FILES = 256
-_COMPRESSED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst|lz4))$", re.IGNORECASE)
 _LIMITS = {IMAGE: "image_bytes", TEXT: "caption_bytes", META: "json_bytes"}
 _NAMES = {IMAGE: "image", TEXT: "caption", META: "json"}
 
@@ -242,7 +241,7 @@ class PairDataset:
 def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
     """Caption of a sample, from its text member or else its metadata, without surrounding white space.
 
-    Raises CorruptSample(name, why) where there is none, it is empty, too long or not UTF-8.
+    Raises CorruptSample(name, why) where there is none, it is empty or too long, is not UTF-8 or holds a NUL byte.
     """
     if text is None:
         caption = fields.get("caption")
@@ -259,6 +258,8 @@ def caption_of(name: str, text: bytes | None, fields: dict[str, Any]) -> str:
         except UnicodeDecodeError as error:
             raise CorruptSample(name, f"its caption is not UTF-8 ({error.reason})") from error
     caption = caption.strip()
+    if "\0" in caption:  # zeroed bytes, or UTF-16
+        raise CorruptSample(name, "its caption holds a NUL byte")
     if not caption:
         raise CorruptSample(name, "its caption is empty")
     return caption
@@ -297,20 +298,25 @@ def _folder(folder: Path, split: str) -> list[tuple[Path, int | None]]:
         missing = [shard.path.name for shard in splits[split] if not shard.path.is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which its dataset.json lists; build the data again")
+        for sentence in unlisted(folder, {shard.path for shards in splits.values() for shard in shards}):
+            logger.warning("left out: %s", sentence)
         return [(shard.path, shard.samples) for shard in splits[split]]
-    tars = sorted(folder.glob("*.tar"))
+    found = tars_in(folder)
+    tars, compressed = found.tars, found.compressed
     chosen = [tar for tar in tars if tar.name.startswith(f"{split}-")]
     named = sorted({tar.name.rsplit("-", 1)[0] for tar in tars if "-" in tar.name})
     if not chosen and split == "train" and not named:
         chosen = tars
-    compressed = sorted(path.name for path in folder.glob("*.t*") if _COMPRESSED.search(path.name))
     if compressed and not chosen:
         raise ValueError(
             f"{folder} holds {len(compressed)} compressed tars, such as {compressed[0]}, and samples are read from "
             "plain tars in any order; decompress them, for example with `gzip -d *.tar.gz`"
         )
-    if compressed:
-        logger.warning("left out: %d compressed tars in %s, such as %s", len(compressed), folder, compressed[0])
+    of_no_split = [tar.name for tar in tars if tar not in chosen and "-" not in tar.name]
+    if chosen and of_no_split:
+        found.others.append(f"{len(of_no_split):,} tars named by no split, such as {of_no_split[0]}")
+    for sentence in found.left_out():
+        logger.warning("left out of %s: %s", folder, sentence)
     if not chosen:
         known = f"splits found: {', '.join(named)}" if named else f"{len(tars)} tars found, none named by a split"
         raise ValueError(f"no tar of split {split!r} in {folder}; {known}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from oner_fast.data.dataset import CorruptSample
 from oner_fast.data.orientation import from_info, upright
-from oner_fast.data.pixels import check_size, read_file, read_picture, to_rgb
+from oner_fast.data.pixels import check_size, load, read_file, read_picture, to_rgb
 
 GivenImage: TypeAlias = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | NDArray[np.uint8] | Tensor
@@ -46,7 +46,7 @@ def as_rgb(image: GivenImage, name: str = "image") -> Image.Image:
     if isinstance(image, Image.Image):
         check_size(image, name)
         try:
-            image.load()
+            load(image)
             return to_rgb(upright(image, from_info(image.info)))
         except MemoryError:
             raise

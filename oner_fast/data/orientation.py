@@ -20,7 +20,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_XMP = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+_XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>)\s*([1-8])""")
 _INTEGERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # types of a TIFF entry that hold whole numbers
 
 

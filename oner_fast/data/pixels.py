@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +135,7 @@ def read_picture(data: bytes, name: str = "image", side: int = 0) -> Picture:
             raise CorruptSample(name, over)
         if side and kind == "JPEG":
             image.draft("RGB", (side, side))
-        image.load()
+        load(image)
         rgb = to_rgb(upright(image, orientation))
         clock.check()
         rgb.info = {}  # a turn that was made is not made again by what reads the metadata
@@ -152,6 +153,22 @@ def read_picture(data: bytes, name: str = "image", side: int = 0) -> Picture:
         raise CorruptSample(name, f"not a readable image ({type(error).__name__}: {error})") from error
 
 
+def load(image: Image.Image) -> None:
+    """Load the pixels of an image, and state its transparent colour as a value of those pixels.
+
+    Pillow scales grey of 2 and 4 bits and colours of 16 bits to 8 bits, and leaves the transparent colour as the file
+    states it. Of colours of 16 bits, the upper 8 bits are compared, which is our choice.
+    """
+    tiles = getattr(image, "tile", None)
+    form = tiles[0][3] if tiles else None
+    image.load()
+    transparent = image.info.get("transparency")
+    if form in ("L;2", "L;4") and isinstance(transparent, int):
+        image.info["transparency"] = transparent * (85 if form == "L;2" else 17)
+    elif form == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+
+
 def check_size(image: Image.Image, name: str = "image") -> None:
     """Raise CorruptSample where an image that was opened elsewhere is over the budget."""
     if over := _over(image.size, image.mode, 0, False):
@@ -159,15 +176,25 @@ def check_size(image: Image.Image, name: str = "image") -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB: transparency on white, 16-bit and float grey scaled to 8 bits."""
+    """Convert an image of any mode to RGB: transparency on white, 16-bit and float grey scaled to 8 bits.
+
+    Raises ValueError where integer grey is outside 0 to 65,535.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # integer grey is 16-bit
-        return _by_strips(image, lambda strip: _grey_to_rgb(np.asarray(strip).astype(np.float64) / 257.0))
+    if image.mode == "1" or image.mode.startswith("I"):  # integer grey is 16-bit
+        transparent = image.info.get("transparency")
+        transparent = transparent if isinstance(transparent, int) else -1
+        if image.mode == "I" and (outside := _outside_16_bits(image)) is not None:
+            raise ValueError(f"integer grey of {outside:,}, and 0 to 65,535 is read; scale it to 16 or 8 bits")
+        scale = 255.0 if image.mode == "1" else 1 / 257
+        return _by_strips(image, lambda strip: _grey_to_rgb(_whitened(np.asarray(strip), transparent, scale)))
     if image.mode == "F":  # float grey ranges over [0, 1] or over [0, 255]
-        scale = 255.0 if all(np.asarray(strip).max() <= 1.0 for _, strip in _strips(image)) else 1.0
+        scale = 255.0 if all(_greatest(np.asarray(strip)) <= 1.0 for _, strip in _strips(image)) else 1.0
         return _by_strips(image, lambda strip: _grey_to_rgb(np.asarray(strip).astype(np.float64) * scale))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         return _by_strips(image, _on_white)
     return image.convert("RGB")
 
@@ -235,6 +262,24 @@ def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]
     for top, strip in _strips(image):
         result.paste(convert(strip), (0, top))
     return result
+
+
+def _whitened(grey: NDArray[Any], transparent: int, scale: float) -> NDArray[np.float64]:
+    """Scale grey to 0 to 255, with 255 where it is the transparent value."""
+    return np.where(grey == transparent, 255.0, grey.astype(np.float64) * scale)
+
+
+def _outside_16_bits(image: Image.Image) -> int | None:
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        for value in (int(values.min()), int(values.max())):
+            if not 0 <= value <= 65_535:
+                return value
+    return None
+
+
+def _greatest(values: NDArray[np.float32]) -> float:
+    return float(np.max(values, initial=0.0, where=np.isfinite(values)))
 
 
 def _grey_to_rgb(values: NDArray[np.float64]) -> Image.Image:

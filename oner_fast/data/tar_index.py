@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -147,9 +148,11 @@ def build_index(path: str | Path, samples: int | None = None, earlier: TarIndex 
 
     Raises:
         OSError: the file cannot be read at all.
-        ValueError: it is compressed, or `samples` is more than a tar can hold.
+        ValueError: it is compressed or a pipe, or `samples` is more than a tar can hold.
     """
     path = Path(path)
+    if stat.S_ISFIFO(path.stat().st_mode):  # opening it would wait for a writer
+        raise ValueError(f"{path} is a pipe, and samples are read in any order; write it to a file first")
     with path.open("rb", buffering=1 << 16) as file:
         status = os.fstat(file.fileno())
         start = file.read(BLOCK)

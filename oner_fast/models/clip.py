@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from oner_fast import bounded_json
 from oner_fast.atomic import write_atomic
-from oner_fast.models import weights
+from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.optional_packages import optional_package
+from oner_fast.models.safetensors_header import read_header
+from oner_fast.models.settings import from_dict
+from oner_fast.models.state_files import read_safetensors, unwrapped
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 MAX_LOGIT_SCALE = 100.0
+MAX_CONTEXT = 4096
+"""Greatest context length that is loaded; the text tower's mask takes its square."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +141,8 @@ def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    data, text = save(tensors), json.dumps(open_clip_config(config), indent=2) + "\n"
-    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
+    weights, text = save(tensors), json.dumps(open_clip_config(config), indent=2) + "\n"
+    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
@@ -152,40 +157,53 @@ def load_clip(folder: Path | str) -> tuple[nn.Module, CLIPConfig]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train clip'")
-    config = _config(bounded_json.load_object((folder / CONFIG).read_bytes(), str(folder / CONFIG)), folder / CONFIG)
-    state, _ = weights.read_weights(folder / WEIGHTS)
-    return fill_clip(config, state, str(folder / WEIGHTS)), config
+    path = folder / CONFIG
+    config = _config(bounded_json.load_object(path.read_bytes(), str(path), max_bytes=2**20), path)
+    problem = f"{folder / WEIGHTS} does not fit the configuration beside it"
+    check_clip(Found.in_header(read_header(folder / WEIGHTS)), config, problem)
+    state = unwrapped(read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return filled(build_clip(config), state, problem), config
 
 
-def fill_clip(config: CLIPConfig, state: dict[str, Any], name: str) -> nn.Module:
-    """Build a CLIP with the weights `state`; errors begin with `name`. Raises ValueError where they do not fit."""
-    found = weights.state_dict_of(state, name)
-    return weights.filled(lambda: build_clip(config), found, name, config.vision_layers, config.text_layers)
+def check_clip(found: Found, config: CLIPConfig, problem: str) -> None:
+    """Raise ValueError, which starts with `problem`, unless the weights are those of a CLIP of this size."""
+    if config.context_length > MAX_CONTEXT:
+        raise ValueError(f"{problem}: context_length is {config.context_length:,}, and at most {MAX_CONTEXT:,} is read")
+    one = replace(config, vision_layers=1, text_layers=1)
+    depth = {"visual.transformer.res": config.vision_layers, "transformer.res": config.text_layers}
+    check_fit(found, lambda: build_clip(one), depth.__getitem__, problem)
+
+
+def clip_config_from_dict(values: dict[str, Any], name: str) -> CLIPConfig:
+    """Make a configuration from JSON values; ValueError, which starts with `name`, for an unknown key or value."""
+    return from_dict(CLIPConfig, values, name)
 
 
 def _config(values: dict[str, Any], path: Path) -> CLIPConfig:
     try:
         model, preprocess = values["model_cfg"], values["preprocess_cfg"]
         vision, text = model["vision_cfg"], model["text_cfg"]
-        config = CLIPConfig(
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            vision_width=vision["width"],
-            vision_layers=vision["layers"],
-            vision_heads=vision["width"] // vision["head_width"],
-            text_width=text["width"],
-            text_layers=text["layers"],
-            text_heads=text["heads"],
-            context_length=text["context_length"],
-            vocab_size=text["vocab_size"],
-            embed_dim=model["embed_dim"],
-            image_mean=tuple(preprocess["mean"]),
-            image_std=tuple(preprocess["std"]),
-        )
+        sizes = {
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            "vision_width": vision["width"],
+            "vision_layers": vision["layers"],
+            "vision_heads": vision["width"] // vision["head_width"],
+            "text_width": text["width"],
+            "text_layers": text["layers"],
+            "text_heads": text["heads"],
+            "context_length": text["context_length"],
+            "vocab_size": text["vocab_size"],
+            "embed_dim": model["embed_dim"],
+            "image_mean": preprocess["mean"],
+            "image_std": preprocess["std"],
+        }
     except KeyError as error:
         raise ValueError(f"{path} lacks {error}, which a two-tower CLIP of this library needs") from error
-    written = open_clip_config(config)["model_cfg"]
-    if written != model:
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is not the configuration of a two-tower CLIP of this library: {error}") from error
+    config = clip_config_from_dict(sizes, str(path))
+    if open_clip_config(config)["model_cfg"] != model:
         known = ", ".join(field.name for field in fields(CLIPConfig))
         raise ValueError(f"{path} holds settings that a two-tower CLIP of this library lacks: {known}")
     return config

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from oner_fast import bounded_json, format_version
 from oner_fast.atomic import write_atomic
-from oner_fast.models import eva, weights
+from oner_fast.models import eva
+from oner_fast.models.file_kinds import file_kind
+from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.models.safetensors_header import Header, read_header
+from oner_fast.models.settings import from_dict
+from oner_fast.models.state_files import read_safetensors, read_state, unwrapped
 from oner_fast.models.uta import UTA, UTAConfig
 
-S = TypeVar("S")
 FORMAT = "oner_fast.oner"
 UTA_FORMAT = "oner_fast.uta"
 
@@ -74,53 +78,33 @@ def _ordered(data: bytes) -> bytes:
 def load_model(path: Path | str) -> tuple[OneR, str]:
     """Read the file of `save_model`: the tower (float32, evaluation mode) and the tokenizer's JSON.
 
+    Nothing is built before the shapes in the file have been compared with its configuration.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a model of this library, or its weights do not fit its configuration.
     """
     path = Path(path)
-    state, metadata = weights.read_weights(path)
-    if _checked(path, metadata).get("format") != FORMAT:
+    header = _header(path)
+    if header.metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not a model of oner_fast: its format is {metadata.get('format')!r}, not {FORMAT!r}"
+            f"{path} is not a model of oner_fast: its format is {_shown(header.metadata.get('format'))}, not {FORMAT!r}"
         )
-    for part in ("config", "tokenizer"):
-        if part not in metadata:
-            raise ValueError(f"{path} is not whole: its metadata lack {part!r}")
-    return build_model(metadata["config"], weights.state_dict_of(state, str(path)), str(path)), metadata["tokenizer"]
-
-
-def build_model(config: str, state: Mapping[str, Any], name: str) -> OneR:
-    """Build a tower from the JSON of its configuration, and its weights; errors begin with `name`.
-
-    Raises:
-        ValueError: the configuration cannot be read, or the weights do not fit it.
-    """
-    sizes = _sizes(config_from_dict, config, name)
-    return weights.filled(lambda: OneR(sizes), state, name, sizes.depth)
-
-
-def build_uta(config: str, state: Mapping[str, Any], name: str) -> UTA:
-    """Build a student as `build_model` builds a tower."""
-    sizes = _sizes(uta_config_from_dict, config, name)
-    return weights.filled(lambda: UTA(sizes), state, name, sizes.depth)
-
-
-def _sizes(make: Callable[[dict[str, object]], S], text: str, name: str) -> S:
-    """Make a configuration from its JSON; every ValueError begins with `name`."""
-    values = weights.check_settings(bounded_json.loads(text, name, max_bytes=1 << 20), name)
-    try:
-        return make(values)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{name}: its configuration describes no model: {error}") from error
+    config = config_from_dict(_config(header, path), f"the configuration in {path}")
+    tokenizer = _part(header, "tokenizer", path)
+    problem = f"{path}: the weights do not fit the configuration beside them"
+    check_oner(Found.in_header(header), config, problem)
+    return filled(OneR(config), unwrapped(read_safetensors(path), str(path)), problem), tokenizer
 
 
 def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
     """Load a student (float32, evaluation mode) from weights in any layout of `oner_fast.models.eva`.
 
     Args:
-        source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint of any name (only the weights are read)
-            in EVA's or timm's layout, alone or as the vision tower of a CLIP; or such a state dict.
+        source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint (only the weights are read) in EVA's or
+            timm's layout, alone or as the vision tower of a CLIP; or such a state dict. A file is recognised by its
+            content, so that its suffix does not matter. For the names that it may use see
+            `oner_fast.models.state_files.unwrapped`.
         config: the sizes. By default they come from the file of `save_uta`. If given, positions of another grid are
             resampled to its grid.
 
@@ -128,31 +112,40 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
         FileNotFoundError: there is no such file.
         ValueError: the weights are in no known layout or do not fit, or `config` is needed.
     """
-    given = isinstance(source, Mapping)
-    name = "the state dict" if isinstance(source, Mapping) else str(source)
-    read, metadata = (dict(source), {}) if isinstance(source, Mapping) else weights.read_weights(source)
-    if not given:
-        _checked(name, metadata)
-    state = weights.state_dict_of(read, name)
-    if metadata.get("format") == UTA_FORMAT and config is None:
-        if "config" not in metadata:
-            raise ValueError(f"{name} is not whole: its metadata lack 'config'")
-        sizes = _sizes(uta_config_from_dict, metadata["config"], name)
-        return weights.filled(lambda: UTA(sizes), _without_mask_token(state, sizes), name, sizes.depth)
-    layout = eva.layout_of(state)
+    name, header = "the state dict", None
+    if isinstance(source, Mapping):
+        state = unwrapped(source)
+    else:
+        path = Path(source)
+        name = str(path)
+        if file_kind(path) == "safetensors":
+            header = _header(path)
+            if config is None and header.metadata.get("format") == UTA_FORMAT:
+                config = uta_config_from_dict(_config(header, path), f"the configuration in {path}")
+                check_uta(Found.in_header(header), config, f"{path}: the weights do not fit the configuration")
+        state = read_state(path)
     if config is None:
         raise ValueError(f"{name} does not hold its configuration: pass config, for example UTA_SIZES['b']")
-    if layout == "oner_fast":
-        state = _without_mask_token(state, config)
-        positions = torch.cat([state["cls_position"].unsqueeze(0), state["patch_embedding.positions"]])
-        state["patch_embedding.positions"] = eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]
-    else:
-        state = (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
-    return weights.filled(lambda: UTA(config), state, name, config.depth)
+    try:
+        state = _converted(state, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    problem = f"{name}: the weights do not fit the configuration"
+    check_uta(Found.in_state(state), config, problem)
+    return filled(UTA(config), state, problem)
 
 
-def _without_mask_token(state: Mapping[str, Any], config: UTAConfig) -> dict[str, Any]:
-    return {name: tensor for name, tensor in state.items() if config.mask_token or "mask_token" not in name}
+def _converted(state: dict[str, Tensor], config: UTAConfig) -> dict[str, Tensor]:
+    """Convert weights of any layout to our own, with positions of the configuration's grid."""
+    layout = eva.layout_of(state)
+    if layout != "oner_fast":
+        return (eva.from_eva if layout == "eva" else eva.from_timm)(state, config)
+    state = {each: tensor for each, tensor in state.items() if config.mask_token or "mask_token" not in each}
+    patches, cls = state.get("patch_embedding.positions"), state["cls_position"]
+    if patches is None or patches.ndim != 2 or cls.shape != patches.shape[1:]:
+        raise ValueError("patch_embedding.positions is missing, or does not fit cls_position")
+    positions = torch.cat([cls.unsqueeze(0), patches])
+    return state | {"patch_embedding.positions": eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]}
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -160,24 +153,50 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file.
+        ValueError: it is not a safetensors file, or a newer version of oner_fast wrote it.
     """
-    return _checked(path, weights.read_metadata(path))
+    return _header(Path(path)).metadata
 
 
-def _checked(path: Path | str, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return a file's metadata; ValueError where the file is one of ours in a newer format."""
-    found = dict(metadata)
-    if found.get("format") in (FORMAT, UTA_FORMAT):
-        format_version.check_format_version(path, found.get(format_version.FIELD), format_version.MODEL)
-    return found
+def _header(path: Path) -> Header:
+    """Read a file's header; ValueError where the file is one of ours in a newer format."""
+    if file_kind(path) != "safetensors":
+        raise ValueError(f"{path} is not a safetensors file but one of PyTorch")
+    header = read_header(path)
+    if header.metadata.get("format") in (FORMAT, UTA_FORMAT):
+        format_version.check_format_version(path, header.metadata.get(format_version.FIELD), format_version.MODEL)
+    return header
 
 
-def config_from_dict(values: dict[str, object]) -> OneRConfig:
-    """Make a configuration from JSON values; ValueError for an unknown key or a value of another type."""
-    return weights.config_of(OneRConfig, values)
+def _config(header: Header, path: Path) -> dict[str, Any]:
+    return bounded_json.load_object(_part(header, "config", path), f"the configuration in {path}")
 
 
-def uta_config_from_dict(values: dict[str, object]) -> UTAConfig:
-    """Make a student's configuration from JSON values; ValueError for an unknown key or a value of another type."""
-    return weights.config_of(UTAConfig, values)
+def _part(header: Header, name: str, path: Path) -> str:
+    if name not in header.metadata:
+        raise ValueError(f"{path} lacks {name!r} in its metadata; a model that this library saved holds it")
+    return header.metadata[name]
+
+
+def _shown(text: str | None) -> str:
+    return repr(text if text is None else text[:60])
+
+
+def check_oner(found: Found, config: OneRConfig, problem: str) -> None:
+    """Raise ValueError, which starts with `problem`, unless the weights are those of OneR's tower of this size."""
+    check_fit(found, lambda: OneR(replace(config, depth=1)), lambda trunk: config.depth, problem)
+
+
+def check_uta(found: Found, config: UTAConfig, problem: str) -> None:
+    """Raise ValueError, which starts with `problem`, unless the weights are those of a student of this size."""
+    check_fit(found, lambda: UTA(replace(config, depth=1)), lambda trunk: config.depth, problem)
+
+
+def config_from_dict(values: dict[str, Any], name: str = "the configuration") -> OneRConfig:
+    """Make a configuration from JSON values; ValueError, which starts with `name`, for an unknown key or value."""
+    return from_dict(OneRConfig, values, name)
+
+
+def uta_config_from_dict(values: dict[str, Any], name: str = "the configuration") -> UTAConfig:
+    """Make a student's configuration from JSON values; ValueError, which starts with `name`, as `config_from_dict`."""
+    return from_dict(UTAConfig, values, name)

@@ -19,13 +19,19 @@ from torch import Tensor, nn
 
 from oner_fast import bounded_json, format_version
 from oner_fast.atomic import write_atomic
-from oner_fast.models import pretrained_encoders, weights
+from oner_fast.models import pretrained_encoders
+from oner_fast.models.fitting import Found, check_shapes, filled
 from oner_fast.models.pretrained_encoders import Encoders
+from oner_fast.models.safetensors_header import read_header
+from oner_fast.models.settings import from_dict
+from oner_fast.models.state_files import read_safetensors, unwrapped
 from oner_fast.models.teacher_image_towers import TeacherImageTower
 
 CONFIG = "lit_config.json"
 WEIGHTS = "lit_model.safetensors"
 FORMAT = "oner_fast.lit"
+MAX_GRID = 64
+"""Greatest grid that is loaded: 2,048 pixels a side."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +141,10 @@ def save_lit(folder: Path | str, heads: LiTHeads, config: LiTConfig, origins: di
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
-    data = save(tensors)
+    weights = save(tensors)
     about = {"format": FORMAT, format_version.FIELD: format_version.MODEL, "model": asdict(config), "encoders": origins}
     text = json.dumps(about, indent=2) + "\n"
-    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
+    write_atomic(folder / WEIGHTS, lambda file: file.write(weights))
     write_atomic(folder / CONFIG, lambda file: file.write(text.encode()))
 
 
@@ -154,19 +160,27 @@ def load_lit(folder: Path | str) -> tuple[LiT, Encoders, LiTConfig]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; it is not a finished run of 'oner-fast train lit'")
-    about = bounded_json.load_object((folder / CONFIG).read_bytes(), str(folder / CONFIG))
+    about = bounded_json.load_object((folder / CONFIG).read_bytes(), str(folder / CONFIG), max_bytes=2**20)
     format_version.check_format_version(folder / CONFIG, about.get(format_version.FIELD), format_version.MODEL)
     config = lit_config_from_dict(about.get("model"), str(folder / CONFIG))
     encoders = pretrained_encoders.packaged_encoders()
     check_origins(about.get("encoders"), encoders, str(folder))
-    state, _ = weights.read_weights(folder / WEIGHTS)
-    heads = fill_heads(config, encoders, state, str(folder / WEIGHTS))
+    problem = f"{folder / WEIGHTS} does not fit the configuration beside it"
+    check_lit(Found.in_header(read_header(folder / WEIGHTS)), config, encoders, problem)
+    state = unwrapped(read_safetensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    heads = filled(build_heads(config, encoders), state, problem)
     return LiT(encoders, heads).eval(), encoders, config
 
 
-def fill_heads(config: LiTConfig, encoders: Encoders, state: dict[str, Any], name: str) -> LiTHeads:
-    """Build heads with the weights `state`; errors begin with `name`. Raises ValueError where they do not fit."""
-    return weights.filled(lambda: build_heads(config, encoders), weights.state_dict_of(state, name), name)
+def check_lit(found: Found, config: LiTConfig, encoders: Encoders, problem: str) -> None:
+    """Raise ValueError, which starts with `problem`, unless the weights are those of heads of this size."""
+    size, widths = config.embed_dim, {"image": encoders.image_width, "text": encoders.text_width}
+    shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
+    for side, width in widths.items():
+        shapes |= {f"{side}.weight": (size, width), f"{side}.bias": (size,)}
+    check_shapes(found, shapes, problem)
+    if config.grid > MAX_GRID:
+        raise ValueError(f"{problem}: grid is {config.grid:,}, and at most {MAX_GRID} is read")
 
 
 def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
@@ -179,10 +193,7 @@ def lit_config_from_dict(values: Any, name: str) -> LiTConfig:
     if not isinstance(values, dict) or values.keys() != known:
         given = sorted(values) if isinstance(values, dict) else values
         raise ValueError(f"{name} must hold {', '.join(sorted(known))} under 'model', got {given}")
-    try:
-        return weights.config_of(LiTConfig, weights.check_settings(values, name))
-    except ValueError as error:
-        raise ValueError(f"{name}: its configuration does not describe a LiT: {error}") from error
+    return from_dict(LiTConfig, values, name)
 
 
 def check_origins(saved: Any, encoders: Encoders, name: str) -> None:

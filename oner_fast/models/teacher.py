@@ -11,16 +11,13 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from oner_fast.models import lit
-from oner_fast.models.open_clip_folder import check_folder
+from oner_fast.models import lit, open_clip_files
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.pretrained_encoders import Encoders
 from oner_fast.models.teacher_image_towers import TeacherImageTower, TimmViT, image_tower_of
@@ -29,7 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 TEXTS = 256  # number of texts that pass the text tower at once
 CONFIG = "open_clip_config.json"
 
-_FILE = re.compile(r"(?P<file>.+\.(?:safetensors|pt|pth|bin)):(?P<model>.+)")
+_FILE = re.compile(r"(?P<file>.+\.(?:safetensors|pt|pth|bin|ckpt|tar)):(?P<model>.+)")
+_ANY_FILE = re.compile(r"(?P<file>.+?):(?P<model>(?:timm:)?[^:]+)")
 
 Tokenize = Callable[[list[str]], Tensor]
 
@@ -199,7 +197,8 @@ def load_teacher(
                 pretrained encoders with a common space);
             * `MODEL:TAG` of open_clip, such as `ViT-B-16:openai` or `EVA01-g-14-plus:merged2b_s11b_b114k`;
             * `hf-hub:OWNER/NAME`, a CLIP in open_clip's layout;
-            * `FILE:MODEL`: a .safetensors, .pt, .pth or .bin file of open_clip's MODEL, or of `timm:MODEL`;
+            * `FILE:MODEL`: a file with weights of open_clip's MODEL, or of `timm:MODEL`: safetensors or PyTorch, with
+                any suffix or none; for the names in it see `oner_fast.models.state_files.unwrapped`;
             * `timm:MODEL`, such as `timm:vit_base_patch16_clip_224.openai`: an image tower without texts.
         grid: number of cells along a side, usually the student's. The teacher's input is resized to grid * patch pixels
             and its positions are resampled. By default the teacher keeps its own grid.
@@ -208,7 +207,8 @@ def load_teacher(
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: the source is none of these, or its model has no grid of tokens in the joint space.
+        ValueError: the source is none of these, is damaged, does not fit its configuration or names something to fetch;
+            or its model has no grid of tokens in the joint space.
         ModuleNotFoundError: open_clip, timm or an encoder's package is not installed.
     """
     text = str(source)
@@ -220,7 +220,8 @@ def load_teacher(
     folder = Path(text.removeprefix("local-dir:"))
     if folder.is_dir():
         return _from_folder(folder, common)
-    if found := _FILE.fullmatch(text):
+    found = _FILE.fullmatch(text) or _ANY_FILE.fullmatch(text)
+    if found and (_FILE.fullmatch(text) or Path(found["file"]).is_file()):
         return _from_file(text, Path(found["file"]), found["model"], common)
     if isinstance(source, Path) or text.startswith("local-dir:") or (":" not in text and "/" in text):
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -232,11 +233,19 @@ def is_teacher(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG, lit.CONFIG))
 
 
-def is_hub_name(source: str) -> bool:
-    """Whether `load_teacher` would let open_clip or timm download the weights that `source` names."""
-    if Path(source.removeprefix("local-dir:")).is_dir() or source.startswith("local-dir:"):
+def is_fetched(source: str) -> bool:
+    """Whether `load_teacher` may download the model that `source` names: a hub's, timm's, or a tag of open_clip.
+
+    A path is read from this machine, and so is FILE:MODEL where the file is there and the model has no part of a hub.
+    """
+    if source.startswith(("timm:", "hf-hub:", "http:", "https:")):
+        return True
+    if Path(source.removeprefix("local-dir:")).exists():
         return False
-    return source.startswith(("hf-hub:", "timm:")) or (":" in source and not _FILE.fullmatch(source))
+    found = _FILE.fullmatch(source) or _ANY_FILE.fullmatch(source)
+    if found is None or source.startswith("local-dir:"):
+        return False
+    return not Path(found["file"]).is_file() or open_clip_files.has_part_of_hub(found["model"])
 
 
 def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTConfig, **common: Any) -> Teacher:
@@ -254,9 +263,7 @@ def _from_folder(folder: Path, common: dict[str, Any]) -> Teacher:
             f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
             "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
         )
-    if not any(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin", "*.pth")):
-        raise FileNotFoundError(f"{folder} holds {CONFIG} but no weights (open_clip_model.safetensors)")
-    check_folder(folder, folder / CONFIG)
+    open_clip_files.check_folder(folder)
     return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
 
 
@@ -264,10 +271,15 @@ def _from_file(name: str, file: Path, model: str, common: dict[str, Any]) -> Tea
     """Load open_clip's or timm's `model` with the weights of a file."""
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    if model.startswith("timm:"):
-        return _timm(name, model.removeprefix("timm:"), {"checkpoint_path": str(file)}, common)
-    _check_known(model)
-    return _open_clip(name, model, {"pretrained": str(file)}, common)
+    if not model.startswith("timm:"):
+        _check_known(model)
+    with open_clip_files.plain_file(file) as plain:
+        try:
+            if model.startswith("timm:"):
+                return _timm(name, model.removeprefix("timm:"), {"checkpoint_path": str(plain)}, common)
+            return _open_clip(name, model, {"pretrained": str(plain)}, common)
+        except RuntimeError as error:
+            raise ValueError(f"{file} does not fit {model}: {' '.join(str(error).split())[:600]}") from error
 
 
 def _from_tag(name: str, common: dict[str, Any]) -> Teacher:
@@ -298,8 +310,8 @@ def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict
     open_clip = optional_package("open_clip")
     try:
         model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
-    except (RuntimeError, SafetensorError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
-        raise ValueError(f"{name} cannot be loaded as a CLIP: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be loaded as a CLIP: {' '.join(str(error).split())[:600]}") from error
     tower = image_tower_of(model, name)
     return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
 

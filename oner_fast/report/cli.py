@@ -86,7 +86,7 @@ def report(options: Options, loaded: Any = None) -> Path:
 def _data_and_split(options: Options) -> tuple[str, str]:
     """Find the data and the split that the examples come from. Raises ValueError where the data lack the split."""
     data = find_data(options.run, options.data)
-    known = splits_of(data, unnamed_split(options.run, data))
+    known = splits_of(data, unnamed_split(options.run, data, given=options.data is not None))
     if options.split not in known:
         raise ValueError(f"{data} has no split {options.split!r}; it has {', '.join(known)}: give --split or --data")
     return data, options.split

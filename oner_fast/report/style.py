@@ -2,7 +2,6 @@
 
 import io
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def style() -> Any:
         "figure.facecolor": COLOURS["paper"],
         "axes.facecolor": "none",
         "svg.fonttype": "none",
-        "text.parse_math": False,  # captions come from the data: "$5 to $10" is no formula
+        "text.parse_math": False,  # a caption may hold dollar signs
         "axes.unicode_minus": True,
         "path.simplify": True,
         "path.simplify_threshold": 0.4,
@@ -100,9 +99,7 @@ def chart(
 
 def save_png(figure: Figure, path: Path, **options: Any) -> None:
     """Save a figure atomically, with the options of matplotlib's `savefig`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the page, which browsers draw, shows every letter
-        write_atomic(path, lambda file: figure.savefig(file, format="png", **options))
+    write_atomic(path, lambda file: figure.savefig(file, format="png", **options))
 
 
 def page_svg(svg: str, name: str) -> str:

@@ -130,7 +130,7 @@ def test_a_pil_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     closed = Image.fromarray(PIXELS)
     closed.close()
     cut = Image.open(io.BytesIO(encoded(Image.fromarray(PIXELS))[:-40]))
-    for image in (closed, cut, Image.new("La", (4, 4))):
+    for image in (closed, cut):
         with pytest.raises(CorruptSample, match="^photo: a PIL image that cannot be read: "):
             as_rgb(image, "photo")
 

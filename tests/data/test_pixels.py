@@ -13,7 +13,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 import oner_fast
 from oner_fast.data.dataset import CorruptSample
+from oner_fast.data.given_images import as_rgb
 from oner_fast.data.images import decode
+from oner_fast.data.orientation import from_xmp
 from oner_fast.data.picture_formats import FORMATS, SUFFIXES
 from oner_fast.data.pixels import read_file, read_picture
 from oner_fast.data.tar_index import KINDS
@@ -319,3 +321,59 @@ def test_no_other_module_opens_images():
     files = {path.resolve(): path for path in package.rglob("*.py")}
     opening = [path.name for path in files if re.search(r"\bImage\.open\b|\bread_image\b|\bcv2\b", path.read_text())]
     assert opening == ["pixels.py"]
+
+
+def small_png(depth: int, form: int, row: bytes, transparent: bytes, width: int = 2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, 1, depth, form, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in chunks)
+
+
+@pytest.mark.parametrize(
+    ("depth", "form", "row", "transparent", "expected"),
+    [
+        (1, 0, b"\x40", (0,), [255, 255]),
+        (1, 0, b"\x40", (1,), [0, 255]),
+        (2, 0, b"\x60", (1,), [255, 170]),
+        (4, 0, b"\x34", (3,), [255, 68]),
+        (8, 0, b"\x03\x04", (3,), [255, 4]),
+        (16, 0, struct.pack(">2H", 1000, 2570), (1000,), [255, 10]),
+        (8, 2, b"\1\1\1\4\4\4", (1, 1, 1), [255, 4]),
+        (16, 2, struct.pack(">6H", *[1000] * 3, *[2570] * 3), (1000, 1000, 1000), [255, 10]),
+        (16, 2, struct.pack(">6H", *[257] * 3, *[2570] * 3), (1, 1, 1), [1, 10]),
+    ],
+)
+def test_a_transparent_colour_is_white_at_every_depth(
+    depth: int, form: int, row: bytes, transparent: tuple[int, ...], expected: list[int]
+):
+    data = small_png(depth, form, row, struct.pack(f">{len(transparent)}H", *transparent))
+    assert pixels(data)[0].tolist() == [[value] * 3 for value in expected]
+    opened = Image.open(io.BytesIO(data))
+    for _ in range(2):  # the second time, Pillow has loaded it
+        assert np.asarray(as_rgb(opened))[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_grey_that_is_no_number_does_not_decide_the_scale():
+    for odd in (np.nan, np.inf, -np.inf):
+        grey = np.full((2, 2), 0.5, np.float32)
+        grey[0, 0] = odd
+        assert pixels(encoded(Image.fromarray(grey), "TIFF"))[1, 1].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize("value", [-1, 65_536, (1 << 31) - 1])
+def test_integer_grey_of_more_than_16_bits_is_named(value: int):
+    data = encoded(Image.fromarray(np.array([[0, value]], np.int32)), "TIFF")
+    with pytest.raises(CorruptSample, match=re.escape(f"integer grey of {value:,}")):
+        read_picture(data)
+    largest = encoded(Image.fromarray(np.array([[0, 65_535]], np.int32)), "TIFF")
+    assert pixels(largest)[0].tolist() == [[0] * 3, [255] * 3]
+
+
+def test_grey_with_premultiplied_alpha_is_converted():
+    assert as_rgb(Image.new("La", (1, 1), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("written", ['"6"', "'6'", ' = "6"', "= '6'"])
+def test_xmp_is_read_in_every_way_of_quoting(written: str):
+    written = written if "=" in written else f"={written}"
+    assert from_xmp(f"<x tiff:Orientation{written}/>".encode()) == 6

@@ -291,3 +291,13 @@ def test_training_data_are_no_validation_data(run: Path, data: Path, capsys: pyt
     assert "only a train split" in fails([str(run)], capsys)
     with pytest.raises(ValueError, match="no split 'val'; it has train"):
         _data_and_split(Options(run))
+
+
+def test_training_tars_given_as_data_are_evaluated(run: Path, data: Path, reader: Any) -> None:
+    reader.captions |= dict(enumerate(TRAIN))
+    shards = data.parent / "shards"
+    shards.mkdir()
+    (data / "train-000000.tar").rename(shards / "00000.tar")
+    (run / "config.json").write_text(json.dumps({"data": {"train_data": str(shards)}}))
+    assert main([str(run), "--data", str(shards)]) == 0
+    assert record(run)["val"]["pairs"] == 5

@@ -129,7 +129,7 @@ def test_folders_without_a_clip_are_refused(folder: Path, tmp_path: Path) -> Non
     other = open_clip_config(CONFIG)
     other["model_cfg"]["embed_dim"] = 21
     (tmp_path / "open_clip_config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="weights do not fit the configuration"):
+    with pytest.raises(ValueError, match="does not fit the configuration beside it"):
         load_clip(tmp_path)
     other["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(other))

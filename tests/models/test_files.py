@@ -39,7 +39,7 @@ def test_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no model file .*none"):
         load_model(tmp_path / "none")
-    with pytest.raises(ValueError, match="is a folder, and a model file is needed"):
+    with pytest.raises(FileNotFoundError, match="there is no model file"):
         load_model(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"nothing of the kind")
@@ -62,7 +62,7 @@ def test_weights_must_fit_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     state = {**OneR(SMALL).state_dict(), "extra": torch.zeros(1)}
     save_file(state, path, {"format": FORMAT, "config": json.dumps(asdict(SMALL)), "tokenizer": "{}"})
-    with pytest.raises(ValueError, match=r"the weights do not fit the configuration: it holds extra"):
+    with pytest.raises(ValueError, match=r"the weights do not fit the configuration beside them(.|\n)*extra"):
         load_model(path)
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import tarfile
 import warnings
 from html.parser import HTMLParser
@@ -25,6 +26,7 @@ from oner_fast.report.content import about_content, evaluation_content, training
 from oner_fast.report.curves import loss_charts
 from oner_fast.report.examples import Example, Hit, Panels
 from oner_fast.report.heat import HeatRow
+from oner_fast.report.style import chart
 
 CAPTIONS = ["arrow", "arrow up", "arrow down", "red cat", "cat", "bold arrow", "big red cat", "sun & moon <b>", "sun"]
 
@@ -95,10 +97,12 @@ class Outside(HTMLParser):
         self.links: list[str] = []
         self.tags: set[str] = set()
         self.ids: list[str] = []
+        self.handlers: set[str] = set()
         self.text = ""
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self.handlers |= {name for name, _ in attributes if name.startswith("on")}
         for name, value in attributes:
             if name in ("src", "srcset", "data", "poster") or (name == "href" and tag not in ("a",)):
                 self.fetched.append(value or "")
@@ -127,6 +131,43 @@ def test_nothing_is_fetched_from_outside(page: Outside, run: Path) -> None:
     outside = re.findall(r'https?://[^\s"<]+', html)
     assert sorted(set(outside)) == sorted(link for link in set(page.links) if link.startswith("http"))
     assert set(outside) == {"https://example.org", "https://creativecommons.org/licenses/by-sa/4.0/"}
+
+
+def test_a_hostile_data_set_gives_no_script_and_no_link_but_to_the_web(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run.parent / "data", tmp_path / "data")
+    (tmp_path / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
+    script = "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>"
+    listing = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    listing["name"] = script
+    listing["splits"] |= {script: {"samples": 1, "shards": []}}
+    listing["attribution"] = [
+        {"title": script, "author": script, "licence": script, "samples": 3, "url": url}
+        for url in ("javascript:alert(1)", " java\tscript:alert(1)", "data:text/html,x", "//a.org", 'https://b.org/"x')
+    ]
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(listing))
+    assert main([str(tmp_path), "--data", str(tmp_path / "data")]) == 0
+    seen = Outside()
+    seen.feed((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert {link for link in seen.links if not link.startswith("#")} == {'https://b.org/"x'}
+    assert "script" not in seen.tags and not seen.handlers
+    assert seen.text.count("alert(1)") >= 3  # as text
+    assert all(address.startswith(("data:", "#")) for address in seen.fetched)
+
+
+def test_the_policy_stands_before_everything_that_it_rules(run: Path) -> None:
+    html = (run / "report.html").read_text(encoding="utf-8")
+    head = html.partition("<style>")[0]
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', html)
+    assert policy in head and "script" not in policy
+    directives = [part.split() for part in policy.replace("&#39;", "'").split(";")]
+    assert ["default-src", "'none'"] in directives and ["img-src", "data:"] in directives
+    assert not re.search(r"<script|\son\w+=", html)
+
+
+def test_charts_take_any_text(tmp_path: Path) -> None:
+    text = "</text><script>alert(1)</script> $5 or $\\oops$"
+    made = chart("one", lambda axes: axes.set_title(text), tmp_path, size=(3.0, 2.0))
+    assert "<script" not in made["svg"] and "&lt;script&gt;" in made["svg"] and "$\\oops$" in made["svg"]
 
 
 def test_links_within_the_page_have_targets(page: Outside) -> None:
@@ -197,9 +238,9 @@ def test_charts_follow_the_pages_colours(run: Path) -> None:
     html = (run / "report.html").read_text(encoding="utf-8")
     charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.DOTALL)
     assert len(charts) == 9  # loss, one part, speed, mfu, waiting, gap, three maps
-    for chart in charts:
-        assert "var(--" in chart
-        assert not re.search(r"(?:fill|stroke): #", chart)
+    for each in charts:
+        assert "var(--" in each
+        assert not re.search(r"(?:fill|stroke): #", each)
     assert "prefers-color-scheme: dark" in html
 
 
@@ -238,7 +279,7 @@ def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no split 'style'; it has train, val" in fails([str(run), "--split", "style"], capsys)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "give its folder with --data" in fails([str(tmp_path)], capsys)
-    assert "is empty, so it is not a model file" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)
+    assert "model.safetensors is empty (0 bytes)" in fails([str(tmp_path), "--data", str(run.parent / "data")], capsys)
 
 
 def test_an_interrupted_report_writes_no_page(

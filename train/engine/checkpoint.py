@@ -6,7 +6,6 @@ import collections
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from oner_fast.atomic import remove_leftovers, sync_directory, write_atomic
 from oner_fast.format_version import CHECKPOINT
-from oner_fast.train.engine.checkpoint_file import DamagedCheckpoint, check, load, looks_whole
+from oner_fast.train.engine.checkpoint_file import DamagedCheckpoint, check, load, looks_whole, step_of
 from oner_fast.train.engine.random_state import random_state, set_random_state
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"step-(\d{8,})\.pt")
 _LEAVES = (type(None), bool, int, float, str, bytes, torch.Tensor, torch.nn.Parameter, torch.Size, torch.device)
 
 
@@ -91,15 +89,15 @@ def saved(folder: Path | str) -> list[Path]:
     found = []
     folder = Path(folder)
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), path))
+        step = step_of(path.name)
+        if step is not None:
+            found.append((step, path))
     return [path for _, path in sorted(found)]
 
 
 def is_name(name: str) -> bool:
     """Tell whether `name` is that of a checkpoint, such as `step-00000500.pt`."""
-    return _NAME.fullmatch(name) is not None
+    return step_of(name) is not None
 
 
 def latest(folder: Path | str) -> Path | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from oner_fast.format_version import CHECKPOINT, check_format_version
 
+_NAME = re.compile(r"step-(\d{8,})\.pt")
 _KINDS = {
     stat.S_ISDIR: "a directory",
     stat.S_ISFIFO: "a named pipe",
@@ -33,6 +35,12 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint file is cut short, has flipped bits, or is not a checkpoint of this library."""
 
 
+def step_of(name: str) -> int | None:
+    """Return the step in the name of a checkpoint, such as `step-00000500.pt`; None for other names."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint, with `weights_only=True`: no code in the file can run.
 
@@ -41,7 +49,7 @@ def load(path: Path | str, map_location: str | torch.device = "cpu") -> dict[str
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedCheckpoint: the file is damaged or of another kind.
+        DamagedCheckpoint: the file is damaged, of another kind, or has the name of another step.
         ValueError: a newer version of oner_fast wrote the file.
     """
     path = Path(path)
@@ -83,6 +91,8 @@ def _read(path: Path, map_location: str | torch.device, mapped: bool) -> dict[st
     if not isinstance(state, dict) or "format" not in state or type(state.get("step")) is not int:
         raise DamagedCheckpoint(f"{path} is not a checkpoint of this library")
     check_format_version(path, state.pop("format"), CHECKPOINT)
+    if step_of(path.name) not in (None, state["step"]):  # it would hide those that a run saves later
+        raise DamagedCheckpoint(f"{path} holds step {state['step']}, which is not the step of its name")
     return state
 
 

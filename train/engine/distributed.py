@@ -138,6 +138,32 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     return cast(T, sent[0])
 
 
+def require_same(world: World, facts: dict[str, Any]) -> None:
+    """Compare the facts that every rank must share; every rank calls this, and every rank raises where one differs.
+
+    Args:
+        world: this process's place.
+        facts: values by name, which can be pickled and compared.
+
+    Raises:
+        ValueError: a rank has other facts than rank 0; that rank's message names them, and the others' name the rank.
+    """
+    if world.size == 1:
+        return
+    main = on_main(world, lambda: facts)
+    names = sorted(name for name in main.keys() | facts.keys() if main.get(name) != facts.get(name))
+    votes = torch.zeros(world.size, dtype=torch.int32)
+    votes[world.rank] = bool(names)
+    differing = sum_over_ranks(votes).nonzero().flatten().tolist()
+    if names:
+        shown = ", ".join(f"{name} {main.get(name)} -> {facts.get(name)}" for name in names)
+        raise ValueError(f"rank {world.rank} has other settings or data than rank 0 ({shown}); start every rank alike")
+    if differing:
+        raise ValueError(
+            f"rank {', '.join(map(str, differing))} has other settings or data than rank 0; its own output names them"
+        )
+
+
 def _portable(error: Exception) -> Exception:
     """Return the error as one that another process can build again, with its place in the code."""
     keep_origin(error)

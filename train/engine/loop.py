@@ -19,7 +19,7 @@ from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
 from oner_fast.train.config.serialization import from_dict, save_json, to_dict
 from oner_fast.train.engine import checkpoint
-from oner_fast.train.engine.distributed import World, on_main, sum_over_ranks
+from oner_fast.train.engine.distributed import World, on_main, require_same, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
 from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, set_lr
@@ -27,7 +27,8 @@ from oner_fast.train.engine.pace_watch import PaceWatch
 from oner_fast.train.engine.precision import autocast_dtype
 from oner_fast.train.engine.progress import Progress
 from oner_fast.train.engine.random_state import seed_generators
-from oner_fast.train.engine.resuming import find_start
+from oner_fast.train.engine.resuming import find_start, restoring
+from oner_fast.train.engine.run_lock import lost
 from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.threads import load, settle_threads
@@ -35,6 +36,8 @@ from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
 
 # Settings of the data that change neither the samples nor their order: paths and speed.
 _FREE_DATA = ("workers", "train_data", "val_data", "val_split", "tokenizer")
+# Settings of the run that may differ between ranks: those of a machine, and those that only rank 0 reads.
+_OF_A_RANK = ("run_dir", "recipe", "device", "threads", "resume", "collective_timeout")
 _KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 
 
@@ -103,7 +106,8 @@ class Training(ABC, Generic[C]):
             dtype=self.dtype or torch.float32,
         )
         precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
-        self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
+        with restoring(start):
+            self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
         if before is not None:
             _refuse_other_configuration(str(start), before, self.config)
         seed_generators(config.run.seed)
@@ -113,15 +117,18 @@ class Training(ABC, Generic[C]):
         self.guard = NonFiniteGuard(self.config.run.max_skipped_steps)
         self.steps_done = 0
         if state is not None:
-            self.student.load_state_dict(state["student"])
-            self._load_extra_state(state)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.guard.load_state_dict(state["guard"])
-            checkpoint.set_random_state(state["random"])
-            self.steps_done = int(state["step"])
+            with restoring(start):
+                self.student.load_state_dict(state["student"])
+                self._load_extra_state(state)
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.guard.load_state_dict(state["guard"])
+                checkpoint.set_random_state(state["random"])
+                self.steps_done = int(state["step"])
         self.batches = self._open_batches()
+        require_same(world, _shared_facts(self.config) | {"samples": self.batches.state_dict().get("samples")})
         if state is not None:
-            self.batches.load_state_dict(state["data"])
+            with restoring(start):
+                self.batches.load_state_dict(state["data"])
         self._ready()
 
     # A subclass defines these.
@@ -225,12 +232,13 @@ class Training(ABC, Generic[C]):
                 if asked and self.steps_done < total:
                     progress.note(f"{asked}: saved step {self.steps_done}; the same command continues from there")
                     return asked
-        on_main(self.world, self._finish)
+        progress.note(on_main(self.world, self._finish))
         return None
 
-    def _finish(self) -> None:
-        """Write the trained model and say where it lies and what comes next."""
-        print(f"the model is {self._export()}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}")
+    def _finish(self) -> str:
+        """Write the trained model and return a line about its place and what comes next."""
+        self._refuse_a_lost_folder()
+        return f"the model is {self._export()}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}"
 
     def _prepare(self) -> None:
         """Make the run's folder ready for writing."""
@@ -268,12 +276,20 @@ class Training(ABC, Generic[C]):
         """Write a checkpoint from rank 0: whatever differs between ranks is a pure function of the step."""
         on_main(self.world, self._write_checkpoint)
 
-    def _write_checkpoint(self) -> None:
+    def _refuse_a_lost_folder(self) -> None:
         if not self.folder.is_dir():  # it must not come back with a checkpoint alone
             raise FileNotFoundError(
                 f"the run folder {self.folder} is gone: it was moved or removed during the run; put it back, and the "
                 "same command continues from its last checkpoint"
             )
+        if lost(self.folder):
+            raise FileNotFoundError(
+                f"another folder took the place of the run folder {self.folder} during the run, and nothing was "
+                "written into it; the checkpoints are where the run's folder was moved to"
+            )
+
+    def _write_checkpoint(self) -> None:
+        self._refuse_a_lost_folder()
         state: dict[str, Any] = {
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -301,6 +317,19 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
         "samples_per_second": pace.samples_per_second,
         "data_wait": pace.data_wait,
         "mfu": mfu(sum(flops[-pace.steps :]), pace.seconds, rate),
+    }
+
+
+def _shared_facts(config: Configuration) -> dict[str, Any]:
+    """Return the settings that must be equal on every rank, by name; paths and the pace of a rank are its own."""
+    free = {"data": _FREE_DATA, "run": _OF_A_RANK}
+    return {
+        each.name if part.name in ("data", "optim", "run") else f"{part.name}.{each.name}": repr(
+            getattr(getattr(config, part.name), each.name)
+        )
+        for part in dataclasses.fields(config)
+        for each in dataclasses.fields(getattr(config, part.name))
+        if each.name not in free.get(part.name, ())
     }
 
 

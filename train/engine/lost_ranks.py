@@ -34,7 +34,7 @@ def lost_ranks_named(world: World, timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world.size == 1 or not dist.is_initialized() or not _is_collective(error):
+        if world.size == 1 or not dist.is_initialized() or not is_collective(error):
             raise
         store = _store()
         dist.destroy_process_group()
@@ -42,7 +42,8 @@ def lost_ranks_named(world: World, timeout_seconds: float) -> Iterator[None]:
         raise LostRank(_sentence(str(error), world, lost, timeout_seconds)) from error
 
 
-def _is_collective(error: RuntimeError) -> bool:
+def is_collective(error: RuntimeError) -> bool:
+    """Tell whether a collective of the process group raised `error`."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(word in text for word in _WORDS)
 

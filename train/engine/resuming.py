@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from oner_fast.failures import is_out_of_memory, origin
 from oner_fast.train.engine import checkpoint
+from oner_fast.train.engine.lost_ranks import is_collective
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +41,30 @@ class Start:
             else:
                 del self.damaged[path]
                 _log.warning("%s; it is now %s, and %s", reason, place.name, older)
+
+
+@contextmanager
+def restoring(path: Path | None) -> Iterator[None]:
+    """Turn an error inside, where the state of the checkpoint `path` is taken over, into a sentence about the file.
+
+    A checkpoint can be whole and hold another state than this training needs: another version wrote it, or a script
+    changed it. A refusal of this library passes as it is, and so does a lack of memory. With `path` None nothing is
+    restored, and every error passes.
+
+    Raises:
+        ValueError: the state does not fit.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        lost = isinstance(error, RuntimeError) and is_collective(error)
+        if path is None or lost or is_out_of_memory(error) or origin(error).refused:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} does not fit this training ({type(error).__name__}: {said}): another version wrote it, or it was "
+            "changed; remove it to go on from the one before, or give another --run-dir"
+        ) from error
 
 
 def find_start(folder: Path, resume: str) -> Start:

@@ -20,11 +20,13 @@ from oner_fast import bounded_json
 from oner_fast.train.engine.distributed import World, on_main
 
 FILE = "run.lock"
+_RECORD = 10_000  # most bytes of the record in it
 # What a file system without locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _log = logging.getLogger(__name__)
-_held: set[int] = set()
+_held: dict[int, tuple[Path, os.stat_result]] = {}
+"""The folders of the runs that this process holds, and their inodes, by the descriptor of the lock."""
 
 
 class RunInUse(ValueError):
@@ -49,17 +51,40 @@ def run_lock(folder: Path) -> Iterator[None]:
     except BaseException:
         _remove_empty(made)
         raise
-    _held.add(descriptor)
     try:
+        _held[descriptor] = folder, os.stat(folder)
         _write_holder(descriptor)
         yield
     finally:
         # It goes before the lock does: a process that opens it later finds that the name is gone, and makes another.
         with contextlib.suppress(OSError):
-            os.unlink(folder / FILE)
-        _held.discard(descriptor)
+            if not lost(folder):  # the file there is another training's
+                os.unlink(folder / FILE)
+        _held.pop(descriptor, None)
         os.close(descriptor)
         _remove_empty(made)
+
+
+def lost(folder: Path) -> bool:
+    """Tell whether `folder` no longer is that of the run whose lock this process holds for it.
+
+    The folder was then moved or removed, and another one may have its place. One whose lock file alone was removed is
+    not lost. Without a lock for `folder` the answer is False.
+    """
+    held = next(((lock, before) for lock, (place, before) in _held.items() if place == folder), None)
+    if held is None:
+        return False
+    lock, before = held
+    try:
+        if os.path.lexists(folder / FILE):
+            # Some network file systems number their files anew; the record tells them apart.
+            same = os.path.samestat(os.fstat(lock), os.stat(folder / FILE))
+            return not same and (folder / FILE).read_bytes() != os.pread(lock, _RECORD, 0)
+        return not os.path.samestat(before, os.stat(folder))
+    except FileNotFoundError:
+        return True
+    except OSError:  # nothing is known about the folder; the write that follows says why
+        return False
 
 
 @contextmanager
@@ -117,7 +142,7 @@ def _write_holder(descriptor: int) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        about = bounded_json.load_object(path.read_bytes(), str(path), max_bytes=10_000)
+        about = bounded_json.load_object(path.read_bytes(), str(path), max_bytes=_RECORD)
     except (OSError, ValueError):
         return "another training"
     return (
@@ -131,6 +156,11 @@ def _make(folder: Path) -> list[Path]:
     for place in (folder, *folder.parents):
         if place.exists():
             break
+        if place.is_symlink():
+            raise FileNotFoundError(
+                f"{place} is a symbolic link to {os.readlink(place)}, which does not exist; make that folder, or give "
+                "another --run-dir"
+            )
         missing.append(place)
     folder.mkdir(parents=True, exist_ok=True)
     return missing

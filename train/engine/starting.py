@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oner_fast.train.engine.metrics import FILE
+from oner_fast.train.engine.run_lock import lost
 
 CHECKPOINTS = "checkpoints"
 
@@ -26,7 +27,7 @@ def nothing_left_by_a_failed_start(folder: Path, enabled: bool) -> Iterator[None
     try:
         yield
     except BaseException:
-        if enabled and folder.is_dir() and not _has_results(folder):
+        if enabled and folder.is_dir() and not lost(folder) and not _has_results(folder):
             for path in set(folder.iterdir()) - before:
                 _remove(path)
         raise

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from oner_fast import bounded_json
 from oner_fast.atomic import replacing
-from oner_fast.data.sources import owned_files
+from oner_fast.data.sources import folder_lock, owned_files
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.sources.writer import FORMAT, write_json
+from oner_fast.data.tar_folders import tars_in
 from oner_fast.data.tar_index import build_index, stored_index
 from oner_fast.failures import keep_origin
 
@@ -30,7 +31,8 @@ class Build:
     build only. Only files that a build writes are ever removed, by their names in the folder (see `owned_files`).
 
     Raises:
-        ValueError: the folder holds another build and `overwrite` is false, it is a file, or its `.build` is a link.
+        ValueError: the folder holds another build and `overwrite` is false, another process builds in it, it is a file,
+            or its `.build` is a link.
     """
 
     def __init__(self, output: str | Path, name: str, options: dict[str, Any], overwrite: bool = False) -> None:
@@ -40,6 +42,7 @@ class Build:
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"{self.output} is a file; --output needs a folder")
         self.work = owned_files.working_folder(self.output)
+        folder_lock.hold(self.output)
         found = self._found()
         if found is not None and (found != self.options or (overwrite and not self._is_sound())):
             if not overwrite:
@@ -49,7 +52,10 @@ class Build:
                 )
             self._clear()
         self.output.mkdir(parents=True, exist_ok=True)
+        folder_lock.hold(self.output)
         self.finished = self._is_finished()
+        if self.finished:
+            folder_lock.release(self.output)
 
     def begin(self) -> None:
         """Mark the folder as under construction, and remove the incomplete files of an interrupted run."""
@@ -78,17 +84,21 @@ class Build:
         write_json(self.output / "dataset.json", content)
         owned_files.remove_work(self.output)
         self.finished = True
+        folder_lock.release(self.output)
         return content
 
     def abandon(self) -> None:
         """Remove everything that the build has written; other files stay."""
         self._clear()
+        folder_lock.release(self.output)
         if not any(self.output.iterdir()):
             self.output.rmdir()
 
     def dataset(self) -> dict[str, Any]:
         """Content of the folder's `dataset.json`. Raises ValueError where it is damaged."""
         listing = self.output / "dataset.json"
+        if not listing.is_file():
+            raise ValueError(f"{listing} is not a file; remove it, or choose another --output")
         return bounded_json.load_object(listing.read_bytes(), str(listing))
 
     def write_left_out(self, lines: Sequence[str]) -> None:
@@ -158,10 +168,14 @@ def index_tars(tars: Sequence[Path]) -> None:
 
     Raises ValueError where there is no tar to index, or one does not exist.
     """
-    tars = [tar for path in tars for tar in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
+    folders = {path: tars_in(path) for path in tars if path.is_dir()}
+    for path, found in folders.items():
+        for sentence in found.left_out():
+            say(f"{path}: left out: {sentence}")
+    tars = [tar for path in tars for tar in (folders[path].tars if path in folders else [path])]
     if not tars:
         raise ValueError("no tar to index; name one or more .tar files, or a folder that holds some")
-    absent = [str(tar) for tar in tars if not tar.is_file()]
+    absent = [str(tar) for tar in tars if not tar.exists()]
     if absent:
         raise ValueError(f"no such file: {', '.join(absent)}")
     for tar in tars:

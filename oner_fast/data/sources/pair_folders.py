@@ -96,6 +96,8 @@ def _caption(source: Path, image: str, text: str | None) -> str | LeftOut:
         caption = ""
     if len(data) > 2 * BUDGET.caption_bytes or is_too_long(caption):
         return LeftOut(LONG_CAPTION, f"{name}: a caption over {BUDGET.caption_bytes:,} bytes")
+    if "\0" in caption:
+        return LeftOut(NO_CAPTION, f"{name}: its caption holds a NUL byte; is it UTF-16?")
     return caption or LeftOut(NO_CAPTION, f"{name}: its caption is empty")
 
 

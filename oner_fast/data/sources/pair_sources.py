@@ -17,13 +17,15 @@ def read_source(source: Path, columns: Columns, root: Path | None = None, limit:
         limit: keep only this many pairs, the first ones.
 
     Raises:
-        ValueError: there is no such file or folder, it has no pair, or a table lacks the columns, has one of them
-            twice, or is not UTF-8.
+        ValueError: there is no such file or folder, it is a device or pipe, it has no pair, or a table lacks the
+            columns, has one of them twice, or is not UTF-8.
     """
     if source.is_dir():
         found = folder_pairs(source)
     elif source.is_file():
         found = table_pairs(source, columns, source.parent if root is None else root)
+    elif source.exists():
+        raise ValueError(f"no pairs at {printable(source)}: it is a device or pipe; save the table to a file first")
     else:
         raise ValueError(f"no pairs at {printable(source)}: no such file or folder")
     pairs = found.pairs[:limit]

@@ -43,7 +43,8 @@ def build_pairs(
 ) -> dict[str, Any]:
     """Pack the pairs of a CSV or TSV file, or of a folder with a `.txt` beside each image.
 
-    An image with captions in both splits goes to "val" only. Everything that gives no pair is counted by its rule in
+    An image with captions in both splits goes to "val" only, whether its file has one name or several, or is copied.
+    Everything that gives no pair is counted by its rule in
     `dataset.json` and named in `left-out.txt`.
 
     Args:
@@ -200,10 +201,9 @@ def _split(sources: _Sources, percent: int, by: str, workers: int) -> tuple[dict
     if sources.val is None:
         val = [pair for pair in sources.train if validates(pair)]
         rest = [pair for pair in sources.train if not validates(pair)]
-        shared = {pair.image for pair in val}
     else:
         val, rest = list(sources.val), sources.train
-        shared = {pair.image for pair in val} | shared_images(rest, val, workers)
+    shared = {pair.image for pair in val} | shared_images(rest, val, workers)
     splits = {"train": [pair for pair in rest if pair.image not in shared], "val": val}
     for members in splits.values():
         members.sort(key=lambda pair: (hashlib.sha1(f"{pair.name}\t{pair.caption}".encode()).digest(), pair.row))

@@ -170,9 +170,10 @@ class _Lines:
                 try:
                     text.encode()
                 except UnicodeEncodeError:
+                    utf16 = not self._read and text.startswith(("\udcff\udcfe", "\udcfe\udcff"))
                     raise ValueError(
-                        f"{self._name} is not UTF-8 in line {self._read + 1}; save it as UTF-8, "
-                        "for instance with iconv -f latin1 -t utf-8"
+                        f"{self._name} is {'UTF-16, not UTF-8' if utf16 else f'not UTF-8 in line {self._read + 1}'}; "
+                        f"save it as UTF-8, for instance with iconv -f {'utf-16' if utf16 else 'latin1'} -t utf-8"
                     ) from None
             self._window[self._read] = _Line(text, self._characters)
             self._characters += len(text)

@@ -12,6 +12,7 @@ from oner_fast.data.images import decode
 from oner_fast.data.listing import ListedShard, read_listing
 from oner_fast.data.sources.building import default_workers, each
 from oner_fast.data.sources.progress import progress, say
+from oner_fast.data.tar_folders import tars_in, unlisted
 from oner_fast.data.tar_index import META, TEXT, TarIndex, build_index, stored_index
 
 _CHUNK = 128  # samples that a worker reads at a time
@@ -68,7 +69,7 @@ def verify_data(paths: Sequence[Path], workers: int | None = None) -> Found:
     if not jobs:
         raise ValueError("no tar to verify; name one or more .tar files, or folders that hold some")
     workers = default_workers() if workers is None else workers
-    total = Found()
+    total = Found(skipped=[sentence for path in paths if path.is_dir() for sentence in _left_out(path)])
     parts: list[_SampleJob] = []
     with progress("checking sums and headers", len(jobs)) as advance:
         for found, index in each(_check_tar, jobs, workers):
@@ -110,8 +111,15 @@ def _tars(path: Path) -> list[_TarJob]:
         listing = read_listing(path)
         if listing is not None:
             return [_TarJob(shard.path, shard) for shards in listing.values() for shard in shards]
-        return [_TarJob(tar, None) for tar in sorted(path.glob("*.tar"))]
+        return [_TarJob(tar, None) for tar in tars_in(path).tars]
     return [_TarJob(path, None)]
+
+
+def _left_out(folder: Path) -> list[str]:
+    listing = read_listing(folder)
+    if listing is None:
+        return tars_in(folder).left_out()
+    return unlisted(folder, {shard.path for shards in listing.values() for shard in shards})
 
 
 def _check_tar(job: _TarJob) -> tuple[Found, TarIndex | None]:

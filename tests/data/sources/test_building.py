@@ -1,4 +1,6 @@
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -209,3 +211,29 @@ def test_what_was_left_out_is_written_and_belongs_to_the_build(tmp_path: Path) -
     assert (tmp_path / "left-out.txt").read_text() == "a row\ncaf\\udce9\n"
     build.write_left_out([])
     assert not (tmp_path / "left-out.txt").exists()
+
+
+def test_one_process_at_a_time_builds_in_a_folder(tmp_path: Path) -> None:
+    tmp_path = tmp_path / "out"
+    tmp_path.mkdir()
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="another process builds in .*; wait until it ends"):
+            Build(tmp_path, "test", {}, overwrite)
+    os.close(other)
+    Build(tmp_path, "test", {}).begin()
+    build = Build(tmp_path, "test", {})  # this process goes on with its own build
+    other = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    build.begin()
+    build.finish({"splits": {}})
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
+
+
+def test_a_pipe_for_a_listing_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "dataset.json")
+    with pytest.raises(ValueError, match="is not a file"):
+        Build(tmp_path, "test", {})

@@ -455,3 +455,43 @@ def test_no_memory_address_is_recorded(table: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(pair_shards, "_read_image", failing)
     content = build_pairs(table, tmp_path / "out", workers=1)
     assert content["dropped"]["named"] == ["img/4.png: cannot read <_io.BytesIO object>"]
+
+
+def test_a_caption_with_a_nul_byte_is_left_out(tmp_path: Path) -> None:
+    small(tmp_path / "in", "a.png", "b.png", "c.png")
+    (tmp_path / "in/a.txt").write_bytes("a cat".encode("utf-16-le"))
+    (tmp_path / "in/b.txt").write_bytes(b"a\0cat")
+    (tmp_path / "in/c.txt").write_text("a dog")
+    build_pairs(tmp_path / "in", tmp_path / "out", validation_percent=0, workers=1)
+    named = (tmp_path / "out/left-out.txt").read_text()
+    assert named.count("its caption holds a NUL byte") == 2
+    assert "a.png" in named and "b.png" in named
+
+
+def test_a_copy_or_link_of_a_validation_image_is_not_trained_on(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", 1)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    (tmp_path / "hard.png").hardlink_to(tmp_path / "a.png")
+    (tmp_path / "link.png").symlink_to("a.png")
+    (tmp_path / "sub").mkdir()
+    draw(tmp_path / "other.png", 2)
+    captions = [f"thing {chr(97 + i)}{chr(97 + i)}" for i in range(26)]
+    held = next(text for text in captions if percentile(concept(text)) < 50)
+    kept = [text for text in captions if percentile(concept(text)) >= 50][:5]
+    files = ["copy.png", "hard.png", "link.png", "sub/../a.png", "other.png"]
+    rows = [("a.png", held), *zip(files, kept, strict=True)]
+    (tmp_path / "t.csv").write_text("filepath,title\n" + "".join(f"{path},{text}\n" for path, text in rows))
+    content = build_pairs(tmp_path / "t.csv", tmp_path / "out", validation_percent=50, workers=1)
+    assert [content["splits"][split]["samples"] for split in ("train", "val")] == [1, 1]
+    assert content["dropped"]["training captions of validation pictures"] == 4
+
+
+def test_sources_that_are_no_table_are_called_what_they_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="it is a device or pipe; save the table to a file first"):
+        build_pairs(tmp_path / "pipe", tmp_path / "out")
+    for order in ("utf-16", "utf-16-be"):
+        mark = b"" if order == "utf-16" else b"\xfe\xff"
+        (tmp_path / "wide.csv").write_bytes(mark + "filepath,title\na.png,a cat\n".encode(order))
+        with pytest.raises(ValueError, match=r"wide\.csv is UTF-16, not UTF-8; .* iconv -f utf-16 -t utf-8"):
+            build_pairs(tmp_path / "wide.csv", tmp_path / "out")

@@ -139,7 +139,7 @@ def test_headers_and_encodings_that_cannot_be_read() -> None:
             table_of(data, "pairs.csv")
     with pytest.raises(ValueError, match="the header of pairs.csv cannot be read: a quote opens"):
         table_of(b'filepath,"title\n0.jpg,x\n', "pairs.csv")
-    with pytest.raises(ValueError, match="pairs.csv is not UTF-8 in line 1;"):
+    with pytest.raises(ValueError, match="pairs.csv is UTF-16, not UTF-8;"):
         table_of("filepath,title\n".encode("utf-16"), "pairs.csv")
     with pytest.raises(ValueError, match="pairs.csv is not UTF-8 in line 3; .*iconv"):
         list(table_of(b"filepath,title\n0.jpg,x\n1.jpg,caf\xe9\n", "pairs.csv").rows())

@@ -16,7 +16,7 @@ import torch
 
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.engine.checkpoint import DamagedCheckpoint
-from oner_fast.train.engine.resuming import find_start
+from oner_fast.train.engine.resuming import find_start, restoring
 from oner_fast.train.engine.verify import main as verify
 
 
@@ -63,6 +63,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another pickle in a zip": (lambda path: torch.save(Path("x"), path), "cannot be read as a checkpoint"),
     "another model": (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of this library"),
     "a step in words": (lambda path: torch.save({"step": "six", "format": 1}, path), "is not a checkpoint"),
+    "another step's": (
+        lambda path: path.write_bytes(path.with_name("step-00000002.pt").read_bytes()) and None,
+        "holds step 2, which is not the step of its name",
+    ),
     "a list": (lambda path: torch.save([1, 2], path), "is not a checkpoint of this library"),
     "directory": (replaced(full_directory), "is a directory"),
     "named pipe": (replaced(os.mkfifo), "is a named pipe"),
@@ -229,3 +233,29 @@ def test_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no checkpoint at" in capsys.readouterr().err
     assert verify(["verify"]) == 2 and verify(["list", str(folder)]) == 2
     assert verify(["--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("skipped"), TypeError("not a dict"), RuntimeError("Error(s):\n  size mismatch"), ValueError("x")]
+)
+def test_a_whole_checkpoint_that_does_not_fit_is_named_with_the_remedy(error: Exception) -> None:
+    def restore() -> None:
+        exec("raise error", {"error": error, "__name__": "torch.nn"})
+
+    with pytest.raises(ValueError, match=r"step-00000006.pt does not fit this training .*; remove it to go on") as info:
+        with restoring(Path("step-00000006.pt")):
+            restore()
+    assert info.value.__cause__ is error and "\n" not in str(info.value)
+    with pytest.raises(type(error)), restoring(None):
+        restore()
+
+
+@pytest.mark.parametrize("said", ["DefaultCPUAllocator: can't allocate memory", "[gloo] Connection closed by peer"])
+def test_an_error_that_is_not_the_files_passes(said: str) -> None:
+    with pytest.raises(RuntimeError, match=said.split()[-1]), restoring(Path("step-00000006.pt")):
+        raise RuntimeError(said)
+
+
+def test_a_refusal_of_the_library_passes() -> None:
+    with pytest.raises(DamagedCheckpoint), restoring(Path("step-00000006.pt")):
+        checkpoint.load(__file__)

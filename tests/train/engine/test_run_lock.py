@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from oner_fast.train.engine.run_lock import FILE, RunInUse, run_lock
+from oner_fast.train.engine.run_lock import FILE, RunInUse, lost, run_lock
 
 HOLDER = """
 import os, sys, time
@@ -106,3 +106,31 @@ def test_a_lock_file_that_was_removed_meanwhile_is_made_again(tmp_path: Path, mo
         assert len(calls) == 2
         with pytest.raises(RunInUse), run_lock(tmp_path):
             raise AssertionError("two writers")
+
+
+def test_a_folder_that_was_moved_is_lost_and_the_one_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    with run_lock(run):
+        assert not lost(run)
+        run.rename(moved)
+        assert lost(run)
+        run.mkdir()
+        assert lost(run)
+        (run / FILE).write_text("another training's")
+        assert lost(run)
+    assert (run / FILE).read_text() == "another training's" and not lost(run)
+
+
+def test_a_lock_file_that_was_removed_by_hand_loses_no_folder(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        (tmp_path / FILE).unlink()
+        assert not lost(tmp_path)
+
+
+def test_a_link_to_no_folder_is_named_with_its_target(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "unmounted")
+    for folder in (tmp_path / "run", tmp_path / "run" / "inner"):
+        with pytest.raises(FileNotFoundError, match="run is a symbolic link to .*unmounted, which does not exist"):
+            with run_lock(folder):
+                raise AssertionError("locked")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

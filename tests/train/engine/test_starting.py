@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from oner_fast.cli import main
+from oner_fast.train.engine.run_lock import run_lock
 from oner_fast.train.engine.starting import nothing_left_by_a_failed_start
 
 
@@ -133,3 +134,13 @@ def test_snapshots_come_from_the_validation_data(pairs: Path, tmp_path: Path) ->
     assert not (tmp_path / "none" / "snapshots").exists()
     assert train(pairs, run, *snapshots, "--val-data", str(pairs)) == 0
     assert len(list((run / "snapshots").iterdir())) == 2
+
+
+def test_a_folder_that_another_training_put_in_its_place_stays(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError), run_lock(run), nothing_left_by_a_failed_start(run, True):
+        run.rename(tmp_path / "moved")
+        run.mkdir()
+        (run / "config.json").write_text("another training's")
+        raise RuntimeError
+    assert (run / "config.json").read_text() == "another training's"
