@@ -32,8 +32,10 @@ def check_format_version(path: Path | str, found: Any, supported: int) -> None:
     """
     if found is None:
         return
-    version = int(found) if str(found).isdecimal() and not isinstance(found, bool) else None
+    text = str(found) if isinstance(found, (int, str)) and not isinstance(found, bool) else ""
+    version = int(text) if text.isdecimal() and len(text) <= 18 else None
     if version is None or version > supported:
         raise ValueError(
-            f"{path} has format version {found}, and this oner_fast reads versions up to {supported}: update oner_fast"
+            f"{path} has format version {str(found)[:40]}, and this oner_fast reads versions up to {supported}: update "
+            "oner_fast"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,14 +71,11 @@ class LoadedTowers:
         """Embed captions: (B, E).
 
         Raises:
-            ValueError: there is no text, no text tower, or one that cannot be loaded, would have to be fetched without
-                having been asked for, or does not fit; the message says which.
+            TypeError: `texts` is one string, or holds something that is no string.
+            ValueError: there is no text, one that is not valid Unicode, no text tower, or one that cannot be loaded,
+                would have to be fetched without having been asked for, or does not fit; the message says which.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of strings, got one string")
-        if not texts:
-            raise ValueError("texts must hold at least one text, got none")
-        return _normalise(self.text.encode_text(list(texts)))
+        return _normalise(self.text.encode_text(text_list(texts)))
 
     @torch.inference_mode()
     def encode_patches(self, images: GivenImages) -> Tensor:
@@ -117,13 +114,41 @@ class LoadedTowers:
 def stacked(images: GivenImages, preprocess: Callable[[GivenImage, str], Tensor]) -> Tensor:
     """Stack images to one uint8 tensor (B, 3, S, S); a tensor passes unchanged.
 
-    Raises as `oner_fast.data.given_images.as_list` and `preprocess` do; a tensor of no images is a ValueError.
+    Raises as `oner_fast.data.given_images.as_list` and `preprocess` do; a tensor that is no batch of images is a
+    ValueError.
     """
     if isinstance(images, Tensor):
+        if images.is_nested or images.is_meta or images.ndim != 4:
+            shape = "a nested" if images.is_nested else "a meta" if images.is_meta else f"{tuple(images.shape)}"
+            raise ValueError(
+                f"images: got {shape} tensor, need (B, 3, S, S) of the model's size S; give images of other sizes, or "
+                "one alone, as a list of tensors (3, H, W)"
+            )
         if len(images) == 0:
             raise ValueError("images must hold at least one image, got none")
         return images
     return torch.stack([preprocess(image, f"image {i}") for i, image in enumerate(as_list(images))])
+
+
+def text_list(texts: Sequence[str]) -> list[str]:
+    """Return texts as a list.
+
+    Raises:
+        TypeError: `texts` is one string, no list, or holds something that is no string; the message says which.
+        ValueError: there is no text, or one that is not valid Unicode.
+    """
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) or isinstance(texts, (Set, Mapping)):
+        given = "one string" if isinstance(texts, str) else type(texts).__name__
+        raise TypeError(f"texts must be a list of strings, got {given}")
+    listed = list(texts)
+    if not listed:
+        raise ValueError("texts must hold at least one text, got none")
+    for number, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise TypeError(f"text {number}: got {type(text).__name__}, need a string")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"text {number}: it holds half a surrogate pair, so it is not valid Unicode")
+    return listed
 
 
 def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:

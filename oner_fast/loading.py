@@ -16,7 +16,7 @@ from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers
+from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers, text_list
 from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.clip import CONFIG, build_clip, check_clip, clip_config_from_dict, clip_tokenizer
 from oner_fast.models.file_kinds import file_kind
@@ -100,9 +100,7 @@ class Loaded:
         return stacked(images, self.preprocess).to(self._device)
 
     def _texts(self, texts: Sequence[str]) -> TokenizedText:
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of strings, got one string")
-        return self.tokenizer(list(texts), self.config.max_text_tokens).to(self._device)
+        return self.tokenizer(text_list(texts), self.config.max_text_tokens).to(self._device)
 
     @property
     def _device(self) -> torch.device:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,29 @@ def test_bad_inputs_are_named(file: Path) -> None:
         loaded.encode_image_text([picture()], CAPTIONS)
     with pytest.raises(ValueError, match="images must hold at least one image"):
         loaded.encode_image([])
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="texts must hold at least one text, got none"):
         loaded.encode_text([])
     with pytest.raises(ValueError, match=r"images must have shape \(B, C, 16, 16\)"):
         loaded.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "named"),
+    [
+        (None, TypeError, "got NoneType"), (3, TypeError, "got int"), ({"red"}, TypeError, "got set"),
+        (b"red", TypeError, "got bytes"), (["red", 3], TypeError, "text 1: got int"),
+        ([["red"]], TypeError, "text 0: got list"), (["\ud800"], ValueError, "text 0: it holds half a surrogate"),
+    ],
+)  # fmt: skip
+def test_texts_of_other_kinds_are_named(texts: Any, error: type[Exception], named: str, file: Path) -> None:
+    with pytest.raises(error, match=named):
+        oner_fast.load(file).encode_text(texts)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [torch.zeros(3, 16, 16), torch.tensor(1), torch.zeros(1, 1, 3, 16, 16), torch.zeros(1, 3, 16, 16, device="meta")],
+)
+def test_a_tensor_that_is_no_batch_of_images_is_named(images: torch.Tensor, file: Path) -> None:
+    with pytest.raises(ValueError, match=r"images: got .* tensor, need \(B, 3, S, S\).*as a list of tensors"):
+        oner_fast.load(file).encode_image(images)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from oner_fast.data.dataset import CorruptSample
 from oner_fast.data.orientation import from_info, upright
 from oner_fast.data.pixels import check_size, load, read_file, read_picture, to_rgb
 
@@ -44,12 +45,21 @@ def as_rgb(image: GivenImage, name: str = "image") -> Image.Image:
         return read_picture(bytes(image), name).rgb
     if isinstance(image, Image.Image):
         check_size(image, name)
-        load(image)
-        return to_rgb(upright(image, from_info(image.info)))
+        try:
+            load(image)
+            return to_rgb(upright(image, from_info(image.info)))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders and conversions raise many kinds
+            raise CorruptSample(name, f"a PIL image that cannot be read: {error}") from error
     if isinstance(image, Tensor):
+        if image.is_nested:
+            raise TypeError(f"{name}: got a nested tensor, need one of shape (3, H, W)")
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"{name}: a tensor of an image needs the shape (3, H, W), got {tuple(image.shape)}")
         _check_dtype(name, "tensor", str(image.dtype).removeprefix("torch."))
+        if image.is_meta or image.is_sparse:
+            raise TypeError(f"{name}: got a {'meta' if image.is_meta else 'sparse'} tensor, need a dense one")
         return _from_array(image.detach().cpu().permute(1, 2, 0).numpy(), name)
     if isinstance(image, (np.ndarray, np.generic)):
         _check_dtype(name, "array", str(image.dtype))
@@ -71,7 +81,7 @@ def as_list(images: GivenImages) -> list[GivenImage]:
             return [images]
         if images.ndim > 4:
             raise ValueError(f"an array of images needs the shape (N, H, W, 3), got {images.shape}")
-    elif not isinstance(images, (Sequence, np.ndarray)):
+    elif not isinstance(images, (Sequence, np.ndarray)) or (isinstance(images, np.ndarray) and images.ndim == 0):
         raise TypeError(f"images: got {_described(images)}, need {_NEEDED}, or a list of those")
     if len(images) == 0:
         raise ValueError("images must hold at least one image, got none")

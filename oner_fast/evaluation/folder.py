@@ -1,13 +1,16 @@
 """Read the files of a run folder, with a clear message where one is missing."""
 
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from oner_fast.bounded_json import load_object
 from oner_fast.data.splits import exists
 from oner_fast.format_version import CONFIGURATION, FIELD, check_format_version
+
+MAX_CONFIG = 1 << 20
+"""Largest configuration, and largest line of metrics.jsonl, in bytes."""
 
 
 def check_run(run: Path) -> None:
@@ -27,12 +30,7 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} needs a JSON object, got {type(content).__name__}")
+    content = load_object(path.read_bytes(), str(path), max_bytes=MAX_CONFIG)
     check_format_version(path, content.get(FIELD), CONFIGURATION)
     return content
 
@@ -79,18 +77,22 @@ def _of_run(run: Path, keys: Sequence[str]) -> str:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Logged steps of metrics.jsonl, by step; where a resumed run logged a step again, the later line counts."""
+    """Logged steps of metrics.jsonl, by step; where a resumed run logged a step again, the later line counts.
+
+    A line that is no JSON object with a step, such as one that a kill cut short, is left out.
+    """
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
     lines: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            entry = json.loads(line)
+            entry = load_object(line, str(path), max_bytes=MAX_CONFIG)
         except ValueError:
-            continue  # a line that a kill cut short
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            lines[entry["step"]] = entry
+            continue
+        step = entry.get("step")
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53:
+            lines[step] = entry
     return [lines[step] for step in sorted(lines)]
 
 

@@ -42,21 +42,37 @@ def load_snapshots(folder: Path) -> list[Snapshot]:
     """Load each `step-*.npz` in a folder (arrays `image`, `text`, scalar `step`), by step; none gives an empty list.
 
     Raises:
-        ValueError: a file lacks one of those arrays.
+        ValueError: a file lacks one of those arrays, or they are not the finite embeddings of some pairs.
     """
     import numpy
 
-    found = []
+    found: list[Snapshot] = []
     # Unlike a glob, a list says where the folder cannot be read.
     names = os.listdir(folder) if folder.is_dir() else []
     for path in sorted(folder / name for name in names if _NAME.fullmatch(name)):
         try:
             with numpy.load(path) as arrays:
                 image, text = (torch.from_numpy(arrays[name].astype("float32")) for name in ("image", "text"))
-                found.append(Snapshot(int(arrays["step"]), image, text))
-        except (KeyError, OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not a snapshot (arrays image, text and step): {error}") from error
+                snapshot = Snapshot(int(arrays["step"]), image, text)
+            if found and found[0].image.shape[1:] != image.shape[1:]:
+                raise ValueError("its embeddings have another width than those of the other snapshots")
+            _check_embeddings(snapshot)
+        except MemoryError:
+            raise
+        except Exception as error:  # numpy and zipfile raise many kinds on damaged files
+            raise ValueError(
+                f"{path} is not a snapshot (arrays image, text and step): {error}; remove it to go on without it"
+            ) from error
+        found.append(snapshot)
     return sorted(found, key=lambda snapshot: snapshot.step)
+
+
+def _check_embeddings(snapshot: Snapshot) -> None:
+    for name, rows in (("image", snapshot.image), ("text", snapshot.text)):
+        if rows.ndim != 2 or 0 in rows.shape or rows.shape[1] != snapshot.image.shape[1]:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)}, and (N, E) is needed")
+        if not bool(rows.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +66,22 @@ def add(run: Path, entries: dict[str, dict[str, Any]], about: dict[str, Any]) ->
     aside = None
     before = record.get(ABOUT, {}).get("model") if isinstance(record.get(ABOUT), dict) else None
     if before is not None and before != about.get("model"):
-        aside = run / f"evaluation.{str(before)[:8]}.json"
+        aside = _free_place(run, str(before))
         (run / FILE).replace(aside)
         record = {}
     named = {_key(record, name, str(entry["data"])): entry for name, entry in entries.items()}
     record = {key: entry for key, entry in record.items() if key != ABOUT} | named | {ABOUT: about}
+    # A path whose bytes are no UTF-8 has letters that UTF-8 lacks; a question mark stands for each.
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(run / FILE, lambda file: file.write(text.encode()))
+    write_atomic(run / FILE, lambda file: file.write(text.encode("utf-8", "replace")))
     return named | {ABOUT: about}, aside
+
+
+def _free_place(run: Path, digest: str) -> Path:
+    """Name the file that keeps the figures of an earlier model; no file that is there already is replaced."""
+    name = f"evaluation.{re.sub('[^0-9a-f]', '_', digest[:8])}"
+    places = (run / (f"{name}.json" if number == 1 else f"{name}.{number}.json") for number in itertools.count(1))
+    return next(place for place in places if not os.path.lexists(place))
 
 
 def part_of(key: str) -> str:

@@ -156,11 +156,12 @@ def evaluate_folders(
     asked_files, asked_labels, asked_names = read_image_folder(test)
     if unknown := [name for name in asked_names if name not in names]:
         raise ValueError(f"{test} has the class {unknown[0]!r}, which {train} lacks")
-    image, kept, _ = embed_files(loaded, files, batch_size=batch_size)
+    image, kept, lost = embed_files(loaded, files, batch_size=batch_size)
     taught = Taught(names, image, labels[kept])
     image, kept, damaged = embed_files(loaded, asked_files, batch_size=batch_size)
     numbers = torch.tensor([names.index(name) for name in asked_names])[asked_labels[kept]]
-    return {probe: getattr(taught, probe)(image, numbers) | {"damaged": len(damaged)} for probe in probes}
+    left_out = {"damaged": len(damaged), "damaged_training": len(lost)}
+    return {probe: getattr(taught, probe)(image, numbers) | left_out for probe in probes}
 
 
 def _describe(loaded: Encoder, names: Sequence[str], templates: Sequence[str], batch_size: int) -> torch.Tensor:

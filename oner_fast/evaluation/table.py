@@ -65,6 +65,7 @@ def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict
 def show(evaluation: dict[str, Any]) -> None:
     """Print the figures to standard output."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -84,7 +85,7 @@ def show(evaluation: dict[str, Any]) -> None:
             f"[bold]{percent(figures[f'R@{k}'])}[/] [dim]({_beside(figures, k)})[/]" for k in KS if f"R@{k}" in figures
         ]
         table.add_row(
-            split_title(split) if split != last else "", DIRECTIONS[direction], str(figures["queries"]), *cells
+            escape(split_title(split)) if split != last else "", DIRECTIONS[direction], str(figures["queries"]), *cells
         )
         last = split
     console.print(table)
@@ -96,29 +97,40 @@ def show(evaluation: dict[str, Any]) -> None:
             table.add_column(heading, justify="right")
         for pictures, how, figures in found:
             cells = [f"[bold]{percent(figures[f'top{k}'])}[/] [dim]({_beside_top(figures, k)})[/]" for k in (1, 5)]
-            table.add_row(pictures, how, str(figures["images"]), str(figures["classes"]), *cells, _majority(figures))
+            table.add_row(
+                escape(pictures),
+                escape(how),
+                str(figures["images"]),
+                str(figures["classes"]),
+                *cells,
+                _majority(figures),
+            )
         console.print(table)
     for line in _other_lines(evaluation):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
 
 
 def plain_lines(evaluation: dict[str, Any]) -> list[str]:
     """The same table as lines of text."""
     headings = "".join(f"{f'R@{k} (chance, times)':>26}" for k in KS)
-    lines = [f"{'split':<18}{'query → gallery':<23}{'queries':>8}{headings}"]
+    titles = [split_title(split) for split, _, _ in rows(evaluation)]
+    wide = max([16, *map(len, titles), *(len(pictures) for pictures, _, _ in classifications(evaluation))]) + 2
+    lines = [f"{'split':<{wide}}{'query → gallery':<23}{'queries':>8}{headings}"]
     for split, direction, figures in rows(evaluation):
         cells = [f"{percent(figures[f'R@{k}'])} ({_beside(figures, k)})" for k in KS if f"R@{k}" in figures]
         lines.append(
-            f"{split_title(split):<18}{DIRECTIONS[direction]:<23}{figures['queries']:>8}"
+            f"{split_title(split):<{wide}}{DIRECTIONS[direction]:<23}{figures['queries']:>8}"
             + "".join(f"{cell:>26}" for cell in cells)
         )
     if found := list(classifications(evaluation)):
         tops = "".join(f"{f'top-{k} (chance, times)':>26}" for k in (1, 5))
-        lines.append(f"{'images of':<18}{'how, label':<23}{'images':>8}{'classes':>9}{tops}{'most frequent class':>21}")
+        lines.append(
+            f"{'images of':<{wide}}{'how, label':<23}{'images':>8}{'classes':>9}{tops}{'most frequent class':>21}"
+        )
         for pictures, how, figures in found:
             cells = [f"{percent(figures[f'top{k}'])} ({_beside_top(figures, k)})" for k in (1, 5)]
             lines.append(
-                f"{pictures:<18}{how:<23}{figures['images']:>8}{figures['classes']:>9}"
+                f"{pictures:<{wide}}{how:<23}{figures['images']:>8}{figures['classes']:>9}"
                 + "".join(f"{cell:>26}" for cell in cells)
                 + f"{_majority(figures):>21}"
             )
@@ -147,4 +159,6 @@ def _other_lines(evaluation: dict[str, Any]) -> list[str]:
             lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
         if isinstance(entry, dict) and entry.get("damaged"):
             lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged images")
+        if isinstance(entry, dict) and (lost := entry.get("damaged_training")):
+            lines.append(f"left out of what {split_title(split)} learnt from: {lost} damaged images")
     return lines

@@ -26,10 +26,11 @@ def credits_of(described: dict[str, Any]) -> list[dict[str, Any]]:
 def web_address(text: Any) -> str | None:
     """Return `text` where it is an absolute http or https address, else None.
 
-    White space, control characters and backslashes are refused anywhere: browsers drop or rewrite them, so that
-    `java<tab>script:` and `https:\\host` would mean something else than they say.
+    White space, backslashes and characters without a shape are refused anywhere: browsers drop, rewrite or reorder
+    them, so that `java<tab>script:` and `https:\\host` would mean something else than they say. So would
+    `https://name@host`.
     """
-    if not isinstance(text, str) or any(ord(letter) <= 32 or 127 <= ord(letter) <= 160 for letter in text):
+    if not isinstance(text, str) or any(letter.isspace() or not letter.isprintable() for letter in text):
         return None
     if "\\" in text or not text.lower().startswith(("http://", "https://")):
         return None
@@ -37,18 +38,22 @@ def web_address(text: Any) -> str | None:
         parts = urlsplit(text)
     except ValueError:
         return None
-    return text if parts.hostname else None
+    return text if parts.hostname and "@" not in parts.netloc else None
 
 
 def _credit(entry: dict[str, Any]) -> dict[str, Any]:
     texts = {name: _text(entry.get(name)) for name in ("title", "author", "licence")}
-    samples = entry.get("samples")
     return {
         **texts,
-        "samples": samples if isinstance(samples, int) else 0,
+        "samples": count(entry.get("samples")),
         "url": web_address(entry.get("url")),
         "licence_page": LICENCE_PAGES.get(texts["licence"]),
     }
+
+
+def count(value: Any) -> int:
+    """Return a whole number of things; 0 where it is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else 0
 
 
 def _text(value: Any) -> str:

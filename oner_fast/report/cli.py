@@ -79,7 +79,7 @@ def report(options: Options, loaded: Any = None) -> Path:
     )
     gallery.write(examples, figures)
     path = options.run / "report.html"
-    write_atomic(path, lambda file: file.write(page.encode()))
+    write_atomic(path, lambda file: file.write(page.encode("utf-8", "replace")))
     return path
 
 

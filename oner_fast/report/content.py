@@ -20,7 +20,7 @@ from oner_fast.evaluation.folder import processor, read_config, read_metrics
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
-from oner_fast.report.attribution import credits_of
+from oner_fast.report.attribution import count, credits_of
 from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
@@ -50,35 +50,62 @@ def training_content(run: Path, figures: Path) -> dict[str, Any]:
         "minutes": _elapsed(series(metrics, "seconds")[1]),
         "gap_facts": [_gap_facts(snapshots[0]), _gap_facts(snapshots[-1])] if snapshots else [],
         "pairs_a_second": sorted(speed)[len(speed) // 2] if speed else None,
-        "skipped_steps": last.get("skipped_steps"),
-        "corrupt_samples": last.get("corrupt_samples"),
+        "skipped_steps": _last_count(metrics, "skipped_steps"),
+        "corrupt_samples": _last_count(metrics, "corrupt_samples"),
     }
 
 
+def _last_count(metrics: Sequence[dict[str, Any]], name: str) -> int | None:
+    """Return a count as the last logged step has it."""
+    values = series(metrics[-1:], name)[1]
+    return int(values[0]) if values else None
+
+
 def evaluation_content(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Table of figures, and the first split's figures for the summary."""
+    """Table of figures, and the first split's figures for the summary.
+
+    Raises:
+        ValueError: an entry lacks a figure, or one is of another kind than `oner-fast eval` writes.
+    """
+    try:
+        return _figures(evaluation)
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"evaluation.json holds no figures of oner-fast eval ({type(error).__name__}: {error}); remove it and run "
+            "`oner-fast eval` again"
+        ) from error
+
+
+def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
     table: dict[str, list[dict[str, Any]]] = {}
     for split, direction, figures in rows(evaluation):
         table.setdefault(split_title(split), []).append(
             {
                 "direction": DIRECTIONS[direction],
                 "kind": direction,
-                "queries": figures["queries"],
+                "queries": int(figures["queries"]),
                 "cells": [_cell(figures, k) for k in KS],
             }
         )
     classes: dict[str, list[dict[str, Any]]] = {}
     for pictures, how, figures in classifications(evaluation):
-        line = {"how": how, "images": figures["images"], "classes": figures["classes"]}
+        line = {"how": how, "images": int(figures["images"]), "classes": int(figures["classes"])}
         cells = [_cell(figures, k, "top") for k in (1, 5)]
-        classes.setdefault(pictures, []).append({**line, "cells": cells, "majority": figures.get("majority")})
+        majority = figures.get("majority")
+        line |= {"cells": cells, "majority": None if majority is None else float(majority)}
+        classes.setdefault(pictures, []).append(line)
     main = "val" if "val" in evaluation else next((row for row, _, _ in rows(evaluation)), None)
     figures = evaluation.get(main, {}) if main else {}
+    sizes: dict[str, Any] = {}
+    if any(name in figures for name in DIRECTIONS):  # the summary names both directions
+        sizes["pairs"] = int(figures["pairs"])
+        for name in ("image_to_text", "text_to_image"):
+            sizes[name] = {"gallery": int(figures[name]["gallery"])}
     composed = figures.get("image_text_to_image")
     return {
         "table": table,
         "classifications": classes,
-        "main": figures,
+        "main": sizes,
         "headline": {name: _cell(figures[name], 10) for name in DIRECTIONS if name in figures},
         "composed": composed
         and {
@@ -129,7 +156,7 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
         "recipe": _recipe(config),
         "from_scratch": _trainer(config) != "lit" and not _initialised(config),
         "data_name": described.get("name"),
-        "splits": _splits(described),
+        "splits": _sizes(described),
         "attribution": credits_of(described),
         "commands": _commands(described, config, shown_as),
         "versions": versions(),
@@ -138,19 +165,24 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     }
 
 
-def _splits(described: dict[str, Any]) -> dict[str, dict[str, int | None]]:
-    """Numbers of images and captions by split; what is no whole number is left out."""
-    splits, found = described.get("splits"), {}
-    for name, split in splits.items() if isinstance(splits, dict) else ():
-        sizes = {key: split.get(key) if isinstance(split, dict) else None for key in ("samples", "captions")}
-        if isinstance(sizes["samples"], int):
-            found[name] = {key: value if isinstance(value, int) else None for key, value in sizes.items()}
-    return found
+def _sizes(described: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Count the images and captions of each split that a data set lists; 0 where it does not say."""
+    splits = described.get("splits")
+    listed = splits.items() if isinstance(splits, dict) else ()
+    return {
+        name: {key: count(split.get(key)) for key in ("samples", "captions")}
+        for name, split in listed
+        if isinstance(split, dict)
+    }
+
+
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an object within an object; empty where there is none."""
+    return found if isinstance(found := content.get(name), dict) else {}
 
 
 def _recipe(config: dict[str, Any]) -> str | None:
-    run = config.get("run")
-    named = config.get("recipe") or (run.get("recipe") if isinstance(run, dict) else None)
+    named = config.get("recipe") or _section(config, "run").get("recipe")
     return named if isinstance(named, str) else None
 
 
@@ -159,18 +191,17 @@ def _trainer(config: dict[str, Any]) -> str:
     if "alignment" in config:
         return "uta"
     if "contrast" in config:
-        return "lit" if "grid" in config.get("model", {}) else "clip"
+        return "lit" if "grid" in _section(config, "model") else "clip"
     return "oner"
 
 
 def _initialised(config: dict[str, Any]) -> bool:
     """Whether a tower began with the weights of another run."""
-    return any(config.get("contrast", {}).get(name) for name in ("init_image", "init_text"))
+    return any(_section(config, "contrast").get(name) for name in ("init_image", "init_text"))
 
 
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
-    build, recipe = described.get("build"), _recipe(config)
-    source = build.get("source") if isinstance(build, dict) else None
+    source, recipe = _section(described, "build").get("source"), _recipe(config)
     made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
     chosen = f" --recipe {recipe}" if recipe else ""
     trained = [f"oner-fast train {_trainer(config)}{chosen} --run.run-dir {shown_as}"] if config else []
@@ -217,7 +248,9 @@ def _gap_facts(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _cell(figures: dict[str, Any], k: int, measure: str = "R@") -> dict[str, Any]:
-    share, by_chance = figures[f"{measure}{k}"], figures[f"chance@{k}"]
+    share, by_chance = float(figures[f"{measure}{k}"]), float(figures[f"chance@{k}"])
+    if not (0 <= share <= 1 and 0 <= by_chance <= 1):
+        raise ValueError(f"{measure}{k} is {share} and chance@{k} {by_chance}, and shares are needed")
     return {
         "k": k,
         "share": share,

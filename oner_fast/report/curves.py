@@ -1,6 +1,8 @@
 """Curves over the steps of training: the losses, the speed, the modality gap."""
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ SPEED_NAMES = {
 }
 
 
+LARGEST = 1e30  # a larger value is damage or divergence, and no chart can show it
+
+
 def smoothed(values: Sequence[float], reach: int) -> list[float]:
     """Average over `reach` values on either side, fewer at the ends; centred, so that the curve does not lag."""
     parts = [values[max(0, middle - reach) : middle + reach + 1] for middle in range(len(values))]
@@ -38,7 +43,7 @@ def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], lis
     pairs = [
         (entry["step"], float(entry[name]))
         for entry in metrics
-        if isinstance(entry.get(name), int | float) and abs(entry[name]) < float("inf")
+        if isinstance(entry.get(name), int | float) and abs(entry[name]) < LARGEST
     ]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
@@ -50,14 +55,28 @@ def loss_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> tuple[list[d
     if values:
         total.append(_curve("loss", "Total loss", steps, values, "ink", folder, size=(5.0, 3.0)))
     names = {key: None for entry in metrics for key in entry if key.startswith("loss/")}
+    files: dict[str, None] = {}
     for key in names:
         steps, values = series(metrics, key)
         short = key.removeprefix("loss/")
         if values:
-            title = f"{short.upper()}: {PART_NAMES[short]}" if short in PART_NAMES else short
+            title = f"{short.upper()}: {PART_NAMES[short]}" if short in PART_NAMES else _printable(short)
             colour = PART_COLOURS.get(short, "joint")
-            parts.append(_curve(f"loss-{short.replace('/', '-')}", title, steps, values, colour, folder))
+            file = _file_name(short, files)
+            files[file] = None
+            parts.append(_curve(file, title, steps, values, colour, folder))
     return total, parts
+
+
+def _file_name(part: str, taken: Container[str]) -> str:
+    """Name the chart of a part of the loss by letters that are safe in a file's name and in an id of the page."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", part)[:40]
+    names = (f"loss-{plain}" if number == 1 else f"loss-{plain}-{number}" for number in itertools.count(1))
+    return next(name for name in names if name not in taken)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:40])
 
 
 def speed_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from oner_fast.report.heat import HeatRow
 from oner_fast.report.style import COLOURS, save_png, style
 
 CELL = 1.2  # distance between two images, each 1 wide
+LONGEST = 60  # letters of a caption beside its images
 
 
 def write(content: dict[str, Any], folder: Path) -> None:
@@ -47,7 +48,8 @@ def _rows(examples: list[Example], path: Path) -> None:
     figure, axes = _canvas(5 + first, len(examples), 3.0, CELL)
     for number, example in enumerate(examples):
         y = number * CELL + 0.1
-        asked = f"{example.caption}\n+ {example.word}" if example.word else f"“{example.caption}”"
+        caption = _short(example.caption)
+        asked = f"{caption}\n+ {_short(example.word)}" if example.word else f"“{caption}”"
         axes.text(-3.0, y + 0.5, asked, fontsize=11, fontweight="bold", va="bottom")
         place = f"right answer at place {example.rank:,} of {example.gallery:,}"
         axes.text(-3.0, y + 0.58, place, fontsize=8, color=COLOURS["muted"], va="top")
@@ -64,9 +66,15 @@ def _heat(rows: list[HeatRow], path: Path) -> None:
         y = number * 1.42 + 0.3
         for column, (label, address) in enumerate([("picture", row.picture), *row.maps]):
             colour = COLOURS["muted" if column == 0 else "ink"]
-            axes.text(column * CELL + 0.5, y - 0.06, label, fontsize=8, color=colour, ha="center", va="bottom")
+            axes.text(column * CELL + 0.5, y - 0.06, _short(label), fontsize=8, color=colour, ha="center", va="bottom")
             _show(axes, column * CELL, y, address, "rule", margin=0.0)
     save_png(figure, path, dpi=160)
+
+
+def _short(text: str) -> str:
+    """Cut a text to what fits beside the images, in one line; characters that have no shape are shown as one box."""
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
 
 
 def _show(

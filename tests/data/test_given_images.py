@@ -124,3 +124,21 @@ def test_what_was_given_is_named(given: Any, kind: type[Exception], said: str) -
 def test_lists_that_are_none_are_named(given: Any, kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=re.escape(said)):
         as_list(given)
+
+
+def test_a_pil_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    closed = Image.fromarray(PIXELS)
+    closed.close()
+    cut = Image.open(io.BytesIO(encoded(Image.fromarray(PIXELS))[:-40]))
+    for image in (closed, cut):
+        with pytest.raises(CorruptSample, match="^photo: a PIL image that cannot be read: "):
+            as_rgb(image, "photo")
+
+
+def test_arrays_and_tensors_without_values_are_named() -> None:
+    with pytest.raises(TypeError, match=r"images: got numpy\.ndarray"):
+        as_list(np.array("a.png", dtype=object))
+    with pytest.raises(TypeError, match="image: got a meta tensor, need a dense one"):
+        as_rgb(torch.zeros(3, 4, 4, dtype=torch.uint8, device="meta"))
+    with pytest.raises(TypeError, match="image: got a sparse tensor, need a dense one"):
+        as_rgb(torch.zeros(3, 4, 4, dtype=torch.uint8).to_sparse())

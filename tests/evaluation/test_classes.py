@@ -141,12 +141,17 @@ def test_image_folders(run: Path, tmp_path: Path, draw: Draw, reader: Any, capsy
     train = folder_of(tmp_path / "a", draw, {name: list(range(i, 33, 3)) for i, name in enumerate(["l", "r", "u"])})
     test = folder_of(tmp_path / "b", draw, {"r": [34, 37, 40], "u": [35, 38]})
     (test / "u" / "bad.png").write_bytes(b"no picture")
+    for name in ("bad.png", "cut.png"):
+        (train / "l" / name).write_bytes(b"no picture")
     argv = ["--image-folder", str(test), "--image-folder-train", str(train), "--knn", "--linear-probe"]
     result = evaluation(run, *argv)
     for probe in ("knn", "linear_probe"):
         assert result[probe]["top1"] == 1.0 and result[probe]["classes"] == 3
         assert result[probe]["images"] == 5 and result[probe]["damaged"] == 1 and result[probe]["train_images"] == 33
-    assert "val" not in result and "image folder" in capsys.readouterr().out
+        assert result[probe]["damaged_training"] == 2
+    said = capsys.readouterr().out
+    assert "val" not in result and "image folder" in said
+    assert "left out of what linear_probe learnt from: 2 damaged images" in said
     (train / "u").rename(train / "v")
     assert main([str(run), *argv]) == 1
     assert "has the class 'u', which" in capsys.readouterr().err

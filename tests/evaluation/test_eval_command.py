@@ -11,6 +11,8 @@ from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.cli import main
 from oner_fast.evaluation.embed import embed_split, spaced
 from oner_fast.evaluation.folder import find_data, read_metrics
+from oner_fast.evaluation.record import add, read_record
+from oner_fast.evaluation.table import plain_lines, show
 
 TRAIN = ["red square", "blue square", "red circle", "arrow left", "arrow right"]  # the training captions of `data`
 
@@ -108,7 +110,7 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
     (run / "config.json").write_text(json.dumps({"data": {"train_data": "elsewhere"}}))
     assert "are not at elsewhere; give their place with --data" in fails([str(run)], capsys)
     (run / "config.json").write_text("{")
-    assert "not valid JSON" in fails([str(run)], capsys)
+    assert "its JSON cannot be read" in fails([str(run)], capsys)
     (run / "config.json").unlink()
     assert "names no data; give its folder with --data" in fails([str(run)], capsys)
     (data / "dataset.json").write_text(json.dumps({"splits": {"train": {}}}))
@@ -132,6 +134,25 @@ def test_metrics_of_a_resumed_run(run: Path) -> None:
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3')
     assert read_metrics(run) == [{"step": 10, "loss": 2.5}, {"step": 20, "loss": 2.0}]
     assert Path(find_data(run, None)).is_dir()
+
+
+def test_damaged_lines_of_metrics_are_left_out(run: Path) -> None:
+    damaged = [
+        b"\xff\xfe",
+        b"[" * 5000,
+        b"null",
+        b'{"step": true}',
+        b'{"step": -1}',
+        b'{"step": 1e400}',
+        b'{"step": "3"}',
+    ]
+    (run / "metrics.jsonl").write_bytes(b"\n".join([*damaged, b'{"step": 10, "loss": 3.0}', *damaged]))
+    assert read_metrics(run) == [{"step": 10, "loss": 3.0}]
+
+
+def test_a_configuration_of_any_depth_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.json").write_text('{"data":' * 100_000)
+    assert "config.json: its JSON is nested deeper than 64 levels" in fails([str(run)], capsys)
 
 
 def record(run: Path) -> dict[str, Any]:
@@ -176,6 +197,37 @@ def test_figures_of_an_earlier_model_are_kept_aside(run: Path, reader: Any, caps
     aside = run / f"evaluation.{digest[:8]}.json"
     assert aside.read_bytes() == before
     assert str(aside) in capsys.readouterr().out
+
+
+def test_figures_kept_aside_are_not_replaced(tmp_path: Path) -> None:
+    kept = []
+    for number, digest in enumerate(("aaaaaaaaa", "b", "aaaaaaaaa", "b", "../../../x", "b")):
+        _, aside = add(tmp_path, {"val": {"data": "d", "pairs": number}}, {"model": digest})
+        kept += [aside] if aside else []
+    assert [path.name for path in kept] == [
+        "evaluation.aaaaaaaa.json", "evaluation.b.json", "evaluation.aaaaaaaa.2.json", "evaluation.b.2.json",
+        "evaluation.________.json",
+    ]  # fmt: skip
+    assert [json.loads(path.read_text())["val"]["pairs"] for path in kept] == [0, 1, 2, 3, 4]
+
+
+def test_data_whose_path_is_no_utf8_are_recorded(tmp_path: Path) -> None:
+    add(tmp_path, {"val": {"data": "d\udcff", "pairs": 1}}, {})
+    assert read_record(tmp_path)["val"]["data"] == "d?"
+
+
+def test_names_from_the_data_are_no_markup(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    figures = {"queries": 1} | {f"{name}@{k}": 1.0 for name in ("R", "chance") for k in (1, 5, 10)}
+    tops = {f"{name}{k}": 1.0 for name in ("top", "chance@") for k in (1, 5)} | {"images": 1, "classes": 1}
+    entry = {"image_to_text": figures, "knn": {"[/b]": tops}, "modality_gap": 0.5}
+    evaluation = {"[/x] a very long name of a split": entry}
+    show(evaluation)
+    assert capsys.readouterr().out.count("[/x] a very long name") == 3
+    heading, line = plain_lines(evaluation)[:2]
+    assert line.startswith("[/x] a very long name of a split  image → text")
+    assert line.index("image → text") == heading.index("query → gallery")
 
 
 def test_a_record_without_data_or_model_is_added_to(run: Path, data: Path) -> None:

@@ -69,3 +69,29 @@ def test_snapshots_are_read_in_the_order_of_steps(tmp_path: Path) -> None:
     (tmp_path / "step-00000300.npz").write_bytes(b"cut short")
     with pytest.raises(ValueError, match=r"step-00000300\.npz"):
         load_snapshots(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [((3, 2), (3, 3)), ((3, 5), (3, 5)), ((3,), (3,)), ((0, 2), (0, 2)), ((2, 3, 2), (3, 2)), ((3, 2), None)],
+)
+def test_snapshots_that_hold_no_embeddings_are_named(
+    image: tuple[int, ...], text: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    numpy.savez(tmp_path / "step-00000000.npz", image=numpy.ones((3, 2)), text=numpy.ones((3, 2)), step=0)
+    path = tmp_path / "step-00000001.npz"
+    numpy.savez(path, image=numpy.ones(image), text=numpy.full(text or (3, 2), 1 if text else numpy.nan), step=1)
+    with pytest.raises(ValueError, match=r"step-00000001\.npz is not a snapshot .*remove it"):
+        load_snapshots(tmp_path)
+
+
+def test_a_damaged_archive_is_no_snapshot(tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001.npz"
+    numpy.savez(path, image=numpy.ones((3, 2)), text=numpy.ones((3, 2)), step=1)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 41):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            load_snapshots(tmp_path)
+        except ValueError as error:
+            assert str(path) in str(error)

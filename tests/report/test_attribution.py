@@ -19,6 +19,7 @@ HOSTILE = [
     "ht\x00tp://a.org",
     "https://[half", "blob:https://example.org/x", "view-source:https://example.org", "feed:https://example.org",
     "http\u200bs://example.org", "https://example.org/\u0085", None, 7, ["https://example.org"], {"a": "b"},
+    "https://example.org/\u202etxt", "https://example.org@evil.example",
 ]  # fmt: skip
 
 

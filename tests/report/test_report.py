@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tarfile
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,8 +20,12 @@ from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.evaluation.cli import main as evaluate
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.report import gallery, image_tiles
 from oner_fast.report.cli import main
-from oner_fast.report.content import about_content
+from oner_fast.report.content import about_content, evaluation_content, training_content
+from oner_fast.report.curves import loss_charts
+from oner_fast.report.examples import Example, Hit, Panels
+from oner_fast.report.heat import HeatRow
 from oner_fast.report.style import chart
 
 CAPTIONS = ["arrow", "arrow up", "arrow down", "red cat", "cat", "bold arrow", "big red cat", "sun & moon <b>", "sun"]
@@ -286,3 +291,61 @@ def test_an_interrupted_report_writes_no_page(
     monkeypatch.setattr(oner_fast, "load", stop, raising=False)
     assert main([str(run)]) == 130
     assert "was not written" in capsys.readouterr().err
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", '"><svg onload=alert(1)>', "{{ 7*7 }}",
+    "$\\frac{1}{$", "$5 to $10", "$_$", "nul\x00\x1b[31m", "x" * 5000, "\u202ertl", "../../x",
+]  # fmt: skip
+
+
+def test_captions_with_markup_and_formulas_are_shown_as_they_are(tmp_path: Path) -> None:
+    hits = [Hit(False, 0.5, caption, image_tiles.tile(drawing(0))) for caption in HOSTILE[:5]]
+    drawn = [Example(caption, hits, 1, 5) for caption in HOSTILE]
+    rows = [HeatRow(caption, hits[0].picture or "", [(caption, hits[0].picture or "")]) for caption in HOSTILE]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gallery.write({"to_image": Panels(drawn), "composed_examples": None, "heat": rows}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"text-to-image.png", "heat-maps.png"}
+
+
+def test_names_of_losses_inject_nothing(tmp_path: Path) -> None:
+    metrics = [{"step": step, **{f"loss/{name}": 1.5 for name in HOSTILE}, "loss/": 2.0} for step in (1, 2)]
+    _, parts = loss_charts(metrics, tmp_path)
+    assert len(parts) == len(HOSTILE) + 1 == len({part["name"] for part in parts}) == len(list(tmp_path.iterdir()))
+    seen = Outside()
+    seen.feed("".join(part["svg"] for part in parts))
+    assert seen.tags <= {"svg", "g", "path", "defs", "use", "text", "clippath", "rect", "style", "tspan"}
+    assert all(re.fullmatch(r"loss-[\w-]+", name) for name in seen.ids)
+    assert len(seen.ids) == len(set(seen.ids))
+
+
+def test_metrics_without_bounds_are_left_out(tmp_path: Path) -> None:
+    last = {"step": 1, "loss": 10**400, "seconds": "x", "skipped_steps": float("inf"), "corrupt_samples": {}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(last))
+    content = training_content(tmp_path, tmp_path)
+    assert content["loss"] == [] and content["skipped_steps"] is None and content["corrupt_samples"] is None
+
+
+SHARES = {"queries": 1, "gallery": 1} | {f"{name}@{k}": 0.5 for name in ("R", "chance") for k in (1, 5, 10)}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"image_to_text": SHARES, "pairs": 1}, {"image_to_text": SHARES, "text_to_image": SHARES},
+        {"image_to_text": []}, {"image_to_text": SHARES | {"R@1": 7}}, {"knn": 3}, {"knn": {"set": None}},
+        {"image_to_text": SHARES | {"queries": "<b>"}}, {"image_to_text": SHARES | {"chance@1": float("nan")}},
+    ],
+)  # fmt: skip
+def test_figures_of_another_kind_are_named(entry: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="evaluation.json holds no figures of oner-fast eval .*remove it"):
+        evaluation_content({"val": entry})
+
+
+@pytest.mark.parametrize("described", [{"splits": {"val": 3, "x": {"samples": None}}, "build": []}, {"splits": []}])
+def test_a_listing_or_configuration_of_other_types_is_shown(described: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    (tmp_path / "config.json").write_text(json.dumps({"contrast": 3, "model": [], "run": None}))
+    about = about_content(tmp_path, str(tmp_path), "runs/it")
+    assert about["splits"] == ({"x": {"samples": 0, "captions": 0}} if described["splits"] else {})
