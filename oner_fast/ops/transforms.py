@@ -82,7 +82,7 @@ def differentiable(op: str, definition: type[Definition]) -> Callable[..., Any]:
 
     broken = (
         f"{op}: torch.compile traces no gradient of {_COMPILED} inside a transform of torch.func; compile the function "
-        "that the transform takes, or leave out fullgraph=True, or take implementation='reference'"
+        "that the transform takes, or take implementation='reference'"
     )
 
     for function in (Plain, Transformed, ForwardMode):
