@@ -222,7 +222,7 @@ def test_extreme_scores_stay_exact(implementation: str) -> None:
 @pytest.mark.parametrize("size", [1e10, 1e19, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scores_of_any_size_that_the_dtype_holds(implementation: str, size: float, dtype: torch.dtype) -> None:
-    """What rounding takes from a score of this size is itself too large for an exponential."""
+    """Scores from which rounding takes more than an exponential holds: the softmax is one at the largest."""
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(7, 2, 16, generator=generator).to(dtype) for _ in range(3))
     query = (query * size).requires_grad_()

@@ -84,8 +84,8 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
-// The same numbers, rounded: a difference with them is not fused with the product that made them. A fused one keeps what
-// rounding took from the product, which is no small number where the product is large.
+// Returns x as it is, so that the compiler cannot fuse the product that made x with a later difference. A fused
+// difference keeps what rounding took from the product, which is no small number where the product is large.
 template <typename T>
 inline Vec<T> rounded(Vec<T> x) {
 #if defined(__AVX512F__)
