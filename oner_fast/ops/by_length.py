@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from oner_fast.ops.values import is_batched
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -44,7 +46,14 @@ def attend_by_length(
 
     Returns:
         (T, H, Dh). A query without keys gives 0.
+
+    Raises ValueError where `torch.vmap` batches boundaries.
     """
+    if not torch.compiler.is_compiling() and any(x is not None and is_batched(x) for x in (cu_seqlens_q, cu_seqlens_k)):
+        raise ValueError(
+            "varlen_attention: attention by length reads boundaries, which torch.vmap cannot batch here; loop over the "
+            "batch, or build the C++ extension, whose kernels take them"
+        )
     lengths_q = tuple(cu_seqlens_q.diff().tolist())
     lengths_k = lengths_q if cu_seqlens_k is None else tuple(cu_seqlens_k.diff().tolist())
     groups, rows_q, rows_k = _plan(lengths_q, lengths_k)

@@ -222,7 +222,8 @@ def gather_patches(
             f"{op}: the sides of images must be multiples of patch_size {patch_size}, got {height} x {width}"
         )
     if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"{op}: dtype must be {_DTYPES}, got {dtype}")
+        got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__
+        raise TypeError(f"{op}: dtype must be {_DTYPES}, got {got}")
     for name, value in (("mean", mean), ("std", std)):
         if value is not None and (found := _count(op, name, value)) != channels:
             raise ValueError(f"{op}: {name} must hold one number a channel, {channels}, got {found}")
@@ -326,6 +327,8 @@ def varlen_attention(
     floating(op, "query", is_tensor(op, "query", query))
     shape(op, "query", query, "(T, H, Dh)", (None, None, None))
     _, heads, width = query.shape
+    if width == 0:
+        raise ValueError(f"{op}: the heads of query must hold at least one number, got shape {tuple(query.shape)}")
     floating(op, "key", is_tensor(op, "key", key), query.dtype)
     shape(op, "key", key, "(Tk, Hk, Dh)", (None, None, width))
     floating(op, "value", is_tensor(op, "value", value), query.dtype)
@@ -337,7 +340,8 @@ def varlen_attention(
     same_device(op, "query", query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens(op, "cu_seqlens_q", is_tensor(op, "cu_seqlens_q", cu_seqlens_q), query.shape[0])
     if cu_seqlens_k is None:
-        cu_seqlens(op, "cu_seqlens_q (which bounds key too)", cu_seqlens_q, key.shape[0])
+        if key.shape[0] != query.shape[0]:
+            cu_seqlens(op, "cu_seqlens_q (which bounds key too)", cu_seqlens_q, key.shape[0])
     else:
         batch = cu_seqlens_q.shape[0] - 1
         cu_seqlens(op, "cu_seqlens_k", is_tensor(op, "cu_seqlens_k", cu_seqlens_k), key.shape[0], batch)
@@ -376,6 +380,16 @@ def counts(op: str, tensor: Tensor) -> None:
     if is_tensor(op, "counts", tensor).dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: counts must be int32 or int64, got {tensor.dtype}")
     shape(op, "counts", tensor, "(B,)", (None,))
+    known = readable(tensor)
+    if known is None or known.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(known))
+    if low < 0:
+        raise ValueError(f"{op}: counts must be at least 0, got {low}")
+    if high * tensor.shape[0] > _INT32.max:
+        total = max(sum(each) for each in known.reshape(-1, tensor.shape[0]).tolist())
+        if total > _INT32.max:
+            raise ValueError(f"{op}: counts must add up to fewer than 2^31 rows, which int32 holds, got {total}")
 
 
 def token_alignment(student: Tensor, teacher: Tensor, kept: Tensor | None) -> None:

@@ -133,7 +133,7 @@ def _per_channel(values: Tensor | Sequence[float] | None, images: Tensor) -> Ten
         return None
     device = images.device
     if isinstance(values, Tensor) and (values.device == device or device.type != "cuda"):
-        return values.detach().to(device, torch.float64).reshape(-1)
+        return values.detach().to(device, torch.float64).flatten()
     if device.type != "cuda":
         return torch.tensor(values, dtype=torch.float64, device=device)
     if not isinstance(values, Tensor):
@@ -141,7 +141,7 @@ def _per_channel(values: Tensor | Sequence[float] | None, images: Tensor) -> Ten
     elif values.device.type == "cpu" and not torch.compiler.is_compiling():
         numbers = tuple(values.double().flatten().tolist())
     else:
-        return values.detach().to(device, torch.float64).reshape(-1)
+        return values.detach().to(device, torch.float64).flatten()
     # A tensor made during graph capture belongs to the graph, and one for a fake image is fake: neither is cached.
     if torch.compiler.is_compiling() or type(images) is not Tensor or torch.cuda.is_current_stream_capturing():
         return _filled(numbers, device)

@@ -117,6 +117,8 @@ def implementations(op: str) -> dict[str, Implementation]:
 def forced(op: str, implementation: str | None = None) -> tuple[str, str] | None:
     """Return the name forced for `op` and what forces it, or None where the choice is free."""
     if implementation is not None:
+        if not isinstance(implementation, str):
+            raise TypeError(f"{op}: implementation must be a name or None, got {type(implementation).__name__}")
         return implementation, "the argument implementation="
     own = f"ONER_FAST_{op.upper()}_IMPLEMENTATION"
     if value := os.environ.get(own):
@@ -153,10 +155,12 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
             raise RuntimeError(f"{op}: {name!r} (asked for by {source}) cannot run this call: {'; '.join(against)}")
         return known[name]
     for candidate in known.values():
+        if candidate.devices is not None and device not in candidate.devices:
+            continue  # other reasons, which take longer to find, are for the error alone
         against = candidate.reasons_against(device, **facts)
         if not against:
             return candidate
-        if candidate.compiled and candidate.devices is not None and device in candidate.devices:
+        if candidate.compiled:
             _extension.warn_if_missing()
     every = "; ".join(f"{name}: {', '.join(i.reasons_against(device, **facts))}" for name, i in known.items())
     raise RuntimeError(f"{op}: no implementation can run this call on {device}: {every}")

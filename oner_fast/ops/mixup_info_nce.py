@@ -120,7 +120,7 @@ def _partner_sums_shape(partner: Tensor, values: Tensor, columns: int) -> Tensor
 def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -> Tensor:
     """For each column, sum the values (n,) of the rows whose partner is that column, in a fixed order: (columns,)."""
     if backend == "cpp":
-        return values.new_zeros(columns).index_add(0, partner, values)
+        return values.new_zeros(columns).scatter_add(0, partner, values)
     return raw_ops(backend).mixup_partner_sums(partner, values, columns)
 
 
@@ -192,19 +192,20 @@ class _MixupInfoNce:
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
                 column_target = own if of_columns.target is None else of_columns.target
         target = own if weight is None else (1 - weight) * own + weight * shared
-        # Summed in float64, so that the float32 result does not depend on the order of the sum.
+        # Summed in float64, so that the float32 result does not depend on the order of the sum. Sums are (1,) until the
+        # end, since PyTorch's arithmetic fails on the 0-d tensors of an empty batch of torch.vmap.
         widest = widest_dtype(query.device)
-        loss = (row_max - target + row_sum.log()).sum(dtype=widest)
+        loss = (row_max - target + row_sum.log()).sum(0, keepdim=True, dtype=widest)
         if column_max is not None and column_sum is not None and column_target is not None:
             if mass is not None:
                 column_target = column_target * _reciprocal(mass)
             entropy = column_max - column_target + column_sum.log()
             if mass is not None:
                 entropy = torch.where(mass == 0, 0.0, entropy)
-            loss = (loss + entropy.sum(dtype=widest)) / 2
+            loss = (loss + entropy.sum(0, keepdim=True, dtype=widest)) / 2
         if ring is not None:
             dist.all_reduce(loss, group=ring.group)
-        loss = (loss / (query.shape[0] if ring is None else ring.total)).to(dtype)
+        loss = (loss / (query.shape[0] if ring is None else ring.total)).to(dtype).squeeze(0)
         return loss, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass
 
     @staticmethod
@@ -223,7 +224,7 @@ class _MixupInfoNce:
         need_key = need[1] or need[4] or (need[5] and key_other is not None)
         world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
         terms = 1 if column_sum is None else 2
-        each = grad.to(row_sum.dtype) * world / (terms * total)
+        each = grad.to(row_sum.dtype).unsqueeze(0) * world / (terms * total)
         own_weight, share = (each * terms).expand(query.shape[0]).contiguous(), None
         if weight is not None:
             own_weight = each * (1 - weight)
@@ -314,11 +315,10 @@ def _compiled(
 
 def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fill a 0-d tensor on its device; a copy from the host would wait for the device."""
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), value if isinstance(value, float) else float(value), dtype=dtype, device=device)
 
 
 _shapes = partial(_compiled, "cpp")
-_READING = ("reference",)  # it looks up which rows have a partner
 register("mixup_info_nce", "reference", reference.mixup_info_nce, preference=-10)
 register("mixup_info_nce", "portable", partial(_compiled, "portable"))
 register("mixup_info_nce", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
@@ -410,8 +410,7 @@ def mixup_info_nce(
     checks.is_tensor("mixup_info_nce", "query", query)
     checks.contrast_options(symmetric, group)
     query, key, query_other, key_other = checks.promoted(query, key, query_other, key_other)
-    reading = _READING if partner is not None else ()
-    loss: Tensor = serve(facts(query), implementation, query, _shapes, reading)(
+    loss: Tensor = serve(facts(query), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, symmetric=symmetric, group=group,
     )  # fmt: skip

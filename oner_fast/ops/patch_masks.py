@@ -30,6 +30,7 @@ Pattern = Literal["random", "block", "reversed_block"]
 
 _OP = "patch_masks"
 _LAUNCHING = ("triton",)  # its kernels are launched from Python, and a fake tensor has no memory to launch them on
+_MOST_CELLS = 1 << 31  # a 32-bit draw times the number of cells must fit an int64
 _TRITON_CELLS = 1 << 14  # one program holds all cells of a sample
 
 
@@ -82,6 +83,8 @@ def draw_masks(
         RuntimeError: the forced implementation cannot run here.
     """
     checks.masks("draw_masks", samples, step, ("seed", seed), ("masked", masked), ("stream", stream))
+    if not isinstance(pattern, str):
+        raise TypeError(f"draw_masks: pattern must be a name, got {type(pattern).__name__}")
     if pattern not in get_args(Pattern):
         raise ValueError(f"pattern must be one of {', '.join(get_args(Pattern))}, not {pattern!r}")
     height, width = _sides(grid)
@@ -157,7 +160,8 @@ def boundaries(counts: Tensor, *, implementation: str | None = None) -> Tensor:
         (B + 1,) int32, beginning with 0 and ending with the sum of `counts`.
 
     Raises:
-        ValueError: the implementation is unknown.
+        ValueError: a count is negative, their sum exceeds int32, or the implementation is unknown. Counts on CUDA are
+            read only with `ONER_FAST_DEBUG=1`.
         RuntimeError: the forced implementation cannot run here.
     """
     checks.counts("boundaries", counts)
@@ -175,6 +179,8 @@ def _sides(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_count(masked: int, cells: int) -> None:
+    if cells > _MOST_CELLS:
+        raise ValueError(f"masks have at most 2^31 cells, not {cells}")
     if not 0 <= masked <= cells:
         raise ValueError(f"masked must be in [0, cells = {cells}], not {masked}")
 
@@ -226,7 +232,11 @@ class _Batched(torch.autograd.Function):
         size = info.batch_size
         own = isinstance(in_dims[0], int)
         rows = samples.movedim(in_dims[0], 0) if isinstance(in_dims[0], int) else samples
-        if isinstance(in_dims[1], int) and isinstance(step, Tensor):
+        if size == 0:
+            _, seed, stream, *options = rest
+            one = rows.new_empty(rows.shape[1:]) if own else rows
+            found = tuple(x.new_empty((0, *x.shape)) for x in _shapes(seed, stream, 0, one, *options))
+        elif isinstance(in_dims[1], int) and isinstance(step, Tensor):
             each = [_Batched.apply(rows[i] if own else rows, step[i], *rest) for i in range(size)]
             found = tuple(torch.stack(column) for column in zip(*each, strict=True))
         else:

@@ -104,7 +104,11 @@ def mixed(first: Tensor, other: Tensor | None, mix: Tensor | float) -> Tensor:
     wide = _wide(first)
     if other is None:
         return wide
-    weight = mix.to(wide.dtype) if isinstance(mix, Tensor) else torch.tensor(mix, dtype=wide.dtype, device=first.device)
+    weight = (
+        mix.to(wide.dtype)
+        if isinstance(mix, Tensor)
+        else torch.tensor(float(mix), dtype=wide.dtype, device=first.device)
+    )
     weight = weight.unsqueeze(-1) if weight.ndim else weight
     return (1 - weight) * wide + weight * _wide(other)
 
@@ -146,9 +150,9 @@ def mixup_info_nce(
     checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
     with torch.autocast(query.device.type, enabled=False):
         q, k = unit(mixed(query, query_other, mix)), unit(mixed(key, key_other, mix))
-        scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else logit_scale
+        scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
         rows = q.shape[0]
-        weight = torch.full_like(q[:, 0], 0.5) if partner_weight is None else partner_weight.to(q.dtype)
+        weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.to(q.dtype)
         if group is None or sizes is None:
             start, all_partner, all_weight = 0, partner, weight
             logits = scale * (q @ k.T)  # [N, N]
@@ -181,14 +185,16 @@ def _column_entropy(transposed: Tensor, own: Tensor, start: int, partner: Tensor
     """
     total = transposed.logsumexp(dim=1)
     target = transposed.gather(1, (own + start).unsqueeze(1)).squeeze(1)
-    if partner is None:
+    columns, rows = transposed.shape
+    if partner is None or columns == 0:
         return total - target
-    mine = ((partner >= start) & (partner < start + own.shape[0])).nonzero().squeeze(1)
-    column, share = partner.index_select(0, mine) - start, weight.index_select(0, mine)
-    own_share = 1 - weight[start : start + own.shape[0]]
+    mine = (partner >= start) & (partner < start + columns)
+    column = (partner - start).clamp(0, columns - 1)  # of a row whose partner is elsewhere any column, with share 0
+    share = torch.where(mine, weight, 0.0)
+    own_share = 1 - weight[start : start + columns]
     mass = own_share.index_add(0, column, share)
-    chosen = transposed.flatten().gather(0, column * transposed.shape[1] + mine)
-    target = (own_share * target).index_add(0, column, share * chosen)
+    chosen = transposed.flatten().gather(0, column * rows + torch.arange(rows, device=own.device))
+    target = (own_share * target).index_add(0, column, torch.where(mine, share * chosen, 0.0))
     empty = mass == 0
     return torch.where(empty, 0.0, total - target / torch.where(empty, 1.0, mass))
 

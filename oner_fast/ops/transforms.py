@@ -80,6 +80,11 @@ def differentiable(op: str, definition: type[Definition]) -> Callable[..., Any]:
                 "take torch.func.vjp or jacrev, or implementation='reference'"
             )
 
+    broken = (
+        f"{op}: torch.compile traces no gradient of {_COMPILED} inside a transform of torch.func; compile the function "
+        "that the transform takes, or take implementation='reference'"
+    )
+
     for function in (Plain, Transformed, ForwardMode):
         function.__name__ = function.__qualname__ = op  # autograd names its nodes so
         function.backward = staticmethod(backward)  # type: ignore[assignment]
@@ -89,7 +94,7 @@ def differentiable(op: str, definition: type[Definition]) -> Callable[..., Any]:
             return ForwardMode.apply(*arguments)[0]
         if inside_transform():
             if torch.compiler.is_compiling():
-                torch._dynamo.graph_break()  # inside a transform it would trace no gradient
+                torch._dynamo.graph_break(msg=broken)  # inside a transform it would trace no gradient
             return Transformed.apply(*arguments)[0]
         return Plain.apply(*arguments)
 

@@ -52,6 +52,15 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) or _traced()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Return whether a `torch.vmap` batches `tensor`, at any level."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
 def inside_vmap() -> bool:
     """Return whether a `torch.vmap` is active."""
     stack = torch._C._functorch.get_interpreter_stack() or ()

@@ -162,6 +162,32 @@ def test_a_count_that_is_no_count(op: str, name: str) -> None:
             _call(op, **{name: bad})
 
 
+@pytest.mark.parametrize("implementation", [None, "portable", "reference"])
+def test_an_integer_that_no_int64_holds_is_a_number(implementation: str | None) -> None:
+    large, one = 10**30, _call("mixup_info_nce", logit_scale=1, implementation=implementation)
+    found = _call("mixup_info_nce", logit_scale=large, implementation=implementation)
+    assert found.isfinite() and found > one
+    torch.testing.assert_close(
+        _call("mixup_info_nce", mix=large, implementation=implementation),
+        _call("mixup_info_nce", mix=float(large), implementation=implementation),
+        equal_nan=True,
+    )
+
+
+@pytest.mark.parametrize("implementation", [None, "sdpa", "reference"])
+def test_heads_of_no_numbers_are_refused(implementation: str | None) -> None:
+    with pytest.raises(ValueError, match="heads of query must hold at least one number"):
+        empty = ROWS[..., :0]
+        varlen_attention(empty, empty, empty, CU, implementation=implementation)
+
+
+def test_rows_of_no_numbers_are_gathered() -> None:
+    for implementation in (None, "portable", "reference"):
+        tokens = torch.empty(2, 4, 0, requires_grad=True)
+        masked_gather(tokens, KEPT, implementation=implementation).sum().backward()
+        assert tokens.grad is not None and tokens.grad.shape == tokens.shape
+
+
 def test_options_that_are_no_options() -> None:
     for bad in (1, "yes", None):
         with pytest.raises(TypeError, match="causal must be True or False"):
@@ -170,8 +196,15 @@ def test_options_that_are_no_options() -> None:
             _call("mixup_info_nce", symmetric=bad)
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got str"):
         _call("mixup_info_nce", group="gloo")
-    with pytest.raises(TypeError, match="dtype must be"):
-        _call("gather_patches", dtype="float32")
+    for bad in ("float32", torch.randn(9, 9)):
+        with pytest.raises(TypeError, match=r"dtype must be .*, got (str|Tensor)$"):
+            _call("gather_patches", dtype=bad)
+    for bad in (5, torch.randn(9, 9), ["cpp"]):
+        for op in CALLS:
+            with pytest.raises(TypeError, match="implementation must be a name or None, got (int|Tensor|list)$"):
+                _call(op, implementation=bad)
+        with pytest.raises(TypeError, match="pattern must be a name, got (int|Tensor|list)$"):
+            _call("draw_masks", pattern=bad)
     for grid in (4, (4,), "44", (4, 4, 4)):
         with pytest.raises(TypeError, match=r"grid must be a pair"):
             _call("draw_masks", grid=grid)

@@ -138,6 +138,17 @@ def test_random_masks_of_a_grid_agree_with_patch_mask():
 def test_boundaries_are_cumulative_counts():
     assert boundaries(torch.tensor([3, 0, 2])).tolist() == [0, 3, 3, 5]
     assert boundaries(torch.zeros(0, dtype=torch.int64)).dtype == torch.int32
+    assert boundaries(torch.tensor([2**31 - 1, 0])).tolist() == [0, 2**31 - 1, 2**31 - 1]
+
+
+def test_counts_that_no_boundaries_hold_are_refused():
+    for counts, got in (([2**31 - 1, 5], 2**31 + 4), ([2**40], 2**40)):
+        with pytest.raises(ValueError, match=rf"add up to fewer than 2\^31 rows, which int32 holds, got {got}"):
+            boundaries(torch.tensor(counts))
+    with pytest.raises(ValueError, match="counts must be at least 0, got -5"):
+        boundaries(torch.tensor([3, -5]))
+    with pytest.raises(ValueError, match=r"at most 2\^31 cells"):
+        patch_mask(1, 2, torch.arange(2), 2**62, 1)
 
 
 def test_impossible_grids_and_patterns_are_refused():

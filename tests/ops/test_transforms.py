@@ -28,6 +28,7 @@ from oner_fast.ops import (
     token_alignment,
     varlen_attention,
 )
+from oner_fast.ops.implementations import implementations
 from oner_fast.ops.library import raw_ops
 
 pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
@@ -281,15 +282,19 @@ def test_packed_ops_take_a_batch_in_one_call(name: str, monkeypatch: pytest.Monk
     vmap(grad(lambda x, rest: case.loss()({**rest, case.gradients[0]: x})))(leaf, tensors)
 
 
-# vmap itself cannot divide an empty batch of 0-d tensors, such as the losses of the contrast.
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("mixup_info_nce")])
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_batch_gives_empty_results(name: str) -> None:
     case = CASES[name]
-    every = tuple(case.draw)
-    tensors = {key: x[:0] for key, x in _drawn(case, every).items()}
-    expected = case.call(**_drawn(case))
-    found = vmap(lambda tensors: case.call(**tensors))(tensors)
-    assert found.shape == (0, *expected.shape) and found.dtype == expected.dtype
+    tensors = {key: x[:0] for key, x in _drawn(case, tuple(case.draw)).items()}
+    known, leaf = implementations(name.split()[0]), case.gradients[0]
+    for implementation in (None, *[one for one in known if one == "portable"]):
+        expected = case.call(**_drawn(case), implementation=implementation)
+        found = vmap(lambda t, i=implementation: case.call(**t, implementation=i))(tensors)  # type: ignore[misc]
+        assert found.shape == (0, *expected.shape) and found.dtype == expected.dtype
+        gradient = vmap(grad(lambda x, t, i=implementation: case.call(**{**t, leaf: x}, implementation=i).sum()))(
+            tensors[leaf], tensors
+        )
+        assert gradient.shape == tensors[leaf].shape
 
 
 def test_values_are_checked_in_every_element_of_a_batch() -> None:
@@ -364,6 +369,47 @@ def test_masks_of_a_batch_of_samples() -> None:
     assert torch.equal(found, torch.stack([patch_mask(1, int(step), samples[0], 36, 9) for step in steps]))
     counts = torch.tensor([[1, 0, 3], [2, 2, 2]])
     assert torch.equal(vmap(boundaries)(counts), torch.stack([boundaries(each) for each in counts]))
+
+
+@pytest.mark.parametrize("pattern", ["random", "block", "reversed_block"])
+def test_masks_of_an_empty_batch(pattern: Any) -> None:
+    samples = torch.arange(2)
+    for masks in (
+        vmap(lambda s: draw_masks(1, 2, s, (4, 4), 5, pattern))(samples.expand(0, 2)),
+        vmap(lambda step: draw_masks(1, step, samples, (4, 4), 5, pattern))(samples[:0]),
+    ):
+        assert masks[0].shape == (0, 2, 16) and masks[1].shape == (0, 2, 11) and masks[0].dtype == torch.bool
+    assert vmap(lambda step: patch_mask(1, step, samples, 16, 5))(samples[:0]).shape == (0, 2, 16)
+
+
+def test_numbers_of_channels_of_an_empty_batch() -> None:
+    images, kept = torch.rand(2, 3, 4, 4), torch.tensor([[0], [1]])
+    found = vmap(lambda mean: gather_patches(images, kept, 2, mean))(torch.rand(0, 3))
+    assert found.shape == (0, 2, 1, 12)
+
+
+def test_attention_by_length_refuses_boundaries_of_a_batch() -> None:
+    rows, ends = torch.randn(4, 1, 2), torch.tensor([[0, 2, 4], [0, 1, 4]])
+    for implementation in ("sdpa", "reference"):
+        with pytest.raises(ValueError, match=r"torch.vmap cannot batch here; loop over the batch"):
+            vmap(lambda c, i=implementation: varlen_attention(rows, rows, rows, c, implementation=i))(ends)
+
+
+def test_the_definition_takes_part_in_vmap_with_partners() -> None:
+    query, key, partner = torch.randn(4, 3), torch.randn(4, 3), torch.randint(4, (2, 4))
+
+    def loss(partner: Tensor) -> Tensor:
+        return mixup_info_nce(query, key, 3, partner=partner, implementation="reference")
+
+    torch.testing.assert_close(vmap(loss)(partner), torch.stack([loss(each) for each in partner]))
+
+
+def test_one_graph_of_a_transform_is_refused_with_the_remedy() -> None:
+    x, key = torch.randn(4, 3), torch.randn(4, 3)
+    function = torch.compile(grad(lambda x: mixup_info_nce(x, key, 3.0)), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"traces no gradient of the compiled implementations"):
+        function(x)
+    torch.compiler.reset()
 
 
 def test_raw_ops_of_every_library_have_batching_rules() -> None:

@@ -219,6 +219,21 @@ def test_extreme_scores_stay_exact(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("size", [1e10, 1e19, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_of_any_size_that_the_dtype_holds(implementation: str, size: float, dtype: torch.dtype) -> None:
+    """Scores from which rounding takes more than an exponential holds: the softmax is one at the largest."""
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(7, 2, 16, generator=generator).to(dtype) for _ in range(3))
+    query = (query * size).requires_grad_()
+    result = varlen_attention(query, key, value, cumulative([7]), implementation=implementation)
+    largest = torch.einsum("qhd,khd->qhk", query.double(), key.double()).argmax(-1)
+    expected = value.gather(0, largest.unsqueeze(-1).expand(-1, -1, 16))
+    torch.testing.assert_close(result, expected)
+    assert torch.autograd.grad(result.sum(), query)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_to_its_dtype(implementation: str, dtype: torch.dtype) -> None:
     query, key, value = (torch.randn(5, 2, 4) for _ in range(3))

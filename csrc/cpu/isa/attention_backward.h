@@ -223,7 +223,7 @@ class Backward {
             continue;
           }
           const int64_t at = (j + r) * columns + v * W;
-          Vec<T> w = power_of_two<P::kDepth == 2>(load(scores_ + at) * scale - shift[v]) * share[v];
+          Vec<T> w = power_of_two<P::kDepth == 2>(rounded<T>(load(scores_ + at) * scale) - shift[v]) * share[v];
           Vec<T> s = w * (load(products_ + at) - less[v]);
           if constexpr (kMasked) {
             w = seen(v, key + j + r) ? w : Vec<T>{};

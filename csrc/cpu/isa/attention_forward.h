@@ -113,7 +113,8 @@ class Forward {
             weight[r][v] = Vec<T>{};
             continue;
           }
-          Vec<T> w = power_of_two<P::kDepth == 2>(load(scores_ + (j + r) * columns + v * W) * scale - shift[v]);
+          const Vec<T> score = rounded<T>(load(scores_ + (j + r) * columns + v * W) * scale);  // the largest is best[v]
+          Vec<T> w = power_of_two<P::kDepth == 2>(score - shift[v]);
           if constexpr (kMasked) w = seen(v, key + j + r) ? w : Vec<T>{};
           sum[v] += w;
           weight[r][v] = w;

@@ -84,6 +84,20 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// Returns x as it is, so that the compiler cannot fuse the product that made x with a later difference. A fused
+// difference keeps what rounding took from the product, which is no small number where the product is large.
+template <typename T>
+inline Vec<T> rounded(Vec<T> x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__FMA__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // exp for x <= 88: within 2 units in the last place, exactly 0 below -87.33 (whatever is computed there) and at -inf;
 // NaN stays NaN.
 inline Vec<float> exp_of(Vec<float> x) {

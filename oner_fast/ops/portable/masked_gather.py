@@ -65,7 +65,7 @@ def backward(
         of_prefix, rows = grad[prefix_places], grad[row_places]
     to_tokens, to_positions, to_prefix = (grad.new_empty(0) for _ in range(3))
     if need_tokens or need_positions:
-        flat, rows = kept.flatten(), rows.reshape(-1, width).to(wide)
+        flat, rows = kept.flatten(), rows.reshape(kept.numel(), width).to(wide)
     if need_tokens:
         sums = rows.new_zeros(samples * tokens, width)
         add_rows(sums, (sample * tokens + kept).flatten(), rows)
