@@ -137,3 +137,10 @@ def test_steps_that_are_no_number_are_refused_as_before(steps: str, capsys: pyte
     with pytest.raises(SystemExit):
         parse(["--steps", steps], "oner_tiny_pictograms_cpu", "prog", OneRConfiguration)
     assert "becomes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_a_run_needs_a_folder(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--run-dir", name], "oner_tiny_pictograms_cpu", "prog", OneRConfiguration)
+    assert "run_dir must name the folder of the run" in capsys.readouterr().err
