@@ -105,6 +105,8 @@ class Run:
     """Seconds that a rank waits for the others before the run ends with an error that names them."""
 
     def __post_init__(self) -> None:
+        if not self.run_dir.strip():
+            raise ValueError("run_dir must name the folder of the run, got an empty name")
         if isinstance(self.threads, int) and self.threads < 0:
             raise ValueError(f"threads must be auto, 0 or more, got {self.threads}")
         if not 0.0 < self.collective_timeout < math.inf:

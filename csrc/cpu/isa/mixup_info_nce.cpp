@@ -136,24 +136,12 @@ void multiply_rows(const ContrastBlock& block, const Scratch<P>& s, const RowOpe
                      rows.stride, 1, s.column_transposed, to, s.logits_row);
 }
 
-// Returns x, and keeps the compiler from fusing its multiplication with a later addition.
-template <typename T>
-inline Vec<T> rounded(Vec<T> x) {
-#if defined(ONER_FAST_X86)
-  asm("" : "+v"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#else
-  asm("" : "+m"(x));
-#endif
-  return x;
-}
-
 // The factor that makes a product a logit: that of its row and, for columns packed without scaling, of its column.
 template <typename P>
 Vec<typename P::Out> row_factor(const ContrastBlock& block, const Scratch<P>& s, int64_t i) {
   return broadcast(static_cast<typename P::Out>(block.scale) * s.row_rest[i]);
 }
+
 // Backward must compute exactly the logit that forward found to be the largest.
 template <typename P>
 Vec<typename P::Out> logit_of(Vec<typename P::Out> product, Vec<typename P::Out> factor,

@@ -88,12 +88,12 @@ inline Vec<T> larger(Vec<T> a, Vec<T> b) {
 // difference keeps what rounding took from the product, which is no small number where the product is large.
 template <typename T>
 inline Vec<T> rounded(Vec<T> x) {
-#if defined(__AVX512F__)
+#if defined(ONER_FAST_X86)
   asm("" : "+v"(x));
-#elif defined(__FMA__)
-  asm("" : "+x"(x));
 #elif defined(__aarch64__)
   asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
 #endif
   return x;
 }
