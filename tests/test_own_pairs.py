@@ -29,10 +29,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(folder / "pairs.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["filepath", "title"])
-        for shade in SHADES:
+        for number, shade in enumerate(SHADES):
             for name, colour in COLOURS.items():
                 path = folder / "pictures" / f"{shade}-{name}.png"
-                Image.new("RGB", (20, 24), tuple((part + 7 * len(shade)) % 256 for part in colour)).save(path)
+                Image.new("RGB", (20, 24), tuple((part + 7 * number) % 256 for part in colour)).save(path)
                 rows.writerow([str(path), f"{shade} {name} square"])
     data = folder / "data"
     command = ["data", "pairs", str(folder / "pairs.csv"), "--output", str(data), "--csv-separator", ","]

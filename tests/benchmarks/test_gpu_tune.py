@@ -255,9 +255,9 @@ def test_newer_gpus_that_use_the_tile_are_compiled_for_too() -> None:
 
 def test_the_compiler_gets_the_candidate_and_its_architecture() -> None:
     narrow: Key = ("token_alignment", "forward", "narrow")
-    spilling = replace(configuration(*narrow, 80), blocks={"BLOCK_D": 4096})
+    spilling = replace(configuration(*narrow, 80), blocks={"BLOCK_D": 16384})
     (one,) = tune_compile.affected(narrow, spilling, 80)
-    assert one.constexprs["BLOCK_D"] == 4096
+    assert one.constexprs["BLOCK_D"] == 16384
     _, problems, resources = tune_compile.compile_tile(narrow, spilling, ["sm_80", "sm_90"])
     assert "instructions spill" in problems[0] and len(resources) == 1 and resources[0]["spills"] > 0
     tile = configuration(*narrow, 80)

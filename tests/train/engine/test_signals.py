@@ -10,6 +10,18 @@ import torch
 from oner_fast.train.engine.distributed import World
 from oner_fast.train.engine.signals import STOPPING, exit_status, stop_on_signals
 
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Give SIGINT and SIGHUP their usual meaning; nohup and a shell's background jobs ignore them."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 

@@ -143,6 +143,7 @@ def test_a_number_is_obeyed_and_a_slow_one_is_named(
     assert "2 threads are 5.0 times slower" in caplog.text
 
 
+@pytest.mark.slow  # the scheduler decides what a neighbour takes, so this is no check of every change
 def test_with_busy_cores_one_thread_is_chosen() -> None:
     """A real neighbour on each core: threads that wait for each other lose more than one alone."""
     busy = f"import os\nwhile os.getppid() == {os.getpid()}: pass"

@@ -105,7 +105,7 @@ def test_the_configuration_keeps_objectives_and_resuming_compares_them(file: Pat
     config = with_custom(OneRConfiguration(), file)
     save_json(config, tmp_path / "config.json")
     assert load_json(OneRConfiguration, tmp_path / "config.json") == config
-    saved = json.dumps(to_dict(config))
+    saved = from_dict(OneRConfiguration, json.loads(json.dumps(to_dict(config))))
     loop._refuse_other_configuration("it", saved, config)
     for other in (OneRConfiguration(), with_custom(OneRConfiguration(), file, weight=0.25)):
         with pytest.raises(ValueError, match="trained with other settings .custom"):

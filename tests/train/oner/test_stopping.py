@@ -120,6 +120,7 @@ class Child:
         if self.process == 0:
             try:
                 os.setsid()
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
                 os.environ |= environment or {}
                 out = os.open(self.said, os.O_WRONLY | os.O_CREAT)
                 os.dup2(out, 1)
