@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
 from oner_fast.bounded_json import load_object
 from oner_fast.data.dataset import PairDataset
+from oner_fast.data.tar_folders import tars_in
 
 LISTING = "dataset.json"
 
@@ -26,6 +26,7 @@ def splits_of(data: str, unnamed: str = "train") -> list[str]:
 
     Raises:
         ValueError: `dataset.json` is malformed.
+        OSError: the folder cannot be listed.
     """
     folder = Path(data)
     if not folder.is_dir():
@@ -47,11 +48,10 @@ def open_split(data: str, name: str) -> PairDataset:
     """
     folder = Path(data)
     if folder.is_dir() and not (folder / LISTING).is_file() and not _named_by_tars(folder):
-        return PairDataset(sorted(folder.glob("*.tar")) or folder, split=name)
+        return PairDataset(tars_in(folder).tars or folder, split=name)
     return PairDataset(data, split=name)
 
 
 def _named_by_tars(folder: Path) -> list[str]:
     """Names before the last dash of the tars in a folder, sorted."""
-    tars = glob.glob("*-*.tar", root_dir=folder)
-    return sorted({name.rpartition("-")[0] for name in tars} - {""})
+    return sorted({tar.name.rpartition("-")[0] for tar in tars_in(folder).tars} - {""})
