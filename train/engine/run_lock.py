@@ -57,9 +57,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         # It goes before the lock does: a process that opens it later finds that the name is gone, and makes another.
-        with contextlib.suppress(OSError):
+        try:
             if not lost(folder):  # the file there is another training's
                 os.unlink(folder / FILE)
+        except OSError as error:
+            _log.warning("%s stays, and may be removed: it locks nothing any more (%s)", folder / FILE, error.strerror)
         _held.pop(descriptor, None)
         os.close(descriptor)
         _remove_empty(made)

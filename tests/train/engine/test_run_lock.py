@@ -134,3 +134,18 @@ def test_a_link_to_no_folder_is_named_with_its_target(tmp_path: Path) -> None:
             with run_lock(folder):
                 raise AssertionError("locked")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_lock_file_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with run_lock(tmp_path):
+        monkeypatch.setattr(os, "unlink", broken)
+    assert f"{tmp_path / FILE} stays, and may be removed" in caplog.text
+    monkeypatch.undo()
+    with run_lock(tmp_path):
+        pass
+    assert not (tmp_path / FILE).exists()
