@@ -40,7 +40,9 @@ FAULTS = {
     "mmap": (errno.ENOMEM, errno.EIO),
 }
 # Words by which a command that goes on names what it left out.
-NAMED = re.compile(r"corrupt sample|damaged data|left out|cannot be written|no snapshot|cannot be cached|damaged")
+NAMED = re.compile(
+    r"corrupt sample|damaged data|left out|cannot be written|no snapshot|cannot be cached|cannot be removed|damaged"
+)
 TIMES = {"seconds", "samples_per_second", "data_wait", "mfu"}
 TEMPORARY = re.compile(r"\.\d+(-[0-9a-f]{8})?\.tmp|events\.out\.\S+")
 

@@ -61,7 +61,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             if not lost(folder):  # the file there is another training's
                 os.unlink(folder / FILE)
         except OSError as error:
-            _log.warning("%s stays, and may be removed: it locks nothing any more (%s)", folder / FILE, error.strerror)
+            _log.warning("%s cannot be removed (%s); it locks nothing any more", folder / FILE, error.strerror)
         _held.pop(descriptor, None)
         os.close(descriptor)
         _remove_empty(made)

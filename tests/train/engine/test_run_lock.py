@@ -144,7 +144,7 @@ def test_a_lock_file_that_cannot_be_removed_is_named(
 
     with run_lock(tmp_path):
         monkeypatch.setattr(os, "unlink", broken)
-    assert f"{tmp_path / FILE} stays, and may be removed" in caplog.text
+    assert f"{tmp_path / FILE} cannot be removed" in caplog.text
     monkeypatch.undo()
     with run_lock(tmp_path):
         pass
