@@ -1,5 +1,6 @@
 """Embed images and captions with a loaded model, batch by batch; a damaged image is left out and named."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,9 @@ from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.retrieval import CaptionGallery, caption_gallery
 
 T = TypeVar("T")
+_NAMED = 20  # images whose names are logged
+
+logger = logging.getLogger("oner_fast.evaluation")
 
 
 class Encoder(Protocol):
@@ -195,7 +199,16 @@ def _embed_images(
                 others += [beside for _, _, beside in good]
     if not parts:
         raise ValueError(f"none of {len(rows)} images could be read" + (f"; first: {damaged[0]}" if damaged else ""))
+    name_left_out(damaged)
     return torch.cat(parts), kept, others, damaged
+
+
+def name_left_out(damaged: Sequence[str]) -> None:
+    """Log what was left out: the first names with their reasons, and how many more there are."""
+    for sentence in damaged[:_NAMED]:
+        logger.warning("left out: %s", sentence)
+    if len(damaged) > _NAMED:
+        logger.warning("left out: %d more", len(damaged) - _NAMED)
 
 
 def shown(steps: range, label: str) -> Iterator[int]:

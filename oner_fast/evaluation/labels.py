@@ -16,7 +16,7 @@ from torch import Tensor
 from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.sources.concepts import concept
 from oner_fast.evaluation.classifier import score_accuracy
-from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_pairs, spaced
+from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_pairs, name_left_out, spaced
 from oner_fast.evaluation.knn import TEMPERATURE, K, knn_scores
 from oner_fast.evaluation.linear_probe import LinearProbe, fit_linear_probe
 
@@ -83,14 +83,17 @@ def teach(
     if most < 2:
         raise ValueError(f"the number of classes needs to be at least 2, got {most}")
     labels: dict[str, dict[int, str]] = {name: {} for name in names}
+    lost = []
     for row in spaced(len(dataset), limit):
         try:
             caption, meta = dataset.caption(row), dataset.meta(row)
-        except CorruptSample:
+        except CorruptSample as error:
+            lost.append(str(error))
             continue
         for name in names:
             if (value := label_of(caption, meta, name)) is not None:
                 labels[name][row] = value
+    name_left_out(lost)
     classes = {name: _most_frequent(found.values(), most) for name, found in labels.items()}
     classes = {name: found for name, found in classes.items() if len(found) > 1}
     wanted = sorted({row for name, found in classes.items() for row, value in labels[name].items() if value in found})

@@ -9,7 +9,7 @@ import pytest
 import oner_fast
 from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.cli import main
-from oner_fast.evaluation.embed import embed_split, spaced
+from oner_fast.evaluation.embed import embed_split, name_left_out, spaced
 from oner_fast.evaluation.folder import find_data, read_metrics
 from oner_fast.evaluation.record import add, read_record
 from oner_fast.evaluation.table import plain_lines, show
@@ -74,7 +74,9 @@ def test_other_data_and_a_limit_can_be_given(run: Path, data: Path) -> None:
     assert result["val_seen_words"]["captions"] == 4  # the training words still come from the run's own data
 
 
-def test_a_damaged_image_is_left_out_and_counted(data: Path, reader: Any) -> None:
+def test_a_damaged_image_is_left_out_counted_and_named(
+    data: Path, reader: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     tar = data / "val-000000.tar"
     content = bytearray(tar.read_bytes())
     at = content.find(b"\x89PNG")
@@ -84,6 +86,12 @@ def test_a_damaged_image_is_left_out_and_counted(data: Path, reader: Any) -> Non
     assert len(embedded.image) == 7
     assert embedded.rows == list(range(1, 8))
     assert len(embedded.damaged) == 1
+    assert caplog.messages == [f"left out: {embedded.damaged[0]}"] and "val-000000.tar:000100" in caplog.text
+
+
+def test_of_many_left_out_the_first_are_named_and_the_others_counted(caplog: pytest.LogCaptureFixture) -> None:
+    name_left_out([f"tar:{number}: cut off" for number in range(25)])
+    assert caplog.messages == [*(f"left out: tar:{number}: cut off" for number in range(20)), "left out: 5 more"]
 
 
 def test_spaced() -> None:
@@ -113,7 +121,7 @@ def test_errors_say_what_is_missing(run: Path, data: Path, tmp_path: Path, capsy
     assert "its JSON cannot be read" in fails([str(run)], capsys)
     (run / "config.json").unlink()
     assert "names no data; give its folder with --data" in fails([str(run)], capsys)
-    (data / "dataset.json").write_text(json.dumps({"splits": {"train": {}}}))
+    (data / "dataset.json").write_text(json.dumps({"splits": {"train": {"shards": []}}}))
     assert "nothing is held out" in fails([str(run), "--data", str(data)], capsys)
     assert not (run / "evaluation.json").exists()
 
