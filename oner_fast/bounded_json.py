@@ -48,6 +48,12 @@ def load_object(
     return value
 
 
+def shown(value: Any, most: int = 80) -> str:
+    """Write a value of a foreign file for an error: its `repr`, cut to `most` characters."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def _check(value: Any, what: str, max_depth: int) -> None:
     """Refuse values deeper than `max_depth`, and strings that UTF-8 cannot encode. Level by level, not recursive."""
     level = [value]

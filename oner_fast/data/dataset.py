@@ -16,7 +16,7 @@ from typing import Any, Self
 from oner_fast.bounded_json import load_object
 from oner_fast.data.budget import BUDGET, excess
 from oner_fast.data.listing import read_listing
-from oner_fast.data.tar_folders import tars_in, unlisted
+from oner_fast.data.tar_folders import splits_named, tars_in, unlisted
 from oner_fast.data.tar_headers import BLOCK
 from oner_fast.data.tar_index import IMAGE, META, TEXT, TarIndex, load_index
 from oner_fast.data.tar_scan import printable
@@ -305,7 +305,7 @@ def _folder(folder: Path, split: str) -> list[tuple[Path, int | None]]:
     found = tars_in(folder)
     tars, compressed = found.tars, found.compressed
     chosen = [tar for tar in tars if tar.name.startswith(f"{split}-")]
-    named = sorted({tar.name.rsplit("-", 1)[0] for tar in tars if "-" in tar.name})
+    named = splits_named(tars)
     if not chosen and split == "train" and not named:
         chosen = tars
     if compressed and not chosen:

@@ -61,9 +61,11 @@ def _shard(entry: Any, file: Path, split: str) -> ListedShard:
         raise ValueError(f"{file} lists a shard of split {split!r} that is a {type(entry).__name__}, not an object")
     name, samples = entry.get("file"), _count(entry.get("samples"))
     if not isinstance(name, str) or not _inside(name):
-        raise ValueError(f"{file} lists a shard called {_short(name)}; a shard is a file inside the folder")
+        raise ValueError(f"{file} lists a shard called {bounded_json.shown(name)}; a shard is a file inside the folder")
     if samples is None:
-        raise ValueError(f"{file} lists {_short(entry.get('samples'))} samples in {name}; a whole number is needed")
+        raise ValueError(
+            f"{file} lists {bounded_json.shown(entry.get('samples'))} samples in {name}; a whole number is needed"
+        )
     size, digest = _count(entry.get("bytes")), entry.get("sha256")
     return ListedShard(file.parent / name, samples, size, digest if isinstance(digest, str) else None)
 
@@ -75,8 +77,3 @@ def _inside(name: str) -> bool:
 
 def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62 else None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -24,13 +24,13 @@ from oner_fast.data.dataset import CorruptSample
 from oner_fast.data.image_files import ImageFile, pixel_part, without_avif_exif
 from oner_fast.data.orientation import from_info, upright
 from oner_fast.data.picture_formats import FORMATS
+from oner_fast.foreign_content import web_page
 
 _PLUGINS = ("Jpeg", "Png", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif")
 _STRIP = 1 << 18  # pixels converted at once
 _BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # a pixel of other modes takes 4
 # Bytes a pixel that a decoder holds beside the image, as measured; a JPEG of several scans holds its coefficients.
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "TIFF": 4}
-_WEB_PAGE = re.compile(rb"\s*<(?:!doctype|html)", re.IGNORECASE)
 
 
 class _TooSlow(Exception):
@@ -240,7 +240,7 @@ def _decoder_bytes(image: Image.Image, file: ImageFile) -> float:
 
 
 def _unknown(data: bytes) -> str:
-    return "of no known format: a web page" if _WEB_PAGE.match(data) else "of no known format"
+    return "of no known format: a web page" if web_page(data[:512]) else "of no known format"
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oner_fast.bounded_json import load_object
 from oner_fast.data.dataset import PairDataset
-from oner_fast.data.tar_folders import tars_in
-
-LISTING = "dataset.json"
+from oner_fast.data.listing import read_listing
+from oner_fast.data.tar_folders import splits_named, tars_in
 
 
 def exists(data: str) -> bool:
@@ -31,13 +29,7 @@ def splits_of(data: str, unnamed: str = "train") -> list[str]:
     folder = Path(data)
     if not folder.is_dir():
         return [unnamed]
-    listing = folder / LISTING
-    if listing.is_file():
-        splits = load_object(listing.read_bytes(), str(listing)).get("splits")
-        if not isinstance(splits, dict):
-            raise ValueError(f"{listing} lists no splits; build the data again")
-        return list(splits)
-    return _named_by_tars(folder) or [unnamed]
+    return list(read_listing(folder) or splits_named(tars_in(folder).tars) or [unnamed])
 
 
 def open_split(data: str, name: str) -> PairDataset:
@@ -47,11 +39,6 @@ def open_split(data: str, name: str) -> PairDataset:
         ValueError: the data have no such split, or no samples.
     """
     folder = Path(data)
-    if folder.is_dir() and not (folder / LISTING).is_file() and not _named_by_tars(folder):
-        return PairDataset(tars_in(folder).tars or folder, split=name)
+    if folder.is_dir() and read_listing(folder) is None and not splits_named(tars_in(folder).tars):
+        name = "train"  # of tars that name no split, these are all
     return PairDataset(data, split=name)
-
-
-def _named_by_tars(folder: Path) -> list[str]:
-    """Names before the last dash of the tars in a folder, sorted."""
-    return sorted({tar.name.rpartition("-")[0] for tar in tars_in(folder).tars} - {""})

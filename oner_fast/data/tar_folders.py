@@ -48,6 +48,11 @@ def tars_in(folder: Path) -> TarFolder:
     return TarFolder(tars, compressed, others)
 
 
+def splits_named(tars: list[Path]) -> list[str]:
+    """Names of splits that tars carry before their last dash, such as `val` in `val-000000.tar`; sorted."""
+    return sorted({tar.name.rpartition("-")[0] for tar in tars} - {""})
+
+
 def unlisted(folder: Path, listed: set[Path]) -> list[str]:
     """Name the tars of a folder that its `dataset.json` does not list, in one sentence if there are any."""
     names = [tar.name for tar in tars_in(folder).tars if tar not in listed]

@@ -7,15 +7,11 @@ import stat
 from pathlib import Path
 from typing import Literal
 
+from oner_fast.foreign_content import compression, is_lfs_pointer, web_page
+
 FileKind = Literal["safetensors", "zip", "pickle"]
 
-_LFS = b"version https://git-lfs.github.com/spec/"
-_MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")
 _OTHERS = {
-    b"\x1f\x8b": "compressed with gzip; unpack it first",
-    b"BZh": "compressed with bzip2; unpack it first",
-    b"\xfd7zXZ": "compressed with xz; unpack it first",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd; unpack it first",
     b"GGUF": "a GGUF file, which this library does not read",
     b"\x89HDF": "an HDF5 file, which this library does not read",
     b"\x93NUMPY": "a NumPy array, which this library does not read as a model",
@@ -43,10 +39,12 @@ def file_kind(path: Path) -> FileKind:
         start = file.read(512)
     if size == 0:
         raise ValueError(f"{path} is empty (0 bytes); copy or download it again")
-    if start.startswith(_LFS):
+    if is_lfs_pointer(start):
         raise ValueError(f"{path} is a Git LFS pointer; fetch the file with git lfs pull")
-    if start.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_MARKUP):
+    if web_page(start):
         raise ValueError(f"{path} is an HTML or XML page, perhaps of a download that failed; download it again")
+    if packed := compression(start):
+        raise ValueError(f"{path} is compressed with {packed.name}; unpack it first")
     for magic, what in _OTHERS.items():
         if start.startswith(magic):
             raise ValueError(f"{path} is {what}")

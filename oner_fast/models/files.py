@@ -86,9 +86,9 @@ def load_model(path: Path | str) -> tuple[OneR, str]:
     """
     path = Path(path)
     header = _header(path)
-    if header.metadata.get("format") != FORMAT:
+    if (given := header.metadata.get("format")) != FORMAT:
         raise ValueError(
-            f"{path} is not a model of oner_fast: its format is {_shown(header.metadata.get('format'))}, not {FORMAT!r}"
+            f"{path} is not a model of oner_fast: its format is {bounded_json.shown(given)}, not {FORMAT!r}"
         )
     config = config_from_dict(_config(header, path), f"the configuration in {path}")
     tokenizer = _part(header, "tokenizer", path)
@@ -176,10 +176,6 @@ def _part(header: Header, name: str, path: Path) -> str:
     if name not in header.metadata:
         raise ValueError(f"{path} lacks {name!r} in its metadata; a model that this library saved holds it")
     return header.metadata[name]
-
-
-def _shown(text: str | None) -> str:
-    return repr(text if text is None else text[:60])
 
 
 def check_oner(found: Found, config: OneRConfig, problem: str) -> None:

@@ -6,6 +6,8 @@ import math
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
+from oner_fast.bounded_json import shown
+
 MAX_INT = 2**31 - 1
 _MAX_CHANNELS = 16
 
@@ -39,19 +41,19 @@ def _value(value: Any, default: Any, name: str) -> Any:
     assert default is not MISSING
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {_shown(value)}")
+            raise ValueError(f"{name} must be true or false, got {shown(value)}")
     elif isinstance(default, int):
         if type(value) is not int or not 1 <= value <= MAX_INT:
-            raise ValueError(f"{name} must be a whole number from 1 to {MAX_INT:,}, got {_shown(value)}")
+            raise ValueError(f"{name} must be a whole number from 1 to {MAX_INT:,}, got {shown(value)}")
     elif isinstance(default, float):
         if not _number(value) or value <= 0:
-            raise ValueError(f"{name} must be a finite number above 0, got {_shown(value)}")
+            raise ValueError(f"{name} must be a finite number above 0, got {shown(value)}")
     else:
         few = isinstance(value, list | tuple) and 1 <= len(value) <= _MAX_CHANNELS
         if not few or not all(_number(each) for each in value):
-            raise ValueError(f"{name} must be 1 to {_MAX_CHANNELS} finite numbers, got {_shown(value)}")
+            raise ValueError(f"{name} must be 1 to {_MAX_CHANNELS} finite numbers, got {shown(value)}")
         if name.endswith("std") and min(value) <= 0:
-            raise ValueError(f"{name} must be above 0, got {_shown(value)}")
+            raise ValueError(f"{name} must be above 0, got {shown(value)}")
         return tuple(value)
     return value
 
@@ -60,8 +62,3 @@ def _number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e30 and math.isfinite(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -33,7 +33,7 @@ def test_splits_by_listing_by_names_and_without_names(tmp_path: Path) -> None:
     assert len(open_split(str(unnamed), "val")) == 4
     assert splits_of(str(unnamed / "*.tar"), "val") == ["val"]
     assert len(open_split(str(unnamed / "{00..01}.tar"), "val")) == 4
-    (named / "dataset.json").write_text(json.dumps({"splits": {"a": {}, "b": {}}}))
+    (named / "dataset.json").write_text(json.dumps({"splits": {"a": {"shards": []}, "b": {"shards": []}}}))
     assert splits_of(str(named)) == ["a", "b"]
     for content in ("{", "[]", "{}", '{"splits": []}'):
         (named / "dataset.json").write_text(content)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from oner_fast.data import tar_scan
 from oner_fast.data.budget import BUDGET
 
 NO_CAPTION = "pictures without a caption"
@@ -69,5 +70,4 @@ def is_too_long(caption: str) -> bool:
 
 def printable(path: str | os.PathLike[str]) -> str:
     """Write a path as text: bytes that are not UTF-8 as `\\xe9`, and control characters as `\\n`."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return tar_scan.printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
