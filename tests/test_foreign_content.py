@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes."""
+"""Name what a file is, by its first bytes."""
 
 import bz2
 import gzip
