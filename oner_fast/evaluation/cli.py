@@ -23,6 +23,7 @@ from oner_fast.evaluation.folder import (
     find_training_data,
     processor,
     read_config,
+    recipe_of,
     unnamed_split,
 )
 from oner_fast.evaluation.labels import LABELS, teach
@@ -134,7 +135,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
         evaluation |= {name: {"data": str(options.image_folder), **entry} for name, entry in found.items()}
     about = {
         "model": model_digest(options.run),
-        "recipe": read_config(options.run).get("recipe"),
+        "recipe": recipe_of(read_config(options.run)),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "processor": processor(),

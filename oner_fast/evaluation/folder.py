@@ -35,6 +35,13 @@ def read_config(run: Path) -> dict[str, Any]:
     return content
 
 
+def recipe_of(config: dict[str, Any]) -> str | None:
+    """Name of the recipe that a configuration began from; None where it names none."""
+    run = config.get("run")
+    named = config.get("recipe") or (run.get("recipe") if isinstance(run, dict) else None)
+    return named if isinstance(named, str) else None
+
+
 def find_data(run: Path, given: str | None) -> str:
     """Find the data to evaluate on: the given ones, else the run's `val_data`, else those that it was trained on.
 

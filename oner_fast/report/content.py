@@ -16,7 +16,7 @@ from oner_fast.data.dataset import PairDataset
 from oner_fast.data.images import decode
 from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, embed_split
-from oner_fast.evaluation.folder import processor, read_config, read_metrics
+from oner_fast.evaluation.folder import processor, read_config, read_metrics, recipe_of
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
@@ -153,7 +153,7 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     config = read_config(run)
     return {
         "config": list(flattened(config)),
-        "recipe": _recipe(config),
+        "recipe": recipe_of(config),
         "from_scratch": _trainer(config) != "lit" and not _initialised(config),
         "data_name": described.get("name"),
         "splits": _sizes(described),
@@ -181,11 +181,6 @@ def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found := content.get(name), dict) else {}
 
 
-def _recipe(config: dict[str, Any]) -> str | None:
-    named = config.get("recipe") or _section(config, "run").get("recipe")
-    return named if isinstance(named, str) else None
-
-
 def _trainer(config: dict[str, Any]) -> str:
     """Name of the trainer after `oner-fast train`, recognised by the sections of the configuration."""
     if "alignment" in config:
@@ -201,7 +196,7 @@ def _initialised(config: dict[str, Any]) -> bool:
 
 
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
-    source, recipe = _section(described, "build").get("source"), _recipe(config)
+    source, recipe = _section(described, "build").get("source"), recipe_of(config)
     made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
     chosen = f" --recipe {recipe}" if recipe else ""
     trained = [f"oner-fast train {_trainer(config)}{chosen} --run.run-dir {shown_as}"] if config else []

@@ -163,6 +163,12 @@ def test_a_configuration_of_any_depth_is_named(run: Path, capsys: pytest.Capture
     assert "config.json: its JSON is nested deeper than 64 levels" in fails([str(run)], capsys)
 
 
+def test_the_record_names_the_recipe(run: Path, data: Path) -> None:
+    (run / "config.json").write_text(json.dumps({"data": {"train_data": str(data)}, "run": {"recipe": "a_recipe_cpu"}}))
+    assert main([str(run)]) == 0
+    assert record(run)["about"]["recipe"] == "a_recipe_cpu"
+
+
 def record(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "evaluation.json").read_text())
     return content
