@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 namespace oner_fast {
 
@@ -15,6 +16,9 @@ inline void write(std::ostream& to, torch::headeronly::IntHeaderOnlyArrayRef siz
   to << '[';
   for (size_t i = 0; i < sizes.size(); ++i) to << (i == 0 ? "" : ", ") << sizes[i];
   to << ']';
+}
+inline void write(std::ostream& to, const std::vector<int64_t>& sizes) {
+  write(to, torch::headeronly::IntHeaderOnlyArrayRef(sizes));
 }
 template <typename Part>
 void write(std::ostream& to, const Part& part) {
