@@ -7,15 +7,19 @@ import ctypes
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import setuptools
 import torch
 from torch import Tensor
 
@@ -203,3 +207,14 @@ def compiler(needs: Callable[..., None]) -> str:
     """The path of nvcc."""
     needs("nvcc")
     return tools.find("nvcc") or ""
+
+
+@pytest.fixture(scope="session")
+def setup_names() -> Callable[[], dict[str, Any]]:
+    """A function that returns the names of setup.py, without a build."""
+
+    def read() -> dict[str, Any]:
+        with patch.object(setuptools, "setup"), patch.object(sys, "argv", ["setup.py"]):
+            return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+    return read
