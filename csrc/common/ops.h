@@ -33,26 +33,28 @@ at::Tensor mixup_inverse_norms(const at::Tensor& x, const std::optional<at::Tens
 
 // Statistics of the logits of M queries and N keys: max and sum of exp(logit - max) of each row and of each column
 // (empty unless wanted), the logit of each row's own pair (key first_pair + i) and, with partners, of its partner. A
-// pair outside these keys, which may be one block of many, has the logit 0. Keys without inverse norms are unit vectors
-// already.
+// pair outside these keys, which may be one block of many, has the logit 0. Rows without inverse norms enter the logits
+// as they are, mixed.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
-    const std::optional<at::Tensor>& key_mix, const std::optional<at::Tensor>& key_inverse_norm,
-    const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
+    const std::optional<at::Tensor>& query_inverse_norm, const at::Tensor& key,
+    const std::optional<at::Tensor>& key_other, const std::optional<at::Tensor>& key_mix,
+    const std::optional<at::Tensor>& key_inverse_norm, const at::Tensor& logit_scale,
+    const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
 
 // Gradients of query, query_other, the mix of each row, key, key_other, the mix of each key, and logit_scale, from G[i,
 // j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - own_weight[i] (at the own pair) -
 // partner_weight[i] (at the partner). Pairs outside these keys subtract nothing. A gradient that does not exist or is
-// not needed is empty; keys that are unit vectors get float32 gradients.
+// not needed is empty. With key_sums that of key is with respect to the keys of the logits, in the dtype of statistics.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_backward(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
-    const std::optional<at::Tensor>& key_mix, const std::optional<at::Tensor>& key_inverse_norm,
-    const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair,
-    const at::Tensor& row_max, const at::Tensor& row_weight, const std::optional<at::Tensor>& column_max,
+    const std::optional<at::Tensor>& query_inverse_norm, const at::Tensor& key,
+    const std::optional<at::Tensor>& key_other, const std::optional<at::Tensor>& key_mix,
+    const std::optional<at::Tensor>& key_inverse_norm, const at::Tensor& logit_scale,
+    const std::optional<at::Tensor>& partner, int64_t first_pair, const at::Tensor& row_max,
+    const at::Tensor& row_weight, const std::optional<at::Tensor>& column_max,
     const std::optional<at::Tensor>& column_weight, const at::Tensor& own_weight,
-    const std::optional<at::Tensor>& partner_weight, bool need_key);
+    const std::optional<at::Tensor>& partner_weight, bool need_key, bool key_sums);
 
 // The loss, and for each row two factors that the gradient needs besides the inputs: (B * K, 2).
 std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,

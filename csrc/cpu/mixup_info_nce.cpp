@@ -204,7 +204,7 @@ at::Tensor mixup_inverse_norms(const at::Tensor& x, const OptionalTensor& other,
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
     const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
@@ -242,11 +242,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_backward(
     const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
     const OptionalTensor& partner_in, int64_t first_pair, const at::Tensor& row_max_in, const at::Tensor& row_weight_in,
     const OptionalTensor& column_max_in, const OptionalTensor& column_weight_in, const at::Tensor& own_weight_in,
-    const OptionalTensor& partner_weight_in, bool need_key) {
+    const OptionalTensor& partner_weight_in, bool need_key, bool key_sums_wanted) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
@@ -268,8 +268,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const int64_t row_bytes = padded * static_cast<int64_t>(options.dtype().itemsize());
   const bool in_place = query.scalar_type() == wide && padded == width;  // sums become the gradients
-  // Unit keys have no norm to backpropagate through: their sums are the result.
-  const bool finish_keys = need_key && key_inverse_norm.has_value();
+  const bool finish_keys = need_key && !key_sums_wanted;                 // else the sums are the result
   const Gradients to_query(rows, true, in_place, options), to_key(columns, finish_keys, in_place, options);
   const at::Tensor row_sums = in_place ? to_query.x : at::zeros({m, padded}, options);
   at::Tensor key_sums;

@@ -257,7 +257,7 @@ def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic:
     row_weight, column_weight, own_weight, partner_weight = weights
     results = ops.mixup_info_nce_backward(
         query, None, None, norm, key, None, None, None, scale, partner, first_pair, found[0], row_weight, found[2],
-        column_weight, own_weight, partner_weight, True,
+        column_weight, own_weight, partner_weight, True, True,
     )  # fmt: skip
     g = row_weight.unsqueeze(1) * (logits - logits.amax(1, keepdim=True)).exp()
     g = g + column_weight * (logits - logits.amax(0)).exp()
@@ -317,7 +317,7 @@ def test_rows_or_columns_may_be_missing(device: str) -> None:
         rows, columns = torch.zeros(len(q), device=device), torch.zeros(len(k), device=device)
         results = raw.mixup_info_nce_backward(
             q, None, None, norm[: len(q)], k, None, None, None, scale, None, 0, rows, rows, columns, columns, rows,
-            None, True,
+            None, True, True,
         )  # fmt: skip
         assert results[0].shape == q.shape and results[3].shape == k.shape
         assert not any(x.any() for x in results)

@@ -210,7 +210,7 @@ def test_every_number_of_the_outputs_is_written(dtype: torch.dtype, rows: int, w
     weight = torch.full((rows,), 0.1, dtype=wide)
     columns = (column_max, weight / column_sum) if full else (None, None)
     targets = (weight, weight if full else None)
-    gradients = ops.mixup_info_nce_backward(*shared, row_max, weight / row_sum, *columns, *targets, full)
+    gradients = ops.mixup_info_nce_backward(*shared, row_max, weight / row_sum, *columns, *targets, full, False)
     for result in (sides[3], sides[7], *statistics, *gradients):
         assert result is not None and result.isfinite().all()
     assert [x.numel() for x in statistics] == [rows, rows, *[full * rows] * 2, rows, full * rows]
@@ -249,7 +249,7 @@ def test_results_of_blocks_of_keys_merge_to_the_whole(dtype: torch.dtype) -> Non
     def gradients(start: int, end: int) -> Any:
         columns = (whole[2][start:end], weight[1][start:end])
         return ops.mixup_info_nce_backward(
-            *block(start, end), whole[0], weight[0], *columns, weight[2], weight[3], True
+            *block(start, end), whole[0], weight[0], *columns, weight[2], weight[3], True, True
         )
 
     at_once, in_blocks = gradients(0, 300), [gradients(*ends) for ends in blocks]
@@ -303,7 +303,7 @@ def raw_arguments(dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]
     row_max, row_sum, column_max, column_sum, *_ = torch.ops.oner_fast.mixup_info_nce_statistics(*forward)
     weight = torch.full((20,), 0.1, dtype=wide)
     rows, columns = (row_max, weight / row_sum), (column_max, weight / column_sum)
-    return forward, (*forward[:-1], *rows, *columns, weight, weight, True)
+    return forward, (*forward[:-1], *rows, *columns, weight, weight, True, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

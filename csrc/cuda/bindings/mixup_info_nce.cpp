@@ -82,7 +82,7 @@ at::Tensor scale_on(const at::Tensor& logit_scale, const at::TensorOptions& wide
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
     const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   same_device(kOp, query, {query_other, query_inverse_norm, key, key_other, key_inverse_norm, partner_in});

@@ -35,8 +35,9 @@ at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& st
 // logit 0.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
     const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
-    const std::optional<at::Tensor>& key_mix, const std::optional<at::Tensor>& key_inverse_norm,
-    const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
+    const std::optional<at::Tensor>& query_inverse_norm, const at::Tensor& key,
+    const std::optional<at::Tensor>& key_other, const std::optional<at::Tensor>& key_mix,
+    const std::optional<at::Tensor>& key_inverse_norm, const at::Tensor& logit_scale,
+    const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
 
 }  // namespace oner_fast::cuda
