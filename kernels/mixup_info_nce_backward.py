@@ -324,10 +324,10 @@ def backward_with_atomics(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def compilations() -> list[Compilation]:
-    """List the kernel for half-precision rows: plain, with partners, mixed, and atomic."""
+    """List the kernel for half-precision rows: plain, with partners, mixed, atomic, and without norms."""
     found = []
     for dtype in (torch.float16, torch.bfloat16):
-        for mark in ("", "partner", "mixed", "atomic"):
+        for mark in ("", "partner", "mixed", "atomic", "normalized"):
             sizes = (64, 128) if mark in ("mixed", "atomic") else (64, 128, 256)
             found += [_compilation(dtype, size, mark) for size in sizes]
     return found
@@ -335,9 +335,11 @@ def compilations() -> list[Compilation]:
 
 def _compilation(dtype: torch.dtype, size: int, mark: str = "") -> Compilation:
     element, mixed, atomic = triton_type(dtype), mark == "mixed", mark == "atomic"
+    unit = mark == "normalized"
+    rest = not mixed and not unit
     constexprs = {
-        "QUERY_REST": not mixed, "KEY_REST": not mixed, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
-        "QUERY_UNIT": False, "KEY_UNIT": False, "COLUMNS": True, "PARTNER": mark == "partner",
+        "QUERY_REST": rest, "KEY_REST": rest, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
+        "QUERY_UNIT": unit, "KEY_UNIT": unit, "COLUMNS": True, "PARTNER": mark == "partner",
         "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic, "ATOMIC": atomic, "EVEN": True,
         "PART": _PART,
     }  # fmt: skip

@@ -137,8 +137,9 @@ def _unit_rows(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = row < rows
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
-    unit = mixed if UNIT else mixed * tl.load(inverse_norm + row, mask=here, other=0.0)[:, None]
+    unit, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
+    if not UNIT:
+        unit = unit * tl.load(inverse_norm + row, mask=here, other=0.0)[:, None]
     at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(at, unit.to(out.dtype.element_ty), mask=here[:, None] & (column < width)[None, :])
 
@@ -187,14 +188,12 @@ def store_gradient(
 def norm_factors(along, scale, inverse_norm, dot, row, here, UNIT: tl.constexpr, DOT: tl.constexpr):
     """Compute `along` and `factor` of store_gradient from <mixed row, u>, and store <row of the logits, u>."""
     factor = tl.zeros_like(along) + scale
-    if UNIT:
-        if DOT:
-            tl.store(dot + row, along, mask=here)
-    else:
+    if not UNIT:
         inverse = tl.load(inverse_norm + row, mask=here, other=0.0)
         along = along * inverse
-        if DOT:
-            tl.store(dot + row, along, mask=here)
+    if DOT:
+        tl.store(dot + row, along, mask=here)
+    if not UNIT:
         along = along * inverse
         factor = factor * inverse
     return along, factor
