@@ -217,7 +217,9 @@ def _compiled(
         keys_wanted, backend,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
-        loss = loss + (0 * logit_bias.reshape(())).to(dtype)  # of a finite bias exactly 0, and so is its gradient
+        # Of a finite bias exactly 0, and so is its gradient. Inductor would drop a product with the integer 0, and NaN.
+        nothing = 0.0 * logit_bias.reshape(1)
+        loss = (loss.reshape(1) + nothing.to(dtype)).squeeze(0)
     return loss
 
 
