@@ -18,10 +18,10 @@
 #include <utility>
 #include <vector>
 
+#include "common/numbers.h"
 #include "common/ops.h"
 #include "common/parallel.h"
 #include "cpu/kinds.h"
-#include "cpu/numbers.h"
 #include "cpu/sizes.h"
 
 namespace oner_fast {

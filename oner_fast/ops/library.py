@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from oner_fast import _extension
+from oner_fast import _cuda_extension, _extension
 from oner_fast.ops import batching
 
 _COMPILED = torch.library.Library("oner_fast", "DEF")
@@ -176,8 +176,7 @@ def _of_this_machine(name: str) -> str:
     Without a GPU there is nothing to report about its age.
     """
     if not has_cuda_kernel(name):
-        why = _extension.build_report().get("cuda", {}).get("reason") or "it was built before there was any"
-        return f"the extension was built without CUDA C++: {why}"
+        return _cuda_extension.status().reason or f"there is no kernel in CUDA C++ for {name}"
     if not torch.cuda.is_available():
         return ""
     major, minor = torch.cuda.get_device_capability()

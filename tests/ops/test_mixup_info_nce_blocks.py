@@ -16,6 +16,7 @@ from oner_fast.ops import mixup_info_nce, reference
 
 pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
+REFUSED = (ValueError, RuntimeError)  # what a check in C++ raises: the first up to torch 2.13, the second in 2.15
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -316,15 +317,15 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_raw_ops_refuse_indices_outside_their_tensors() -> None:
     forward, backward = raw_arguments(torch.float32)
-    for place, value, error in (
-        (9, torch.zeros(19, dtype=torch.int64), ValueError),
-        (4, torch.randn(20, 11), ValueError),
-        (7, torch.ones(3), ValueError),
+    for place, value in (
+        (9, torch.zeros(19, dtype=torch.int64)),
+        (4, torch.randn(20, 11)),
+        (7, torch.ones(3)),
     ):
         wrong = (*forward[:place], value, *forward[place + 1 :])
-        with pytest.raises(error):
+        with pytest.raises(REFUSED, match="must (be|have)"):
             torch.ops.oner_fast.mixup_info_nce_statistics(*wrong)
-    with pytest.raises(ValueError, match="row_max must be"):
+    with pytest.raises(REFUSED, match="row_max must be"):
         torch.ops.oner_fast.mixup_info_nce_backward(*backward[:11], torch.ones(19), *backward[12:])
     with pytest.raises(RuntimeError, match="derivative"):
         torch.ops.oner_fast.mixup_inverse_norms(torch.ones(2, 2, requires_grad=True), None, None).sum().backward()
