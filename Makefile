@@ -60,17 +60,21 @@ $(STAMP)-tools-triton: | $(STAMP)-tools
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON); sys_platform == "linux"'
 	@touch $@
 
-# The torchvision of this torch, without what it would ask of torch: a later one would bring another torch.
-$(STAMP)-tools-torchvision: | $(STAMP)-tools
-	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null \
-	  || $(PIP) install --quiet --no-deps \
-	  "torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
-	@touch $@
+$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton
 
-$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton $(STAMP)-tools-torchvision
+# EXTRAS may name what no extra may hold, because it belongs to one version of torch. It is installed after the package.
+EXTRA_clip := train
+EXTRA_lit := train
+EXTRA_triton := train
+WITH_clip := clip
+WITH_lit := lit
+WITH_triton := triton
+WITH_test := clip
+WITH_dev := clip
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
-	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
+	$(PIP) install --quiet --no-build-isolation -e '.[$(or $(EXTRA_$*),$*)]'
+	$(if $(WITH_$*),$(PIP) install --quiet $$($(BIN)/oner-fast requirements $(WITH_$*)))
 	@touch $@
 
 install: $(STAMP)-$(EXTRAS) ## install the package (EXTRAS=train by default) and build its C++ extension
