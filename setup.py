@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,20 @@ def find_torch() -> dict[str, Any]:
         "version": str(torch.__version__),
         "include": cpp_extension.include_paths(),
         "library": cpp_extension.library_paths()[0],
-        "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
         "cuda": torch.version.cuda,
     }
+
+
+def oldest_torch() -> str:
+    """Return the oldest torch that pyproject.toml promises, such as "2.10", which the ops are built for."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    return next(one.removeprefix("torch>=") for one in dependencies if one.startswith("torch>="))
+
+
+def target_version(torch_version: str) -> str:
+    """Write a version such as "2.10" as TORCH_TARGET_VERSION: a byte for each part."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return f"0x{major:02x}{minor:02x}{0:012x}ULL"
 
 
 def find_tool(name: str, package: str) -> str:
@@ -164,7 +176,10 @@ class CMakeBuild(build_ext):
         cmake, ninja = find_tool("cmake", "cmake"), find_tool("ninja", "ninja")
         nvcc, no_cuda = find_cuda(torch_info)
         report.update(
-            torch=torch_info["version"], compiler=compiler_version, cuda={"built": nvcc is not None, "reason": no_cuda}
+            torch=torch_info["version"],
+            oldest_torch=oldest_torch(),
+            compiler=compiler_version,
+            cuda={"built": nvcc is not None, "reason": no_cuda},
         )
         native: dict[str, Any] = {"built": True, "reason": "", "remedy": ""}
         headers: list[str] = []
@@ -177,7 +192,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": ninja,
             "TORCH_INCLUDE_DIRS": ";".join(torch_info["include"]),
             "TORCH_LIBRARY_DIR": torch_info["library"],
-            "TORCH_CXX11_ABI": str(torch_info["cxx11_abi"]),
+            "TORCH_TARGET_VERSION": target_version(report["oldest_torch"]),
             "PYTHON_INCLUDE_DIRS": ";".join(headers),
             "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX") or ".so",
             "ONER_FAST_NATIVE": "ON" if native["built"] else "OFF",
