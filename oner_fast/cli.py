@@ -71,6 +71,11 @@ COMMANDS = {
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
         },
     ),
+    "requirements": Command(
+        "oner_fast.remedies",
+        "print what clip, lit or triton need, with torch held, for `pip install $(oner-fast requirements clip)`",
+        None,
+    ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and the implementation chosen for each op", None),
 }
 
@@ -79,7 +84,7 @@ def usage() -> str:
     """Text of `oner-fast --help`."""
     lines = ["usage: oner-fast COMMAND [...]", "", "commands:"]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<11}{command.help}")
+        lines.append(f"  {name:<14}{command.help}")
         lines.extend(f"    {name} {what:<15}{text}" for what, text in (command.names or {}).items())
     lines += ["", "options:", "  --version  print the version"]
     lines += ["  --help     print this; 'oner-fast COMMAND --help' says more", ""]
