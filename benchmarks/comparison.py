@@ -178,7 +178,9 @@ def _counts(before: Entry, after: Entry) -> tuple[list[str], list[str]]:
     more, less = [], []
     memory = before.memory.get(before.ours, {}), after.memory.get(after.ours, {})
     exact = [(before.counts, after.counts)]
-    exact.append(({k: v for k, v in memory[0].items() if k != "peak"}, {k: v for k, v in memory[1].items() if k != "peak"}))
+    exact.append(
+        ({k: v for k, v in memory[0].items() if k != "peak"}, {k: v for k, v in memory[1].items() if k != "peak"})
+    )
     for old, new in exact:
         for name in old:
             if name in new and new[name] != old[name]:

@@ -252,4 +252,3 @@ def _ordered(runners: Sequence[tuple[str, str]], swapped: bool) -> list[tuple[st
     """Order the runners of a round: the builds first, swapped in every other round."""
     builds = [one for one in runners if one[0] != PYTORCH]
     return [*(reversed(builds) if swapped else builds), *(one for one in runners if one[0] == PYTORCH)]
-

@@ -154,7 +154,13 @@ def main(argv: Sequence[str]) -> int:
     os.dup2(2, 1)
     slower = {op: float(factor) for op, factor in (one.split("=") for one in options.slower)}
     worker = Worker(not options.pytorch, slower)
-    known: dict[str, Callable[..., Any]] = {"describe": worker.describe, "keys": worker.keys, "prepare": worker.prepare, "counts": worker.counts, "run": worker.run}
+    known: dict[str, Callable[..., Any]] = {
+        "describe": worker.describe,
+        "keys": worker.keys,
+        "prepare": worker.prepare,
+        "counts": worker.counts,
+        "run": worker.run,
+    }
     gc.disable()
     with freed_memory_kept():
         for line in sys.stdin:
