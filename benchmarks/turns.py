@@ -101,7 +101,7 @@ class Process:
             environment["PYTHONPATH"] = str(side.package)
         # No folder of the caller may stand in front of the package.
         environment["PYTHONSAFEPATH"] = "1"
-        self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "oner_fast.benchmarks.worker", *side.options],
             env=environment,
