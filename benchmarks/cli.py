@@ -19,6 +19,7 @@ from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.machine import describe
 from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import OPS, cases
+from oner_fast.benchmarks.peers import layers
 from oner_fast.benchmarks.report import Report, milliseconds, verdict
 from oner_fast.benchmarks.rows import Row
 from oner_fast.remedies import install_extra_command
@@ -33,6 +34,7 @@ OTHERS = {
     "noise": "oner_fast.benchmarks.noise",
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
+    "ratios": "oner_fast.benchmarks.ratios",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",
@@ -129,6 +131,8 @@ def _reason_against(options: argparse.Namespace) -> str:
 def _rows(options: argparse.Namespace, settings: Settings) -> Iterable[Row]:
     """Measure the ops' rows and then, in a full run, the training step's."""
     todo = cases(options.quick, options.op or OPS)
+    if options.device == "cuda" and not options.op:
+        todo += layers.cases()
     for number, case in enumerate(todo, 1):
         with _Status(f"{number} of {len(todo)}: {case.key}") as status:
             row = measure(case, settings, status)
