@@ -96,7 +96,10 @@ def check_out(name: str, folder: Path) -> Checkout:
 def _unpack(root: Path, commit: str, place: Path) -> None:
     with tempfile.TemporaryFile() as packed:
         done = subprocess.run(
-            ["git", "-C", str(root), "archive", "--format=tar", commit], stdout=packed, stderr=subprocess.PIPE, check=False
+            ["git", "-C", str(root), "archive", "--format=tar", commit],
+            stdout=packed,
+            stderr=subprocess.PIPE,
+            check=False,
         )
         if done.returncode:
             raise NoBuild(f"git archive {commit[:12]} failed: {done.stderr.decode(errors='replace').strip()}")

@@ -147,8 +147,8 @@ def _row(before: Entry, after: Entry, paired: bool, block: int, error: float, ma
     verdict = SLOWER if change.low > least else FASTER if change.high < -least else SAME
     if verdict == SAME and change.high > math.log1p(SOUGHT):
         remarks.append(f"too noisy to rule out that it takes {SOUGHT:.0%} longer")
-    speed = (math.expm1(-log) for log in (change.log, change.high, change.low))
-    return Row(before.key, verdict, *ratios, *speed, more=more, less=less, remarks=remarks)
+    middle, low, high = (math.expm1(-log) for log in (change.log, change.high, change.low))
+    return Row(before.key, verdict, *ratios, middle, low, high, more, less, remarks)
 
 
 def _baseline(before: Entry, after: Entry) -> str:
@@ -175,15 +175,12 @@ def _relative(entry: Entry, baseline: str) -> list[float]:
 
 def _counts(before: Entry, after: Entry) -> tuple[list[str], list[str]]:
     """Compare exact numbers for equality and the peak with its tolerance; return what rose and what fell."""
-    more, less = [], []
+    more: list[str] = []
+    less: list[str] = []
     memory = before.memory.get(before.ours, {}), after.memory.get(after.ours, {})
-    exact = [(before.counts, after.counts)]
-    exact.append(
-        ({k: v for k, v in memory[0].items() if k != "peak"}, {k: v for k, v in memory[1].items() if k != "peak"})
-    )
-    for old, new in exact:
+    for old, new in ((before.counts, after.counts), memory):
         for name in old:
-            if name in new and new[name] != old[name]:
+            if name != "peak" and name in new and new[name] != old[name]:
                 (more if new[name] > old[name] else less).append(f"{name} {old[name]:,} -> {new[name]:,}")
     if "peak" in memory[0] and "peak" in memory[1]:
         old_peak, new_peak = memory[0]["peak"], memory[1]["peak"]

@@ -56,9 +56,9 @@ class Subject:
     """One case while it is measured.
 
     Args:
-        key, op, shape, dtype: the case.
+        key, kind, op, shape, dtype: as in a record's entry.
         served, counts: for each build, by the name of its side.
-        errors: the largest relative errors of each side's contenders.
+        errors: relative errors of the contenders, by side, contender and group of results.
         missing: why a build or a baseline does not take part, by side and contender.
         wall, busy: seconds by (side, contender), round by round, by the wall's clock and by that of the cores that the
             process was on.
@@ -66,12 +66,13 @@ class Subject:
     """
 
     key: str
+    kind: str
     op: str
     shape: str
     dtype: str
     served: dict[str, str] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    errors: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     missing: dict[tuple[str, str], str] = field(default_factory=dict)
     wall: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     busy: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -182,12 +183,16 @@ class Turns:
             one.send("describe")
         return {name: one.receive() for name, one in self.processes.items()}
 
-    def prepare(self, quick: bool, ops: Sequence[str], tell: Tell) -> list[Subject]:
-        """Prepare every case in the processes that can run it. Raises Failed where a process ends."""
-        for one in self.processes.values():
-            one.send("keys", quick, list(ops))
-        listed = {name: one.receive() for name, one in self.processes.items()}
-        subjects = [Subject(**one) for one in listed[self.sides[-1].name]]
+    def prepare(self, ops: Sequence[str], steps: Sequence[str], tell: Tell) -> list[Subject]:
+        """Prepare every case in the processes that can run it. Raises Failed where a process ends.
+
+        Args:
+            ops: the ops, by name, whose quick cases are prepared.
+            steps: the systems, by name, whose steps are.
+            tell: called with the current work.
+        """
+        listed = self.processes[PYTORCH].ask("keys", list(ops), list(steps))
+        subjects = [Subject(**one) for one in listed]
         for number, subject in enumerate(subjects, 1):
             tell(f"preparing {number} of {len(subjects)}: {subject.key}")
             self._prepare(subject)
@@ -195,7 +200,7 @@ class Turns:
 
     def _prepare(self, subject: Subject) -> None:
         for one in self.processes.values():
-            one.send("prepare", subject.key)
+            one.send("prepare", subject.key, subject.kind, subject.op)
         for name, one in self.processes.items():
             try:
                 found = one.receive()
