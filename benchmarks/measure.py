@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
 from oner_fast.benchmarks import peak_memory
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Forward, Layout, Result, name_of, step
 from oner_fast.benchmarks.counts import graph_breaks
 from oner_fast.benchmarks.limits import limits
+from oner_fast.benchmarks.precision import grouped, more_draws, relative_error
 from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
@@ -39,12 +39,14 @@ class Settings:
         device: "cpu" or "cuda".
         quick: measure the small cases, and the memory of baselines only where a target needs it.
         memory: whether to measure memory, which takes a separate process for each contender.
+        profile: whether to profile ours and the fastest baseline.
     """
 
     seconds: float = 12.0
     device: str = "cpu"
     quick: bool = False
     memory: bool = True
+    profile: bool = True
 
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
@@ -79,15 +81,17 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     op, device, facts = case.facts_of(ours.layout(first), settings.device)
     served = choose(op, device, **facts)
     row.served = served.name
-    if case.timed:
+    if "precision" in case.measured:
         forwards = {one.name: one.function() for one in case.contenders}
         setup = check(case, forwards, first, row, progress)
+        more_draws(case, forwards, row, settings.device, progress)
+    if case.timed:
         _time(case, forwards, setup, settings, row, progress)
         progress("graph breaks")
         row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    if not case.timed and served.name == REFERENCE:
+    if case.measured == ("memory",) and served.name == REFERENCE:
         row.notes.append(f"{served.name!r} would need all that memory: not run")
-    elif settings.memory:
+    elif settings.memory and "memory" in case.measured:
         _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row
@@ -117,7 +121,7 @@ def _ours_by_name(case: Case, device: str) -> list[Contender]:
 def check(
     case: Case, forwards: dict[str, Forward], call: Call, row: Row, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """Run every contender once against float64; fills in errors, tolerance, refused and unavailable.
+    """Run every contender once against float64; fills in errors, precision, tolerance, refused and unavailable.
 
     The error of the first eager baseline, which is the obvious PyTorch code, sets the tolerance of all contenders.
     Returns the seconds of the first runs, compilation included.
@@ -147,6 +151,7 @@ def check(
     row.tolerance = max(allowed)
     for name, each in errors.items():
         row.errors[name] = max(each)
+        row.precision[name] = grouped(each, len(call.leaves))
         wrong = [
             f"result {number}: relative error {error:.2g}, allowed {bound:.2g}"
             for number, (error, bound) in enumerate(zip(each, allowed, strict=True))
@@ -155,18 +160,6 @@ def check(
         if wrong:
             row.refused[name] = "; ".join(wrong)
     return setup
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Return the larger of two relative errors: maximum error over maximum value, and RMS error over RMS value."""
-    if found.shape != exact.shape:
-        raise ValueError(f"a result has the shape {tuple(found.shape)}, not {tuple(exact.shape)}")
-    exact = exact.detach()
-    error = found.detach().double() - exact
-    scale = torch.finfo(torch.float64).tiny
-    largest = error.abs().max() / exact.abs().max().clamp_min(scale)
-    root = error.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(scale)
-    return float(torch.maximum(largest, root))
 
 
 def _time(
@@ -195,7 +188,7 @@ def _time(
     eager = [one.name for one in timed if one.eager]
     row.add_times(samples, eager, bounds, work)
     for one in timed:
-        if one.name in (OURS, row.best):
+        if settings.profile and one.name in (OURS, row.best):
             progress(f"profiling {one.name}")
             row.profiles[one.name] = phases(forwards[one.name], laid_out[one.layout], settings.device)
 

@@ -82,6 +82,9 @@ def measure(
     tell(f"{dtype}: profiling")
     found = {name: shares(step) for name, step in steps.items()}
     row.parts = {share.kind: share.share for share in found[OURS]}
+    row.breakdown = {
+        name: {share.kind: share.share * row.times[name].p50 for share in parts} for name, parts in found.items()
+    }
     for name, parts in found.items():
         listed = ", ".join(f"{share.kind} {1000 * share.seconds:.0f}" for share in parts)
         row.notes.append(f"ms of a profiled step of {name}: {listed}")
