@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from oner_fast.benchmarks import drawing
 
-WIDE, NARROW = 760, 340
+WIDE, NARROW = 940, 340
 """Widths of a chart in pixels: on a desktop and on a phone."""
 
 _LIGHT = {

@@ -101,7 +101,8 @@ def dots(lines: Sequence[Line], scale: Scale, title: str, width: int = WIDE) -> 
     step = 1 if (high - low) * 44 <= right - left else 2
     for power in range(low, high + 1, step):
         at = x(10.0**power)
-        chart.line(at, places[0][1] - 12, at, y, "track", width=1)
+        for start, end in [(places[0][1] - 12, y)] if wide else [(middle - 9, middle + 9) for _, middle in places]:
+            chart.line(at, start, at, end, "track", width=1)
         chart.text(at, y + 15, scale.tick(10.0**power), "soft", size=12, anchor="middle")
     for line, middle in places:
         _draw(chart, line, x, middle)

@@ -45,7 +45,7 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
     wide = width >= 600
     pad = 16 if heading else 0
     chart = Chart(width, _words(rows))
-    left, right = (pad + 216, width - pad - 118) if wide else (pad, width - pad - 2)
+    left, right = (pad + 216, width - pad - 150) if wide else (pad, width - pad - 2)
     most = _scale_end(rows)
 
     def x(ratio: float) -> float:
@@ -59,8 +59,7 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
             chart.text(pad, 53, subtitle, "soft", size=12.5)
             y = 62
     y = _legend(chart, pad, y + 16, wide) + 20
-    top = y
-    last = y
+    top = last = y
     for name, group in groupby(rows, op_name):
         for number, row in enumerate(group):
             if wide:
@@ -72,15 +71,20 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
                 _value(chart, row, right, y + 11, wide)
                 y += 17
             _bar(chart, row, x, y)
+            if not wide:
+                chart.line(x(1), y, x(1), y + 20, "ink", width=1.25)
             if wide:
                 _value(chart, row, right + 14, y + 14, wide)
             last = y + 20
             y += 26 if wide else 32
         y += 8 if wide else 2
-    chart.line(x(1), top - 6, x(1), last + 4, "ink", width=1.25)
+    if wide:
+        chart.line(x(1), top - 6, x(1), last + 4, "ink", width=1.25)
     for tick in range(int(most) + 1):
-        chart.line(x(tick), last + 4, x(tick), last + 9, "soft", width=1)
-        chart.text(x(tick), last + 22, f"{tick}x", "soft", size=12, anchor="middle" if tick or wide else "start")
+        at = x(tick)
+        anchor = "start" if at < 8 else "end" if at > width - 8 else "middle"
+        chart.line(at, last + 4, at, last + 9, "soft", width=1)
+        chart.text(at, last + 22, f"{tick}x", "soft", size=12, anchor=anchor)
     chart.height = int(last + 30 + pad / 2)
     return chart
 
@@ -122,7 +126,7 @@ def _legend(chart: Chart, x: float, y: float, wide: bool) -> float:
         else:
             chart.rect(at, y - 9, 11, 10, kind)
         chart.text(at + 17, y, words, "soft", size=12.5)
-        at += (130, 130, 210, 0)[number] if wide else (128, 0, 176, 0)[number]
+        at += (130, 130, 210, 0)[number] if wide else (128, 0, 190, 0)[number]
     return y
 
 
@@ -153,6 +157,6 @@ def _value(chart: Chart, row: Row, x: float, y: float, wide: bool) -> None:
     share = "" if row.share is None else f"{row.share:.0%} of limit"
     if wide:
         chart.text(x, y, times(row.speedup.p50), size=13.5, bold=True)
-        chart.text(x + 50, y, share, "soft", size=12)
+        chart.text(x + 54, y, share, "soft", size=12)
     else:
         chart.text(x, y, f"{times(row.speedup.p50)}  {share}", "soft", size=12.5, anchor="end")

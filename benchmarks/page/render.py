@@ -29,6 +29,11 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": svg, "is_number": lambda cell: bool(_NUMBER.fullmatch(cell))}
+    environment.filters["svg"] = svg
+    environment.filters["is_number"] = _is_number
     template = environment.get_template("page.html.j2")
     return template.render(page=page, policy=POLICY, colours=Markup(rules(LIGHT, DARK)))
+
+
+def _is_number(cell: str) -> bool:
+    return _NUMBER.fullmatch(cell) is not None

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-
 from oner_fast.benchmarks.drawing import Drawing
 from oner_fast.ops.patch_masks import Pattern, draw_masks
 
