@@ -153,15 +153,17 @@ class Drawing:
         """Write the drawing as an SVG file."""
         path.write_text(self.file(), encoding="utf-8")
 
-    def file(self) -> str:
-        """Return the drawing as the text of an SVG file, with the rules of its colours."""
+    def file(self, margin: int = 0) -> str:
+        """Return the drawing as the text of an SVG file, with the rules of its colours and a margin inside its edge."""
         style = rules(self.light, self.dark)
+        width, height = self.width + 2 * margin, self.height + 2 * margin
         lines = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" width="{self.width}"'
-            f' height="{self.height}" role="img" font-family="{FONTS}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} {-margin} {width} {height}" width="{width}"'
+            f' height="{height}" role="img" font-family="{FONTS}">',
             f"<title>{escape(self.title)}</title>",
             f"<style>{style}</style>",
-            f'<rect x="0.5" y="0.5" width="{self.width - 1}" height="{self.height - 1}" rx="8" class="ground s-edge"/>',
+            f'<rect x="{0.5 - margin:g}" y="{0.5 - margin:g}" width="{width - 1}" height="{height - 1}" rx="8"'
+            ' class="ground s-edge"/>',
             *self._parts,
             "</svg>",
         ]

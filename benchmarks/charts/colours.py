@@ -54,11 +54,19 @@ DARK: Mapping[str, str] = {**drawing.DARK, **_DARK}
 KINDS = 8
 
 
+MARGIN = 18
+"""Pixels around a chart that stands alone as a file."""
+
+
 class Chart(drawing.Drawing):
     """A drawing in the colours of the charts."""
 
     def __init__(self, width: int, title: str) -> None:
         super().__init__(width, 0, title, LIGHT, DARK)
+
+    def file(self, margin: int = MARGIN) -> str:
+        """Return the chart as the text of an SVG file."""
+        return super().file(margin)
 
 
 def times(ratio: float) -> str:

@@ -43,9 +43,8 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
     """
     rows = compared(rows)
     wide = width >= 600
-    pad = 16 if heading else 0
     chart = Chart(width, _words(rows))
-    left, right = (pad + 216, width - pad - 150) if wide else (pad, width - pad - 2)
+    left, right = (216, width - 150) if wide else (0, width - 2)
     most = _scale_end(rows)
 
     def x(ratio: float) -> float:
@@ -53,18 +52,18 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
 
     y = 0.0
     if heading:
-        chart.text(pad, 32, heading, size=17, bold=True)
-        y = 40
-        if subtitle:
-            chart.text(pad, 53, subtitle, "soft", size=12.5)
-            y = 62
-    y = _legend(chart, pad, y + 16, wide) + 20
+        chart.text(0, 16, heading, size=17, bold=True)
+        y = 26
+    if subtitle:
+        chart.text(0, y + 12, subtitle, "soft", size=12.5)
+        y += 24
+    y = _legend(chart, y + 12, wide) + 20
     top = last = y
     for name, group in groupby(rows, op_name):
         for number, row in enumerate(group):
             if wide:
                 if number == 0:
-                    chart.text(pad, y + 14, name, size=14, bold=True)
+                    chart.text(0, y + 14, name, size=14, bold=True)
                 chart.text(left - 12, y + 14, dtype_name(row), "soft", size=12.5, anchor="end")
             else:
                 chart.text(left, y + 11, f"{name}, {dtype_name(row)}", size=13, bold=True)
@@ -85,7 +84,7 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
         anchor = "start" if at < 8 else "end" if at > width - 8 else "middle"
         chart.line(at, last + 4, at, last + 9, "soft", width=1)
         chart.text(at, last + 22, f"{tick}x", "soft", size=12, anchor=anchor)
-    chart.height = int(last + 30 + pad / 2)
+    chart.height = int(last + 28)
     return chart
 
 
@@ -106,18 +105,18 @@ def _scale_end(rows: Sequence[Row]) -> float:
     return max([1.25, *(1.06 * ratio for ratio in ratios), min(max(limits, default=0), 1.8 * max(ratios, default=1))])
 
 
-def _legend(chart: Chart, x: float, y: float, wide: bool) -> float:
+def _legend(chart: Chart, y: float, wide: bool) -> float:
     """Draw the keys of the colours; return the y of their lower edge."""
     keys = [
         ("ours", "ours is faster"),
         ("slower", "ours is slower"),
         ("line", "1x: the fastest of PyTorch"),
-        ("limit", "the machine's own limit"),
+        ("limit", "the machine's limit"),
     ]
-    at = x
+    at = 0.0
     for number, (kind, words) in enumerate(keys):
         if not wide and number == 2:
-            at, y = x, y + 18
+            at, y = 0.0, y + 18
         if kind == "line":
             chart.line(at + 5, y - 10, at + 5, y + 2, "ink", width=1.25)
         elif kind == "limit":

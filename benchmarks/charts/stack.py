@@ -85,8 +85,8 @@ def _bar(chart: Chart, stack: Stack, coloured: Sequence[str], left: float, y: fl
         chart.rect(x, y, max(length - 1, 0.5), 26, colour, round=0)
         chart.note(f"{stack.label}: {kind} {seconds:.3g} s, {seconds / whole:.0%}")
         said = f"{seconds / whole:.0%}"
-        if length > text_width(said, 12) + 8:
-            chart.text(x + length / 2, y + 17.5, said, "ground", size=12, anchor="middle")
+        if length > text_width(said, 12) + 12:
+            chart.text(x + 6, y + 17.5, said, "ground", size=12)
         x += length
 
 

@@ -132,7 +132,10 @@ def _memory(rows: Sequence[Row]) -> Section | None:
         for name, one in row.memory.items()
     ]
     table = Table("Peak of a call, and what is kept for backward", columns, cells)
-    return Section("memory", "Memory", figures=_figures(figures.memory_figure(rows)), tables=[table])
+    figure = figures.memory_figure(rows)
+    if figure is None:
+        return Section("memory", "Memory", tables=[table])
+    return Section("memory", "Memory", figures=[figure], details=[Detail("Memory of every candidate", [table])])
 
 
 def _step(rows: Sequence[Row]) -> Section | None:
