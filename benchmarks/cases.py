@@ -130,6 +130,7 @@ class Case:
         facts: takes the call's arguments and returns its facts (see `oner_fast.ops.implementations`); None: the dtype
             alone.
         notes: remarks that a reader of the row needs.
+        served: what serves ours, for a layer that is no op; then there is no implementation to choose.
     """
 
     op: str
@@ -148,6 +149,7 @@ class Case:
     saved: int = 0
     facts: Callable[..., Facts] | None = None
     notes: tuple[str, ...] = field(default=())
+    served: str = ""
 
     @property
     def key(self) -> str:

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 
 from oner_fast.benchmarks.cases import OURS
-from oner_fast.benchmarks.commit import commit
 from oner_fast.benchmarks.machine import describe
 from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import OPS, cases
+from oner_fast.benchmarks.peers import layers
 from oner_fast.benchmarks.report import Report
 from oner_fast.benchmarks.rows import Row
+from oner_fast.benchmarks.source import commit_of_this
 from oner_fast.benchmarks.words import milliseconds, verdict
 from oner_fast.train.engine.allocator import freed_memory_kept
 
@@ -31,6 +32,7 @@ SECONDS, QUICK_SECONDS = 12.0, 1.5
 OTHERS = {
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
+    "ratios": "oner_fast.benchmarks.ratios",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",
@@ -73,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(seconds, options.device, options.quick)
     machine = describe(options.device)
     command = shlex.join(["oner-fast", "bench", *_without_folder(argv)])
-    report = Report(command, machine.line(), machine.as_dict(), commit=commit())
+    commit, dirty = commit_of_this()
+    report = Report(command, machine.line(), machine.as_dict(), commit=commit + "+" * dirty)
     print(f"machine: {machine.line()}", flush=True)
     interrupted = False
     try:
@@ -128,6 +131,8 @@ def _reason_against(options: argparse.Namespace) -> str:
 def _rows(options: argparse.Namespace, settings: Settings) -> Iterable[Row]:
     """Measure the ops' rows and then, in a full run, the training step's."""
     todo = cases(options.quick, options.op or OPS)
+    if options.device == "cuda" and not options.op:
+        todo += layers.cases()
     for number, case in enumerate(todo, 1):
         with _Status(f"{number} of {len(todo)}: {case.key}") as status:
             row = measure(case, settings, status)

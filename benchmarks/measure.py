@@ -70,7 +70,7 @@ def _quiet() -> Iterator[None]:
 def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) -> Row:
     torch._dynamo.reset()
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
-    if settings.device != "cpu":
+    if settings.device != "cpu" and not case.served:
         case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
     # Targets hold for the CPU.
     promised = asdict(case.target) if settings.device == "cpu" else {}
@@ -78,20 +78,22 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
     ours = case.contender(OURS)
-    op, device, facts = case.facts_of(ours.layout(first), settings.device)
-    served = choose(op, device, **facts)
-    row.served = served.name
+    row.served = case.served
+    if not case.served:
+        op, device, facts = case.facts_of(ours.layout(first), settings.device)
+        row.served = choose(op, device, **facts).name
     if "precision" in case.measured:
         forwards = {one.name: one.function() for one in case.contenders}
         setup = check(case, forwards, first, row, progress)
         more_draws(case, forwards, row, settings.device, progress)
     if case.timed:
         _time(case, forwards, setup, settings, row, progress)
-        progress("graph breaks")
-        row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    if case.measured == ("memory",) and served.name == REFERENCE:
-        row.notes.append(f"{served.name!r} would need all that memory: not run")
-    elif settings.memory and "memory" in case.measured:
+        if not case.served:
+            progress("graph breaks")
+            row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
+    if case.measured == ("memory",) and row.served == REFERENCE:
+        row.notes.append(f"{row.served!r} would need all that memory: not run")
+    elif settings.memory and "memory" in case.measured and not case.served:
         _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row

@@ -62,6 +62,7 @@ class Entry:
         memory: bytes of each contender: "peak", "saved" and "saved_beyond_inputs".
         counts: exact numbers of ours, which are compared for equality.
         errors: relative errors of each contender against float64, the largest of each group of results.
+        work: what a round does, by its unit ("FLOP", "bytes", "images"), so that work / seconds is a rate; optional.
         parts: each kind of operation's share of our time; optional.
         notes: remarks that a reader of the figures needs; optional.
     """
@@ -80,6 +81,7 @@ class Entry:
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    work: dict[str, float] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -232,6 +234,7 @@ def _entry(found: Any, what: str) -> Entry:
         memory=_table(found, "memory", _count, what),
         counts={str(name): _count(value, f"{what}.counts[{name!r}]") for name, value in _dict(found, "counts", what)},
         errors=_table(found, "errors", _number, what),
+        work={str(name): _number(value, f"{what}.work[{name!r}]") for name, value in _dict(found, "work", what)},
         parts={str(name): _number(value, f"{what}.parts[{name!r}]") for name, value in _dict(found, "parts", what)},
         notes=[_of(note, str, f"{what}.notes") for note in _of(found.get("notes", []), list, f"{what}.notes")],
     )
