@@ -1,0 +1,52 @@
+"""The versions that one built library must serve stand in .ci/versions; other files say the same."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINE = re.compile(r"torch==([\d.]+) triton==([\d.]+) numpy(?:<|>=)[\d.]+")
+
+
+def text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def lines() -> list[tuple[str, str]]:
+    """Return torch and Triton of each line, in the order of the file."""
+    found = []
+    for line in text(".ci/versions").splitlines():
+        if not line.startswith("#"):
+            match = LINE.fullmatch(line)
+            assert match, f"{line!r} is not 'torch==X triton==Y numpy<Z'"
+            found.append((match[1], match[2]))
+    return found
+
+
+def number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def test_the_first_line_is_the_oldest_torch_that_the_package_promises() -> None:
+    versions = [number(torch) for torch, _ in lines()]
+    assert versions == sorted(versions) and len(set(versions)) == len(versions) >= 3
+    (needed,) = [
+        line for line in tomllib.loads(text("pyproject.toml"))["project"]["dependencies"] if line.startswith("torch")
+    ]
+    assert needed == f"torch>={versions[0][0]}.{versions[0][1]}"
+
+
+def test_the_versions_of_make_install_are_among_them() -> None:
+    makefile = text("Makefile")
+    torch, triton = (re.search(rf"^{name} \?= {package}==([\d.]+)", makefile, re.MULTILINE) for name, package in (
+        ("TORCH_CPU", "torch"), ("TRITON", "triton")))  # fmt: skip
+    assert torch and triton and (torch[1], triton[1]) in lines()
+
+
+@pytest.mark.parametrize("page", ["docs/installation.md", "docs/support.md"])
+def test_pages_name_every_version(page: str) -> None:
+    assert all(torch in text(page) and triton in text(page) for torch, triton in lines())
