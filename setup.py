@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -25,35 +26,35 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps"
-AGAIN = "then install oner_fast again with --no-build-isolation"
+sys.path.insert(0, str(ROOT))
+from build_backend import torch_folder  # noqa: E402
+
 EDITABLE = "editable_wheel" in sys.argv
 ARCHITECTURES = ["80", "86", "89", "90", "100"]  # machine code for each, and PTX of the last
 
 
 class Missing(Exception):
-    """A missing requirement of the build, and how to get it."""
+    """A missing requirement of the build, and what to do before the package is installed again.
 
-    def __init__(self, reason: str, remedy: str) -> None:
+    The remedy is empty for what the command of `oner_fast.remedies.build_command` installs.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
         self.reason, self.remedy = reason, remedy
 
 
 def find_torch() -> dict[str, Any]:
-    """Find torch's location and build settings."""
-    try:
-        import torch
-        from torch.utils import cpp_extension
-    except Exception as error:
-        raise Missing(
-            f"torch could not be imported while the package was built ({error}); an isolated build never sees it",
-            f"install torch, setuptools, wheel, cmake, ninja and pybind11, {AGAIN}",
-        ) from error
+    """Find torch's location and build settings, without importing it: an isolated build could not."""
+    folder = torch_folder()
+    if folder is None:
+        raise Missing("no torch was found while the package was built", "install torch")
+    version = runpy.run_path(str(folder / "version.py"))
     return {
-        "version": str(torch.__version__),
-        "include": cpp_extension.include_paths(),
-        "library": cpp_extension.library_paths()[0],
-        "cuda": torch.version.cuda,
+        "version": str(version["__version__"]),
+        "include": [str(folder / "include"), str(folder / "include/torch/csrc/api/include")],
+        "library": str(folder / "lib"),
+        "cuda": version.get("cuda"),
     }
 
 
@@ -69,12 +70,12 @@ def target_version(torch_version: str) -> str:
     return f"0x{major:02x}{minor:02x}{0:012x}ULL"
 
 
-def find_tool(name: str, package: str) -> str:
+def find_tool(name: str) -> str:
     """A build tool, first in the environment that builds, then on PATH."""
     beside = Path(sysconfig.get_path("scripts")) / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise Missing(f"{name} was not found", f"pip install {package}, {AGAIN}")
+        raise Missing(f"{name} was not found")
     return found
 
 
@@ -88,7 +89,7 @@ def find_compiler() -> tuple[str, str]:
             if said.returncode == 0 and said.stdout:
                 return path, said.stdout.splitlines()[0]
     what = f"the C++ compiler CXX={asked} was not found" if asked else "no C++ compiler was found"
-    raise Missing(what, f"install one (for example: apt install g++), {AGAIN}")
+    raise Missing(what, "install one (for example: apt install g++)")
 
 
 def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
@@ -143,7 +144,7 @@ def find_pybind11() -> list[str]:
             "install Python's development headers (for example: apt install python3-dev)",
         )
     if importlib.util.find_spec("pybind11") is None:
-        raise Missing("pybind11 was not found", f"pip install pybind11, {AGAIN}")
+        raise Missing("pybind11 was not found")
     import pybind11
 
     return [include, pybind11.get_include()]
@@ -167,7 +168,7 @@ class CMakeBuild(build_ext):
             report["extension"] = {
                 "built": False,
                 "reason": f"{type(error).__name__}: {error}",
-                "remedy": f"{INSTALL} -v . shows the build",
+                "remedy": "correct it (pip's option -v shows the build)",
             }
         if not report["extension"]["built"]:
             report["native"] = dict(report["extension"])
@@ -175,13 +176,15 @@ class CMakeBuild(build_ext):
         for part in ("extension", "native"):
             if not report[part]["built"]:
                 print(f"oner_fast: {part} not built: {report[part]['reason']}", file=sys.stderr)
-                print(f"oner_fast: remedy: {report[part]['remedy']}", file=sys.stderr)
+                print("oner_fast: 'oner-fast doctor' names the remedy", file=sys.stderr)
+        if os.environ.get("ONER_FAST_REQUIRED") == "1" and not report["extension"]["built"]:
+            raise SystemExit(f"ONER_FAST_REQUIRED=1, and the extension is not built: {report['extension']['reason']}")
         (self.package / "_build.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def build_all(self, report: dict[str, Any]) -> None:
         torch_info = find_torch()
         compiler, compiler_version = find_compiler()
-        cmake, ninja = find_tool("cmake", "cmake"), find_tool("ninja", "ninja")
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
         nvcc, no_cuda = find_cuda(torch_info)
         report.update(
             torch=torch_info["version"],
@@ -268,7 +271,7 @@ class CMakeBuild(build_ext):
             step = "compiling" if "--build" in command else "configuring with CMake"
             raise Missing(
                 f"{step} failed: {' | '.join(line.strip() for line in errors[:3])}",
-                f"{INSTALL} -v . shows the whole build",
+                "correct it (pip's option -v shows the whole build)",
             )
 
     def built(self) -> list[Path]:
@@ -326,6 +329,7 @@ setup(
     package_data={
         "oner_fast": ["py.typed"],
         "oner_fast.benchmarks.gpuless.ptx": ["runtime.cpp", "runtime.h"],
+        "oner_fast.benchmarks.page": ["*.j2"],
         "oner_fast.kernels": ["configurations/*.json"],
         "oner_fast.report": ["*.j2"],
     },

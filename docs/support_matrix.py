@@ -93,12 +93,11 @@ def versions() -> dict[str, tuple[str, str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tested = [dict(each.split("==") for each in line.split()[:2]) for line in tested_versions()]
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
-    wanted = {"torch": project["dependencies"], "triton": project["optional-dependencies"]["triton"]}
-    bounds = {name: _only(rf"{name}([^;]*)", "\n".join(lines)).strip() for name, lines in wanted.items()}
+    needed_torch = _only(r"torch(.*)", "\n".join(project["dependencies"]))
     return {
         "Python": (project["requires-python"], _only(r'python-version: "([\d.]+)"', workflow)),
-        "PyTorch": (bounds["torch"], ", ".join(each["torch"] for each in tested)),
-        "Triton": (bounds["triton"], ", ".join(each["triton"] for each in tested)),
+        "PyTorch": (needed_torch, ", ".join(each["torch"] for each in tested)),
+        "Triton": ("that of PyTorch", ", ".join(each["triton"] for each in tested)),
         "CUDA toolkit (nvcc)": (
             "the major version of PyTorch's CUDA",
             _only(r"nvidia-cuda-nvcc==([\d.]+)\.", workflow),
@@ -191,7 +190,8 @@ def markdown() -> str:
             "",
             "`.ci/run --versions` tests one built library under each PyTorch, with the Triton in the same place.",
             "A C++20 compiler builds the extension for the CPU, and nvcc the CUDA C++ kernels. Both are optional.",
-            "CUDA builds of PyTorch bring their own Triton.",
+            "CUDA builds of PyTorch bring their own Triton. `oner-fast requirements triton` names that of a CPU",
+            "build.",
             "",
             "## What is chosen",
             "",

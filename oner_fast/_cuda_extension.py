@@ -6,6 +6,7 @@ once, it serves every torch of the same major version of CUDA, whose runtime it 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ REBUILD = (
 )
 
 _status: Status | None = None
+_unusable = False  # they are installed, and cannot serve
+_warned = False
 
 
 def library_path() -> Path:
@@ -28,10 +31,25 @@ def library_path() -> Path:
 
 def status() -> Status:
     """Whether the ops in CUDA C++ are loaded; the first call loads them."""
-    global _status
+    global _status, _unusable
     if _status is None:
         _status = _load()
+        _unusable = not _status.loaded and _extension.status().loaded and library_path().exists()
     return _status
+
+
+def warn_if_unusable() -> None:
+    """Warn once in a process that the installed ops in CUDA C++ cannot serve a GPU, and name the remedy."""
+    global _warned
+    if _unusable and not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        state = status()
+        warnings.warn(
+            f"oner_fast runs Triton or plain PyTorch on the GPU: {state.reason}. Remedy: {state.remedy}. "
+            "'oner-fast doctor' shows more.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _load() -> Status:

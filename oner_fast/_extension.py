@@ -15,11 +15,9 @@ from typing import Any
 
 import torch
 
+from oner_fast.remedies import build_command
+
 _FOLDER = Path(__file__).parent
-REINSTALL = (
-    "pip install setuptools wheel cmake ninja pybind11, then install oner_fast again with "
-    "'pip install --no-build-isolation --force-reinstall --no-deps'"
-)
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def _load() -> Status:
     if not library.exists():
         built = report.get("extension", {})
         reason = built.get("reason") or "the package was never built (it is used from its source folder)"
-        return Status(False, f"the C++ extension is not built: {reason}", built.get("remedy") or REINSTALL)
+        return Status(False, f"the C++ extension is not built: {reason}", remedy(built.get("remedy", "")))
     oldest = report.get("oldest_torch")
     if oldest and torch.__version__ < oldest:
         reason = f"the C++ extension serves torch {oldest} and newer, this is torch {torch.__version__}"
@@ -73,15 +71,23 @@ def _load() -> Status:
     except (OSError, RuntimeError) as error:
         built = f"built with torch {report['torch']}; " if "torch" in report else ""
         reason = f"the C++ extension could not be loaded ({built}this is torch {torch.__version__}): {error}"
-        return Status(False, reason, REINSTALL)
+        return Status(False, reason, remedy())
     return Status(True)
 
 
+def remedy(first: str = "") -> str:
+    """Return the command that builds the extension again, after what must be done first."""
+    return f"{first}, then {build_command()}" if first else build_command()
+
+
 def warn_if_missing() -> None:
-    """Warn once in a process that ops run slower than they could, and name the remedy."""
+    """Warn once in a process that ops run slower than they could, and name the remedy.
+
+    Under torch.compile it warns too, while the call is traced.
+    """
     global _warned
     state = status()
-    if not state.loaded and not _warned and not torch.compiler.is_compiling():
+    if not state.loaded and not _warned:
         _warned = True
         warnings.warn(
             f"oner_fast runs its implementations in plain PyTorch: {state.reason}. Remedy: {state.remedy}. "
@@ -89,3 +95,7 @@ def warn_if_missing() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+# torch.compile calls it while it traces, and traces nothing of it.
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

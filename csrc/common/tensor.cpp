@@ -33,7 +33,7 @@ Tensor empty(Sizes sizes, ScalarType type, const Tensor& like) {
   AtenTensorHandle made = nullptr;
   check(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &code, nullptr, nullptr,
                                   0, nullptr, &made),
-        "no memory for a tensor of shape ", sizes, " and dtype ", type);
+        "not enough memory for a tensor of shape ", sizes, " and dtype ", type);
   return Tensor(made);
 }
 

@@ -160,6 +160,18 @@ def test_unit_keys_strides_and_extreme_logits(library: Any) -> None:
     assert (column_max + column_sum.log()).isnan().all()
 
 
+def test_rows_without_norms_are_taken_as_they_are(library: Any) -> None:
+    """Both sides in place, and mixed: no factor is read where there is none."""
+    lib, generator = library("mixup_info_nce"), torch.Generator().manual_seed(4)
+    x, other, key = (torch.randn(70, 40, generator=generator).to(DTYPES[1]) for _ in range(3))
+    found = statistics(lib, x, None, key, None, 0.5)
+    check(found, 0.5 * x.double() @ key.double().T, 0, None, 2e-5)
+    mixed, ones = pack(lib, x, other, torch.tensor(0.3))
+    exact = 0.7 * x.double() + 0.3 * other.double()
+    assert ones.eq(1).all() and ((mixed.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+    check(statistics(lib, mixed, ones, key, None, 0.5), 0.5 * mixed.double() @ key.double().T, 0, None, 2e-5)
+
+
 def test_offsets_beyond_32_bits(library: Any) -> None:
     lib, (query, of_query) = library("mixup_info_nce"), side(2, 8, DTYPES[0], 1)
     room = torch.empty(2**31 + 64, dtype=DTYPES[0])

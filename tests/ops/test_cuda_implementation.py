@@ -100,6 +100,23 @@ def test_ops_for_another_cuda_are_not_loaded(installed: Path, monkeypatch: pytes
     assert _cuda_extension._load().reason.endswith(f"built for CUDA 13.0, and torch {torch.__version__} has CUDA 12.8")
 
 
+def test_the_first_op_on_a_gpu_warns_where_the_installed_ops_cannot_serve(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_status", None), ("_unusable", False), ("_warned", False)):
+        monkeypatch.setattr(_cuda_extension, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    library._of_this_machine.cache_clear()
+    monkeypatch.setattr(library, "has_cuda_kernel", lambda name: False)
+    _cuda_extension.status()
+    with pytest.warns(RuntimeWarning, match="built for CUDA 13.0, and torch .* has CUDA 12.8. Remedy: .*") as caught:
+        for op in OPS:
+            choose(op, "cuda")
+            choose(op, "cpu")
+    assert len(caught) == 1
+    library._of_this_machine.cache_clear()
+
+
 def test_ops_of_the_same_major_cuda_are_loaded(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.2")
     assert "could not be loaded: " in (state := _cuda_extension._load()).reason and "_C_cuda.so" in state.reason

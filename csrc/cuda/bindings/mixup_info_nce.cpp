@@ -79,9 +79,9 @@ Tensor scale_on(const Tensor& logit_scale, const Tensor& like) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const Tensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other, const OptionalTensor& key_mix,
-    const OptionalTensor& key_inverse_norm, const Tensor& logit_scale, const OptionalTensor& partner_in,
-    int64_t first_pair, bool columns_too) {
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   same_device(kOp, query, {query_other, query_inverse_norm, key, key_other, key_inverse_norm, partner_in});
   const Launch launch(query);
   const cudaStream_t stream = launch.stream();

@@ -30,8 +30,8 @@ Tensor token_alignment_backward(const Tensor& grad, const Tensor& student, const
 // logit 0.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const Tensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other, const OptionalTensor& key_mix,
-    const OptionalTensor& key_inverse_norm, const Tensor& logit_scale, const OptionalTensor& partner,
-    int64_t first_pair, bool columns_too);
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& partner, int64_t first_pair, bool columns_too);
 
 }  // namespace oner_fast::cuda
