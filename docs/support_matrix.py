@@ -92,12 +92,14 @@ def versions() -> dict[str, tuple[str, str]]:
     """Return what each requirement must be, and the version that continuous integration tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     tested = [dict(each.split("==") for each in line.split()[:2]) for line in tested_versions()]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    tritons = {*(each["triton"] for each in tested), _only(r"TRITON \?= triton==(\S+)", makefile)}
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     needed_torch = _only(r"torch(.*)", "\n".join(project["dependencies"]))
     return {
         "Python": (project["requires-python"], _only(r'python-version: "([\d.]+)"', workflow)),
         "PyTorch": (needed_torch, ", ".join(each["torch"] for each in tested)),
-        "Triton": ("that of PyTorch", ", ".join(each["triton"] for each in tested)),
+        "Triton": ("that of PyTorch", ", ".join(sorted(tritons, key=lambda one: [*map(int, one.split("."))]))),
         "CUDA toolkit (nvcc)": (
             "the major version of PyTorch's CUDA",
             _only(r"nvidia-cuda-nvcc==([\d.]+)\.", workflow),
@@ -188,7 +190,7 @@ def markdown() -> str:
             "",
             *_table(["", "Needed", "Tested"], [[name, *both] for name, both in needed.items()]),
             "",
-            "`.ci/run --versions` tests one built library under each PyTorch, with the Triton in the same place.",
+            "`.ci/run --versions` tests one built library under each of these versions of PyTorch.",
             "A C++20 compiler builds the extension for the CPU, and nvcc the CUDA C++ kernels. Both are optional.",
             "CUDA builds of PyTorch bring their own Triton. `oner-fast requirements triton` names that of a CPU",
             "build.",

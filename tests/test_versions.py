@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from oner_fast import remedies
+
 ROOT = Path(__file__).resolve().parents[1]
 LINE = re.compile(r"torch==([\d.]+) triton==([\d.]+) numpy(?:<|>=)[\d.]+")
 
@@ -40,11 +42,13 @@ def test_the_first_line_is_the_oldest_torch_that_the_package_promises() -> None:
     assert needed == f"torch>={versions[0][0]}.{versions[0][1]}"
 
 
-def test_the_versions_of_make_install_are_among_them() -> None:
-    makefile = text("Makefile")
-    torch, triton = (re.search(rf"^{name} \?= {package}==([\d.]+)", makefile, re.MULTILINE) for name, package in (
-        ("TORCH_CPU", "torch"), ("TRITON", "triton")))  # fmt: skip
-    assert torch and triton and (torch[1], triton[1]) in lines()
+def test_each_torch_has_the_triton_that_its_builds_bring() -> None:
+    assert [triton for _, triton in lines()] == [remedies.TRITON[number(torch)[1]] for torch, _ in lines()]
+
+
+def test_the_torch_of_make_install_is_among_them() -> None:
+    found = re.search(r"^TORCH_CPU \?= torch==([\d.]+)", text("Makefile"), re.MULTILINE)
+    assert found and found[1] in [torch for torch, _ in lines()]
 
 
 @pytest.mark.parametrize("page", ["docs/installation.md", "docs/support.md"])
