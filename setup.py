@@ -94,26 +94,32 @@ def find_compiler() -> tuple[str, str]:
 
 def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
     """nvcc and, where it is not used, why."""
-    if not torch_info["cuda"]:
-        return None, "this torch is a CPU build"
     if os.environ.get("ONER_FAST_CUDA") == "0":
-        return None, "ONER_FAST_CUDA=0 left it out, as in every released wheel; a build from source has it"
+        return None, "ONER_FAST_CUDA=0 left it out, as wheels do"
+    if not torch_info["cuda"]:
+        return None, "the torch that it was built with has no CUDA"
     if os.environ.get("ONER_FAST_SANITIZE"):
         return None, "sanitizers watch the CPU's code"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if nvcc is None:
         return None, f"nvcc was not found (torch has CUDA {torch_info['cuda']}); install that toolkit or set CUDA_HOME"
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
+    release = cuda_release(nvcc)
     if release is None:
         return None, f"{nvcc} --version did not say which release it is"
-    if release[1] != torch_info["cuda"].split(".")[0]:
+    if release.split(".")[0] != torch_info["cuda"].split(".")[0]:
         return None, (
-            f"{nvcc} is CUDA {release[1]}.{release[2]} but torch has CUDA {torch_info['cuda']}; install that toolkit "
-            "or set CUDA_HOME to it"
+            f"{nvcc} is CUDA {release} but torch has CUDA {torch_info['cuda']}; install that toolkit or set CUDA_HOME "
+            "to it"
         )
     return nvcc, ""
+
+
+def cuda_release(nvcc: str) -> str | None:
+    """Return the release of an nvcc, such as "13.0"; None where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else None
 
 
 def cuda_architectures(nvcc: str) -> str:
@@ -208,7 +214,7 @@ class CMakeBuild(build_ext):
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
             settings["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures(nvcc)
-            report["cuda"]["architectures"] = settings["CMAKE_CUDA_ARCHITECTURES"]
+            report["cuda"].update(architectures=settings["CMAKE_CUDA_ARCHITECTURES"], version=cuda_release(nvcc))
         facts = [report["torch"], compiler_version, sys.version]
         try:
             output = self.compile(cmake, settings, facts)
@@ -218,7 +224,12 @@ class CMakeBuild(build_ext):
             # The ops of the CPU are worth having without those of the GPU.
             report["cuda"] = {"built": False, "reason": missing.reason}
             output = self.compile(cmake, {**settings, "ONER_FAST_CUDA": "OFF"}, facts)
-        for library in [output / "_C.so", *(output.glob("_native*") if native["built"] else [])]:
+        libraries = [output / "_C.so"]
+        if report["cuda"]["built"]:
+            libraries.append(output / "_C_cuda.so")
+        if native["built"]:
+            libraries.extend(output.glob("_native*"))
+        for library in libraries:
             # Written beside and renamed: a process that has the old file mapped keeps it.
             partial = self.package / f".{library.name}.partial"
             shutil.copy2(library, partial)
@@ -266,7 +277,7 @@ class CMakeBuild(build_ext):
     def built(self) -> list[Path]:
         return [
             path
-            for pattern in ("_C.so", "_native*.so", "_native*.pyd", "_build.json")
+            for pattern in ("_C.so", "_C_cuda.so", "_native*.so", "_native*.pyd", "_build.json")
             for path in self.package.glob(pattern)
         ]
 

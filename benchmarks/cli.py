@@ -30,6 +30,7 @@ SECONDS, QUICK_SECONDS = 12.0, 1.5
 OTHERS = {
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
+    "ratios": "oner_fast.benchmarks.ratios",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",

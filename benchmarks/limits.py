@@ -20,6 +20,8 @@ GEMM_SHAPES = ((4096, 4096, 256), (2304, 768, 3072))
 GEMM_SHAPES_OF_GPUS = ((8192, 8192, 8192), (16384, 3072, 768))
 COPY_BYTES = 64 * 2**20
 COPY_BYTES_OF_GPUS = 512 * 2**20
+# A limit takes longer than a small op, whose rounds should be many.
+ROUNDS = 12
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _products(dtype: torch.dtype, device: str, how: str = "") -> list[Limit]:
             return torch.mm(left, right, out=out)
 
         name = f"limit: mm {rows} x {depth} x {columns}{how}"
-        limits.append(Limit(Candidate(name, multiply), 2.0 * rows * columns * depth))
+        limits.append(Limit(Candidate(name, multiply, most_rounds=ROUNDS), 2.0 * rows * columns * depth))
     if device == "cpu" and torch.backends.mkldnn.is_available():
         limits.append(_onednn_limit(dtype, how))
     return limits
@@ -70,7 +72,7 @@ def _onednn_limit(dtype: torch.dtype, how: str) -> Limit:
             return F.conv2d(image, weight)
 
     name = f"limit: oneDNN {rows} x {depth} x {columns}{how}"
-    return Limit(Candidate(name, convolve), 2.0 * rows * columns * depth)
+    return Limit(Candidate(name, convolve, most_rounds=ROUNDS), 2.0 * rows * columns * depth)
 
 
 def copy_limit(device: str = "cpu") -> Limit:
@@ -87,7 +89,7 @@ def copy_limit(device: str = "cpu") -> Limit:
         source, target = buffers[call]
         return target.copy_(source)
 
-    return Limit(Candidate("limit: copy", copy), 2.0 * size, "copy")
+    return Limit(Candidate("limit: copy", copy, most_rounds=ROUNDS), 2.0 * size, "copy")
 
 
 def limits(dtype: torch.dtype, kind: str, device: str = "cpu") -> list[Limit]:

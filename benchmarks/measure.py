@@ -18,7 +18,7 @@ from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Forward, Lay
 from oner_fast.benchmarks.counts import graph_breaks
 from oner_fast.benchmarks.limits import limits
 from oner_fast.benchmarks.profiles import phases
-from oner_fast.benchmarks.rows import Row
+from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
 from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
@@ -39,12 +39,14 @@ class Settings:
         device: "cpu" or "cuda".
         quick: measure the small cases, and the memory of baselines only where a target needs it.
         memory: whether to measure memory, which takes a separate process for each contender.
+        profile: whether to profile ours and the fastest baseline.
     """
 
     seconds: float = 12.0
     device: str = "cpu"
     quick: bool = False
     memory: bool = True
+    profile: bool = True
 
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
@@ -117,7 +119,7 @@ def _ours_by_name(case: Case, device: str) -> list[Contender]:
 def check(
     case: Case, forwards: dict[str, Forward], call: Call, row: Row, progress: Callable[[str], None]
 ) -> dict[str, float]:
-    """Run every contender once against float64; fills in errors, tolerance, refused and unavailable.
+    """Run every contender once against float64; fills in errors, precision, tolerance, refused and unavailable.
 
     The error of the first eager baseline, which is the obvious PyTorch code, sets the tolerance of all contenders.
     Returns the seconds of the first runs, compilation included.
@@ -147,6 +149,10 @@ def check(
     row.tolerance = max(allowed)
     for name, each in errors.items():
         row.errors[name] = max(each)
+        split = len(each) - len(call.leaves)
+        row.precision[name] = {OUTPUTS: max(each[:split])}
+        if call.leaves:
+            row.precision[name][GRADIENTS] = max(each[split:])
         wrong = [
             f"result {number}: relative error {error:.2g}, allowed {bound:.2g}"
             for number, (error, bound) in enumerate(zip(each, allowed, strict=True))
@@ -195,7 +201,7 @@ def _time(
     eager = [one.name for one in timed if one.eager]
     row.add_times(samples, eager, bounds, work)
     for one in timed:
-        if one.name in (OURS, row.best):
+        if settings.profile and one.name in (OURS, row.best):
             progress(f"profiling {one.name}")
             row.profiles[one.name] = phases(forwards[one.name], laid_out[one.layout], settings.device)
 

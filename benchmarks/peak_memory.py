@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,12 @@ def peak_bytes(run: Callable[[], Sequence[Tensor]], warm_ups: int = WARM_UPS) ->
 
 def saved_bytes(forward: Forward, call: Call) -> tuple[int, int]:
     """Count the bytes that the forward keeps for backward: all of them, and those outside the inputs' storages."""
+    tensors = [value for value in call.arguments if isinstance(value, Tensor)]
+    return saved_during(lambda: forward(*call.arguments), tensors)
+
+
+def saved_during(run: Callable[[], Any], given: Sequence[Tensor]) -> tuple[int, int]:
+    """Count the bytes that `run()` keeps for backward: all of them, and those outside the storages of `given`."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -78,11 +84,10 @@ def saved_bytes(forward: Forward, call: Call) -> tuple[int, int]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward(*call.arguments)
-    tensors = [value for value in call.arguments if isinstance(value, Tensor)]
-    given = {part.untyped_storage().data_ptr() for tensor in tensors for part in _parts(tensor)}
-    del outputs
-    beyond = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in given)
+        results = run()
+    known = {part.untyped_storage().data_ptr() for tensor in given for part in _parts(tensor)}
+    del results
+    beyond = sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in known)
     return sum(storage.nbytes() for storage in kept.values()), beyond
 
 
@@ -102,7 +107,15 @@ def of_contender(case: Case, contender: Contender, device: str = "cpu") -> Memor
 
 def measure(case: Case, contender: str, quick: bool, device: str = "cpu") -> Memory:
     """Start a process that measures one contender of a case. Raises Unavailable, with the reason, where it fails."""
-    task = {"key": case.key, "op": case.op, "quick": quick, "contender": contender, "device": device}
+    return measure_together([(case, contender)], quick, device)[0]
+
+
+def measure_together(chosen: Sequence[tuple[Case, str]], quick: bool, device: str = "cpu") -> list[Memory]:
+    """Start one process that measures several contenders in turn, each by its case and its name.
+
+    Raises Unavailable, with the reason, where it fails.
+    """
+    task = {"chosen": [(case.key, case.op, name) for case, name in chosen], "quick": quick, "device": device}
     task["threads"] = torch.get_num_threads()
     command = [sys.executable, "-m", "oner_fast.benchmarks.peak_memory", json.dumps(task)]
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -110,7 +123,7 @@ def measure(case: Case, contender: str, quick: bool, device: str = "cpu") -> Mem
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise Unavailable(f"the process that measures it ended with {done.returncode}: {last}")
-    return Memory(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return [Memory(**one) for one in json.loads(done.stdout.strip().splitlines()[-1])]
 
 
 def _parts(tensor: Any) -> list[Tensor]:
@@ -159,9 +172,11 @@ def _main(argument: str) -> None:
     except OSError:
         pass
     torch.set_num_threads(task["threads"])
-    case = next(one for one in cases(task["quick"], [task["op"]]) if one.key == task["key"])
-    memory = of_contender(case, case.contender(task["contender"]), task["device"])
-    print(json.dumps(memory.__dict__))
+    found = []
+    for key, op, name in task["chosen"]:
+        case = next(one for one in cases(task["quick"], [op]) if one.key == key)
+        found.append(asdict(of_contender(case, case.contender(name), task["device"])))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

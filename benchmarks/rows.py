@@ -14,6 +14,7 @@ from oner_fast.benchmarks.limits import Limit
 from oner_fast.benchmarks.timing import Samples, ratio
 
 NOTHING: Mapping[str, float] = {}
+OUTPUTS, GRADIENTS = "loss or output", "gradients"
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Row:
         op, shape, dtype: the case; a training step is the op "step".
         served: the implementation chosen for "oner_fast".
         times: times by candidate; empty where only memory was measured.
+        seconds: the seconds of each candidate, round by round; the same place is the same round.
         best, eager: the fastest baseline, and the fastest without torch.compile; `speedup` and `speedup_eager` compare
             ours with them.
         limit: the candidate that reached the machine's limit; `limit_rate` is its FLOPs or bytes a second, `rate` ours.
@@ -53,6 +55,7 @@ class Row:
         profiles: for ours and the fastest baseline: {"forward": {operation: seconds}, "backward": ...}.
         memory: {candidate: {"peak", "saved", "saved_beyond_inputs"}} in bytes.
         errors: the largest relative error of each candidate against float64; `tolerance` is the largest allowed.
+        precision: the same error apart for the outputs and for the gradients, under `OUTPUTS` and `GRADIENTS`.
         refused: candidates with wrong results, and what was wrong; they have no times.
         unavailable: candidates that cannot run here, with the reason.
         target: the promises by criterion; `met`: whether each was kept.
@@ -64,6 +67,7 @@ class Row:
     dtype: str
     served: str = ""
     times: dict[str, Times] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
     best: str = ""
     speedup: Quantiles | None = None
     eager: str = ""
@@ -78,6 +82,7 @@ class Row:
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     graph_breaks: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    precision: dict[str, dict[str, float]] = field(default_factory=dict)
     tolerance: float | None = None
     refused: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -122,6 +127,7 @@ class Row:
         hidden = {limit.candidate.name for limit in limits}
         for name, one in samples.items():
             self.times[name] = Times(one.p20, one.p50, one.p80, len(one.seconds), one.setup_seconds)
+            self.seconds[name] = list(one.seconds)
         if OURS not in samples:
             return
         ours = samples[OURS]

@@ -41,12 +41,14 @@ class Candidate:
             stops, as freeing is part of the work.
         prepare: called once before the first run, for example to compile. Its time and that of the first run are added
             to `setup_seconds` and are in no sample.
+        most_rounds: takes part in so many rounds at most, the first ones.
     """
 
     name: str
     run: Callable[[int], object]
     prepare: Callable[[], object] | None = None
     setup_seconds: float = 0.0
+    most_rounds: int = MOST_ROUNDS
 
 
 @dataclass
@@ -171,7 +173,8 @@ def interleave(
         for number in _rounds(seconds, rounds):
             progress(f"round {number + 1}")
             for candidate in candidates:
-                if number < SLOW_ROUNDS or candidate.name not in slow:
+                most = min(SLOW_ROUNDS, candidate.most_rounds) if candidate.name in slow else candidate.most_rounds
+                if number < most:
                     batch = batches[candidate.name]
                     samples[candidate.name].seconds.append(_time(candidate, call, device, batch))
                     call += batch

@@ -1,4 +1,8 @@
-"""Load the C++ extension once; where it is missing, say why and how to get it."""
+"""Load the C++ extension once; where it is missing, say why and how to get it.
+
+The extension uses PyTorch's stable ABI alone. One build serves the oldest torch that it was built for, and all newer
+ones.
+"""
 
 from __future__ import annotations
 
@@ -58,14 +62,16 @@ def _load() -> Status:
         built = report.get("extension", {})
         reason = built.get("reason") or "the package was never built (it is used from its source folder)"
         return Status(False, f"the C++ extension is not built: {reason}", remedy(built.get("remedy", "")))
-    built_for = report.get("torch", "an unknown version")
-    if built_for != str(torch.__version__):
-        reason = f"the C++ extension was built for torch {built_for}, this is torch {torch.__version__}"
-        return Status(False, reason, remedy())
+    oldest = report.get("oldest_torch")
+    if oldest and torch.__version__ < oldest:
+        reason = f"the C++ extension serves torch {oldest} and newer, this is torch {torch.__version__}"
+        return Status(False, reason, f"pip install 'torch>={oldest}'")
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Status(False, f"the C++ extension could not be loaded: {error}", remedy())
+        built = f"built with torch {report['torch']}; " if "torch" in report else ""
+        reason = f"the C++ extension could not be loaded ({built}this is torch {torch.__version__}): {error}"
+        return Status(False, reason, remedy())
     return Status(True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import oner_fast
-from oner_fast import _extension
+from oner_fast import _cuda_extension, _extension
 from oner_fast.remedies import install_command, install_extra_command
 
 # Names of instruction sets in Linux's /proc/cpuinfo, for x86 and ARM.
@@ -119,11 +119,13 @@ def _extension_facts() -> Iterator[tuple[str, str]]:
         yield "packer", f"plain Python: {native.get('reason') or 'the package was never built'}"
         if state.loaded:
             yield "remedy", _extension.remedy(native.get("remedy", ""))
-    cuda = report.get("cuda", {})
-    if cuda.get("built"):
-        yield "CUDA C++", f"built for {cuda.get('architectures', 'unknown GPUs')}"
-    elif reason := cuda.get("reason"):
-        yield "CUDA C++", f"not built: {reason}"
+    cuda = _cuda_extension.status()
+    if cuda.loaded:
+        yield "CUDA C++", f"loaded; built for {report.get('cuda', {}).get('architectures', 'unknown GPUs')}"
+    elif state.loaded:
+        yield "CUDA C++", f"not in use: {cuda.reason}"
+        if torch.version.cuda:
+            yield "remedy", cuda.remedy
 
 
 def _ops() -> Iterator[tuple[str, str]]:

@@ -120,7 +120,7 @@ def environment(folder: Path) -> Environment:
 def checkout(folder: Path) -> Path:
     """Copy the files of a clone, with nothing built."""
     folder.mkdir(parents=True)
-    ignored = shutil.ignore_patterns("_C.so", "_native*.so", "_build.json", "__pycache__")
+    ignored = shutil.ignore_patterns("_C*.so", "_native*.so", "_build.json", "__pycache__")
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
@@ -242,6 +242,7 @@ def test_with_sources_that_do_not_compile(tmp_path: Path) -> None:
     installs_all_the_same(source, tmp_path, inside, {}, "compiling failed", "broken on purpose")
 
 
+@pytest.mark.slow
 def test_an_isolated_build_finds_the_torch_that_is_installed(source: Path, tmp_path: Path) -> None:
     inside = environment(tmp_path / "venv")
     (site,) = inside.folder.glob("lib/python3*/site-packages")

@@ -8,36 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from oner_fast.benchmarks.step.baseline_model import Batch, Block, Masks, PlainModel, Tower, teacher_keys
+from oner_fast.benchmarks.step.names import plain_name
 from oner_fast.benchmarks.step.ours import OurStep
-from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
+from oner_fast.benchmarks.step.setting import MOMENTUM, Words
+from oner_fast.benchmarks.step.steps import Step, plain_adamw
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.oner import OneR
-from oner_fast.train.engine.optimizer import decays
 from oner_fast.train.oner.inputs import StudentInput, student_input
 from oner_fast.train.oner.student import Student
-
-_RENAMED = (
-    ("patch_embedding.project.", "patch_embedding."),
-    ("patch_embedding.positions", "patch_positions"),
-    ("patch_embedding.mask_token", "mask_token"),
-    ("word_embedding.words.", "word_embedding."),
-    ("word_embedding.positions", "word_positions"),
-    ("trunk.", ""),
-    ("attention.qkv.", "qkv."),
-    ("attention.out.", "attention_out."),
-    ("mlp.up.", "up."),
-    ("mlp.out.", "mlp_out."),
-    ("word_head.transform.", "word_transform."),
-    ("word_head.norm.", "word_norm."),
-    ("word_head.bias", "word_bias"),
-)
-
-
-def plain_name(name: str) -> str:
-    """Name of a parameter of `Student` or `OneR` in the plain model."""
-    for ours, theirs in _RENAMED:
-        name = name.replace(ours, theirs)
-    return name
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:
@@ -96,7 +74,7 @@ def plain_batch(batch: PairBatch, masked: StudentInput) -> Batch:
     return Batch(batch.images, word_ids, padding, masks("text", "image"), masks("image_text", "image_text"))
 
 
-class PlainStep:
+class PlainStep(Step):
     """The step of `ours` in plain PyTorch: same weights, masks, losses, optimiser and momentum.
 
     Args:
@@ -104,9 +82,10 @@ class PlainStep:
         dtype: dtype of autocast; None computes in float32.
         compiled: compile each transformer block (one graph for each of its shapes, no dynamic ones) and the masked
             losses. The optimiser is then PyTorch's fused one, and one _foreach call moves the teacher.
+        exact: compute in float64, for the errors of the others.
     """
 
-    def __init__(self, ours: OurStep, dtype: torch.dtype | None, compiled: bool = False) -> None:
+    def __init__(self, ours: OurStep, dtype: torch.dtype | None, compiled: bool = False, exact: bool = False) -> None:
         self.name = "plain, compiled" if compiled else "plain, eager"
         config = self.config = ours.config
         self.dtype = dtype
@@ -115,13 +94,9 @@ class PlainStep:
         )
         self.batch = plain_batch(ours.batch, masked)
         self.student, self.teacher = plain_model(ours.student), plain_teacher(ours.teacher)
-        named = list(self.student.named_parameters())
-        groups = [
-            {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.optim.wd},
-            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-        ]
-        o = config.optim
-        self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (o.beta1, o.beta2), o.eps, fused=True)
+        if exact:
+            self.student, self.teacher = self.student.double(), self.teacher.double()
+        self.optimizer = plain_adamw(self.student, config.optim)
         if compiled:
             # Lengths, dtypes and gradients give a block more than the 8 forms after which compilation stops.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -154,13 +129,11 @@ class PlainStep:
             torch._foreach_lerp_(teacher, student, 1.0 - MOMENTUM)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self, call: int = 0) -> Tensor:
-        """Run one training step; returns its loss."""
-        loss = self.gradient()["loss"]
-        self.update()
-        return loss
+    def modules(self) -> list[nn.Module]:
+        """Return the student and the teacher."""
+        return [self.student, self.teacher]
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients by parameter."""
-        named = self.student.named_parameters()
-        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+    def inputs(self) -> list[Tensor]:
+        """Return the padded batch and its masks."""
+        batch = self.batch
+        return [batch.images, batch.word_ids, batch.padding, *batch.single, *batch.joint]

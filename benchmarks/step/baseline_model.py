@@ -48,6 +48,11 @@ class Batch(NamedTuple):
     joint: Masks
 
 
+def wide(x: Tensor) -> Tensor:
+    """Widen half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class Block(nn.Module):
     """Compute x + Attention(LayerNorm(x)), then x + Mlp(LayerNorm(x)); (B, L, D)."""
 
@@ -99,7 +104,7 @@ class Tower(nn.Module):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Embed patches of (B, 3, S, S) uint8 without positions: (B, N, D)."""
-        pixels = (images.float() / 255 - self.mean) / self.std
+        pixels = (images.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self.patch_embedding(pixels).flatten(2).transpose(1, 2)
 
     def place_patches(self, tokens: Tensor, masked: Tensor | None = None) -> Tensor:
@@ -170,17 +175,17 @@ class PlainModel(nn.Module):
         hidden = torch.cat([_chosen(outputs, masks.word_rows) for outputs, masks in passes])
         ids = torch.cat([word_ids.flatten().index_select(0, masks.word_rows) for _, masks in passes])
         hidden = self.word_norm(F.gelu(self.word_transform(hidden)))
-        return F.cross_entropy(F.linear(hidden, self.tower.word_embedding.weight, self.word_bias).float(), ids)
+        return F.cross_entropy(wide(F.linear(hidden, self.tower.word_embedding.weight, self.word_bias)), ids)
 
     def _masked_patches(self, images: Tensor, passes: list[tuple[Tensor, Masks]]) -> Tensor:
         """Compute the mean absolute error of the normalised pixels of the masked patches alone."""
         size = self.patch_size
-        pixels = F.pixel_unshuffle(images.float() / 255, size).flatten(2).transpose(1, 2)
+        pixels = F.pixel_unshuffle(images.to(self.tower.mean.dtype) / 255, size).flatten(2).transpose(1, 2)
         variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
         target = (pixels - mean) / (variance + 1e-6).sqrt()
         hidden = torch.cat([_chosen(outputs, masks.patch_rows) for outputs, masks in passes])
         targets = torch.cat([_chosen(target, masks.patch_rows) for _, masks in passes])
-        return F.l1_loss(self.patch_head(hidden).float(), targets)
+        return F.l1_loss(wide(self.patch_head(hidden)), targets)
 
 
 def _chosen(tokens: Tensor, rows: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ def _chosen(tokens: Tensor, rows: Tensor) -> Tensor:
 
 def _info_nce(query: Tensor, key: Tensor, logit_scale: float) -> Tensor:
     """Compute MoCo v3's loss, over rows only."""
-    query, key = F.normalize(query.float(), dim=-1), F.normalize(key.float(), dim=-1)
+    query, key = F.normalize(wide(query), dim=-1), F.normalize(wide(key), dim=-1)
     return F.cross_entropy(logit_scale * query @ key.T, torch.arange(query.shape[0], device=query.device))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from oner_fast.benchmarks.step.names import plain_name
 from oner_fast.benchmarks.step.setting import LEARNING_RATE, MOMENTUM, Words
+from oner_fast.benchmarks.step.steps import Step, as_trained
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.oner import OneR
 from oner_fast.train.engine.distributed import World
@@ -16,7 +18,7 @@ from oner_fast.train.oner.step import TrainingStep
 from oner_fast.train.oner.student import Student
 
 
-class OurStep:
+class OurStep(Step):
     """Weights of seed 0, a teacher with other weights, and one batch for every step.
 
     Args:
@@ -52,19 +54,19 @@ class OurStep:
 
     def __call__(self, call: int = 0) -> Tensor:
         """Run one training step under deterministic algorithms, the trainer's default; returns its loss."""
-        before = torch.are_deterministic_algorithms_enabled()
-        filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(self.config.run.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        try:
+        with as_trained(self.config.run.deterministic):
             loss = self.gradient()["loss"]
             self.update()
-        finally:
-            torch.use_deterministic_algorithms(before)
-            torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
         return loss
 
+    def modules(self) -> list[nn.Module]:
+        """Return the student and the teacher."""
+        return [self.student, self.teacher]
+
+    def inputs(self) -> list[Tensor]:
+        """Return the images and the words."""
+        return [self.batch.images, self.batch.text.input_ids, self.batch.text.cu_seqlens]
+
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients by parameter."""
-        named = self.student.named_parameters()
-        return {name: parameter.grad for name, parameter in named if parameter.grad is not None}
+        """Return the gradients by the plain model's names."""
+        return {plain_name(name): gradient for name, gradient in super().gradients().items()}

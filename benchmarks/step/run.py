@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,13 @@ from pathlib import Path
 import torch
 
 from oner_fast.benchmarks import machine
-from oner_fast.benchmarks.cases import OURS
-from oner_fast.benchmarks.limits import gemm_limits
 from oner_fast.benchmarks.measure import Settings
 from oner_fast.benchmarks.rows import Row
-from oner_fast.benchmarks.step.agreement import Disagreement, check
 from oner_fast.benchmarks.step.baseline import PlainStep
+from oner_fast.benchmarks.step.contest import Tell, contest
 from oner_fast.benchmarks.step.ours import OurStep
 from oner_fast.benchmarks.step.setting import synthetic_batch, vitb16
-from oner_fast.benchmarks.step.shares import Share, shares
-from oner_fast.benchmarks.timing import Candidate, interleave
+from oner_fast.benchmarks.step.shares import Share
 from oner_fast.train.engine.allocator import freed_memory_kept
 from oner_fast.train.oner.flops import step_flops
 from oner_fast.train.oner.settings import OneRConfiguration
@@ -29,9 +26,7 @@ from oner_fast.train.oner.settings import OneRConfiguration
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 # Relative tolerances of the losses and of each gradient's L2 distance. bfloat16 rounds to 2^-9 in each layer.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (1e-2, 0.2)}
-EAGER = "plain, eager"
 TARGET = 1.3
-Tell = Callable[[str], None]
 
 
 @freed_memory_kept()
@@ -66,25 +61,10 @@ def measure(
     plain = [PlainStep(ours, DTYPES[dtype])]
     if compiled:
         plain.append(PlainStep(ours, DTYPES[dtype], compiled=True))
-    steps: dict[str, OurStep | PlainStep] = {OURS: ours}
-    for each in plain:
-        tell(f"{dtype}: checking {each.name} against ours")
-        try:
-            check(ours, each, *TOLERANCES[dtype])
-            steps[each.name] = each
-        except Disagreement as error:
-            row.refused[each.name] = str(error)
-    limits = gemm_limits(DTYPES[dtype] or torch.float32)
-    candidates = [Candidate(name, step) for name, step in steps.items()]
-    samples = interleave([*candidates, *(limit.candidate for limit in limits)], rounds=rounds, progress=tell)
-    row.add_times(samples, [EAGER], limits, {"gemm": step_flops(config, batch)})
-    row.judge([])
-    tell(f"{dtype}: profiling")
-    found = {name: shares(step) for name, step in steps.items()}
-    row.parts = {share.kind: share.share for share in found[OURS]}
-    for name, parts in found.items():
-        listed = ", ".join(f"{share.kind} {1000 * share.seconds:.0f}" for share in parts)
-        row.notes.append(f"ms of a profiled step of {name}: {listed}")
+    found = contest(
+        row, ours, plain, tolerances=TOLERANCES[dtype], flops=step_flops(config, batch), dtype=DTYPES[dtype],
+        rounds=rounds, tell=lambda text: tell(f"{dtype}: {text}"),
+    )  # fmt: skip
     return row, found
 
 

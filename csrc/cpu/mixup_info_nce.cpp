@@ -18,10 +18,10 @@
 #include <utility>
 #include <vector>
 
+#include "common/numbers.h"
 #include "common/ops.h"
 #include "common/parallel.h"
 #include "cpu/kinds.h"
-#include "cpu/numbers.h"
 #include "cpu/sizes.h"
 
 namespace oner_fast {
@@ -226,9 +226,9 @@ Tensor mixup_inverse_norms(const Tensor& x, const OptionalTensor& other, const O
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const Tensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other, const OptionalTensor& key_mix,
-    const OptionalTensor& key_inverse_norm, const Tensor& logit_scale, const OptionalTensor& partner_in,
-    int64_t first_pair, bool columns_too) {
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
@@ -267,11 +267,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_backward(
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const Tensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other, const OptionalTensor& key_mix,
-    const OptionalTensor& key_inverse_norm, const Tensor& logit_scale, const OptionalTensor& partner_in,
-    int64_t first_pair, const Tensor& row_max_in, const Tensor& row_weight_in, const OptionalTensor& column_max_in,
-    const OptionalTensor& column_weight_in, const Tensor& own_weight_in, const OptionalTensor& partner_weight_in,
-    bool need_key) {
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& partner_in, int64_t first_pair, const Tensor& row_max_in, const Tensor& row_weight_in,
+    const OptionalTensor& column_max_in, const OptionalTensor& column_weight_in, const Tensor& own_weight_in,
+    const OptionalTensor& partner_weight_in, bool need_key, bool key_sums_wanted) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
@@ -290,8 +290,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const int64_t row_bytes = padded * (wide == kDouble ? 8 : 4);
   const bool in_place = query.scalar_type() == wide && padded == width;  // sums become the gradients
-  // Unit keys have no norm to backpropagate through: their sums are the result.
-  const bool finish_keys = need_key && key_inverse_norm.has_value();
+  const bool finish_keys = need_key && !key_sums_wanted;                 // else the sums are the result
   const Gradients to_query(rows, true, in_place, wide), to_key(columns, finish_keys, in_place, wide);
   const Tensor row_sums = in_place ? to_query.x : zeros({m, padded}, wide, query);
   const Tensor key_sums = need_key && !finish_keys ? zeros({n, padded}, wide, query) : to_key.x;

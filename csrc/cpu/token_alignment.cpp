@@ -8,11 +8,11 @@
 
 #include "common/kept.h"
 #include "common/norm.h"
+#include "common/numbers.h"
 #include "common/ops.h"
 #include "common/parallel.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
-#include "cpu/numbers.h"
 #include "cpu/output.h"
 
 namespace oner_fast {
