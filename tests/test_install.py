@@ -313,3 +313,17 @@ def test_the_wheel_holds_the_package_alone(source: Path, tmp_path: Path) -> None
     assert [name for name in rest if not any(fnmatch(name, pattern) for pattern in patterns)] == []
     assert report["cuda"]["reason"].startswith("ONER_FAST_CUDA=0") and report["extension"]["built"]
     assert made.stat().st_size < 3_000_000 and sizes["oner_fast/_C.so"] < 6_000_000
+
+
+def test_auditwheel_finds_a_tag_and_adds_no_library(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed (pip install 'oner_fast[dev]')")
+    made = wheel(source, tmp_path / "built")
+    audit = (sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch*.so", "--exclude", "libc10.so")
+    ok(run(*audit, "--wheel-dir", tmp_path / "dist", made))
+    (repaired,) = (tmp_path / "dist").glob("*.whl")
+    assert "manylinux_2_" in repaired.name and "linux_x86_64" not in repaired.name.split("-")[-1].split("."), repaired
+    before, after = (set(zipfile.ZipFile(one).namelist()) for one in (made, repaired))
+    assert {name for name in after - before if ".dist-info/" not in name} == set()
+    inside = environment(tmp_path / "venv")
+    inside.install(repaired)
+    assert inside.check()[1] == "True"
