@@ -15,6 +15,7 @@ from torch import Tensor
 from oner_fast.ops.implementations import Facts
 
 OURS = "oner_fast"
+EVERYTHING = ("precision", "time", "memory")
 Forward = Callable[..., Any]
 
 
@@ -123,12 +124,13 @@ class Case:
         limit: the machine's limit that bounds the op: "gemm" or "copy".
         limit_dtype: dtype of the products that bound it; `dtype` where None.
         target: our promises.
-        timed: False measures memory alone (the baselines would not fit).
+        measured: what is measured; `EVERYTHING`, or memory alone where the baselines would not fit, or precision alone.
         counted: FLOPs that PyTorch's counter must find in eager code; None where no counted operation is used.
         saved: bytes that ours keeps for backward beyond its inputs.
         facts: takes the call's arguments and returns its facts (see `oner_fast.ops.implementations`); None: the dtype
             alone.
         notes: remarks that a reader of the row needs.
+        served: what serves ours, for a layer that is no op; then there is no implementation to choose.
     """
 
     op: str
@@ -142,16 +144,22 @@ class Case:
     limit: str
     target: Target = Target()
     limit_dtype: torch.dtype | None = None
-    timed: bool = True
+    measured: tuple[str, ...] = EVERYTHING
     counted: float | None = None
     saved: int = 0
     facts: Callable[..., Facts] | None = None
     notes: tuple[str, ...] = field(default=())
+    served: str = ""
 
     @property
     def key(self) -> str:
         """Unique name among all cases."""
         return f"{self.op} {self.shape} {name_of(self.dtype)}"
+
+    @property
+    def timed(self) -> bool:
+        """Whether the case is timed."""
+        return "time" in self.measured
 
     def contender(self, name: str) -> Contender:
         """Find a contender by its name; ValueError lists the known names."""

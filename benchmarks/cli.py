@@ -19,21 +19,28 @@ from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.machine import describe
 from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import OPS, cases
-from oner_fast.benchmarks.report import Report, milliseconds, verdict
+from oner_fast.benchmarks.peers import layers
+from oner_fast.benchmarks.report import Report
 from oner_fast.benchmarks.rows import Row
-from oner_fast.remedies import install_extra_command
+from oner_fast.benchmarks.source import commit_of_this
+from oner_fast.benchmarks.words import milliseconds, verdict
 from oner_fast.train.engine.allocator import freed_memory_kept
 
 DEFAULT_FOLDER = Path("runs/bench")
 SECONDS, QUICK_SECONDS = 12.0, 1.5
 # The other benchmarks, each a module with its own `main`.
 OTHERS = {
+    "compare": "oner_fast.benchmarks.compare",
+    "against": "oner_fast.benchmarks.against",
+    "noise": "oner_fast.benchmarks.noise",
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
     "ratios": "oner_fast.benchmarks.ratios",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",
+    "page": "oner_fast.benchmarks.page.cli",
+    "history": "oner_fast.benchmarks.history.cli",
 }
 Progress = Callable[[str], None]
 
@@ -71,7 +78,8 @@ def main(argv: Sequence[str]) -> int:
     settings = Settings(seconds, options.device, options.quick)
     machine = describe(options.device)
     command = shlex.join(["oner-fast", "bench", *_without_folder(argv)])
-    report = Report(command, machine.line(), machine.as_dict())
+    commit, dirty = commit_of_this()
+    report = Report(command, machine.line(), machine.as_dict(), commit=commit + "+" * dirty)
     print(f"machine: {machine.line()}", flush=True)
     interrupted = False
     try:
@@ -85,7 +93,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         interrupted = True
         print("\ninterrupted: the report holds the finished rows", file=sys.stderr)
-    _draw(report, options.out)
     print(f"wrote {', '.join(str(path) for path in report.write(options.out))}")
     if interrupted:
         return 130
@@ -127,6 +134,8 @@ def _reason_against(options: argparse.Namespace) -> str:
 def _rows(options: argparse.Namespace, settings: Settings) -> Iterable[Row]:
     """Measure the ops' rows and then, in a full run, the training step's."""
     todo = cases(options.quick, options.op or OPS)
+    if options.device == "cuda" and not options.op:
+        todo += layers.cases()
     for number, case in enumerate(todo, 1):
         with _Status(f"{number} of {len(todo)}: {case.key}") as status:
             row = measure(case, settings, status)
@@ -148,18 +157,6 @@ def _line(row: Row) -> str:
     if OURS in row.memory:
         parts.append(f"peak {row.memory[OURS]['peak'] / 2**20:.1f} MiB,")
     return f"{' '.join(parts)} {verdict(row)}"
-
-
-def _draw(report: Report, folder: Path) -> None:
-    if not report.rows:
-        return
-    try:
-        from oner_fast.benchmarks.plots import draw
-
-        folder.mkdir(parents=True, exist_ok=True)
-        draw(report.rows, folder)
-    except ModuleNotFoundError as error:
-        print(f"no plots: {error.name} is not installed ({install_extra_command('bench')})", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

@@ -91,9 +91,10 @@ class LoaderContest:
 
         def convert(jpeg: bytes) -> Tensor:
             image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-            side = int(min(image.size) * draw.uniform(0.5, 1.0) ** 0.5)
-            left, top = (int(draw.integers(length - side + 1)) for length in image.size)
-            box = (left, top, left + side, top + side)
+            share = draw.uniform(0.5, 1.0) ** 0.5
+            width, height = (int(length * share) for length in image.size)
+            left, top = int(draw.integers(image.width - width + 1)), int(draw.integers(image.height - height + 1))
+            box = (left, top, left + width, top + height)
             image = image.resize((self.SIZE, self.SIZE), Image.Resampling.BICUBIC, box)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 

@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
 from oner_fast.benchmarks import peak_memory
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Forward, Layout, Result, name_of, step
 from oner_fast.benchmarks.counts import graph_breaks
 from oner_fast.benchmarks.limits import limits
+from oner_fast.benchmarks.precision import grouped, more_draws, relative_error
 from oner_fast.benchmarks.profiles import phases
-from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Row
+from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
 from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
@@ -51,12 +51,12 @@ class Settings:
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
     """Measure a case and make its row. An interruption raises KeyboardInterrupt and makes no row."""
-    with _quiet():
+    with quiet():
         return _measure(case, settings, progress)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the compiler's messages about graph breaks, which are counted instead, and PyTorch's about prototypes."""
     logging.disable(logging.WARNING)
     try:
@@ -70,7 +70,7 @@ def _quiet() -> Iterator[None]:
 def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) -> Row:
     torch._dynamo.reset()
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
-    if settings.device != "cpu":
+    if settings.device != "cpu" and not case.served:
         case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
     # Targets hold for the CPU.
     promised = asdict(case.target) if settings.device == "cpu" else {}
@@ -78,18 +78,22 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     row = Row(case.op, case.shape, name_of(case.dtype), target=target, notes=list(case.notes))
     first = case.make(0, settings.device)
     ours = case.contender(OURS)
-    op, device, facts = case.facts_of(ours.layout(first), settings.device)
-    served = choose(op, device, **facts)
-    row.served = served.name
-    if case.timed:
+    row.served = case.served
+    if not case.served:
+        op, device, facts = case.facts_of(ours.layout(first), settings.device)
+        row.served = choose(op, device, **facts).name
+    if "precision" in case.measured:
         forwards = {one.name: one.function() for one in case.contenders}
         setup = check(case, forwards, first, row, progress)
+        more_draws(case, forwards, row, settings.device, progress)
+    if case.timed:
         _time(case, forwards, setup, settings, row, progress)
-        progress("graph breaks")
-        row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
-    if not case.timed and served.name == REFERENCE:
-        row.notes.append(f"{served.name!r} would need all that memory: not run")
-    elif settings.memory:
+        if not case.served:
+            progress("graph breaks")
+            row.graph_breaks = graph_breaks(ours.forward, ours.layout(first))
+    if case.measured == ("memory",) and row.served == REFERENCE:
+        row.notes.append(f"{row.served!r} would need all that memory: not run")
+    elif settings.memory and "memory" in case.measured and not case.served:
         _memory(case, settings, row, progress)
     row.judge([one.name for one in case.contenders if one.compiled])
     return row
@@ -149,10 +153,7 @@ def check(
     row.tolerance = max(allowed)
     for name, each in errors.items():
         row.errors[name] = max(each)
-        split = len(each) - len(call.leaves)
-        row.precision[name] = {OUTPUTS: max(each[:split])}
-        if call.leaves:
-            row.precision[name][GRADIENTS] = max(each[split:])
+        row.precision[name] = grouped(each, len(call.leaves))
         wrong = [
             f"result {number}: relative error {error:.2g}, allowed {bound:.2g}"
             for number, (error, bound) in enumerate(zip(each, allowed, strict=True))
@@ -161,18 +162,6 @@ def check(
         if wrong:
             row.refused[name] = "; ".join(wrong)
     return setup
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Return the larger of two relative errors: maximum error over maximum value, and RMS error over RMS value."""
-    if found.shape != exact.shape:
-        raise ValueError(f"a result has the shape {tuple(found.shape)}, not {tuple(exact.shape)}")
-    exact = exact.detach()
-    error = found.detach().double() - exact
-    scale = torch.finfo(torch.float64).tiny
-    largest = error.abs().max() / exact.abs().max().clamp_min(scale)
-    root = error.square().mean().sqrt() / exact.square().mean().sqrt().clamp_min(scale)
-    return float(torch.maximum(largest, root))
 
 
 def _time(

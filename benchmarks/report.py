@@ -1,9 +1,10 @@
-"""The report of a run: results.json, report.md, report.html and plots, rewritten after each row, never by hand."""
+"""The report of a run: results.json, report.md, report.html and charts, rewritten after each row, never by hand."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -12,17 +13,12 @@ from typing import IO, Any
 
 from oner_fast.atomic import write_atomic
 from oner_fast.benchmarks.cases import OURS
-from oner_fast.benchmarks.page import page
-from oner_fast.benchmarks.rows import Row
-
-MIB = 2**20
-CRITERIA: dict[str, Callable[[float], str]] = {
-    "speedup": lambda value: f"{value:g}x of the best",
-    "eager": lambda value: f"{value:g}x of eager",
-    "share": lambda value: f"{value:.0%} of the limit",
-    "memory_share": lambda value: f"memory at most 1/{1 / value:.3g} of compiled",
-    "memory_bytes": lambda value: f"memory at most {value / 1e6:.0f} MB",
-}
+from oner_fast.benchmarks.page.figures import charts
+from oner_fast.benchmarks.page.render import render
+from oner_fast.benchmarks.page.report import report_page
+from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Row
+from oner_fast.benchmarks.words import MIB, error, milliseconds, remarks, share, verdict
+from oner_fast.remedies import install_extra_command
 
 
 @dataclass
@@ -34,45 +30,69 @@ class Report:
     machine_facts: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
     finished: bool = False
+    commit: str = ""
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"))
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as a dict for JSON."""
+        """The report as a dict for JSON, without the seconds of single rounds, which a commit's record has."""
         return {
             "command": self.command,
             "started": self.started,
+            "commit": self.commit,
             "finished": self.finished,
             "machine": self.machine,
             "machine_facts": self.machine_facts,
-            "rows": [row.as_dict() for row in self.rows],
+            "rows": [row.as_dict() | {"seconds": {}} for row in self.rows],
         }
 
     @classmethod
     def read(cls, path: Path) -> Report:
         """Read a results.json."""
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Make a report from the dict of `as_dict`."""
         rows = [Row.from_dict(row) for row in data["rows"]]
-        return cls(data["command"], data["machine"], data["machine_facts"], rows, data["finished"], data["started"])
+        commit, started = data.get("commit", ""), data["started"]
+        return cls(data["command"], data["machine"], data["machine_facts"], rows, data["finished"], commit, started)
 
     def write(self, folder: Path) -> list[Path]:
-        """Write results.json, report.md and report.html into `folder`, made where it is missing; return their paths.
+        """Write the report into `folder`, made where it is missing; return the paths of what was written.
 
-        Each file is replaced at once. The HTML page holds the plots; the Markdown refers to them.
+        Each file is replaced at once. The HTML page holds the charts; the Markdown refers to their SVG files. Without
+        jinja2 there is no page, and a line on stderr says so.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        markdown = self.markdown(folder)
+        drawn = charts(self.rows)
         texts = {
             "results.json": json.dumps(self.as_dict(), indent=1) + "\n",
-            "report.md": markdown,
-            "report.html": page(markdown, folder),
+            **{f"{name}.svg": chart.file() for name, chart in drawn.items()},
+            "report.md": self.markdown(drawn),
         }
+        try:
+            texts["report.html"] = self.html()
+        except ModuleNotFoundError as missing:
+            if self.finished:
+                print(f"no page: {missing.name} is not installed ({install_extra_command('bench')})", file=sys.stderr)
         for name, text in texts.items():
             write_atomic(folder / name, partial(_write, text))
         return [folder / name for name in texts]
 
-    def markdown(self, folder: Path | None = None) -> str:
-        """Format the report as Markdown; with a folder, it shows the folder's plots."""
-        lines = ["# Benchmarks", "", f"`{self.command}`, {self.started}", "", f"Machine: {self.machine}", ""]
+    def html(self) -> str:
+        """Return the report as one HTML page. Raises ModuleNotFoundError without jinja2."""
+        facts = {
+            "Command": self.command,
+            "Measured": self.started,
+            "Machine": self.machine,
+            "Commit": self.commit,
+        }
+        return render(report_page(self.rows, facts, self.finished))
+
+    def markdown(self, drawn: Sequence[str] | Mapping[str, object] = ()) -> str:
+        """Format the report as Markdown that shows the charts of the names `drawn`, which stand beside it."""
+        commit = f", commit {self.commit}" if self.commit else ""
+        lines = ["# Benchmarks", "", f"`{self.command}`, {self.started}{commit}", "", f"Machine: {self.machine}", ""]
         if not self.finished:
             lines += ["**This run was not finished:** the report holds the finished rows.", ""]
         lines += [
@@ -96,9 +116,8 @@ class Report:
                 "",
             ]
             lines += _memory_table(weighed)
-        for name in ("speedup.png", "share.png", "memory.png"):
-            if folder is not None and (folder / name).exists():
-                lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+        for name in drawn:
+            lines += [f"![{name}]({name}.svg)", ""]
         lines += ["## Every candidate", ""]
         for row in self.rows:
             lines += _details(row)
@@ -107,21 +126,6 @@ class Report:
 
 def _write(text: str, file: IO[bytes]) -> None:
     file.write(text.encode())
-
-
-def milliseconds(seconds: float) -> str:
-    """Format seconds as milliseconds with three digits."""
-    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
-
-
-def verdict(row: Row) -> str:
-    """State which of the row's targets were met and which were not."""
-    if row.wrong:
-        return "REFUSED"
-    if not row.target:
-        return "no target"
-    words = {True: "met", False: "MISSED", None: "not measured"}
-    return "; ".join(f"{CRITERIA[name](value)}: {words[row.met.get(name)]}" for name, value in row.target.items())
 
 
 def _ours(row: Row) -> str:
@@ -135,12 +139,6 @@ def _best(row: Row) -> str:
     return f"{row.best}: {milliseconds(row.times[row.best].p50)}" if row.best else ""
 
 
-def _share(row: Row) -> str:
-    if row.share is None:
-        return ""
-    return f"{row.share:.0%}: {row.rate / 1e9:.3g} of {row.limit_rate / 1e9:.3g} {row.limit_unit}"
-
-
 _TIMES: dict[str, Callable[[Row], str]] = {
     "op": lambda row: f"{row.op} ({row.served})",
     "shape": lambda row: row.shape,
@@ -149,7 +147,7 @@ _TIMES: dict[str, Callable[[Row], str]] = {
     "best baseline, ms": _best,
     "ratio": lambda row: f"{row.speedup.p50:.2f}x" if row.speedup else "",
     "to eager": lambda row: f"{row.speedup_eager.p50:.2f}x" if row.speedup_eager else "",
-    "share of the limit": _share,
+    "share of the limit": share,
     "target": verdict,
 }
 
@@ -189,12 +187,15 @@ def _in_the_way(row: Row) -> list[str]:
 def _details(row: Row) -> list[str]:
     lines = [f"### {row.op}, {row.shape}, {row.dtype}", ""]
     if row.times:
-        lines += ["| candidate | p20, ms | p50, ms | p80, ms | rounds | error | set-up, s |", "|" + "---|" * 7]
+        lines += [
+            "| candidate | p20, ms | p50, ms | p80, ms | rounds | error | gradients | set-up, s |",
+            "|" + "---|" * 8,
+        ]
         for name, one in sorted(row.times.items(), key=lambda item: item[1].p50):
-            error = f"{row.errors[name]:.1e}" if name in row.errors else ""
+            errors = row.precision.get(name, {OUTPUTS: row.errors[name]} if name in row.errors else {})
             lines.append(
                 f"| {name} | {milliseconds(one.p20)} | {milliseconds(one.p50)} | {milliseconds(one.p80)} | "
-                f"{one.rounds} | {error} | {one.setup:.1f} |"
+                f"{one.rounds} | {error(errors.get(OUTPUTS))} | {error(errors.get(GRADIENTS))} | {one.setup:.1f} |"
             )
         lines.append("")
     if False in row.met.values():
@@ -203,12 +204,4 @@ def _details(row: Row) -> list[str]:
         lines += ["| part | share of ours |", "|---|---|"]
         lines += [f"| {name} | {share:.1%} |" for name, share in row.parts.items()]
         lines.append("")
-    notes = [f"{verdict(row)}"]
-    notes += [f"refused, wrong: {name}: {why}" for name, why in row.refused.items()]
-    notes += [f"cannot run here: {name}: {why}" for name, why in row.unavailable.items()]
-    if row.tolerance is not None:
-        notes.append(f"errors are relative to float64; allowed: {row.tolerance:.1e}")
-    if row.graph_breaks is not None:
-        notes.append(f"graph breaks of ours under torch.compile: {row.graph_breaks}")
-    notes += row.notes
-    return [*lines, *(f"* {note}" for note in notes), ""]
+    return [*lines, *(f"* {note}" for note in (verdict(row), *remarks(row))), ""]

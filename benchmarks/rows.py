@@ -55,11 +55,14 @@ class Row:
         profiles: for ours and the fastest baseline: {"forward": {operation: seconds}, "backward": ...}.
         memory: {candidate: {"peak", "saved", "saved_beyond_inputs"}} in bytes.
         errors: the largest relative error of each candidate against float64; `tolerance` is the largest allowed.
-        precision: the same error apart for the outputs and for the gradients, under `OUTPUTS` and `GRADIENTS`.
+        precision: the largest such error of several draws of the inputs, apart for the outputs and for the gradients,
+            under `OUTPUTS` and `GRADIENTS`.
         refused: candidates with wrong results, and what was wrong; they have no times.
         unavailable: candidates that cannot run here, with the reason.
         target: the promises by criterion; `met`: whether each was kept.
         parts: for a step: each op's share of ours.
+        breakdown: for a step: seconds of each kind of operation by candidate. They are the shares of one profiled step
+            of the median, so that they add up to it.
     """
 
     op: str
@@ -89,6 +92,7 @@ class Row:
     target: dict[str, float] = field(default_factory=dict)
     met: dict[str, bool] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property

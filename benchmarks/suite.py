@@ -27,8 +27,9 @@ from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.step import systems
 from oner_fast.benchmarks.step.contest import contest
 
-# Seconds of interleaved rounds of a subject, in the quick set and in the full one.
-SECONDS, FULL_SECONDS = {"op": 3.0, "step": 4.0, "loader": 3.0}, {"op": 12.0, "step": 20.0, "loader": 10.0}
+# Seconds of interleaved rounds of an op or the loader, and rounds of a step, whose calls are long.
+SECONDS, FULL_SECONDS = 3.0, 12.0
+STEP_ROUNDS, FULL_STEP_ROUNDS = 12, 30
 Memory = dict[str, dict[str, int]]
 
 
@@ -47,12 +48,12 @@ class Subject(ABC):
 
     @property
     def key(self) -> str:
-        """What is measured; unique in the suite."""
+        """Name of the measurement, unique in the suite."""
         return f"{self.op} {self.shape} {self.dtype}"
 
     @abstractmethod
-    def measure(self, seconds: float) -> Entry:
-        """Measure for `seconds`, and make the entry without its memory.
+    def measure(self) -> Entry:
+        """Measure, and make the entry without its memory.
 
         Raises:
             ModuleNotFoundError: a package that the subject needs is not installed.
@@ -73,7 +74,7 @@ class OpSubject(Subject):
 
     Args:
         case: the case.
-        full: whether the memory of compiled contenders is measured too.
+        full: measure for longer, and the memory of compiled contenders too.
     """
 
     kind = "op"
@@ -82,9 +83,9 @@ class OpSubject(Subject):
         self.case, self.full = case, full
         self.op, self.shape, self.dtype = case.op, case.shape, case.key.split()[-1]
 
-    def measure(self, seconds: float) -> Entry:
+    def measure(self) -> Entry:
         """Measure as `Subject.measure` says."""
-        row = measure(self.case, Settings(seconds, memory=False, profile=False))
+        row = measure(self.case, Settings(FULL_SECONDS if self.full else SECONDS, memory=False, profile=False))
         found = {"saved_bytes": self.case.saved}
         if self.case.timed:
             found = counts.of_case(self.case)
@@ -103,33 +104,34 @@ class StepSubject(Subject):
     Args:
         system: one of `systems.SYSTEMS`.
         dtype: "float32", or "bfloat16" for autocast of every contender.
-        compiled: whether the compiled baseline takes part.
+        full: measure for longer, and a compiled baseline too.
     """
 
     kind = "step"
 
-    def __init__(self, system: str, dtype: str, compiled: bool) -> None:
+    def __init__(self, system: str, dtype: str, full: bool) -> None:
         self.setting = systems.SYSTEMS[system]
         self.op, self.shape, self.dtype = f"{system} step", self.setting.shape(), dtype
-        self.compiled = compiled
+        self.full = full
 
     @property
     def _autocast(self) -> torch.dtype | None:
         return torch.bfloat16 if self.dtype == "bfloat16" else None
 
-    def measure(self, seconds: float) -> Entry:
+    def measure(self) -> Entry:
         """Measure as `Subject.measure` says."""
         torch._dynamo.reset()
         ours = self.setting.ours(self._autocast)
         baselines = [self.setting.plain(ours, self._autocast)]
-        if self.compiled:
+        if self.full:
             baselines.append(self.setting.plain(ours, self._autocast, compiled=True))
         exact = self.setting.plain(ours, None, exact=True)
         found = systems.counts_of(ours)
         row = Row(self.op, self.shape, self.dtype, served="oner_fast.train")
         contest(
             row, ours, baselines, tolerances=systems.TOLERANCES[self.dtype], flops=found["flops"],
-            dtype=self._autocast, exact=exact, seconds=seconds,
+            dtype=self._autocast, exact=exact,
+            rounds=FULL_STEP_ROUNDS if self.full else STEP_ROUNDS,
         )  # fmt: skip
         return entry_of(row, self.kind, found, {"FLOP": found["flops"]})
 
@@ -141,15 +143,18 @@ class StepSubject(Subject):
 
 
 class LoaderSubject(Subject):
-    """Batches from a tar of JPEGs."""
+    """Batches from a tar of JPEGs; `full` measures for longer."""
 
     kind, op, dtype = "loader", "loader", "uint8"
     shape = LoaderContest.SHAPE
 
-    def measure(self, seconds: float) -> Entry:
+    def __init__(self, full: bool) -> None:
+        self.full = full
+
+    def measure(self) -> Entry:
         """Measure as `Subject.measure` says."""
         with LoaderContest() as contest:
-            samples = contest.samples(seconds)
+            samples = contest.samples(FULL_SECONDS if self.full else SECONDS)
         found = {name: one.seconds for name, one in samples.items()}
         best, ratio = ratio_of(found, OURS, [name for name in found if name != OURS])
         return Entry(
@@ -173,7 +178,7 @@ def subjects(full: bool = False) -> list[Subject]:
     dtypes = ("float32", "bfloat16") if full else ("float32",)
     found: list[Subject] = [OpSubject(case, full) for case in cases(not full)]
     found += [StepSubject(system, dtype, full) for system in systems.SYSTEMS for dtype in dtypes]
-    return [*found, LoaderSubject()]
+    return [*found, LoaderSubject(full)]
 
 
 def entry_of(row: Row, kind: str, found: dict[str, int], work: dict[str, float]) -> Entry:

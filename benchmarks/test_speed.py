@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from oner_fast.benchmarks.machine import describe
-from oner_fast.benchmarks.ratios import RATIOS, processor_of
+from oner_fast.benchmarks.ratios import RATIOS, Ratios, processor_of
 from oner_fast.benchmarks.ratios import read as read_ratios
 from oner_fast.benchmarks.record import NAME
 from oner_fast.benchmarks.replay import clock, replay
 from oner_fast.benchmarks.source import versions
-from oner_fast.benchmarks.suite import FULL_SECONDS, SECONDS, Memory, Subject, subjects, with_memory
+from oner_fast.benchmarks.suite import Memory, Subject, subjects, with_memory
 
 ATTEMPTS = 3
 
@@ -32,12 +32,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.benchmark(timer=clock)
 def test_speed(subject: Subject, benchmark: Any, memory: dict[str, Memory], request: pytest.FixtureRequest) -> None:
     """Measure, put the entry into the record, and judge it."""
-    full = request.config.getoption("--full", default=False)
-    committed, processor = read_ratios(RATIOS), processor_of(describe().as_dict())
+    unjudged = request.config.getoption("--unjudged", default=False)
+    committed, processor = Ratios() if unjudged else read_ratios(RATIOS), processor_of(describe().as_dict())
     failures = []
     for _ in range(ATTEMPTS):
         try:
-            entry = subject.measure((FULL_SECONDS if full else SECONDS)[subject.kind])
+            entry = subject.measure()
         except ModuleNotFoundError as error:
             pytest.skip(str(error))
         wrong_count = committed.wrong_count(entry, processor, versions())

@@ -64,11 +64,16 @@ COMMANDS = {
         "bench",
         {
             "ops": "every op, and one training step; --quick for the small shapes",
+            "compare": "two records of commits: what changed beyond the noise",
+            "against": "this commit against another one, in turn on this machine",
+            "noise": "this commit against itself, many times: how often noise raises an alarm",
             "step": "one training step against plain PyTorch, and each op's share of it",
             "uta": "one step of UTA's student for each mask ratio, against mask tokens and a later gather",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
             "gpu-peers": "the GPU kernels against other libraries', counted on an emulated A100",
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
+            "page": "write the report of a results.json, or of a commit's record, as one HTML page",
+            "history": "draw the records of many commits as one HTML page",
         },
     ),
     "requirements": Command(

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Result, Target, exact_by, step
 from oner_fast.benchmarks.gpu.emulated_a100 import count, emulated_a100
-from oner_fast.benchmarks.measure import relative_error
 from oner_fast.benchmarks.ops import gather_patches, masked_gather, mixup_info_nce, token_alignment
+from oner_fast.benchmarks.precision import relative_error
 from oner_fast.ops import reference, varlen_attention
 from oner_fast.ops.varlen_attention import facts
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from oner_fast.benchmarks.cases import Call
 from oner_fast.benchmarks.gpu.tiles import label
 from oner_fast.benchmarks.gpu.workloads import Workload
-from oner_fast.benchmarks.measure import relative_error
+from oner_fast.benchmarks.precision import relative_error
 from oner_fast.benchmarks.timing import Candidate, Rotation, Samples, interleave, ratio
 from oner_fast.kernels.launch import Configuration
 from oner_fast.kernels.tile_overrides import Key, override

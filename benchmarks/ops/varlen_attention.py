@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Result, Target, exact_by
+from oner_fast.benchmarks.peers import attention as peers
 from oner_fast.ops import reference, varlen_attention
 from oner_fast.ops.varlen_attention import facts
 
@@ -177,7 +178,7 @@ def baselines(lengths: list[int], dtype: torch.dtype) -> list[Contender]:
         add("SDPA by length in float32", each(in_float32(fused)), grouped, compiled=True, quick=False)
         add("SDPA in a loop in float32", each(in_float32(fused)), alone, quick=False)
         add("SDPA padded in float32, mask", padded_in_float32, Padded(lengths, additive=False), quick=False)
-    return found
+    return [*found, *peers.contenders(lengths, dtype)]
 
 
 def case(lengths: list[int], label: str, dtype: torch.dtype, target: Target) -> Case:

@@ -63,6 +63,9 @@ def contest(
     tell("profiling")
     found = {name: shares(step) for name, step in steps.items()}
     row.parts = {share.kind: share.share for share in found[OURS]}
+    row.breakdown = {
+        name: {share.kind: share.share * row.times[name].p50 for share in parts} for name, parts in found.items()
+    }
     row.notes += _notes(found)
     return found
 

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 import torch
-from drawing import Drawing
 
+from oner_fast.benchmarks.drawing import Drawing
 from oner_fast.ops.patch_masks import Pattern, draw_masks
 
 HERE = Path(__file__).resolve().parent

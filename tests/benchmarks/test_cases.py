@@ -9,8 +9,9 @@ import torch
 from oner_fast.benchmarks import measure as measuring
 from oner_fast.benchmarks.cases import OURS, Call, Case, Contender, Target, name_of, step
 from oner_fast.benchmarks.counts import counted_flops, graph_breaks
-from oner_fast.benchmarks.measure import Settings, check, measure, relative_error
+from oner_fast.benchmarks.measure import Settings, check, measure
 from oner_fast.benchmarks.ops import OPS, cases
+from oner_fast.benchmarks.precision import relative_error
 from oner_fast.benchmarks.rows import Row
 
 QUICK = cases(quick=True)

@@ -1,0 +1,1 @@
+"""Self-contained pages of measured figures: one HTML file with its charts inside, without scripts."""
