@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates fuzz bench gpu gpu-report sanitize mutations \
+.PHONY: help install demo test test-slow faults gates fuzz bench bench-against statistics gpu gpu-report sanitize mutations \
 	lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
@@ -18,6 +18,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
+# The other commit of `make bench-against`, and options of `oner-fast bench against`.
+BASE ?=
+AGAINST ?=
 PYTEST ?=
 # Seconds for each reader of files; 1800 before a release.
 FUZZ_SECONDS ?= 20
@@ -40,7 +43,7 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 STAMP = $(VENV)/.oner-fast-installed
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -99,6 +102,13 @@ gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exa
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops
+
+bench-against: $(STAMP)-bench ## compare this commit with BASE=<ref>, in turn on this machine, into runs/against
+	@[[ -n '$(BASE)' ]] || { echo 'name the other commit: make bench-against BASE=main' >&2; exit 2; }
+	$(BIN)/oner-fast bench against '$(BASE)' $(AGAINST)
+
+statistics: $(STAMP)-test ## 100 comparisons of this commit with itself, 1 to 2 hours: at most one alarm (into runs/noise)
+	$(BIN)/pytest -rfE -s -m statistics tests/benchmarks/test_noise.py $(PYTEST)
 
 gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu
 	$(BIN)/oner-fast doctor
