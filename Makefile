@@ -119,7 +119,7 @@ bench-against: $(STAMP)-bench ## compare this commit with BASE=<ref>, in turn on
 	@[[ -n '$(BASE)' ]] || { echo 'name the other commit: make bench-against BASE=main' >&2; exit 2; }
 	$(BIN)/oner-fast bench against '$(BASE)' $(AGAINST)
 
-statistics: $(STAMP)-test ## 100 comparisons of this commit with itself, 1 to 2 hours: at most one alarm (into runs/noise)
+statistics: $(STAMP)-test ## compare this commit with itself 100 times, for 1 to 2 hours, into runs/noise
 	$(BIN)/pytest -rfE -s -m statistics tests/benchmarks/test_noise.py $(PYTEST)
 
 gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu

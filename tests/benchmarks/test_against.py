@@ -146,7 +146,7 @@ def test_three_processes_take_turns_and_a_planted_slow_down_is_caught(tmp_path: 
     """Compare this build with itself, and one op made three times as slow, which is more than any noise."""
     settings = Settings((OP,), 0.1, 1, ((OP, 3.0),))
     (path,) = noise.collect(tmp_path, 1, settings)
-    before, after = noise._load(path, settings)
+    before, after = noise._load(path, settings, "cpu")
     (row,) = compare(before, after).rows
     assert row.verdict == SLOWER and row.change is not None and row.change == pytest.approx(-2 / 3, abs=0.2)
     assert before.facts["interleaved"] == after.facts["interleaved"]
@@ -156,7 +156,7 @@ def test_three_processes_take_turns_and_a_planted_slow_down_is_caught(tmp_path: 
     # The pair is not measured again, and belongs to its settings.
     at = path.stat().st_mtime_ns
     assert noise.collect(tmp_path, 1, settings) == [path] and path.stat().st_mtime_ns == at
-    assert noise.caught(noise.judge([path], settings)["in turn"], OP) == 1
+    assert noise.caught(noise.judge([path], settings)[noise.IN_TURN], OP) == 1
     with pytest.raises(ValueError, match="are asked for; give another folder with --out"):
         noise.collect(tmp_path, 1, Settings((OP,), 0.1, 1))
 

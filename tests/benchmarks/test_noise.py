@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from oner_fast.benchmarks.noise import FOLDER, PAIRS, Settings, alarms, caught, collect, judge, margins
+from oner_fast.benchmarks.noise import FOLDER, IN_TURN, PAIRS, Settings, alarms, caught, collect, judge, margins
 
 PLANTED = Settings(planted=(("token_alignment", 1.2),))
 PLANTED_PAIRS = 10
@@ -40,7 +40,7 @@ def test_of_100_pairs_of_the_same_build_at_most_one_raises_an_alarm(
 @pytest.mark.statistics
 def test_a_planted_slow_down_of_a_fifth_is_caught(tell: Callable[[str], None], pytestconfig: pytest.Config) -> None:
     folder = pytestconfig.rootpath / FOLDER / "planted"
-    comparisons = judge(collect(folder, PLANTED_PAIRS, PLANTED, tell), PLANTED)["in turn"]
+    comparisons = judge(collect(folder, PLANTED_PAIRS, PLANTED, tell), PLANTED)[IN_TURN]
     found = caught(comparisons, PLANTED.planted[0][0])
     tell(f"in turn: caught in {found} of {len(comparisons)}")
     assert found >= PLANTED_PAIRS - 1
