@@ -14,6 +14,7 @@ from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.comparison import SAME, SLOWER, compare
 from oner_fast.benchmarks.noise import Settings
 from oner_fast.benchmarks.record import read
+from oner_fast.benchmarks.rows import OUTPUTS
 from oner_fast.benchmarks.turns import AFTER, BEFORE, PYTORCH, Failed, Process, Side, Subject, _ordered
 
 OP = "token_alignment"
@@ -152,7 +153,7 @@ def test_three_processes_take_turns_and_a_planted_slow_down_is_caught(tmp_path: 
     assert before.facts["interleaved"] == after.facts["interleaved"]
     assert before.facts["interleaved"]["clock"] == "cpu" and before.entries[0].served == after.entries[0].served != ""
     assert len(before.entries[0].seconds[OURS]) == len(after.entries[0].seconds[before.entries[0].best]) >= 16
-    assert before.entries[0].errors[OURS]["outputs"] < 1e-4
+    assert before.entries[0].errors[OURS][OUTPUTS] < 1e-4
     # The pair is not measured again, and belongs to its settings.
     at = path.stat().st_mtime_ns
     assert noise.collect(tmp_path, 1, settings) == [path] and path.stat().st_mtime_ns == at
