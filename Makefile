@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates fuzz bench gpu gpu-report sanitize mutations \
+.PHONY: help install demo test test-slow faults gates fuzz bench bench-results gpu gpu-report sanitize mutations \
 	lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
@@ -99,6 +99,10 @@ gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exa
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops
+
+bench-results: $(STAMP)-bench ## the same into benchmarks/results/cpu, and draw the documentation's pictures of it
+	$(BIN)/oner-fast bench ops --out benchmarks/results/cpu
+	$(BIN)/python docs/figures/make_figures.py
 
 gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu
 	$(BIN)/oner-fast doctor

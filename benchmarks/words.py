@@ -29,7 +29,7 @@ def error(value: float | None) -> str:
 
 def outputs_of(row: Row) -> str:
     """Name what the row's op returns."""
-    return "loss" if row.op in LOSSES else "output"
+    return "loss" if row.op in LOSSES or "step" in row.op else "output"
 
 
 def verdict(row: Row) -> str:
