@@ -4,8 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates fuzz bench bench-results gpu gpu-report sanitize mutations \
-	lint format support docs clean
+.PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-results gpu gpu-report sanitize \
+	mutations lint format support docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -18,6 +18,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
+RECORD ?= runs/record.json
+FULL ?=
 PYTEST ?=
 # Seconds for each reader of files; 1800 before a release.
 FUZZ_SECONDS ?= 20
@@ -94,8 +96,18 @@ test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulate
 faults: $(STAMP)-test ## let every access to a file fail once, for a tiny run of each command, and print the counts
 	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)
 
-gates: $(STAMP)-test ## check saved bytes, FLOPs and graph breaks of the ops exactly, their speed loosely
-	$(BIN)/pytest -ra --show-capture=no benchmarks
+gates: record ## check counts exactly, and the ratios of speed against the committed ones
+
+record: $(STAMP)-test ## the same, which writes the record of this commit to runs/record.json (FULL=--full for all)
+	@mkdir -p $(dir $(RECORD))
+	$(BIN)/pytest -ra --show-capture=no benchmarks --benchmark-json=$(RECORD) $(FULL)
+
+# The ratios that `make gates` judges by are never edited by hand.
+ratios: $(STAMP)-test ## measure three records on an idle machine, and commit their ratios for its processor
+	@mkdir -p $(dir $(RECORD))
+	for run in 1 2 3; do \
+	  $(BIN)/pytest -q benchmarks/test_speed.py --unjudged --benchmark-json=$(RECORD).$$run || exit 1; done
+	$(BIN)/oner-fast bench ratios $(RECORD).1 $(RECORD).2 $(RECORD).3
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops

@@ -15,8 +15,10 @@ from oner_fast.train.engine.allocator import freed_memory_kept
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --full."""
-    parser.getgroup("oner_fast").addoption(
+    """Add --full and --unjudged."""
+    group = parser.getgroup("oner_fast")
+    group.addoption("--unjudged", action="store_true", help="record ratios without judging them, to commit them")
+    group.addoption(
         "--full",
         action="store_true",
         help="measure the large shapes, both dtypes and the compiled steps too (about 20 minutes on 2 cores)",

@@ -48,7 +48,7 @@ class Subject(ABC):
 
     @property
     def key(self) -> str:
-        """What is measured; unique in the suite."""
+        """Name of the measurement, unique in the suite."""
         return f"{self.op} {self.shape} {self.dtype}"
 
     @abstractmethod

@@ -25,9 +25,9 @@ def fake(wrong: str = "", interrupt_at: str = "") -> Measure:
             raise KeyboardInterrupt
         progress("measuring")
         times = {OURS: Times(1, 2, 3, 5, 0), "eager": Times(2, 4, 6, 5, 0)}
-        row = Row(
-            case.op, case.shape, "float32", "cpp", times, "eager", Quantiles(2, 2, 2), "eager", Quantiles(2, 2, 2)
-        )
+        twice = Quantiles(2, 2, 2)
+        row = Row(case.op, case.shape, "float32", "cpp", times, best="eager", speedup=twice, eager="eager")
+        row.speedup_eager = twice
         if case.op == wrong:
             row.refused[OURS] = "result 0: relative error 1, allowed 0.1"
         return row
