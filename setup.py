@@ -12,10 +12,12 @@ import json
 import os
 import platform
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +26,56 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-INSTALL = "pip install --no-build-isolation --force-reinstall --no-deps"
-AGAIN = "then install oner_fast again with --no-build-isolation"
+sys.path.insert(0, str(ROOT))
+from build_backend import torch_folder  # noqa: E402
+
 EDITABLE = "editable_wheel" in sys.argv
 ARCHITECTURES = ["80", "86", "89", "90", "100"]  # machine code for each, and PTX of the last
 
 
 class Missing(Exception):
-    """A missing requirement of the build, and how to get it."""
+    """A missing requirement of the build, and what to do before the package is installed again.
 
-    def __init__(self, reason: str, remedy: str) -> None:
+    The remedy is empty for what the command of `oner_fast.remedies.build_command` installs.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
         self.reason, self.remedy = reason, remedy
 
 
 def find_torch() -> dict[str, Any]:
-    """Find torch's location and build settings."""
-    try:
-        import torch
-        from torch.utils import cpp_extension
-    except Exception as error:
-        raise Missing(
-            f"torch could not be imported while the package was built ({error}); an isolated build never sees it",
-            f"install torch, setuptools, wheel, cmake, ninja and pybind11, {AGAIN}",
-        ) from error
+    """Find torch's location and build settings, without importing it: an isolated build could not."""
+    folder = torch_folder()
+    if folder is None:
+        raise Missing("no torch was found while the package was built", "install torch")
+    version = runpy.run_path(str(folder / "version.py"))
     return {
-        "version": str(torch.__version__),
-        "include": cpp_extension.include_paths(),
-        "library": cpp_extension.library_paths()[0],
-        "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
-        "cuda": torch.version.cuda,
+        "version": str(version["__version__"]),
+        "include": [str(folder / "include"), str(folder / "include/torch/csrc/api/include")],
+        "library": str(folder / "lib"),
+        "cuda": version.get("cuda"),
     }
 
 
-def find_tool(name: str, package: str) -> str:
+def oldest_torch() -> str:
+    """Return the oldest torch that pyproject.toml promises, such as "2.10", which the ops are built for."""
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    return next(one.removeprefix("torch>=") for one in dependencies if one.startswith("torch>="))
+
+
+def target_version(torch_version: str) -> str:
+    """Write a version such as "2.10" as TORCH_TARGET_VERSION: a byte for each part."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return f"0x{major:02x}{minor:02x}{0:012x}ULL"
+
+
+def find_tool(name: str) -> str:
     """A build tool, first in the environment that builds, then on PATH."""
     beside = Path(sysconfig.get_path("scripts")) / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise Missing(f"{name} was not found", f"pip install {package}, {AGAIN}")
+        raise Missing(f"{name} was not found")
     return found
 
 
@@ -76,29 +89,37 @@ def find_compiler() -> tuple[str, str]:
             if said.returncode == 0 and said.stdout:
                 return path, said.stdout.splitlines()[0]
     what = f"the C++ compiler CXX={asked} was not found" if asked else "no C++ compiler was found"
-    raise Missing(what, f"install one (for example: apt install g++), {AGAIN}")
+    raise Missing(what, "install one (for example: apt install g++)")
 
 
 def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
     """nvcc and, where it is not used, why."""
+    if os.environ.get("ONER_FAST_CUDA") == "0":
+        return None, "ONER_FAST_CUDA=0 left it out, as wheels do"
     if not torch_info["cuda"]:
-        return None, "this torch is a CPU build"
+        return None, "the torch that it was built with has no CUDA"
     if os.environ.get("ONER_FAST_SANITIZE"):
         return None, "sanitizers watch the CPU's code"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
     if nvcc is None:
         return None, f"nvcc was not found (torch has CUDA {torch_info['cuda']}); install that toolkit or set CUDA_HOME"
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
+    release = cuda_release(nvcc)
     if release is None:
         return None, f"{nvcc} --version did not say which release it is"
-    if release[1] != torch_info["cuda"].split(".")[0]:
+    if release.split(".")[0] != torch_info["cuda"].split(".")[0]:
         return None, (
-            f"{nvcc} is CUDA {release[1]}.{release[2]} but torch has CUDA {torch_info['cuda']}; install that toolkit "
-            "or set CUDA_HOME to it"
+            f"{nvcc} is CUDA {release} but torch has CUDA {torch_info['cuda']}; install that toolkit or set CUDA_HOME "
+            "to it"
         )
     return nvcc, ""
+
+
+def cuda_release(nvcc: str) -> str | None:
+    """Return the release of an nvcc, such as "13.0"; None where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else None
 
 
 def cuda_architectures(nvcc: str) -> str:
@@ -123,7 +144,7 @@ def find_pybind11() -> list[str]:
             "install Python's development headers (for example: apt install python3-dev)",
         )
     if importlib.util.find_spec("pybind11") is None:
-        raise Missing("pybind11 was not found", f"pip install pybind11, {AGAIN}")
+        raise Missing("pybind11 was not found")
     import pybind11
 
     return [include, pybind11.get_include()]
@@ -147,7 +168,7 @@ class CMakeBuild(build_ext):
             report["extension"] = {
                 "built": False,
                 "reason": f"{type(error).__name__}: {error}",
-                "remedy": f"{INSTALL} -v . shows the build",
+                "remedy": "correct it (pip's option -v shows the build)",
             }
         if not report["extension"]["built"]:
             report["native"] = dict(report["extension"])
@@ -155,16 +176,21 @@ class CMakeBuild(build_ext):
         for part in ("extension", "native"):
             if not report[part]["built"]:
                 print(f"oner_fast: {part} not built: {report[part]['reason']}", file=sys.stderr)
-                print(f"oner_fast: remedy: {report[part]['remedy']}", file=sys.stderr)
+                print("oner_fast: 'oner-fast doctor' names the remedy", file=sys.stderr)
+        if os.environ.get("ONER_FAST_REQUIRED") == "1" and not report["extension"]["built"]:
+            raise SystemExit(f"ONER_FAST_REQUIRED=1, and the extension is not built: {report['extension']['reason']}")
         (self.package / "_build.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
     def build_all(self, report: dict[str, Any]) -> None:
         torch_info = find_torch()
         compiler, compiler_version = find_compiler()
-        cmake, ninja = find_tool("cmake", "cmake"), find_tool("ninja", "ninja")
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
         nvcc, no_cuda = find_cuda(torch_info)
         report.update(
-            torch=torch_info["version"], compiler=compiler_version, cuda={"built": nvcc is not None, "reason": no_cuda}
+            torch=torch_info["version"],
+            oldest_torch=oldest_torch(),
+            compiler=compiler_version,
+            cuda={"built": nvcc is not None, "reason": no_cuda},
         )
         native: dict[str, Any] = {"built": True, "reason": "", "remedy": ""}
         headers: list[str] = []
@@ -177,7 +203,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": ninja,
             "TORCH_INCLUDE_DIRS": ";".join(torch_info["include"]),
             "TORCH_LIBRARY_DIR": torch_info["library"],
-            "TORCH_CXX11_ABI": str(torch_info["cxx11_abi"]),
+            "TORCH_TARGET_VERSION": target_version(report["oldest_torch"]),
             "PYTHON_INCLUDE_DIRS": ";".join(headers),
             "PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX") or ".so",
             "ONER_FAST_NATIVE": "ON" if native["built"] else "OFF",
@@ -188,7 +214,7 @@ class CMakeBuild(build_ext):
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
             settings["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures(nvcc)
-            report["cuda"]["architectures"] = settings["CMAKE_CUDA_ARCHITECTURES"]
+            report["cuda"].update(architectures=settings["CMAKE_CUDA_ARCHITECTURES"], version=cuda_release(nvcc))
         facts = [report["torch"], compiler_version, sys.version]
         try:
             output = self.compile(cmake, settings, facts)
@@ -198,7 +224,12 @@ class CMakeBuild(build_ext):
             # The ops of the CPU are worth having without those of the GPU.
             report["cuda"] = {"built": False, "reason": missing.reason}
             output = self.compile(cmake, {**settings, "ONER_FAST_CUDA": "OFF"}, facts)
-        for library in [output / "_C.so", *(output.glob("_native*") if native["built"] else [])]:
+        libraries = [output / "_C.so"]
+        if report["cuda"]["built"]:
+            libraries.append(output / "_C_cuda.so")
+        if native["built"]:
+            libraries.extend(output.glob("_native*"))
+        for library in libraries:
             # Written beside and renamed: a process that has the old file mapped keeps it.
             partial = self.package / f".{library.name}.partial"
             shutil.copy2(library, partial)
@@ -240,13 +271,13 @@ class CMakeBuild(build_ext):
             step = "compiling" if "--build" in command else "configuring with CMake"
             raise Missing(
                 f"{step} failed: {' | '.join(line.strip() for line in errors[:3])}",
-                f"{INSTALL} -v . shows the whole build",
+                "correct it (pip's option -v shows the whole build)",
             )
 
     def built(self) -> list[Path]:
         return [
             path
-            for pattern in ("_C.so", "_native*.so", "_native*.pyd", "_build.json")
+            for pattern in ("_C.so", "_C_cuda.so", "_native*.so", "_native*.pyd", "_build.json")
             for path in self.package.glob(pattern)
         ]
 

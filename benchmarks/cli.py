@@ -30,6 +30,9 @@ DEFAULT_FOLDER = Path("runs/bench")
 SECONDS, QUICK_SECONDS = 12.0, 1.5
 # The other benchmarks, each a module with its own `main`.
 OTHERS = {
+    "compare": "oner_fast.benchmarks.compare",
+    "against": "oner_fast.benchmarks.against",
+    "noise": "oner_fast.benchmarks.noise",
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
     "ratios": "oner_fast.benchmarks.ratios",

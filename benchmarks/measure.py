@@ -51,12 +51,12 @@ class Settings:
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
     """Measure a case and make its row. An interruption raises KeyboardInterrupt and makes no row."""
-    with _quiet():
+    with quiet():
         return _measure(case, settings, progress)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the compiler's messages about graph breaks, which are counted instead, and PyTorch's about prototypes."""
     logging.disable(logging.WARNING)
     try:

@@ -93,12 +93,11 @@ def versions() -> dict[str, tuple[str, str]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
-    wanted = {"torch": project["dependencies"], "triton": project["optional-dependencies"]["triton"]}
-    bounds = {name: _only(rf"{name}([^;]*)", "\n".join(lines)).strip() for name, lines in wanted.items()}
+    needed_torch = _only(r"torch(.*)", "\n".join(project["dependencies"]))
     return {
         "Python": (project["requires-python"], _only(r'python-version: "([\d.]+)"', workflow)),
-        "PyTorch": (bounds["torch"], _only(r"TORCH_CPU \?= torch==(\S+)", makefile)),
-        "Triton": (bounds["triton"], _only(r"TRITON \?= triton==(\S+)", makefile)),
+        "PyTorch": (needed_torch, _only(r"TORCH_CPU \?= torch==(\S+)", makefile)),
+        "Triton": ("that of PyTorch", _only(r"TRITON \?= triton==(\S+)", makefile)),
         "CUDA toolkit (nvcc)": (
             "the major version of PyTorch's CUDA",
             _only(r"nvidia-cuda-nvcc==([\d.]+)\.", workflow),
@@ -184,7 +183,8 @@ def markdown() -> str:
             *_table(["", "Needed", "Tested"], [[name, *both] for name, both in needed.items()]),
             "",
             "A C++20 compiler builds the extension for the CPU, and nvcc the CUDA C++ kernels. Both are optional.",
-            "CUDA builds of PyTorch bring their own Triton.",
+            "CUDA builds of PyTorch bring their own Triton. `oner-fast requirements triton` names that of a CPU",
+            "build.",
             "",
             "## What is chosen",
             "",

@@ -185,7 +185,7 @@ def statistics(
     query: Tensor,
     query_other: Tensor | None,
     query_mix: Tensor | None,
-    query_inverse_norm: Tensor,
+    query_inverse_norm: Tensor | None,
     key: Tensor,
     key_other: Tensor | None,
     key_mix: Tensor | None,

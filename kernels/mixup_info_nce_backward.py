@@ -166,7 +166,7 @@ def _gradient_of(
     parts = _parts(u / factor, BLOCK_M, BLOCK_K, PART)
     row = owner_first + tl.arange(0, BLOCK_M)
     along = tl.zeros([BLOCK_M], tl.float32)
-    if not UNIT:
+    if OWNER_IS_QUERY or not UNIT:
         for i in tl.static_range(BLOCK_K // PART):
             along += along_rows(
                 parts[i], x, x_stride, x_other, x_other_stride, mix, row, row_here, i * PART, width, MIXED, MIX_EACH,
@@ -194,9 +194,9 @@ def _gradient(
     key_x, key_x_stride, key_other, key_other_stride, key_mix, key_norm, to_key, to_key_other, to_key_mix, key_sums,
     rows, columns, width, first_pair, query_tiles,
     QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, QUERY_MIXED: tl.constexpr, KEY_MIXED: tl.constexpr,
-    MIX_EACH: tl.constexpr, KEY_UNIT: tl.constexpr, COLUMNS: tl.constexpr, PARTNER: tl.constexpr, RANGED: tl.constexpr,
-    RANGES: tl.constexpr, BOTH_SIDES: tl.constexpr, ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    MIX_EACH: tl.constexpr, QUERY_UNIT: tl.constexpr, KEY_UNIT: tl.constexpr, COLUMNS: tl.constexpr,
+    PARTNER: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr, BOTH_SIDES: tl.constexpr, ATOMIC: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < query_tiles:
@@ -205,8 +205,8 @@ def _gradient(
             own_weight, partner, partner_weight, logit_scale, ranges, query_x, query_x_stride, query_other,
             query_other_stride, query_mix, query_norm, to_query, to_query_other, to_query_mix, dot, key_sums,
             tile * BLOCK_M, rows, columns, width, first_pair,
-            True, QUERY_REST, KEY_REST, True, COLUMNS, PARTNER, RANGED, RANGES, False, QUERY_MIXED, MIX_EACH, ATOMIC,
-            EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
+            True, QUERY_REST, KEY_REST, True, COLUMNS, PARTNER, RANGED, RANGES, QUERY_UNIT, QUERY_MIXED, MIX_EACH,
+            ATOMIC, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
         )  # fmt: skip
     elif BOTH_SIDES:
         _gradient_of(
@@ -224,7 +224,7 @@ def _backward(
     query: Tensor,
     query_other: Tensor | None,
     query_mix: Tensor | None,
-    query_inverse_norm: Tensor,
+    query_inverse_norm: Tensor | None,
     key: Tensor,
     key_other: Tensor | None,
     key_mix: Tensor | None,
@@ -239,10 +239,11 @@ def _backward(
     own_weight: Tensor,
     partner_weight: Tensor | None,
     need_key: bool,
+    key_sums: bool,
 ) -> tuple[Tensor, ...]:
     query_side = Side.of(query, query_other, query_mix, query_inverse_norm)
     key_side = Side.of(key, key_other, key_mix, key_inverse_norm)
-    to_query, to_key = Gradients.of(query_side, True), Gradients.of(key_side, need_key)
+    to_query, to_key = Gradients.of(query_side, True), Gradients.of(key_side, need_key, key_sums)
     dot = torch.zeros(query.shape[0], dtype=torch.float32, device=query.device)
     weights = Weights(
         row_max.contiguous(), row_weight.contiguous(), column_max, column_weight, own_weight.contiguous(),
@@ -277,6 +278,7 @@ def _whole(
     (rows, width), columns = q.shape, k.shape[0]
     need_key = to_key.x.numel() > 0
     mixed = query.other is not None or key.other is not None
+    key_unit, key_mixed = to_key.flags_of(key)
     chosen = _tiles(size_class(width, 256), mixed, weights.partner is not None, atomic, architecture_of(q))
     key_sums = torch.zeros((columns, width) if atomic else (0,), dtype=torch.float32, device=q.device)
     ranges = weights.ranges(q_rest, k_rest, columns) if q.dtype == torch.float16 else None
@@ -290,12 +292,12 @@ def _whole(
         q, q.stride(0), given(q_rest), weights.row_max, weights.row_weight, k, k.stride(0), given(k_rest),
         given(weights.column_max), given(weights.column_weight), weights.own_weight, given(weights.partner),
         given(weights.partner_weight), logit_scale, given(ranges),
-        *query.sources, query.inverse_norm, to_query.x, to_query.other, to_query.mix, dot,
+        *query.sources, given(query.inverse_norm), to_query.x, to_query.other, to_query.mix, dot,
         *key.sources, given(key.inverse_norm), to_key.x, to_key.other, to_key.mix, key_sums,
         rows, columns, width, weights.first_pair, tiles,
         QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, QUERY_MIXED=query.other is not None,
-        KEY_MIXED=key.other is not None, MIX_EACH=query.flags["MIX_EACH"] or key.flags["MIX_EACH"],
-        KEY_UNIT=key.inverse_norm is None, COLUMNS=weights.column_max is not None,
+        KEY_MIXED=key_mixed, MIX_EACH=query.flags["MIX_EACH"] or key.flags["MIX_EACH"],
+        QUERY_UNIT=query.inverse_norm is None, KEY_UNIT=key_unit, COLUMNS=weights.column_max is not None,
         PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, BOTH_SIDES=key_tiles > 0,
         ATOMIC=atomic, EVEN=width % chosen.blocks["BLOCK_K"] == 0, PART=_PART, **EXACT, **chosen.launch,
     )  # fmt: skip
@@ -322,10 +324,10 @@ def backward_with_atomics(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def compilations() -> list[Compilation]:
-    """List the kernel for half-precision rows: plain, with partners, mixed, and atomic."""
+    """List the kernel for half-precision rows: plain, with partners, mixed, atomic, and without norms."""
     found = []
     for dtype in (torch.float16, torch.bfloat16):
-        for mark in ("", "partner", "mixed", "atomic"):
+        for mark in ("", "partner", "mixed", "atomic", "normalized"):
             sizes = (64, 128) if mark in ("mixed", "atomic") else (64, 128, 256)
             found += [_compilation(dtype, size, mark) for size in sizes]
     return found
@@ -333,10 +335,12 @@ def compilations() -> list[Compilation]:
 
 def _compilation(dtype: torch.dtype, size: int, mark: str = "") -> Compilation:
     element, mixed, atomic = triton_type(dtype), mark == "mixed", mark == "atomic"
+    unit = mark == "normalized"
+    rest = not mixed and not unit
     constexprs = {
-        "QUERY_REST": not mixed, "KEY_REST": not mixed, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
-        "KEY_UNIT": False, "COLUMNS": True, "PARTNER": mark == "partner", "RANGED": dtype == torch.float16,
-        "RANGES": RANGES, "BOTH_SIDES": not atomic, "ATOMIC": atomic, "EVEN": True,
+        "QUERY_REST": rest, "KEY_REST": rest, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
+        "QUERY_UNIT": unit, "KEY_UNIT": unit, "COLUMNS": True, "PARTNER": mark == "partner",
+        "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic, "ATOMIC": atomic, "EVEN": True,
         "PART": _PART,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"

@@ -129,7 +129,7 @@ def launch(
     """Compute the gradients of both sides, and the dot product of each query row with its sums."""
     (q, q_rest), (k, k_rest) = query.operand(), key.operand()
     (rows, width), columns, device = q.shape, k.shape[0], q.device
-    q_unit = q if q_rest is None else query.unit_rows().contiguous()
+    q_unit = q.contiguous() if q_rest is None else query.unit_rows()
     k_unit = k.contiguous() if k_rest is None else key.unit_rows()
     chunk = min(rows, max(_CHUNK, 2 * width))
     gradient = torch.empty(chunk, columns, dtype=q.dtype, device=device)

@@ -27,7 +27,10 @@ from oner_fast.kernels.norms import divisor_of
 
 @dataclass(frozen=True)
 class Side:
-    """Query or key with dense rows: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i)."""
+    """Query or key with dense rows: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i).
+
+    Without inverse norms the mixed rows enter the logits as they are.
+    """
 
     x: Tensor
     other: Tensor | None
@@ -55,19 +58,20 @@ class Side:
         return {"MIXED": self.other is not None, "MIX_EACH": self.mix is not None and self.mix.dim() == 1}
 
     def operand(self) -> tuple[Tensor, Tensor | None]:
-        """Return the rows (N, D) for products, and the factors that make them unit vectors (None where they are)."""
+        """Return the rows (N, D) for products, and the factors of the logits that they leave (None for none)."""
         return (self.x, self.inverse_norm) if self.other is None else (self.unit_rows(), None)
 
     def unit_rows(self) -> Tensor:
-        """Return the unit vectors (N, D) in the inputs' dtype."""
-        if self.inverse_norm is None:
-            return self.x
+        """Return the rows of the logits (N, D), contiguous and in the inputs' dtype."""
+        if self.inverse_norm is None and self.other is None:
+            return self.x.contiguous()
         rows, width = self.x.shape
         out = torch.empty_like(self.x, memory_format=torch.contiguous_format)
         blocks = row_configuration("rows", width, self.x)
         _unit_rows[(triton.cdiv(rows, blocks.blocks["BLOCK_M"]), triton.cdiv(width, blocks.blocks["BLOCK_D"]))](
-            *self.sources, self.inverse_norm, out, rows, width, **self.flags, **blocks.launch
-        )
+            *self.sources, out if self.inverse_norm is None else self.inverse_norm, out, rows, width,
+            UNIT=self.inverse_norm is None, **self.flags, **blocks.launch,
+        )  # fmt: skip
         return out
 
 
@@ -128,13 +132,14 @@ def _inverse_norms(
 @triton.jit(do_not_specialize=["rows"])
 def _unit_rows(
     x, x_stride, other, other_stride, mix, inverse_norm, out, rows, width,
-    MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     here = row < rows
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mixed, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
-    unit = mixed * tl.load(inverse_norm + row, mask=here, other=0.0)[:, None]
+    unit, _, _ = mixed_rows(x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH)
+    if not UNIT:
+        unit = unit * tl.load(inverse_norm + row, mask=here, other=0.0)[:, None]
     at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(at, unit.to(out.dtype.element_ty), mask=here[:, None] & (column < width)[None, :])
 
@@ -157,19 +162,20 @@ def store_gradient(
 ):  # fmt: skip
     """Store the gradients of x and other for some columns; return what these columns add to the gradient of mix.
 
-    The gradient of the mixed rows is factor * (u - along * mixed row). UNIT: the rows are unit vectors without a norm.
+    The gradient of the mixed rows is factor * (u - along * mixed row). UNIT: the rows have no norm, and it is factor *
+    u.
     """
     column = first + tl.arange(0, BLOCK)
     mask = here[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     to_mix = along
-    if UNIT:
+    if UNIT and not MIXED:
         gradient = factor[:, None] * u
     else:
         mixed, difference, share = mixed_rows(
             x, x_stride, other, other_stride, mix, row, here, column, width, MIXED, MIX_EACH
         )
-        gradient = factor[:, None] * (u - along[:, None] * mixed)
+        gradient = factor[:, None] * (u if UNIT else u - along[:, None] * mixed)
         if MIXED:
             to_mix = tl.sum(gradient * difference, 1)
             tl.store(to_other + at, (share[:, None] * gradient).to(to_other.dtype.element_ty), mask=mask)
@@ -180,13 +186,14 @@ def store_gradient(
 
 @triton.jit
 def norm_factors(along, scale, inverse_norm, dot, row, here, UNIT: tl.constexpr, DOT: tl.constexpr):
-    """Compute `along` and `factor` of store_gradient from <mixed row, u>, and store <unit vector, u>."""
+    """Compute `along` and `factor` of store_gradient from <mixed row, u>, and store <row of the logits, u>."""
     factor = tl.zeros_like(along) + scale
     if not UNIT:
         inverse = tl.load(inverse_norm + row, mask=here, other=0.0)
         along = along * inverse
-        if DOT:
-            tl.store(dot + row, along, mask=here)
+    if DOT:
+        tl.store(dot + row, along, mask=here)
+    if not UNIT:
         along = along * inverse
         factor = factor * inverse
     return along, factor
@@ -208,7 +215,7 @@ def _finish(
     scale = tl.load(logit_scale).to(tl.float32)
     here = row < rows
     along = tl.zeros([BLOCK_M], tl.float32)
-    if not UNIT:
+    if DOT or not UNIT:
         along = along_rows(u, x, x_stride, other, other_stride, mix, row, here, 0, width, MIXED, MIX_EACH, BLOCK_D)
     along, factor = norm_factors(along, scale, inverse_norm, dot, row, here, UNIT, DOT)
     mixes = store_gradient(
@@ -221,33 +228,43 @@ def _finish(
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of a side's x, other and mix; empty where it has none."""
+    """The gradients of a side's x, other and mix; empty where it has none.
+
+    `sums` says that x has instead the gradient with respect to the rows of the logits, in float32.
+    """
 
     x: Tensor
     other: Tensor
     mix: Tensor
+    sums: bool = False
 
     @staticmethod
-    def of(side: Side, needed: bool) -> Gradients:
-        """Allocate the gradients; those of unit vectors without a norm are float32 sums."""
-        x, mixed, wide = side.x, needed and side.other is not None, torch.float32
-        dtype = wide if side.inverse_norm is None or not needed else x.dtype
+    def of(side: Side, needed: bool, sums: bool = False) -> Gradients:
+        """Allocate the gradients."""
+        x, mixed, wide = side.x, needed and not sums and side.other is not None, torch.float32
+        dtype = wide if sums or not needed else x.dtype
         return Gradients(
             torch.empty(x.shape if needed else (0,), dtype=dtype, device=x.device),
             torch.empty(x.shape if mixed else (0,), dtype=dtype, device=x.device),
             torch.empty(x.shape[0] if mixed else 0, dtype=wide, device=x.device),
+            sums,
         )
+
+    def flags_of(self, side: Side) -> tuple[bool, bool]:
+        """Return whether these gradients pass no norm (UNIT of kernels), and whether they pass a mix (MIXED)."""
+        return self.sums or side.inverse_norm is None, side.other is not None and not self.sums
 
     def finish(self, side: Side, sums: Tensor, logit_scale: Tensor, ranges: Tensor | None, dot: Tensor | None) -> None:
         """Compute the gradients from sums (N, D), which carry the range factor of the queries' inverse norms."""
         rows, width = side.x.shape
+        unit, mixed = self.flags_of(side)
         chosen = configuration(OP, "finish", size_class(width, 1024), architecture_of(sums))
         _finish[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]),)](
             sums, sums if ranges is None else ranges, logit_scale, *side.sources,
             sums if side.inverse_norm is None else side.inverse_norm, self.x, self.other, self.mix,
             sums if dot is None else dot, rows, width,
-            RANGED=ranges is not None, KIND=2, RANGES=RANGES, UNIT=side.inverse_norm is None, DOT=dot is not None,
-            **side.flags, BLOCK_D=max(64, triton.next_power_of_2(width)), **chosen.launch,
+            RANGED=ranges is not None, KIND=2, RANGES=RANGES, UNIT=unit, DOT=dot is not None, MIXED=mixed,
+            MIX_EACH=side.flags["MIX_EACH"], BLOCK_D=max(64, triton.next_power_of_2(width)), **chosen.launch,
         )  # fmt: skip
 
 
@@ -274,6 +291,7 @@ def compilations() -> list[Compilation]:
                 name = f"{element}_{width}{'_mixed' if mixed else ''}"
                 flags, chosen = {"MIXED": mixed, "MIX_EACH": mixed}, configuration(OP, "rows", width, 80)
                 found.append(compilation(f"inverse_norms_{name}", _inverse_norms, flags, chosen, "x other", element))
+                flags = {**flags, "UNIT": False}
                 found.append(compilation(f"unit_rows_{name}", _unit_rows, flags, chosen, "x other out", element))
         for block in (64, 256, 1024, 2048):
             constants = {

@@ -1,4 +1,8 @@
-"""Load the C++ extension once; where it is missing, say why and how to get it."""
+"""Load the C++ extension once; where it is missing, say why and how to get it.
+
+The extension uses PyTorch's stable ABI alone. One build serves the oldest torch that it was built for, and all newer
+ones.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +15,9 @@ from typing import Any
 
 import torch
 
+from oner_fast.remedies import build_command
+
 _FOLDER = Path(__file__).parent
-REINSTALL = (
-    "pip install setuptools wheel cmake ninja pybind11, then install oner_fast again with "
-    "'pip install --no-build-isolation --force-reinstall --no-deps'"
-)
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,33 @@ def _load() -> Status:
     if not library.exists():
         built = report.get("extension", {})
         reason = built.get("reason") or "the package was never built (it is used from its source folder)"
-        return Status(False, f"the C++ extension is not built: {reason}", built.get("remedy") or REINSTALL)
-    built_for = report.get("torch", "an unknown version")
-    if built_for != str(torch.__version__):
-        reason = f"the C++ extension was built for torch {built_for}, this is torch {torch.__version__}"
-        return Status(False, reason, REINSTALL)
+        return Status(False, f"the C++ extension is not built: {reason}", remedy(built.get("remedy", "")))
+    oldest = report.get("oldest_torch")
+    if oldest and torch.__version__ < oldest:
+        reason = f"the C++ extension serves torch {oldest} and newer, this is torch {torch.__version__}"
+        return Status(False, reason, f"pip install 'torch>={oldest}'")
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Status(False, f"the C++ extension could not be loaded: {error}", REINSTALL)
+        built = f"built with torch {report['torch']}; " if "torch" in report else ""
+        reason = f"the C++ extension could not be loaded ({built}this is torch {torch.__version__}): {error}"
+        return Status(False, reason, remedy())
     return Status(True)
 
 
+def remedy(first: str = "") -> str:
+    """Return the command that builds the extension again, after what must be done first."""
+    return f"{first}, then {build_command()}" if first else build_command()
+
+
 def warn_if_missing() -> None:
-    """Warn once in a process that ops run slower than they could, and name the remedy."""
+    """Warn once in a process that ops run slower than they could, and name the remedy.
+
+    Under torch.compile it warns too, while the call is traced.
+    """
     global _warned
     state = status()
-    if not state.loaded and not _warned and not torch.compiler.is_compiling():
+    if not state.loaded and not _warned:
         _warned = True
         warnings.warn(
             f"oner_fast runs its implementations in plain PyTorch: {state.reason}. Remedy: {state.remedy}. "
@@ -83,3 +95,7 @@ def warn_if_missing() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+# torch.compile calls it while it traces, and traces nothing of it.
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -64,6 +64,9 @@ COMMANDS = {
         "bench",
         {
             "ops": "every op, and one training step; --quick for the small shapes",
+            "compare": "two records of commits: what changed beyond the noise",
+            "against": "this commit against another one, in turn on this machine",
+            "noise": "this commit against itself, many times: how often noise raises an alarm",
             "step": "one training step against plain PyTorch, and each op's share of it",
             "uta": "one step of UTA's student for each mask ratio, against mask tokens and a later gather",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
@@ -73,6 +76,11 @@ COMMANDS = {
             "history": "draw the records of many commits as one HTML page",
         },
     ),
+    "requirements": Command(
+        "oner_fast.remedies",
+        "print what clip, lit or triton need, with torch held, for `pip install $(oner-fast requirements clip)`",
+        None,
+    ),
     "doctor": Command("oner_fast.doctor", "show versions, hardware, and the implementation chosen for each op", None),
 }
 
@@ -81,7 +89,7 @@ def usage() -> str:
     """Text of `oner-fast --help`."""
     lines = ["usage: oner-fast COMMAND [...]", "", "commands:"]
     for name, command in COMMANDS.items():
-        lines.append(f"  {name:<11}{command.help}")
+        lines.append(f"  {name:<14}{command.help}")
         lines.extend(f"    {name} {what:<15}{text}" for what, text in (command.names or {}).items())
     lines += ["", "options:", "  --version  print the version"]
     lines += ["  --help     print this; 'oner-fast COMMAND --help' says more", ""]

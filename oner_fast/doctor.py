@@ -18,19 +18,14 @@ from pathlib import Path
 import torch
 
 import oner_fast
-from oner_fast import _extension
+from oner_fast import _cuda_extension, _extension
+from oner_fast.remedies import install_command, install_extra_command
 
 # Names of instruction sets in Linux's /proc/cpuinfo, for x86 and ARM.
 INSTRUCTION_SETS = (
     *("sse4_2", "avx", "f16c", "fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     *("avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "sve"),
 )
-# Optional packages, the distribution that ships each, and how to get it.
-PEERS = {
-    "triton": ("triton", "pip install 'oner_fast[triton]' (GPU kernels; CUDA builds of torch bring it)"),
-    "flash_attn": ("flash-attn", "pip install 'oner_fast[flash-attn]' (a CUDA GPU and its toolkit)"),
-    "xformers": ("xformers", "pip install 'oner_fast[xformers]' (a CUDA GPU)"),
-}
 
 
 def find_peer(module: str, distribution: str) -> str | None:
@@ -97,9 +92,13 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _peers() -> Iterator[tuple[str, str]]:
-    for module, (distribution, remedy) in PEERS.items():
-        version = find_peer(module, distribution)
-        yield distribution, version if version else f"not found: {remedy}"
+    flash_attn = install_command("--no-build-isolation", "flash-attn>=2.7")  # its build imports torch
+    for module, distribution, remedy in (
+        ("triton", "triton", f"{install_extra_command('triton')} (GPU kernels; CUDA builds of torch bring it)"),
+        ("flash_attn", "flash-attn", f"{flash_attn} (a CUDA GPU and its toolkit)"),
+        ("xformers", "xformers", f"{install_extra_command('xformers')} (a CUDA GPU)"),
+    ):
+        yield distribution, find_peer(module, distribution) or f"not found: {remedy}"
     apex, remedy = find_apex()
     yield "apex", apex if apex else f"not found: {remedy}"
 
@@ -118,13 +117,15 @@ def _extension_facts() -> Iterator[tuple[str, str]]:
     else:
         native = report.get("native", {})
         yield "packer", f"plain Python: {native.get('reason') or 'the package was never built'}"
-        if native.get("remedy") and native["remedy"] != state.remedy:
-            yield "remedy", native["remedy"]
-    cuda = report.get("cuda", {})
-    if cuda.get("built"):
-        yield "CUDA C++", f"built for {cuda.get('architectures', 'unknown GPUs')}"
-    elif reason := cuda.get("reason"):
-        yield "CUDA C++", f"not built: {reason}"
+        if state.loaded:
+            yield "remedy", _extension.remedy(native.get("remedy", ""))
+    cuda = _cuda_extension.status()
+    if cuda.loaded:
+        yield "CUDA C++", f"loaded; built for {report.get('cuda', {}).get('architectures', 'unknown GPUs')}"
+    elif state.loaded:
+        yield "CUDA C++", f"not in use: {cuda.reason}"
+        if torch.version.cuda:
+            yield "remedy", cuda.remedy
 
 
 def _ops() -> Iterator[tuple[str, str]]:

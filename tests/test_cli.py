@@ -38,6 +38,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "checkpoint verify",
         "report",
         "bench ops",
+        "requirements",
         "doctor",
     ):
         assert words in said
@@ -48,7 +49,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["trian"], "unknown command 'trian'; known: train, eval, data, checkpoint, report, bench, doctor"),
+        (
+            ["trian"],
+            "unknown command 'trian'; known: train, eval, data, checkpoint, report, bench, requirements, doctor",
+        ),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index, verify"),
         (
@@ -78,6 +82,7 @@ def test_a_command_without_its_subcommand_prints_the_usage(argv: list[str], caps
         (["checkpoint", "verify", "runs/x"], "oner_fast.train.engine.verify", ["verify", "runs/x"]),
         (["report", "runs/x"], "oner_fast.report.cli", ["runs/x"]),
         (["bench", "ops", "--quick"], "oner_fast.benchmarks.cli", ["ops", "--quick"]),
+        (["requirements", "clip"], "oner_fast.remedies", ["clip"]),
         (["doctor", "--help"], "oner_fast.doctor", ["--help"]),
     ],
 )
@@ -103,6 +108,7 @@ def test_a_command_calls_its_module_with_the_remaining_arguments(
         (["checkpoint"], "oner_fast.train.engine.verify"),
         (["report"], "oner_fast.report.cli"),
         (["bench", "ops"], "oner_fast.benchmarks.cli"),
+        (["requirements"], "oner_fast.remedies"),
         (["doctor"], "oner_fast.doctor"),
     ],
 )

@@ -131,17 +131,18 @@ print(oner_fast.__file__, out.sum().item(), pack([[1, 2], []])[1].tolist())
     assert result_of(program, unbuilt) == f"{unbuilt / 'oner_fast' / '__init__.py'} 3.0 [0, 2, 2]"
 
 
-def test_an_extension_for_another_torch_is_not_loaded(unbuilt: Path) -> None:
+def test_an_extension_for_newer_torches_is_not_loaded(unbuilt: Path) -> None:
     (unbuilt / "oner_fast" / "_C.so").write_bytes(b"not a library")
-    (unbuilt / "oner_fast" / "_build.json").write_text('{"torch": "1.0", "extension": {"built": true}}')
-    program = "from oner_fast import _extension; print(_extension.status().reason)"
-    assert "was built for torch 1.0, this is torch 2" in result_of(program, unbuilt)
+    (unbuilt / "oner_fast" / "_build.json").write_text('{"torch": "9.2.0", "oldest_torch": "9.1"}')
+    program = "from oner_fast import _extension; print(_extension.status().reason, _extension.status().remedy)"
+    said = result_of(program, unbuilt)
+    assert "the C++ extension serves torch 9.1 and newer, this is torch 2" in said
+    assert "pip install 'torch>=9.1'" in said
 
 
 def test_a_broken_extension_is_explained(unbuilt: Path) -> None:
-    import torch
-
     (unbuilt / "oner_fast" / "_C.so").write_bytes(b"not a library")
-    (unbuilt / "oner_fast" / "_build.json").write_text(f'{{"torch": "{torch.__version__}"}}')
+    (unbuilt / "oner_fast" / "_build.json").write_text('{"torch": "2.12.0", "oldest_torch": "2.10"}')
     program = "from oner_fast import _extension; print(_extension.status().reason)"
-    assert "could not be loaded" in result_of(program, unbuilt)
+    said = result_of(program, unbuilt)
+    assert "could not be loaded (built with torch 2.12.0; this is torch 2" in said and "_C.so" in said

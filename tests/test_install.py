@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.install
 
@@ -24,6 +30,8 @@ PARTS = (
     "benchmarks",
     "oner_fast",
     "setup.py",
+    "build_backend.py",
+    "MANIFEST.in",
     "CMakeLists.txt",
     "pyproject.toml",
     "README.md",
@@ -141,6 +149,15 @@ def wheel(source: Path, into: Path, python: Path | str = sys.executable, env: di
     return made
 
 
+def sdist(source: Path, into: Path) -> Path:
+    program = "import build_backend, sys; print(build_backend.build_sdist(sys.argv[1]))"
+    into.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, into], cwd=source, capture_output=True, text=True, check=False
+    )
+    return into / ok(done).splitlines()[-1]
+
+
 def test_wheel(source: Path, tmp_path: Path, mypy_cache: Path) -> None:
     made = wheel(source, tmp_path / "dist")
     assert not made.name.endswith("none-any.whl"), made.name
@@ -212,7 +229,7 @@ def test_without_cmake(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("this machine has no C++ compiler")
     (tools / "c++").symlink_to(compiler)
-    installs_all_the_same(source, tmp_path, inside, {"PATH": str(tools)}, "cmake was not found", "pip install cmake")
+    installs_all_the_same(source, tmp_path, inside, {"PATH": str(tools)}, "cmake was not found", "'cmake>=3.22'")
 
 
 def test_with_sources_that_do_not_compile(tmp_path: Path) -> None:
@@ -225,29 +242,73 @@ def test_with_sources_that_do_not_compile(tmp_path: Path) -> None:
     installs_all_the_same(source, tmp_path, inside, {}, "compiling failed", "broken on purpose")
 
 
-def test_isolated_gives_the_pure_package(tmp_path: Path) -> None:
-    source, inside = checkout(tmp_path / "clone"), environment(tmp_path / "venv")
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        inside.python,
-        "wheel",
-        "--no-deps",
-        "--wheel-dir",
-        tmp_path / "dist",
-    )
-    done = run(*pip, source)
-    if (
-        done.returncode
-        and "Could not find a version that satisfies the requirement setuptools" in done.stdout + done.stderr
-    ):
+def test_an_isolated_build_finds_the_torch_that_is_installed(source: Path, tmp_path: Path) -> None:
+    inside = environment(tmp_path / "venv")
+    (site,) = inside.folder.glob("lib/python3*/site-packages")
+    (site / "torch").symlink_to(Path(torch.__file__).parent)  # where an isolated build looks, and cannot import it
+    pip = (sys.executable, "-m", "pip", "--python", inside.python, "wheel", "--no-deps", "--wheel-dir")
+    done = run(*pip, tmp_path / "dist", sdist(source, tmp_path / "sdist"))
+    if "Could not find a version that satisfies the requirement" in done.stdout + done.stderr:
         pytest.skip("no package index can be reached")
     ok(done)
     (made,) = (tmp_path / "dist").glob("*.whl")
-    assert made.name.endswith("-py3-none-any.whl")
+    assert not made.name.endswith("none-any.whl"), made.name
     inside.install(made)
-    assert inside.check()[1:] == ["False", "False"]
-    said = inside.doctor()
-    assert "torch could not be imported while the package was built" in said and "--no-build-isolation" in said
+    file, loaded, _ = inside.check()
+    assert Path(file).is_relative_to(inside.folder) and loaded == "True"
+
+
+def test_a_build_asks_for_torch_only_where_none_is_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    backend = runpy.run_path(str(ROOT / "build_backend.py"))
+    assert backend["torch_folder"]() == Path(torch.__file__).parent and backend["_torch"]() == []
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert backend["torch_folder"]() is None and backend["_torch"]() == ["torch>=2.10"]
+    for name in ("include", "lib"):
+        (tmp_path / "torch" / name).mkdir(parents=True)
+    assert backend["torch_folder"]() == tmp_path / "torch"
+
+
+def test_the_torch_of_a_build_is_the_oldest_that_is_promised() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["dependencies"] == [runpy.run_path(str(ROOT / "build_backend.py"))["TORCH"]]
+
+
+def test_a_required_extension_ends_a_build_that_cannot_have_it(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "clone")
+    env = {"CXX": "/nonexistent/c++", "ONER_FAST_REQUIRED": "1"}
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir")
+    done = run(*pip, tmp_path / "dist", source, env=env)
+    assert done.returncode and "ONER_FAST_REQUIRED=1, and the extension is not built: the C++ compiler" in done.stderr
+
+
+def test_the_source_distribution_holds_what_a_build_needs_and_no_tests(source: Path, tmp_path: Path) -> None:
+    made = sdist(source, tmp_path)
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    compiled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+    assert compiled | {"setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"} <= names
+    assert {"oner_fast/train/__init__.py", "oner_fast/kernels/__init__.py", "oner_fast/py.typed"} <= names
+    others = {name.split("/")[0] for name in names} - {"csrc", "oner_fast", "oner_fast.egg-info"}
+    assert others <= {"", *PARTS, "PKG-INFO", "setup.cfg"}, others
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build.json"))]
+    assert made.stat().st_size < 2_000_000
+
+
+def test_the_wheel_holds_the_package_alone(source: Path, tmp_path: Path) -> None:
+    made = wheel(source, tmp_path, env={"ONER_FAST_CUDA": "0"})
+    with zipfile.ZipFile(made) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        report = json.loads(archive.read("oner_fast/_build.json"))
+    ours = {name for name in sizes if not name.partition("/")[0].endswith(".dist-info")}
+    python = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("", "train", "kernels", "benchmarks")
+        for path in (ROOT / "oner_fast" / folder).rglob("*.py")
+    }
+    assert {name for name in ours if name.endswith(".py")} == python
+    rest = {name for name in ours - python if not name.startswith(("oner_fast/_C.so", "oner_fast/_native."))}
+    patterns = ("*/py.typed", "*/_build.json", "*/ptx/runtime.*", "*/configurations/*.json", "*/report/*.j2")
+    assert [name for name in rest if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+    assert report["cuda"]["reason"].startswith("ONER_FAST_CUDA=0") and report["extension"]["built"]
+    assert made.stat().st_size < 3_000_000 and sizes["oner_fast/_C.so"] < 6_000_000

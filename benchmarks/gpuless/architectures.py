@@ -36,6 +36,8 @@ ARCHITECTURES = {
     100: Architecture(64, 32, 228 * KIB, 227 * KIB, 148),
     120: Architecture(48, 24, 100 * KIB, 99 * KIB, 170),
 }
+# No kernel may spill on these GPUs, nor ask for more shared memory than a block may have there.
+GATED = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import decompose_descriptor, expand_signature
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
@@ -246,6 +245,8 @@ def flatten(kinds: Sequence[Any], values: Iterable[Any]) -> Iterator[tuple[str, 
         if isinstance(kind, tuple):
             yield from flatten(kind, value)
         elif kind.startswith("tensordesc"):
+            from triton.backends.driver import decompose_descriptor, expand_signature  # Triton 3.8 and later have them
+
             yield from zip(expand_signature((kind,), None, "nvTmaDesc"), decompose_descriptor(value), strict=False)
         elif kind != "constexpr":
             yield kind, value

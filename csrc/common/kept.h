@@ -1,11 +1,11 @@
 // The `kept` argument of the gathers: the rows of each sample to keep, (B, K) or ragged (T,) with cu_seqlens (B + 1,).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <vector>
+
+#include "common/tensor.h"
 
 namespace oner_fast {
 
@@ -13,8 +13,7 @@ namespace oner_fast {
 class Kept {
  public:
   // Raises IndexError for a value outside [0, cells) and ValueError for cu_seqlens that do not describe kept.
-  Kept(const char* op, const at::Tensor& kept, const std::optional<at::Tensor>& cu_seqlens, int64_t samples,
-       int64_t cells);
+  Kept(const char* op, const Tensor& kept, const OptionalTensor& cu_seqlens, int64_t samples, int64_t cells);
 
   int64_t samples() const { return samples_; }
   int64_t total() const { return total_; }
@@ -25,7 +24,8 @@ class Kept {
   int64_t sample_of_row(int64_t row, int64_t prefix) const;
 
  private:
-  at::Tensor holder_, starts_holder_;  // keep the contiguous copies alive
+  Tensor holder_;
+  OptionalTensor starts_holder_;  // keep the contiguous copies alive
   const int64_t* values_;
   const int32_t* starts_ = nullptr;
   int64_t samples_, total_, per_sample_ = 0;

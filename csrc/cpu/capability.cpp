@@ -1,8 +1,6 @@
 // Chooses, once, the instruction set whose kernels are used.
 #include "cpu/capability.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -16,6 +14,7 @@
 #endif
 #endif
 
+#include "common/check.h"
 #include "cpu/isa/mixup_info_nce.h"
 #include "cpu/isa/rows.h"
 #include "cpu/isa/streams.h"
@@ -65,11 +64,11 @@ int decide() {
   const int able = best();
   if (asked == nullptr || *asked == '\0') return preferred(able);
   const auto found = std::find(kNames.begin(), kNames.end(), std::string(asked));
-  TORCH_CHECK_VALUE(found != kNames.end(), "ONER_FAST_CPU_CAPABILITY is '", asked,
-                    "'; known ones: portable, avx2, avx512, avx512_bf16, amx");
+  CHECK_VALUE(found != kNames.end(), "ONER_FAST_CPU_CAPABILITY is '", asked,
+              "'; known ones: portable, avx2, avx512, avx512_bf16, amx");
   const int level = static_cast<int>(found - kNames.begin());
-  TORCH_CHECK_VALUE(level <= able, "ONER_FAST_CPU_CAPABILITY asks for ", asked, ", but this processor runs ",
-                    kNames[static_cast<size_t>(able)], " at most");
+  CHECK_VALUE(level <= able, "ONER_FAST_CPU_CAPABILITY asks for ", asked, ", but this processor runs ",
+              kNames[static_cast<size_t>(able)], " at most");
   return level;
 }
 

@@ -1,7 +1,4 @@
 // gather_patches: reads only the kept patches of an image, and normalises, casts and stores them as rows.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +7,7 @@
 
 #include "common/kept.h"
 #include "common/ops.h"
+#include "common/parallel.h"
 #include "cpu/isa/rows.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
@@ -25,33 +23,31 @@ constexpr int64_t kGrain = 1 << 15;  // pixels: less is not worth another thread
 // call before, and the next product reads it, so it is better written through the cache.
 constexpr int64_t kStreamedFrom = 64 << 20;
 
-std::vector<double> per_channel(const char* name, const std::optional<at::Tensor>& values, int64_t channels,
-                                double otherwise) {
+std::vector<double> per_channel(const char* name, const OptionalTensor& values, int64_t channels, double otherwise) {
   if (!values.has_value()) return std::vector<double>(static_cast<size_t>(channels), otherwise);
-  TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == channels, kOp, ": ", name, " must have shape (", channels,
-                    ",), got ", values->sizes());
-  const at::Tensor dense = values->to(at::kDouble).contiguous();
-  const double* first = dense.const_data_ptr<double>();
+  CHECK_VALUE(values->dim() == 1 && values->size(0) == channels, kOp, ": ", name, " must have shape (", channels,
+              ",), got ", values->sizes());
+  const Tensor doubles = dense(of_type(*values, kDouble));
+  const double* first = static_cast<const double*>(doubles.const_data_ptr());
   return {first, first + channels};
 }
 
-Kind pixel_kind(const at::Tensor& images) {
-  return images.scalar_type() == at::kByte ? kU8 : kind_of(kOp, "images", images.scalar_type());
+Kind pixel_kind(const Tensor& images) {
+  return images.scalar_type() == kByte ? kU8 : kind_of(kOp, "images", images.scalar_type());
 }
 
 void check_sides(int64_t height, int64_t width, int64_t patch) {
-  TORCH_CHECK_VALUE(patch > 0 && height % patch == 0 && width % patch == 0, kOp,
-                    ": the sides of images must be multiples of patch_size ", patch, ", got ", height, " x ", width);
+  CHECK_VALUE(patch > 0 && height % patch == 0 && width % patch == 0, kOp,
+              ": the sides of images must be multiples of patch_size ", patch, ", got ", height, " x ", width);
 }
 
 }  // namespace
 
-at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in, int64_t patch,
-                          const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
-                          at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens) {
-  TORCH_CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
+Tensor gather_patches(const Tensor& images_in, const Tensor& kept_in, int64_t patch, const OptionalTensor& mean,
+                      const OptionalTensor& std, ScalarType dtype, const OptionalTensor& cu_seqlens) {
+  CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
   const Kind in = pixel_kind(images_in), out_kind = kind_of(kOp, "dtype", dtype);
-  const at::Tensor images = images_in.stride(3) == 1 ? images_in : images_in.contiguous();
+  const Tensor images = images_in.stride(3) == 1 ? images_in : dense(images_in);
   const int64_t samples = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
   check_sides(height, width, patch);
   const int64_t across = width / patch, cells = (height / patch) * across;
@@ -64,13 +60,12 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   }
 
   const int64_t square = patch * patch, row_width = channels * square;
-  const auto options = images.options().dtype(dtype);
-  at::Tensor out = with_large_pages(kept.ragged() ? at::empty({kept.total(), row_width}, options)
-                                                  : at::empty({samples, kept_in.size(1), row_width}, options));
+  const Tensor out = with_large_pages(kept.ragged() ? empty({kept.total(), row_width}, dtype, images)
+                                                    : empty({samples, kept_in.size(1), row_width}, dtype, images));
   if (out.numel() == 0) return out;
 
   const auto normalise = row_kernels().normalise[in][out_kind];
-  const int64_t in_size = images.element_size(), out_size = out.element_size(), line_bytes = images.stride(2) * in_size;
+  const int64_t in_size = item_size(images), out_size = item_size(out), line_bytes = images.stride(2) * in_size;
   const char* from = static_cast<const char*>(images.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const Output output(kept.total() * row_width * out_size, kStreamedFrom);
@@ -78,11 +73,12 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   std::optional<Inverse> ordered;
   if (output.streamed()) ordered.emplace(kept, cells);
   const auto entry = [&](int64_t place) { return ordered.has_value() ? ordered->in_order(place) : place; };
+  const int64_t image_stride = images.stride(0), channel_stride = images.stride(1), line_stride = images.stride(2);
   const auto corner = [&](int64_t b, int64_t cell, int64_t c) {
     const int64_t y = cell / across * patch, x = cell % across * patch;
-    return from + (b * images.stride(0) + c * images.stride(1) + y * images.stride(2) + x) * in_size;
+    return from + (b * image_stride + c * channel_stride + y * line_stride + x) * in_size;
   };
-  at::parallel_for(0, kept.total(), std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
+  parallel_for(0, kept.total(), std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
     std::vector<double> room(output.streamed() ? static_cast<size_t>((square * out_size + 7) / 8) : 0);
     int64_t b = kept.sample_of_row(first, 0);
     for (int64_t place = first; place < last; ++place) {
@@ -96,8 +92,8 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
           for (int64_t line = 0; line < patch; ++line) __builtin_prefetch(soon + line * line_bytes);
         }
         char* part = row + c * square * out_size;
-        normalise(output.streamed() ? static_cast<void*>(room.data()) : part, corner(b, kept[i], c), images.stride(2),
-                  patch, shift[static_cast<size_t>(c)], divisor[static_cast<size_t>(c)]);
+        normalise(output.streamed() ? static_cast<void*>(room.data()) : part, corner(b, kept[i], c), line_stride, patch,
+                  shift[static_cast<size_t>(c)], divisor[static_cast<size_t>(c)]);
         if (output.streamed()) output.copy(part, room.data(), square * out_size, nullptr);
       }
     }
@@ -106,21 +102,20 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   return out;
 }
 
-at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch,
-                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape,
-                                   at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens) {
-  TORCH_CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
+Tensor gather_patches_backward(const Tensor& grad_in, const Tensor& kept_in, int64_t patch, const OptionalTensor& std,
+                               const IntList& image_shape, ScalarType dtype, const OptionalTensor& cu_seqlens) {
+  CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
   const Kind grad_kind = kind_of(kOp, "the gradient", grad_in.scalar_type()), out_kind = kind_of(kOp, "images", dtype);
   const int64_t samples = image_shape[0], channels = image_shape[1], height = image_shape[2], width = image_shape[3];
   check_sides(height, width, patch);
   const int64_t across = width / patch, cells = (height / patch) * across;
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
   const int64_t square = patch * patch, row_width = channels * square;
-  const at::Tensor grad = grad_in.contiguous();
-  TORCH_CHECK_VALUE(grad.numel() == kept.total() * row_width, kOp, ": the gradient has shape ", grad.sizes(),
-                    ", needed ", kept.total(), " rows of ", row_width);
+  const Tensor grad = dense(grad_in);
+  CHECK_VALUE(grad.numel() == kept.total() * row_width, kOp, ": the gradient has shape ", grad.sizes(), ", needed ",
+              kept.total(), " rows of ", row_width);
   const std::vector<double> divisor = per_channel("std", std, channels, 1.0);
-  at::Tensor out = with_large_pages(at::empty(image_shape, grad.options().dtype(dtype)));
+  const Tensor out = with_large_pages(empty(image_shape, dtype, grad));
   if (out.numel() == 0) return out;
 
   const RowKernels& row = row_kernels();
@@ -128,9 +123,9 @@ at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& 
   const bool is_double = grad_kind == kF64 || out_kind == kF64;
   const char* from = static_cast<const char*>(grad.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t grad_size = grad.element_size(), out_size = out.element_size(), wide = is_double ? 8 : 4;
+  const int64_t grad_size = item_size(grad), out_size = item_size(out), wide = is_double ? 8 : 4;
   // Each thread writes every patch that it owns, kept or not.
-  at::parallel_for(0, samples * cells, std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
+  parallel_for(0, samples * cells, std::max<int64_t>(1, kGrain / row_width), [&](int64_t first, int64_t last) {
     std::vector<double> room(static_cast<size_t>(row_width));
     char* sums = reinterpret_cast<char*>(room.data());
     for (int64_t i = first; i < last; ++i) {

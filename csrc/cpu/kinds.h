@@ -1,28 +1,23 @@
-// Converts ATen's dtypes to the kinds of the row kernels.
+// Converts PyTorch's dtypes to the kinds of the row kernels.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-#include <c10/util/Exception.h>
-
+#include "common/tensor.h"
 #include "cpu/isa/rows.h"
 
 namespace oner_fast {
 
-// The dtype of sums and statistics: float32, or float64 for a float64 input.
-inline at::ScalarType statistics_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
-
-inline Kind kind_of(const char* op, const char* name, at::ScalarType type) {
+inline Kind kind_of(const char* op, const char* name, ScalarType type) {
   switch (type) {
-    case at::kFloat:
+    case kFloat:
       return kF32;
-    case at::kDouble:
+    case kDouble:
       return kF64;
-    case at::kHalf:
+    case kHalf:
       return kF16;
-    case at::kBFloat16:
+    case kBFloat16:
       return kBF16;
     default:
-      TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, float16, bfloat16 or float64, got ", type);
+      fail<std::invalid_argument>(op, ": ", name, " must be float32, float16, bfloat16 or float64, got ", type);
   }
 }
 

@@ -1,8 +1,4 @@
 // masked_gather: copies the kept rows, adds their positions and prepends the prefix. Bound by memory.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,11 +6,12 @@
 
 #include "common/kept.h"
 #include "common/ops.h"
-#include "cpu/dense.h"
+#include "common/parallel.h"
 #include "cpu/isa/rows.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
 #include "cpu/output.h"
+#include "cpu/sizes.h"
 
 namespace oner_fast {
 namespace {
@@ -24,14 +21,18 @@ constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another
 constexpr int64_t kBlock = 128;           // elements at a time, so that reads and writes overlap
 constexpr int64_t kLine = 64;             // elements: threads never share a cache line of a row
 
-const char* bytes(const at::Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
+const char* bytes(const Tensor& x) { return static_cast<const char*>(x.const_data_ptr()); }
 
-void check_rows(const char* name, const std::optional<at::Tensor>& rows, const at::Tensor& tokens) {
+void check_rows(const char* name, const OptionalTensor& rows, const Tensor& tokens) {
   if (!rows.has_value()) return;
-  TORCH_CHECK_TYPE(rows->scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have dtype ",
-                   tokens.scalar_type(), " like tokens, got ", rows->scalar_type());
-  TORCH_CHECK_VALUE(rows->dim() == 2 && rows->size(1) == tokens.size(2), kOp, ": ", name, " must have ", tokens.size(2),
-                    " columns, got ", rows->sizes());
+  CHECK_TYPE(rows->scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have dtype ", tokens.scalar_type(),
+             " like tokens, got ", rows->scalar_type());
+  CHECK_VALUE(rows->dim() == 2 && rows->size(1) == tokens.size(2), kOp, ": ", name, " must have ", tokens.size(2),
+              " columns, got ", rows->sizes());
+}
+
+OptionalTensor rows_of(const OptionalTensor& x) {
+  return x.has_value() ? OptionalTensor(with_dense_rows(*x)) : std::nullopt;
 }
 
 // The view of the incoming gradient that all gradients share: entry i of sample b is output row i + (b + 1) * prefix.
@@ -78,40 +79,38 @@ void write_row(char* out, char* scratch, char* sums, const Gradient& grad, const
 
 }  // namespace
 
-at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
-                         const std::optional<at::Tensor>& positions_in, const std::optional<at::Tensor>& prefix_in,
-                         const std::optional<at::Tensor>& cu_seqlens) {
-  TORCH_CHECK_VALUE(tokens_in.dim() == 3, kOp, ": tokens must have shape (B, N, D), got ", tokens_in.sizes());
+Tensor masked_gather(const Tensor& tokens_in, const Tensor& kept_in, const OptionalTensor& positions_in,
+                     const OptionalTensor& prefix_in, const OptionalTensor& cu_seqlens) {
+  CHECK_VALUE(tokens_in.dim() == 3, kOp, ": tokens must have shape (B, N, D), got ", tokens_in.sizes());
   const Kind kind = kind_of(kOp, "tokens", tokens_in.scalar_type());
-  const at::Tensor tokens = with_dense_rows(tokens_in);
-  const int64_t samples = tokens.size(0), cells = tokens.size(1), width = tokens.size(2), size = tokens.element_size();
+  const Tensor tokens = with_dense_rows(tokens_in);
+  const int64_t samples = tokens.size(0), cells = tokens.size(1), width = tokens.size(2), size = item_size(tokens);
   check_rows("positions", positions_in, tokens);
   check_rows("prefix", prefix_in, tokens);
-  TORCH_CHECK_VALUE(!positions_in.has_value() || positions_in->size(0) == cells, kOp, ": positions must have ", cells,
-                    " rows, got ", positions_in->sizes());
-  const at::Tensor positions = positions_in.has_value() ? with_dense_rows(*positions_in) : at::Tensor();
-  const at::Tensor prefix = prefix_in.has_value() ? with_dense_rows(*prefix_in) : at::Tensor();
-  const int64_t length = prefix.defined() ? prefix.size(0) : 0;
+  CHECK_VALUE(!positions_in.has_value() || positions_in->size(0) == cells, kOp, ": positions must have ", cells,
+              " rows, got ", positions_in->sizes());
+  const OptionalTensor positions = rows_of(positions_in), prefix = rows_of(prefix_in);
+  const int64_t length = prefix.has_value() ? prefix->size(0) : 0;
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
 
   const int64_t rows = kept.total() + samples * length;
-  at::Tensor out =
-      with_large_pages(kept.ragged() ? at::empty({rows, width}, tokens.options())
-                                     : at::empty({samples, kept_in.size(1) + length, width}, tokens.options()));
+  const ScalarType type = tokens.scalar_type();
+  const Tensor out = with_large_pages(kept.ragged() ? empty({rows, width}, type, tokens)
+                                                    : empty({samples, kept_in.size(1) + length, width}, type, tokens));
   if (out.numel() == 0) return out;
 
   const RowKernels& row = row_kernels();
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const char* from = bytes(tokens);
-  const char* place = positions.defined() ? bytes(positions) : nullptr;
-  const char* front = length ? bytes(prefix) : nullptr;
+  const char* place = positions.has_value() ? bytes(*positions) : nullptr;
+  const char* front = length ? bytes(*prefix) : nullptr;
   const int64_t sample_stride = tokens.stride(0) * size, token_stride = tokens.stride(1) * size;
-  const int64_t place_stride = place ? positions.stride(0) * size : 0,
-                front_stride = front ? prefix.stride(0) * size : 0;
+  const int64_t place_stride = place ? positions->stride(0) * size : 0,
+                front_stride = front ? prefix->stride(0) * size : 0;
 
   const Output output(rows * width * size);
 
-  at::parallel_for(0, rows, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
+  parallel_for(0, rows, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
     int64_t b = kept.sample_of_row(first, length);
     double sum[kBlock];  // room for every kind
     for (int64_t r = first; r < last; ++r) {
@@ -141,36 +140,35 @@ at::Tensor masked_gather(const at::Tensor& tokens_in, const at::Tensor& kept_in,
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(
-    const at::Tensor& grad_in, const at::Tensor& kept_in, const std::optional<at::Tensor>& cu_seqlens, int64_t samples,
-    int64_t cells, int64_t length, bool need_tokens, bool need_positions, bool need_prefix) {
+std::tuple<Tensor, Tensor, Tensor> masked_gather_backward(const Tensor& grad_in, const Tensor& kept_in,
+                                                          const OptionalTensor& cu_seqlens, int64_t samples,
+                                                          int64_t cells, int64_t length, bool need_tokens,
+                                                          bool need_positions, bool need_prefix) {
   const Kind kind = kind_of(kOp, "the gradient", grad_in.scalar_type());
-  TORCH_CHECK_VALUE(length >= 0, kOp, ": the prefix has ", length, " rows");
-  TORCH_CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ",
-                    grad_in.sizes());
+  CHECK_VALUE(length >= 0, kOp, ": the prefix has ", length, " rows");
+  CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ", grad_in.sizes());
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
-  const at::Tensor grad = grad_in.contiguous();
-  const int64_t width = grad.size(-1), size = grad.element_size();
-  TORCH_CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ",
-                    grad.sizes(), ", needed ", kept.total() + samples * length, " rows");
-  const auto options = grad.options();
-  at::Tensor to_tokens =
-      need_tokens ? with_large_pages(at::empty({samples, cells, width}, options)) : at::empty({0}, options);
-  at::Tensor to_positions = need_positions ? at::zeros({cells, width}, options) : at::empty({0}, options);
-  at::Tensor to_prefix = need_prefix ? at::zeros({length, width}, options) : at::empty({0}, options);
+  const Tensor grad = dense(grad_in);
+  const int64_t width = grad.size(grad.dim() - 1), size = item_size(grad);
+  CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ", grad.sizes(),
+              ", needed ", kept.total() + samples * length, " rows");
+  const ScalarType type = grad.scalar_type();
+  const Tensor to_tokens =
+      need_tokens ? with_large_pages(empty({samples, cells, width}, type, grad)) : empty({0}, type, grad);
+  const Tensor to_positions = need_positions ? zeros({cells, width}, type, grad) : empty({0}, type, grad);
+  const Tensor to_prefix = need_prefix ? zeros({length, width}, type, grad) : empty({0}, type, grad);
 
   const RowKernels& row = row_kernels();
   const Output output(need_tokens ? samples * cells * width * size : 0);
   const Gradient view{bytes(grad), width, size, length};
   const bool is_double = kind == kF64;
   const int64_t wide = is_double ? 8 : 4;
-  const int64_t threads = at::get_num_threads();
 
   if ((need_tokens || need_positions) && samples > 0 && cells > 0 && width > 0) {
     const Inverse inverse(kept, cells);
     char* tokens_out = need_tokens ? static_cast<char*>(to_tokens.mutable_data_ptr()) : nullptr;
     if (!need_positions) {
-      at::parallel_for(0, samples * cells, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
+      parallel_for(0, samples * cells, ceil_div(kGrainBytes, width * size), [&](int64_t first, int64_t last) {
         std::vector<char> scratch(static_cast<size_t>(width * wide));
         for (int64_t i = first; i < last; ++i) {
           const int64_t b = i / cells, n = i % cells;
@@ -183,11 +181,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(
     } else {
       // A thread owns a range of cells (and of columns where there are few cells) in all samples. The sum over samples
       // then has one owner and one order for any number of threads, and the gradient is read once for both results.
-      const int64_t cell_parts = std::min(cells, threads);
-      const int64_t column_parts = std::min(ceil_div(threads, cell_parts), ceil_div(width, kLine));
+      const int64_t workers = threads(), cell_parts = std::min(cells, workers);
+      const int64_t column_parts = std::min(ceil_div(workers, cell_parts), ceil_div(width, kLine));
       const int64_t columns_each = ceil_div(ceil_div(width, column_parts), kLine) * kLine;
       char* positions_out = static_cast<char*>(to_positions.mutable_data_ptr());
-      at::parallel_for(0, cell_parts * column_parts, 1, [&](int64_t first_part, int64_t last_part) {
+      parallel_for(0, cell_parts * column_parts, 1, [&](int64_t first_part, int64_t last_part) {
         for (int64_t part = first_part; part < last_part; ++part) {
           const int64_t low = cells * (part % cell_parts) / cell_parts,
                         high = cells * (part % cell_parts + 1) / cell_parts;
@@ -216,16 +214,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(
   if (need_prefix && length > 0 && width > 0 && samples > 0) {
     char* prefix_out = static_cast<char*>(to_prefix.mutable_data_ptr());
     const int64_t blocks = ceil_div(width, kLine);
-    at::parallel_for(
-        0, length * blocks, ceil_div(kGrainBytes, samples * kLine * size), [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t p = i / blocks, column = (i % blocks) * kLine, columns = std::min(kLine, width - column);
-            double sums[kLine] = {};  // room for either accumulator
-            for (int64_t b = 0; b < samples; ++b)
-              row.accumulate[kind][is_double](sums, view.of_prefix(kept, b, p, column), columns);
-            row.store[kind][is_double](prefix_out + (p * width + column) * size, sums, columns);
-          }
-        });
+    parallel_for(0, length * blocks, ceil_div(kGrainBytes, samples * kLine * size), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t p = i / blocks, column = (i % blocks) * kLine, columns = std::min(kLine, width - column);
+        double sums[kLine] = {};  // room for either accumulator
+        for (int64_t b = 0; b < samples; ++b)
+          row.accumulate[kind][is_double](sums, view.of_prefix(kept, b, p, column), columns);
+        row.store[kind][is_double](prefix_out + (p * width + column) * size, sums, columns);
+      }
+    });
   }
   return {to_tokens, to_positions, to_prefix};
 }

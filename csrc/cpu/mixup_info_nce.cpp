@@ -7,25 +7,22 @@
 // predecessor.
 #include "cpu/isa/mixup_info_nce.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "common/numbers.h"
 #include "common/ops.h"
-#include "cpu/dense.h"
+#include "common/parallel.h"
 #include "cpu/kinds.h"
+#include "cpu/sizes.h"
 
 namespace oner_fast {
 namespace {
@@ -38,43 +35,42 @@ constexpr int64_t kCountMultiple = 32;       // of columns and rows of every blo
 constexpr int64_t kColumnMultiple = 16;      // sums are padded to the widest vector
 constexpr int64_t kRowGrain = 64;            // rows that are worth another thread where each is read once or twice
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 // The tensors behind a MixedRows, kept alive with it.
 struct Side {
-  at::Tensor x, other, mix, inverse_norm;
+  Tensor x;
+  OptionalTensor other, mix, inverse_norm;
   MixedRows rows;
 
-  Side(const char* name, const at::Tensor& x_in, const OptionalTensor& other_in, const OptionalTensor& mix_in,
+  Side(const char* name, const Tensor& x_in, const OptionalTensor& other_in, const OptionalTensor& mix_in,
        const OptionalTensor& inverse_in)
       : x(with_dense_rows(x_in)) {
-    TORCH_CHECK_VALUE(x_in.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x_in.sizes());
-    const at::ScalarType wide = statistics_type(x.scalar_type());
+    CHECK_VALUE(x_in.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x_in.sizes());
+    const ScalarType wide = statistics_type(x.scalar_type());
     rows =
         MixedRows{x.const_data_ptr(), x.stride(0), nullptr, 0, nullptr, 0, nullptr, kind_of(kOp, name, x.scalar_type()),
                   x.size(1)};
     if (other_in.has_value()) {
-      TORCH_CHECK_VALUE(other_in->sizes() == x.sizes() && other_in->scalar_type() == x.scalar_type(), kOp, ": ", name,
-                        "_other must be like ", name, ", got ", other_in->sizes(), " ", other_in->scalar_type());
-      TORCH_CHECK_VALUE(mix_in.has_value() && (mix_in->dim() == 0 || mix_in->sizes() == x.sizes().slice(0, 1)), kOp,
-                        ": mix must be a number or have shape (N,)");
+      CHECK_VALUE(other_in->sizes().equals(x.sizes()) && other_in->scalar_type() == x.scalar_type(), kOp, ": ", name,
+                  "_other must be like ", name, ", got ", other_in->sizes(), " ", other_in->scalar_type());
+      CHECK_VALUE(mix_in.has_value() && (mix_in->dim() == 0 || mix_in->sizes().equals(x.sizes().slice(0, 1))), kOp,
+                  ": mix must be a number or have shape (N,)");
       other = with_dense_rows(*other_in);
-      mix = mix_in->to(wide).contiguous();
-      rows.other = other.const_data_ptr();
-      rows.other_stride = other.stride(0);
-      rows.mix = mix.const_data_ptr();
-      rows.mix_step = mix.dim();
+      mix = dense(of_type(*mix_in, wide));
+      rows.other = other->const_data_ptr();
+      rows.other_stride = other->stride(0);
+      rows.mix = mix->const_data_ptr();
+      rows.mix_step = mix->dim();
     }
     if (inverse_in.has_value()) {
       inverse_norm = vector(*inverse_in, x.size(0), wide, "the inverse norms");
-      rows.inverse_norm = inverse_norm.const_data_ptr();
+      rows.inverse_norm = inverse_norm->const_data_ptr();
     }
   }
 
-  static at::Tensor vector(const at::Tensor& x, int64_t count, at::ScalarType type, const char* what) {
-    TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (",
-                      count, ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
-    return x.contiguous();
+  static Tensor vector(const Tensor& x, int64_t count, ScalarType type, const char* what) {
+    CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count,
+                ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
+    return dense(x);
   }
 };
 
@@ -126,16 +122,16 @@ constexpr int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign 
 
 // Calls stripe(number, scratch) for every stripe, with any number of threads; stripes start in order.
 template <typename Stripe>
-void for_each_stripe(int64_t stripes, int64_t scratch_bytes, const Stripe& stripe) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), stripes);
+void for_each_stripe(const Tensor& like, int64_t stripes, int64_t scratch_bytes, const Stripe& stripe) {
+  const int64_t workers = std::min<int64_t>(threads(), stripes);
   const int64_t each = aligned(scratch_bytes);
-  const at::Tensor scratch = at::empty({threads * each + kAlign}, at::kByte);
+  const Tensor scratch = empty({workers * each + kAlign}, kByte, like);
   char* base = static_cast<char*>(scratch.mutable_data_ptr());
   base += (kAlign - static_cast<int64_t>(reinterpret_cast<uintptr_t>(base) % kAlign)) % kAlign;
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t first_thread, int64_t last_thread) {
-    for (int64_t thread = first_thread; thread < last_thread; ++thread)
-      for (int64_t i = next.fetch_add(1); i < stripes; i = next.fetch_add(1)) stripe(i, base + thread * each);
+  parallel_for(0, workers, 1, [&](int64_t first_worker, int64_t last_worker) {
+    for (int64_t worker = first_worker; worker < last_worker; ++worker)
+      for (int64_t i = next.fetch_add(1); i < stripes; i = next.fetch_add(1)) stripe(i, base + worker * each);
   });
 }
 
@@ -152,16 +148,16 @@ void move_to(ContrastBlock& block, const Parts& units, int64_t unit) {
 }
 
 const ContrastKernels& kernels_for(const Side& rows, const Side& columns) {
-  TORCH_CHECK_VALUE(rows.rows.width == columns.rows.width && rows.rows.kind == columns.rows.kind, kOp,
-                    ": query and key must have one width and one dtype");
+  CHECK_VALUE(rows.rows.width == columns.rows.width && rows.rows.kind == columns.rows.kind, kOp,
+              ": query and key must have one width and one dtype");
   const auto& table = mixup_info_nce_kernels();
   const auto kind = rows.rows.kind == kF64 ? kContrastF64 : rows.rows.kind == kBF16 ? kContrastBF16 : kContrastF32;
   const bool is_there = table.contrast[kind].forward != nullptr;
   return table.contrast[is_there ? kind : kContrastF32];
 }
 
-at::Tensor dense_partner(const OptionalTensor& partner, int64_t rows) {
-  return partner.has_value() ? Side::vector(*partner, rows, at::kLong, "partner") : at::Tensor();
+OptionalTensor optional_vector(const OptionalTensor& x, int64_t count, ScalarType type, const char* what) {
+  return x.has_value() ? OptionalTensor(Side::vector(*x, count, type, what)) : std::nullopt;
 }
 
 // Clamps the first pair: outside all rows and columns its distance has no meaning, and clamped no index overflows.
@@ -169,21 +165,24 @@ int64_t nearest_pair(int64_t first_pair, int64_t rows, int64_t columns) {
   return std::clamp(first_pair, -rows, columns);
 }
 
-const int64_t* indices(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<int64_t>() : nullptr; }
+const int64_t* indices(const OptionalTensor& x) {
+  return x.has_value() ? static_cast<const int64_t*>(x->const_data_ptr()) : nullptr;
+}
 
-void* data(const at::Tensor& x) { return x.defined() ? x.mutable_data_ptr() : nullptr; }
+void* data(const Tensor& x) { return x.mutable_data_ptr(); }
+const void* data(const OptionalTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
 
 // The gradients of a side, empty where they are not needed.
 struct Gradients {
-  at::Tensor x, other, mix;
+  Tensor x, other, mix;
 
-  Gradients(const Side& side, bool needed, bool zeros, const at::TensorOptions& wide)
-      : x(!needed ? at::empty({0}, wide)
-          : zeros ? at::zeros(side.x.sizes(), side.x.options())
-                  : at::empty(side.x.sizes(), side.x.options())),
-        other(at::empty(needed && side.other.defined() ? side.x.sizes() : at::IntArrayRef{0},
-                        needed ? side.x.options() : wide)),
-        mix(at::empty({needed && side.other.defined() ? side.x.size(0) : 0}, wide)) {}
+  Gradients(const Side& side, bool needed, bool from_zeros, ScalarType wide)
+      : x(!needed      ? empty({0}, wide, side.x)
+          : from_zeros ? zeros(side.x.sizes(), side.x.scalar_type(), side.x)
+                       : empty(side.x.sizes(), side.x.scalar_type(), side.x)),
+        other(needed && side.other.has_value() ? empty(side.x.sizes(), side.x.scalar_type(), side.x)
+                                               : empty({0}, needed ? side.x.scalar_type() : wide, side.x)),
+        mix(empty({needed && side.other.has_value() ? side.x.size(0) : 0}, wide, side.x)) {}
 
   MixedRowsGradient places(void* dot) const {
     const bool mixed = mix.size(0) > 0;
@@ -191,42 +190,68 @@ struct Gradients {
   }
 };
 
-}  // namespace
+// The sum of a vector, in float64, so that a float32 result does not depend on the order.
+template <typename T>
+double sum(const Tensor& x) {
+  const T* values = static_cast<const T*>(x.const_data_ptr());
+  return std::accumulate(values, values + x.numel(), 0.0);
+}
 
-at::Tensor mixup_inverse_norms(const at::Tensor& x, const OptionalTensor& other, const OptionalTensor& mix) {
-  const Side side("x", x, other, mix, std::nullopt);
-  const at::Tensor out = at::empty({x.size(0)}, x.options().dtype(statistics_type(x.scalar_type())));
-  const auto kernel = mixup_info_nce_kernels().inverse_norms[statistics_type(x.scalar_type()) == at::kDouble];
-  void* to = data(out);
-  at::parallel_for(0, x.size(0), kRowGrain, [&](int64_t first, int64_t last) { kernel(side.rows, first, last, to); });
+// The first `width` columns of `x`, times `scale`: `x` itself where these are all.
+template <typename T>
+Tensor scaled(const Tensor& x, int64_t width, double scale) {
+  const int64_t rows = x.size(0), stride = x.size(1);
+  const Tensor out = width == stride ? x : empty({rows, width}, x.scalar_type(), x);
+  const T* from = static_cast<const T*>(x.const_data_ptr());
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  const T factor = static_cast<T>(scale);
+  parallel_for(0, rows, kRowGrain, [=](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = 0; j < width; ++j) to[i * width + j] = from[i * stride + j] * factor;
+  });
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
-    const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
-    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
+}  // namespace
+
+Tensor mixup_inverse_norms(const Tensor& x, const OptionalTensor& other, const OptionalTensor& mix) {
+  const Side side("x", x, other, mix, std::nullopt);
+  const ScalarType wide = statistics_type(x.scalar_type());
+  const Tensor out = empty({x.size(0)}, wide, x);
+  const auto kernel = mixup_info_nce_kernels().inverse_norms[wide == kDouble];
+  void* to = data(out);
+  parallel_for(0, x.size(0), kRowGrain, [&](int64_t first, int64_t last) { kernel(side.rows, first, last, to); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
+    const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
     const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
   const int64_t m = query.size(0), n = key.size(0), own_column = nearest_pair(first_pair, m, n);
-  const at::Tensor partner = dense_partner(partner_in, m);
-  const auto options = query.options().dtype(statistics_type(query.scalar_type()));
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  const at::Tensor row_max = at::full({m}, -kInfinity, options), row_sum = at::zeros({m}, options);
+  const OptionalTensor partner = optional_vector(partner_in, m, kLong, "partner");
   const int64_t column_count = columns_too ? n : 0;
-  const at::Tensor column_max = at::full({column_count}, -kInfinity, options);
-  const at::Tensor column_sum = at::zeros({column_count}, options);
-  const at::Tensor own = at::zeros({m}, options), shared = at::zeros({partner.defined() ? m : 0}, options);
+  const auto vector = [&](int64_t count, double value) {
+    const Tensor made = empty({count}, statistics_type(query.scalar_type()), query);
+    fill(made, value);
+    return made;
+  };
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const Tensor row_max = vector(m, -kInfinity), row_sum = vector(m, 0);
+  const Tensor column_max = vector(column_count, -kInfinity), column_sum = vector(column_count, 0);
+  const Tensor own = vector(m, 0), shared = vector(partner.has_value() ? m : 0, 0);
   const ContrastStatistics out{
       data(row_max), data(row_sum), columns_too ? data(column_max) : nullptr, columns_too ? data(column_sum) : nullptr,
       data(own),     data(shared)};
-  const double scale = logit_scale.item<double>();
+  const double scale = number_in(kOp, "logit_scale", logit_scale);
   const Parts units = Parts::units(m), stripes = Parts::stripes(n, query.size(1));
   Turns turns(stripes.number());
   const int64_t bytes = kernels.scratch_bytes(units.size, stripes.size, query.size(1), false);
-  for_each_stripe(stripes.number(), bytes, [&](int64_t stripe, void* scratch) {
+  for_each_stripe(query, stripes.number(), bytes, [&](int64_t stripe, void* scratch) {
     ContrastBlock block = block_of(rows, columns, scale, own_column, indices(partner), units, stripes, stripe);
     kernels.take_columns(block, false, scratch);
     for (int64_t unit = 0; unit < units.number(); ++unit) {
@@ -240,53 +265,45 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   return {row_max, row_sum, column_max, column_sum, own, shared};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_backward(
-    const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
-    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
-    const OptionalTensor& partner_in, int64_t first_pair, const at::Tensor& row_max_in, const at::Tensor& row_weight_in,
-    const OptionalTensor& column_max_in, const OptionalTensor& column_weight_in, const at::Tensor& own_weight_in,
-    const OptionalTensor& partner_weight_in, bool need_key) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_backward(
+    const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& partner_in, int64_t first_pair, const Tensor& row_max_in, const Tensor& row_weight_in,
+    const OptionalTensor& column_max_in, const OptionalTensor& column_weight_in, const Tensor& own_weight_in,
+    const OptionalTensor& partner_weight_in, bool need_key, bool key_sums_wanted) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
   const int64_t m = query.size(0), n = key.size(0), width = query.size(1), own_column = nearest_pair(first_pair, m, n);
-  const at::Tensor partner = dense_partner(partner_in, m);
-  const at::ScalarType wide = statistics_type(query.scalar_type());
-  const auto options = query.options().dtype(wide);
-  const auto vector = [&](const OptionalTensor& x, int64_t count, const char* what) {
-    return x.has_value() ? Side::vector(*x, count, wide, what) : at::Tensor();
-  };
-  const at::Tensor row_max = vector(row_max_in, m, "row_max"), column_max = vector(column_max_in, n, "column_max");
-  const at::Tensor row_weight = vector(row_weight_in, m, "row_weight");
-  const at::Tensor column_weight = vector(column_weight_in, n, "column_weight");
-  const at::Tensor own_weight = vector(own_weight_in, m, "own_weight");
-  const at::Tensor partner_weight = vector(partner_weight_in, m, "partner_weight");
-  TORCH_CHECK_VALUE(column_max.defined() == column_weight.defined() && partner.defined() == partner_weight.defined(),
-                    kOp, ": statistics and weights of columns, and partners and their weights, come together");
+  const OptionalTensor partner = optional_vector(partner_in, m, kLong, "partner");
+  const ScalarType wide = statistics_type(query.scalar_type());
+  const Tensor row_max = Side::vector(row_max_in, m, wide, "row_max");
+  const Tensor row_weight = Side::vector(row_weight_in, m, wide, "row_weight");
+  const Tensor own_weight = Side::vector(own_weight_in, m, wide, "own_weight");
+  const OptionalTensor column_max = optional_vector(column_max_in, n, wide, "column_max");
+  const OptionalTensor column_weight = optional_vector(column_weight_in, n, wide, "column_weight");
+  const OptionalTensor partner_weight = optional_vector(partner_weight_in, m, wide, "partner_weight");
+  CHECK_VALUE(column_max.has_value() == column_weight.has_value() && partner.has_value() == partner_weight.has_value(),
+              kOp, ": statistics and weights of columns, and partners and their weights, come together");
 
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
-  const int64_t row_bytes = padded * static_cast<int64_t>(options.dtype().itemsize());
+  const int64_t row_bytes = padded * (wide == kDouble ? 8 : 4);
   const bool in_place = query.scalar_type() == wide && padded == width;  // sums become the gradients
-  // Unit keys have no norm to backpropagate through: their sums are the result.
-  const bool finish_keys = need_key && key_inverse_norm.has_value();
-  const Gradients to_query(rows, true, in_place, options), to_key(columns, finish_keys, in_place, options);
-  const at::Tensor row_sums = in_place ? to_query.x : at::zeros({m, padded}, options);
-  at::Tensor key_sums;
-  if (need_key && !finish_keys)
-    key_sums = at::zeros({n, padded}, options);
-  else if (in_place)
-    key_sums = to_key.x;
+  const bool finish_keys = need_key && !key_sums_wanted;                 // else the sums are the result
+  const Gradients to_query(rows, true, in_place, wide), to_key(columns, finish_keys, in_place, wide);
+  const Tensor row_sums = in_place ? to_query.x : zeros({m, padded}, wide, query);
+  const Tensor key_sums = need_key && !finish_keys ? zeros({n, padded}, wide, query) : to_key.x;
   const bool buffered = finish_keys && !in_place;  // a stripe's sums last as long as the stripe
-  const at::Tensor dot = at::empty({m}, options);
+  const Tensor dot = empty({m}, wide, query);
 
-  const double scale = logit_scale.item<double>();
+  const double scale = number_in(kOp, "logit_scale", logit_scale);
   const Parts units = Parts::units(m), stripes = Parts::stripes(n, width);
-  const auto finish = mixup_info_nce_kernels().finish[wide == at::kDouble];
+  const auto finish = mixup_info_nce_kernels().finish[wide == kDouble];
   Turns turns(stripes.number());
   const int64_t bytes = aligned(kernels.scratch_bytes(units.size, stripes.size, width, true));
   const int64_t sum_bytes = buffered ? stripes.size * row_bytes : 0;
-  for_each_stripe(stripes.number(), bytes + sum_bytes, [&](int64_t stripe, char* scratch) {
+  for_each_stripe(query, stripes.number(), bytes + sum_bytes, [&](int64_t stripe, char* scratch) {
     ContrastBlock block = block_of(rows, columns, scale, own_column, indices(partner), units, stripes, stripe);
     const int64_t first = block.column_first;
     char* sums = buffered   ? static_cast<char*>(std::memset(scratch + bytes, 0, static_cast<size_t>(sum_bytes)))
@@ -309,16 +326,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     if (finish_keys)
       finish(columns.rows, first, first + block.column_count, sums, padded, scale, to_key.places(nullptr));
   });
-  at::parallel_for(0, m, kRowGrain, [&](int64_t first, int64_t last) {
+  parallel_for(0, m, kRowGrain, [&](int64_t first, int64_t last) {
     const char* sums = static_cast<const char*>(row_sums.const_data_ptr()) + first * row_bytes;
     finish(rows.rows, first, last, sums, padded, scale, to_query.places(data(dot)));
   });
-  at::Tensor key_result = to_key.x;
-  if (need_key && !finish_keys)
-    key_result = padded == width ? key_sums.mul_(scale) : key_sums.narrow(1, 0, width).mul(scale);
-  // Summed in float64, so that the float32 result does not depend on the order of the sum.
-  return {
-      to_query.x, to_query.other, to_query.mix, key_result, to_key.other, to_key.mix, dot.sum(at::kDouble).to(wide)};
+  const Tensor to_scale = empty({}, wide, query);
+  fill(to_scale, wide == kDouble ? sum<double>(dot) : sum<float>(dot));
+  const Tensor key_result = !need_key || finish_keys ? to_key.x
+                            : wide == kDouble        ? scaled<double>(key_sums, width, scale)
+                                                     : scaled<float>(key_sums, width, scale);
+  return {to_query.x, to_query.other, to_query.mix, key_result, to_key.other, to_key.mix, to_scale};
 }
 
 }  // namespace oner_fast

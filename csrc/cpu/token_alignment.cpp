@@ -1,11 +1,6 @@
 // token_alignment: minus the mean cosine of student and teacher rows. Bound by memory: each pass reads both rows once.
 #include "cpu/isa/token_alignment.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,7 +8,9 @@
 
 #include "common/kept.h"
 #include "common/norm.h"
+#include "common/numbers.h"
 #include "common/ops.h"
+#include "common/parallel.h"
 #include "cpu/kinds.h"
 #include "cpu/large_pages.h"
 #include "cpu/output.h"
@@ -28,44 +25,53 @@ constexpr int64_t kGrainBytes = 1 << 16;  // less than this is not worth another
 // Row i of the student and the teacher row it is aligned with.
 class Pairs {
  public:
-  Pairs(const at::Tensor& student, const at::Tensor& teacher, const std::optional<at::Tensor>& kept)
-      : student_(dense("student", student)), teacher_(dense("teacher", teacher)) {
+  Pairs(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept)
+      : student_("student", student), teacher_("teacher", teacher) {
     student_kind = kind_of(kOp, "student", student.scalar_type());
     teacher_kind = kind_of(kOp, "teacher", teacher.scalar_type());
     samples_ = student.size(0), per_sample_ = student.size(1), width = student.size(2);
     const int64_t cells = teacher.size(1);
-    TORCH_CHECK_VALUE(
-        teacher.size(0) == samples_ && teacher.size(2) == width && (kept.has_value() || cells == per_sample_), kOp,
-        ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
+    CHECK_VALUE(teacher.size(0) == samples_ && teacher.size(2) == width && (kept.has_value() || cells == per_sample_),
+                kOp, ": student has shape ", student.sizes(), ", which teacher ", teacher.sizes(), " does not fit");
     if (kept.has_value()) {
       kept_.emplace(kOp, *kept, std::nullopt, samples_, cells);
-      TORCH_CHECK_VALUE(kept->size(1) == per_sample_, kOp, ": kept must have shape ", student.sizes().slice(0, 2),
-                        ", got ", kept->sizes());
+      CHECK_VALUE(kept->size(1) == per_sample_, kOp, ": kept must have shape ", student.sizes().slice(0, 2), ", got ",
+                  kept->sizes());
     }
     rows = samples_ * per_sample_;
-    grain =
-        std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width * static_cast<int64_t>(student.element_size())));
+    grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, width * item_size(student)));
   }
 
-  const char* student(int64_t row) const { return row_of(student_, row / per_sample_, row % per_sample_); }
+  const char* student(int64_t row) const { return student_.row(row / per_sample_, row % per_sample_); }
   const char* teacher(int64_t row) const {
-    return row_of(teacher_, row / per_sample_, kept_.has_value() ? (*kept_)[row] : row % per_sample_);
+    return teacher_.row(row / per_sample_, kept_.has_value() ? (*kept_)[row] : row % per_sample_);
   }
 
   Kind student_kind, teacher_kind;
   int64_t rows, width, grain;
 
  private:
-  static at::Tensor dense(const char* name, const at::Tensor& x) {
-    TORCH_CHECK_VALUE(x.dim() == 3, kOp, ": ", name, " must have 3 dimensions, got ", x.sizes());
-    return x.stride(2) == 1 ? x : x.contiguous();
-  }
-  static const char* row_of(const at::Tensor& x, int64_t sample, int64_t row) {
-    const int64_t element = sample * x.stride(0) + row * x.stride(1);
-    return static_cast<const char*>(x.const_data_ptr()) + element * static_cast<int64_t>(x.element_size());
-  }
+  // The rows of a tensor, and the tensor itself, which keeps a dense copy alive.
+  struct Side {
+    Side(const char* name, const Tensor& x) : holder(dense_rows(name, x)) {
+      const int64_t size = item_size(holder);
+      data = static_cast<const char*>(holder.const_data_ptr());
+      sample_bytes = holder.stride(0) * size, row_bytes = holder.stride(1) * size;
+    }
+    const char* row(int64_t sample, int64_t row) const { return data + sample * sample_bytes + row * row_bytes; }
 
-  at::Tensor student_, teacher_;
+    Tensor holder;
+    const char* data;
+    int64_t sample_bytes, row_bytes;
+
+   private:
+    static Tensor dense_rows(const char* name, const Tensor& x) {
+      CHECK_VALUE(x.dim() == 3, kOp, ": ", name, " must have 3 dimensions, got ", x.sizes());
+      return x.stride(2) == 1 ? x : dense(x);
+    }
+  };
+
+  Side student_, teacher_;
   std::optional<Kept> kept_;
   int64_t samples_, per_sample_;
 };
@@ -86,19 +92,18 @@ struct Pair {
 }  // namespace
 
 // The second result holds, row by row, the factors of a Pair.
-std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
-                                                   const std::optional<at::Tensor>& kept) {
+std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept) {
   const Pairs pairs(student, teacher, kept);
-  TORCH_CHECK_VALUE(pairs.rows > 0 && pairs.width > 0, kOp, ": student must hold at least one token, got shape ",
-                    student.sizes());
-  const auto options = student.options().dtype(statistics_type(student.scalar_type()));
-  at::Tensor factors = at::empty({pairs.rows, 2}, options);
+  CHECK_VALUE(pairs.rows > 0 && pairs.width > 0, kOp, ": student must hold at least one token, got shape ",
+              student.sizes());
+  const ScalarType wide = statistics_type(student.scalar_type());
+  const Tensor factors = empty({pairs.rows, 2}, wide, student), loss = empty({}, wide, student);
   std::vector<double> cosines(static_cast<size_t>(pairs.rows));
   const bool is_double = pairs.student_kind == kF64;
   void* saved = factors.mutable_data_ptr();
   const TokenAlignmentKernels& kernels = token_alignment_kernels();
   const auto sums = kernels.sums[pairs.student_kind][pairs.teacher_kind];
-  at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t next = std::min(i + 1, last - 1);
       double sum[3];
@@ -119,34 +124,34 @@ std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, co
   });
   double total = 0;  // in the order of the rows: the same for any number of threads
   for (const double cosine : cosines) total += cosine;
-  return {at::scalar_tensor(-total / static_cast<double>(pairs.rows), options), factors};
+  fill(loss, -total / static_cast<double>(pairs.rows));
+  return {loss, factors};
 }
 
-at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
-                                    const std::optional<at::Tensor>& kept, const at::Tensor& factors) {
+Tensor token_alignment_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                                const OptionalTensor& kept, const Tensor& factors) {
   const Pairs pairs(student, teacher, kept);
-  const at::ScalarType wide = statistics_type(student.scalar_type());
-  TORCH_CHECK_VALUE(grad.numel() == 1, kOp, ": the gradient must hold one number, got shape ", grad.sizes());
+  const ScalarType wide = statistics_type(student.scalar_type());
+  const double to_loss = number_in(kOp, "the gradient", grad);
   const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows && factors.size(1) == 2;
-  TORCH_CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (",
-                    pairs.rows, ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
-  at::Tensor out =
-      with_large_pages(at::empty(student.sizes(), student.options().memory_format(at::MemoryFormat::Contiguous)));
+  CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,
+              ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
+  const Tensor out = with_large_pages(empty(student.sizes(), student.scalar_type(), student));
   if (out.numel() == 0) return out;
-  const double scale = -grad.item().toDouble() / static_cast<double>(pairs.rows);
+  const double scale = -to_loss / static_cast<double>(pairs.rows);
   const bool is_double = pairs.student_kind == kF64;
   const void* saved = factors.const_data_ptr();
   const auto factor = [&](int64_t i) {
     return is_double ? static_cast<const double*>(saved)[i] : static_cast<double>(static_cast<const float*>(saved)[i]);
   };
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t bytes = pairs.width * static_cast<int64_t>(out.element_size());
+  const int64_t bytes = pairs.width * item_size(out);
   const TokenAlignmentKernels& kernels = token_alignment_kernels();
   const auto combine = kernels.combine[pairs.student_kind][pairs.teacher_kind];
   const auto wide_sums = kernels.wide_sums[pairs.student_kind][pairs.teacher_kind];
   const auto wide_combine = kernels.wide_combine[pairs.student_kind][pairs.teacher_kind];
   const Output output(pairs.rows * bytes);
-  at::parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, pairs.rows, pairs.grain, [&](int64_t first, int64_t last) {
     // In reverse, since the rows that forward read last may still be in the cache.
     for (int64_t i = last - 1; i >= first; --i) {
       const int64_t next = std::max(i - 1, first);

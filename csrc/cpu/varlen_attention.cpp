@@ -1,18 +1,15 @@
 // varlen_attention: checks, the division into tasks, and their schedule; the kernels are in isa/varlen_attention.cpp.
 #include "cpu/isa/varlen_attention.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <vector>
 
 #include "common/ops.h"
-#include "cpu/dense.h"
+#include "common/parallel.h"
 #include "cpu/kinds.h"
+#include "cpu/sizes.h"
 
 namespace oner_fast {
 namespace {
@@ -21,8 +18,18 @@ constexpr const char* kOp = "varlen_attention";
 constexpr int64_t kOverhead = 64;        // the cost of a row besides its scores, counted in scores
 constexpr int64_t kWorthAThread = 4096;  // scores
 
-AttentionInput input(const at::Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
-AttentionOutput output(const at::Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1)}; }
+AttentionInput input(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
+AttentionOutput output(const Tensor& x) { return {x.mutable_data_ptr(), x.stride(0), x.stride(1)}; }
+
+// Either half of the statistics (2, T, H).
+AttentionInput half(const Tensor& statistics, int64_t which) {
+  const int64_t bytes = which * statistics.stride(0) * item_size(statistics);
+  return {static_cast<const char*>(statistics.const_data_ptr()) + bytes, statistics.stride(1), statistics.stride(2)};
+}
+AttentionOutput half_to_write(const Tensor& statistics, int64_t which) {
+  const AttentionInput from = half(statistics, which);
+  return {const_cast<void*>(from.data), from.row, from.head};
+}
 
 template <typename Operand>
 Operand moved(Operand x, int64_t size, int64_t row, int64_t head) {
@@ -31,55 +38,62 @@ Operand moved(Operand x, int64_t size, int64_t row, int64_t head) {
   return x;
 }
 
-void check_boundaries(const char* name, const at::Tensor& cu_seqlens, int64_t rows) {
-  TORCH_CHECK_TYPE(cu_seqlens.scalar_type() == at::kInt, kOp, ": ", name, " must be int32, got ",
-                   cu_seqlens.scalar_type());
-  TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": ", name,
-                    " must have shape (B + 1,), got ", cu_seqlens.sizes());
-  const int32_t* values = cu_seqlens.const_data_ptr<int32_t>();
+const int32_t* boundaries(const char* name, const Tensor& cu_seqlens, int64_t rows) {
+  CHECK_TYPE(cu_seqlens.scalar_type() == kInt, kOp, ": ", name, " must be int32, got ", cu_seqlens.scalar_type());
+  CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": ", name, " must have shape (B + 1,), got ",
+              cu_seqlens.sizes());
+  const int32_t* values = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t last = cu_seqlens.size(0) - 1;
-  TORCH_CHECK_VALUE(values[0] == 0 && values[last] == rows, kOp, ": ", name, " must begin with 0 and end with ", rows,
-                    ", got ", values[0], " and ", values[last]);
-  TORCH_CHECK_VALUE(std::is_sorted(values, values + last + 1), kOp, ": ", name, " must never decrease");
+  CHECK_VALUE(values[0] == 0 && values[last] == rows, kOp, ": ", name, " must begin with 0 and end with ", rows,
+              ", got ", values[0], " and ", values[last]);
+  CHECK_VALUE(std::is_sorted(values, values + last + 1), kOp, ": ", name, " must never decrease");
+  return values;
 }
 
-void check_like(const char* name, const at::Tensor& x, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(x.sizes() == like.sizes(), kOp, ": ", name, " must have shape ", like.sizes(), ", got ", x.sizes());
-  TORCH_CHECK_TYPE(x.scalar_type() == like.scalar_type(), kOp, ": ", name, " must have dtype ", like.scalar_type(),
-                   ", got ", x.scalar_type());
+void check_like(const char* name, const Tensor& x, const Tensor& like) {
+  CHECK_VALUE(x.sizes().equals(like.sizes()), kOp, ": ", name, " must have shape ", like.sizes(), ", got ", x.sizes());
+  CHECK_TYPE(x.scalar_type() == like.scalar_type(), kOp, ": ", name, " must have dtype ", like.scalar_type(), ", got ",
+             x.scalar_type());
+}
+
+Tensor heads_of(const char* name, const Tensor& x) {
+  CHECK_VALUE(x.dim() == 3, kOp, ": ", name, " must have shape (T, H, Dh), got ", x.sizes());
+  return with_dense_rows(x);
 }
 
 // The checked arguments, and where each sequence lies.
 class Batch {
  public:
-  Batch(const at::Tensor& query_in, const at::Tensor& key_in, const at::Tensor& value_in,
-        const at::Tensor& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale)
-      : causal_(causal), scale_(scale) {
-    TORCH_CHECK_VALUE(query_in.dim() == 3, kOp, ": query must have shape (T, H, Dh), got ", query_in.sizes());
-    TORCH_CHECK_VALUE(key_in.dim() == 3 && key_in.size(2) == query_in.size(2), kOp, ": key must have shape (Tk, Hk, ",
-                      query_in.size(2), "), got ", key_in.sizes());
-    TORCH_CHECK_TYPE(key_in.scalar_type() == query_in.scalar_type(), kOp, ": key must have dtype ",
-                     query_in.scalar_type(), " like query, got ", key_in.scalar_type());
+  Batch(const Tensor& query_in, const Tensor& key_in, const Tensor& value_in, const Tensor& cu_seqlens_q,
+        const OptionalTensor& cu_seqlens_k, bool causal, double scale)
+      : query(heads_of("query", query_in)),
+        key(heads_of("key", key_in)),
+        value(heads_of("value", value_in)),
+        kind(kind_of(kOp, "query", query_in.scalar_type())),
+        starts_q_(dense(cu_seqlens_q)),
+        starts_k_(cu_seqlens_k.has_value() ? dense(*cu_seqlens_k) : starts_q_),
+        causal_(causal),
+        scale_(scale) {
+    CHECK_VALUE(key_in.size(2) == query_in.size(2), kOp, ": key must have shape (Tk, Hk, ", query_in.size(2), "), got ",
+                key_in.sizes());
+    CHECK_TYPE(key_in.scalar_type() == query_in.scalar_type(), kOp, ": key must have dtype ", query_in.scalar_type(),
+               " like query, got ", key_in.scalar_type());
     check_like("value", value_in, key_in);
-    kind = kind_of(kOp, "query", query_in.scalar_type());
-    query = with_dense_rows(query_in), key = with_dense_rows(key_in), value = with_dense_rows(value_in);
-    heads = query.size(1), key_heads = key.size(1);
-    TORCH_CHECK_VALUE(key_heads > 0 && heads % key_heads == 0, kOp, ": the heads of key and value must divide the ",
-                      heads, " heads of query, got ", key_heads);
-    starts_q_ = cu_seqlens_q.contiguous();
-    starts_k_ = cu_seqlens_k.has_value() ? cu_seqlens_k->contiguous() : starts_q_;
-    check_boundaries("cu_seqlens_q", starts_q_, query.size(0));
-    check_boundaries("cu_seqlens_k", starts_k_, key.size(0));
-    TORCH_CHECK_VALUE(starts_q_.size(0) == starts_k_.size(0), kOp, ": cu_seqlens_k must have shape (",
-                      starts_q_.size(0), ",) like cu_seqlens_q, got ", starts_k_.sizes());
+    heads = query.size(1), key_heads = key.size(1), width_ = query.size(2);
+    CHECK_VALUE(key_heads > 0 && heads % key_heads == 0, kOp, ": the heads of key and value must divide the ", heads,
+                " heads of query, got ", key_heads);
+    q_ = boundaries("cu_seqlens_q", starts_q_, query.size(0));
+    k_ = boundaries("cu_seqlens_k", starts_k_, key.size(0));
+    CHECK_VALUE(starts_q_.size(0) == starts_k_.size(0), kOp, ": cu_seqlens_k must have shape (", starts_q_.size(0),
+                ",) like cu_seqlens_q, got ", starts_k_.sizes());
     sequences = starts_q_.size(0) - 1;
-    size = query.element_size();
+    size = item_size(query);
   }
 
   // The first query that sees a key, and the sizes from there on; under a causal mask the first queries may see none.
-  int64_t begin_q(int64_t s) const { return start(starts_q_, s) + blind(s); }
-  int64_t begin_k(int64_t s) const { return start(starts_k_, s); }
-  AttentionSizes sizes(int64_t s) const { return {queries(s) - blind(s), keys(s), query.size(2), causal_, scale_}; }
+  int64_t begin_q(int64_t s) const { return q_[s] + blind(s); }
+  int64_t begin_k(int64_t s) const { return k_[s]; }
+  AttentionSizes sizes(int64_t s) const { return {queries(s) - blind(s), keys(s), width_, causal_, scale_}; }
   bool some_blind() const {
     for (int64_t s = 0; s < sequences; ++s)
       if (blind(s) > 0) return true;
@@ -92,19 +106,20 @@ class Batch {
   }
   int64_t group() const { return heads / key_heads; }
 
-  at::Tensor query, key, value;
+  Tensor query, key, value;
   Kind kind;
   int64_t heads, key_heads, sequences, size;
 
  private:
-  static int64_t start(const at::Tensor& starts, int64_t s) { return starts.const_data_ptr<int32_t>()[s]; }
-  int64_t queries(int64_t s) const { return start(starts_q_, s + 1) - start(starts_q_, s); }
-  int64_t keys(int64_t s) const { return start(starts_k_, s + 1) - start(starts_k_, s); }
+  int64_t queries(int64_t s) const { return q_[s + 1] - q_[s]; }
+  int64_t keys(int64_t s) const { return k_[s + 1] - k_[s]; }
   int64_t blind(int64_t s) const {
     return keys(s) == 0 ? queries(s) : causal_ ? std::max<int64_t>(queries(s) - keys(s), 0) : 0;
   }
 
-  at::Tensor starts_q_, starts_k_;
+  Tensor starts_q_, starts_k_;  // keep the dense copies alive
+  const int32_t *q_, *k_;
+  int64_t width_;
   bool causal_;
   double scale_;
 };
@@ -113,8 +128,8 @@ int64_t cost_of(int64_t queries, int64_t keys) { return queries * keys + (querie
 
 // Runs the tasks, the most expensive first, each on the first free thread. No two tasks write the same memory.
 template <typename Task>
-void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, int64_t (*scratch_of)(const Task&),
-             void (*run)(const Task&, const Task*, char*)) {
+void run_all(const Tensor& like, const std::vector<Task>& tasks, const std::vector<int64_t>& costs,
+             int64_t (*scratch_of)(const Task&), void (*run)(const Task&, const Task*, char*)) {
   if (tasks.empty()) return;
   std::vector<size_t> order(tasks.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -122,12 +137,11 @@ void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, 
   int64_t scratch = 0;
   for (const Task& task : tasks) scratch = std::max(scratch, scratch_of(task));
   const int64_t total = std::accumulate(costs.begin(), costs.end(), int64_t{0});
-  const int64_t workers =
-      std::min<int64_t>({at::get_num_threads(), static_cast<int64_t>(tasks.size()), total / kWorthAThread + 1});
-  const at::Tensor memory = at::empty({workers * scratch}, at::kByte);
+  const int64_t workers = std::min<int64_t>({threads(), static_cast<int64_t>(tasks.size()), total / kWorthAThread + 1});
+  const Tensor memory = empty({workers * scratch}, kByte, like);
   char* begin = static_cast<char*>(memory.mutable_data_ptr());
   std::atomic<size_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t first, int64_t) {
+  parallel_for(0, workers, 1, [&](int64_t first, int64_t) {
     for (size_t i = next++; i < order.size();) {
       const size_t after = next++;
       run(tasks[order[i]], after < order.size() ? &tasks[order[after]] : nullptr, begin + first * scratch);
@@ -138,17 +152,21 @@ void run_all(const std::vector<Task>& tasks, const std::vector<int64_t>& costs, 
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, const at::Tensor& key,
-                                                    const at::Tensor& value, const at::Tensor& cu_seqlens_q,
-                                                    const std::optional<at::Tensor>& cu_seqlens_k, bool causal,
-                                                    double scale) {
+std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool causal,
+                                            double scale) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
-  at::Tensor out = at::empty(query.sizes(), query.options());
-  at::Tensor statistics =
-      at::empty({2, query.size(0), query.size(1)}, query.options().dtype(statistics_type(query.scalar_type())));
-  if (out.numel() == 0) return {out, statistics.zero_()};
-  if (batch.some_blind()) out.zero_(), statistics.zero_();
-  const at::Tensor maximum = statistics[0], inverse = statistics[1];
+  const ScalarType wide = statistics_type(query.scalar_type());
+  const Tensor out = empty(query.sizes(), query.scalar_type(), query);
+  const Tensor statistics = empty({2, query.size(0), query.size(1)}, wide, query);
+  const bool some_blind = batch.some_blind();
+  if (some_blind) fill_with_zeros(out);
+  if (some_blind || out.numel() == 0) fill_with_zeros(statistics);
+  if (out.numel() == 0) return {out, statistics};
+  const AttentionOutput to_out = output(out), maximum = half_to_write(statistics, 0),
+                        inverse = half_to_write(statistics, 1);
+  const AttentionInput from_query = input(batch.query), from_key = input(batch.key), from_value = input(batch.value);
+  const int64_t wide_size = item_size(statistics);
 
   const AttentionKernels& kernels = attention_kernels();
   const int64_t each = kernels.queries_each[batch.kind], size = batch.size;
@@ -160,48 +178,52 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention(const at::Tensor& query, con
     for (int64_t h = 0; h < batch.heads; ++h)
       for (int64_t first = 0; first < sizes.queries; first += each) {
         const int64_t last = std::min(first + each, sizes.queries), key_head = h / batch.group();
-        tasks.push_back({sizes, first, last, moved(input(batch.query), size, row, h),
-                         moved(input(batch.key), size, key_row, key_head),
-                         moved(input(batch.value), size, key_row, key_head), moved(output(out), size, row, h),
-                         moved(output(maximum), maximum.element_size(), row, h),
-                         moved(output(inverse), inverse.element_size(), row, h)});
+        tasks.push_back({sizes, first, last, moved(from_query, size, row, h), moved(from_key, size, key_row, key_head),
+                         moved(from_value, size, key_row, key_head), moved(to_out, size, row, h),
+                         moved(maximum, wide_size, row, h), moved(inverse, wide_size, row, h)});
         costs.push_back(cost_of(last - first, sizes.keys));
       }
   }
-  run_all(tasks, costs, kernels.forward_scratch[batch.kind], kernels.forward[batch.kind]);
+  run_all(query, tasks, costs, kernels.forward_scratch[batch.kind], kernels.forward[batch.kind]);
   return {out, statistics};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
-    const at::Tensor& grad_in, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-    const at::Tensor& out_in, const at::Tensor& statistics, const at::Tensor& cu_seqlens_q,
-    const std::optional<at::Tensor>& cu_seqlens_k, bool causal, double scale, bool need_query, bool need_key) {
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor& grad_in, const Tensor& query,
+                                                             const Tensor& key, const Tensor& value,
+                                                             const Tensor& out_in, const Tensor& statistics,
+                                                             const Tensor& cu_seqlens_q,
+                                                             const OptionalTensor& cu_seqlens_k, bool causal,
+                                                             double scale, bool need_query, bool need_key) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
   check_like("the gradient", grad_in, query);
   check_like("out", out_in, query);
+  const ScalarType type = query.scalar_type(), wide = statistics_type(type);
   const int64_t shape[] = {2, query.size(0), query.size(1)};
-  const at::IntArrayRef expected = shape;
-  TORCH_CHECK_VALUE(statistics.sizes() == expected, kOp, ": statistics must have shape ", expected, ", got ",
-                    statistics.sizes());
-  TORCH_CHECK_TYPE(statistics.scalar_type() == statistics_type(query.scalar_type()), kOp,
-                   ": statistics must have dtype ", statistics_type(query.scalar_type()), ", got ",
-                   statistics.scalar_type());
-  const at::Tensor maximum = statistics[0], inverse = statistics[1];
-  const at::Tensor grad = with_dense_rows(grad_in), out = with_dense_rows(out_in);
-  const auto empty = [&](bool need, const at::Tensor& like) {
-    return need ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+  const Sizes expected = shape;
+  CHECK_VALUE(statistics.sizes().equals(expected), kOp, ": statistics must have shape ", expected, ", got ",
+              statistics.sizes());
+  CHECK_TYPE(statistics.scalar_type() == wide, kOp, ": statistics must have dtype ", wide, ", got ",
+             statistics.scalar_type());
+  const Tensor grad = with_dense_rows(grad_in), out = with_dense_rows(out_in);
+  const auto gradient = [&](bool need, const Tensor& like) {
+    return need ? empty(like.sizes(), type, like) : empty({0}, type, like);
   };
-  at::Tensor to_query = empty(need_query, query), to_key = empty(need_key, key), to_value = empty(need_key, value);
-  if (batch.query.size(2) == 0 || batch.heads == 0) {
-    if (need_key) to_key.zero_(), to_value.zero_();
-    return {to_query, to_key, to_value};
-  }
-  if (need_query && batch.some_blind()) to_query.zero_();
-  if (need_key && batch.some_unseen()) to_key.zero_(), to_value.zero_();
+  const Tensor to_query = gradient(need_query, query), to_key = gradient(need_key, key),
+               to_value = gradient(need_key, value);
+  const bool nothing = query.size(2) == 0 || batch.heads == 0;
+  if (need_key && (nothing || batch.some_unseen())) fill_with_zeros(to_key), fill_with_zeros(to_value);
+  if (nothing) return {to_query, to_key, to_value};
+  if (need_query && batch.some_blind()) fill_with_zeros(to_query);
 
   const AttentionKernels& kernels = attention_kernels();
   const int64_t queries_each = kernels.queries_each[batch.kind], keys_each = kernels.keys_each[batch.kind];
-  const int64_t size = batch.size, group = batch.group();
+  const int64_t size = batch.size, group = batch.group(), wide_size = item_size(statistics), workers = threads();
+  const AttentionInput from_query = input(batch.query), from_key = input(batch.key), from_value = input(batch.value),
+                       from_out = input(out), from_grad = input(grad), maximum = half(statistics, 0),
+                       inverse = half(statistics, 1);
+  const AttentionOutput none{nullptr, 0, 0}, query_out = need_query ? output(to_query) : none,
+                                             key_out = need_key ? output(to_key) : none,
+                                             value_out = need_key ? output(to_value) : none;
   int64_t total = 0;
   for (int64_t s = 0; s < batch.sequences; ++s)
     total += batch.heads * cost_of(batch.sizes(s).queries, batch.sizes(s).keys);
@@ -213,12 +235,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
     if (sizes.queries == 0 || sizes.keys == 0) continue;
     // A whole sequence takes five products, ranges of one take seven. Ranges are for sequences so long that other
     // threads would wait for them.
-    const bool whole = group * cost * at::get_num_threads() <= total + total / 4;
+    const bool whole = group * cost * workers <= total + total / 4;
     for (int64_t h = 0; h < batch.key_heads; ++h) {
       const auto task = [&](int64_t head, int64_t heads, bool for_query, bool for_key) -> AttentionBackward {
         const auto of_query = [&](auto x, int64_t bytes) { return moved(x, bytes, row, h * group + head); };
         const auto of_key = [&](auto x) { return moved(x, size, key_row, h); };
-        const AttentionOutput none{nullptr, 0, 0};
         return {sizes,
                 heads,
                 0,
@@ -227,16 +248,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
                 sizes.keys,
                 for_query,
                 for_key,
-                of_query(input(batch.query), size),
-                of_key(input(batch.key)),
-                of_key(input(batch.value)),
-                of_query(input(out), size),
-                of_query(input(maximum), maximum.element_size()),
-                of_query(input(inverse), inverse.element_size()),
-                of_query(input(grad), size),
-                for_query ? of_query(output(to_query), size) : none,
-                for_key ? of_key(output(to_key)) : none,
-                for_key ? of_key(output(to_value)) : none};
+                of_query(from_query, size),
+                of_key(from_key),
+                of_key(from_value),
+                of_query(from_out, size),
+                of_query(maximum, wide_size),
+                of_query(inverse, wide_size),
+                of_query(from_grad, size),
+                for_query ? of_query(query_out, size) : none,
+                for_key ? of_key(key_out) : none,
+                for_key ? of_key(value_out) : none};
       };
       if (whole) {
         tasks.push_back(task(0, group, need_query, need_key));
@@ -258,7 +279,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_backward(
         }
     }
   }
-  run_all(tasks, costs, kernels.backward_scratch[batch.kind], kernels.backward[batch.kind]);
+  run_all(query, tasks, costs, kernels.backward_scratch[batch.kind], kernels.backward[batch.kind]);
   return {to_query, to_key, to_value};
 }
 

@@ -3,7 +3,7 @@
 The reference implementations of all of them stand together in `oner_fast.ops.reference`.
 """
 
-from oner_fast import _extension
+from oner_fast import _cuda_extension
 from oner_fast.ops import flop_formulas, library
 from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
@@ -12,8 +12,8 @@ from oner_fast.ops.patch_masks import boundaries, draw_masks, patch_mask
 from oner_fast.ops.token_alignment import token_alignment
 from oner_fast.ops.varlen_attention import varlen_attention
 
-# Loaded here, not at the first call, which may be one that torch.compile traces.
-_extension.status()
+# Both libraries are loaded here, not at the first call, which may be one that torch.compile traces.
+_cuda_extension.status()
 library.choose_cuda_ops()
 flop_formulas.register()
 

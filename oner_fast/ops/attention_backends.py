@@ -96,7 +96,7 @@ def why_not_flash_attn_3(device: str, **facts: Any) -> list[str]:
 def why_not_flash_attn(device: str, **facts: Any) -> list[str]:
     """List every reason why flash-attn 2 cannot take a call on `device` with these facts."""
     version = _version("flash_attn", "flash-attn")
-    found = [] if version else ["flash-attn is not installed (pip install 'oner_fast[flash-attn]')"]
+    found = [] if version else ["flash-attn is not installed (pip install --no-build-isolation flash-attn)"]
     if version and _older(version, FLASH_ATTN_OLDEST):
         found.append(f"flash-attn {version} is older than 2.7, which torch.compile can trace")
     return [*found, *_why_no_gpu(device, (8, 0)), *_why_not_these_tensors(facts)]

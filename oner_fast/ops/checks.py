@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -166,17 +166,22 @@ def cast_like(first: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
     )
 
 
-def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under autocast, cast floating tensors to the widest of their dtypes, as PyTorch does for its losses."""
-    dtypes = {x.dtype for x in tensors if isinstance(x, Tensor)}
-    if (
-        len(dtypes) < 2
-        or not dtypes.issubset(FLOATING)
-        or not under_autocast(next(x for x in tensors if isinstance(x, Tensor)))
-    ):
-        return tensors
-    widest = torch.float64 if torch.float64 in dtypes else torch.float32  # two half types, too, have no common one
-    return tuple(x.to(widest) if isinstance(x, Tensor) else x for x in tensors)
+def common_dtype(first: Tensor, *others: Tensor | None) -> torch.dtype | None:
+    """Return the dtype that floating tensors are cast to; None where nothing is to cast, or is not a floating tensor.
+
+    It is the widest of their dtypes. Under autocast it is the autocast dtype, unless one of them is float64.
+    """
+    tensors = [first, *(x for x in others if x is not None)]
+    if not all(isinstance(x, Tensor) and x.dtype in FLOATING for x in tensors):
+        return None
+    dtypes = {x.dtype for x in tensors}
+    if under_autocast(first) and torch.float64 not in dtypes:
+        wanted = torch.get_autocast_dtype(first.device.type)
+    elif len(dtypes) == 1:
+        return None
+    else:
+        wanted = torch.float64 if torch.float64 in dtypes else torch.float32  # two half types have no common one
+    return None if dtypes == {wanted} else wanted
 
 
 def masked_gather(
@@ -265,6 +270,7 @@ def mixup_info_nce(
     mix: Tensor | float,
     partner: Tensor | None,
     partner_weight: Tensor | None,
+    logit_bias: Tensor | float | None,
     total: int | None,
 ) -> None:
     """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group)."""
@@ -279,12 +285,9 @@ def mixup_info_nce(
             continue
         floating(op, name, is_tensor(op, name, tensor), query.dtype)
         shape(op, name, tensor, "(N, D)", (rows, width))  # type: ignore[arg-type]
-    if isinstance(logit_scale, Tensor):
-        if is_tensor(op, "logit_scale", logit_scale).dtype not in FLOATING:
-            raise TypeError(f"{op}: logit_scale must be a number or a floating 0-d tensor, got {logit_scale.dtype}")
-        shape(op, "logit_scale", logit_scale, "()", ())
-    else:
-        number(op, "logit_scale", logit_scale, "a number or a 0-d tensor")
+    _one_number(op, "logit_scale", logit_scale)
+    if logit_bias is not None:
+        _one_number(op, "logit_bias", logit_bias)
     if isinstance(mix, Tensor):
         if is_tensor(op, "mix", mix).dtype not in FLOATING:
             raise TypeError(f"{op}: mix must be a number or a floating tensor, got {mix.dtype}")
@@ -307,10 +310,31 @@ def mixup_info_nce(
     )  # fmt: skip
 
 
-def contrast_options(symmetric: bool, group: dist.ProcessGroup | None) -> None:
+def _one_number(op: str, name: str, value: Tensor | float) -> None:
+    """Raise unless `value` is a finite number, or a floating tensor of shape () or (1,), whose value is not read."""
+    if not isinstance(value, Tensor):
+        number(op, name, value, "a number or a tensor of one number")
+    elif is_tensor(op, name, value).dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be a number or a floating tensor, got {value.dtype}")
+    elif value.ndim > 1 or value.numel() != 1:
+        raise ValueError(f"{op}: {name} must have shape () or (1,), got {tuple(value.shape)}")
+
+
+def contrast_options(
+    symmetric: bool, normalized: bool, query_ids: Tensor | None, key_ids: Tensor | None, same: str,
+    group: dist.ProcessGroup | None,
+) -> None:  # fmt: skip
     """Check the options of `oner_fast.ops.mixup_info_nce` before any rank sends anything."""
     op = "mixup_info_nce"
     flag(op, "symmetric", symmetric)
+    flag(op, "normalized", normalized)
+    if not isinstance(same, str):
+        raise TypeError(f"{op}: same must be 'positive', got {type(same).__name__}")
+    if same != "positive":
+        raise ValueError(f"{op}: same must be 'positive', got {same!r}")
+    for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+        if ids is not None:
+            raise NotImplementedError(f"{op}: {name} is reserved for a later version and must be None here")
     if group is None:
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oner_fast.dtypes import statistics_dtype
+
 PartnerSums = Callable[[Tensor, Tensor, int], Tensor]  # (partner (n,), values (n,), columns) -> (columns,)
 
 
@@ -154,7 +156,7 @@ class Rows:
     """This rank's rows, in the form that the raw ops take."""
 
     raw: Any  # the raw ops
-    query: tuple[Tensor, Tensor | None, Tensor, Tensor]  # x, other, mix, inverse norms
+    query: tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # x, other, mix, inverse norms
     logit_scale: Tensor
     partner: Tensor | None  # (n,) global indices
     weight: Tensor | None  # (n,) of the partners
@@ -165,7 +167,7 @@ class Rows:
         return self.query[0].shape[0]
 
     def against(self, ring: Ring, owner: int, keys: Tensor) -> tuple[Any, ...]:
-        """Return the arguments that statistics and backward share, for the unit keys of the rank `owner`."""
+        """Return the arguments that statistics and backward share, for the keys of the rank `owner`."""
         first = ring.first(owner)
         partner = None if self.partner is None else self.partner - first
         return (*self.query, keys, None, None, None, self.logit_scale, partner, ring.first(ring.rank) - first)
@@ -180,8 +182,8 @@ class Rows:
 
 
 def statistics(ring: Ring, rows: Rows, keys: Tensor, symmetric: bool) -> tuple[RowStatistics, ColumnStatistics | None]:
-    """Compute forward: this rank's rows against the unit keys of all ranks, and all ranks' rows against its columns."""
-    wide = rows.query[3].dtype
+    """Compute forward: this rank's rows against the keys of all ranks, and all ranks' rows against its columns."""
+    wide = statistics_dtype(keys)
     empty = keys.new_empty(0, dtype=wide)
     of_rows = RowStatistics(empty, empty, empty, empty)
     with_targets = symmetric and rows.partner is not None
@@ -224,7 +226,7 @@ def statistics(ring: Ring, rows: Rows, keys: Tensor, symmetric: bool) -> tuple[R
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of this rank's rows, summed over blocks, and of its unit keys, summed over ranks; float32 or wider."""
+    """Gradients of this rank's rows, summed over blocks, and of its keys, summed over ranks; float32 or wider."""
 
     query: Tensor  # (n, D)
     query_other: Tensor  # (n, D), empty without
@@ -244,12 +246,12 @@ def gradients(
     own_weight: Tensor,
     keys_wanted: bool,
 ) -> Gradients:
-    """Compute backward: the unit keys pass around the ring once more, and their gradients return to their owners.
+    """Compute backward: the keys pass around the ring once more, and their gradients return to their owners.
 
     Args:
         ring: the ranks.
         rows: this rank's rows.
-        keys: (n, D), this rank's unit keys.
+        keys: (n, D), this rank's keys as they enter the logits.
         columns: (n, 2 or 3), for each of this rank's columns its maximum, its sum (infinite where a column has no mass)
             and, with partners, 1 / mass (0 there). None where the loss has no column term.
         each: (), the factor common to all gradients with respect to logits.
@@ -281,7 +283,7 @@ def gradients(
                 nearest = arguments[9].clamp(0, count - 1)  # a partner in another block has no term here
                 partner_weight = partner_weight * (1 + inverse_mass[0].index_select(0, nearest))
         *of_rows, to_keys, _, _, to_scale = rows.raw.mixup_info_nce_backward(
-            *arguments, row_max, row_weight, column_max, column_weight, own_weight, partner_weight, keys_wanted
+            *arguments, row_max, row_weight, column_max, column_weight, own_weight, partner_weight, keys_wanted, True
         )
         for so_far, one in zip(sums, (*of_rows, to_scale), strict=True):
             so_far += one

@@ -60,7 +60,7 @@ def _varlen_attention_backward_in_triton(
 
 
 def _mixup_info_nce_statistics(
-    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
     *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
     """Count the logits."""
@@ -68,22 +68,22 @@ def _mixup_info_nce_statistics(
 
 
 def _mixup_info_nce_backward(
-    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
     *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
     """Count the logits again, then the gradient of query and, where wanted, that of key."""
-    need_key = bool(rest[-1])
+    need_key = bool(rest[-2])
     return (2 + need_key) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
 
 def _mixup_info_nce_backward_in_triton(
-    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor, key: Tensor,
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
     key_other: Tensor | None, *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
     """Count two products a side where each side recomputes the logits; wider rows recompute them once."""
     from oner_fast.kernels.mixup_info_nce_backward import keeps_tiles
 
-    need_key = bool(rest[-1])
+    need_key = bool(rest[-2])
     mixed = query_other is not None or key_other is not None
     again = need_key and keeps_tiles(query, mixed, atomic=False)
     return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]

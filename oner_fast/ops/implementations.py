@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from oner_fast import _extension
+from oner_fast import _cuda_extension, _extension
 
 REFERENCE = "reference"
 Facts = tuple[str, str, dict[str, Any]]  # a call's op, device type, and the values that implementations ask about
@@ -162,6 +162,8 @@ def choose(op: str, device: str, implementation: str | None = None, **facts: Any
             return candidate
         if candidate.compiled:
             _extension.warn_if_missing()
+            if device == "cuda":
+                _cuda_extension.warn_if_unusable()
     every = "; ".join(f"{name}: {', '.join(i.reasons_against(device, **facts))}" for name, i in known.items())
     raise RuntimeError(f"{op}: no implementation can run this call on {device}: {every}")
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from oner_fast import _extension
+from oner_fast import _cuda_extension, _extension
 from oner_fast.ops import batching
 
 _COMPILED = torch.library.Library("oner_fast", "DEF")
@@ -162,20 +162,21 @@ def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[s
 
 @constant
 def _why_no_cuda_kernel(name: str) -> str:
-    return _of_this_machine(name)
+    """Say why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
+
+    A missing extension is reported elsewhere, and may be loaded later in the process.
+    """
+    return _of_this_machine(name) if _extension.status().loaded else ""
 
 
 @cache
 def _of_this_machine(name: str) -> str:
-    """Say why the extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
+    """Say why the loaded extension or the GPU cannot run the raw op `name` in CUDA C++; empty where they can.
 
-    A missing extension is reported elsewhere. Without a GPU there is nothing to report about its age.
+    Without a GPU there is nothing to report about its age.
     """
-    if not _extension.status().loaded:
-        return ""
     if not has_cuda_kernel(name):
-        why = _extension.build_report().get("cuda", {}).get("reason") or "it was built before there was any"
-        return f"the extension was built without CUDA C++: {why}"
+        return _cuda_extension.status().reason or f"there is no kernel in CUDA C++ for {name}"
     if not torch.cuda.is_available():
         return ""
     major, minor = torch.cuda.get_device_capability()
@@ -187,14 +188,23 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
 
     On the CPU they run in Triton's interpreter, or where the active Triton driver works on CPU tensors.
     """
-    if importlib.util.find_spec("triton") is None:
-        return ["Triton is not installed (pip install triton)"]
-    if device == "cpu" and not _triton_runs_on_the_cpu():
-        return ["on the CPU Triton kernels run in its interpreter alone: set TRITON_INTERPRET=1 before Python starts"]
-    return []
+    why = _why_no_triton(device == "cpu")
+    return [why] if why else []
 
 
 @constant
+def _why_no_triton(on_the_cpu: bool) -> str:
+    """Say why Triton kernels cannot run on the CPU or on a GPU; empty where they can.
+
+    torch.compile calls it and keeps the result. It must not trace it: torch 2.11 cannot trace a search for a package.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if on_the_cpu and not _triton_runs_on_the_cpu():
+        return "on the CPU Triton kernels run in its interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+    return ""
+
+
 def _triton_runs_on_the_cpu() -> bool:
     triton = importlib.import_module("triton")
     if triton.knobs.runtime.interpret:

@@ -15,113 +15,11 @@ from oner_fast.ops import checks, contrast_ring, reference
 from oner_fast.ops.collectives import row_counts_and_any
 from oner_fast.ops.contrast_ring import Ring, Rows
 from oner_fast.ops.implementations import Facts, register
-from oner_fast.ops.library import define, raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.library import raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.mixup_info_nce_raw import partner_sums
 from oner_fast.ops.serve import serve
 from oner_fast.ops.transforms import Values, differentiable
 from oner_fast.ops.unit_rows import through_normalisation, unit_rows
-
-_SIDE = "Tensor {0}, Tensor? {0}_other, Tensor? {0}_mix, "
-
-
-@define(
-    "mixup_inverse_norms(Tensor x, Tensor? other, Tensor? mix) -> Tensor",
-    triton="mixup_info_nce.inverse_norms",
-    portable=True,
-)
-def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], dtype=statistics_dtype(x))
-
-
-@define(
-    "mixup_info_nce_statistics("
-    + _SIDE.format("query")
-    + "Tensor query_inverse_norm, "
-    + _SIDE.format("key")
-    + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, bool columns_too) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton="mixup_info_nce.statistics",
-    portable=True,
-)
-def _statistics_shape(
-    query: Tensor,
-    query_other: Tensor | None,
-    query_mix: Tensor | None,
-    query_inverse_norm: Tensor,
-    key: Tensor,
-    key_other: Tensor | None,
-    key_mix: Tensor | None,
-    key_inverse_norm: Tensor | None,
-    logit_scale: Tensor,
-    partner: Tensor | None,
-    first_pair: int,
-    columns_too: bool,
-) -> tuple[Tensor, ...]:
-    rows, columns = query.shape[0], key.shape[0] if columns_too else 0
-    sizes = (rows, rows, columns, columns, rows, 0 if partner is None else rows)
-    return tuple(query.new_empty(size, dtype=statistics_dtype(query)) for size in sizes)
-
-
-@define(
-    "mixup_info_nce_backward("
-    + _SIDE.format("query")
-    + "Tensor query_inverse_norm, "
-    + _SIDE.format("key")
-    + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, Tensor row_max, "
-    "Tensor row_weight, Tensor? column_max, Tensor? column_weight, Tensor own_weight, Tensor? partner_weight, "
-    "bool need_key) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton="mixup_info_nce.backward",
-    atomic="mixup_info_nce.backward_with_atomics",
-    portable=True,
-)
-def _backward_shape(
-    query: Tensor,
-    query_other: Tensor | None,
-    query_mix: Tensor | None,
-    query_inverse_norm: Tensor,
-    key: Tensor,
-    key_other: Tensor | None,
-    key_mix: Tensor | None,
-    key_inverse_norm: Tensor | None,
-    logit_scale: Tensor,
-    partner: Tensor | None,
-    first_pair: int,
-    row_max: Tensor,
-    row_weight: Tensor,
-    column_max: Tensor | None,
-    column_weight: Tensor | None,
-    own_weight: Tensor,
-    partner_weight: Tensor | None,
-    need_key: bool,
-) -> tuple[Tensor, ...]:
-    def side(x: Tensor, other: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-        one_a_row = x.new_empty(0 if other is None else x.shape[0], dtype=wide)
-        return [
-            torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format),
-            torch.empty_like(x, memory_format=torch.contiguous_format) if other is not None else x.new_empty(0),
-            one_a_row,
-        ]
-
-    wide = statistics_dtype(query)
-    keys = [query.new_empty(0, dtype=wide) for _ in range(3)]
-    if need_key:
-        keys = side(key, key_other, wide if key_inverse_norm is None else key.dtype)
-    return (*side(query, query_other, query.dtype), *keys, query.new_empty((), dtype=wide))
-
-
-@define(
-    "mixup_partner_sums(Tensor partner, Tensor values, SymInt columns) -> Tensor",
-    triton="mixup_info_nce.partner_sums",
-    portable=True,
-)
-def _partner_sums_shape(partner: Tensor, values: Tensor, columns: int) -> Tensor:
-    return values.new_empty(columns)
-
-
-def _partner_sums(backend: str, partner: Tensor, values: Tensor, columns: int) -> Tensor:
-    """For each column, sum the values (n,) of the rows whose partner is that column, in a fixed order: (columns,)."""
-    if backend == "cpp":
-        return values.new_zeros(columns).scatter_add(0, partner, values)
-    return raw_ops(backend).mixup_partner_sums(partner, values, columns)
 
 
 def _column_targets(
@@ -133,15 +31,16 @@ def _column_targets(
     """
     if partner is None or weight is None:
         return own, None
-    target, mass = (_partner_sums(backend, partner, x, own.shape[0]) for x in (weight * shared, weight))
+    target, mass = (partner_sums(backend, partner, x, own.shape[0]) for x in (weight * shared, weight))
     return target + (1 - weight) * own, mass + (1 - weight)
 
 
-def _weight(partner: Tensor | None, partner_weight: Tensor | None, norms: Tensor) -> Tensor | None:
+def _weight(partner: Tensor | None, partner_weight: Tensor | None, query: Tensor) -> Tensor | None:
     """Return the weight of each row's partner (n,), in the dtype of the statistics; None without partners."""
     if partner is None:
         return None
-    return norms.new_full(partner.shape, 0.5) if partner_weight is None else partner_weight.to(norms.dtype)
+    dtype = statistics_dtype(query)
+    return query.new_full(partner.shape, 0.5, dtype=dtype) if partner_weight is None else partner_weight.to(dtype)
 
 
 def _reciprocal(mass: Tensor) -> Tensor:
@@ -166,15 +65,16 @@ class _MixupInfoNce:
         partner: Tensor | None,
         partner_weight: Tensor | None,
         symmetric: bool,
+        normalized: bool,
         ring: Ring | None,
         keys_wanted: bool,
         backend: str,
     ) -> Values:
         raw = raw_ops(backend)
         dtype = statistics_dtype(query)
-        query_norm = raw.mixup_inverse_norms(query, query_other, mix)
-        key_norm = raw.mixup_inverse_norms(key, key_other, mix)
-        weight = _weight(partner, partner_weight, query_norm)
+        query_norm = None if normalized else raw.mixup_inverse_norms(query, query_other, mix)
+        key_norm = None if normalized else raw.mixup_inverse_norms(key, key_other, mix)
+        weight = _weight(partner, partner_weight, query)
         query_side = (query, query_other, mix, query_norm)
         column_max = column_sum = column_target = mass = None
         if ring is None:
@@ -185,7 +85,7 @@ class _MixupInfoNce:
                 column_max, column_sum = columns
                 column_target, mass = _column_targets(backend, partner, weight, own, shared)
         else:
-            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(_partner_sums, backend))
+            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, backend))
             of_rows, of_columns = contrast_ring.statistics(ring, rows, _sent(key, key_other, mix, key_norm), symmetric)
             row_max, row_sum, own, shared = of_rows.maximum, of_rows.total, of_rows.own, of_rows.shared
             if of_columns is not None:
@@ -210,7 +110,7 @@ class _MixupInfoNce:
 
     @staticmethod
     def remember(ctx: Any, arguments: Values, results: Values) -> None:
-        *tensors, _, ctx.ring, ctx.keys_wanted, ctx.backend = arguments
+        *tensors, _, _, ctx.ring, ctx.keys_wanted, ctx.backend = arguments
         ctx.save_for_backward(*tensors, *results[1:])
 
     @staticmethod
@@ -219,7 +119,7 @@ class _MixupInfoNce:
             query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_norm, key_norm,
             row_max, row_sum, column_max, column_sum, mass,
         ) = ctx.saved_tensors  # fmt: skip
-        weight = _weight(partner, partner_weight, query_norm)
+        weight = _weight(partner, partner_weight, query)
         ring, need = ctx.ring, ctx.needs_input_grad
         need_key = need[1] or need[4] or (need[5] and key_other is not None)
         world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
@@ -240,9 +140,10 @@ class _MixupInfoNce:
             to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale = raw.mixup_info_nce_backward(
                 *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, row_max, each / row_sum,
                 column_max, None if column_sum is None else each / column_sum, own_weight, partner_weight, need_key,
+                False,
             )  # fmt: skip
         else:
-            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(_partner_sums, ctx.backend))
+            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, ctx.backend))
             columns = [x for x in (column_max, column_sum, share) if x is not None]
             found = contrast_ring.gradients(
                 ring, rows, _sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
@@ -256,7 +157,7 @@ class _MixupInfoNce:
         gradient_of_mix = None
         if need[5]:
             parts = [x for x, other in ((to_mix, query_other), (to_key_mix, key_other)) if other is not None]
-            each_row = torch.stack(parts).sum(0) if parts else torch.zeros_like(query_norm)
+            each_row = torch.stack(parts).sum(0) if parts else torch.zeros_like(row_max)
             gradient_of_mix = (each_row if mix.ndim else each_row.sum()).to(mix.dtype)
         return (
             to_query if need[0] else None,
@@ -265,15 +166,17 @@ class _MixupInfoNce:
             to_query_other if need[3] else None,
             to_key_other if need[4] else None,
             gradient_of_mix,
-            *(None,) * 6,
+            *(None,) * 7,
         )
 
 
 _mixup_info_nce = differentiable("mixup_info_nce", _MixupInfoNce)
 
 
-def _sent(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor) -> Tensor:
-    """Return the unit rows (n, D) as they are sent: contiguous, in the dtype of the rows."""
+def _sent(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor | None) -> Tensor:
+    """Return the rows (n, D) of the logits as they are sent: contiguous, in the dtype of x."""
+    if other is None and inverse_norm is None:
+        return x.contiguous()
     return unit_rows(x, other, mix, inverse_norm).to(x.dtype).contiguous()
 
 
@@ -289,6 +192,8 @@ def _compiled(
     partner: Tensor | None,
     partner_weight: Tensor | None,
     symmetric: bool,
+    normalized: bool,
+    logit_bias: Tensor | float | None,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     ring, keys_wanted = None, False
@@ -298,18 +203,23 @@ def _compiled(
         sizes, keys_wanted = row_counts_and_any(query.shape[0], wanted, query.device, group)
         ring = Ring(sizes, group)
     total = None if ring is None else ring.total
-    checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
-    dtype = statistics_dtype(query)
-    scale = (
-        logit_scale
-        if isinstance(logit_scale, Tensor)
-        else _number(logit_scale, widest_dtype(query.device), query.device)
+    checks.mixup_info_nce(
+        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, total
     )
+    dtype = statistics_dtype(query)
+    if isinstance(logit_scale, Tensor):
+        scale = logit_scale.reshape(()) if logit_scale.ndim else logit_scale
+    else:
+        scale = _number(logit_scale, widest_dtype(query.device), query.device)
     share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
     loss: Tensor = _mixup_info_nce(
-        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, ring, keys_wanted,
-        backend,
+        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, normalized, ring,
+        keys_wanted, backend,
     )  # fmt: skip
+    if isinstance(logit_bias, Tensor):
+        # Of a finite bias exactly 0, and so is its gradient. Inductor would drop a product with the integer 0, and NaN.
+        nothing = 0.0 * logit_bias.reshape(1)
+        loss = (loss.reshape(1) + nothing.to(dtype)).squeeze(0)
     return loss
 
 
@@ -353,9 +263,17 @@ register(
 )  # fmt: skip
 
 
-def facts(query: Tensor, *rest: Any, **options: Any) -> Facts:
+def facts(
+    query: Tensor,
+    key: Tensor | None = None,
+    *rest: Any,
+    query_other: Tensor | None = None,
+    key_other: Tensor | None = None,
+    **options: Any,
+) -> Facts:
     """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
-    return "mixup_info_nce", query.device.type, {"dtype": query.dtype}
+    dtype = checks.common_dtype(query, key, query_other, key_other) or query.dtype
+    return "mixup_info_nce", query.device.type, {"dtype": dtype}
 
 
 def mixup_info_nce(
@@ -369,6 +287,11 @@ def mixup_info_nce(
     partner: Tensor | None = None,
     partner_weight: Tensor | None = None,
     symmetric: bool = True,
+    normalized: bool = False,
+    logit_bias: Tensor | float | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same: str = "positive",
     group: dist.ProcessGroup | None = None,
     implementation: str | None = None,
 ) -> Tensor:
@@ -376,42 +299,57 @@ def mixup_info_nce(
 
     With normalise(x) = x / |x|, the rows are q = normalise(query), or normalise((1 - mix) query + mix query_other), and
     k likewise. A row with |x| < 1e-12 counts as a row of zeros: it stays zero and takes a gradient of 0. A row whose
-    squares overflow makes the loss NaN. The logits are logit_scale * q @ k.T. The loss is the mean over rows of the
-    cross-entropy or, where `symmetric`, the mean of that and of the same over columns. No implementation but the
-    reference allocates an N x N buffer.
+    squares overflow makes the loss NaN. The logits are logit_scale * q @ k.T + logit_bias. The loss is the mean over
+    rows of the cross-entropy or, where `symmetric`, the mean of that and of the same over columns. No implementation
+    but the reference allocates an N x N buffer.
+
+    Rows of different dtypes are cast to the widest of them, to float32 from float16 and bfloat16. Under autocast all
+    rows are cast to the autocast dtype, unless one of them is float64. Each gradient comes back in the dtype of its
+    tensor.
 
     Args:
-        query: (N, D) float32, float16, bfloat16 or float64, not normalised; at least one row over all
-            ranks. Row i belongs to pair i.
-        key: (N, D) in the dtype of the query, not normalised. Under autocast, floating-point dtypes may differ: the
-            widest is taken for all, and each gradient comes back in the dtype of its tensor.
-        logit_scale: 1 / temperature, a finite number or a floating-point 0-d tensor, which may take a gradient.
-        query_other: (N, D) in the dtype of the query, mixed into it.
-        key_other: (N, D) in the dtype of the query, mixed into the key.
+        query: (N, D) float32, float16, bfloat16 or float64; at least one row over all ranks. Row i belongs to pair i.
+        key: (N, D).
+        logit_scale: 1 / temperature, a finite number or a floating-point tensor of shape () or (1,), which may take a
+            gradient.
+        query_other: (N, D), mixed into the query.
+        key_other: (N, D), mixed into the key.
         mix: the share of the other, a number, a 0-d tensor or (N,), which may take a gradient. OneR uses 1/2.
         partner: (N,) int64 with values in [0, N), for images mixed at the input: the targets of row i are i with the
             weight 1 - partner_weight[i], and partner[i] with partner_weight[i]. With `group`, a global index.
         partner_weight: (N,) floating-point, 0.5 by default.
         symmetric: add the cross-entropy over columns. Without it this is MoCo v3's query-to-key form.
+        normalized: take the rows, mixed where they are, as q and k themselves. No norm is computed, and gradients are
+            not projected. For rows that were normalised before, as open_clip's are, the loss is the same.
+        logit_bias: a finite number or a floating-point tensor of shape () or (1,) that is added to every logit. A
+            softmax does not change with it, so the loss is the same and the gradient of a tensor is 0. A tensor that
+            is not finite makes the loss NaN.
+        query_ids: reserved for the ids of the queries, (N,) int64; this version takes None alone.
+        key_ids: reserved for the ids of the keys, (N,) int64; this version takes None alone.
+        same: what a pair of different rows with the same id will be; this version knows "positive", a further target.
         group: compute the loss of the batch that the ranks hold together, in rank order; local N may differ. Every rank
             returns that loss. Gradients are W times the derivative (W ranks), so that the mean that DDP takes is the
             gradient of a single process.
         implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
-        The loss, 0-d: float32, or float64 for float64 inputs.
+        The loss, 0-d: float32, or float64 where a row is float64.
 
     Raises:
         TypeError: a dtype does not fit, or an argument is no tensor.
-        ValueError: a shape or device does not fit, or `partner_weight` is given without `partner`.
+        ValueError: a shape or device does not fit, `partner_weight` is given without `partner`, or `same` is unknown.
         IndexError: a value of `partner` is out of range. On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
+        NotImplementedError: ids are given.
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("mixup_info_nce", "query", query)
-    checks.contrast_options(symmetric, group)
-    query, key, query_other, key_other = checks.promoted(query, key, query_other, key_other)
-    loss: Tensor = serve(facts(query), implementation, query, _shapes)(
+    checks.contrast_options(symmetric, normalized, query_ids, key_ids, same, group)
+    dtype = checks.common_dtype(query, key, query_other, key_other)
+    if dtype is not None:
+        query, key = query.to(dtype), key.to(dtype)
+        query_other, key_other = (None if x is None else x.to(dtype) for x in (query_other, key_other))
+    loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
-        partner_weight=partner_weight, symmetric=symmetric, group=group,
+        partner_weight=partner_weight, symmetric=symmetric, normalized=normalized, logit_bias=logit_bias, group=group,
     )  # fmt: skip
     return loss

@@ -136,33 +136,44 @@ def mixup_info_nce(
     partner: Tensor | None = None,
     partner_weight: Tensor | None = None,
     symmetric: bool = True,
+    normalized: bool = False,
+    logit_bias: Tensor | float | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same: str = "positive",
     group: dist.ProcessGroup | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Compute the cross-entropy of logit_scale * q @ k.T (N, N) over rows and, where `symmetric`, columns; 0-d.
+    """Compute the cross-entropy of logit_scale * q @ k.T + logit_bias (N, N) over rows and, where `symmetric`, columns.
 
-    q and k are query and key, mixed and made `unit` rows. The targets of row i are P[i, :], with P[i, i] += 1 - w_i and
-    P[i, partner_i] += w_i. Those of column j are P[:, j] / sum_i P[i, j]; a column whose sum is 0 adds nothing. Both
-    means divide by N. With `group` the batch is that of all ranks, concatenated in rank order.
+    q and k are query and key, mixed and, unless `normalized`, made `unit` rows. The targets of row i are P[i, :], with
+    P[i, i] += 1 - w_i and P[i, partner_i] += w_i. Those of column j are P[:, j] / sum_i P[i, j]; a column whose sum is
+    0 adds nothing. Both means divide by N. With `group` the batch is that of all ranks, concatenated in rank order.
+    The result is 0-d.
     """
+    checks.contrast_options(symmetric, normalized, query_ids, key_ids, same, group)
     sizes = None if group is None else row_counts(query.shape[0], query.device, group)
     total = None if sizes is None else sum(sizes)
-    checks.mixup_info_nce(query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, total)
+    checks.mixup_info_nce(
+        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, total
+    )
     with torch.autocast(query.device.type, enabled=False):
-        q, k = unit(mixed(query, query_other, mix)), unit(mixed(key, key_other, mix))
+        q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
+        q, k = (q, k) if normalized else (unit(q), unit(k))
         scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
+        bias = logit_bias.to(q.dtype) if isinstance(logit_bias, Tensor) else float(logit_bias or 0)
         rows = q.shape[0]
         weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.to(q.dtype)
         if group is None or sizes is None:
             start, all_partner, all_weight = 0, partner, weight
-            logits = scale * (q @ k.T)  # [N, N]
+            logits = scale * (q @ k.T) + bias  # [N, N]
             transposed = logits.T
         else:
             start = sum(sizes[: dist.get_rank(group)])
             all_partner = None if partner is None else gather_rows_without_gradient(partner, sizes, group)
             all_weight = weight if partner is None else gather_rows_without_gradient(weight, sizes, group)
-            logits = scale * (q @ gather_rows(k, sizes, group).T)  # [n, N]
-            transposed = scale * (k @ gather_rows(q, sizes, group).T) if symmetric else logits  # [n, N]
+            logits = scale * (q @ gather_rows(k, sizes, group).T) + bias  # [n, N]
+            transposed = scale * (k @ gather_rows(q, sizes, group).T) + bias if symmetric else logits  # [n, N]
         own = torch.arange(rows, device=q.device)
         loss = _row_entropy(logits, own, start, partner, weight).sum()
         if symmetric:

@@ -15,18 +15,20 @@ def inverse_norms(x: Tensor, other: Tensor | None, mix: Tensor | float) -> Tenso
 
 
 def unit_rows(x: Tensor, other: Tensor | None, mix: Tensor | float, inverse_norm: Tensor | None) -> Tensor:
-    """Return the unit rows (N, D) in float32 or float64; the rows as they are where they have no norm."""
+    """Return the unit rows (N, D) in float32 or float64; the mixed rows as they are where they have no norm."""
     rows = mixed(x, other, mix)
     return rows if inverse_norm is None else rows * inverse_norm.unsqueeze(1)
 
 
 def through_normalisation(
-    gradient: Tensor, x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor
+    gradient: Tensor, x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Backpropagate from unit rows (N, D) to x, other and the mix of each row (N,)."""
-    rows, inverse = mixed(x, other, mix), inverse_norm.unsqueeze(1)
-    along = inverse * inverse * (gradient * rows).sum(1, keepdim=True)
-    inner = inverse * (gradient - along * rows)
+    """Backpropagate from `unit_rows` (N, D) to x, other and the mix of each row (N,)."""
+    inner = gradient
+    if inverse_norm is not None:
+        rows, inverse = mixed(x, other, mix), inverse_norm.unsqueeze(1)
+        along = inverse * inverse * (gradient * rows).sum(1, keepdim=True)
+        inner = inverse * (gradient - along * rows)
     if other is None:
         return inner.to(x.dtype), None, None
     share = mix.unsqueeze(-1) if mix.ndim else mix

@@ -7,15 +7,19 @@ import ctypes
 import hashlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import setuptools
 import torch
 from torch import Tensor
 
@@ -73,16 +77,21 @@ class Library:
         runtime = Path(__file__).parent / "runtime.cpp"
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
         sources = [*sorted(SOURCES.glob("*.cuh")), SOURCES / "launch.h", SOURCES / f"{name}.cu", runtime]
-        digest = hashlib.sha256(version.encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        # A CUDA build of torch brings a CUDA runtime of the same names, which `-Bsymbolic` leaves aside.
+        flags = [
+            "-shared", "-Xcompiler", "-fPIC", "-std=c++17", "-lineinfo", "--cudart=none", "-Xlinker", "-Bsymbolic",
+            "-gencode", "arch=compute_80,code=compute_80",
+        ]  # fmt: skip
+        told = " ".join([version, *flags]).encode()
+        digest = hashlib.sha256(told + b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
         cached = Path(tempfile.gettempdir()) / f"oner-fast-cuda-{os.getuid()}" / f"{name}-{digest}"
         if cached.is_dir():
             return cached
         cached.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cached.parent))
         command = [
-            compiler, "-shared", "-Xcompiler", "-fPIC", "-std=c++17", "-lineinfo", "--cudart=none",
-            "-gencode", "arch=compute_80,code=compute_80", "--keep", "--keep-dir", partial, "-I", ROOT / "csrc",
-            SOURCES / f"{name}.cu", runtime, "-o", partial / "kernels.so",
+            compiler, *flags, "--keep", "--keep-dir", partial, "-I", ROOT / "csrc", SOURCES / f"{name}.cu", runtime,
+            "-o", partial / "kernels.so",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
@@ -198,3 +207,14 @@ def compiler(needs: Callable[..., None]) -> str:
     """The path of nvcc."""
     needs("nvcc")
     return tools.find("nvcc") or ""
+
+
+@pytest.fixture(scope="session")
+def setup_names() -> Callable[[], dict[str, Any]]:
+    """A function that returns the names of setup.py, without a build."""
+
+    def read() -> dict[str, Any]:
+        with patch.object(setuptools, "setup"), patch.object(sys, "argv", ["setup.py"]):
+            return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+
+    return read

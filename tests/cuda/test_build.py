@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import setuptools
 
-ROOT = Path(__file__).parents[2]
-TORCH = {"version": "2", "include": [], "library": "lib", "cxx11_abi": 1, "cuda": "13.0"}
+TORCH = {"version": "2", "include": [], "library": "lib", "cuda": "13.0"}
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The names of setup.py."""
-    for variable in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "ONER_FAST_SANITIZE"):
+def build(setup_names: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The names of setup.py, in an environment that sets nothing."""
+    for variable in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "ONER_FAST_SANITIZE", "ONER_FAST_CUDA"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    monkeypatch.setattr(sys, "argv", ["setup.py"])
-    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    return setup_names()
 
 
 @pytest.fixture
@@ -50,12 +46,35 @@ def test_the_architectures_compiled_for(build: Any, nvcc: str, monkeypatch: pyte
 def test_reasons_why_no_cuda_part_is_built(build: Any, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = build["find_cuda"]
     assert find({**TORCH, "cuda": "12.8"}) == (nvcc, "")
-    assert find({**TORCH, "cuda": None}) == (None, "this torch is a CPU build")
+    assert find({**TORCH, "cuda": None}) == (None, "the torch that it was built with has no CUDA")
     assert "nvcc is CUDA 12.6 but torch has CUDA 13.0" in find(TORCH)[1]
     monkeypatch.setattr("shutil.which", lambda name, path=None: None)
     assert "nvcc was not found (torch has CUDA 13.0)" in find(TORCH)[1]
     monkeypatch.setenv("ONER_FAST_SANITIZE", "address")
     assert find(TORCH) == (None, "sanitizers watch the CPU's code")
+    monkeypatch.setenv("ONER_FAST_CUDA", "0")
+    assert find(TORCH) == (None, "ONER_FAST_CUDA=0 left it out, as wheels do")
+
+
+def command_of(build: Any, folder: Path, compile_: Any) -> Any:
+    """The build command, with stand-ins for what it finds and for the compilers."""
+    command = build["CMakeBuild"](setuptools.Distribution())
+    command.package, command.compile = folder, compile_
+    known = command.build_all.__globals__
+    known.update(find_torch=lambda: TORCH, find_cuda=lambda torch: ("nvcc", ""), cuda_architectures=lambda nvcc: "80")
+    known.update(find_tool=lambda name, package: name, find_pybind11=lambda: [], cuda_release=lambda nvcc: "13.0")
+    return command
+
+
+def test_the_ops_for_gpus_are_a_library_of_their_own(build: Any, tmp_path: Path) -> None:
+    output, package = tmp_path / "out", tmp_path / "package"
+    output.mkdir(), package.mkdir()
+    (output / "_C.so").write_text("for the CPU")
+    (output / "_C_cuda.so").write_text("for GPUs")
+    report: dict[str, Any] = {}
+    command_of(build, package, lambda cmake, settings, facts: output).build_all(report)
+    assert sorted(path.name for path in package.iterdir()) == ["_C.so", "_C_cuda.so"]
+    assert report["cuda"] == {"built": True, "reason": "", "architectures": "80", "version": "13.0"}
 
 
 def test_the_cpu_part_is_built_where_cuda_cannot_be(build: Any, tmp_path: Path) -> None:
@@ -69,13 +88,8 @@ def test_the_cpu_part_is_built_where_cuda_cannot_be(build: Any, tmp_path: Path) 
             raise build["Missing"]("compiling failed: nvcc is not well", "see a doctor")
         return tmp_path / "out"
 
-    command = build["CMakeBuild"](setuptools.Distribution())
-    command.package, command.compile = tmp_path, compile_
-    known = command.build_all.__globals__
-    known.update(find_torch=lambda: TORCH, find_cuda=lambda torch: ("nvcc", ""), cuda_architectures=lambda nvcc: "80")
-    known.update(find_tool=lambda name, package: name, find_pybind11=lambda: [])
     report: dict[str, Any] = {}
-    command.build_all(report)
+    command_of(build, tmp_path, compile_).build_all(report)
     assert asked == ["ON", "OFF"] and (tmp_path / "_C.so").exists()
     assert report["cuda"] == {"built": False, "reason": "compiling failed: nvcc is not well"}
     assert report["extension"]["built"]

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 SIZES = (7, 2)
-TOLERANCES = {"float32": 1e-5}
+TOLERANCE = 1e-5
 
 
-def inputs(dtype: torch.dtype) -> dict[str, Any]:
+def inputs() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(4)
     names = ("query", "key", "query_other", "key_other")
-    found: dict[str, Any] = {name: torch.randn(sum(SIZES), 16, generator=generator).to(dtype) for name in names}
+    found: dict[str, Any] = {name: torch.randn(sum(SIZES), 16, generator=generator) for name in names}
     found["logit_scale"], found["mix"] = torch.tensor(5.0), torch.rand(sum(SIZES), generator=generator)
     found = {name: x.requires_grad_() for name, x in found.items()}
     partner = torch.randint(sum(SIZES), (sum(SIZES),), generator=generator)
@@ -51,10 +51,11 @@ def run_rank(rank: int, folder: str) -> None:
     mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "emulate"
     results = {}
     with importlib.import_module(f"oner_fast.benchmarks.gpuless.{mode}").active():
-        for name in TOLERANCES:
-            given = {argument: part_of(x, rank) for argument, x in inputs(getattr(torch, name)).items()}
-            loss = mixup_info_nce(**given, group=dist.group.WORLD, implementation="triton")
-            results[name] = [loss.detach(), *torch.autograd.grad(loss, leaves(given))]
+        for normalized in (False, True):
+            given = {argument: part_of(x, rank) for argument, x in inputs().items()}
+            options = {"normalized": normalized, "group": dist.group.WORLD, "implementation": "triton"}
+            loss = mixup_info_nce(**given, **options)
+            results[normalized] = [loss.detach(), *torch.autograd.grad(loss, leaves(given))]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -69,19 +70,18 @@ def test_two_ranks_equal_one(device: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
-    for name, tolerance in TOLERANCES.items():
-        # From the numbers as the narrow dtype holds them.
+    for normalized in (False, True):
         wide = {
             argument: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-            for argument, x in inputs(getattr(torch, name)).items()
+            for argument, x in inputs().items()
         }
-        exact = reference.mixup_info_nce(**wide)
+        exact = reference.mixup_info_nce(**wide, normalized=normalized)
         for each in ranks:
-            torch.testing.assert_close(each[name][0].double(), exact.detach(), rtol=tolerance, atol=0)
-        together = zip(*(each[name][1:] for each in ranks), strict=True)
+            torch.testing.assert_close(each[normalized][0].double(), exact.detach(), rtol=TOLERANCE, atol=0)
+        together = zip(*(each[normalized][1:] for each in ranks), strict=True)
         for parts, right in zip(together, torch.autograd.grad(exact, leaves(wide)), strict=True):
             mean = (torch.cat(parts) if right.ndim else torch.stack(parts).sum()).double() / len(SIZES)
-            assert (mean - right).abs().max() <= tolerance * right.abs().max()
+            assert (mean - right).abs().max() <= TOLERANCE * right.abs().max()
 
 
 def main(folder: str) -> None:

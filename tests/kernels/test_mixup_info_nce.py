@@ -29,12 +29,14 @@ class Case:
     partner: bool = False
     symmetric: bool = True
     scale: float = 14.0
+    normalized: bool = False
 
     def __str__(self) -> str:
         options = [
             self.others and f"{self.others}_{self.mix}",
             self.partner and "partner",
             not self.symmetric and "rows",
+            self.normalized and "normalized",
         ]
         return "-".join([f"{self.rows}x{self.width}", str(self.dtype)[6:], *(x for x in options if x)])
 
@@ -51,8 +53,10 @@ class Case:
             leaves["query_other"] = numbers()
         if "k" in self.others:
             leaves["key_other"] = query + numbers()
+        if self.normalized:
+            leaves = {name: F.normalize(x, dim=1) for name, x in leaves.items()}
         leaves = {name: x.to(device, self.dtype) for name, x in leaves.items()}
-        options: dict[str, Any] = {"symmetric": self.symmetric}
+        options: dict[str, Any] = {"symmetric": self.symmetric, "normalized": self.normalized}
         if self.mix == "each":
             leaves["mix"] = torch.rand(self.rows, generator=generator).to(device)
         elif self.others:
@@ -70,14 +74,15 @@ class Case:
 def plain(
     query: Tensor, key: Tensor, logit_scale: Tensor, symmetric: bool, query_other: Tensor | None = None,
     key_other: Tensor | None = None, mix: Tensor | float = 0.5, partner: Tensor | None = None,
-    partner_weight: Tensor | None = None,
+    partner_weight: Tensor | None = None, normalized: bool = False,
 ) -> Tensor:  # fmt: skip
     """The obvious PyTorch code, in the inputs' dtype, with N x N targets."""
     dtype, rows = query.dtype, torch.arange(query.shape[0], device=query.device)
     share = mix.to(dtype).unsqueeze(1) if isinstance(mix, Tensor) else mix
     q = query if query_other is None else (1 - share) * query + share * query_other
     k = key if key_other is None else (1 - share) * key + share * key_other
-    logits = logit_scale.to(dtype) * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T
+    q, k = (q, k) if normalized else (F.normalize(q, dim=-1), F.normalize(k, dim=-1))
+    logits = logit_scale.to(dtype) * q @ k.T
     target = torch.zeros_like(logits, dtype=torch.float64)
     weight = torch.zeros_like(target[0]) if partner is None else partner_weight.double()
     target[rows, rows] += 1 - weight
@@ -102,6 +107,10 @@ CASES = [
     Case(66, 264, HALF, others="q", mix="each", scale=100.0),
     Case(67, 33, FULL, scale=100.0),
     Case(130, 64, FULL, others="qk", mix="each", partner=True),
+    Case(68, 72, HALF, partner=True, normalized=True),
+    Case(69, 40, WIDE, others="qk", mix="each", normalized=True),
+    Case(66, 136, WIDE, others="k", symmetric=False, normalized=True),
+    Case(67, 40, FULL, others="q", normalized=True),
 ]
 
 
@@ -257,7 +266,7 @@ def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic:
     row_weight, column_weight, own_weight, partner_weight = weights
     results = ops.mixup_info_nce_backward(
         query, None, None, norm, key, None, None, None, scale, partner, first_pair, found[0], row_weight, found[2],
-        column_weight, own_weight, partner_weight, True,
+        column_weight, own_weight, partner_weight, True, True,
     )  # fmt: skip
     g = row_weight.unsqueeze(1) * (logits - logits.amax(1, keepdim=True)).exp()
     g = g + column_weight * (logits - logits.amax(0)).exp()
@@ -317,7 +326,7 @@ def test_rows_or_columns_may_be_missing(device: str) -> None:
         rows, columns = torch.zeros(len(q), device=device), torch.zeros(len(k), device=device)
         results = raw.mixup_info_nce_backward(
             q, None, None, norm[: len(q)], k, None, None, None, scale, None, 0, rows, rows, columns, columns, rows,
-            None, True,
+            None, True, True,
         )  # fmt: skip
         assert results[0].shape == q.shape and results[3].shape == k.shape
         assert not any(x.any() for x in results)
@@ -381,8 +390,9 @@ def test_compiles_without_a_break(device: str) -> None:
         assert torch.equal(one, other)
 
 
-def test_atomics_are_right_and_refused_under_deterministic_algorithms(device: str) -> None:
-    leaves, options = CASES[1].arguments(device)
+@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
+def test_atomics_are_right_and_refused_under_deterministic_algorithms(case: Case, device: str) -> None:
+    leaves, options = case.arguments(device)
     one, other = (mixup_info_nce(**leaves, **options, implementation=x) for x in ("triton", "triton_atomic"))
     assert torch.equal(one, other)
     gradients = [torch.autograd.grad(x, list(leaves.values())) for x in (one, other)]
@@ -401,6 +411,19 @@ def test_float64_is_refused_with_a_reason(device: str) -> None:
     with pytest.raises(RuntimeError, match="no float64 products"):
         mixup_info_nce(x, x, 1.0, implementation="triton")
     assert mixup_info_nce(x, x, 1.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+def test_normalized_rows_may_have_any_stride(dtype: torch.dtype, device: str) -> None:
+    """The deep kernels multiply by the rows themselves, which they read one behind the other."""
+    wide = torch.randn(40, 90, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    found = []
+    for dense in (False, True):
+        query, key = wide[:, 3:43], wide[:, 45:85].t().contiguous().t()
+        leaves = [(x.contiguous() if dense else x).detach().requires_grad_() for x in (query, key)]
+        loss = mixup_info_nce(*leaves, 0.5, normalized=True, implementation="triton")
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_rows_of_any_stride(device: str) -> None:

@@ -234,7 +234,7 @@ def test_every_reason_is_listed(everything: Callable[..., None]) -> None:
         "needs max_seqlen_q= on the host, or it would have to wait for the device to read it"
     )
     assert against("flash_attn", **wrong) == (
-        "flash-attn is not installed (pip install 'oner_fast[flash-attn]'); "
+        "flash-attn is not installed (pip install --no-build-isolation flash-attn); "
         "needs a GPU of sm_80 or newer, this is sm_75; " + flash
     )
     assert against("flash_attn_3", **wrong) == (

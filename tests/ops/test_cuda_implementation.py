@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from oner_fast import _extension, ops
+from oner_fast import _cuda_extension, _extension, ops
 from oner_fast.ops import implementations, library, masked_gather, mixup_info_nce, token_alignment
 from oner_fast.ops.implementations import choose
 
@@ -68,6 +69,66 @@ def test_an_extension_built_without_cuda_gives_the_reason() -> None:
         against = implementations.implementations(op)["cuda"].reasons_against("cuda", dtype=torch.float16)
         assert any("the extension was built without CUDA C++: " in reason for reason in against), against
         assert choose(op, "cuda").name in ("triton", "portable")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an installation whose ops of the CPU are loaded, and whose ops of CUDA C++ are no library."""
+    monkeypatch.setenv("ONER_FAST_LIBRARY", str(tmp_path / "_C.so"))
+    monkeypatch.setattr(_extension, "_status", _extension.Status(True))
+    (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
+    (tmp_path / "_build.json").write_text('{"cuda": {"built": true, "version": "13.0"}}')
+    return tmp_path
+
+
+def test_a_wheel_without_cuda_gives_the_reason(installed: Path) -> None:
+    (installed / "_C_cuda.so").unlink()
+    (installed / "_build.json").write_text('{"cuda": {"built": false, "reason": "nvcc was not found"}}')
+    state = _cuda_extension._load()
+    assert not state.loaded and state.reason == "the extension was built without CUDA C++: nvcc was not found"
+    (installed / "_build.json").unlink()
+    assert "it is compiled from source alone" in _cuda_extension._load().reason
+    assert "--no-build-isolation" in state.remedy
+
+
+def test_ops_for_another_cuda_are_not_loaded(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    state = _cuda_extension._load()
+    assert state.reason == f"the ops in CUDA C++ were built for CUDA 13.0, and torch {torch.__version__} has no CUDA"
+    assert "the ops of the CPU need none" in state.remedy
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert _cuda_extension._load().reason.endswith(f"built for CUDA 13.0, and torch {torch.__version__} has CUDA 12.8")
+
+
+def test_the_first_op_on_a_gpu_warns_where_the_installed_ops_cannot_serve(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("_status", None), ("_unusable", False), ("_warned", False)):
+        monkeypatch.setattr(_cuda_extension, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    library._of_this_machine.cache_clear()
+    monkeypatch.setattr(library, "has_cuda_kernel", lambda name: False)
+    _cuda_extension.status()
+    with pytest.warns(RuntimeWarning, match="built for CUDA 13.0, and torch .* has CUDA 12.8. Remedy: .*") as caught:
+        for op in OPS:
+            choose(op, "cuda")
+            choose(op, "cpu")
+    assert len(caught) == 1
+    library._of_this_machine.cache_clear()
+
+
+def test_ops_of_the_same_major_cuda_are_loaded(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    assert "could not be loaded: " in (state := _cuda_extension._load()).reason and "_C_cuda.so" in state.reason
+    asked: list[str] = []
+    monkeypatch.setattr(torch.ops, "load_library", asked.append)
+    assert _cuda_extension._load() == _extension.Status(True) and asked == [str(installed / "_C_cuda.so")]
+
+
+def test_without_the_ops_of_the_cpu_nothing_else_is_loaded(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = _extension.Status(False, "the C++ extension is not built: no compiler", "install one")
+    monkeypatch.setattr(_extension, "_status", missing)
+    assert _cuda_extension._load() == missing
 
 
 @with_triton

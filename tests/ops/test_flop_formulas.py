@@ -138,7 +138,7 @@ def test_flops_of_the_contrasts_backward_follow_each_library(
         def backward(need_key: bool) -> object:
             return raw.mixup_info_nce_backward(
                 query, other, mix if mixed else None, row, key, None, None, column, scale, None, 0, row, row, column,
-                column, row, None, need_key,
+                column, row, None, need_key, False,
             )  # fmt: skip
 
         assert counted(lambda: backward(True)) == both * product

@@ -54,6 +54,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "key_other": torch.randn(4, 8), "mix": torch.rand(4),
         },
     ),
+    "mixup_info_nce normalized": (
+        mixup_info_nce,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor([5.0]),
+            "query_other": torch.randn(4, 8), "normalized": True, "logit_bias": torch.tensor([-10.0]),
+        },
+    ),
     "varlen_attention": (
         varlen_attention, {"query": ROWS, "key": ROWS, "value": ROWS, "cu_seqlens_q": CU, "cu_seqlens_k": CU},
     ),
@@ -107,6 +114,9 @@ def test_the_good_call_is_good(op: str) -> None:
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_a_tensor_of_the_wrong_kind_is_refused_by_its_name(op: str, name: str, kind: str) -> None:
     good = CALLS[op][1][name]
+    if (name, kind, good.ndim) == ("logit_scale", "one dimension more", 0):
+        assert _call(op, **{name: NOT_TENSORS[kind](good)}) is not None  # (1,) is as good
+        return
     if (name, kind) in {("std", "list"), ("std", "numpy"), ("std", "one dimension more")}:
         assert _call(op, **{name: NOT_TENSORS[kind](good)}) is not None  # sequences of numbers are as good
         return
@@ -194,6 +204,8 @@ def test_options_that_are_no_options() -> None:
             _call("varlen_attention", causal=bad)
         with pytest.raises(TypeError, match="symmetric must be True or False"):
             _call("mixup_info_nce", symmetric=bad)
+        with pytest.raises(TypeError, match="normalized must be True or False"):
+            _call("mixup_info_nce", normalized=bad)
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup, got str"):
         _call("mixup_info_nce", group="gloo")
     for bad in ("float32", torch.randn(9, 9)):

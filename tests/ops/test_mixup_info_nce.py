@@ -36,13 +36,16 @@ def formula(
     partner: Tensor | None = None,
     partner_weight: Tensor | None = None,
     symmetric: bool = True,
+    normalized: bool = False,
+    logit_bias: Tensor | float = 0.0,
 ) -> Tensor:
     """The contract, with the N x N targets written out."""
     rows = query.shape[0]
     share = torch.as_tensor(mix, dtype=query.dtype).expand(rows).unsqueeze(1)
-    q = normalised(query if query_other is None else (1 - share) * query + share * query_other)
-    k = normalised(key if key_other is None else (1 - share) * key + share * key_other)
-    logits = logit_scale * q @ k.T
+    q = query if query_other is None else (1 - share) * query + share * query_other
+    k = key if key_other is None else (1 - share) * key + share * key_other
+    q, k = (q, k) if normalized else (normalised(q), normalised(k))
+    logits = logit_scale * q @ k.T + logit_bias
     target = torch.zeros(rows, rows, dtype=query.dtype)
     for i in range(rows):
         weight = 0.0 if partner is None else 0.5 if partner_weight is None else float(partner_weight[i])
@@ -72,7 +75,10 @@ class Case:
         return [x for x in (*self.positional, *self.options.values()) if isinstance(x, Tensor) and x.requires_grad]
 
 
-def make(rows: int, width: int, *, others: str, mix: str, partner: str, symmetric: bool, scale: str) -> Case:
+def make(
+    rows: int, width: int, *, others: str, mix: str, partner: str, symmetric: bool, scale: str,
+    normalized: bool = False, bias: str = "none",
+) -> Case:  # fmt: skip
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
@@ -92,7 +98,12 @@ def make(rows: int, width: int, *, others: str, mix: str, partner: str, symmetri
         weights = torch.rand(rows, dtype=torch.float64)
         options["partner_weight"] = torch.where(weights < 0.4, 1.0, weights)
         options["partner"][0] = 0
-    logit_scale = torch.tensor(5.0, dtype=torch.float64).requires_grad_() if scale == "tensor" else 5.0
+    one = torch.full((1,) if scale == "one" else (), 5.0, dtype=torch.float64)
+    logit_scale = 5.0 if scale == "number" else one.requires_grad_()
+    if normalized:
+        options["normalized"] = True
+    if bias != "none":
+        options["logit_bias"] = -10.0 if bias == "number" else torch.full_like(one, -10.0).requires_grad_()
     return Case((numbers(rows, width), numbers(rows, width), logit_scale), options)
 
 
@@ -104,7 +115,9 @@ def make(rows: int, width: int, *, others: str, mix: str, partner: str, symmetri
     mix=st.sampled_from(["scalar", "0-d", "each"]),
     partner=st.sampled_from(["none", "half", "weighted"]),
     symmetric=st.booleans(),
-    scale=st.sampled_from(["number", "tensor"]),
+    scale=st.sampled_from(["number", "tensor", "one"]),
+    normalized=st.booleans(),
+    bias=st.sampled_from(["none", "number", "tensor"]),
 )
 def test_the_loss_agrees_with_its_formula(implementation: str, **drawn: Any) -> None:
     case = make(**drawn)
@@ -119,17 +132,21 @@ def test_the_loss_agrees_with_its_formula(implementation: str, **drawn: Any) -> 
 
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("mix", "partner"), [("each", "none"), ("0-d", "weighted")])
-def test_gradcheck(implementation: str, symmetric: bool, mix: str, partner: str) -> None:
-    case = make(4, 3, others="qk", mix=mix, partner=partner, symmetric=symmetric, scale="tensor")
+@pytest.mark.parametrize(
+    ("mix", "partner", "normalized"), [("each", "none", False), ("0-d", "weighted", False), ("each", "half", True)]
+)
+def test_gradcheck(implementation: str, symmetric: bool, mix: str, partner: str, normalized: bool) -> None:
+    case = make(4, 3, others="qk", mix=mix, partner=partner, symmetric=symmetric, scale="one")
     query, key, scale = case.positional
     fixed = {name: case.options[name] for name in ("partner", "partner_weight") if name in case.options}
 
     def call(*x: Tensor) -> Tensor:
         options = {"query_other": x[3], "key_other": x[4], "mix": x[5], "symmetric": symmetric, **fixed}
+        options |= {"normalized": normalized, "logit_bias": x[6]}
         return mixup_info_nce(x[0], x[1], x[2], **options, implementation=implementation)
 
-    inputs = (query, key, scale, case.options["query_other"], case.options["key_other"], case.options["mix"])
+    bias = torch.tensor([-10.0], dtype=torch.float64, requires_grad=True)
+    inputs = (query, key, scale, case.options["query_other"], case.options["key_other"], case.options["mix"], bias)
     assert torch.autograd.gradcheck(call, inputs)
 
 
@@ -227,13 +244,134 @@ def test_low_precision_inputs_have_float32_statistics(implementation: str, dtype
         )
 
 
+HALVES = (torch.bfloat16, torch.float16)
+
+
 @pytest.mark.parametrize("implementation", EVERY)
-def test_autocast_does_not_change_the_result(implementation: str) -> None:
-    query, key = torch.randn(8, 16), torch.randn(8, 16)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_casts_rows_to_its_dtype_except_beside_float64(implementation: str, dtype: torch.dtype) -> None:
+    leaves = [torch.randn(8, 16, requires_grad=True) for _ in range(3)]
+    query, key, other = leaves
+
+    def loss(*rows: Tensor) -> Tensor:
+        return mixup_info_nce(rows[0], rows[1], 10.0, key_other=rows[2], implementation=implementation)
+
+    cases = {
+        "float32": (query, key, other),
+        "two halves": (query, key.half(), other.bfloat16()),
+        "float64": (query.double(), key, other),
+    }
+    with torch.autocast("cpu", dtype=dtype):
+        inside = {name: loss(*rows) for name, rows in cases.items()}
+    for name, found in inside.items():
+        right = loss(*(x.double() if name == "float64" else x.to(dtype) for x in cases[name]))
+        assert torch.equal(found, right) and found.dtype == right.dtype
+        gradients = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (found, right))
+        for one, exact in zip(*gradients, strict=True):
+            assert one.dtype == torch.float32 and torch.equal(one, exact)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize(
+    ("dtypes", "common"),
+    [
+        ((torch.float32, torch.bfloat16), torch.float32),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.bfloat16, torch.float64), torch.float64),
+    ],
+    ids=str,
+)
+def test_rows_of_different_dtypes_take_the_widest(
+    implementation: str, dtypes: tuple[torch.dtype, torch.dtype], common: torch.dtype
+) -> None:
+    leaves = [torch.randn(6, 5).to(dtype).requires_grad_() for dtype in (*dtypes, *dtypes)]
+    wide = [x.detach().to(common).requires_grad_() for x in leaves]
+
+    def run(query: Tensor, other: Tensor, query_other: Tensor, key_other: Tensor) -> Tensor:
+        options = {"query_other": query_other, "key_other": key_other, "implementation": implementation}
+        return mixup_info_nce(query, other, 5.0, **options)
+
+    loss, right = run(*leaves), run(*wide)
+    assert torch.equal(loss, right) and loss.dtype == common
+    for leaf, one, exact in zip(
+        leaves, torch.autograd.grad(loss, leaves), torch.autograd.grad(right, wide), strict=True
+    ):
+        assert one.dtype == leaf.dtype and torch.equal(one, exact.to(leaf.dtype))
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+def test_normalized_rows_have_the_same_loss_and_a_gradient_that_is_not_projected(
+    implementation: str, dtype: torch.dtype
+) -> None:
+    """As a loss on features that were normalised before: the two gradients differ along the rows alone."""
+    rows = [normalised(torch.randn(40, 24, dtype=torch.float64)).to(dtype) for _ in range(2)]
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    losses, gradients = [], []
+    for normalized in (False, True):
+        leaves = [x.clone().requires_grad_() for x in rows]
+        losses.append(mixup_info_nce(*leaves, scale, normalized=normalized, implementation=implementation))
+        gradients.append(torch.autograd.grad(losses[-1], leaves))
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(losses[1], losses[0], rtol=40 * step, atol=0)
+    for x, projected, whole in zip(rows, *gradients, strict=True):
+        x, projected, whole = x.double(), projected.double(), whole.double()
+        along = (whole * x).sum(1, keepdim=True) * x
+        largest = whole.abs().max()
+        assert projected.dtype == whole.dtype and along.abs().max() > 0.1 * largest
+        assert (whole - along - projected).abs().max() <= 40 * step * largest
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("others", ["", "qk"])
+def test_normalized_rows_are_taken_as_they_are(implementation: str, others: str) -> None:
+    """Rows of any length, of zeros and shorter than what has a direction: none is divided by its norm."""
+    case = make(9, 6, others=others, mix="each", partner="half", symmetric=True, scale="tensor", normalized=True)
+    with torch.no_grad():
+        for x in (*case.positional[:2], *(case.options[name] for name in case.options if "other" in name)):
+            x[2], x[3] = 0, 1e-13
+            x[4] *= 7
+    ours = mixup_info_nce(*case.positional, **case.options, implementation=implementation)
+    exact = formula(*case.positional, **case.options)
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=0)
+    for one, other in zip(torch.autograd.grad(ours, case.leaves), torch.autograd.grad(exact, case.leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        assert one.ndim < 2 or one[2].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("implementation", [name for name in EVERY if name != "reference"])
+def test_a_bias_changes_no_bit_and_takes_a_gradient_of_0(implementation: str) -> None:
+    query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)
     plain = mixup_info_nce(query, key, 10.0, implementation=implementation)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mixup_info_nce(query, key, 10.0, implementation=implementation)
-    assert torch.equal(plain, inside)
+    gradients = torch.autograd.grad(plain, (query, key))
+    for bias in (-10.0, 3, torch.tensor(1e30), torch.tensor([-10.0], dtype=torch.float16)):
+        leaves = [query, key]
+        if isinstance(bias, Tensor):
+            leaves.append(bias.requires_grad_())
+        loss = mixup_info_nce(query, key, 10.0, logit_bias=bias, implementation=implementation)
+        found = torch.autograd.grad(loss, leaves)
+        assert torch.equal(loss, plain) and loss.dtype == torch.float32
+        assert all(torch.equal(one, right) for one, right in zip(found, gradients, strict=False))
+        for leaf, one in zip(leaves[2:], found[2:], strict=True):
+            assert one.shape == leaf.shape and one.dtype == leaf.dtype and not one.any()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bias_that_is_not_finite_makes_the_loss_nan(implementation: str, bad: float) -> None:
+    x = torch.randn(3, 4)
+    assert mixup_info_nce(x, x, 1.0, logit_bias=torch.tensor([bad]), implementation=implementation).isnan()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_a_scale_of_shape_1_takes_a_gradient_of_its_shape(implementation: str) -> None:
+    query, key = torch.randn(8, 16), torch.randn(8, 16)
+    scales = [torch.tensor(10.0, requires_grad=True), torch.tensor([10.0], requires_grad=True)]
+    losses = [mixup_info_nce(query, key, scale, implementation=implementation) for scale in scales]
+    assert losses[1].shape == () and torch.equal(*losses)
+    gradients = [torch.autograd.grad(loss, scale)[0] for loss, scale in zip(losses, scales, strict=True)]
+    assert gradients[1].shape == (1,) and gradients[0].item() == gradients[1].item() != 0
 
 
 @pytest.mark.parametrize("implementation", EVERY)
@@ -259,15 +397,24 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"query must have shape \(N, D\) = \(\*, \*\), got \(4,\)", {"query": X[0]}),
     (ValueError, r"query must hold at least one row, got shape \(0, 4\)", {"query": X[:0], "key": X[:0]}),
     (TypeError, "key must be a torch.Tensor, got NoneType", {"key": None}),
-    (TypeError, "key must have dtype torch.float32.*got torch.float16", {"key": X.half()}),
+    (TypeError, "key must be float32, float16, bfloat16 or float64, got torch.int64", {"key": X.long()}),
     (ValueError, r"key must have shape \(N, D\) = \(3, 4\), got \(2, 4\)", {"key": X[:2]}),
     (TypeError, "query_other must be a torch.Tensor, got list", {"query_other": [0.0]}),
     (ValueError, r"query_other must have shape.*got \(3, 2\)", {"query_other": X[:, :2]}),
-    (TypeError, "key_other must have dtype torch.float32", {"key_other": X.double()}),
-    (TypeError, "logit_scale must be a number or a 0-d tensor, got str", {"logit_scale": "10"}),
-    (TypeError, "logit_scale must be a number or a 0-d tensor, got bool", {"logit_scale": True}),
-    (TypeError, "logit_scale must be a number or a floating 0-d tensor, got torch.int64", {"logit_scale": PARTNER[0]}),
-    (ValueError, r"logit_scale must have shape \(\) = \(\), got \(1,\)", {"logit_scale": torch.ones(1)}),
+    (TypeError, "key_other must be float32.*got torch.bool", {"key_other": X.bool()}),
+    (TypeError, "logit_scale must be a number or a tensor of one number, got str", {"logit_scale": "10"}),
+    (TypeError, "logit_scale must be a number or a tensor of one number, got bool", {"logit_scale": True}),
+    (TypeError, "logit_scale must be a number or a floating tensor, got torch.int64", {"logit_scale": PARTNER[0]}),
+    (ValueError, r"logit_scale must have shape \(\) or \(1,\), got \(2,\)", {"logit_scale": torch.ones(2)}),
+    (ValueError, r"logit_scale must have shape \(\) or \(1,\), got \(1, 1\)", {"logit_scale": torch.ones(1, 1)}),
+    (ValueError, "logit_bias must be a finite number, got inf", {"logit_bias": math.inf}),
+    (TypeError, "logit_bias must be a number or a tensor of one number, got list", {"logit_bias": [0.0]}),
+    (ValueError, r"logit_bias must have shape \(\) or \(1,\), got \(3,\)", {"logit_bias": torch.ones(3)}),
+    (TypeError, "normalized must be True or False, got int", {"normalized": 1}),
+    (NotImplementedError, "query_ids is reserved for a later version", {"query_ids": PARTNER}),
+    (NotImplementedError, "key_ids is reserved for a later version", {"key_ids": PARTNER}),
+    (ValueError, "same must be 'positive', got 'masked'", {"same": "masked"}),
+    (TypeError, "same must be 'positive', got NoneType", {"same": None}),
     (TypeError, r"mix must be a number or a \(N,\) tensor, got NoneType", {"mix": None}),
     (TypeError, "mix must be a number or a floating tensor, got torch.int64", {"mix": PARTNER}),
     (ValueError, r"mix must have shape \(N,\) = \(3,\), got \(2,\)", {"mix": torch.ones(2)}),
@@ -302,7 +449,14 @@ RANK_CASES = {
     "rows only": {"others": "qk", "mix": "0-d", "partner": "none", "symmetric": False, "scale": "tensor"},
     "partner": {"others": "qk", "mix": "each", "partner": "weighted", "symmetric": True, "scale": "tensor"},
     "partner, rows only": {"others": "k", "mix": "scalar", "partner": "half", "symmetric": False, "scale": "tensor"},
-}
+    "normalized": {
+        "others": "", "mix": "scalar", "partner": "none", "symmetric": True, "scale": "one", "normalized": True,
+        "bias": "tensor",
+    },
+    "normalized, mixed": {
+        "others": "qk", "mix": "each", "partner": "half", "symmetric": True, "scale": "tensor", "normalized": True,
+    },
+}  # fmt: skip
 
 
 def rank_case(name: str) -> Case:
@@ -314,7 +468,7 @@ def rank_slice(value: Any, part: slice) -> Any:
     """This rank's rows, as a leaf; what has no rows is every rank's own copy."""
     if not isinstance(value, Tensor):
         return value
-    mine = (value[part] if value.ndim else value).detach().clone()
+    mine = (value[part] if value.ndim and value.shape[0] > 1 else value).detach().clone()
     return mine.requires_grad_(value.requires_grad)
 
 
@@ -378,7 +532,7 @@ def test_several_processes_agree_with_one(
         torch.testing.assert_close(loss, exact.detach(), rtol=1e-12, atol=0)
     for index, wanted in enumerate(expected):
         parts = [gradients[index] for _, gradients in found]
-        mean = torch.cat(parts) / size if wanted.ndim else torch.stack(parts).mean()
+        mean = torch.cat(parts) / size if wanted.numel() > 1 else torch.stack(parts).mean(0)
         torch.testing.assert_close(mean, wanted, rtol=1e-10, atol=1e-12)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from oner_fast import _extension
 from oner_fast.ops import mixup_info_nce, reference
+from oner_fast.ops.unit_rows import through_normalisation
 
 pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
+REFUSED = (ValueError, RuntimeError)  # what a check in C++ raises: the first up to torch 2.13, the second in 2.15
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -40,34 +42,49 @@ def inputs(rows: int, width: int, dtype: torch.dtype, *, noise: float = 1.0) -> 
     return {name: x.to(dtype).requires_grad_() for name, x in found.items()}
 
 
-def plain(query: Tensor, key: Tensor, scale: Tensor, other: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def plain(
+    query: Tensor, key: Tensor, scale: Tensor, other: tuple[Tensor, Tensor] | None = None, normalized: bool = False
+) -> Tensor:
     """The obvious PyTorch code, in the inputs' dtype."""
     if other is not None:
         query, key = 0.5 * query + 0.5 * other[0], 0.5 * key + 0.5 * other[1]
-    logits = scale * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
+    if not normalized:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+    logits = scale * query @ key.T
     target = torch.arange(logits.shape[0])
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize(("rows", "width", "scale"), [(33, 24, 14.0), (301, 80, 20.0), (530, 64, 100.0)])
+@pytest.mark.parametrize(
+    ("rows", "width", "scale", "normalized"),
+    [
+        (33, 24, 14.0, False),
+        (301, 80, 20.0, False),
+        (530, 64, 100.0, False),
+        (33, 24, 14.0, True),
+        (301, 80, 20.0, True),
+    ],
+)
 def test_error_against_float64_is_near_that_of_plain_pytorch(
-    rows: int, width: int, scale: float, mixed: bool, dtype: torch.dtype
+    rows: int, width: int, scale: float, normalized: bool, mixed: bool, dtype: torch.dtype
 ) -> None:
     given = inputs(rows, width, dtype, noise=2.0)
+    if normalized:
+        given = {name: F.normalize(x.detach().float(), dim=1).to(dtype).requires_grad_() for name, x in given.items()}
     if not mixed:
         given = {name: given[name] for name in ("query", "key")}
     leaves = list(given.values())
     logit_scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
-    ours = mixup_info_nce(**given, logit_scale=logit_scale, implementation="cpp")
+    ours = mixup_info_nce(**given, logit_scale=logit_scale, normalized=normalized, implementation="cpp")
     wide = [x.detach().double().requires_grad_() for x in (*leaves, logit_scale)]
 
     def others(x: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         return (x[2], x[3]) if mixed else None
 
-    exact = plain(wide[0], wide[1], wide[-1], others(wide))
-    theirs = plain(leaves[0], leaves[1], logit_scale, others(leaves))
+    exact = plain(wide[0], wide[1], wide[-1], others(wide), normalized)
+    theirs = plain(leaves[0], leaves[1], logit_scale, others(leaves), normalized)
     step = torch.finfo(dtype).eps
     # A single number of plain PyTorch may be right by chance; a row's entropy is a difference of numbers of size 1.
     bound = 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps * (1 + abs(exact))
@@ -173,8 +190,9 @@ def test_misaligned_and_strided_rows() -> None:
     assert torch.equal(mixup_info_nce(query, key, 9.0, implementation="cpp"), whole)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saves_its_inputs_and_a_few_numbers_a_row(dtype: torch.dtype) -> None:
+def test_saves_its_inputs_and_a_few_numbers_a_row(dtype: torch.dtype, normalized: bool) -> None:
     given = inputs(512, 32, dtype)
     saved: dict[int, int] = {}
 
@@ -183,16 +201,19 @@ def test_saves_its_inputs_and_a_few_numbers_a_row(dtype: torch.dtype) -> None:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        mixup_info_nce(**given, logit_scale=10.0, implementation="cpp")
+        mixup_info_nce(**given, logit_scale=10.0, normalized=normalized, implementation="cpp")
     of_inputs = sum(x.numel() * x.element_size() for x in given.values())
-    # Two inverse norms, maximum and sum of rows and columns; the scale and the mix, once each.
-    assert sum(saved.values()) == of_inputs + 6 * 4 * 512 + 8 + 4
+    # Two inverse norms, unless normalized; maximum and sum of rows and columns; the scale and the mix, once each.
+    assert sum(saved.values()) == of_inputs + (4 if normalized else 6) * 4 * 512 + 8 + 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (33, 7), (260, 72)])
 @pytest.mark.parametrize("full", [True, False])
-def test_every_number_of_the_outputs_is_written(dtype: torch.dtype, rows: int, width: int, full: bool) -> None:
+@pytest.mark.parametrize("normalized", [True, False])
+def test_every_number_of_the_outputs_is_written(
+    dtype: torch.dtype, rows: int, width: int, full: bool, normalized: bool
+) -> None:
     """Results filled with NaN first, as deterministic mode does with new memory, hold none."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -202,7 +223,8 @@ def test_every_number_of_the_outputs_is_written(dtype: torch.dtype, rows: int, w
     sides: list[Tensor | None] = []
     for name in ("query", "key"):
         other, mix = (given[f"{name}_other"], torch.rand(rows, dtype=wide)) if full else (None, None)
-        sides += [given[name], other, mix, ops.mixup_inverse_norms(given[name], other, mix)]
+        norms = None if normalized else ops.mixup_inverse_norms(given[name], other, mix)
+        sides += [given[name], other, mix, norms]
     partner = torch.randint(rows, (rows,)) if full else None
     shared = (*sides, torch.tensor(5.0), partner, 0)
     statistics = ops.mixup_info_nce_statistics(*shared, full)
@@ -210,8 +232,8 @@ def test_every_number_of_the_outputs_is_written(dtype: torch.dtype, rows: int, w
     weight = torch.full((rows,), 0.1, dtype=wide)
     columns = (column_max, weight / column_sum) if full else (None, None)
     targets = (weight, weight if full else None)
-    gradients = ops.mixup_info_nce_backward(*shared, row_max, weight / row_sum, *columns, *targets, full)
-    for result in (sides[3], sides[7], *statistics, *gradients):
+    gradients = ops.mixup_info_nce_backward(*shared, row_max, weight / row_sum, *columns, *targets, full, False)
+    for result in (*([] if normalized else [sides[3], sides[7]]), *statistics, *gradients):
         assert result is not None and result.isfinite().all()
     assert [x.numel() for x in statistics] == [rows, rows, *[full * rows] * 2, rows, full * rows]
     matrix, line = rows * width, full * rows
@@ -249,7 +271,7 @@ def test_results_of_blocks_of_keys_merge_to_the_whole(dtype: torch.dtype) -> Non
     def gradients(start: int, end: int) -> Any:
         columns = (whole[2][start:end], weight[1][start:end])
         return ops.mixup_info_nce_backward(
-            *block(start, end), whole[0], weight[0], *columns, weight[2], weight[3], True
+            *block(start, end), whole[0], weight[0], *columns, weight[2], weight[3], True, True
         )
 
     at_once, in_blocks = gradients(0, 300), [gradients(*ends) for ends in blocks]
@@ -277,14 +299,16 @@ def test_targets_in_no_column_have_no_term(far: int) -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_compiles_to_one_graph() -> None:
+@pytest.mark.parametrize("normalized", [False, True])
+def test_compiles_to_one_graph(normalized: bool) -> None:
     given = inputs(40, 16, torch.float32)
-    scale = torch.tensor(10.0, requires_grad=True)
+    scale, bias = torch.tensor([10.0], requires_grad=True), torch.tensor(-10.0, requires_grad=True)
 
-    def call(query: Tensor, key: Tensor, query_other: Tensor, key_other: Tensor, scale: Tensor) -> Tensor:
-        return mixup_info_nce(query, key, scale, query_other=query_other, key_other=key_other) * 2
+    def call(query: Tensor, key: Tensor, query_other: Tensor, key_other: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        options = {"query_other": query_other, "key_other": key_other, "logit_bias": bias, "normalized": normalized}
+        return mixup_info_nce(query, key, scale, **options) * 2
 
-    leaves = [*given.values(), scale]
+    leaves = [*given.values(), scale, bias]
     eager = call(*leaves)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(*leaves)
     torch.testing.assert_close(compiled, eager)
@@ -292,39 +316,57 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(one, other)
 
 
-def raw_arguments(dtype: torch.dtype) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def raw_arguments(dtype: torch.dtype, normalized: bool = False) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     given = {name: x.detach() for name, x in inputs(20, 12, dtype).items()}
     mix, scale, partner = torch.tensor(0.3, dtype=wide), torch.tensor(5.0), torch.randint(20, (20,))
-    query_norm = torch.ops.oner_fast.mixup_inverse_norms(given["query"], None, None)
-    key_norm = torch.ops.oner_fast.mixup_inverse_norms(given["key"], given["key_other"], mix)
+    query_norm = key_norm = None
+    if not normalized:
+        query_norm = torch.ops.oner_fast.mixup_inverse_norms(given["query"], None, None)
+        key_norm = torch.ops.oner_fast.mixup_inverse_norms(given["key"], given["key_other"], mix)
     sides = (given["query"], None, None, query_norm, given["key"], given["key_other"], mix, key_norm)
     forward = (*sides, scale, partner, 0, True)
     row_max, row_sum, column_max, column_sum, *_ = torch.ops.oner_fast.mixup_info_nce_statistics(*forward)
     weight = torch.full((20,), 0.1, dtype=wide)
     rows, columns = (row_max, weight / row_sum), (column_max, weight / column_sum)
-    return forward, (*forward[:-1], *rows, *columns, weight, weight, True)
+    return forward, (*forward[:-1], *rows, *columns, weight, weight, True, False)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    forward, backward = raw_arguments(dtype)
+def test_opcheck(dtype: torch.dtype, normalized: bool) -> None:
+    forward, backward = raw_arguments(dtype, normalized)
     torch.library.opcheck(torch.ops.oner_fast.mixup_inverse_norms.default, (forward[4], forward[5], forward[6]))
     torch.library.opcheck(torch.ops.oner_fast.mixup_info_nce_statistics.default, forward)
     torch.library.opcheck(torch.ops.oner_fast.mixup_info_nce_backward.default, backward)
+    torch.library.opcheck(torch.ops.oner_fast.mixup_info_nce_backward.default, (*backward[:-1], True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_keys_are_the_gradient_of_the_rows_of_the_logits(dtype: torch.dtype) -> None:
+    """Of mixed keys, in float32 and without their norms and their mix, which the gradients of the inputs pass."""
+    _, backward = raw_arguments(dtype)
+    found, sums = (torch.ops.oner_fast.mixup_info_nce_backward(*backward[:-1], flag) for flag in (False, True))
+    key, other, mix, norm = backward[4:8]
+    through = through_normalisation(sums[3], key, other, mix.expand(20), norm)
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    for one, right in zip(found[3:6], through, strict=True):
+        torch.testing.assert_close(one, right, **near)
+    assert sums[3].dtype == torch.float32 and not sums[4].numel() and not sums[5].numel()
+    assert all(torch.equal(found[at], sums[at]) for at in (0, 1, 2, 6))
 
 
 def test_raw_ops_refuse_indices_outside_their_tensors() -> None:
     forward, backward = raw_arguments(torch.float32)
-    for place, value, error in (
-        (9, torch.zeros(19, dtype=torch.int64), ValueError),
-        (4, torch.randn(20, 11), ValueError),
-        (7, torch.ones(3), ValueError),
+    for place, value in (
+        (9, torch.zeros(19, dtype=torch.int64)),
+        (4, torch.randn(20, 11)),
+        (7, torch.ones(3)),
     ):
         wrong = (*forward[:place], value, *forward[place + 1 :])
-        with pytest.raises(error):
+        with pytest.raises(REFUSED, match="must (be|have)"):
             torch.ops.oner_fast.mixup_info_nce_statistics(*wrong)
-    with pytest.raises(ValueError, match="row_max must be"):
+    with pytest.raises(REFUSED, match="row_max must be"):
         torch.ops.oner_fast.mixup_info_nce_backward(*backward[:11], torch.ones(19), *backward[12:])
     with pytest.raises(RuntimeError, match="derivative"):
         torch.ops.oner_fast.mixup_inverse_norms(torch.ones(2, 2, requires_grad=True), None, None).sum().backward()

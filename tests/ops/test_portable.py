@@ -72,7 +72,7 @@ def test_no_buffer_of_the_contrast_has_more_numbers_than_stated(
         norms = contrast.inverse_norms(query, other, mix), contrast.inverse_norms(key, None, None)
         sides = (query, other, mix, norms[0], key, None, None, norms[1], scale, partner, 0)
         row_max, _, column_max, *_ = contrast.statistics(*sides, True)
-        contrast.backward(*sides, row_max, each, column_max, each, each, each, True)
+        contrast.backward(*sides, row_max, each, column_max, each, each, each, True, False)
     # A part has at least 16 rows.
     assert seen.largest <= 16 * 500
 
@@ -134,7 +134,7 @@ def test_blocks_of_a_larger_matrix_and_missing_rows() -> None:
     none = torch.zeros(0, dtype=torch.float64)
     results = raw.mixup_info_nce_backward(
         query[:0], None, None, none, keys, None, None, None, torch.tensor(9.0), None, 0, none, none,
-        *torch.zeros(2, 90, dtype=torch.float64), none, None, True,
+        *torch.zeros(2, 90, dtype=torch.float64), none, None, True, True,
     )  # fmt: skip
     assert results[0].shape == (0, 40) and results[3].shape == (90, 40) and not results[3].any()
 

@@ -14,6 +14,7 @@ from oner_fast.ops import reference, token_alignment
 from oner_fast.ops.implementations import implementations
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
+REFUSED = (ValueError, RuntimeError)  # what a check in C++ raises: the first up to torch 2.13, the second in 2.15
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERY = [name for name, one in implementations("token_alignment").items() if not one.reasons_against("cpu")]
 
@@ -299,9 +300,9 @@ def test_the_raw_op_stays_in_its_tensors_and_refuses_a_gradient() -> None:
     op, back = torch.ops.oner_fast.token_alignment, torch.ops.oner_fast.token_alignment_backward
     with pytest.raises(IndexError, match=r"kept must hold values in \[0, 5\), found 5"):
         op(S, T, K + 5)
-    with pytest.raises(ValueError, match="which teacher .* does not fit"):
+    with pytest.raises(REFUSED, match="which teacher .* does not fit"):
         op(S, T, None)
-    with pytest.raises(ValueError, match=r"factors must be \(6, 2\) of Float"):
+    with pytest.raises(REFUSED, match=r"factors must be \(6, 2\) of Float"):
         back(torch.ones(()), S, T, K, torch.zeros(5, 2))
     with pytest.raises(RuntimeError, match="not implemented"):
         op(S.clone().requires_grad_(), T, K)[0].backward()

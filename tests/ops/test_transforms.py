@@ -102,6 +102,11 @@ CASES = {
         key_other=_normal(4, 3), mix=lambda: torch.rand(4, dtype=torch.float64), partner=_below(4, 4),
         partner_weight=lambda: torch.rand(4, dtype=torch.float64),
     ),
+    "mixup_info_nce normalized": Case(
+        lambda **given: mixup_info_nce(normalized=True, **given),
+        "query key query_other logit_scale logit_bias",
+        query=_normal(4, 3), key=_normal(4, 3), query_other=_normal(4, 3), logit_scale=_normal(1), logit_bias=_normal(1),
+    ),
     "varlen_attention": Case(
         varlen_attention, "query key value",
         query=_normal(6, 4, 3), key=_normal(6, 2, 3), value=_normal(6, 2, 3), cu_seqlens_q=_ends(6, 3),

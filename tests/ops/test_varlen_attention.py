@@ -22,6 +22,7 @@ CAUSAL = [
     name for name, one in implementations("varlen_attention").items() if not one.reasons_against("cpu", causal=True)
 ]
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
+REFUSED = (ValueError, RuntimeError)  # what a check in C++ raises: the first up to torch 2.13, the second in 2.15
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -531,9 +532,11 @@ def test_a_query_without_keys_changes_no_other_gradient() -> None:
 @compiled
 def test_raw_op_refuses_a_gradient() -> None:
     query = numbers(4, 1, 2)
-    result, _ = torch.ops.oner_fast.varlen_attention(query, query, query, cumulative([4]), None, False, 1.0)
-    with pytest.raises(RuntimeError, match="not implemented"):
-        result.sum().backward()
+    raw = torch.ops.oner_fast.varlen_attention
+    with pytest.raises(RuntimeError, match=r"derivative of torch.ops.oner_fast.varlen_attention is not implemented"):
+        raw(query, query, query, cumulative([4]), None, False, 1.0)
+    with torch.no_grad():
+        assert not raw(query, query, query, cumulative([4]), None, False, 1.0)[0].requires_grad
 
 
 @compiled
@@ -541,22 +544,22 @@ def test_the_raw_op_stays_in_its_tensors() -> None:
     """Under torch.compile no value is checked in Python, so the compiled op must never leave its tensors."""
     op = torch.ops.oner_fast.varlen_attention
     x, cu = torch.randn(4, 2, 3), cumulative([4])
-    with pytest.raises(ValueError, match="cu_seqlens_q must begin with 0 and end with 4, got 0 and 9"):
+    with pytest.raises(REFUSED, match="cu_seqlens_q must begin with 0 and end with 4, got 0 and 9"):
         op(x, x, x, cumulative([9]), None, False, 1.0)
-    with pytest.raises(ValueError, match="cu_seqlens_q must never decrease"):
+    with pytest.raises(REFUSED, match="cu_seqlens_q must never decrease"):
         op(x, x, x, torch.tensor([0, 6, 4], dtype=torch.int32), None, False, 1.0)
-    with pytest.raises(ValueError, match=r"cu_seqlens_k must have shape \(2,\) like cu_seqlens_q, got \[3\]"):
+    with pytest.raises(REFUSED, match=r"cu_seqlens_k must have shape \(2,\) like cu_seqlens_q, got \[3\]"):
         op(x, x, x, cu, cumulative([1, 3]), False, 1.0)
-    with pytest.raises(TypeError, match="cu_seqlens_q must be int32"):
+    with pytest.raises(REFUSED, match="cu_seqlens_q must be int32"):
         op(x, x, x, cu.long(), None, False, 1.0)
-    with pytest.raises(ValueError, match="must divide the 2 heads"):
+    with pytest.raises(REFUSED, match="must divide the 2 heads"):
         op(x, x[:, :0], x[:, :0], cu, None, False, 1.0)
-    with pytest.raises(ValueError, match=r"value must have shape \[4, 2, 3\], got \[3, 2, 3\]"):
+    with pytest.raises(REFUSED, match=r"value must have shape \[4, 2, 3\], got \[3, 2, 3\]"):
         op(x, x, x[:3], cu, None, False, 1.0)
     back, statistics = torch.ops.oner_fast.varlen_attention_backward, torch.zeros(2, 4, 2)
-    with pytest.raises(ValueError, match=r"statistics must have shape \[2, 4, 2\], got \[4, 2\]"):
+    with pytest.raises(REFUSED, match=r"statistics must have shape \[2, 4, 2\], got \[4, 2\]"):
         back(x, x, x, x, x, statistics[0], cu, None, False, 1.0, True, True)
-    with pytest.raises(ValueError, match="the gradient must have shape"):
+    with pytest.raises(REFUSED, match="the gradient must have shape"):
         back(x[:2], x, x, x, x, statistics, cu, None, False, 1.0, True, True)
 
 

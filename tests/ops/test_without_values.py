@@ -52,6 +52,16 @@ CALLS: dict[str, Callable[..., Any]] = {
     "mixup_info_nce mixed": lambda t, **o: mixup_info_nce(
         t["query"], t["key"], 5.0, key_other=t["query"], mix=t["mix"], partner=t["partner"], **o
     ),
+    "mixup_info_nce normalized": lambda t, **o: mixup_info_nce(
+        t["query"],
+        t["key"],
+        t["scale"].reshape(1),
+        key_other=t["query"],
+        mix=t["mix"],
+        normalized=True,
+        logit_bias=t["scale"],
+        **o,
+    ),
     "varlen_attention": lambda t, **o: varlen_attention(
         t["rows"], t["other"], t["other"], t["cu"], max_seqlen_q=3, causal=True, **o
     ),
@@ -189,7 +199,7 @@ def test_numbers_under_autocast_are_those_of_tensors_cast_by_hand() -> None:
     mixed = _mixed("mixup_info_nce")
     with torch.autocast("cpu", dtype=HALF):
         found = CALLS["mixup_info_nce"](mixed)
-    assert torch.equal(found, CALLS["mixup_info_nce"]({**mixed, "query": mixed["query"].float()}))
+    assert torch.equal(found, CALLS["mixup_info_nce"]({**mixed, "key": mixed["key"].to(HALF)}))
 
 
 @pytest.mark.parametrize("autocast", [nullcontext, lambda: torch.autocast("cpu", dtype=HALF, enabled=False)])

@@ -159,17 +159,18 @@ void inverse_norms(const MixedRows& rows, int64_t first, int64_t last, void* out
 }
 
 // Computes the gradients of x, other and mix from sums u, which begin with row `first`; scale * u is the gradient with
-// respect to the unit vector.
+// respect to the row of the logits.
 template <typename T>
 void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums, int64_t stride, double scale,
             const MixedRowsGradient& out) {
   const T factor = static_cast<T>(scale);
   for (int64_t i = first; i < last; ++i) {
     const T* u = static_cast<const T*>(sums) + (i - first) * stride;
-    const T inverse = rows.inverse_norm == nullptr ? T(1) : static_cast<const T*>(rows.inverse_norm)[i];
+    const bool has_norm = rows.inverse_norm != nullptr;
+    const T inverse = has_norm ? static_cast<const T*>(rows.inverse_norm)[i] : T(1);
     const T share = mix_of<T>(rows, i);
     T dot = 0, to_mix = 0, part[kPart];
-    for (int64_t column = 0; column < rows.width; column += kPart) {
+    for (int64_t column = 0; column < rows.width && (has_norm || out.dot != nullptr); column += kPart) {
       const int64_t n = rows.width - column < kPart ? rows.width - column : kPart;
       read_mixed(rows, i, column, n, part);
       dot += dot_of(part, u + column, n);
@@ -180,8 +181,12 @@ void finish(const MixedRows& rows, int64_t first, int64_t last, const void* sums
     for (int64_t column = 0; column < rows.width; column += kPart) {
       const int64_t n = rows.width - column < kPart ? rows.width - column : kPart;
       T gradient[kPart], second[kPart];
-      read_mixed(rows, i, column, n, part);
-      for (int64_t j = 0; j < n; ++j) gradient[j] = factor * inverse * (u[column + j] - along * part[j]);
+      if (has_norm) {
+        read_mixed(rows, i, column, n, part);
+        for (int64_t j = 0; j < n; ++j) gradient[j] = factor * inverse * (u[column + j] - along * part[j]);
+      } else {
+        for (int64_t j = 0; j < n; ++j) gradient[j] = factor * u[column + j];
+      }
       if (out.to_mix != nullptr && rows.other != nullptr) {
         read_part(row_of(rows.x, rows.stride, rows.kind, i), rows.kind, column, n, part);
         read_part(row_of(rows.other, rows.other_stride, rows.kind, i), rows.kind, column, n, second);

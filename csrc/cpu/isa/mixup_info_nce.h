@@ -8,7 +8,7 @@
 
 namespace oner_fast {
 
-// Unit vectors: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i); statistics are float, or double for
+// Rows of the logits: row i is inverse_norm[i] * ((1 - mix_i) x_i + mix_i other_i); statistics are float, or double for
 // float64.
 struct MixedRows {
   const void* x;
@@ -17,7 +17,7 @@ struct MixedRows {
   int64_t other_stride;
   const void* mix;           // with `other`
   int64_t mix_step;          // 0: one for all rows
-  const void* inverse_norm;  // or null: the rows are unit vectors already
+  const void* inverse_norm;  // or null: the mixed rows are used as they are
   Kind kind;
   int64_t width;
 };
@@ -46,12 +46,12 @@ struct ContrastStatistics {
 // apart from sums, so that the largest logit has an exponential of exactly 1, and 1 minus its target is exact.
 struct ContrastGradient {
   const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
-  // Sums of G times the unit vectors of the other side, from row 0 and from the stripe's first column on.
+  // Sums of G times the rows of the other side, from row 0 and from the stripe's first column on.
   void *to_rows, *to_columns;  // the columns' are null where not needed
   int64_t to_rows_stride, to_columns_stride;
 };
 
-// The gradients of x, of other and of mix (null without other) for a row, and <unit vector, sum> (or null).
+// The gradients of x, of other and of mix (null without other) for a row, and <row of the logits, sum> (or null).
 struct MixedRowsGradient {
   void *to_x, *to_other, *to_mix, *dot;
   int64_t to_x_stride, to_other_stride;

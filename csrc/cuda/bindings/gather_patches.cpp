@@ -1,5 +1,3 @@
-#include <ATen/ops/empty.h>
-
 #include "cuda/bindings/arguments.h"
 #include "cuda/bindings/ops.h"
 
@@ -8,36 +6,34 @@ namespace {
 
 constexpr const char* kOp = "gather_patches";
 
-at::Tensor per_channel(const char* name, const OptionalTensor& values, int64_t channels) {
+OptionalTensor per_channel(const char* name, const OptionalTensor& values, int64_t channels) {
   if (!values.has_value()) return {};
-  TORCH_CHECK_VALUE(values->dim() == 1 && values->size(0) == channels, kOp, ": ", name, " must have shape (", channels,
-                    ",), got ", values->sizes());
-  return values->to(at::kDouble).contiguous();
+  CHECK_VALUE(values->dim() == 1 && values->size(0) == channels, kOp, ": ", name, " must have shape (", channels,
+              ",), got ", values->sizes());
+  return dense(of_type(*values, kDouble));
 }
 
 void check_sides(int64_t height, int64_t width, int64_t patch) {
-  TORCH_CHECK_VALUE(patch > 0 && height % patch == 0 && width % patch == 0, kOp,
-                    ": the sides of images must be multiples of patch_size ", patch, ", got ", height, " x ", width);
+  CHECK_VALUE(patch > 0 && height % patch == 0 && width % patch == 0, kOp,
+              ": the sides of images must be multiples of patch_size ", patch, ", got ", height, " x ", width);
 }
 
 }  // namespace
 
-at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in, int64_t patch,
-                          const OptionalTensor& mean_in, const OptionalTensor& std_in, at::ScalarType dtype,
-                          const OptionalTensor& cu_seqlens) {
-  TORCH_CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
+Tensor gather_patches(const Tensor& images_in, const Tensor& kept_in, int64_t patch, const OptionalTensor& mean_in,
+                      const OptionalTensor& std_in, ScalarType dtype, const OptionalTensor& cu_seqlens) {
+  CHECK_VALUE(images_in.dim() == 4, kOp, ": images must have shape (B, C, H, W), got ", images_in.sizes());
   same_device(kOp, images_in, {kept_in, mean_in, std_in, cu_seqlens});
-  const c10::cuda::CUDAGuard guard(images_in.device());
-  const at::Tensor images = images_in.stride(3) == 1 ? images_in : images_in.contiguous();  // words of a line are read
+  const Launch launch(images_in);
+  const Tensor images = images_in.stride(3) == 1 ? images_in : dense(images_in);  // words of a line are read
   const int64_t samples = images.size(0), channels = images.size(1), height = images.size(2), width = images.size(3);
   check_sides(height, width, patch);
   const int64_t across = width / patch, cells = (height / patch) * across;
   const KeptTensor kept(kOp, kept_in, cu_seqlens, samples, cells);
-  const at::Tensor mean = per_channel("mean", mean_in, channels), std = per_channel("std", std_in, channels);
+  const OptionalTensor mean = per_channel("mean", mean_in, channels), std = per_channel("std", std_in, channels);
   const int64_t row = narrow_size(kOp, "the number of pixels of a patch", channels * patch * patch);
-  const auto options = images.options().dtype(dtype);
-  const at::Tensor out = cu_seqlens.has_value() ? at::empty({kept.kept.total, row}, options)
-                                                : at::empty({samples, kept_in.size(1), row}, options);
+  const Tensor out = cu_seqlens.has_value() ? empty({kept.kept.total, row}, dtype, images)
+                                            : empty({samples, kept_in.size(1), row}, dtype, images);
   GatherPatches call{};
   call.images = data(images);
   call.out = result(out);
@@ -52,27 +48,28 @@ at::Tensor gather_patches(const at::Tensor& images_in, const at::Tensor& kept_in
   call.across = narrow_size(kOp, "the number of patches in a line", across);
   call.image_number = number_of(kOp, "images", images.scalar_type());
   call.out_number = number_of(kOp, "dtype", dtype);
-  TORCH_CHECK_TYPE(call.out_number != kU8, kOp, ": dtype must be floating, got ", dtype);
-  C10_CUDA_CHECK(oner_fast_gather_patches(&call, c10::cuda::getCurrentCUDAStream()));
+  CHECK_TYPE(call.out_number != kU8, kOp, ": dtype must be floating, got ", dtype);
+  STD_CUDA_CHECK(oner_fast_gather_patches(&call, launch.stream()));
   return out;
 }
 
-at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& kept_in, int64_t patch,
-                                   const OptionalTensor& std_in, at::IntArrayRef image_shape, at::ScalarType dtype,
-                                   const OptionalTensor& cu_seqlens) {
-  TORCH_CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
+Tensor gather_patches_backward(const Tensor& grad_in, const Tensor& kept_in, int64_t patch,
+                               const OptionalTensor& std_in, const IntList& image_shape, ScalarType dtype,
+                               const OptionalTensor& cu_seqlens) {
+  CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape.size());
   same_device(kOp, grad_in, {kept_in, std_in, cu_seqlens});
-  const c10::cuda::CUDAGuard guard(grad_in.device());
+  const Launch launch(grad_in);
   const int64_t samples = image_shape[0], channels = image_shape[1], height = image_shape[2], width = image_shape[3];
   check_sides(height, width, patch);
   const int64_t across = width / patch, down = height / patch;
   const KeptTensor kept(kOp, kept_in, cu_seqlens, samples, down * across);
   const int64_t row = narrow_size(kOp, "the number of pixels of a patch", channels * patch * patch);
-  const at::Tensor grad = grad_in.contiguous(), std = per_channel("std", std_in, channels);
-  TORCH_CHECK_VALUE(grad.numel() == kept.kept.total * row, kOp, ": the gradient has shape ", grad.sizes(), ", needed ",
-                    kept.kept.total, " rows of ", row);
-  const at::Tensor out = at::empty(image_shape, grad.options().dtype(dtype));
-  const at::Tensor choices = at::empty({samples, down * across, 2}, grad.options().dtype(at::kInt));
+  const Tensor grad = dense(grad_in);
+  const OptionalTensor std = per_channel("std", std_in, channels);
+  CHECK_VALUE(grad.numel() == kept.kept.total * row, kOp, ": the gradient has shape ", grad.sizes(), ", needed ",
+              kept.kept.total, " rows of ", row);
+  const Tensor out = empty(image_shape, dtype, grad);
+  const Tensor choices = empty({samples, down * across, 2}, kInt, grad);
   GatherPatchesBackward call{};
   call.grad = data(grad);
   call.to_images = result(out);
@@ -85,8 +82,8 @@ at::Tensor gather_patches_backward(const at::Tensor& grad_in, const at::Tensor& 
   call.down = narrow_size(kOp, "the number of lines of patches", down);
   call.grad_number = number_of(kOp, "the gradient", grad.scalar_type());
   call.image_number = number_of(kOp, "images", dtype);
-  TORCH_CHECK_TYPE(call.grad_number != kU8 && call.image_number != kU8, kOp, ": gradients are floating, got ", dtype);
-  C10_CUDA_CHECK(oner_fast_gather_patches_backward(&call, c10::cuda::getCurrentCUDAStream()));
+  CHECK_TYPE(call.grad_number != kU8 && call.image_number != kU8, kOp, ": gradients are floating, got ", dtype);
+  STD_CUDA_CHECK(oner_fast_gather_patches_backward(&call, launch.stream()));
   return out;
 }
 

@@ -1,10 +1,8 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-
 #include <cstdint>
 #include <limits>
 #include <tuple>
 
+#include "common/numbers.h"
 #include "cuda/bindings/arguments.h"
 #include "cuda/bindings/ops.h"
 
@@ -14,42 +12,41 @@ namespace {
 constexpr const char* kOp = "mixup_info_nce";
 constexpr int64_t kWord = 8;  // numbers in 16 bytes
 
-at::Tensor vector(const at::Tensor& x, int64_t count, at::ScalarType type, const char* what) {
-  TORCH_CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count,
-                    ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
-  return x.contiguous();
+Tensor vector(const Tensor& x, int64_t count, ScalarType type, const char* what) {
+  CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count,
+              ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
+  return dense(x);
 }
 
-const float* floats(const at::Tensor& x) { return static_cast<const float*>(data(x)); }
+const float* floats(const OptionalTensor& x) { return static_cast<const float*>(data(x)); }
 
 // Rows that tensor cores can read, and the factors that make them unit vectors. A side that is unmixed and aligned is
 // used in place; any other is copied once, O(N D) next to the O(N^2 D) of the product.
 struct Side {
-  at::Tensor rows, factor;
+  Tensor rows;
+  OptionalTensor factor;
 
-  Side(const char* name, const at::Tensor& x, const OptionalTensor& other, const OptionalTensor& mix_in,
-       const OptionalTensor& inverse_in, cudaStream_t stream) {
-    TORCH_CHECK_VALUE(x.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x.sizes());
-    TORCH_CHECK_TYPE(x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16, kOp, ": ", name,
-                     " must be float16 or bfloat16 for tensor cores, got ", x.scalar_type());
+  Side(const char* name, const Tensor& x, const OptionalTensor& other, const OptionalTensor& mix_in,
+       const OptionalTensor& inverse_in, cudaStream_t stream)
+      : rows(x) {
+    CHECK_VALUE(x.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x.sizes());
+    CHECK_TYPE(x.scalar_type() == kHalf || x.scalar_type() == kBFloat16, kOp, ": ", name,
+               " must be float16 or bfloat16 for tensor cores, got ", x.scalar_type());
     const int64_t count = x.size(0), width = x.size(1);
-    if (inverse_in.has_value()) factor = vector(*inverse_in, count, at::kFloat, "the inverse norms");
+    if (inverse_in.has_value()) factor = vector(*inverse_in, count, kFloat, "the inverse norms");
     const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-    if (!other.has_value() && x.stride(1) == 1 && x.stride(0) % kWord == 0 && width % kWord == 0 && aligned) {
-      rows = x;
-      return;
-    }
-    at::Tensor mix;
+    if (!other.has_value() && x.stride(1) == 1 && x.stride(0) % kWord == 0 && width % kWord == 0 && aligned) return;
+    OptionalTensor mix;
     if (other.has_value()) {
-      TORCH_CHECK_VALUE(other->sizes() == x.sizes() && other->scalar_type() == x.scalar_type(), kOp, ": ", name,
-                        "_other must be like ", name, ", got ", other->sizes(), " ", other->scalar_type());
-      TORCH_CHECK_VALUE(mix_in.has_value() && (mix_in->dim() == 0 || mix_in->sizes() == x.sizes().slice(0, 1)), kOp,
-                        ": mix must be a number or have shape (N,)");
-      mix = mix_in->to(x.device(), at::kFloat).contiguous();
+      CHECK_VALUE(other->sizes().equals(x.sizes()) && other->scalar_type() == x.scalar_type(), kOp, ": ", name,
+                  "_other must be like ", name, ", got ", other->sizes(), " ", other->scalar_type());
+      CHECK_VALUE(mix_in.has_value() && (mix_in->dim() == 0 || mix_in->sizes().equals(x.sizes().slice(0, 1))), kOp,
+                  ": mix must be a number or have shape (N,)");
+      mix = dense(torch::stable::to(*mix_in, kFloat, std::nullopt, x.device()));
     }
     const int64_t padded = (width + kWord - 1) / kWord * kWord;
-    rows = at::empty({count, padded}, x.options().memory_format(at::MemoryFormat::Contiguous));
-    const at::Tensor rest = at::empty({count}, x.options().dtype(at::kFloat));
+    rows = empty({count, padded}, x.scalar_type(), x);
+    const Tensor rest = empty({count}, kFloat, x);
     MixupPack call{};
     call.x = data(x);
     call.other = other.has_value() ? data(*other) : nullptr;
@@ -62,56 +59,57 @@ struct Side {
     call.column_stride = x.stride(1);
     call.other_row_stride = other.has_value() ? other->stride(0) : 0;
     call.other_column_stride = other.has_value() ? other->stride(1) : 0;
-    call.mix_step = mix.defined() ? mix.dim() : 0;
+    call.mix_step = mix.has_value() ? mix->dim() : 0;
     call.width = narrow_size(kOp, "the width", width);
     call.padded = narrow_size(kOp, "the width", padded);
     call.number = number_of(kOp, name, x.scalar_type());
-    C10_CUDA_CHECK(oner_fast_mixup_pack(&call, stream));
+    STD_CUDA_CHECK(oner_fast_mixup_pack(&call, stream));
     factor = rest;
   }
 };
 
 // logit_scale as a float on the rows' device; a host value is an argument of a launch, which waits for nothing.
-at::Tensor scale_on(const at::Tensor& logit_scale, const at::TensorOptions& wide) {
-  TORCH_CHECK_VALUE(logit_scale.numel() == 1, kOp, ": logit_scale must be 0-d, got ", logit_scale.sizes());
-  if (logit_scale.is_cpu()) return at::full({}, logit_scale.item<double>(), wide);
-  return logit_scale.to(at::kFloat);
+Tensor scale_on(const Tensor& logit_scale, const Tensor& like) {
+  CHECK_VALUE(logit_scale.numel() == 1, kOp, ": logit_scale must be 0-d, got ", logit_scale.sizes());
+  if (!logit_scale.is_cpu()) return of_type(logit_scale, kFloat);
+  return torch::stable::fill_(empty({}, kFloat, like), number_in(kOp, "logit_scale", logit_scale));
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
-    const at::Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const OptionalTensor& key_other,
-    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const at::Tensor& logit_scale,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
+    const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
     const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
   same_device(kOp, query, {query_other, query_inverse_norm, key, key_other, key_inverse_norm, partner_in});
-  const c10::cuda::CUDAGuard guard(query.device());
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Launch launch(query);
+  const cudaStream_t stream = launch.stream();
   const Side rows("query", query, query_other, query_mix, query_inverse_norm, stream);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm, stream);
-  TORCH_CHECK_VALUE(query.size(1) == key.size(1) && query.scalar_type() == key.scalar_type(), kOp,
-                    ": query and key must have one width and one dtype");
+  CHECK_VALUE(query.size(1) == key.size(1) && query.scalar_type() == key.scalar_type(), kOp,
+              ": query and key must have one width and one dtype");
   const int64_t m = query.size(0), n = key.size(0), column_count = columns_too ? n : 0;
-  at::Tensor partner;
-  if (partner_in.has_value()) partner = vector(*partner_in, m, at::kLong, "partner");
-  const auto wide = query.options().dtype(at::kFloat);
+  OptionalTensor partner;
+  if (partner_in.has_value()) partner = vector(*partner_in, m, kLong, "partner");
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   // Without any logit no kernel runs.
   const auto each = [&](int64_t count, double otherwise) {
-    return m > 0 && n > 0 ? at::empty({count}, wide) : at::full({count}, otherwise, wide);
+    const Tensor made = empty({count}, kFloat, query);
+    return m > 0 && n > 0 ? made : torch::stable::fill_(made, otherwise);
   };
-  const at::Tensor row_max = each(m, -kInfinity), row_sum = each(m, 0), column_max = each(column_count, -kInfinity),
-                   column_sum = each(column_count, 0), own = each(m, 0), shared = each(partner.defined() ? m : 0, 0);
+  const Tensor row_max = each(m, -kInfinity), row_sum = each(m, 0), column_max = each(column_count, -kInfinity),
+               column_sum = each(column_count, 0), own = each(m, 0), shared = each(partner.has_value() ? m : 0, 0);
   if (m > 0 && n > 0) {
     MixupStatistics call{};
     call.rows = narrow_size(kOp, "the number of queries", m);
     call.columns = narrow_size(kOp, "the number of keys", n);
     oner_fast_mixup_plan(&call);
-    const at::Tensor scale = scale_on(logit_scale, wide);
-    const at::Tensor row_parts = at::empty({2, call.column_chunks, m}, wide);
-    const at::Tensor column_parts = columns_too ? at::empty({2, call.row_chunks, n}, wide) : at::Tensor();
-    const auto to = [](const at::Tensor& x) { return static_cast<float*>(result(x)); };
+    const Tensor scale = scale_on(logit_scale, query);
+    const Tensor row_parts = empty({2, call.column_chunks, m}, kFloat, query);
+    OptionalTensor column_parts;
+    if (columns_too) column_parts = empty({2, call.row_chunks, n}, kFloat, query);
+    const auto to = [](const OptionalTensor& x) { return static_cast<float*>(result(x)); };
     call.query = data(rows.rows);
     call.key = data(columns.rows);
     call.query_factor = floats(rows.factor);
@@ -131,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     call.first_pair = first_pair;
     call.width = narrow_size(kOp, "the width", rows.rows.size(1));
     call.number = number_of(kOp, "query", query.scalar_type());
-    C10_CUDA_CHECK(oner_fast_mixup_statistics(&call, stream));
+    STD_CUDA_CHECK(oner_fast_mixup_statistics(&call, stream));
   }
   return {row_max, row_sum, column_max, column_sum, own, shared};
 }

@@ -1,42 +1,37 @@
 // The raw ops that have CUDA C++ kernels; common/ops.h says what they compute.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <tuple>
+
+#include "common/tensor.h"
 
 namespace oner_fast::cuda {
 
-at::Tensor masked_gather(const at::Tensor& tokens, const at::Tensor& kept, const std::optional<at::Tensor>& positions,
-                         const std::optional<at::Tensor>& prefix, const std::optional<at::Tensor>& cu_seqlens);
+Tensor masked_gather(const Tensor& tokens, const Tensor& kept, const OptionalTensor& positions,
+                     const OptionalTensor& prefix, const OptionalTensor& cu_seqlens);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_gather_backward(const at::Tensor& grad, const at::Tensor& kept,
-                                                                      const std::optional<at::Tensor>& cu_seqlens,
-                                                                      int64_t samples, int64_t tokens, int64_t prefix,
-                                                                      bool need_tokens, bool need_positions,
-                                                                      bool need_prefix);
+std::tuple<Tensor, Tensor, Tensor> masked_gather_backward(const Tensor& grad, const Tensor& kept,
+                                                          const OptionalTensor& cu_seqlens, int64_t samples,
+                                                          int64_t tokens, int64_t prefix, bool need_tokens,
+                                                          bool need_positions, bool need_prefix);
 
-at::Tensor gather_patches(const at::Tensor& images, const at::Tensor& kept, int64_t patch_size,
-                          const std::optional<at::Tensor>& mean, const std::optional<at::Tensor>& std,
-                          at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
+Tensor gather_patches(const Tensor& images, const Tensor& kept, int64_t patch_size, const OptionalTensor& mean,
+                      const OptionalTensor& std, ScalarType dtype, const OptionalTensor& cu_seqlens);
 
-at::Tensor gather_patches_backward(const at::Tensor& grad, const at::Tensor& kept, int64_t patch_size,
-                                   const std::optional<at::Tensor>& std, at::IntArrayRef image_shape,
-                                   at::ScalarType dtype, const std::optional<at::Tensor>& cu_seqlens);
+Tensor gather_patches_backward(const Tensor& grad, const Tensor& kept, int64_t patch_size, const OptionalTensor& std,
+                               const IntList& image_shape, ScalarType dtype, const OptionalTensor& cu_seqlens);
 
-std::tuple<at::Tensor, at::Tensor> token_alignment(const at::Tensor& student, const at::Tensor& teacher,
-                                                   const std::optional<at::Tensor>& kept);
+std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept);
 
-at::Tensor token_alignment_backward(const at::Tensor& grad, const at::Tensor& student, const at::Tensor& teacher,
-                                    const std::optional<at::Tensor>& kept, const at::Tensor& factors);
+Tensor token_alignment_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                                const OptionalTensor& kept, const Tensor& factors);
 
 // Takes float16 and bfloat16 alone. Unlike on the CPU, first_pair may be any number: a target outside the keys has the
 // logit 0.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixup_info_nce_statistics(
-    const at::Tensor& query, const std::optional<at::Tensor>& query_other, const std::optional<at::Tensor>& query_mix,
-    const at::Tensor& query_inverse_norm, const at::Tensor& key, const std::optional<at::Tensor>& key_other,
-    const std::optional<at::Tensor>& key_mix, const std::optional<at::Tensor>& key_inverse_norm,
-    const at::Tensor& logit_scale, const std::optional<at::Tensor>& partner, int64_t first_pair, bool columns_too);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
+    const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& partner, int64_t first_pair, bool columns_too);
 
 }  // namespace oner_fast::cuda

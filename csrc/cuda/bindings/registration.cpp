@@ -1,14 +1,13 @@
 // Registers the CUDA C++ kernels with PyTorch's dispatcher. Raw ops that are not here have Triton kernels.
-#include <torch/library.h>
-
+#include "common/raw_op.h"
 #include "cuda/bindings/ops.h"
 
-TORCH_LIBRARY_IMPL(oner_fast, CUDA, m) {
-  m.impl("masked_gather", TORCH_FN(oner_fast::cuda::masked_gather));
-  m.impl("masked_gather_backward", TORCH_FN(oner_fast::cuda::masked_gather_backward));
-  m.impl("gather_patches", TORCH_FN(oner_fast::cuda::gather_patches));
-  m.impl("gather_patches_backward", TORCH_FN(oner_fast::cuda::gather_patches_backward));
-  m.impl("token_alignment", TORCH_FN(oner_fast::cuda::token_alignment));
-  m.impl("token_alignment_backward", TORCH_FN(oner_fast::cuda::token_alignment_backward));
-  m.impl("mixup_info_nce_statistics", TORCH_FN(oner_fast::cuda::mixup_info_nce_statistics));
+STABLE_TORCH_LIBRARY_IMPL(oner_fast, CUDA, m) {
+  ONER_FAST_IMPL(m, "masked_gather", oner_fast::cuda::masked_gather);
+  ONER_FAST_IMPL(m, "masked_gather_backward", oner_fast::cuda::masked_gather_backward);
+  ONER_FAST_IMPL(m, "gather_patches", oner_fast::cuda::gather_patches);
+  ONER_FAST_IMPL(m, "gather_patches_backward", oner_fast::cuda::gather_patches_backward);
+  ONER_FAST_IMPL(m, "token_alignment", oner_fast::cuda::token_alignment);
+  ONER_FAST_IMPL(m, "token_alignment_backward", oner_fast::cuda::token_alignment_backward);
+  ONER_FAST_IMPL(m, "mixup_info_nce_statistics", oner_fast::cuda::mixup_info_nce_statistics);
 }

@@ -31,11 +31,11 @@ def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
 
 
 class _Operands:
-    """Both sides as unit rows in float32 or float64, the queries times logit_scale."""
+    """Both sides as `unit_rows` in float32 or float64, the queries times logit_scale."""
 
     def __init__(
         self,
-        query: tuple[Tensor, Tensor | None, Tensor | None, Tensor],
+        query: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
         key: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
         logit_scale: Tensor,
         partner: Tensor | None,
@@ -44,7 +44,8 @@ class _Operands:
         x, other, mix, inverse_norm = query
         self.keys = unit_rows(key[0], key[1], 0.0 if key[2] is None else key[2], key[3])
         self.scale = logit_scale.to(self.keys.dtype)
-        self.queries = unit_rows(x, other, 0.0 if mix is None else mix, inverse_norm * self.scale)
+        factor = self.scale.expand(x.shape[0]) if inverse_norm is None else inverse_norm * self.scale
+        self.queries = unit_rows(x, other, 0.0 if mix is None else mix, factor)
         self.partner, self.first_pair = partner, first_pair
         self.rows, self.columns = self.queries.shape[0], self.keys.shape[0]
 
@@ -75,7 +76,7 @@ def statistics(
     query: Tensor,
     query_other: Tensor | None,
     query_mix: Tensor | None,
-    query_inverse_norm: Tensor,
+    query_inverse_norm: Tensor | None,
     key: Tensor,
     key_other: Tensor | None,
     key_mix: Tensor | None,
@@ -113,7 +114,7 @@ def backward(
     query: Tensor,
     query_other: Tensor | None,
     query_mix: Tensor | None,
-    query_inverse_norm: Tensor,
+    query_inverse_norm: Tensor | None,
     key: Tensor,
     key_other: Tensor | None,
     key_mix: Tensor | None,
@@ -128,6 +129,7 @@ def backward(
     own_weight: Tensor,
     partner_weight: Tensor | None,
     need_key: bool,
+    key_sums: bool,
 ) -> tuple[Tensor, ...]:
     """Compute backward: the gradients of x, other and mix of both sides, and that of logit_scale."""
     given = _Operands(
@@ -148,20 +150,21 @@ def backward(
         if need_key:
             to_keys.addmm_(gradient.T, given.queries[part])
     unit = unit_rows(query, query_other, 0.0 if query_mix is None else query_mix, query_inverse_norm)
-    to_scale = unit.mul_(to_queries).sum(dtype=widest_dtype(unit.device)).to(unit.dtype)
+    products = torch.mul(unit, to_queries, out=given.queries)  # `unit` may be the input itself
+    to_scale = products.sum(dtype=widest_dtype(unit.device)).to(unit.dtype)
     # The queries of the products carry the scale already, and so do the sums of the keys.
     queries = _finished(to_queries.mul_(given.scale), query, query_other, query_mix, query_inverse_norm)
     if not need_key:
         keys = [to_keys, to_keys.clone(), to_keys.clone()]
-    elif key_inverse_norm is None:
-        keys = [to_keys, key.new_empty(0), to_keys.new_empty(0)]
+    elif key_sums:
+        keys = [to_keys, to_keys.new_empty(0), to_keys.new_empty(0)]
     else:
         keys = _finished(to_keys, key, key_other, key_mix, key_inverse_norm)
     return (*queries, *keys, to_scale)
 
 
 def _finished(
-    gradient: Tensor, x: Tensor, other: Tensor | None, mix: Tensor | None, inverse_norm: Tensor
+    gradient: Tensor, x: Tensor, other: Tensor | None, mix: Tensor | None, inverse_norm: Tensor | None
 ) -> list[Tensor]:
     """Return the gradients of x, other and mix, part by part; empty where the side has none."""
     wide = gradient.dtype
@@ -174,8 +177,9 @@ def _finished(
     for part in parts(x.shape[0], x.shape[1]):
         some = None if other is None else other[part]
         through = through_normalisation(
-            gradient[part], x[part], some, share[part] if share.ndim else share, inverse_norm[part]
-        )
+            gradient[part], x[part], some, share[part] if share.ndim else share,
+            None if inverse_norm is None else inverse_norm[part],
+        )  # fmt: skip
         for to, one in zip(found, through, strict=True):
             if one is not None:
                 to[part] = one

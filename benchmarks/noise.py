@@ -1,0 +1,215 @@
+"""`oner-fast bench noise`: compare this build with itself, many times, and count the alarms.
+
+A pair is one run as `oner-fast bench against` makes it, of the same build twice, with fresh processes and the eager
+baselines alone. Each pair is a file of the folder, so that the same command goes on where it was interrupted. Pairs are
+judged in two ways: in turn, the way of `bench against`; and apart, as `bench compare` does with records that were made
+at different times, where each pair's first build is compared with the next pair's second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oner_fast.atomic import write_atomic
+from oner_fast.benchmarks.against import records_of
+from oner_fast.benchmarks.comparison import ERROR, MARGIN, PAIRED_MARGIN, SLOWER, Comparison, compare
+from oner_fast.benchmarks.ops import OPS
+from oner_fast.benchmarks.record import Record
+from oner_fast.benchmarks.source import commit_of_this
+from oner_fast.benchmarks.turns import AFTER, BEFORE, PYTORCH, Failed, Side, Subject, Turns
+from oner_fast.bounded_json import load_object
+
+FOLDER = Path("runs/noise")
+PAIRS, SECONDS = 100, 20.0
+MOST_BYTES = 64 * 2**20
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a series of pairs; all pairs of a folder have the same.
+
+    Args:
+        ops: the ops, by name.
+        seconds: for all rounds of a pair together.
+        threads: CPU threads of each process.
+        planted: factors by which the second build's ops are slowed down, by op.
+    """
+
+    ops: tuple[str, ...] = OPS
+    seconds: float = SECONDS
+    threads: int = 1
+    planted: tuple[tuple[str, float], ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as a dict for JSON."""
+        return {
+            "ops": list(self.ops),
+            "seconds": self.seconds,
+            "threads": self.threads,
+            "planted": dict(self.planted),
+        }
+
+
+def collect(folder: Path, pairs: int, settings: Settings, tell: Tell = lambda text: None) -> list[Path]:
+    """Measure the pairs that `folder` lacks, and return the files of all of them.
+
+    Raises:
+        Failed: a process ended, or a result was wrong.
+        ValueError: the folder has pairs of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:03}.json" for number in range(pairs)]
+    for number, path in enumerate(paths):
+        if path.exists():
+            _load(path, settings)
+            continue
+        tell(f"pair {number + 1} of {pairs}")
+        subjects, described = _measure(settings)
+        commit, dirty = commit_of_this()
+        whole = {
+            "format": 1,
+            "settings": settings.as_dict(),
+            "commit": commit,
+            "dirty": dirty,
+            "described": described,
+            "subjects": [_as_dict(one) for one in subjects],
+        }
+        text = json.dumps(whole) + "\n"
+        write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    return paths
+
+
+def _measure(settings: Settings) -> tuple[list[Subject], dict[str, dict[str, Any]]]:
+    options = ("--threads", str(settings.threads), "--eager")
+    planted = tuple(word for op, factor in settings.planted for word in ("--slower", f"{op}={factor}"))
+    sides = [
+        Side(BEFORE, None, options),
+        Side(AFTER, None, options + planted),
+        Side(PYTORCH, None, (*options, "--pytorch")),
+    ]
+    with Turns(sides) as turns:
+        described = turns.describe()
+        subjects = turns.prepare(settings.ops, (), lambda text: None)
+        for one in subjects:
+            if one.missing:
+                raise Failed(f"{one.key} cannot be measured: {one.missing}")
+        turns.measure(subjects, settings.seconds, lambda text: None)
+    return subjects, described
+
+
+def judge(paths: Sequence[Path], settings: Settings, margin: float | None = None) -> dict[str, list[Comparison]]:
+    """Compare the pairs of `collect`: {"in turn": one comparison of each, "apart": of each with the next}."""
+    pairs = [_load(path, settings) for path in paths]
+    apart = [compare(one[0], two[1], margin=margin) for one, two in zip(pairs, pairs[1:], strict=False)]
+    return {"in turn": [compare(*pair, margin=margin) for pair in pairs], "apart": apart}
+
+
+def alarms(comparisons: Sequence[Comparison]) -> int:
+    """Count the comparisons in which a key is slower."""
+    return sum(any(row.verdict == SLOWER for row in one.rows) for one in comparisons)
+
+
+def caught(comparisons: Sequence[Comparison], op: str) -> int:
+    """Count the comparisons in which every key of an op is slower."""
+    return sum(all(row.verdict == SLOWER for row in one.rows if row.key.split()[0] == op) for one in comparisons)
+
+
+def margins(comparisons: Sequence[Comparison]) -> list[float]:
+    """Return the margin below which each comparison would have raised an alarm, in ascending order."""
+    lows = [[math.log1p(row.high) for row in one.rows if row.high is not None] for one in comparisons]
+    return sorted(math.expm1(-min(each)) for each in lows)
+
+
+def _load(path: Path, settings: Settings) -> tuple[Record, Record]:
+    """Read a pair's file as two records. Raises ValueError where it is none, or of other settings."""
+    whole = load_object(path.read_bytes(), str(path), max_bytes=MOST_BYTES)
+    if whole.get("settings") != settings.as_dict():
+        raise ValueError(
+            f"{path} has the settings {whole.get('settings')}, and {settings.as_dict()} are asked for; "
+            "give another folder with --out"
+        )
+    subjects = [_from_dict(one) for one in whole["subjects"]]
+    commit = (whole["commit"], whole["dirty"])
+    return records_of(subjects, whole["described"], commit, commit, settings.threads)
+
+
+def _as_dict(subject: Subject) -> dict[str, Any]:
+    times = {name: [[*key, each] for key, each in getattr(subject, name).items()] for name in ("wall", "busy")}
+    names = ("key", "kind", "op", "shape", "dtype", "served", "rounds_in_a_visit")
+    return {**{name: getattr(subject, name) for name in names}, **times}
+
+
+def _from_dict(found: dict[str, Any]) -> Subject:
+    times = {name: {(side, contender): each for side, contender, each in found[name]} for name in ("wall", "busy")}
+    return Subject(**{**found, **times})
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of `oner-fast bench noise`."""
+    made = argparse.ArgumentParser(prog="oner-fast bench noise", description=__doc__)
+    made.add_argument("--pairs", type=int, default=PAIRS, help=f"number of pairs (default: {PAIRS})")
+    made.add_argument("--op", nargs="+", metavar="NAME", default=list(OPS), help=f"only these: {', '.join(OPS)}")
+    made.add_argument("--seconds", type=float, default=SECONDS, help=f"of a pair's rounds (default: {SECONDS:g})")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: 1)")
+    made.add_argument("--plant", metavar="OP=FACTOR", default=None, help="slow one op of the second build down: OP=1.2")
+    made.add_argument("--margin", type=float, default=None, help="least change that counts (default: as compared)")
+    made.add_argument("--out", type=Path, default=FOLDER, help=f"folder of the pairs ({FOLDER})")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command line; returns the exit status."""
+    options = parser().parse_args(argv)
+    try:
+        settings = Settings(tuple(options.op), options.seconds, options.threads, _planted(options.plant))
+        if reason := _reason_against(options):
+            raise ValueError(reason)
+        paths = collect(options.out, options.pairs, settings, lambda text: print(text, file=sys.stderr, flush=True))
+        found = judge(paths, settings, options.margin)
+    except (Failed, OSError, ValueError) as problem:
+        print(f"oner-fast bench noise: {problem}", file=sys.stderr)
+        return 2
+    for way, margin in (("in turn", PAIRED_MARGIN), ("apart", MARGIN)):
+        comparisons = found[way]
+        if not comparisons:
+            continue
+        needed = margins(comparisons)
+        print(
+            f"{way}: {alarms(comparisons)} of {len(comparisons)} comparisons raise an alarm with a margin of "
+            f"{margin if options.margin is None else options.margin:.0%} and an error of {ERROR:.0%}; margins below "
+            f"{needed[-1]:.1%} raise one, and below {needed[-2] if len(needed) > 1 else needed[-1]:.1%} two"
+        )
+        for op, factor in settings.planted:
+            print(
+                f"{way}: {op}, {factor:g} times as slow, is caught in {caught(comparisons, op)} of {len(comparisons)}"
+            )
+    return 0
+
+
+def _planted(text: str | None) -> tuple[tuple[str, float], ...]:
+    if text is None:
+        return ()
+    op, _, factor = text.partition("=")
+    try:
+        return ((op, float(factor)),)
+    except ValueError:
+        raise ValueError(f"--plant must be OP=FACTOR, such as masked_gather=1.2, got {text!r}") from None
+
+
+def _reason_against(options: argparse.Namespace) -> str:
+    for name in [*options.op, *(op for op, _ in _planted(options.plant))]:
+        if name not in OPS:
+            return f"unknown op {name!r}; known: {', '.join(OPS)}"
+    if options.pairs < 1 or options.threads < 1:
+        return f"--pairs and --threads must be at least 1, got {options.pairs} and {options.threads}"
+    if not 0 < options.seconds < float("inf"):
+        return f"--seconds must be positive, got {options.seconds:g}"
+    return ""

@@ -1,0 +1,45 @@
+// What is registered with PyTorch's dispatcher for an op.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstddef>
+
+#include "common/tensor.h"
+
+namespace oner_fast {
+
+// Whether autograd would need the derivative of what is computed from `x`. Asked only where gradients are recorded.
+bool needs_gradient(const Tensor& x);
+inline bool needs_gradient(const OptionalTensor& x) { return x.has_value() && needs_gradient(*x); }
+template <typename Other>
+bool needs_gradient(const Other&) {
+  return false;
+}
+
+// The name of an op, as an argument of a template.
+template <size_t size>
+struct Name {
+  char text[size];
+  constexpr Name(const char (&from)[size]) { std::copy_n(from, size, text); }  // NOLINT: implicit, like a literal
+};
+
+// Gradients belong to the public functions in oner_fast.ops; a raw op refuses to lose one.
+template <Name name, auto function>
+struct RawOp;
+
+template <Name name, typename Result, typename... Arguments, Result (*function)(Arguments...)>
+struct RawOp<name, function> {
+  static Result call(Arguments... arguments) {
+    if (aoti_torch_grad_mode_is_enabled() && (needs_gradient(arguments) || ...))
+      fail<std::runtime_error>("the derivative of torch.ops.oner_fast.", name.text,
+                               " is not implemented; call the function of oner_fast.ops, or the op under no_grad()");
+    return function(arguments...);
+  }
+};
+
+}  // namespace oner_fast
+
+#define ONER_FAST_IMPL(library, name, function) \
+  library.impl(name, TORCH_BOX((&::oner_fast::RawOp<name, &function>::call)))

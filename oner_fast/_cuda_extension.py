@@ -1,0 +1,81 @@
+"""Load the ops in CUDA C++ once, after those of the CPU; where they cannot serve, say why and how to get them.
+
+They are a library of their own, so that a torch without CUDA loads the ops of the CPU from the same installation. Built
+once, it serves every torch of the same major version of CUDA, whose runtime it shares.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from oner_fast import _extension
+from oner_fast._extension import Status
+
+REBUILD = (
+    "with that torch and an nvcc of its CUDA, install oner_fast from its source with "
+    "'pip install --no-build-isolation --force-reinstall --no-deps'"
+)
+
+_status: Status | None = None
+_unusable = False  # they are installed, and cannot serve
+_warned = False
+
+
+def library_path() -> Path:
+    """Path of the library, beside the ops of the CPU."""
+    return _extension.library_path().with_name("_C_cuda.so")
+
+
+def status() -> Status:
+    """Whether the ops in CUDA C++ are loaded; the first call loads them."""
+    global _status, _unusable
+    if _status is None:
+        _status = _load()
+        _unusable = not _status.loaded and _extension.status().loaded and library_path().exists()
+    return _status
+
+
+def warn_if_unusable() -> None:
+    """Warn once in a process that the installed ops in CUDA C++ cannot serve a GPU, and name the remedy."""
+    global _warned
+    if _unusable and not _warned and not torch.compiler.is_compiling():
+        _warned = True
+        state = status()
+        warnings.warn(
+            f"oner_fast runs Triton or plain PyTorch on the GPU: {state.reason}. Remedy: {state.remedy}. "
+            "'oner-fast doctor' shows more.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _load() -> Status:
+    extension = _extension.status()
+    if not extension.loaded:
+        return extension
+    built = _extension.build_report().get("cuda", {})
+    library = library_path()
+    if not library.exists():
+        reason = built.get("reason") or "it is compiled from source alone, beside a torch with CUDA"
+        return Status(False, f"the extension was built without CUDA C++: {reason}", REBUILD)
+    built_for, this = str(built.get("version") or "an unknown version"), torch.version.cuda
+    if this is None:
+        return Status(
+            False,
+            f"the ops in CUDA C++ were built for CUDA {built_for}, and torch {torch.__version__} has no CUDA",
+            "install a torch with CUDA to use a GPU; the ops of the CPU need none",
+        )
+    if built.get("version") and built_for.split(".")[0] != this.split(".")[0]:
+        return Status(
+            False,
+            f"the ops in CUDA C++ were built for CUDA {built_for}, and torch {torch.__version__} has CUDA {this}",
+            REBUILD,
+        )
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        return Status(False, f"the ops in CUDA C++ could not be loaded: {error.__cause__ or error}", REBUILD)
+    return Status(True)
