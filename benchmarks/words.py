@@ -1,4 +1,4 @@
-"""How figures are written for readers: times, errors, sizes, verdicts."""
+"""Format figures for readers: times, errors, sizes, verdicts."""
 
 from __future__ import annotations
 

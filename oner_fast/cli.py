@@ -67,6 +67,7 @@ COMMANDS = {
             "compare": "two records of commits: what changed beyond the noise",
             "against": "this commit against another one, in turn on this machine",
             "noise": "this commit against itself, many times: how often noise raises an alarm",
+            "ratios": "write the ratios of several records, by which the gates judge",
             "step": "one training step against plain PyTorch, and each op's share of it",
             "uta": "one step of UTA's student for each mask ratio, against mask tokens and a later gather",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",

@@ -27,7 +27,7 @@ _NAMES = {"ours": "ours", "eager": "eager PyTorch", "compiled": "torch.compile",
 
 @dataclass(frozen=True)
 class Nearer:
-    """How many times the error of open_clip's loss is ours, for the loss and for the gradients of one row."""
+    """Factors by which the error of open_clip's loss exceeds ours, for the loss and for the gradients of one row."""
 
     row: Row
     outputs: float
