@@ -4,8 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-against statistics gpu \
-	gpu-report sanitize mutations lint format support wheel docs clean
+.PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-results bench-against \
+	statistics gpu gpu-report sanitize mutations lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -118,6 +118,10 @@ ratios: $(STAMP)-test ## measure three records on an idle machine, and commit th
 
 bench: $(STAMP)-bench ## measure every op and one training step against PyTorch, into runs/bench
 	$(BIN)/oner-fast bench ops
+
+bench-results: $(STAMP)-bench ## the same into benchmarks/results/cpu, and draw the documentation's pictures of it
+	$(BIN)/oner-fast bench ops --out benchmarks/results/cpu
+	$(BIN)/python docs/figures/make_figures.py
 
 bench-against: $(STAMP)-bench ## compare this commit with BASE=<ref>, in turn on this machine, into runs/against
 	@[[ -n '$(BASE)' ]] || { echo 'name the other commit: make bench-against BASE=main' >&2; exit 2; }
