@@ -1,6 +1,6 @@
 // Checks that throw what PyTorch's bindings make an error of Python: ValueError (RuntimeError from torch 2.15 on, which
-// keeps the type of IndexError alone) and IndexError. Public functions check in Python what they can, before. The message
-// is made of the arguments, and only where the condition does not hold.
+// keeps the type of IndexError alone) and IndexError. Public functions check in Python what they can, before. The
+// message is made of the arguments, and only where the condition does not hold.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>

@@ -137,14 +137,18 @@ def test_token_alignment(emulated: Any) -> None:
 
 @pytest.mark.parametrize("width", [8, 5])
 def test_the_statistics_of_the_contrast(emulated: Any, width: int) -> None:
-    """Width 5 is packed; a mix and a scale on the host are taken from there."""
+    """Width 5 is packed; a mix and a scale on the host are taken from there. Rows may have no norms."""
     plain, generator = torch.ops.oner_fast_portable, torch.Generator().manual_seed(0)
     query, other, key = (torch.randn(6, width, generator=generator).bfloat16() for _ in range(3))
     mix, partner = torch.tensor(0.3, dtype=torch.float64), torch.randint(6, (6,), generator=generator)
     mixed = 0.7 * query.float() + 0.3 * other.float()
     norms = [1 / one.float().norm(dim=1) for one in (mixed, key)]
-    for scale in (torch.tensor(5.0, dtype=torch.float64), torch.tensor(5.0, dtype=torch.bfloat16)):
-        call = (query, other, mix, norms[0], key, None, None, norms[1], scale, partner, 0, True)
+    for scale, (of_query, of_key) in (
+        (torch.tensor(5.0, dtype=torch.float64), norms),
+        (torch.tensor(5.0, dtype=torch.bfloat16), norms),
+        (torch.tensor(0.25), (None, None)),
+    ):
+        call = (query, other, mix, of_query, key, None, None, of_key, scale, partner, 0, True)
         same(emulated.mixup_info_nce_statistics(*call),
              plain.mixup_info_nce_statistics(*call[:2], mix.float(), *call[3:8], scale.float(), *call[9:]),
              rtol=2e-2, atol=2e-2)  # fmt: skip
