@@ -209,7 +209,8 @@ def statistics(
         return (
             nothing, zeros, none, torch.zeros_like(none), zeros.clone(), zeros[: 0 if partner is None else rows].clone()
         )  # fmt: skip
-    size, chosen = _configuration(q)
+    size = size_class(q.shape[1], WIDEST[kind_of(q.dtype)])
+    chosen = _configuration(kind_of(q.dtype), size, partner is not None, architecture_of(q))
     stripes, stripe_tiles = _parts(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
     parts, part_tiles = _parts(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))
     row_max, row_sum = numbers(parts, rows), numbers(parts, rows)
@@ -227,10 +228,10 @@ def statistics(
     return (*_merge_parts(row_max, row_sum), *columns_found, own, shared)
 
 
-def _configuration(q: Tensor) -> tuple[str, Configuration]:
-    kind = kind_of(q.dtype)
-    size = size_class(q.shape[1], WIDEST[kind])
-    return size, configuration(OP, "statistics", f"{kind} {size}", architecture_of(q))
+def _configuration(kind: str, size: str, partner: bool, architecture: int) -> Configuration:
+    """Return the tile of the statistics. That of wide rows of half precision depends on partners too."""
+    mark = " partner" if partner and (kind, size) == ("half", "deep") else ""
+    return configuration(OP, "statistics", f"{kind} {size}{mark}", architecture)
 
 
 def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
@@ -254,7 +255,7 @@ def compilations() -> list[Compilation]:
                 "QUERY_REST": True, "KEY_REST": True, "PARTNER": partner, "COLUMNS": True, "WHOLE": size != "deep",
                 "EVEN": True, "PRECISION": precision_of(torch.empty(0, dtype=dtype)),
             }  # fmt: skip
-            chosen = configuration(OP, "statistics", f"{kind} {size}", 80)
+            chosen = _configuration(kind, size, partner, 80)
             name = f"statistics_{element}_{size}{'_partner' if partner else ''}"
             found.append(compilation(name, _statistics, flags, chosen, "query key", element, products=True))
     for name, kernel in (("merge", _merge), ("partner_sums", _partner_sums)):

@@ -50,7 +50,7 @@ WARPS, STAGES = (1, 8), (1, 5)
 def limits(key: Key) -> dict[str, tuple[int, int]]:
     """Return the least and greatest size of each block that tuning may change; KeyError for an unknown kernel."""
     op, kernel, shape_class = key
-    deep = kernel == "statistics" and shape_class.endswith(" deep")
+    deep = kernel == "statistics" and "deep" in shape_class.split()
     return {**LIMITS[op][kernel], **(DEEP if deep else {})}
 
 
