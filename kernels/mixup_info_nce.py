@@ -29,7 +29,6 @@ from oner_fast.kernels.launch import Compilation, Configuration, architecture_of
 from oner_fast.kernels.mixup_info_nce_backward import backward, backward_with_atomics
 from oner_fast.kernels.mixup_info_nce_rows import Side, inverse_norms, size_class
 from oner_fast.kernels.mixup_info_nce_tiles import (
-    EXACT,
     OP,
     WIDEST,
     binary,
@@ -177,7 +176,7 @@ def _merge_parts(highs: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     high, total = torch.empty_like(highs[0]), torch.empty_like(totals[0])
     chosen = configuration(OP, "merge", "all", architecture_of(highs))
     grid = (triton.cdiv(count, chosen.blocks["BLOCK_N"]),)
-    _merge[grid](highs, totals, high, total, parts, count, **EXACT, **chosen.launch)
+    _merge[grid](highs, totals, high, total, parts, count, **chosen.exact)
     return high, total
 
 
@@ -221,8 +220,7 @@ def statistics(
         q if partner is None else partner.contiguous(), row_max, row_sum, column_max, column_sum, own, shared, rows,
         columns, width, first_pair, stripe_tiles, part_tiles,
         QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, PARTNER=partner is not None, COLUMNS=columns_too,
-        WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **EXACT,
-        **chosen.launch,
+        WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
     )  # fmt: skip
     columns_found = _merge_parts(column_max, column_sum) if columns_too else (column_max[0], column_sum[0])
     return (*_merge_parts(row_max, row_sum), *columns_found, own, shared)

@@ -95,7 +95,7 @@ def commit(key: Key, architecture: int, tile: Configuration) -> None:
     path = launch.CONFIGURATIONS / f"{op}.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     known = data.setdefault(f"sm_{architecture}", {}).setdefault(kernel, {})
-    known[shape_class] = tile.launch
+    known[shape_class] = tile.numbers
     path.write_text(text_of(data), encoding="utf-8")
     reload_tiles()
 

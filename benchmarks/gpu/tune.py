@@ -104,7 +104,7 @@ class Tuner:
             self.say(f"{' '.join(key)}: {label(committed)} -> {label(chosen)}, {final[label(chosen)].p50:.3f}x")
         else:
             self.say(f"{' '.join(key)}: stays at {label(committed)} ({len(able)} others timed)")
-        self.log.write("decided", key, committed, chosen=chosen.launch, changes=self.changes)
+        self.log.write("decided", key, committed, chosen=chosen.numbers, changes=self.changes)
         return chosen != committed
 
     def compilable(self, key: Key) -> list[Configuration]:
