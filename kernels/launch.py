@@ -85,11 +85,15 @@ def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> 
     """
     known = committed_tiles(op)
     for each in sorted(known, reverse=True):
-        its_kind = each == REFERENCE_ARCHITECTURE or (each in SMALL_BLOCKS) == (architecture in SMALL_BLOCKS)
-        older = each <= max(architecture, REFERENCE_ARCHITECTURE)
-        if older and its_kind and shape_class in known[each].get(kernel, {}):
+        if may_serve(each, architecture) and shape_class in known[each].get(kernel, {}):
             return known[each][kernel][shape_class]
     raise KeyError(f"{op}: no configuration of {kernel!r} for {shape_class!r} (kernels/configurations/{op}.json)")
+
+
+def may_serve(owner: int, architecture: int) -> bool:
+    """Return whether `architecture` may take the tiles of `owner`: its own, an older one of its kind, or 80."""
+    its_kind = (owner in SMALL_BLOCKS) == (architecture in SMALL_BLOCKS)
+    return owner == REFERENCE_ARCHITECTURE or (owner <= architecture and its_kind)
 
 
 @cache

@@ -248,8 +248,11 @@ def test_graphs_of_all_inputs_are_timed_by_the_gpus_clock(monkeypatch: pytest.Mo
 
 
 def test_newer_gpus_that_use_the_tile_are_compiled_for_too() -> None:
-    assert tune.served_by(KEY, 80) == ["sm_80", "sm_90"] and tune.served_by(KEY, 90) == ["sm_90"]
+    assert tune.served_by(KEY, 80) == ["sm_80", "sm_86", "sm_89", "sm_90"] and tune.served_by(KEY, 90) == ["sm_90"]
+    assert tune.served_by(KEY, 86) == ["sm_86", "sm_89"], "a block of sm_90 may have more shared memory"
     tiles.commit(KEY, 90, FASTER)
+    assert tune.served_by(KEY, 80) == ["sm_80", "sm_86", "sm_89"]
+    tiles.commit(KEY, 86, FASTER)
     assert tune.served_by(KEY, 80) == ["sm_80"]
 
 
