@@ -47,12 +47,15 @@ def warn_if_unusable() -> None:
         )
 
 
-def _rebuild() -> str:
-    return _extension.remedy("install the nvcc of that torch's CUDA")
-
-
-# torch.compile calls it while it traces, and traces nothing of it.
+# As in `_extension`: torch.compile calls it while it traces, and traces nothing of it.
 warn_if_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _remedy() -> str:
+    """Return what builds the ops in CUDA C++ for the torch that is installed."""
+    if torch.version.cuda is None:
+        return f"install a torch with CUDA, then {_extension.remedy()}"
+    return _extension.remedy(f"put nvcc of CUDA {torch.version.cuda.split('.')[0]} on PATH or set CUDA_HOME to it")
 
 
 def _load() -> Status:
@@ -63,7 +66,7 @@ def _load() -> Status:
     library = library_path()
     if not library.exists():
         reason = built.get("reason") or "it is compiled from source alone, beside a torch with CUDA"
-        return Status(False, f"the extension was built without CUDA C++: {reason}", _rebuild())
+        return Status(False, f"the extension was built without CUDA C++: {reason}", _remedy())
     built_for, this = str(built.get("version") or "an unknown version"), torch.version.cuda
     if this is None:
         return Status(
@@ -75,10 +78,10 @@ def _load() -> Status:
         return Status(
             False,
             f"the ops in CUDA C++ were built for CUDA {built_for}, and torch {torch.__version__} has CUDA {this}",
-            _rebuild(),
+            _remedy(),
         )
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Status(False, f"the ops in CUDA C++ could not be loaded: {error.__cause__ or error}", _rebuild())
+        return Status(False, f"the ops in CUDA C++ could not be loaded: {error.__cause__ or error}", _remedy())
     return Status(True)

@@ -74,6 +74,7 @@ COMMANDS = {
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
             "page": "write the report of a results.json, or of a commit's record, as one HTML page",
             "history": "draw the records of many commits as one HTML page",
+            "ratios": "commit the ratios of several records, by which the gates judge later ones",
         },
     ),
     "requirements": Command(
