@@ -38,7 +38,7 @@ OTHERS = {
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",
-    "page": "oner_fast.benchmarks.page.cli",
+    "page": "oner_fast.benchmarks.page_command",
     "history": "oner_fast.benchmarks.history.cli",
     "ratios": "oner_fast.benchmarks.ratios",
 }

@@ -39,7 +39,13 @@ def from_record(record: Record) -> Report:
     rows = [row_of(entry) for entry in record.entries]
     commit = record.commit + ("+" if record.dirty else "")
     return Report(
-        "pytest benchmarks --benchmark-json", record.machine, dict(record.facts), rows, True, commit, record.time[:16]
+        "pytest benchmarks --benchmark-json",
+        record.machine,
+        dict(record.facts),
+        rows,
+        True,
+        commit,
+        f"{record.time[:16].replace('T', ' ')} UTC",
     )
 
 
@@ -49,7 +55,7 @@ def row_of(entry: Entry) -> Row:
     samples = {
         (OURS if name == entry.ours else name): Samples(name, list(one)) for name, one in entry.seconds.items() if one
     }
-    row.add_times(samples, [name for name in samples if name.startswith("eager")])
+    row.add_times(samples, [name for name in samples if "eager" in name])
     if entry.limit is not None:
         row.limit, row.limit_rate, row.limit_unit = entry.limit.name, entry.limit.rate, entry.limit.unit
         row.share, row.rate = entry.limit.share, entry.limit.share * entry.limit.rate

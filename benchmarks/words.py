@@ -1,4 +1,4 @@
-"""How figures are written for readers: times, errors, sizes, verdicts."""
+"""Format figures for readers: times, errors, sizes, verdicts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def error(value: float | None) -> str:
 
 def outputs_of(row: Row) -> str:
     """Name what the row's op returns."""
-    return "loss" if row.op in LOSSES else "output"
+    return "loss" if row.op in LOSSES or "step" in row.op else "output"
 
 
 def verdict(row: Row) -> str:

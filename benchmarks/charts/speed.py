@@ -102,7 +102,7 @@ def _scale_end(rows: Sequence[Row]) -> float:
     ratios = [row.speedup.p50 for row in rows if row.speedup]
     limits = [limit for row in rows if (limit := limit_ratio(row))]
     # A limit far above every ratio would leave no room for the bars.
-    return max([1.25, *(1.06 * ratio for ratio in ratios), min(max(limits, default=0), 1.8 * max(ratios, default=1))])
+    return max([1.25, *(1.06 * ratio for ratio in ratios), min(max(limits, default=0), 2.2 * max(ratios, default=1))])
 
 
 def _legend(chart: Chart, y: float, wide: bool) -> float:
@@ -141,8 +141,10 @@ def _bar(chart: Chart, row: Row, x: Callable[[float], float], y: float) -> None:
         chart.line(low, y + 10, high, y + 10, "ink", width=1.25)
         for end in (low, high):
             chart.line(end, y + 7, end, y + 13, "ink", width=1.25)
-    if limit is not None:
+    if limit is not None and x(limit) < x(2 * limit):
         chart.line(x(limit), y, x(limit), y + 20, "limit", width=2)
+    elif limit is not None:  # beyond the scale
+        chart.polygon([(x(limit) - 6, y + 4), (x(limit), y + 10), (x(limit) - 6, y + 16)], "limit")
 
 
 def _says(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""What a page shows: sections of text, charts and tables."""
+"""The content of a page: sections of text, charts and tables."""
 
 from __future__ import annotations
 

@@ -15,17 +15,19 @@ from oner_fast.benchmarks.page.content import Figure
 from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Row
 from oner_fast.benchmarks.words import MIB, error, outputs_of
 
-PEER = "open_clip"
+PEER = "open_clip ClipLoss"
+# Libraries beside PyTorch whose names stand in those of baselines.
+LIBRARIES = ("open_clip", "apex", "xformers", "flash-attn", "flash_attn", "webdataset")
 # Half a unit in the last place, which one rounding costs at most.
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8 / 2, "float16": 2.0**-11}
 # The kernel counts memory in pages that it hands out in batches: peaks below this are not told apart.
 LEAST_PEAK = 0.1  # MiB
-_NAMES = {"ours": "ours", "eager": "eager PyTorch", "compiled": "torch.compile", "peer": "open_clip's ClipLoss"}
+_NAMES = {"ours": "ours", "eager": "eager PyTorch", "compiled": "torch.compile", "peer": "another library"}
 
 
 @dataclass(frozen=True)
 class Nearer:
-    """How many times the error of open_clip's loss is ours, for the loss and for the gradients of one row."""
+    """Factors by which the error of open_clip's loss exceeds ours, for the loss and for the gradients of one row."""
 
     row: Row
     outputs: float
@@ -36,7 +38,7 @@ def style(name: str) -> str:
     """Return the style of a candidate, by its name."""
     if name.split()[0] == OURS:
         return "ours"
-    if PEER in name:
+    if any(library in name.lower() for library in LIBRARIES):
         return "peer"
     return "compiled" if "compiled" in name.split()[:2] else "eager"
 
@@ -108,7 +110,7 @@ def step_figure(rows: Sequence[Row]) -> Figure | None:
     if not rows:
         return None
     stacks = [
-        Stack("ours" if name == OURS else name, seconds, dtype_name(row), row.floor.get("gemm"))
+        Stack("ours" if name == OURS else name, seconds, f"{op_name(row)}, {dtype_name(row)}", row.floor.get("gemm"))
         for row in rows
         for name, seconds in row.breakdown.items()
     ]
@@ -116,10 +118,10 @@ def step_figure(rows: Sequence[Row]) -> Figure | None:
         f"{stack.label} in {stack.group} {sum(stack.seconds.values()):.3g} s" for stack in stacks
     )
     caption = (
-        f"One training step of OneR ({rows[0].shape}): seconds of forward, backward, clipping, optimiser and teacher, "
-        "the median of interleaved steps. The parts are the profiler's shares of one further step, scaled to that "
-        "median; torch.compile fuses kinds that the other bars have apart. The line is the time that the step's matrix "
-        "products need at the best product's rate of the same run."
+        "Seconds of one training step, optimiser and teacher included: the median of interleaved steps. The parts "
+        "are the profiler's shares of one further step, scaled to that median; torch.compile fuses kinds that the "
+        "other bars have apart. A line is the time that the step's matrix products need at the rate of the best "
+        "product in the same run."
     )
     mark = "the products at the machine's rate"
     return Figure.of(lambda width: stacked(stacks, title, mark, width), caption)

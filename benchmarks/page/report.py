@@ -152,7 +152,8 @@ def _step(rows: Sequence[Row]) -> Section | None:
             for kind in kinds
         ]
         names = [f"{'ours' if name == OURS else name}, ms (share)" for name in row.breakdown]
-        tables.append(Table(f"Parts of a step in {dtype_name(row)}", ["part", *names], cells))
+        caption = f"Parts of a {op_name(row)} in {dtype_name(row)}: {row.shape}"
+        tables.append(Table(caption, ["part", *names], cells))
     return Section("step", "The whole training step", figures=[figure], tables=tables)
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 from pathlib import Path
 
 import torch
 
+from oner_fast.benchmarks.charts.colours import WIDE
+from oner_fast.benchmarks.charts.speed import speed
 from oner_fast.benchmarks.drawing import Drawing
+from oner_fast.benchmarks.report import Report
 from oner_fast.ops.patch_masks import Pattern, draw_masks
 
 HERE = Path(__file__).resolve().parent
-REPORT = HERE.parents[1] / "benchmarks" / "results" / "cpu" / "report.md"
+RESULTS = HERE.parents[1] / "benchmarks" / "results" / "cpu" / "results.json"
 WIDTH = 600
 PATCHES, WORDS = 9, (4, 7, 2)  # of the three pairs that are packed
 VISIBLE = {(2, 1), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3), (1, 2), (1, 3), (1, 1)}
@@ -285,26 +287,17 @@ def varlen_attention() -> Drawing:
 
 
 def speedup() -> Drawing:
-    """Draw the ratios of the committed report as bars."""
-    rows = []
-    for line in REPORT.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 9 and (found := re.fullmatch(r"([\d.]+)x", cells[5])):
-            name = "training step" if cells[0].startswith("step") else cells[0].split(" ")[0]
-            dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(cells[2], cells[2])
-            rows.append((name, dtype, float(found[1])))
-    d = Drawing(WIDTH, 82 + 28 * len(rows), "Speed against the fastest form of PyTorch")
-    d.text(20, 32, "Times as fast as the fastest of PyTorch on two cores of a Xeon with AMX")
-    x0, unit = 236, 112
-    for i, (name, dtype, ratio) in enumerate(rows):
-        y = 52 + 28 * i
-        d.text(20, y + 15, name, size=14)
-        d.text(x0 - 12, y + 15, dtype, "soft", size=13, anchor="end")
-        d.rect(x0, y, unit * ratio, 20, "image" if ratio >= 1 else "word", round=3)
-        d.text(x0 + unit * max(ratio, 1) + 6, y + 15, f"{ratio:.2f}x", size=13)
-    d.line(x0 + unit, 46, x0 + unit, 52 + 28 * len(rows), "ink", width=1)
-    d.text(x0 + unit, 68 + 28 * len(rows), "1x: as fast", "soft", size=13, anchor="middle")
-    return d
+    """Draw the ratios of the committed report, with the machine's limit."""
+    report = Report.read(RESULTS)
+    return speed(report.rows, WIDE, "Times as fast as the fastest of PyTorch", _measured(report))
+
+
+def _measured(report: Report) -> str:
+    facts = report.machine_facts
+    cores = f"{facts['cores']} cores of {facts['cpu']}" + (
+        f" ({facts['matrix_units']})" if facts["matrix_units"] else ""
+    )
+    return f"{cores}, torch {facts['torch']}, {report.started[:10]}. Forward and backward; p20 to p80."
 
 
 FIGURES = (
@@ -321,12 +314,13 @@ FIGURES = (
 
 
 def main() -> None:
-    """Write every figure."""
+    """Write every figure, and the page of the committed benchmark report."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=HERE, help="the folder; beside this file by default")
     folder = parser.parse_args().out
     for figure in FIGURES:
         figure().save(folder / f"{figure.__name__}.svg")
+    (folder / "benchmark_report.html").write_text(Report.read(RESULTS).html(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from oner_fast.benchmarks import plots
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.limits import Limit
-from oner_fast.benchmarks.report import Report, verdict
-from oner_fast.benchmarks.rows import Row
+from oner_fast.benchmarks.report import Report
+from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Row
 from oner_fast.benchmarks.timing import Candidate, Samples
+from oner_fast.benchmarks.words import verdict
 
 
 def row() -> Row:
@@ -58,10 +58,11 @@ def test_verdicts() -> None:
 
 def test_a_report_read_from_its_json_is_equal(tmp_path: Path) -> None:
     report = Report("oner-fast bench ops", "a machine", {"threads": 2}, [row()], finished=True)
-    data, page, _ = report.write(tmp_path)
+    report.write(tmp_path)
+    data = tmp_path / "results.json"
     again = Report.read(data)
     assert again.as_dict() == report.as_dict() == json.loads(data.read_text())
-    assert again.markdown() == page.read_text()
+    assert again.markdown(["speed", "memory"]) == (tmp_path / "report.md").read_text()
 
 
 def test_the_page_shows_ratios_targets_and_refusals(tmp_path: Path) -> None:
@@ -92,24 +93,18 @@ def test_a_missed_target_shows_where_the_time_goes() -> None:
     assert "stands in the way" not in Report("c", "m", {}, [missed]).markdown()
 
 
-def test_plots(tmp_path: Path) -> None:
-    assert plots.draw([], tmp_path) == []
-    drawn = plots.draw([row()], tmp_path)
-    assert [path.name for path in drawn] == ["speedup.png", "share.png", "memory.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-    assert "![speedup](speedup.png)" in Report("c", "m", {}, [row()]).markdown(tmp_path)
+def test_the_charts_stand_beside_the_markdown(tmp_path: Path) -> None:
+    written = Report("c", "m", {}, [row()], finished=True).write(tmp_path)
+    assert [path.name for path in written] == ["results.json", "speed.svg", "memory.svg", "report.md", "report.html"]
+    for name in ("speed", "memory"):
+        drawing = ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        assert drawing.attrib["role"] == "img" and drawing[0].text
+        assert f"![{name}]({name}.svg)" in (tmp_path / "report.md").read_text()
+    assert [path.name for path in Report("c", "m", {}, []).write(tmp_path / "empty")][1] == "report.md"
 
 
-def test_the_html_page_needs_no_other_file(tmp_path: Path) -> None:
-    plots.draw([row()], tmp_path)
-    refused = row()
-    refused.refused = {"eager a": "result <0>: relative error 1 & more"}
-    *_, path = Report("oner-fast bench ops", "a machine", {}, [refused], finished=False).write(tmp_path)
-    page = path.read_text()
-    assert path.name == "report.html" and page.count("data:image/png;base64,") == 3
-    assert re.findall(r'(?:src|href)="(?!data:)', page) == []
-    assert "<h3>mixup_info_nce, N 8, D 4, float32</h3>" in page and "<code>oner-fast bench ops</code>" in page
-    assert "<strong>This run was not finished:</strong>" in page
-    assert "<li>refused, wrong: eager a: result &lt;0&gt;: relative error 1 &amp; more</li>" in page
-    heads = [line for line in page.splitlines() if line.startswith("<tr><th>")]
-    assert "<th>best baseline, ms</th>" in heads[0] and not re.search(r"^\||^#|\*\*", page, re.M)
+def test_errors_stand_apart_for_outputs_and_gradients() -> None:
+    made = row()
+    made.target = {}
+    made.precision = {OURS: {OUTPUTS: 1e-8, GRADIENTS: 2e-7}}
+    assert "| oner_fast | 1000 | 1000 | 1000 | 3 | 1.0e-08 | 2.0e-07 | 0.0 |" in Report("c", "m", {}, [made]).markdown()
