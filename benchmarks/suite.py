@@ -207,6 +207,7 @@ def entry_of(row: Row, kind: str, found: dict[str, int], work: dict[str, float])
         errors=row.precision,
         work=work,
         parts=row.parts,
+        breakdown=row.breakdown,
         notes=[*row.notes, *(f"cannot run here: {name}: {why}" for name, why in row.unavailable.items())],
     )
 
