@@ -157,7 +157,7 @@ def record() -> Record:
     entry = Entry(
         "token_alignment tiny float32", "op", "token_alignment", "tiny", "float32", "cpp", seconds, best="compiled a",
         ratio=2.0, limit=LimitShare("limit: copy", 1e9, "GB/s", 0.8), errors={OURS: {OUTPUTS: 1e-8, GRADIENTS: 1e-7}},
-        counts={"graph_breaks": 0}, parts={"linear layers": 0.75, "rest": 0.25},
+        counts={"graph_breaks": 0}, breakdown={"oner_fast": {"linear layers": 0.75, "rest": 0.25}},
     )  # fmt: skip
     return Record("a machine", {"threads": 2}, {"torch": "2.13"}, "c" * 40, True, [entry], "2026-11-30T10:00:00")
 
