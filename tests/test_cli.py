@@ -57,8 +57,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index, verify"),
         (
             ["bench", "op"],
-            "unknown name after 'bench' 'op'; known: ops, compare, against, noise, step, uta, gpu-resources, gpu-peers, "
-            "gpu-tune, ratios, page, history",
+            "unknown name after 'bench' 'op'; known: ops, compare, against, noise, step, uta, gpu-resources, "
+            "gpu-peers, gpu-tune, ratios, page, history",
         ),
     ],
 )
