@@ -61,8 +61,7 @@ def main(argv: Sequence[str]) -> int:
             Side(PYTORCH, None, (*threads, "--pytorch")),
         ]
         with Turns(sides) as turns:
-            described = turns.describe()
-            _check_packages(described, base)
+            described = _described(turns, base)
             subjects = turns.prepare(options.op, STEPS if options.steps else (), _tell)
             turns.count(subjects, _tell)
             turns.measure(subjects, options.seconds, _tell)
@@ -127,6 +126,18 @@ def _entry(subject: Subject, side: str, clock: str) -> Entry:
         counts=subject.counts.get(side, {}),
         errors={**subject.errors.get(PYTORCH, {}), **subject.errors.get(side, {})},
     )
+
+
+def _described(turns: Turns, base: checkout.Checkout) -> dict[str, dict[str, Any]]:
+    """Ask the processes what they are. Raises Failed where one is not what it should be."""
+    try:
+        described = turns.describe()
+    except Failed as error:
+        if turns.processes[BEFORE].process.poll() is None:
+            raise
+        raise Failed(f"commit {base.commit[:12]} cannot run this commit's benchmarks: {error}") from error
+    _check_packages(described, base)
+    return described
 
 
 def _check_packages(described: Mapping[str, Mapping[str, Any]], base: checkout.Checkout) -> None:

@@ -61,9 +61,10 @@ class LoaderContest:
             PIL: lambda call: next(pil),
         }
 
-    def samples(self, seconds: float) -> dict[str, Samples]:
-        """Measure the contenders in turn."""
-        return interleave([Candidate(name, run) for name, run in self.runs().items()], seconds=seconds)
+    def samples(self, seconds: float, least_rounds: int) -> dict[str, Samples]:
+        """Measure the contenders in turn, for so many seconds and rounds at least."""
+        candidates = [Candidate(name, run) for name, run in self.runs().items()]
+        return interleave(candidates, seconds=seconds, least_rounds=least_rounds)
 
     def _transform(self) -> ImageTransform:
         return ImageTransform(self.SIZE, (0.5, 1.0))

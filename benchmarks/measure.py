@@ -19,7 +19,7 @@ from oner_fast.benchmarks.limits import limits
 from oner_fast.benchmarks.precision import grouped, more_draws, relative_error
 from oner_fast.benchmarks.profiles import phases
 from oner_fast.benchmarks.rows import Row
-from oner_fast.benchmarks.timing import Candidate, Rotation, interleave
+from oner_fast.benchmarks.timing import LEAST_ROUNDS, Candidate, Rotation, interleave
 from oner_fast.ops.implementations import REFERENCE, choose, implementations
 
 # A result may have this many times the error of plain eager PyTorch in the same dtype, and some units more, since a
@@ -40,6 +40,7 @@ class Settings:
         quick: measure the small cases, and the memory of baselines only where a target needs it.
         memory: whether to measure memory, which takes a separate process for each contender.
         profile: whether to profile ours and the fastest baseline.
+        least_rounds: at least so many rounds, whatever time they take.
     """
 
     seconds: float = 12.0
@@ -47,6 +48,7 @@ class Settings:
     quick: bool = False
     memory: bool = True
     profile: bool = True
+    least_rounds: int = LEAST_ROUNDS
 
 
 def measure(case: Case, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Row:
@@ -186,7 +188,13 @@ def _time(
         calls = laid_out.setdefault(one.layout, [one.layout(call) for call in base.sets])
         candidates.append(Candidate(one.name, _runner(forwards[one.name], calls), setup_seconds=setup[one.name]))
     candidates += [bound.candidate for bound in bounds]
-    samples = interleave(candidates, seconds=settings.seconds, device=settings.device, progress=progress)
+    samples = interleave(
+        candidates,
+        seconds=settings.seconds,
+        least_rounds=settings.least_rounds,
+        device=settings.device,
+        progress=progress,
+    )
     eager = [one.name for one in timed if one.eager]
     row.add_times(samples, eager, bounds, work)
     for one in timed:

@@ -64,6 +64,7 @@ class Entry:
         errors: relative errors of each contender against float64, the largest of each group of results.
         work: what a round does, by its unit ("FLOP", "bytes", "images"), so that work / seconds is a rate; optional.
         parts: each kind of operation's share of our time; optional.
+        breakdown: seconds of each kind of operation by contender, as shares of a profiled step; optional.
         notes: remarks that a reader of the figures needs; optional.
     """
 
@@ -83,6 +84,7 @@ class Entry:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     work: dict[str, float] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def rounds(self) -> list[float]:
@@ -236,6 +238,7 @@ def _entry(found: Any, what: str) -> Entry:
         errors=_table(found, "errors", _number, what),
         work={str(name): _number(value, f"{what}.work[{name!r}]") for name, value in _dict(found, "work", what)},
         parts={str(name): _number(value, f"{what}.parts[{name!r}]") for name, value in _dict(found, "parts", what)},
+        breakdown=_table(found, "breakdown", _number, what),
         notes=[_of(note, str, f"{what}.notes") for note in _of(found.get("notes", []), list, f"{what}.notes")],
     )
 

@@ -63,6 +63,5 @@ def row_of(entry: Entry) -> Row:
     row.errors = {name: max(errors.values()) for name, errors in entry.errors.items() if errors}
     row.graph_breaks = entry.counts.get("graph_breaks")
     row.parts = dict(entry.parts)
-    if entry.parts and OURS in row.times:
-        row.breakdown = {OURS: {kind: share * row.times[OURS].p50 for kind, share in entry.parts.items()}}
+    row.breakdown = {name: dict(kinds) for name, kinds in entry.breakdown.items()}
     return row

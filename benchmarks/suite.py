@@ -27,8 +27,9 @@ from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.step import systems
 from oner_fast.benchmarks.step.contest import contest
 
-# Seconds of interleaved rounds of an op or the loader, and rounds of a step, whose calls are long.
-SECONDS, FULL_SECONDS = 3.0, 12.0
+# Seconds of interleaved rounds of an op or the loader, where a busy machine still makes so many rounds.
+SECONDS, FULL_SECONDS, LEAST_ROUNDS = 3.0, 12.0, 12
+# Rounds of a step, whose calls are long.
 STEP_ROUNDS, FULL_STEP_ROUNDS = 12, 30
 Memory = dict[str, dict[str, int]]
 
@@ -85,7 +86,8 @@ class OpSubject(Subject):
 
     def measure(self) -> Entry:
         """Measure as `Subject.measure` says."""
-        row = measure(self.case, Settings(FULL_SECONDS if self.full else SECONDS, memory=False, profile=False))
+        seconds = FULL_SECONDS if self.full else SECONDS
+        row = measure(self.case, Settings(seconds, memory=False, profile=False, least_rounds=LEAST_ROUNDS))
         found = {"saved_bytes": self.case.saved}
         if self.case.timed:
             found = counts.of_case(self.case)
@@ -154,7 +156,7 @@ class LoaderSubject(Subject):
     def measure(self) -> Entry:
         """Measure as `Subject.measure` says."""
         with LoaderContest() as contest:
-            samples = contest.samples(FULL_SECONDS if self.full else SECONDS)
+            samples = contest.samples(FULL_SECONDS if self.full else SECONDS, LEAST_ROUNDS)
         found = {name: one.seconds for name, one in samples.items()}
         best, ratio = ratio_of(found, OURS, [name for name in found if name != OURS])
         return Entry(
@@ -205,6 +207,7 @@ def entry_of(row: Row, kind: str, found: dict[str, int], work: dict[str, float])
         errors=row.precision,
         work=work,
         parts=row.parts,
+        breakdown=row.breakdown,
         notes=[*row.notes, *(f"cannot run here: {name}: {why}" for name, why in row.unavailable.items())],
     )
 

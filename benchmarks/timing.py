@@ -22,8 +22,9 @@ from oner_fast.benchmarks.machine import cache_bytes
 WARM_UPS = 2
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 200
-# A candidate whose single call takes more than a tenth of the time takes part in the first three rounds alone.
-SLOW_SHARE, SLOW_ROUNDS = 0.1, 3
+# A candidate whose single call takes more than a tenth of the time, and more than twice as long as the fastest
+# candidate's, takes part in the first three rounds alone.
+SLOW_SHARE, SLOWER, SLOW_ROUNDS = 0.1, 2.0, 3
 # On a GPU: how long one sample keeps it busy, and the most calls of a sample.
 BATCH_SECONDS = 5e-3
 MOST_IN_A_BATCH = 64
@@ -124,6 +125,7 @@ def interleave(
     *,
     seconds: float | None = None,
     rounds: int | None = None,
+    least_rounds: int = LEAST_ROUNDS,
     device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Samples]:
@@ -131,9 +133,11 @@ def interleave(
 
     Args:
         candidates: at least one, with distinct names.
-        seconds: how long to measure. Rounds that have begun are finished; there are at least `LEAST_ROUNDS` and at most
-            `MOST_ROUNDS`. A candidate that takes more than `SLOW_SHARE` of the time in one call has `SLOW_ROUNDS`.
+        seconds: how long to measure. Rounds that have begun are finished; there are at least `least_rounds` and at most
+            `MOST_ROUNDS`. A candidate that takes more than `SLOW_SHARE` of the time in one call, and more than `SLOWER`
+            times as long as the fastest, has `SLOW_ROUNDS`.
         rounds: number of rounds, instead of `seconds`.
+        least_rounds: see `seconds`.
         device: on "cuda" a sample is the mean over consecutive calls that keep the GPU busy for `BATCH_SECONDS`, by the
             GPU's own clock. A single short call would only measure its launch.
         progress: called with the current work.
@@ -159,18 +163,19 @@ def interleave(
     samples = {
         candidate.name: Samples(candidate.name, setup_seconds=candidate.setup_seconds) for candidate in candidates
     }
-    slow: set[str] = set()
+    warm: dict[str, float] = {}
     batches = dict.fromkeys(names, 1)
     with _without_collector():
         for _ in range(WARM_UPS - 1):
             for candidate in candidates:
                 took = _time(candidate, call, device)
                 call += 1
-                if seconds is not None and took > SLOW_SHARE * seconds:
-                    slow.add(candidate.name)
+                warm[candidate.name] = took
                 if device != "cpu":
                     batches[candidate.name] = max(1, min(MOST_IN_A_BATCH, math.ceil(BATCH_SECONDS / took)))
-        for number in _rounds(seconds, rounds):
+        least_slow = max(SLOW_SHARE * seconds, SLOWER * min(warm.values())) if seconds is not None else math.inf
+        slow = {name for name, took in warm.items() if took > least_slow}
+        for number in _rounds(seconds, rounds, least_rounds):
             progress(f"round {number + 1}")
             for candidate in candidates:
                 most = min(SLOW_ROUNDS, candidate.most_rounds) if candidate.name in slow else candidate.most_rounds
@@ -186,13 +191,13 @@ def best(samples: Mapping[str, Samples]) -> Samples:
     return min(samples.values(), key=lambda one: one.p50)
 
 
-def _rounds(seconds: float | None, rounds: int | None) -> Iterator[int]:
+def _rounds(seconds: float | None, rounds: int | None, least_rounds: int) -> Iterator[int]:
     if rounds is not None:
         yield from range(rounds)
         return
     end = time.perf_counter() + (seconds or 0.0)
     for number in range(MOST_ROUNDS):
-        if number >= LEAST_ROUNDS and time.perf_counter() >= end:
+        if number >= least_rounds and time.perf_counter() >= end:
             return
         yield number
 

@@ -16,6 +16,8 @@ CONFIGURATIONS = Path(__file__).parent / "configurations"
 REFERENCE_ARCHITECTURE = 80
 # A block has 99 KiB of shared memory on these GPUs, and 163 KiB or more on the others.
 SMALL_BLOCKS = frozenset((86, 89, 120, 121))
+# Launch options of kernels that subtract maxima: a fused multiply-add would do so before the logit is rounded.
+EXACT = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,27 @@ class Configuration:
 
     @property
     def options(self) -> dict[str, int]:
-        """Triton's launch options, as keyword arguments."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Triton's launch options, as keyword arguments.
+
+        A multiplication and an addition become one instruction. Triton 3.9 warns where a launch leaves that open,
+        because later versions will not do it by themselves.
+        """
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     @property
     def launch(self) -> dict[str, int]:
         """Block sizes and options, as keyword arguments of a launch."""
         return {**self.blocks, **self.options}
+
+    @property
+    def exact(self) -> dict[str, int]:
+        """The keyword arguments of a launch that rounds each multiplication and each addition."""
+        return {**self.launch, **EXACT}
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The tile, as the files of tiles have it."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
@@ -69,11 +85,15 @@ def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> 
     """
     known = committed_tiles(op)
     for each in sorted(known, reverse=True):
-        its_kind = each == REFERENCE_ARCHITECTURE or (each in SMALL_BLOCKS) == (architecture in SMALL_BLOCKS)
-        older = each <= max(architecture, REFERENCE_ARCHITECTURE)
-        if older and its_kind and shape_class in known[each].get(kernel, {}):
+        if may_serve(each, architecture) and shape_class in known[each].get(kernel, {}):
             return known[each][kernel][shape_class]
     raise KeyError(f"{op}: no configuration of {kernel!r} for {shape_class!r} (kernels/configurations/{op}.json)")
+
+
+def may_serve(owner: int, architecture: int) -> bool:
+    """Return whether `architecture` may take the tiles of `owner`: its own, an older one of its kind, or 80."""
+    its_kind = (owner in SMALL_BLOCKS) == (architecture in SMALL_BLOCKS)
+    return owner == REFERENCE_ARCHITECTURE or (owner <= architecture and its_kind)
 
 
 @cache

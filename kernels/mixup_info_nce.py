@@ -29,7 +29,6 @@ from oner_fast.kernels.launch import Compilation, Configuration, architecture_of
 from oner_fast.kernels.mixup_info_nce_backward import backward, backward_with_atomics
 from oner_fast.kernels.mixup_info_nce_rows import Side, inverse_norms, size_class
 from oner_fast.kernels.mixup_info_nce_tiles import (
-    EXACT,
     OP,
     WIDEST,
     binary,
@@ -177,7 +176,7 @@ def _merge_parts(highs: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     high, total = torch.empty_like(highs[0]), torch.empty_like(totals[0])
     chosen = configuration(OP, "merge", "all", architecture_of(highs))
     grid = (triton.cdiv(count, chosen.blocks["BLOCK_N"]),)
-    _merge[grid](highs, totals, high, total, parts, count, **EXACT, **chosen.launch)
+    _merge[grid](highs, totals, high, total, parts, count, **chosen.exact)
     return high, total
 
 
@@ -209,7 +208,8 @@ def statistics(
         return (
             nothing, zeros, none, torch.zeros_like(none), zeros.clone(), zeros[: 0 if partner is None else rows].clone()
         )  # fmt: skip
-    size, chosen = _configuration(q)
+    size = size_class(q.shape[1], WIDEST[kind_of(q.dtype)])
+    chosen = _configuration(kind_of(q.dtype), size, partner is not None, architecture_of(q))
     stripes, stripe_tiles = _parts(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
     parts, part_tiles = _parts(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))
     row_max, row_sum = numbers(parts, rows), numbers(parts, rows)
@@ -220,17 +220,16 @@ def statistics(
         q if partner is None else partner.contiguous(), row_max, row_sum, column_max, column_sum, own, shared, rows,
         columns, width, first_pair, stripe_tiles, part_tiles,
         QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, PARTNER=partner is not None, COLUMNS=columns_too,
-        WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **EXACT,
-        **chosen.launch,
+        WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
     )  # fmt: skip
     columns_found = _merge_parts(column_max, column_sum) if columns_too else (column_max[0], column_sum[0])
     return (*_merge_parts(row_max, row_sum), *columns_found, own, shared)
 
 
-def _configuration(q: Tensor) -> tuple[str, Configuration]:
-    kind = kind_of(q.dtype)
-    size = size_class(q.shape[1], WIDEST[kind])
-    return size, configuration(OP, "statistics", f"{kind} {size}", architecture_of(q))
+def _configuration(kind: str, size: str, partner: bool, architecture: int) -> Configuration:
+    """Return the tile of the statistics. That of wide rows of half precision depends on partners too."""
+    mark = " partner" if partner and (kind, size) == ("half", "deep") else ""
+    return configuration(OP, "statistics", f"{kind} {size}{mark}", architecture)
 
 
 def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
@@ -254,7 +253,7 @@ def compilations() -> list[Compilation]:
                 "QUERY_REST": True, "KEY_REST": True, "PARTNER": partner, "COLUMNS": True, "WHOLE": size != "deep",
                 "EVEN": True, "PRECISION": precision_of(torch.empty(0, dtype=dtype)),
             }  # fmt: skip
-            chosen = configuration(OP, "statistics", f"{kind} {size}", 80)
+            chosen = _configuration(kind, size, partner, 80)
             name = f"statistics_{element}_{size}{'_partner' if partner else ''}"
             found.append(compilation(name, _statistics, flags, chosen, "query key", element, products=True))
     for name, kernel in (("merge", _merge), ("partner_sums", _partner_sums)):

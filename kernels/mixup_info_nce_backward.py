@@ -43,7 +43,6 @@ from oner_fast.kernels.mixup_info_nce_rows import (
     store_gradient,
 )  # fmt: skip
 from oner_fast.kernels.mixup_info_nce_tiles import (
-    EXACT,
     OP,
     RANGES,
     WIDEST,
@@ -299,7 +298,7 @@ def _whole(
         KEY_MIXED=key_mixed, MIX_EACH=query.flags["MIX_EACH"] or key.flags["MIX_EACH"],
         QUERY_UNIT=query.inverse_norm is None, KEY_UNIT=key_unit, COLUMNS=weights.column_max is not None,
         PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, BOTH_SIDES=key_tiles > 0,
-        ATOMIC=atomic, EVEN=width % chosen.blocks["BLOCK_K"] == 0, PART=_PART, **EXACT, **chosen.launch,
+        ATOMIC=atomic, EVEN=width % chosen.blocks["BLOCK_K"] == 0, PART=_PART, **chosen.exact,
     )  # fmt: skip
     if atomic:
         to_key.finish(key, key_sums, logit_scale, ranges, None)

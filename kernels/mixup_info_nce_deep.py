@@ -21,7 +21,6 @@ from torch import Tensor
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 from oner_fast.kernels.mixup_info_nce_rows import Gradients, Side, size_class
 from oner_fast.kernels.mixup_info_nce_tiles import (
-    EXACT,
     OP,
     RANGES,
     WIDEST,
@@ -119,7 +118,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, transposed: bool, add: bool) 
     chosen = configuration(OP, "multiply", kind_of(b.dtype), architecture_of(b))
     _multiply[(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), triton.cdiv(width, chosen.blocks["BLOCK_N"]))](
         a, a.stride(0), b, out, rows, b.shape[0], width, TRANSPOSED=transposed, ADD=add, PRECISION=precision_of(b),
-        **EXACT, **chosen.launch,
+        **chosen.exact,
     )  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def launch(
             weights.first_pair,
             QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, COLUMNS=weights.column_max is not None,
             PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, WHOLE=size != "deep",
-            EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **EXACT, **chosen.launch,
+            EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
         )  # fmt: skip
         multiply(gradient, k_unit, query_sums[first:last], transposed=False, add=False)
         if to_key.x.numel():

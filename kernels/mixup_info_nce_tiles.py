@@ -10,16 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration
+from oner_fast.kernels.launch import EXACT, Compilation, Configuration, architecture_of, configuration
 
 OP = "mixup_info_nce"
 RANGES = 16  # partial maxima of each kind
 # The widest row whose tile stays in registers while it meets the other side. float32 takes twice the registers and
 # three products, which leaves no room for any.
 WIDEST = {"half": 256, "float32": 0}
-
-# Launch options. A fused multiply-add would subtract a maximum from a logit before it is rounded.
-EXACT = {"enable_fp_fusion": False}
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -109,6 +109,8 @@ def _extension_facts() -> Iterator[tuple[str, str]]:
     if state.loaded:
         capability = torch.ops.oner_fast.cpu_capability()
         yield "compiled ops", f"loaded; {capability} kernels in use; {report.get('compiler', 'compiler unknown')}"
+        if "oldest_torch" in report:
+            yield "built with", f"torch {report['torch']}; serves torch {report['oldest_torch']} and newer"
     else:
         yield "compiled ops", f"not in use: {state.reason}"
         yield "remedy", state.remedy

@@ -50,7 +50,7 @@ WARPS, STAGES = (1, 8), (1, 5)
 def limits(key: Key) -> dict[str, tuple[int, int]]:
     """Return the least and greatest size of each block that tuning may change; KeyError for an unknown kernel."""
     op, kernel, shape_class = key
-    deep = kernel == "statistics" and shape_class.endswith(" deep")
+    deep = kernel == "statistics" and "deep" in shape_class.split()
     return {**LIMITS[op][kernel], **(DEEP if deep else {})}
 
 
@@ -95,7 +95,7 @@ def commit(key: Key, architecture: int, tile: Configuration) -> None:
     path = launch.CONFIGURATIONS / f"{op}.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     known = data.setdefault(f"sm_{architecture}", {}).setdefault(kernel, {})
-    known[shape_class] = tile.launch
+    known[shape_class] = tile.numbers
     path.write_text(text_of(data), encoding="utf-8")
     reload_tiles()
 

@@ -27,7 +27,7 @@ from oner_fast.benchmarks.gpu.tune_timing import Scores, Timer, difference, on_g
 from oner_fast.benchmarks.gpu.workloads import Workload, workloads
 from oner_fast.benchmarks.gpuless.architectures import GATED
 from oner_fast.benchmarks.timing import Rotation
-from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Configuration, configuration
+from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Configuration, configuration, may_serve
 from oner_fast.kernels.tile_overrides import Key, committed_keys, counted_lookups
 
 COMMAND = "oner-fast bench gpu-tune"
@@ -104,7 +104,7 @@ class Tuner:
             self.say(f"{' '.join(key)}: {label(committed)} -> {label(chosen)}, {final[label(chosen)].p50:.3f}x")
         else:
             self.say(f"{' '.join(key)}: stays at {label(committed)} ({len(able)} others timed)")
-        self.log.write("decided", key, committed, chosen=chosen.launch, changes=self.changes)
+        self.log.write("decided", key, committed, chosen=chosen.numbers, changes=self.changes)
         return chosen != committed
 
     def compilable(self, key: Key) -> list[Configuration]:
@@ -184,7 +184,8 @@ def served_by(key: Key, architecture: int) -> list[str]:
     found = [f"sm_{architecture}"]
     for target in GATED:
         newer = int(target.removeprefix("sm_"))
-        if newer > architecture and configuration(*key, newer) is configuration(*key, architecture):
+        committed = configuration(*key, newer) is configuration(*key, architecture)
+        if newer > architecture and may_serve(architecture, newer) and committed:
             found.append(target)
     return found
 

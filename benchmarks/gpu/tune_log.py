@@ -67,7 +67,7 @@ class Log:
         """Write one record, which is on the disk when this returns."""
         assert self._file is not None, "the log is not open"
         record = {
-            "kind": kind, "key": key, "tile": tile.launch, "architecture": self.architecture, "gpu": self.gpu,
+            "kind": kind, "key": key, "tile": tile.numbers, "architecture": self.architecture, "gpu": self.gpu,
             "compiler": self.compiler, **more,
         }  # fmt: skip
         self.records.append(record)
@@ -77,7 +77,7 @@ class Log:
     def settled(self, key: Key, tile: Configuration, changes: int) -> bool:
         """Whether a run on this GPU found no better tile among all that differ from this one in `changes` numbers."""
         return any(
-            one["chosen"] == tile.launch and one["changes"] >= changes
+            one["chosen"] == tile.numbers and one["changes"] >= changes
             for one in self._about("decided", key, tile)
             if one["gpu"] == self.gpu and one["architecture"] == self.architecture
         )
@@ -93,6 +93,6 @@ class Log:
         return [
             one
             for one in self.records
-            if one["kind"] == kind and one["key"] == key and one["tile"] == tile.launch
+            if one["kind"] == kind and one["key"] == key and one["tile"] == tile.numbers
             and one["compiler"] == self.compiler
         ]  # fmt: skip

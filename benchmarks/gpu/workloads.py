@@ -140,8 +140,9 @@ def _more_contrasts() -> list[Workload]:
         )
     ]  # fmt: skip
     atomic = [_of(mixup_info_nce.case(8192, width, _HALF, Target()), "triton_atomic") for width in (64, 128)]
-    marked = [(64, "partner"), (128, "partner"), (256, "partner"), (64, "mixed"), (128, "mixed"), (512, "mixed")]
-    return [*map(_of, plain), *atomic, *(_contrast(8192, width, _HALF, mark) for width, mark in marked)]
+    partner = [_contrast(8192, width, _HALF, "partner") for width in (64, 128, 256, 512)]
+    mixed = [_contrast(8192, width, _HALF, "mixed") for width in (64, 128, 512)]
+    return [*map(_of, plain), *atomic, *partner, *mixed]
 
 
 def _more_token_gathers() -> list[Workload]:

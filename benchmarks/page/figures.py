@@ -52,22 +52,33 @@ def speed_figure(rows: Sequence[Row]) -> Figure | None:
         "A bar is the time of the fastest baseline divided by ours: the median over interleaved rounds, with a whisker "
         "from p20 to p80. The baselines are eager PyTorch, torch.compile, PyTorch's fused ops and, where they are "
         "installed, third parties. The track behind a bar ends where ours would be at the machine's own limit, the "
-        "rate of a matrix product or of a copy in the same rounds. Ops run forward and backward; gather_patches has "
-        "a forward alone."
+        "rate of a matrix product or of a copy in the same rounds; an arrow says that it lies farther right. Ops run "
+        "forward and backward; gather_patches has a forward alone."
     )
     return Figure.of(lambda width: speed(rows, width), caption)
 
 
+def weighed(rows: Sequence[Row]) -> list[Row]:
+    """List the rows that have the peak of ours and of another candidate."""
+    return [row for row in rows if len(row.memory) > 1 and OURS in row.memory]
+
+
+def peak_ratio(row: Row) -> float:
+    """Return the smallest peak of the other candidates divided by that of ours."""
+    peaks = {name: max(one["peak"] / MIB, LEAST_PEAK) for name, one in row.memory.items()}
+    return min(peak for name, peak in peaks.items() if name != OURS) / peaks[OURS]
+
+
 def memory_figure(rows: Sequence[Row]) -> Figure | None:
     """Make the chart of peaks; None where no row has two candidates."""
-    rows = [row for row in rows if len(row.memory) > 1 and OURS in row.memory]
+    rows = weighed(rows)
     if not rows:
         return None
     lines = []
     for row in rows:
         peaks = {name: max(one["peak"] / MIB, LEAST_PEAK) for name, one in row.memory.items()}
         points = [Point(style(name), peak, f"{name}: {peak:.1f} MiB") for name, peak in peaks.items()]
-        ratio = min(peak for name, peak in peaks.items() if name != OURS) / peaks[OURS]
+        ratio = peak_ratio(row)
         said = f"{ratio:.3g}x less" if ratio >= 1.05 else f"{1 / ratio:.3g}x more" if ratio <= 1 / 1.05 else "the same"
         lines.append(Line(op_name(row), dtype_name(row), points, said))
     scale = Scale(LEAST_PEAK, lambda value: f"{value:g} MiB", _NAMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from oner_fast.benchmarks.charts.colours import DARK, LIGHT
@@ -31,9 +32,16 @@ def render(page: Page) -> str:
     )
     environment.filters["svg"] = svg
     environment.filters["is_number"] = _is_number
+    environment.filters["has_numbers"] = _has_numbers
     template = environment.get_template("page.html.j2")
     return template.render(page=page, policy=POLICY, colours=Markup(rules(LIGHT, DARK)))
 
 
 def _is_number(cell: str) -> bool:
     return _NUMBER.fullmatch(cell) is not None
+
+
+def _has_numbers(rows: Sequence[Sequence[str]], column: int) -> bool:
+    """Tell whether a column has numbers alone, beside its empty cells; the first column names the rows."""
+    cells = [row[column] for row in rows if row[column]]
+    return column > 0 and bool(cells) and all(map(_is_number, cells))

@@ -9,10 +9,10 @@ namespace oner_fast {
 Kept::Kept(const char* op, const Tensor& kept, const OptionalTensor& cu_seqlens, int64_t samples, int64_t cells)
     : holder_(dense(kept)), samples_(samples), total_(kept.numel()) {
   CHECK_VALUE(samples >= 0 && cells >= 0, op, ": ", samples, " samples of ", cells, " tokens");
-  CHECK_TYPE(kept.scalar_type() == kLong, op, ": kept must be int64, got ", kept.scalar_type());
+  CHECK_TYPE(type_of(kept) == kLong, op, ": kept must be int64, got ", type_of(kept));
   values_ = static_cast<const int64_t*>(holder_.const_data_ptr());
   if (cu_seqlens.has_value()) {
-    CHECK_TYPE(cu_seqlens->scalar_type() == kInt, op, ": cu_seqlens must be int32, got ", cu_seqlens->scalar_type());
+    CHECK_TYPE(type_of(*cu_seqlens) == kInt, op, ": cu_seqlens must be int32, got ", type_of(*cu_seqlens));
     CHECK_VALUE(kept.dim() == 1, op, ": kept must have shape (T,) beside cu_seqlens, got ", kept.sizes());
     CHECK_VALUE(cu_seqlens->dim() == 1 && cu_seqlens->size(0) == samples + 1, op,
                 ": cu_seqlens must have shape (B + 1,) = (", samples + 1, ",), got ", cu_seqlens->sizes());

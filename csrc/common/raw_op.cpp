@@ -7,6 +7,8 @@ namespace oner_fast {
 // The stable ABI does not tell whether a tensor requires a gradient. A view of one that does has a history, and is then
 // no leaf.
 bool needs_gradient(const Tensor& x) {
+  const ScalarType type = type_of(x);
+  if (type == kByte || type == kInt || type == kLong) return false;
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 1> stack{from(x)};

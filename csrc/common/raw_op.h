@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 
 #include "common/tensor.h"
 
@@ -25,14 +26,16 @@ struct Name {
   constexpr Name(const char (&from)[size]) { std::copy_n(from, size, text); }  // NOLINT: implicit, like a literal
 };
 
-// Gradients belong to the public functions in oner_fast.ops; a raw op refuses to lose one.
-template <Name name, auto function>
+// Gradients belong to the public functions in oner_fast.ops; a raw op refuses to lose one. Only its first
+// `differentiable` arguments can ask for one.
+template <Name name, auto function, size_t differentiable = std::numeric_limits<size_t>::max()>
 struct RawOp;
 
-template <Name name, typename Result, typename... Arguments, Result (*function)(Arguments...)>
-struct RawOp<name, function> {
+template <Name name, typename Result, typename... Arguments, Result (*function)(Arguments...), size_t differentiable>
+struct RawOp<name, function, differentiable> {
   static Result call(Arguments... arguments) {
-    if (aoti_torch_grad_mode_is_enabled() && (needs_gradient(arguments) || ...))
+    size_t place = 0;
+    if (aoti_torch_grad_mode_is_enabled() && ((place++ < differentiable && needs_gradient(arguments)) || ...))
       fail<std::runtime_error>("the derivative of torch.ops.oner_fast.", name.text,
                                " is not implemented; call the function of oner_fast.ops, or the op under no_grad()");
     return function(arguments...);
@@ -41,5 +44,5 @@ struct RawOp<name, function> {
 
 }  // namespace oner_fast
 
-#define ONER_FAST_IMPL(library, name, function) \
-  library.impl(name, TORCH_BOX((&::oner_fast::RawOp<name, &function>::call)))
+#define ONER_FAST_IMPL(library, name, function, ...) \
+  library.impl(name, TORCH_BOX((&::oner_fast::RawOp<name, &function __VA_OPT__(, ) __VA_ARGS__>::call)))

@@ -24,9 +24,37 @@ void check(AOTITorchError code, const Parts&... parts) {
     fail<std::runtime_error>("oner_fast: ", parts..., ": ", reason());
 }
 
-int32_t code_of(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
+struct Dtype {
+  ScalarType type;
+  int32_t code;  // PyTorch's number of it, which is the same while a process lives
+};
+
+const auto& known_dtypes() {
+  static const std::array<Dtype, 7> known = {{{kFloat, aoti_torch_dtype_float32()},
+                                              {kBFloat16, aoti_torch_dtype_bfloat16()},
+                                              {kLong, aoti_torch_dtype_int64()},
+                                              {kInt, aoti_torch_dtype_int32()},
+                                              {kByte, aoti_torch_dtype_uint8()},
+                                              {kHalf, aoti_torch_dtype_float16()},
+                                              {kDouble, aoti_torch_dtype_float64()}}};
+  return known;
+}
+
+int32_t code_of(ScalarType type) {
+  for (const Dtype& each : known_dtypes())
+    if (each.type == type) return each.code;
+  fail<std::runtime_error>("oner_fast: no op makes tensors of ", type);
+}
 
 }  // namespace
+
+ScalarType type_of(const Tensor& x) {
+  int32_t code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  for (const Dtype& each : known_dtypes())
+    if (each.code == code) return each.type;
+  return x.scalar_type();
+}
 
 Tensor empty(Sizes sizes, ScalarType type, const Tensor& like) {
   int32_t code = code_of(type);
@@ -55,7 +83,7 @@ Tensor dense(const Tensor& x) {
 }
 
 Tensor of_type(const Tensor& x, ScalarType type) {
-  if (x.scalar_type() == type) return x;
+  if (type_of(x) == type) return x;
   const Tensor made = empty(x.sizes(), type, x);
   check(aoti_torch_copy_(made.get(), x.get(), 0), "a tensor could not be converted to ", type);
   return made;

@@ -27,6 +27,8 @@ constexpr ScalarType kByte = ScalarType::Byte, kInt = ScalarType::Int, kLong = S
 // The dtype of sums and statistics: float32, or float64 for a float64 input.
 inline ScalarType statistics_type(ScalarType type) { return type == kDouble ? kDouble : kFloat; }
 
+// As x.scalar_type(), which asks PyTorch for every dtype there is until one fits.
+ScalarType type_of(const Tensor& x);
 inline int64_t item_size(const Tensor& x) { return static_cast<int64_t>(x.element_size()); }
 
 // Return dense tensors on the device of `like`. Nothing has written the memory of an empty one.

@@ -33,7 +33,7 @@ std::vector<double> per_channel(const char* name, const OptionalTensor& values, 
 }
 
 Kind pixel_kind(const Tensor& images) {
-  return images.scalar_type() == kByte ? kU8 : kind_of(kOp, "images", images.scalar_type());
+  return type_of(images) == kByte ? kU8 : kind_of(kOp, "images", type_of(images));
 }
 
 void check_sides(int64_t height, int64_t width, int64_t patch) {
@@ -105,7 +105,7 @@ Tensor gather_patches(const Tensor& images_in, const Tensor& kept_in, int64_t pa
 Tensor gather_patches_backward(const Tensor& grad_in, const Tensor& kept_in, int64_t patch, const OptionalTensor& std,
                                const IntList& image_shape, ScalarType dtype, const OptionalTensor& cu_seqlens) {
   CHECK_VALUE(image_shape.size() == 4, kOp, ": image_shape must hold 4 numbers, got ", image_shape);
-  const Kind grad_kind = kind_of(kOp, "the gradient", grad_in.scalar_type()), out_kind = kind_of(kOp, "images", dtype);
+  const Kind grad_kind = kind_of(kOp, "the gradient", type_of(grad_in)), out_kind = kind_of(kOp, "images", dtype);
   const int64_t samples = image_shape[0], channels = image_shape[1], height = image_shape[2], width = image_shape[3];
   check_sides(height, width, patch);
   const int64_t across = width / patch, cells = (height / patch) * across;

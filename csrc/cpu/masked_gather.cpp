@@ -25,8 +25,8 @@ const char* bytes(const Tensor& x) { return static_cast<const char*>(x.const_dat
 
 void check_rows(const char* name, const OptionalTensor& rows, const Tensor& tokens) {
   if (!rows.has_value()) return;
-  CHECK_TYPE(rows->scalar_type() == tokens.scalar_type(), kOp, ": ", name, " must have dtype ", tokens.scalar_type(),
-             " like tokens, got ", rows->scalar_type());
+  CHECK_TYPE(type_of(*rows) == type_of(tokens), kOp, ": ", name, " must have dtype ", type_of(tokens),
+             " like tokens, got ", type_of(*rows));
   CHECK_VALUE(rows->dim() == 2 && rows->size(1) == tokens.size(2), kOp, ": ", name, " must have ", tokens.size(2),
               " columns, got ", rows->sizes());
 }
@@ -82,7 +82,7 @@ void write_row(char* out, char* scratch, char* sums, const Gradient& grad, const
 Tensor masked_gather(const Tensor& tokens_in, const Tensor& kept_in, const OptionalTensor& positions_in,
                      const OptionalTensor& prefix_in, const OptionalTensor& cu_seqlens) {
   CHECK_VALUE(tokens_in.dim() == 3, kOp, ": tokens must have shape (B, N, D), got ", tokens_in.sizes());
-  const Kind kind = kind_of(kOp, "tokens", tokens_in.scalar_type());
+  const Kind kind = kind_of(kOp, "tokens", type_of(tokens_in));
   const Tensor tokens = with_dense_rows(tokens_in);
   const int64_t samples = tokens.size(0), cells = tokens.size(1), width = tokens.size(2), size = item_size(tokens);
   check_rows("positions", positions_in, tokens);
@@ -94,7 +94,7 @@ Tensor masked_gather(const Tensor& tokens_in, const Tensor& kept_in, const Optio
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
 
   const int64_t rows = kept.total() + samples * length;
-  const ScalarType type = tokens.scalar_type();
+  const ScalarType type = type_of(tokens);
   const Tensor out = with_large_pages(kept.ragged() ? empty({rows, width}, type, tokens)
                                                     : empty({samples, kept_in.size(1) + length, width}, type, tokens));
   if (out.numel() == 0) return out;
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_gather_backward(const Tensor& grad_in,
                                                           const OptionalTensor& cu_seqlens, int64_t samples,
                                                           int64_t cells, int64_t length, bool need_tokens,
                                                           bool need_positions, bool need_prefix) {
-  const Kind kind = kind_of(kOp, "the gradient", grad_in.scalar_type());
+  const Kind kind = kind_of(kOp, "the gradient", type_of(grad_in));
   CHECK_VALUE(length >= 0, kOp, ": the prefix has ", length, " rows");
   CHECK_VALUE(grad_in.dim() == (cu_seqlens.has_value() ? 2 : 3), kOp, ": the gradient has shape ", grad_in.sizes());
   const Kept kept(kOp, kept_in, cu_seqlens, samples, cells);
@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_gather_backward(const Tensor& grad_in,
   const int64_t width = grad.size(grad.dim() - 1), size = item_size(grad);
   CHECK_VALUE(grad.numel() == (kept.total() + samples * length) * width, kOp, ": the gradient has shape ", grad.sizes(),
               ", needed ", kept.total() + samples * length, " rows");
-  const ScalarType type = grad.scalar_type();
+  const ScalarType type = type_of(grad);
   const Tensor to_tokens =
       need_tokens ? with_large_pages(empty({samples, cells, width}, type, grad)) : empty({0}, type, grad);
   const Tensor to_positions = need_positions ? zeros({cells, width}, type, grad) : empty({0}, type, grad);

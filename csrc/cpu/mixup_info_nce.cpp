@@ -45,13 +45,12 @@ struct Side {
        const OptionalTensor& inverse_in)
       : x(with_dense_rows(x_in)) {
     CHECK_VALUE(x_in.dim() == 2, kOp, ": ", name, " must have shape (N, D), got ", x_in.sizes());
-    const ScalarType wide = statistics_type(x.scalar_type());
-    rows =
-        MixedRows{x.const_data_ptr(), x.stride(0), nullptr, 0, nullptr, 0, nullptr, kind_of(kOp, name, x.scalar_type()),
-                  x.size(1)};
+    const ScalarType wide = statistics_type(type_of(x));
+    rows = MixedRows{x.const_data_ptr(), x.stride(0), nullptr, 0, nullptr, 0, nullptr, kind_of(kOp, name, type_of(x)),
+                     x.size(1)};
     if (other_in.has_value()) {
-      CHECK_VALUE(other_in->sizes().equals(x.sizes()) && other_in->scalar_type() == x.scalar_type(), kOp, ": ", name,
-                  "_other must be like ", name, ", got ", other_in->sizes(), " ", other_in->scalar_type());
+      CHECK_VALUE(other_in->sizes().equals(x.sizes()) && type_of(*other_in) == type_of(x), kOp, ": ", name,
+                  "_other must be like ", name, ", got ", other_in->sizes(), " ", type_of(*other_in));
       CHECK_VALUE(mix_in.has_value() && (mix_in->dim() == 0 || mix_in->sizes().equals(x.sizes().slice(0, 1))), kOp,
                   ": mix must be a number or have shape (N,)");
       other = with_dense_rows(*other_in);
@@ -68,8 +67,8 @@ struct Side {
   }
 
   static Tensor vector(const Tensor& x, int64_t count, ScalarType type, const char* what) {
-    CHECK_VALUE(x.dim() == 1 && x.size(0) == count && x.scalar_type() == type, kOp, ": ", what, " must be (", count,
-                ",) ", type, ", got ", x.sizes(), " ", x.scalar_type());
+    CHECK_VALUE(x.dim() == 1 && x.size(0) == count && type_of(x) == type, kOp, ": ", what, " must be (", count, ",) ",
+                type, ", got ", x.sizes(), " ", type_of(x));
     return dense(x);
   }
 };
@@ -178,10 +177,10 @@ struct Gradients {
 
   Gradients(const Side& side, bool needed, bool from_zeros, ScalarType wide)
       : x(!needed      ? empty({0}, wide, side.x)
-          : from_zeros ? zeros(side.x.sizes(), side.x.scalar_type(), side.x)
-                       : empty(side.x.sizes(), side.x.scalar_type(), side.x)),
-        other(needed && side.other.has_value() ? empty(side.x.sizes(), side.x.scalar_type(), side.x)
-                                               : empty({0}, needed ? side.x.scalar_type() : wide, side.x)),
+          : from_zeros ? zeros(side.x.sizes(), type_of(side.x), side.x)
+                       : empty(side.x.sizes(), type_of(side.x), side.x)),
+        other(needed && side.other.has_value() ? empty(side.x.sizes(), type_of(side.x), side.x)
+                                               : empty({0}, needed ? type_of(side.x) : wide, side.x)),
         mix(empty({needed && side.other.has_value() ? side.x.size(0) : 0}, wide, side.x)) {}
 
   MixedRowsGradient places(void* dot) const {
@@ -201,7 +200,7 @@ double sum(const Tensor& x) {
 template <typename T>
 Tensor scaled(const Tensor& x, int64_t width, double scale) {
   const int64_t rows = x.size(0), stride = x.size(1);
-  const Tensor out = width == stride ? x : empty({rows, width}, x.scalar_type(), x);
+  const Tensor out = width == stride ? x : empty({rows, width}, type_of(x), x);
   const T* from = static_cast<const T*>(x.const_data_ptr());
   T* to = static_cast<T*>(out.mutable_data_ptr());
   const T factor = static_cast<T>(scale);
@@ -216,7 +215,7 @@ Tensor scaled(const Tensor& x, int64_t width, double scale) {
 
 Tensor mixup_inverse_norms(const Tensor& x, const OptionalTensor& other, const OptionalTensor& mix) {
   const Side side("x", x, other, mix, std::nullopt);
-  const ScalarType wide = statistics_type(x.scalar_type());
+  const ScalarType wide = statistics_type(type_of(x));
   const Tensor out = empty({x.size(0)}, wide, x);
   const auto kernel = mixup_info_nce_kernels().inverse_norms[wide == kDouble];
   void* to = data(out);
@@ -236,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
   const OptionalTensor partner = optional_vector(partner_in, m, kLong, "partner");
   const int64_t column_count = columns_too ? n : 0;
   const auto vector = [&](int64_t count, double value) {
-    const Tensor made = empty({count}, statistics_type(query.scalar_type()), query);
+    const Tensor made = empty({count}, statistics_type(type_of(query)), query);
     fill(made, value);
     return made;
   };
@@ -277,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
   const ContrastKernels& kernels = kernels_for(rows, columns);
   const int64_t m = query.size(0), n = key.size(0), width = query.size(1), own_column = nearest_pair(first_pair, m, n);
   const OptionalTensor partner = optional_vector(partner_in, m, kLong, "partner");
-  const ScalarType wide = statistics_type(query.scalar_type());
+  const ScalarType wide = statistics_type(type_of(query));
   const Tensor row_max = Side::vector(row_max_in, m, wide, "row_max");
   const Tensor row_weight = Side::vector(row_weight_in, m, wide, "row_weight");
   const Tensor own_weight = Side::vector(own_weight_in, m, wide, "own_weight");
@@ -289,8 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
 
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const int64_t row_bytes = padded * (wide == kDouble ? 8 : 4);
-  const bool in_place = query.scalar_type() == wide && padded == width;  // sums become the gradients
-  const bool finish_keys = need_key && !key_sums_wanted;                 // else the sums are the result
+  const bool in_place = type_of(query) == wide && padded == width;  // sums become the gradients
+  const bool finish_keys = need_key && !key_sums_wanted;            // else the sums are the result
   const Gradients to_query(rows, true, in_place, wide), to_key(columns, finish_keys, in_place, wide);
   const Tensor row_sums = in_place ? to_query.x : zeros({m, padded}, wide, query);
   const Tensor key_sums = need_key && !finish_keys ? zeros({n, padded}, wide, query) : to_key.x;

@@ -6,7 +6,7 @@
 STABLE_TORCH_LIBRARY_IMPL(oner_fast, CPU, m) {
   ONER_FAST_IMPL(m, "masked_gather", oner_fast::masked_gather);
   ONER_FAST_IMPL(m, "masked_gather_backward", oner_fast::masked_gather_backward);
-  ONER_FAST_IMPL(m, "gather_patches", oner_fast::gather_patches);
+  ONER_FAST_IMPL(m, "gather_patches", oner_fast::gather_patches, 1);
   ONER_FAST_IMPL(m, "gather_patches_backward", oner_fast::gather_patches_backward);
   ONER_FAST_IMPL(m, "mixup_inverse_norms", oner_fast::mixup_inverse_norms);
   ONER_FAST_IMPL(m, "mixup_info_nce_statistics", oner_fast::mixup_info_nce_statistics);

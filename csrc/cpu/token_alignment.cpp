@@ -27,8 +27,8 @@ class Pairs {
  public:
   Pairs(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept)
       : student_("student", student), teacher_("teacher", teacher) {
-    student_kind = kind_of(kOp, "student", student.scalar_type());
-    teacher_kind = kind_of(kOp, "teacher", teacher.scalar_type());
+    student_kind = kind_of(kOp, "student", type_of(student));
+    teacher_kind = kind_of(kOp, "teacher", type_of(teacher));
     samples_ = student.size(0), per_sample_ = student.size(1), width = student.size(2);
     const int64_t cells = teacher.size(1);
     CHECK_VALUE(teacher.size(0) == samples_ && teacher.size(2) == width && (kept.has_value() || cells == per_sample_),
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& 
   const Pairs pairs(student, teacher, kept);
   CHECK_VALUE(pairs.rows > 0 && pairs.width > 0, kOp, ": student must hold at least one token, got shape ",
               student.sizes());
-  const ScalarType wide = statistics_type(student.scalar_type());
+  const ScalarType wide = statistics_type(type_of(student));
   const Tensor factors = empty({pairs.rows, 2}, wide, student), loss = empty({}, wide, student);
   std::vector<double> cosines(static_cast<size_t>(pairs.rows));
   const bool is_double = pairs.student_kind == kF64;
@@ -131,12 +131,12 @@ std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& 
 Tensor token_alignment_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
                                 const OptionalTensor& kept, const Tensor& factors) {
   const Pairs pairs(student, teacher, kept);
-  const ScalarType wide = statistics_type(student.scalar_type());
+  const ScalarType wide = statistics_type(type_of(student));
   const double to_loss = number_in(kOp, "the gradient", grad);
   const bool fits = factors.dim() == 2 && factors.size(0) == pairs.rows && factors.size(1) == 2;
-  CHECK_VALUE(fits && factors.scalar_type() == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,
-              ", 2) of ", wide, ", got ", factors.sizes(), " of ", factors.scalar_type());
-  const Tensor out = with_large_pages(empty(student.sizes(), student.scalar_type(), student));
+  CHECK_VALUE(fits && type_of(factors) == wide && factors.is_contiguous(), kOp, ": factors must be (", pairs.rows,
+              ", 2) of ", wide, ", got ", factors.sizes(), " of ", type_of(factors));
+  const Tensor out = with_large_pages(empty(student.sizes(), type_of(student), student));
   if (out.numel() == 0) return out;
   const double scale = -to_loss / static_cast<double>(pairs.rows);
   const bool is_double = pairs.student_kind == kF64;

@@ -39,7 +39,7 @@ Operand moved(Operand x, int64_t size, int64_t row, int64_t head) {
 }
 
 const int32_t* boundaries(const char* name, const Tensor& cu_seqlens, int64_t rows) {
-  CHECK_TYPE(cu_seqlens.scalar_type() == kInt, kOp, ": ", name, " must be int32, got ", cu_seqlens.scalar_type());
+  CHECK_TYPE(type_of(cu_seqlens) == kInt, kOp, ": ", name, " must be int32, got ", type_of(cu_seqlens));
   CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, kOp, ": ", name, " must have shape (B + 1,), got ",
               cu_seqlens.sizes());
   const int32_t* values = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
@@ -52,8 +52,7 @@ const int32_t* boundaries(const char* name, const Tensor& cu_seqlens, int64_t ro
 
 void check_like(const char* name, const Tensor& x, const Tensor& like) {
   CHECK_VALUE(x.sizes().equals(like.sizes()), kOp, ": ", name, " must have shape ", like.sizes(), ", got ", x.sizes());
-  CHECK_TYPE(x.scalar_type() == like.scalar_type(), kOp, ": ", name, " must have dtype ", like.scalar_type(), ", got ",
-             x.scalar_type());
+  CHECK_TYPE(type_of(x) == type_of(like), kOp, ": ", name, " must have dtype ", type_of(like), ", got ", type_of(x));
 }
 
 Tensor heads_of(const char* name, const Tensor& x) {
@@ -69,15 +68,15 @@ class Batch {
       : query(heads_of("query", query_in)),
         key(heads_of("key", key_in)),
         value(heads_of("value", value_in)),
-        kind(kind_of(kOp, "query", query_in.scalar_type())),
+        kind(kind_of(kOp, "query", type_of(query_in))),
         starts_q_(dense(cu_seqlens_q)),
         starts_k_(cu_seqlens_k.has_value() ? dense(*cu_seqlens_k) : starts_q_),
         causal_(causal),
         scale_(scale) {
     CHECK_VALUE(key_in.size(2) == query_in.size(2), kOp, ": key must have shape (Tk, Hk, ", query_in.size(2), "), got ",
                 key_in.sizes());
-    CHECK_TYPE(key_in.scalar_type() == query_in.scalar_type(), kOp, ": key must have dtype ", query_in.scalar_type(),
-               " like query, got ", key_in.scalar_type());
+    CHECK_TYPE(type_of(key_in) == type_of(query_in), kOp, ": key must have dtype ", type_of(query_in),
+               " like query, got ", type_of(key_in));
     check_like("value", value_in, key_in);
     heads = query.size(1), key_heads = key.size(1), width_ = query.size(2);
     CHECK_VALUE(key_heads > 0 && heads % key_heads == 0, kOp, ": the heads of key and value must divide the ", heads,
@@ -156,8 +155,8 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& k
                                             const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool causal,
                                             double scale) {
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
-  const ScalarType wide = statistics_type(query.scalar_type());
-  const Tensor out = empty(query.sizes(), query.scalar_type(), query);
+  const ScalarType wide = statistics_type(type_of(query));
+  const Tensor out = empty(query.sizes(), type_of(query), query);
   const Tensor statistics = empty({2, query.size(0), query.size(1)}, wide, query);
   const bool some_blind = batch.some_blind();
   if (some_blind) fill_with_zeros(out);
@@ -197,13 +196,12 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor& grad_
   const Batch batch(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale);
   check_like("the gradient", grad_in, query);
   check_like("out", out_in, query);
-  const ScalarType type = query.scalar_type(), wide = statistics_type(type);
+  const ScalarType type = type_of(query), wide = statistics_type(type);
   const int64_t shape[] = {2, query.size(0), query.size(1)};
   const Sizes expected = shape;
   CHECK_VALUE(statistics.sizes().equals(expected), kOp, ": statistics must have shape ", expected, ", got ",
               statistics.sizes());
-  CHECK_TYPE(statistics.scalar_type() == wide, kOp, ": statistics must have dtype ", wide, ", got ",
-             statistics.scalar_type());
+  CHECK_TYPE(type_of(statistics) == wide, kOp, ": statistics must have dtype ", wide, ", got ", type_of(statistics));
   const Tensor grad = with_dense_rows(grad_in), out = with_dense_rows(out_in);
   const auto gradient = [&](bool need, const Tensor& like) {
     return need ? empty(like.sizes(), type, like) : empty({0}, type, like);

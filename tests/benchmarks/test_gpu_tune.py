@@ -98,7 +98,7 @@ def log(tmp_path: Path) -> Iterator[Log]:
 
 
 def kinds(log: Log, tile: Configuration) -> list[str]:
-    return [one["kind"] for one in log.records if one["tile"] == tile.launch]
+    return [one["kind"] for one in log.records if one["tile"] == tile.numbers]
 
 
 def test_files_of_tiles_keep_their_format(folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_neighbours_are_near_valid_and_distinct() -> None:
         found = neighbours(key, committed)
         assert len({label(one) for one in found} | {label(committed)}) == len(found) + 1
         for one in found:
-            before, after = committed.launch, one.launch
+            before, after = committed.numbers, one.numbers
             assert 1 <= sum(before[name] != after[name] for name in before) <= 2
             assert all(size & (size - 1) == 0 for size in (*one.blocks.values(), one.num_warps))
             assert 1 <= one.num_warps <= 8 and 1 <= one.num_stages <= 5
@@ -135,14 +135,14 @@ def test_the_fastest_tile_is_committed_and_launched(log: Log, folder: Path) -> N
     assert tuner(log, clock).tune(KEY) == 1, "and its own neighbours are no faster"
     assert configuration(*KEY, 90) == FASTER and configuration(*KEY, 80) == before == COMMITTED
     data = json.loads((folder / "token_alignment.json").read_text(encoding="utf-8"))
-    assert data["sm_90"] == {"forward": {"wide": FASTER.launch}}
+    assert data["sm_90"] == {"forward": {"wide": FASTER.numbers}}
     with counted_lookups() as read:
         stand_in(KEY, wrong=FASTER).forward(torch.ones(1))
     assert read == {KEY: 1}
     assert stand_in(KEY, wrong=FASTER).forward(torch.ones(1)) == 2, "this is the tile that a launch is given"
     decided = [one for one in log.records if one["kind"] == "decided"]
     assert [(one["tile"], one["chosen"]) for one in decided] == [
-        (COMMITTED.launch, FASTER.launch), (FASTER.launch, FASTER.launch),
+        (COMMITTED.numbers, FASTER.numbers), (FASTER.numbers, FASTER.numbers),
     ]  # fmt: skip
     assert {"compiled", "timed", "timed again"} <= set(kinds(log, FASTER)) and log.records[0]["gpu"] == "a GPU"
 
@@ -248,8 +248,11 @@ def test_graphs_of_all_inputs_are_timed_by_the_gpus_clock(monkeypatch: pytest.Mo
 
 
 def test_newer_gpus_that_use_the_tile_are_compiled_for_too() -> None:
-    assert tune.served_by(KEY, 80) == ["sm_80", "sm_90"] and tune.served_by(KEY, 90) == ["sm_90"]
+    assert tune.served_by(KEY, 80) == ["sm_80", "sm_86", "sm_89", "sm_90"] and tune.served_by(KEY, 90) == ["sm_90"]
+    assert tune.served_by(KEY, 86) == ["sm_86", "sm_89"], "a block of sm_90 may have more shared memory"
     tiles.commit(KEY, 90, FASTER)
+    assert tune.served_by(KEY, 80) == ["sm_80", "sm_86", "sm_89"]
+    tiles.commit(KEY, 86, FASTER)
     assert tune.served_by(KEY, 80) == ["sm_80"]
 
 

@@ -63,6 +63,11 @@ def test_a_page_is_valid_and_needs_nothing_else(problems: Problems, parsed: Any)
     for words in ("a machine", "oner-fast bench ops", "ab" * 20, "Speed, and the machine's limit", "Every candidate"):
         assert words in said
     assert "faster than the fastest of PyTorch in 2 of 3 rows: 0.80x (gather_patches, float32) to 2.00x" in said
+    assert (
+        "at best 40 times smaller than the smallest of the others (mixup_info_nce, bfloat16), and nowhere larger"
+        in said
+    )
+    assert "open_clip's contrast is up to 100 times ours in the loss and up to 2 times in the gradients" in said
     # Four figures, at both widths.
     widths = [svg["width"] for svg in page.all("svg")]
     assert widths == [str(WIDE), str(NARROW)] * 4
@@ -157,7 +162,7 @@ def record() -> Record:
     entry = Entry(
         "token_alignment tiny float32", "op", "token_alignment", "tiny", "float32", "cpp", seconds, best="compiled a",
         ratio=2.0, limit=LimitShare("limit: copy", 1e9, "GB/s", 0.8), errors={OURS: {OUTPUTS: 1e-8, GRADIENTS: 1e-7}},
-        counts={"graph_breaks": 0}, parts={"linear layers": 0.75, "rest": 0.25},
+        counts={"graph_breaks": 0}, breakdown={"oner_fast": {"linear layers": 0.75, "rest": 0.25}},
     )  # fmt: skip
     return Record("a machine", {"threads": 2}, {"torch": "2.13"}, "c" * 40, True, [entry], "2026-11-30T10:00:00")
 

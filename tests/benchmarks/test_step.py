@@ -121,6 +121,8 @@ def test_the_row_holds_ratios_and_shares(tmp_path: Path) -> None:
     assert row.speedup.p50 == pytest.approx(row.speedup_eager.p50)  # type: ignore[union-attr]
     assert row.limit_unit == "GFLOP/s" and set(row.floor) == {"gemm"}
     assert sum(row.parts.values()) == pytest.approx(1.0) and set(found) == {"oner_fast", "plain, eager"}
+    wholes = {name: sum(seconds.values()) for name, seconds in row.breakdown.items()}
+    assert wholes == {name: pytest.approx(row.times[name].p50) for name in found}
     json.dumps(row.as_dict())
     text = run.markdown(row, found)
     assert "linear layers" in text and "8 to 40 tokens" in text

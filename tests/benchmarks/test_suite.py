@@ -86,6 +86,11 @@ def test_a_candidate_may_take_part_in_the_first_rounds_alone() -> None:
     assert (len(found["many"].seconds), len(found["few"].seconds)) == (4, 2)
 
 
+def test_a_busy_machine_still_makes_the_least_rounds() -> None:
+    found = interleave([Candidate("one", lambda call: None)], seconds=1e-9, least_rounds=7)
+    assert len(found["one"].seconds) == 7
+
+
 def test_all_loaders_make_batches_of_one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"SAMPLES": 4, "BATCH": 2, "WIDTH": 64, "HEIGHT": 48, "SIZE": 32}.items():
         monkeypatch.setattr(LoaderContest, name, value)

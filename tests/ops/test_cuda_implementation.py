@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from oner_fast.ops.implementations import choose
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 with_triton = pytest.mark.skipif(library.importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+ROOT = Path(__file__).parents[2]
 OPS = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment"]
 
 
@@ -62,12 +64,12 @@ def test_mixed_devices_raise_before_any_kernel() -> None:
         mixup_info_nce(tokens[0], tokens[0].to("meta"), 1.0)
 
 
-@pytest.mark.skipif(library.has_cuda_kernel("masked_gather"), reason="the extension was built with CUDA C++")
+@pytest.mark.skipif(library.has_cuda_kernel("masked_gather"), reason="the ops in CUDA C++ are loaded")
 @compiled
-def test_an_extension_built_without_cuda_gives_the_reason() -> None:
+def test_ops_in_cuda_that_are_not_loaded_have_a_reason() -> None:
     for op in OPS:
         against = implementations.implementations(op)["cuda"].reasons_against("cuda", dtype=torch.float16)
-        assert any("the extension was built without CUDA C++: " in reason for reason in against), against
+        assert (why := _cuda_extension.status().reason) and why in against
         assert choose(op, "cuda").name in ("triton", "portable")
 
 
@@ -129,6 +131,14 @@ def test_without_the_ops_of_the_cpu_nothing_else_is_loaded(installed: Path, monk
     missing = _extension.Status(False, "the C++ extension is not built: no compiler", "install one")
     monkeypatch.setattr(_extension, "_status", missing)
     assert _cuda_extension._load() == missing
+
+
+@pytest.mark.skipif(not _cuda_extension.status().loaded, reason=_cuda_extension.status().reason or "loaded")
+def test_the_ops_of_the_bindings_are_registered_where_they_are_loaded() -> None:
+    """Beside a torch with CUDA; no GPU is needed."""
+    registration = (ROOT / "csrc" / "cuda" / "bindings" / "registration.cpp").read_text(encoding="utf-8")
+    ours = set(re.findall(r'ONER_FAST_IMPL\(m, "(\w+)"', registration))
+    assert ours and {name for name in library._names if library.has_cuda_kernel(name)} == ours
 
 
 @with_triton

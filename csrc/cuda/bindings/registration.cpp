@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY_IMPL(oner_fast, CUDA, m) {
   ONER_FAST_IMPL(m, "masked_gather", oner_fast::cuda::masked_gather);
   ONER_FAST_IMPL(m, "masked_gather_backward", oner_fast::cuda::masked_gather_backward);
-  ONER_FAST_IMPL(m, "gather_patches", oner_fast::cuda::gather_patches);
+  ONER_FAST_IMPL(m, "gather_patches", oner_fast::cuda::gather_patches, 1);
   ONER_FAST_IMPL(m, "gather_patches_backward", oner_fast::cuda::gather_patches_backward);
   ONER_FAST_IMPL(m, "token_alignment", oner_fast::cuda::token_alignment);
   ONER_FAST_IMPL(m, "token_alignment_backward", oner_fast::cuda::token_alignment_backward);
