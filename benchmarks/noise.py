@@ -2,8 +2,8 @@
 
 A pair is one run as `oner-fast bench against` makes it, of the same build twice, with fresh processes and the eager
 baselines alone. Each pair is a file of the folder, so that the same command goes on where it was interrupted. Pairs are
-judged in two ways: in turn, the way of `bench against`; and apart, as `bench compare` does with records that were made
-at different times, where each pair's first build is compared with the next pair's second.
+judged in turn, the way of `bench against`; and apart, as `bench compare` does with records that were made at different
+times: each pair's first build is compared with the next pair's second, by the same clock and by the wall's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from oner_fast.atomic import write_atomic
-from oner_fast.benchmarks.against import records_of
+from oner_fast.benchmarks.against import clock_of, records_of
 from oner_fast.benchmarks.comparison import ERROR, MARGIN, PAIRED_MARGIN, SLOWER, Comparison, compare
 from oner_fast.benchmarks.ops import OPS
 from oner_fast.benchmarks.record import Record
@@ -29,6 +29,7 @@ from oner_fast.bounded_json import load_object
 FOLDER = Path("runs/noise")
 PAIRS, SECONDS = 100, 20.0
 MOST_BYTES = 64 * 2**20
+IN_TURN = "in turn"
 Tell = Callable[[str], None]
 
 
@@ -69,7 +70,7 @@ def collect(folder: Path, pairs: int, settings: Settings, tell: Tell = lambda te
     paths = [folder / f"{number:03}.json" for number in range(pairs)]
     for number, path in enumerate(paths):
         if path.exists():
-            _load(path, settings)
+            _load(path, settings, "wall")
             continue
         tell(f"pair {number + 1} of {pairs}")
         subjects, described = _measure(settings)
@@ -106,10 +107,15 @@ def _measure(settings: Settings) -> tuple[list[Subject], dict[str, dict[str, Any
 
 
 def judge(paths: Sequence[Path], settings: Settings, margin: float | None = None) -> dict[str, list[Comparison]]:
-    """Compare the pairs of `collect`: {"in turn": one comparison of each, "apart": of each with the next}."""
-    pairs = [_load(path, settings) for path in paths]
-    apart = [compare(one[0], two[1], margin=margin) for one, two in zip(pairs, pairs[1:], strict=False)]
-    return {"in turn": [compare(*pair, margin=margin) for pair in pairs], "apart": apart}
+    """Compare the pairs of `collect`, in each way; the names of those of neighbouring pairs begin with "apart"."""
+    clock = clock_of(settings.threads)
+    found = {IN_TURN: [compare(*_load(path, settings, clock), margin=margin) for path in paths]}
+    for each in dict.fromkeys((clock, "wall")):
+        pairs = [_load(path, settings, each) for path in paths]
+        found[f"apart, {each} clock"] = [
+            compare(one[0], two[1], margin=margin) for one, two in zip(pairs, pairs[1:], strict=False)
+        ]
+    return found
 
 
 def alarms(comparisons: Sequence[Comparison]) -> int:
@@ -128,7 +134,7 @@ def margins(comparisons: Sequence[Comparison]) -> list[float]:
     return sorted(math.expm1(-min(each)) for each in lows)
 
 
-def _load(path: Path, settings: Settings) -> tuple[Record, Record]:
+def _load(path: Path, settings: Settings, clock: str) -> tuple[Record, Record]:
     """Read a pair's file as two records. Raises ValueError where it is none, or of other settings."""
     whole = load_object(path.read_bytes(), str(path), max_bytes=MOST_BYTES)
     if whole.get("settings") != settings.as_dict():
@@ -138,12 +144,12 @@ def _load(path: Path, settings: Settings) -> tuple[Record, Record]:
         )
     subjects = [_from_dict(one) for one in whole["subjects"]]
     commit = (whole["commit"], whole["dirty"])
-    return records_of(subjects, whole["described"], commit, commit, settings.threads)
+    return records_of(subjects, whole["described"], commit, commit, clock)
 
 
 def _as_dict(subject: Subject) -> dict[str, Any]:
     times = {name: [[*key, each] for key, each in getattr(subject, name).items()] for name in ("wall", "busy")}
-    names = ("key", "kind", "op", "shape", "dtype", "served", "rounds_in_a_visit")
+    names = ("key", "kind", "op", "shape", "dtype", "served", "errors", "rounds_in_a_visit")
     return {**{name: getattr(subject, name) for name in names}, **times}
 
 
@@ -177,10 +183,10 @@ def main(argv: Sequence[str]) -> int:
     except (Failed, OSError, ValueError) as problem:
         print(f"oner-fast bench noise: {problem}", file=sys.stderr)
         return 2
-    for way, margin in (("in turn", PAIRED_MARGIN), ("apart", MARGIN)):
-        comparisons = found[way]
+    for way, comparisons in found.items():
         if not comparisons:
             continue
+        margin = PAIRED_MARGIN if way == IN_TURN else MARGIN
         needed = margins(comparisons)
         print(
             f"{way}: {alarms(comparisons)} of {len(comparisons)} comparisons raise an alarm with a margin of "

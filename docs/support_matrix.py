@@ -91,18 +91,26 @@ def able(op: str, dtype: torch.dtype, machine: Machine, torch_version: str) -> l
 def versions() -> dict[str, tuple[str, str]]:
     """Return what each requirement must be, and the version that continuous integration tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tested = [dict(each.split("==") for each in line.split()[:2]) for line in tested_versions()]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    tritons = {*(each["triton"] for each in tested), _only(r"TRITON \?= triton==(\S+)", makefile)}
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     needed_torch = _only(r"torch(.*)", "\n".join(project["dependencies"]))
     return {
         "Python": (project["requires-python"], _only(r'python-version: "([\d.]+)"', workflow)),
-        "PyTorch": (needed_torch, _only(r"TORCH_CPU \?= torch==(\S+)", makefile)),
-        "Triton": ("that of PyTorch", _only(r"TRITON \?= triton==(\S+)", makefile)),
+        "PyTorch": (needed_torch, ", ".join(each["torch"] for each in tested)),
+        "Triton": ("that of PyTorch", ", ".join(sorted(tritons, key=lambda one: [*map(int, one.split("."))]))),
         "CUDA toolkit (nvcc)": (
             "the major version of PyTorch's CUDA",
             _only(r"nvidia-cuda-nvcc==([\d.]+)\.", workflow),
         ),
     }
+
+
+def tested_versions() -> list[str]:
+    """Return the lines of .ci/versions, such as "torch==2.13.0 triton==3.8.0 numpy>=2.4", the oldest torch first."""
+    lines = (ROOT / ".ci" / "versions").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
 
 
 def _only(pattern: str, text: str) -> str:
@@ -164,7 +172,7 @@ def _named(name: str, on_targets: list[str], targets: list[str]) -> str:
 def markdown() -> str:
     """Return the page."""
     needed, targets = versions(), architectures()
-    torch_version = needed["PyTorch"][1].split("+")[0]
+    torch_version = needed["PyTorch"][1].split(", ")[-1]
     gpus = [
         [f"sm_{one}", GPUS[one], "machine code" + (" and PTX" if one == targets[-1] else ""), "none"] for one in targets
     ]
@@ -182,6 +190,7 @@ def markdown() -> str:
             "",
             *_table(["", "Needed", "Tested"], [[name, *both] for name, both in needed.items()]),
             "",
+            "`.ci/run --versions` tests one built library under each of these versions of PyTorch.",
             "A C++20 compiler builds the extension for the CPU, and nvcc the CUDA C++ kernels. Both are optional.",
             "CUDA builds of PyTorch bring their own Triton. `oner-fast requirements triton` names that of a CPU",
             "build.",

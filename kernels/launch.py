@@ -14,6 +14,8 @@ import triton
 
 CONFIGURATIONS = Path(__file__).parent / "configurations"
 REFERENCE_ARCHITECTURE = 80
+# A block has 99 KiB of shared memory on these GPUs, and 163 KiB or more on the others.
+SMALL_BLOCKS = frozenset((86, 89, 120, 121))
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,17 @@ class Compilation:
 
 
 def configuration(op: str, kernel: str, shape_class: str, architecture: int) -> Configuration:
-    """Return the committed tile for an architecture, or else for the newest older one (80 always has a tile).
+    """Return the committed tile for an architecture, or else for the newest older one of its kind, or else for 80.
+
+    GPUs with little shared memory for a block are one kind, and all others the other. 80 always has a tile.
 
     Raises KeyError for a kernel and class of shapes without a committed tile.
     """
     known = committed_tiles(op)
     for each in sorted(known, reverse=True):
-        if each <= max(architecture, REFERENCE_ARCHITECTURE) and shape_class in known[each].get(kernel, {}):
+        its_kind = each == REFERENCE_ARCHITECTURE or (each in SMALL_BLOCKS) == (architecture in SMALL_BLOCKS)
+        older = each <= max(architecture, REFERENCE_ARCHITECTURE)
+        if older and its_kind and shape_class in known[each].get(kernel, {}):
             return known[each][kernel][shape_class]
     raise KeyError(f"{op}: no configuration of {kernel!r} for {shape_class!r} (kernels/configurations/{op}.json)")
 

@@ -14,11 +14,6 @@ import torch
 from oner_fast import _extension
 from oner_fast._extension import Status
 
-REBUILD = (
-    "with that torch and an nvcc of its CUDA, install oner_fast from its source with "
-    "'pip install --no-build-isolation --force-reinstall --no-deps'"
-)
-
 _status: Status | None = None
 _unusable = False  # they are installed, and cannot serve
 _warned = False
@@ -41,7 +36,7 @@ def status() -> Status:
 def warn_if_unusable() -> None:
     """Warn once in a process that the installed ops in CUDA C++ cannot serve a GPU, and name the remedy."""
     global _warned
-    if _unusable and not _warned and not torch.compiler.is_compiling():
+    if _unusable and not _warned:
         _warned = True
         state = status()
         warnings.warn(
@@ -52,6 +47,17 @@ def warn_if_unusable() -> None:
         )
 
 
+# As in `_extension`: torch.compile calls it while it traces, and traces nothing of it.
+warn_if_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _remedy() -> str:
+    """Return what builds the ops in CUDA C++ for the torch that is installed."""
+    if torch.version.cuda is None:
+        return f"install a torch with CUDA, then {_extension.remedy()}"
+    return _extension.remedy(f"put nvcc of CUDA {torch.version.cuda.split('.')[0]} on PATH or set CUDA_HOME to it")
+
+
 def _load() -> Status:
     extension = _extension.status()
     if not extension.loaded:
@@ -60,7 +66,7 @@ def _load() -> Status:
     library = library_path()
     if not library.exists():
         reason = built.get("reason") or "it is compiled from source alone, beside a torch with CUDA"
-        return Status(False, f"the extension was built without CUDA C++: {reason}", REBUILD)
+        return Status(False, f"the extension was built without CUDA C++: {reason}", _remedy())
     built_for, this = str(built.get("version") or "an unknown version"), torch.version.cuda
     if this is None:
         return Status(
@@ -72,10 +78,10 @@ def _load() -> Status:
         return Status(
             False,
             f"the ops in CUDA C++ were built for CUDA {built_for}, and torch {torch.__version__} has CUDA {this}",
-            REBUILD,
+            _remedy(),
         )
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Status(False, f"the ops in CUDA C++ could not be loaded: {error.__cause__ or error}", REBUILD)
+        return Status(False, f"the ops in CUDA C++ could not be loaded: {error.__cause__ or error}", _remedy())
     return Status(True)

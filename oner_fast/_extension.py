@@ -70,7 +70,8 @@ def _load() -> Status:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         built = f"built with torch {report['torch']}; " if "torch" in report else ""
-        reason = f"the C++ extension could not be loaded ({built}this is torch {torch.__version__}): {error}"
+        why = error.__cause__ or error  # newer torches wrap the linker's words, which name what is missing
+        reason = f"the C++ extension could not be loaded ({built}this is torch {torch.__version__}): {why}"
         return Status(False, reason, remedy())
     return Status(True)
 

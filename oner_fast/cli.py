@@ -72,9 +72,9 @@ COMMANDS = {
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
             "gpu-peers": "the GPU kernels against other libraries', counted on an emulated A100",
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
-            "ratios": "commit the ratios of several records, by which the gates judge later ones",
             "page": "write the report of a results.json, or of a commit's record, as one HTML page",
             "history": "draw the records of many commits as one HTML page",
+            "ratios": "commit the ratios of several records, by which the gates judge later ones",
         },
     ),
     "requirements": Command(

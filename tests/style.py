@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CODE_COLUMNS, MARKDOWN_COLUMNS = 120, 100
 CODE = {".py", ".cpp", ".h", ".cu", ".cuh", ".yml", ".yaml"}
-CODE_NAMES = {"Makefile", "run"}  # the Makefile and .ci/run
+CODE_NAMES = {"Makefile", "run", "run_versions", "versions"}  # the Makefile, and the files of .ci
 GENERATED = ("benchmarks/results/",)
 FIRST_WORDS = {"Of", "What", "Whose", "Where", "Which", "Who", "How"}
 

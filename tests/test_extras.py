@@ -22,12 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 HELD = {"torch", "torchvision", "triton"}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
+LINES = [line for line in (ROOT / ".ci" / "versions").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
 # Every torch that is asked about, and the packages that it requires and finds installed.
-BESIDE = {
-    "2.10.0": ["triton==3.6.0"],
-    "2.13.0+cpu": [],
-    "2.15.0": ["triton==3.9.0"],
-}
+BESIDE: dict[str, list[str]] = {
+    torch.removeprefix("torch=="): [triton] for torch, triton, _ in (line.split() for line in LINES)
+} | {"2.13.0+cpu": []}
 
 
 def _name(line: str) -> str:
@@ -101,7 +100,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     source = folder / "source"
     (source / "oner_fast").mkdir(parents=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "oner_fast/__init__.py"):
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE", "oner_fast/__init__.py"):
         shutil.copy(ROOT / name, source / name)
     program = "import setuptools.build_meta as build, sys; print(build.prepare_metadata_for_build_wheel(sys.argv[1]))"
     done = subprocess.run(

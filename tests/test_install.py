@@ -120,7 +120,7 @@ def environment(folder: Path) -> Environment:
 def checkout(folder: Path) -> Path:
     """Copy the files of a clone, with nothing built."""
     folder.mkdir(parents=True)
-    ignored = shutil.ignore_patterns("_C.so", "_native*.so", "_build.json", "__pycache__")
+    ignored = shutil.ignore_patterns("_C*.so", "_native*.so", "_build.json", "__pycache__")
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
@@ -242,6 +242,7 @@ def test_with_sources_that_do_not_compile(tmp_path: Path) -> None:
     installs_all_the_same(source, tmp_path, inside, {}, "compiling failed", "broken on purpose")
 
 
+@pytest.mark.slow
 def test_an_isolated_build_finds_the_torch_that_is_installed(source: Path, tmp_path: Path) -> None:
     inside = environment(tmp_path / "venv")
     (site,) = inside.folder.glob("lib/python3*/site-packages")
@@ -312,3 +313,17 @@ def test_the_wheel_holds_the_package_alone(source: Path, tmp_path: Path) -> None
     assert [name for name in rest if not any(fnmatch(name, pattern) for pattern in patterns)] == []
     assert report["cuda"]["reason"].startswith("ONER_FAST_CUDA=0") and report["extension"]["built"]
     assert made.stat().st_size < 3_000_000 and sizes["oner_fast/_C.so"] < 6_000_000
+
+
+def test_auditwheel_finds_a_tag_and_adds_no_library(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("auditwheel", reason="auditwheel is not installed (pip install 'oner_fast[dev]')")
+    made = wheel(source, tmp_path / "built")
+    audit = (sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch*.so", "--exclude", "libc10.so")
+    ok(run(*audit, "--wheel-dir", tmp_path / "dist", made))
+    (repaired,) = (tmp_path / "dist").glob("*.whl")
+    assert "manylinux_2_" in repaired.name and "linux_x86_64" not in repaired.name.split("-")[-1].split("."), repaired
+    before, after = (set(zipfile.ZipFile(one).namelist()) for one in (made, repaired))
+    assert {name for name in after - before if ".dist-info/" not in name} == set()
+    inside = environment(tmp_path / "venv")
+    inside.install(repaired)
+    assert inside.check()[1] == "True"

@@ -14,7 +14,7 @@ from oner_fast.benchmarks.gpuless import architectures, sass
 from oner_fast.benchmarks.gpuless.compilation import compile_kernel
 from oner_fast.kernels.launch import Compilation
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = (*architectures.GATED, "sm_100", "gfx942")
 MATRIX = re.compile(r"([HIDBQ]MMA|[HIQ]GMMA|UTC\w*MMA)\b|v_mfma|v_wmma")
 ASYNCHRONOUS = re.compile(r"(LDGSTS|UTMALDG|UBLKCP)\b|global_load_lds|buffer_load\w*_lds")
 LOCAL = re.compile(r"(LDL|STL)\b")

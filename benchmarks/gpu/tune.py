@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from oner_fast.benchmarks.cases import Call
-from oner_fast.benchmarks.gpu.resources import TUNED
 from oner_fast.benchmarks.gpu.tiles import commit, label, neighbours
 from oner_fast.benchmarks.gpu.tune_compile import Compiler, compile_tiles
 from oner_fast.benchmarks.gpu.tune_log import Log
 from oner_fast.benchmarks.gpu.tune_timing import Scores, Timer, difference, on_gpu, results, scores, turns
 from oner_fast.benchmarks.gpu.workloads import Workload, workloads
+from oner_fast.benchmarks.gpuless.architectures import GATED
 from oner_fast.benchmarks.timing import Rotation
 from oner_fast.kernels.launch import REFERENCE_ARCHITECTURE, Configuration, configuration
 from oner_fast.kernels.tile_overrides import Key, committed_keys, counted_lookups
@@ -180,9 +180,9 @@ class Tuner:
 
 
 def served_by(key: Key, architecture: int) -> list[str]:
-    """Return the targets that use a tile: its own architecture, and newer tuned ones without a tile of their own."""
+    """Return the targets that use a tile: its own architecture, and newer gated ones without a tile of their own."""
     found = [f"sm_{architecture}"]
-    for target in TUNED:
+    for target in GATED:
         newer = int(target.removeprefix("sm_"))
         if newer > architecture and configuration(*key, newer) is configuration(*key, architecture):
             found.append(target)

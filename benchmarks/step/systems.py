@@ -85,7 +85,7 @@ def counts_of(step: Step) -> dict[str, int]:
 
 def memory_of(step: Step) -> peak_memory.Memory:
     """Measure the peak of a whole step, gradients included, and what it keeps for backward; weights do not count."""
-    peak, _ = peak_memory.peak_bytes(lambda: [step()])
+    peak, _ = peak_memory.peak_bytes(lambda: [step()], warm_ups=1)
     kept = peak_memory.saved_during(step.gradient, step.given())
     step.optimizer.zero_grad(set_to_none=True)
     return peak_memory.Memory(peak, *kept)

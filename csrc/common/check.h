@@ -1,5 +1,6 @@
-// Checks that throw what pybind11 translates to an error of Python. The message is made of the arguments, and only
-// where the condition does not hold.
+// Checks that throw what PyTorch's bindings make an error of Python: ValueError (RuntimeError from torch 2.15 on, which
+// keeps the type of IndexError alone) and IndexError. Public functions check in Python what they can, before. The
+// message is made of the arguments, and only where the condition does not hold.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -38,7 +39,7 @@ template <typename Error, typename... Parts>
   do {                                                                            \
     if (__builtin_expect(!(condition), 0)) ::oner_fast::fail<Error>(__VA_ARGS__); \
   } while (false)
-#define CHECK_VALUE(condition, ...) ONER_FAST_CHECK(std::invalid_argument, condition, __VA_ARGS__)  // ValueError
-#define CHECK_INDEX(condition, ...) ONER_FAST_CHECK(std::out_of_range, condition, __VA_ARGS__)      // IndexError
-// Python checks dtypes before it calls a raw op, and raises TypeError. No exception of C++ becomes a TypeError.
+#define CHECK_VALUE(condition, ...) ONER_FAST_CHECK(std::invalid_argument, condition, __VA_ARGS__)
+#define CHECK_INDEX(condition, ...) ONER_FAST_CHECK(std::out_of_range, condition, __VA_ARGS__)
+// No exception of C++ becomes a TypeError: that is for Python, which checks every dtype first.
 #define CHECK_TYPE(condition, ...) CHECK_VALUE(condition, __VA_ARGS__)

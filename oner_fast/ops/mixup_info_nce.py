@@ -219,7 +219,7 @@ def _compiled(
     if isinstance(logit_bias, Tensor):
         # Of a finite bias exactly 0, and so is its gradient. Inductor would drop a product with the integer 0, and NaN.
         nothing = 0.0 * logit_bias.reshape(1)
-        loss = (loss.reshape(1) + nothing.to(dtype)).squeeze(0)
+        loss = (loss.reshape(1) + nothing.to(query.device, dtype)).squeeze(0)
     return loss
 
 

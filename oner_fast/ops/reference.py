@@ -160,8 +160,8 @@ def mixup_info_nce(
     with torch.autocast(query.device.type, enabled=False):
         q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
         q, k = (q, k) if normalized else (unit(q), unit(k))
-        scale = logit_scale.to(q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
-        bias = logit_bias.to(q.dtype) if isinstance(logit_bias, Tensor) else float(logit_bias or 0)
+        scale = logit_scale.to(q.device, q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
+        bias = logit_bias.to(q.device, q.dtype) if isinstance(logit_bias, Tensor) else float(logit_bias or 0)
         rows = q.shape[0]
         weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.to(q.dtype)
         if group is None or sizes is None:

@@ -19,14 +19,14 @@ def noise(series: int, spread: float, memory: float, seed: int, rounds: int = RO
     return found
 
 
-@pytest.mark.parametrize("memory", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("memory", [0.0, 0.8])
 def test_noise_that_lasts_raises_few_alarms(memory: float) -> None:
     """With an error of 1 % the bound lies above the truth in 1.5 to 2 % of thousands of series, of every memory."""
-    before, after = noise(150, 0.1, memory, 1), noise(150, 0.1, memory, 2)
+    before, after = noise(100, 0.1, memory, 1), noise(100, 0.1, memory, 2)
     pairs = list(zip(before, after, strict=True))
     high = sum(bootstrap.independent(a, b, block=1, error=0.01).low > 0 for a, b in pairs)
     low = sum(bootstrap.paired(a, b, block=2, error=0.01).high < 0 for a, b in pairs)
-    assert high + low <= 9
+    assert high + low <= 6
 
 
 def test_single_rounds_would_raise_many_alarms(monkeypatch: pytest.MonkeyPatch) -> None:

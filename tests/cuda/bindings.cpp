@@ -1,5 +1,5 @@
-// The bindings of csrc/cuda as ops for tensors on the CPU, so that they run without a GPU: this file registers them, and
-// stands in for the functions of PyTorch that need one. Launches end in runtime.cpp.
+// The bindings of csrc/cuda as ops for tensors on the CPU, so that they run without a GPU: this file registers them,
+// and stands in for the functions of PyTorch that need one. Launches end in runtime.cpp.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>

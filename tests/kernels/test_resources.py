@@ -17,7 +17,9 @@ import triton.language as tl
 from oner_fast.benchmarks.gpu import resources
 from oner_fast.benchmarks.gpu.kernels import compilations, first_of_each_kernel
 from oner_fast.benchmarks.gpu.machine_code import Figures, compile_triton, occupancy, versions
-from oner_fast.kernels.launch import Compilation
+from oner_fast.benchmarks.gpuless.architectures import ARCHITECTURES, GATED
+from oner_fast.kernels import launch
+from oner_fast.kernels.launch import Compilation, Configuration
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu_resources.md"
 NAME = "one of our kernels"
@@ -57,14 +59,14 @@ def figures() -> dict[tuple[str, str], Figures]:
 
 @pytest.mark.parametrize("one", FIRST, ids=lambda one: one.name)
 def test_compiles_without_spills_and_as_committed(one: Compilation, figures: dict[tuple[str, str], Figures]) -> None:
-    """Check one specialisation of every kernel on sm_80; the others, and all of them on sm_90, are `slow`."""
+    """Check one specialisation of every kernel on sm_80; the others, and all on the other gated GPUs, are `slow`."""
     assert not figures[one.name, "sm_80"].problems(one.tensor_cores), figures[one.name, "sm_80"]
     row = resources.row(figures[one.name, "sm_80"])
     assert row in committed().splitlines(), f"run `{resources.COMMAND}` again: {row}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", resources.TUNED)
+@pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize("one", EVERY, ids=lambda one: one.name)
 def test_every_specialisation_compiles_without_spills(one: Compilation, target: str) -> None:
     assert not resources.compile_named(one.name, target).problems(one.tensor_cores)
@@ -94,3 +96,15 @@ def test_occupancy_is_that_of_the_calculator() -> None:
     assert occupancy("sm_80", 64, 99 * 1024, 4) == 4 / 64
     assert occupancy("sm_90", 168, 0, 12) == 12 / 64
     assert occupancy("gfx942", 64, 0, 4) is None
+
+
+def test_a_gpu_with_little_shared_memory_takes_no_tile_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile of sm_90 may need 227 KiB, and one of sm_86 would leave an H100 with half of what it can do."""
+    tiles = {each: Configuration({"BLOCK": each}, 4, 1) for each in (80, 86, 90)}
+    known = {each: {"kernel": {"any": tile}} for each, tile in tiles.items()}
+    monkeypatch.setattr(launch, "committed_tiles", lambda op: known)
+    chosen = {each: launch.configuration("op", "kernel", "any", each).blocks["BLOCK"] for each in ARCHITECTURES}
+    assert chosen == {80: 80, 86: 86, 89: 86, 90: 90, 100: 90, 120: 86}
+    assert {each for each, chip in ARCHITECTURES.items() if chip.shared_block < 100 * 1024} <= launch.SMALL_BLOCKS
+    del known[86], known[90]
+    assert all(launch.configuration("op", "kernel", "any", each) is tiles[80] for each in ARCHITECTURES)

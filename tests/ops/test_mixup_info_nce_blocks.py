@@ -344,7 +344,7 @@ def test_opcheck(dtype: torch.dtype, normalized: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_keys_are_the_gradient_of_the_rows_of_the_logits(dtype: torch.dtype) -> None:
-    """Of mixed keys, in float32 and without their norms and their mix, which the gradients of the inputs pass."""
+    """Mixed keys: float32, and without the norms and the mix that the gradients of the inputs pass."""
     _, backward = raw_arguments(dtype)
     found, sums = (torch.ops.oner_fast.mixup_info_nce_backward(*backward[:-1], flag) for flag in (False, True))
     key, other, mix, norm = backward[4:8]

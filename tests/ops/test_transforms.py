@@ -105,7 +105,8 @@ CASES = {
     "mixup_info_nce normalized": Case(
         lambda **given: mixup_info_nce(normalized=True, **given),
         "query key query_other logit_scale logit_bias",
-        query=_normal(4, 3), key=_normal(4, 3), query_other=_normal(4, 3), logit_scale=_normal(1), logit_bias=_normal(1),
+        query=_normal(4, 3), key=_normal(4, 3), query_other=_normal(4, 3), logit_scale=_normal(1),
+        logit_bias=_normal(1),
     ),
     "varlen_attention": Case(
         varlen_attention, "query key value",

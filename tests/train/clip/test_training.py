@@ -70,6 +70,7 @@ def figures(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Pairs, and a CLIP trained on them."""
+    optional_package("open_clip")  # or every test is skipped for want of it
     folder = tmp_path_factory.mktemp("straight")
     data = make_pairs(folder / "pairs")
     assert clip.main(command(data, folder / "run")) == 0

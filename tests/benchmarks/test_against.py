@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import oner_fast
+import oner_fast.cli
+from oner_fast.benchmarks import against, checkout, noise
+from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.comparison import SAME, SLOWER, compare
+from oner_fast.benchmarks.noise import Settings
+from oner_fast.benchmarks.record import read
+from oner_fast.benchmarks.rows import OUTPUTS
+from oner_fast.benchmarks.turns import AFTER, BEFORE, PYTORCH, Failed, Process, Side, Subject, _ordered
+
+OP = "token_alignment"
+# Stands for a build: it writes what the real one leaves behind.
+SETUP = """
+import json, os, pathlib, sys
+assert sys.argv[1:] == ["-q", "build_ext", "--inplace"] and "ONER_FAST_LIBRARY" not in os.environ
+count = pathlib.Path(sys.argv[0]).resolve().parents[1] / "builds"
+count.write_text(count.read_text() + "b" if count.exists() else "b")
+reason = pathlib.Path("csrc").read_text()
+package = pathlib.Path("oner_fast")
+(package / "_C.so").write_text("library")
+(package / "_build.json").write_text(json.dumps({"extension": {"built": not reason, "reason": reason}}))
+"""
+
+
+def git(root: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", "-C", str(root), *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of commits "empty", "good", "same" (other Python files alone) and "bad" (cannot be built)."""
+    root = tmp_path / "root"
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "oner_fast").mkdir()
+    git(root, "init", "--quiet")
+
+    def commit(name: str, files: dict[str, str]) -> None:
+        for path, text in files.items():
+            (root / path).write_text(text)
+        git(root, "add", "--all")
+        git(root, "commit", "--quiet", "-m", name)
+        git(root, "tag", name)
+
+    commit("empty", {"README": ""})
+    commit("good", {"setup.py": SETUP, "csrc": "", "oner_fast/__init__.py": "1", "benchmarks/old.py": ""})
+    commit("same", {"oner_fast/__init__.py": "2"})
+    commit("bad", {"csrc": "no compiler was found"})
+    (root / "benchmarks" / "old.py").unlink()
+    (root / "benchmarks" / "new.py").write_text("")
+    monkeypatch.setattr(checkout, "repository", lambda: root)
+    monkeypatch.setenv("ONER_FAST_LIBRARY", "another build")
+    return root
+
+
+def test_a_commit_is_built_with_these_benchmarks(repository: Path, tmp_path: Path) -> None:
+    made = checkout.check_out("good", tmp_path / "kept")
+    package = made.package / "oner_fast"
+    assert [path.name for path in made.package.iterdir()] == ["oner_fast"]
+    assert (package / "__init__.py").read_text() == "1" and (package / "_C.so").read_text() == "library"
+    assert [path.name for path in (package / "benchmarks").iterdir()] == ["new.py"]
+    assert made.commit == checkout.commit_of(repository, "good")
+
+
+def test_equal_sources_are_built_once(repository: Path, tmp_path: Path) -> None:
+    for name in ("good", "same", "good"):
+        made = checkout.check_out(name, tmp_path / "kept")
+        assert (made.package / "oner_fast" / "_C.so").read_text() == "library"
+    assert (tmp_path / "kept" / "builds").read_text() == "b"
+
+
+def test_a_commit_that_cannot_be_built_is_named(repository: Path, tmp_path: Path) -> None:
+    for name, said in (
+        ("nowhere", "'nowhere' is no commit in .*root$"),
+        ("--help", "'--help' is no commit"),
+        ("empty", "has no package oner_fast with a setup.py"),
+        ("bad", "extension of commit .* was not built: no compiler was found"),
+    ):
+        with pytest.raises(checkout.NoBuild, match=said):
+            checkout.check_out(name, tmp_path / "kept")
+
+
+def test_a_shallow_clone_is_told_how_to_get_the_rest(repository: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "--quiet", "--depth", "1", repository.as_uri(), "shallow")
+    with pytest.raises(checkout.NoBuild, match="the clone is shallow, and `git fetch --unshallow` brings the rest"):
+        checkout.commit_of(tmp_path / "shallow", "good")
+
+
+def test_the_command_refuses_bad_input(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for arguments, said in (
+        (["nowhere"], "'nowhere' is no commit"),
+        (["good", "--op", "other"], "unknown op 'other'; known: masked_gather"),
+        (["good", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["good", "--seconds", "nan"], "--seconds must be positive, got nan"),
+        (["good", "--margin", "-1"], "--margin must be 0 or more"),
+        (["good", "--out", __file__], "--out must be a folder"),
+    ):
+        assert oner_fast.cli.main(["bench", "against", *arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_builds_swap_in_every_other_round() -> None:
+    runners = [(BEFORE, OURS), (AFTER, OURS), (PYTORCH, "a"), (PYTORCH, "b")]
+    assert _ordered(runners, False) == runners
+    assert _ordered(runners, True) == [runners[1], runners[0], *runners[2:]]
+
+
+def test_slow_baselines_are_left_out_and_short_rounds_are_many() -> None:
+    subject = Subject("key", "op", "op", "", "float32")
+    for runner, took in (
+        ((BEFORE, OURS), 1),
+        ((AFTER, OURS), 9),
+        ((PYTORCH, "a"), 2),
+        ((PYTORCH, "b"), 2.4),
+        ((PYTORCH, "c"), 3),
+    ):
+        subject.wall[runner], subject.busy[runner] = [took * 1e-3] * 4, [took * 1e-3] * 4
+    subject.screen()
+    assert list(subject.wall) == [(BEFORE, OURS), (AFTER, OURS), (PYTORCH, "a"), (PYTORCH, "b")]
+    assert not any(subject.wall.values()) and not any(subject.busy.values())
+    assert subject.rounds_in_a_visit == 10  # of 14.4 ms
+
+
+def test_a_process_that_ends_says_why() -> None:
+    process = Process(Side("before", None, ("--unknown",)))
+    try:
+        with pytest.raises(
+            Failed, match="the process of before ended with status 2: .*unrecognized arguments: --unknown"
+        ):
+            process.ask("describe")
+    finally:
+        process.close()
+
+
+def test_three_processes_take_turns_and_a_planted_slow_down_is_caught(tmp_path: Path) -> None:
+    """Compare this build with itself, and one op made three times as slow, which is more than any noise."""
+    settings = Settings((OP,), 0.1, 1, ((OP, 3.0),))
+    (path,) = noise.collect(tmp_path, 1, settings)
+    before, after = noise._load(path, settings, "cpu")
+    (row,) = compare(before, after).rows
+    assert row.verdict == SLOWER and row.change is not None and row.change == pytest.approx(-2 / 3, abs=0.2)
+    assert before.facts["interleaved"] == after.facts["interleaved"]
+    assert before.facts["interleaved"]["clock"] == "cpu" and before.entries[0].served == after.entries[0].served != ""
+    assert len(before.entries[0].seconds[OURS]) == len(after.entries[0].seconds[before.entries[0].best]) >= 16
+    assert before.entries[0].errors[OURS][OUTPUTS] < 1e-4
+    # The pair is not measured again, and belongs to its settings.
+    at = path.stat().st_mtime_ns
+    assert noise.collect(tmp_path, 1, settings) == [path] and path.stat().st_mtime_ns == at
+    assert noise.caught(noise.judge([path], settings)[noise.IN_TURN], OP) == 1
+    with pytest.raises(ValueError, match="are asked for; give another folder with --out"):
+        noise.collect(tmp_path, 1, Settings((OP,), 0.1, 1))
+
+
+def test_a_subject_that_a_build_lacks_is_new_and_one_that_fails_now_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command without its processes: what they answer is made up."""
+
+    class Made:
+        def __init__(self, sides: Any) -> None:
+            self.package = sides[0].package
+
+        def __enter__(self) -> Made:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def describe(self) -> dict[str, Any]:
+            facts = {"kernels": "avx2", "oner_fast": "1.0"}
+            packages = {BEFORE: self.package / "oner_fast", AFTER: Path(oner_fast.__file__).parent}
+            return {side: {"package": str(each), "line": side, "facts": facts} for side, each in packages.items()}
+
+        def prepare(self, ops: Any, steps: Any, tell: Any) -> list[Subject]:
+            assert (ops, steps) == (["token_alignment"], ("oner", "uta", "clip"))
+            made = [Subject(f"key {i}", "op", "op", "", "float32") for i in range(3)]
+            made[1].missing[BEFORE, OURS] = "ValueError: no such case"
+            if broken:
+                made[2].missing[AFTER, OURS] = "result 0: relative error 1, allowed 0.1"
+            return made
+
+        def count(self, subjects: list[Subject], tell: Any) -> None: ...
+
+        def measure(self, subjects: list[Subject], seconds: float, tell: Any) -> None:
+            for one in subjects:
+                one.rounds_in_a_visit = 2
+                for runner in ((BEFORE, OURS), (AFTER, OURS), (PYTORCH, "eager")):
+                    if runner not in one.missing:
+                        one.served[runner[0]] = "cpp"
+                        one.wall[runner], one.busy[runner] = [2.0] * 16, [1.0] * 16
+
+    place = tmp_path / "path"
+    place.mkdir()
+    monkeypatch.setattr(against, "Turns", Made)
+    monkeypatch.setattr(checkout, "check_out", lambda name, folder: checkout.Checkout("b" * 40, place))
+    command = ["bench", "against", "main", "--op", OP, "--steps", "--out", str(tmp_path / "out")]
+    broken = False
+    assert oner_fast.cli.main(command) == 0
+    said = capsys.readouterr()
+    assert "2 keys compared" in said.out and "not measured: key 1: oner_fast before: ValueError" in said.err
+    assert read(tmp_path / "out" / "before.json").commit == "b" * 40
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["paired"] and [row["verdict"] for row in found["rows"]] == [SAME, SAME, "new"]
+    assert "| key 0 |" in (tmp_path / "out" / "comparison.md").read_text()
+    broken = True
+    assert oner_fast.cli.main(command) == 1
+    assert "not measured: key 2: oner_fast after: result 0: relative error" in capsys.readouterr().err
