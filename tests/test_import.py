@@ -109,7 +109,7 @@ def test_tests_run_without_the_repository_root_on_the_path() -> None:
 @pytest.fixture
 def unbuilt(tmp_path: Path) -> Path:
     """A copy of the package as in a checkout, with nothing compiled."""
-    ignored = shutil.ignore_patterns("_C.so", "_native*", "_build.json", "__pycache__")
+    ignored = shutil.ignore_patterns("_C.so", "_C_cuda.so", "_native*", "_build.json", "__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "oner_fast", ignore=ignored)
     return tmp_path
 

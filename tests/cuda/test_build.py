@@ -62,7 +62,7 @@ def command_of(build: Any, folder: Path, compile_: Any) -> Any:
     command.package, command.compile = folder, compile_
     known = command.build_all.__globals__
     known.update(find_torch=lambda: TORCH, find_cuda=lambda torch: ("nvcc", ""), cuda_architectures=lambda nvcc: "80")
-    known.update(find_tool=lambda name, package: name, find_pybind11=lambda: [], cuda_release=lambda nvcc: "13.0")
+    known.update(find_tool=lambda name: name, find_pybind11=lambda: [], cuda_release=lambda nvcc: "13.0")
     return command
 
 
