@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if reason := _reason_against(options):
         return _fail(reason)
     try:
-        root = checkout.repository()
+        root, this = checkout.repository(), commit_of_this()
         _tell(f"building {options.base}")
         base = checkout.check_out(options.base, root / "build" / "against")
         threads = ("--threads", str(options.threads))
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             subjects = turns.prepare(options.op, STEPS if options.steps else (), _tell)
             turns.count(subjects, _tell)
             turns.measure(subjects, options.seconds, _tell)
-        records = records_of(subjects, described, (base.commit, False), commit_of_this(), clock_of(options.threads))
+        records = records_of(subjects, described, (base.commit, False), this, clock_of(options.threads))
         found = compare(*records, error=options.error, margin=options.margin)
         _write(options.out, records, found)
     except (checkout.NoBuild, Failed, OSError, ValueError) as problem:

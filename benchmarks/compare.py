@@ -106,10 +106,9 @@ def conclusion(found: Comparison) -> str:
     """Say in one line how many keys regressed and how small a change would have counted."""
     compared = [row for row in found.rows if row.change is not None]
     worse = found.regressions
-    said = (
-        f"{len(compared)} keys compared, {len(worse)} regressed" + (": " if worse else "")
-        + "; ".join(row.key for row in worse)
-    )  # fmt: skip
+    keys = "key" if len(compared) == 1 else "keys"
+    names = f": {'; '.join(row.key for row in worse)}" if worse else ""
+    said = f"{len(compared)} {keys} compared, {len(worse)} regressed{names}"
     way = "round by round, as both were measured in turn" if found.paired else "as ratios to PyTorch"
     return (
         f"{said}. Times were compared {way}; changes under {found.margin:.0%} do not count, and noise calls any key "

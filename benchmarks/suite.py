@@ -28,7 +28,7 @@ from oner_fast.benchmarks.step import systems
 from oner_fast.benchmarks.step.contest import contest
 
 # Seconds of interleaved rounds of an op or the loader, where a busy machine still makes so many rounds.
-SECONDS, FULL_SECONDS, LEAST_ROUNDS = 3.0, 12.0, 12
+SECONDS, FULL_SECONDS, LEAST_ROUNDS = 2.0, 12.0, 12
 # Rounds of a step, whose calls are long.
 STEP_ROUNDS, FULL_STEP_ROUNDS = 12, 30
 Memory = dict[str, dict[str, int]]

@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from oner_fast.atomic import write_atomic
 from oner_fast.benchmarks.history.action import action_results
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             texts[options.action_json] = json.dumps(action_results(history), indent=1) + "\n"
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, lambda file, text=text: file.write(text.encode()))
+            write_atomic(path, partial(_write, text))
     except ModuleNotFoundError as error:
         print(
             f"oner-fast bench history: the page needs {error.name}: {install_extra_command('bench')}", file=sys.stderr
@@ -58,3 +60,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     print(f"{len(history.records)} records by {history.order}; wrote {', '.join(map(str, texts))}")
     return 0
+
+
+def _write(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())

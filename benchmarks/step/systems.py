@@ -19,7 +19,7 @@ from oner_fast.benchmarks.step.uta import OurUTAStep, PlainUTAStep, tiny_uta
 from oner_fast.train.oner import recipes
 from oner_fast.train.oner.settings import OneRConfiguration
 
-PAIRS = 32
+PAIRS = 16
 # Relative tolerances of the losses and of each gradient's L2 distance. bfloat16 rounds to 2^-9 in each layer.
 TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (2e-2, 0.3)}
 

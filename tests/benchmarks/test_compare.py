@@ -156,7 +156,7 @@ def test_the_command_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFix
     write(record(entry(rounds(2), "other")), other)
 
     status, out, _ = run(base, base)
-    assert status == 0 and "1 keys compared, 0 regressed." in out and "changes under 10% do not count" in out
+    assert status == 0 and "1 key compared, 0 regressed." in out and "changes under 10% do not count" in out
     status, out, _ = run(base, slow)
     assert status == 1 and "1 regressed: a|b float32" in out and "after: dddddddddddd with changes; a machine" in out
     assert "other versions: torch 2.13.0 -> 3" in out

@@ -99,7 +99,7 @@ def test_both_ways_to_turn_pairs_agree() -> None:
 
 def test_every_system_states_its_size() -> None:
     assert {name: system.shape() for name, system in SYSTEMS.items()} == {
-        "oner": "width 256, 4 layers, 48 px, 32 pairs",
-        "uta": "width 192, 6 layers, 48 px, 32 images",
-        "clip": "widths 192 and 128, 4 and 3 layers, 48 px, 32 pairs",
+        "oner": "width 256, 4 layers, 48 px, 16 pairs",
+        "uta": "width 192, 6 layers, 48 px, 16 images",
+        "clip": "widths 192 and 128, 4 and 3 layers, 48 px, 16 pairs",
     }
