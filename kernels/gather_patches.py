@@ -205,7 +205,7 @@ def _compilations(ragged: bool, patch: int, pixels: torch.dtype, result: torch.d
 
     def constants(kernel: str) -> tuple[dict[str, int | None], dict[str, int]]:
         tile = dict(_tiles(kernel, 1, 1, patch, (pixels, result), 80)[1])
-        options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
+        options = {key: tile.pop(key) for key in list(tile) if key.islower()}
         return {**absent, **tile}, options
 
     constexprs, options = constants("forward")

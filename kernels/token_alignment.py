@@ -25,7 +25,7 @@ from oner_fast.kernels.norms import divisor_of
 PROGRAMS = 8192  # the most programs of forward; each passes one number to the mean
 LEAST = tl.constexpr(1e-30)  # a smaller factor, times the gradient of the loss, may underflow float32
 WIDE_BLOCK = tl.constexpr(128)  # numbers of a row that are converted to float64 at a time
-MEAN_BLOCK = 1024
+MEAN = Configuration({"BLOCK": 1024}, num_warps=4, num_stages=3)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def forward(student: Tensor, teacher: Tensor, kept: Tensor | None) -> tuple[Tens
         *_strides(student, teacher, kept), HAS_KEPT=kept is not None, STATISTICS=_statistics(student.dtype),
         **_configuration("forward", width, student).launch,
     )  # fmt: skip
-    _mean[(1,)](sums, loss, programs, rows, BLOCK=MEAN_BLOCK)
+    _mean[(1,)](sums, loss, programs, rows, **MEAN.launch)
     return loss, factors
 
 
@@ -224,7 +224,7 @@ def compilations() -> list[Compilation]:
             found.append(_compilation(kernel, student, teacher, width, chosen=True))
     found.append(_compilation("forward", torch.bfloat16, torch.bfloat16, 1024, chosen=False))
     mean = {"sums": "*fp32", "loss": "*fp32", "programs": "i32", "rows": "i32"}
-    found.append(Compilation("token_alignment mean", _mean, mean, {"BLOCK": MEAN_BLOCK}, options={"num_warps": 4}))
+    found.append(Compilation("token_alignment mean", _mean, mean, MEAN.blocks, options=MEAN.options))
     return found
 
 

@@ -77,6 +77,11 @@ def test_the_report_has_every_kernel_on_every_target() -> None:
     assert rows == resources.tasks(), f"run `{resources.COMMAND}` again"
 
 
+def test_every_launch_states_whether_multiplications_and_additions_fuse() -> None:
+    """Triton 3.9 warns where a launch does not, and later versions will no longer fuse by themselves."""
+    assert all("enable_fp_fusion" in one.options and "enable_fp_fusion" not in one.constexprs for one in EVERY)
+
+
 def test_the_report_finds_spills_and_other_problems() -> None:
     """A gate that finds nothing proves nothing: spills, too much shared memory, no tensor cores, no compilation."""
     good = compile_triton(product(64, num_warps=4), "sm_80")

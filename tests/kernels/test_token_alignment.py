@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_the_gradient_of_orthogonal_rows_is_exact(device: str) -> None:
 
 def test_programs_with_several_rows_give_the_same_bits_twice(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 6)
-    monkeypatch.setattr(kernels, "MEAN_BLOCK", 4)
+    monkeypatch.setattr(kernels, "MEAN", replace(kernels.MEAN, blocks={"BLOCK": 4}))
     given = inputs(device, 3, 7, 9, 33, torch.float32, torch.float32)  # 21 rows: 6 programs of up to 4
     torch.use_deterministic_algorithms(True)
     (loss, mine), (again, same), (true_loss, truth) = ours(*given), ours(*given), exact(*given)
