@@ -99,6 +99,6 @@ struct RawOp<name, function, differentiable> {
 
 }  // namespace oner_fast
 
-#define ONER_FAST_IMPL(library, name, function, ...)                         \
+#define ONER_FAST_IMPL(library, name, function, ...)                      \
   ::oner_fast::RawOp<name, &function __VA_OPT__(, ) __VA_ARGS__>::sign(); \
   library.impl(name, TORCH_BOX((&::oner_fast::RawOp<name, &function __VA_OPT__(, ) __VA_ARGS__>::call)))
