@@ -84,4 +84,6 @@ def _load() -> Status:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         return Status(False, f"the ops in CUDA C++ could not be loaded: {error.__cause__ or error}", _remedy())
+    if other := _extension.other_signatures(library):
+        return Status(False, f"the ops in CUDA C++ were built from other sources: {other}", _remedy())
     return Status(True)

@@ -6,6 +6,8 @@ ones.
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import json
 import os
 import warnings
@@ -48,8 +50,10 @@ _warned = False
 
 
 def status() -> Status:
-    """Whether the extension is loaded; the first call loads it."""
+    """Whether the extension is loaded; the first call loads it, and the ops first, whose schemas it must have."""
     global _status
+    if _status is None:
+        importlib.import_module("oner_fast.ops")
     if _status is None:
         _status = _load()
     return _status
@@ -73,7 +77,34 @@ def _load() -> Status:
         why = error.__cause__ or error  # newer torches wrap the linker's words, which name what is missing
         reason = f"the C++ extension could not be loaded ({built}this is torch {torch.__version__}): {why}"
         return Status(False, reason, remedy())
+    if other := other_signatures(library):
+        return Status(False, f"the C++ extension was built from other sources: {other}", remedy())
     return Status(True)
+
+
+def other_signatures(library: Path) -> str:
+    """Say which raw op of a loaded library takes or returns other types than its schema here; empty where none does.
+
+    The stable ABI checks no types: a call of such an op would end the process.
+    """
+    try:
+        signatures = ctypes.CDLL(str(library)).oner_fast_signatures
+    except AttributeError:
+        return "it does not say which arguments its ops take"
+    signatures.restype = ctypes.c_char_p
+    for line in signatures().decode().splitlines():
+        name = line.partition("(")[0]
+        for schema in torch._C._jit_get_schemas_for_operator(f"oner_fast::{name}"):
+            if line != _signature(name, str(schema)):
+                return f"its {name} is {line}, needed {_signature(name, str(schema))}"
+    return ""
+
+
+def _signature(name: str, schema: str) -> str:
+    """Write a schema as the library does, without names of arguments: "name(Tensor,int)->Tensor"."""
+    arguments, _, results = schema.partition("(")[2].partition(") -> ")
+    types = [one.split()[0] for one in arguments.split(", ") if one]
+    return f"{name}({','.join(types)})->{results.strip('()').replace(' ', '')}".replace("SymInt", "int")
 
 
 def remedy(first: str = "") -> str:

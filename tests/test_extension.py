@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shlex
+import shutil
+import subprocess
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from oner_fast import _extension, remedies
-from oner_fast.ops import masked_gather
+from oner_fast.ops import library, masked_gather
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS, KEPT = torch.arange(12.0).view(1, 4, 3), torch.zeros(1, 2, dtype=torch.int64)
@@ -83,3 +86,37 @@ def test_an_installed_package_is_built_from_where_it_came(monkeypatch: pytest.Mo
     assert remedies.build_command().endswith(f"--force-reinstall '{tmp_path / 'my clone'}'")
     written.clear()
     assert remedies.build_command().endswith(released)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("int nothing;", "it does not say which arguments its ops take"),
+        (
+            'const char* oner_fast_signatures(void) { return "token_alignment(Tensor,Tensor)->Tensor,Tensor\\n"; }',
+            "its token_alignment is token_alignment(Tensor,Tensor)->Tensor,Tensor, needed "
+            "token_alignment(Tensor,Tensor,Tensor?)->Tensor,Tensor",
+        ),
+    ],
+)
+def test_a_library_of_other_sources_serves_no_call(
+    fresh: pytest.MonkeyPatch, tmp_path: Path, source: str, said: str
+) -> None:
+    """The stable ABI checks no types, so a call with other arguments would end the process."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler was found")
+    (tmp_path / "old.c").write_text(source)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "_C.so", tmp_path / "old.c"], check=True)
+    fresh.setenv("ONER_FAST_LIBRARY", str(tmp_path / "_C.so"))
+    (told,) = _told()
+    assert f"the C++ extension was built from other sources: {said}. Remedy: " in told
+
+
+def test_a_library_says_which_arguments_each_of_its_ops_takes() -> None:
+    if not _extension.status().loaded:
+        pytest.skip(_extension.status().reason)
+    signatures = ctypes.CDLL(str(_extension.library_path())).oner_fast_signatures
+    signatures.restype = ctypes.c_char_p
+    names = [line.partition("(")[0] for line in signatures().decode().splitlines()]
+    missing = set(library._names) - set(names)
+    assert missing == {"mixup_partner_sums"}  # the extension sums them with PyTorch's own op
+    assert _extension.other_signatures(_extension.library_path()) == ""

@@ -24,7 +24,7 @@ import torch
 pytestmark = pytest.mark.install
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTER = Path(sysconfig.get_path("purelib"))
+OUTER = Path(torch.__file__).parents[1]  # where the packages of this environment are
 PARTS = (
     "csrc",
     "kernels",
@@ -170,7 +170,7 @@ def wheel(source: Path, into: Path, python: Path | str = sys.executable, env: di
 
 
 def sdist(source: Path, into: Path) -> Path:
-    program = "import build_backend, sys; print(build_backend.build_sdist(sys.argv[1]))"
+    program = "import sys; sys.path.insert(0, '.'); import build_backend; print(build_backend.build_sdist(sys.argv[1]))"
     into.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", program, into], cwd=source, capture_output=True, text=True, check=False

@@ -17,4 +17,13 @@ bool needs_gradient(const Tensor& x) {
   return !to<bool>(stack[0]);
 }
 
+std::string& signatures() {
+  static std::string all;
+  return all;
+}
+
 }  // namespace oner_fast
+
+extern "C" __attribute__((visibility("default"))) const char* oner_fast_signatures() {
+  return oner_fast::signatures().c_str();
+}

@@ -138,8 +138,9 @@ def choose_cuda_ops() -> None:
 
 
 def has_cuda_kernel(name: str) -> bool:
-    """Return whether the extension was built with a CUDA C++ kernel for the raw op `name`."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"oner_fast::{name}", "CUDA")
+    """Return whether the extension has a CUDA C++ kernel for the raw op `name` that can serve here."""
+    loaded = _cuda_extension.status().loaded
+    return loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"oner_fast::{name}", "CUDA")
 
 
 def why_not_cuda(name: str, *, half_alone: bool = False) -> Callable[..., list[str]]:
