@@ -124,6 +124,10 @@ def test_ops_of_the_same_major_cuda_are_loaded(installed: Path, monkeypatch: pyt
     assert "could not be loaded: " in (state := _cuda_extension._load()).reason and "_C_cuda.so" in state.reason
     asked: list[str] = []
     monkeypatch.setattr(torch.ops, "load_library", asked.append)
+    monkeypatch.setattr(_extension, "other_signatures", lambda library: "its varlen_attention takes nothing")
+    assert "built from other sources: its varlen_attention takes nothing" in _cuda_extension._load().reason
+    asked.clear()
+    monkeypatch.setattr(_extension, "other_signatures", lambda library: "")
     assert _cuda_extension._load() == _extension.Status(True) and asked == [str(installed / "_C_cuda.so")]
 
 
