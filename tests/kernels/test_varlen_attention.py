@@ -392,7 +392,8 @@ def test_head_dimensions_are_one_block_or_two() -> None:
     assert head_blocks(80, torch.float32) == (64, 32) and head_blocks(40, torch.float32) == (64, 0)
 
 
-@triton.jit
+# As in the kernels. Triton 3.6 fails to compile the search where one sequence is a constant.
+@triton.jit(do_not_specialize=["sequences", "rows"])
 def _own_tiles(cu_seqlens, found, sequences, rows, BLOCK: tl.constexpr):
     sequence, begin, length, first = own_tile(tl.program_id(0), cu_seqlens, sequences, rows, BLOCK)
     at = found + tl.program_id(0) * 4

@@ -67,8 +67,11 @@ def test_a_function_that_is_called(log: Any, kernels: Any) -> None:
 
 
 def test_tensor_descriptors(log: Any, kernels: Any) -> None:
+    from triton.backends import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    if log is not None and not hasattr(driver, "decompose_descriptor"):
+        pytest.skip("the emulation takes tensor descriptors apart by a function of Triton 3.8")
     source, target = torch.randn(64, 64), torch.empty(64, 64)
     blocks = [TensorDescriptor.from_tensor(x, [16, 64]) for x in (source, target)]
     kernels.copy_block[(4,)](*blocks, 16)
