@@ -43,8 +43,8 @@ def test_a_processor_is_named_by_what_ratios_depend_on() -> None:
 def test_on_the_same_processor_the_bound_follows_the_spread() -> None:
     # As far below the lowest as that is below the highest: 1.6 * 1.6 / 2.0.
     assert committed(2.0, 1.8, 1.6).processors[HERE].entries[KEY].bound() == pytest.approx(1.28)
-    # Runs that hardly differ leave a tenth.
-    assert committed(2.0, 2.0, 1.99).processors[HERE].entries[KEY].bound() == pytest.approx(1.791)
+    # Runs that hardly differ leave a fifth.
+    assert committed(2.0, 2.0, 1.99).processors[HERE].entries[KEY].bound() == pytest.approx(1.592)
 
 
 def test_a_ratio_below_the_bound_is_a_regression() -> None:
