@@ -154,7 +154,7 @@ class Case:
     @property
     def key(self) -> str:
         """Unique name among all cases."""
-        return f"{self.op} {self.shape} {name_of(self.dtype)}"
+        return key_of(self.op, self.shape, name_of(self.dtype))
 
     @property
     def timed(self) -> bool:
@@ -172,6 +172,11 @@ class Case:
     def facts_of(self, call: Call, device: str) -> Facts:
         """Return the facts by which the op chooses the implementation of our `call`, laid out as ours takes it."""
         return (self.op, device, {"dtype": self.dtype}) if self.facts is None else self.facts(*call.arguments)
+
+
+def key_of(op: str, shape: str, dtype: str) -> str:
+    """Name of a measurement, by which the records of commits are compared."""
+    return f"{op} {shape} {dtype}"
 
 
 def name_of(dtype: torch.dtype) -> str:

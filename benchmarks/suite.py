@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from oner_fast.benchmarks import counts, peak_memory
-from oner_fast.benchmarks.cases import OURS, Case
+from oner_fast.benchmarks.cases import OURS, Case, key_of, name_of
 from oner_fast.benchmarks.loading import LoaderContest
 from oner_fast.benchmarks.measure import Settings, measure
 from oner_fast.benchmarks.ops import cases
@@ -50,7 +50,7 @@ class Subject(ABC):
     @property
     def key(self) -> str:
         """Name of the measurement, unique in the suite."""
-        return f"{self.op} {self.shape} {self.dtype}"
+        return key_of(self.op, self.shape, self.dtype)
 
     @abstractmethod
     def measure(self) -> Entry:
@@ -82,7 +82,7 @@ class OpSubject(Subject):
 
     def __init__(self, case: Case, full: bool) -> None:
         self.case, self.full = case, full
-        self.op, self.shape, self.dtype = case.op, case.shape, case.key.split()[-1]
+        self.op, self.shape, self.dtype = case.op, case.shape, name_of(case.dtype)
 
     def measure(self) -> Entry:
         """Measure as `Subject.measure` says."""
@@ -185,15 +185,16 @@ def subjects(full: bool = False) -> list[Subject]:
 
 def entry_of(row: Row, kind: str, found: dict[str, int], work: dict[str, float]) -> Entry:
     """Make the entry of a measured row. Raises Wrong where a result of the row was refused, or ours could not run."""
+    key = key_of(row.op, row.shape, row.dtype)
     if row.wrong:
-        raise Wrong(f"{row.op} {row.shape} {row.dtype}: { ({**row.refused, **row.unavailable}) }")
+        raise Wrong(f"{key}: { ({**row.refused, **row.unavailable}) }")
     seconds = {name: one for name, one in row.seconds.items() if not name.startswith("limit")}
     best, ratio = ratio_of(seconds, OURS, [name for name in seconds if name.split()[0] != OURS])
     limit = None
     if row.limit and row.share is not None:
         limit = LimitShare(row.limit, row.limit_rate, row.limit_unit, row.share)
     return Entry(
-        key=f"{row.op} {row.shape} {row.dtype}",
+        key=key,
         kind=kind,
         op=row.op,
         shape=row.shape,

@@ -22,7 +22,7 @@ import torch
 
 import oner_fast
 from oner_fast.benchmarks import counts
-from oner_fast.benchmarks.cases import OURS, Call, Case, Forward, step
+from oner_fast.benchmarks.cases import OURS, Call, Case, Forward, key_of, name_of, step
 from oner_fast.benchmarks.machine import describe
 from oner_fast.benchmarks.measure import check, quiet
 from oner_fast.benchmarks.ops import cases
@@ -62,7 +62,7 @@ class Subject(ABC):
     @property
     def key(self) -> str:
         """The same key as in the record of a commit."""
-        return f"{self.op} {self.shape} {self.dtype}"
+        return key_of(self.op, self.shape, self.dtype)
 
     @abstractmethod
     def prepare(self, ours: bool, compiled: bool) -> Prepared:
@@ -85,7 +85,7 @@ class OpSubject(Subject):
 
     def __init__(self, case: Case) -> None:
         self.case = replace(case, contenders=[one for one in case.contenders if "cpu" in one.devices])
-        self.op, self.shape, self.dtype = case.op, case.shape, case.key.rsplit(" ", 1)[-1]
+        self.op, self.shape, self.dtype = case.op, case.shape, name_of(case.dtype)
 
     def prepare(self, ours: bool, compiled: bool) -> Prepared:
         """Prepare as `Subject.prepare` says."""
