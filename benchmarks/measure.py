@@ -186,7 +186,7 @@ def _time(
     candidates = []
     for one in timed:
         calls = laid_out.setdefault(one.layout, [one.layout(call) for call in base.sets])
-        candidates.append(Candidate(one.name, _runner(forwards[one.name], calls), setup_seconds=setup[one.name]))
+        candidates.append(Candidate(one.name, runner(forwards[one.name], calls), setup_seconds=setup[one.name]))
     candidates += [bound.candidate for bound in bounds]
     samples = interleave(
         candidates,
@@ -203,7 +203,8 @@ def _time(
             row.profiles[one.name] = phases(forwards[one.name], laid_out[one.layout], settings.device)
 
 
-def _runner(forward: Forward, calls: list[Call]) -> Callable[[int], Result]:
+def runner(forward: Forward, calls: list[Call]) -> Callable[[int], Result]:
+    """Make the run of a contender: a step on the next of its laid-out calls."""
     return lambda number: step(forward, calls[number % len(calls)])
 
 

@@ -22,9 +22,9 @@ import torch
 
 import oner_fast
 from oner_fast.benchmarks import counts
-from oner_fast.benchmarks.cases import OURS, Call, Case, Forward, key_of, name_of, step
+from oner_fast.benchmarks.cases import OURS, Case, key_of, name_of
 from oner_fast.benchmarks.machine import describe
-from oner_fast.benchmarks.measure import check, quiet
+from oner_fast.benchmarks.measure import check, quiet, runner
 from oner_fast.benchmarks.ops import cases
 from oner_fast.benchmarks.rows import Row
 from oner_fast.benchmarks.timing import Rotation
@@ -100,7 +100,7 @@ class OpSubject(Subject):
         unfit = {**row.unavailable, **row.refused}
         inputs = Rotation(lambda seed: case.make(seed, "cpu"), first.bytes())
         fit = [one for one in chosen if one.name not in unfit]
-        runs = {one.name: _runner(forwards[one.name], [one.layout(call) for call in inputs.sets]) for one in fit}
+        runs = {one.name: runner(forwards[one.name], [one.layout(call) for call in inputs.sets]) for one in fit}
         served = ""
         if ours:
             op, device, facts = case.facts_of(case.contender(OURS).layout(first), "cpu")
@@ -149,10 +149,6 @@ def subjects(ops: Sequence[str], steps: Sequence[str]) -> list[Subject]:
     """List the quick cases of ops and the steps of systems, by name."""
     found: list[Subject] = [OpSubject(case) for case in (cases(True, ops) if ops else []) if case.timed]
     return [*found, *(StepSubject(system) for system in steps)]
-
-
-def _runner(forward: Forward, calls: list[Call]) -> Run:
-    return lambda number: step(forward, calls[number % len(calls)])
 
 
 def seconds_of(run: Run, call: int, longer: float = 1.0) -> tuple[float, float]:
