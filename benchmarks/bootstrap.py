@@ -3,9 +3,10 @@
 The statistic is the difference of the medians of log ratios. Its standard error comes from a block bootstrap: load from
 neighbours lasts for seconds, so rounds that follow each other are alike, and only whole blocks of them are drawn. A
 block is at least twice as long as the rounds remember each other, by the correlation of neighbouring ranks; what they
-remember across the edges of blocks is added. The interval is the difference plus and minus the standard error times a
-quantile of Student's t with one degree of freedom less than there are blocks. A comparison of many keys divides its
-error by their number (Bonferroni).
+remember across the edges of blocks is added. Noise of the series' own scale and memory is the least error, since a
+bootstrap of few blocks is sometimes small by chance. The interval is the difference plus and minus the standard error
+times a quantile of Student's t with one degree of freedom less than there are blocks. A comparison of many keys divides
+its error by their number (Bonferroni).
 
 Where both series come from the same rounds, as `oner-fast bench against` measures them, the median of the differences
 within a round takes the place of the difference of medians, and what slows a round cancels.
@@ -99,7 +100,11 @@ def _standard_error(values: Tensor, block: int, seed: int) -> tuple[float, int]:
     drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
     spread = float(_median(blocks[drawn].flatten(1)).std())
     across = 2 * correlation / ((1 - correlation**2) * length)
-    return spread / math.sqrt(max(1 - across, 0.25)), count
+    spread /= math.sqrt(max(1 - across, 0.25))
+    # The median of few blocks sometimes hardly moves by chance, which alone would call noise a change. No error is
+    # smaller than that of normal noise with the series' own scale and memory.
+    scale = 1.4826 * float(_median((values - _median(values)).abs()))
+    return max(spread, scale * math.sqrt(math.pi / 2 * memory / len(values))), count
 
 
 def _correlation(values: Tensor) -> float:
