@@ -218,8 +218,8 @@ def _compiled(
         keys_wanted, backend,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
-        # A finite bias makes this factor exactly 1, and takes a gradient of 0. One that is not finite makes the loss and
-        # its gradients NaN. Inductor would drop a product with the integer 0, and the NaN with it.
+        # A finite bias makes this factor exactly 1, and takes a gradient of 0. One that is not finite makes the loss
+        # and its gradients NaN. Inductor would drop a product with the integer 0, and the NaN with it.
         one = 1 + 0.0 * logit_bias.reshape(1)
         loss = (loss.reshape(1) * one.to(query.device, dtype)).squeeze(0)
     return loss

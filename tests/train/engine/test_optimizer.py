@@ -108,7 +108,9 @@ def test_state_loads_into_a_new_optimiser():
 @pytest.mark.parametrize("model", [nn.LayerNorm(4), nn.Linear(4, 4, bias=False)], ids=["none decays", "all decay"])
 def test_one_of_the_groups_may_be_empty(model):
     optimizer, other = (build_adamw(copy.deepcopy(model), lr=1e-2) for _ in range(2))
-    assert sorted(len(group["params"]) for group in optimizer.param_groups) == sorted([0, len(list(model.parameters()))])
+    assert sorted(len(group["params"]) for group in optimizer.param_groups) == sorted(
+        [0, len(list(model.parameters()))]
+    )
     assert all(len(group["param_names"]) == len(group["params"]) for group in optimizer.param_groups)
     before = [x.detach().clone() for group in optimizer.param_groups for x in group["params"]]
     for _ in range(2):
