@@ -280,8 +280,8 @@ def rows_of_one_dtype(
     dtype = common_dtype(query, key, query_other, key_other)
     if dtype is None:
         return query, key, query_other, key_other
-    others = (None if x is None else x.to(dtype) for x in (query_other, key_other))
-    return query.to(dtype), key.to(dtype), *others
+    query_other, key_other = (None if x is None else x.to(dtype) for x in (query_other, key_other))
+    return query.to(dtype), key.to(dtype), query_other, key_other
 
 
 def mixup_info_nce(
