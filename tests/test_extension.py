@@ -85,7 +85,19 @@ def test_an_installed_package_is_built_from_where_it_came(monkeypatch: pytest.Mo
     assert remedies.build_command().endswith(released)  # the clone is gone
     (tmp_path / "my clone").mkdir()
     (tmp_path / "my clone" / "setup.py").touch()
+    assert remedies.build_command().endswith(released)  # some other package's
+    (tmp_path / "my clone" / "build_backend.py").touch()
     assert remedies.build_command().endswith(f"--force-reinstall '{tmp_path / 'my clone'}'")
+    archive = tmp_path / "oner_fast-1.2.tar.gz"
+    written["direct_url.json"] = f'{{"url": "{archive.as_uri()}", "archive_info": {{}}}}'
+    assert remedies.build_command().endswith(released)
+    archive.touch()
+    assert remedies.build_command().endswith(f"--force-reinstall {archive}")
+    written["direct_url.json"] = '{"url": "https://host/a.git", "vcs_info": {"vcs": "git", "commit_id": "0123"}}'
+    assert remedies.build_command().endswith("--force-reinstall git+https://host/a.git@0123")
+    for damaged in ("[]", "{", '{"url": 3}'):
+        written["direct_url.json"] = damaged
+        assert remedies.build_command().endswith(released)
     written.clear()
     assert remedies.build_command().endswith(released)
 
