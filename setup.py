@@ -94,7 +94,7 @@ def switch(name: str) -> bool | None:
 
 
 def find_compiler() -> tuple[list[str], list[str], str]:
-    """What starts the C++ compiler, the compiler (CXX, or c++, g++, clang++), and what it says it is.
+    """Find what starts the C++ compiler, the compiler (CXX, or c++, g++, clang++), and what it says it is.
 
     As for make, CXX may hold arguments after the compiler, and a program that starts it ("ccache g++").
     """

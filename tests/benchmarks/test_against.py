@@ -211,6 +211,17 @@ def test_slow_baselines_are_left_out_and_short_rounds_are_many() -> None:
     assert subject.rounds_in_a_visit == 10  # of 14.4 ms
 
 
+def test_a_process_takes_memory_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    process = Process(Side("before"))
+    try:
+        environment = Path(f"/proc/{process.process.pid}/environ").read_bytes()
+    finally:
+        process.close(0)
+    # The C library may have parted the two settings already.
+    assert b"GLIBC_TUNABLES=glibc.malloc.arena_max=2" in environment and b"glibc.malloc.hugetlb=1" in environment
+
+
 def test_a_process_that_ends_says_why() -> None:
     process = Process(Side("before", None, ("--unknown",)))
     try:
