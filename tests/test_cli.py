@@ -36,6 +36,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "data pairs",
         "data index",
         "checkpoint verify",
+        "ablate oner",
         "report",
         "bench ops",
         "requirements",
