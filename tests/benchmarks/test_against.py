@@ -391,7 +391,7 @@ def test_a_subject_that_a_build_lacks_is_new_and_one_that_fails_now_is_named(
     # One of the first processes was unlucky; the second three say so.
     slow = True
     assert oner_fast.cli.main(command) == 0 and asked == [None, None, ["key 0"]]
-    assert "slower in the first processes (-23.1%) and not in others (+0.0%)" in capsys.readouterr().out
+    assert "slower in the first processes (-23.1%) and not in others (-0.0%)" in capsys.readouterr().out
     slow, broken = False, True
     assert oner_fast.cli.main(command) == 1
     assert "not measured: key 2: oner_fast after: result 0: relative error" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What looks slower in the first processes counts where it comes again in others."""
+"""A change of speed counts where it comes again in fresh processes."""
 
 from __future__ import annotations
 
