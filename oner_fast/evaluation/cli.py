@@ -15,7 +15,7 @@ import oner_fast
 from oner_fast.atomic import remove_leftovers
 from oner_fast.boundary import guarded
 from oner_fast.data.splits import open_split, splits_of
-from oner_fast.evaluation.coco import read_captions
+from oner_fast.evaluation.coco import CAPTIONS, read_captions
 from oner_fast.evaluation.embed import embed_texts
 from oner_fast.evaluation.folder import (
     check_run,
@@ -28,6 +28,7 @@ from oner_fast.evaluation.folder import (
 )
 from oner_fast.evaluation.labels import LABELS, teach
 from oner_fast.evaluation.record import FILE, add, model_digest
+from oner_fast.evaluation.retrieval import Ties
 from oner_fast.evaluation.run import (
     evaluate_folders,
     evaluate_retrieval,
@@ -60,6 +61,11 @@ class Options:
     """Folder of the images that --coco-json names."""
     coco_split: str = "test"
     """Split of Karpathy's json."""
+    coco_captions: int = CAPTIONS
+    """Captions of each image in --coco-json that are evaluated, the first ones; 0: all."""
+    ties: Ties = "miss"
+    """Rule for equal scores in retrieval: `miss`, a wrong item comes first; `topk`, as torch.topk orders them in
+    clip_benchmark."""
     image_folder: Path | None = None
     """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
@@ -127,8 +133,10 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
     if data is not None:
         evaluation |= _splits(loaded, data, splits, templates, options)
     if options.coco_json is not None and options.coco_images is not None:
-        images = read_captions(options.coco_json, options.coco_images, split=options.coco_split)
-        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size)
+        images = read_captions(
+            options.coco_json, options.coco_images, split=options.coco_split, first=options.coco_captions
+        )
+        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size, ties=options.ties)
         evaluation["coco"] = {"data": str(options.coco_json), "split": options.coco_split, **figures}
     if options.image_folder is not None:
         found = _image_folder(loaded, options.image_folder, templates, options)
@@ -192,6 +200,7 @@ def _splits(
             probes=_probes(options),
             batch_size=options.batch_size,
             limit=options.limit,
+            ties=options.ties,
         )
         entries |= {part: {"data": data, "split": name, **entry} for part, entry in figures.items()}
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
