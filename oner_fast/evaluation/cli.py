@@ -38,8 +38,10 @@ from oner_fast.evaluation.run import (
     held_out_splits,
     training_words,
 )
+from oner_fast.evaluation.sharing import shared
 from oner_fast.evaluation.table import show
 from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
+from oner_fast.process_group import World, on_main, setup, shutdown
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Options:
     batch_size: int = 64
     """Number of images embedded at once."""
     device: str = "cpu"
-    """Device of the model: cpu, cuda, cuda:1, ..."""
+    """Device of the model: cpu, cuda, cuda:1, ...; under torchrun, cuda means the GPU of the local rank."""
     limit: int | None = None
     """Evaluate only this many samples of each split, evenly spaced."""
 
@@ -102,7 +104,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(argv), prog="oner-fast eval")
-    evaluation, aside = evaluate(options)
+    world = setup(options.device)
+    try:
+        evaluation, aside = evaluate(options, world)
+    finally:
+        shutdown()
+    if not world.is_main:
+        return 0
     show(evaluation)
     if aside is not None:
         print(f"the figures of an earlier model are kept in {aside}")
@@ -110,8 +118,12 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
+def evaluate(options: Options, world: World | None = None) -> tuple[dict[str, Any], Path | None]:
     """Evaluate as the options say and add the figures to RUN/evaluation.json.
+
+    Args:
+        options: the options of the command.
+        world: the ranks that share the work, each of which calls this; by default this process does all of it.
 
     Returns:
         First an entry for each split (`data`, `pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for
@@ -122,13 +134,21 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
         FileNotFoundError: a run, its data or a file is missing.
         ValueError: options do not fit each other, the data or the model.
     """
+    world = world or World(0, 1, 0, torch.device(options.device))
     check_run(options.run)
     _check_options(options)
-    remove_leftovers(options.run)
+    on_main(world, lambda: remove_leftovers(options.run))
+    with shared(world):
+        evaluation, about = _figures(options, str(world.device))
+    return on_main(world, lambda: add(options.run, evaluation, about))
+
+
+def _figures(options: Options, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compute the figures, and what holds for all of them."""
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = [] if data is None else _asked_splits(options, data)
-    loaded = _load(options)
+    loaded = _load(options, device)
     evaluation: dict[str, Any] = {}
     if data is not None:
         evaluation |= _splits(loaded, data, splits, templates, options)
@@ -148,7 +168,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
-    return add(options.run, evaluation, about)
+    return evaluation, about
 
 
 def _data(options: Options) -> str | None:
@@ -170,9 +190,9 @@ def _asked_splits(options: Options, data: str) -> list[str]:
     return list(options.split)
 
 
-def _load(options: Options) -> Any:
+def _load(options: Options, device: str) -> Any:
     """Load the model, and its text tower where it names one."""
-    loaded = oner_fast.load(options.run, options.device, text_tower=options.text_tower)
+    loaded = oner_fast.load(options.run, device, text_tower=options.text_tower)
     if has_text(loaded):
         embed_texts(loaded, ["a picture"])  # a text tower that cannot be loaded fails here, before any image is read
     elif not _probes(options) or options.coco_json is not None:

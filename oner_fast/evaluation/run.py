@@ -5,6 +5,7 @@ no training caption has. Image files with captions are evaluated by retrieval. C
 are predicted zero-shot, or learnt from frozen features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from oner_fast.evaluation.equal_captions import equal_caption_figures
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.retrieval import Ties, retrieval
+from oner_fast.evaluation.sharing import gathered, mine
 from oner_fast.evaluation.splits import split_by_words, vocabulary
 from oner_fast.evaluation.zero_shot import (
     TEMPLATES,
@@ -254,10 +256,11 @@ def embed_composed(
     from oner_fast.data.images import decode
 
     parts = []
+    batches = math.ceil(len(queries) / 64)
     with torch.inference_mode():
-        for start in range(0, len(queries), 64):
-            chunk = queries[start : start + 64]
+        for number in mine(batches):
+            chunk = queries[number * 64 : (number + 1) * 64]
             asked = [embedded.rows[row] for row, _ in chunk]
             pictures = [loaded.preprocess(decode(dataset.picture(row), dataset.name(row))) for row in asked]
             parts.append(loaded.encode_image_text(torch.stack(pictures), [word for _, word in chunk]).float().cpu())
-    return torch.cat(parts)
+    return torch.cat(gathered(parts, batches))
