@@ -14,6 +14,7 @@ import tyro
 import oner_fast
 from oner_fast.atomic import remove_leftovers
 from oner_fast.boundary import guarded
+from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.coco import CAPTIONS, read_captions
 from oner_fast.evaluation.embed import embed_texts
@@ -24,6 +25,7 @@ from oner_fast.evaluation.folder import (
     processor,
     read_config,
     recipe_of,
+    refuse_training_pairs,
     unnamed_split,
 )
 from oner_fast.evaluation.labels import LABELS, teach
@@ -53,8 +55,8 @@ class Options:
     text_tower: str | None = None
     """For a UTA student: the CLIP that embeds texts, by name or path; the one it was aligned to by default."""
     data: str | None = None
-    """Data to evaluate on, in any form that --train-data takes: a folder, a tar, a glob or a brace pattern of tars;
-    the run's own by default."""
+    """Data to evaluate on, in any form that --train-data takes: a folder, a tar, a glob or a brace pattern of tars, or
+    several with :: between them; the run's own by default."""
     split: tuple[str, ...] = ()
     """Splits to evaluate, `train` among them where you ask for it; all but `train` by default."""
     coco_json: Path | None = None
@@ -147,7 +149,7 @@ def _figures(options: Options, device: str) -> tuple[dict[str, Any], dict[str, A
     """Compute the figures, and what holds for all of them."""
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
-    splits = [] if data is None else _asked_splits(options, data)
+    splits = {} if data is None else _open_splits(options, data)
     loaded = _load(options, device)
     evaluation: dict[str, Any] = {}
     if data is not None:
@@ -179,15 +181,18 @@ def _data(options: Options) -> str | None:
     return find_data(options.run, options.data)
 
 
-def _asked_splits(options: Options, data: str) -> list[str]:
-    """Splits that were asked for, or every held-out split."""
-    unnamed = unnamed_split(options.run, data, given=options.data is not None)
-    if not options.split:
-        return held_out_splits(data, unnamed)
+def _open_splits(options: Options, data: str) -> dict[str, PairDataset]:
+    """Open the splits that were asked for, or every held-out split; only "train" may hold pairs of the training."""
+    unnamed = unnamed_split(options.run, data)
+    names = list(options.split) or held_out_splits(data, unnamed)
     known = splits_of(data, unnamed)
-    if unknown := [name for name in options.split if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{data} has no split {unknown[0]!r}; it has {', '.join(known)}")
-    return list(options.split)
+    opened = {name: open_split(data, name, unnamed) for name in names}
+    for name, dataset in opened.items():
+        if name != "train":
+            refuse_training_pairs(options.run, dataset)
+    return opened
 
 
 def _load(options: Options, device: str) -> Any:
@@ -203,16 +208,16 @@ def _load(options: Options, device: str) -> Any:
 
 
 def _splits(
-    loaded: Any, data: str, splits: Sequence[str], templates: Sequence[str], options: Options
+    loaded: Any, data: str, splits: dict[str, PairDataset], templates: Sequence[str], options: Options
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
     seen = training_words(_training_data(options.run, data))
     entries: dict[str, Any] = {}
-    for name in splits:
+    for name, dataset in splits.items():
         figures = evaluate_split(
             loaded,
-            open_split(data, name),
+            dataset,
             name,
             seen,
             templates=templates if options.zero_shot else (),
