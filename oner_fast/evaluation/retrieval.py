@@ -9,6 +9,7 @@ captions with all images in the embeddings' own dtype, and `torch.topk` orders e
 """
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -270,4 +271,4 @@ def _check(query: Tensor, gallery: Tensor) -> None:
 
 
 def _fold(caption: str) -> str:
-    return " ".join(caption.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", caption).casefold().split())
