@@ -77,14 +77,14 @@ class PeriodicEvaluation:
         self.world, self.module, self.encoder = world, module, encoder
 
     def __call__(self) -> dict[str, float]:
-        """Return the metrics `eval/...`: R@k in both directions, their mean, zero-shot accuracy and the gap.
+        """Return the metrics `eval/...`: R@k in both directions, their mean, zero-shot accuracy, gap, damaged images.
 
         Neither the parameters nor the random state change.
         """
         training = self.module.training
         self.module.eval()
         try:
-            with shared(self.world):
+            with shared(self.world, quiet=True):
                 found = evaluate_split(
                     self.encoder, self.dataset, self.name, None, templates=TEMPLATES, limit=self.limit
                 )[self.name]
@@ -100,7 +100,7 @@ def _metrics(found: dict[str, Any]) -> dict[str, float]:
     # The mean over k and both directions is our choice.
     metrics = recalls | {SCORE: sum(recalls.values()) / len(recalls)}
     metrics |= {f"eval/zero_shot/{top}": float(found["zero_shot"][top]) for top in ("top1", "top5")}
-    return metrics | {"eval/modality_gap": float(found["modality_gap"])}
+    return metrics | {"eval/modality_gap": float(found["modality_gap"]), "eval/damaged": float(found["damaged"])}
 
 
 def _validation(data: Data) -> PairDataset:

@@ -289,7 +289,7 @@ def _taught(loaded: Any, data: str, options: Options) -> dict[str, Any]:
         raise ValueError(f"--knn and --linear-probe need a train split, and {data} has none")
     return teach(
         loaded,
-        open_split(data, "train"),
+        open_split(data, "train", "val"),
         options.label or LABELS,
         most=options.label_classes,
         limit=options.limit,

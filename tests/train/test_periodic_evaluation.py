@@ -70,7 +70,7 @@ def evaluated(folder: Path) -> dict[str, float]:
     ways = ("image_to_text", "text_to_image")
     found = {f"eval/{way}/R@{k}": val[way][f"R@{k}"] for way in ways for k in (1, 5, 10)}
     found |= {f"eval/zero_shot/{top}": val["zero_shot"][top] for top in ("top1", "top5")}
-    return found | {"eval/modality_gap": val["modality_gap"]}
+    return found | {"eval/modality_gap": val["modality_gap"], "eval/damaged": val["damaged"]}
 
 
 def check_best(run: Path) -> None:
