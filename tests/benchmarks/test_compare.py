@@ -82,7 +82,7 @@ def test_many_keys_raise_no_more_alarms_than_one() -> None:
 
 
 def test_a_slow_down_of_a_fifth_is_found() -> None:
-    """In turn in nearly all pairs; apart in most of a quieter machine's, where the margin is that of quiet processes."""
+    """In turn in nearly all pairs; apart in most of a quieter machine's, with a margin that fits it."""
     assert sum(verdict(*in_turn(i, 1.2)) == SLOWER for i in range(40)) >= 39
     assert sum(verdict(*in_turn(i, 1 / 1.2)) == FASTER for i in range(40)) >= 39
     apart = []
