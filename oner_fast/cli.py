@@ -58,6 +58,7 @@ COMMANDS = {
         {"verify": "list step, size and state of each; exit code 1 where one is damaged"},
     ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
+    "export": Command("oner_fast.export.cli", "write a run's model for plain PyTorch, transformers or ONNX", "export"),
     "bench": Command(
         "oner_fast.benchmarks.cli",
         "measure speed and memory against the fastest of PyTorch",
