@@ -51,8 +51,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["trian"],
-            "unknown command 'trian'; known: train, eval, data, checkpoint, report, export, bench, requirements, "
-            "doctor",
+            "unknown command 'trian'; known: train, eval, data, checkpoint, report, export, explore, bench, "
+            "requirements, doctor",
         ),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
         (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index, verify"),

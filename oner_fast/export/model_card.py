@@ -76,7 +76,10 @@ def _figures(run: Path) -> str:
 
 
 def _data(run: Path) -> str:
-    credits = data_credits(run)
+    try:
+        credits = credits_of_data(find_training_data(run))
+    except FileNotFoundError:
+        credits = []
     if not credits:
         return "The training data state no licence. Who passes the weights on needs to know where they came from.\n"
     lines = [
@@ -89,15 +92,12 @@ def _data(run: Path) -> str:
     )
 
 
-def data_credits(run: Path) -> list[dict[str, Any]]:
-    """List the credits of the run's training data, as `oner_fast.report.attribution.credits_of` does.
+def credits_of_data(data: str) -> list[dict[str, Any]]:
+    """List the credits of a data set, as `oner_fast.report.attribution.credits_of` does; empty where it states none.
 
-    Empty where the data are gone or state none. Raises ValueError where their listing cannot be read.
+    Raises ValueError where its listing cannot be read.
     """
-    try:
-        listing = Path(find_training_data(run)) / "dataset.json"
-    except FileNotFoundError:
-        return []
+    listing = Path(data) / "dataset.json"
     return credits_of(bounded_json.load_object(listing.read_bytes(), str(listing))) if listing.is_file() else []
 
 
