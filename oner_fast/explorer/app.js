@@ -22,12 +22,26 @@ const explorer = {
     await this.embed("warm up");
   },
 
+  // Read an image file as a picture of one's own, which is no part of the library; returns its index.
+  async read(file) {
+    const { pixels, source } = await readPicture(file, about.config.image_size, HEAT_SIDE);
+    this.own = { pixels, source, caption: file.name, image: await this.engine.image(pixels) };
+    this.patches.delete(about.pictures.length);
+    return about.pictures.length;
+  },
+
+  pictureAt(index) {
+    return about.pictures[index] ?? this.own;
+  },
+
   pixelsOf(index) {
+    if (index === about.pictures.length) return this.own.pixels;
     const size = 3 * about.config.image_size ** 2;
     return this.pixels.slice(index * size, (index + 1) * size);
   },
 
   imageOf(index) {
+    if (index === about.pictures.length) return this.own.image;
     return this.library.slice(index * about.config.embed_dim, (index + 1) * about.config.embed_dim);
   },
 
@@ -183,7 +197,7 @@ function wordsOf(text) {
 
 function showWords() {
   if (state.chosen < 0) return;
-  const caption = about.pictures[state.chosen].caption;
+  const caption = about.pictures[state.chosen]?.caption ?? "";
   const words = [...wordsOf(caption), ...wordsOf(byId("added").value), ...wordsOf(byId("query").value)];
   const wanted = [...new Set(words)].slice(0, 24);
   const list = byId("words");
@@ -212,13 +226,13 @@ function choose(index, byHand) {
     button.setAttribute("aria-pressed", String(Number(button.dataset.index) === index));
   }
   if (open) {
-    const picture = about.pictures[index];
+    const picture = explorer.pictureAt(index);
     byId("caption").textContent = picture.caption;
     byId("picture").src = picture.source;
     byId("picture").alt = picture.caption;
     byId("words").replaceChildren();
     showWords();
-    light(wordsOf(picture.caption)[0] ?? "");
+    light(byId("words").firstChild?.textContent ?? "");
     compose();
     if (byHand && matchMedia("(max-width: 860px)").matches) byId("chosen").scrollIntoView({ block: "start" });
   }
@@ -231,7 +245,7 @@ let remembering = 0;
 function remember() {
   clearTimeout(remembering);
   remembering = setTimeout(() => {
-    const picture = state.chosen < 0 ? "" : state.chosen;
+    const picture = state.chosen in about.pictures ? state.chosen : "";
     const values = { q: byId("query").value, picture, add: byId("added").value, word: state.word };
     const given = Object.entries(values).filter(([, value]) => value !== "");
     history.replaceState(null, "", given.length ? `#${new URLSearchParams(given)}` : location.pathname + location.search);
@@ -242,11 +256,20 @@ async function recall() {
   const given = new URLSearchParams(location.hash.slice(1));
   byId("query").value = given.get("q") ?? "";
   byId("added").value = given.get("add") ?? "";
+  await search();
   const index = Number(given.get("picture") ?? -1);
   const word = given.get("word");
-  if (Number.isInteger(index) && index >= 0 && index < about.pictures.length) choose(index, false);
+  if (index in about.pictures) choose(index, false);
   if (word) light(word);
-  await search();
+}
+
+async function takeOwn(file) {
+  if (!file) return;
+  try {
+    choose(await explorer.read(file), true);
+  } catch (error) {
+    byId("status").textContent = `${file.name} could not be read as a picture (${error.message ?? error}).`;
+  }
 }
 
 function listen() {
@@ -261,6 +284,15 @@ function listen() {
   byId("more").addEventListener("click", () => {
     state.shown *= 2;
     search();
+  });
+  byId("own").addEventListener("change", () => {
+    takeOwn(byId("own").files[0]);
+    byId("own").value = "";
+  });
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    takeOwn(event.dataTransfer.files[0]);
   });
   byId("leave").addEventListener("click", () => {
     choose(-1, true);

@@ -97,17 +97,18 @@ def explore(options: Options) -> tuple[Path, dict[str, float]]:
     }
     for precision in [options.precision] if options.precision else PRECISIONS:
         graphs, weights = stored(config, state, precision)
-        wanted = {name: graph.SerializeToString() for name, graph in graphs.items() if name != "image"}
+        wanted = {name: graph.SerializeToString() for name, graph in graphs.items()}
         page = render(library, runtime, wanted, weights, config, loaded.tokenizer.to_json(), about).encode(
             "utf-8", "replace"
         )
         if len(page) <= MOST_BYTES:
             break
     else:
+        smaller = "" if precision == "int8" else ", or --precision int8"
         raise ValueError(
             f"the page would have {len(page) / 1e6:.0f} MB with weights in {precision}, and {MOST_BYTES / 1e6:.0f} MB "
             f"are the most; the pictures take {sum(len(one['source']) for one in library.pictures) / 1e6:.0f} MB: give "
-            "a smaller --limit, or --precision int8"
+            f"a smaller --limit{smaller}"
         )
     path = options.out or options.run / "explorer.html"
     path.parent.mkdir(parents=True, exist_ok=True)

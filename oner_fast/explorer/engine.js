@@ -54,6 +54,7 @@ async function startEngine(about) {
   };
   return {
     text: (ids) => run("text", text(ids)),
+    image: (pixels) => run("image", image(pixels)),
     patches: (pixels) => run("patches", image(pixels)),
     pair: sessions.image_text ? (pixels, ids) => run("image_text", { ...image(pixels), ...text(ids) }) : null,
   };

@@ -18,7 +18,7 @@ from oner_fast.explorer.runtime import LICENCE, VERSION, Runtime
 from oner_fast.export.onnx_graph import WEIGHTS
 
 HERE = Path(__file__).parent
-SCRIPTS = ("tokenizer.js", "numbers.js", "engine.js", "app.js")
+SCRIPTS = ("tokenizer.js", "numbers.js", "pixels.js", "engine.js", "app.js")
 EXAMPLES = 6
 
 

@@ -73,11 +73,11 @@ class Browser:
         line, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(line)
 
-    def run(self, expression: str) -> Any:
-        """Evaluate JavaScript, waiting for a promise; returns its value."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+    def run(self, expression: str, by_value: bool = True) -> Any:
+        """Evaluate JavaScript, waiting for a promise; returns its value, or else the protocol's id of an object."""
+        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=by_value)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        return found["result"].get("value" if by_value else "objectId")
 
     def open(self, page: Path, fragment: str = "") -> None:
         """Open a file and wait until its model answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import random
@@ -222,6 +223,51 @@ def test_typing_choosing_and_pointing_by_keyboard_alone(opened: Any, page: Path)
     assert opened.run("document.activeElement.id") == "query"
 
 
+def noise(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(width + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "png")
+    return out.getvalue()
+
+
+def test_pictures_of_ones_own_have_the_pixels_of_the_library(opened: Any, library: Any) -> None:
+    for width, height in ((32, 32), (41, 60), (300, 200), (20, 9), (33, 32), (97, 41)):
+        content = noise(width, height)
+        coded = json.dumps(base64.b64encode(content).decode())
+        found = opened.run(
+            f"explorer.read(new File([Uint8Array.from(atob({coded}), (c) => c.charCodeAt(0))], 'a.png'))"
+            ".then((index) => Array.from(explorer.pixelsOf(index)))"
+        )
+        assert found == library[0].preprocess(content).flatten().tolist(), (width, height)
+
+
+def test_a_picture_of_ones_own(opened: Any, page: Path, library: Any, tmp_path: Path) -> None:
+    loaded, _, gallery = library
+    file = tmp_path / "my cat.png"
+    file.write_bytes(noise(50, 40))
+    opened.open(page, "#q=red+heart")
+    chooser = opened.run("document.getElementById('own')", by_value=False)
+    opened.call("DOM.setFileInputFiles", files=[str(file)], objectId=chooser)
+    wait(opened, "document.querySelectorAll('#neighbours button').length === 12")
+    found = opened.run(f"explorer.compose({PICTURES}, '').then(f => f.map(r => r.index))")
+    assert found == best(loaded.encode_image(file)[0], gallery)
+    assert text_of(opened, "#caption") == "my cat.png"
+    assert opened.run("Array.from(document.querySelectorAll('#words button'), (b) => b.textContent)") == [
+        "red",
+        "heart",
+    ]
+    wait(opened, "document.getElementById('where').textContent.startsWith('“red” is strongest at')")
+
+
+def test_a_file_that_is_no_picture_is_named(opened: Any, page: Path, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("no picture")
+    opened.open(page)
+    found = opened.run("document.getElementById('own')", by_value=False)
+    opened.call("DOM.setFileInputFiles", files=[str(file)], objectId=found)
+    wait(opened, "document.getElementById('status').textContent.startsWith('notes.txt could not be read as a picture')")
+
+
 def test_it_fetches_nothing_and_captions_are_text_alone(opened: Any, page: Path) -> None:
     opened.open(page, "#q=cat&picture=7")
     sent = [each["params"]["request"]["url"] for each in opened.events if each["method"] == "Network.requestWillBeSent"]
@@ -312,7 +358,7 @@ def test_fewer_pictures_and_two_towers(tmp_path: Path, no_runtime: None) -> None
     about = payload(page)
     assert page == run / "explorer.html" and len(about["pictures"]) == 10
     assert about["pictures"][1]["caption"] == caption(6)
-    assert about["graphs"].keys() == {"text", "patches"} and errors.keys() == {"image", "text", "patches"}
+    assert about["graphs"].keys() == {"image", "text", "patches"} and errors.keys() == {"image", "text", "patches"}
 
 
 def test_what_is_missing_is_named(
