@@ -64,6 +64,10 @@ COMMANDS = {
         {"oner": "OneR's ablation and its open factors, with seeds and intervals; resumable"},
     ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
+    "export": Command("oner_fast.export.cli", "write a run's model for plain PyTorch, transformers or ONNX", "export"),
+    "explore": Command(
+        "oner_fast.explorer.cli", "write one page that searches a run's pictures by text, without a server", "export"
+    ),
     "bench": Command(
         "oner_fast.benchmarks.cli",
         "measure speed and memory against the fastest of PyTorch",
