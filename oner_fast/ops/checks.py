@@ -271,6 +271,8 @@ def mixup_info_nce(
     partner: Tensor | None,
     partner_weight: Tensor | None,
     logit_bias: Tensor | float | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
     total: int | None,
 ) -> None:
     """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group)."""
@@ -304,9 +306,13 @@ def mixup_info_nce(
         if is_tensor(op, "partner_weight", partner_weight).dtype not in FLOATING:
             raise TypeError(f"{op}: partner_weight must be floating, got {partner_weight.dtype}")
         shape(op, "partner_weight", partner_weight, "(N,)", (rows,))
+    for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+        if ids is not None:
+            shape(op, name, ids, "(N,)", (rows,))
     same_device(
         op, "query", query, key=key, query_other=query_other, key_other=key_other, partner=partner,
-        partner_weight=partner_weight, mix=mix if isinstance(mix, Tensor) and mix.ndim else None,
+        partner_weight=partner_weight, mix=mix if isinstance(mix, Tensor) and mix.ndim else None, query_ids=query_ids,
+        key_ids=key_ids,
     )  # fmt: skip
 
 
@@ -321,20 +327,24 @@ def _one_number(op: str, name: str, value: Tensor | float) -> None:
 
 
 def contrast_options(
-    symmetric: bool, normalized: bool, query_ids: Tensor | None, key_ids: Tensor | None, same: str,
-    group: dist.ProcessGroup | None,
+    symmetric: bool, normalized: bool, partner: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None,
+    same: str, group: dist.ProcessGroup | None,
 ) -> None:  # fmt: skip
     """Check the options of `oner_fast.ops.mixup_info_nce` before any rank sends anything."""
     op = "mixup_info_nce"
     flag(op, "symmetric", symmetric)
     flag(op, "normalized", normalized)
     if not isinstance(same, str):
-        raise TypeError(f"{op}: same must be 'positive', got {type(same).__name__}")
-    if same != "positive":
-        raise ValueError(f"{op}: same must be 'positive', got {same!r}")
+        raise TypeError(f"{op}: same must be 'positive' or 'ignore', got {type(same).__name__}")
+    if same not in ("positive", "ignore"):
+        raise ValueError(f"{op}: same must be 'positive' or 'ignore', got {same!r}")
     for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
-        if ids is not None:
-            raise NotImplementedError(f"{op}: {name} is reserved for a later version and must be None here")
+        if ids is not None and is_tensor(op, name, ids).dtype != torch.int64:
+            raise TypeError(f"{op}: {name} must be int64, got {ids.dtype}; pass {name}.long()")
+    if key_ids is not None and query_ids is None:
+        raise ValueError(f"{op}: key_ids was given without query_ids; alone, query_ids serves both sides")
+    if query_ids is not None and partner is not None:
+        raise ValueError(f"{op}: partner and query_ids both say what the targets of a row are; give one of them")
     if group is None:
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
