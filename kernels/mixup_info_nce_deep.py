@@ -35,6 +35,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     precision_of,
     products,
     range_factor,
+    same_pairs,
 )  # fmt: skip
 
 _CHUNK = 512  # the least number of rows of a chunk
@@ -43,8 +44,9 @@ _CHUNK = 512  # the least number of rows of a chunk
 @triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])
 def _tiles(
     query, query_stride, query_rest, row_max, row_weight, key, key_stride, key_rest, column_max, column_weight,
-    own_weight, partner, partner_weight, logit_scale, ranges, out, first_row, last_row, columns, width, first_pair,
-    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, COLUMNS: tl.constexpr, PARTNER: tl.constexpr,
+    own_weight, partner, partner_weight, query_code, key_code, column_share, logit_scale, ranges, out, first_row,
+    last_row, columns, width, first_pair,
+    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, COLUMNS: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr,
     RANGED: tl.constexpr, RANGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +73,18 @@ def _tiles(
         weight = tl.load(column_weight + column, mask=column_here, other=0.0)
         gradient += tl.exp2(powers - base[None, :]) * weight[None, :]
     own = tl.load(own_weight + row, mask=row_here, other=0.0)
-    gradient = tl.where((row + first_pair)[:, None] == column[None, :], gradient - own[:, None], gradient)
+    at_own = (row + first_pair)[:, None] == column[None, :]
+    if SAME:
+        row_code = tl.load(query_code + row, mask=row_here, other=-1)
+        column_code = tl.load(key_code + column, mask=column_here, other=-3)
+        marked = same_pairs(row_code, column_code, at_own, SAME)
+        if SAME == 1:
+            shares = own[:, None] + tl.load(column_share + column, mask=column_here, other=0.0)[None, :]
+            gradient = tl.where(marked, gradient - shares, gradient)
+        else:
+            gradient = tl.where(marked, 0.0, gradient)
+    if SAME != 1:
+        gradient = tl.where(at_own, gradient - own[:, None], gradient)
     if PARTNER:
         target = columns_in(tl.load(partner + row, mask=row_here, other=-1), columns)
         shared = tl.load(partner_weight + row, mask=row_here, other=0.0)
@@ -148,10 +161,11 @@ def launch(
         _tiles[grid](
             q, q.stride(0), given(q_rest), weights.row_max, weights.row_weight, k, k.stride(0), given(k_rest),
             given(weights.column_max), given(weights.column_weight), weights.own_weight, given(weights.partner),
-            given(weights.partner_weight), logit_scale, given(ranges), gradient, first, last, columns, width,
+            given(weights.partner_weight), given(weights.query_code), given(weights.key_code),
+            given(weights.column_share), logit_scale, given(ranges), gradient, first, last, columns, width,
             weights.first_pair,
             QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, COLUMNS=weights.column_max is not None,
-            PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, WHOLE=size != "deep",
+            PARTNER=weights.partner is not None, SAME=weights.same, RANGED=ranges is not None, RANGES=RANGES, WHOLE=size != "deep",
             EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
         )  # fmt: skip
         multiply(gradient, k_unit, query_sums[first:last], transposed=False, add=False)

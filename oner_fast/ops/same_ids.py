@@ -60,7 +60,8 @@ def same_pairs(
         gather: concatenates the rows of all ranks; None: there is one rank.
         first: the global index of this rank's first row.
     """
-    key_ids = query_ids if key_ids is None else key_ids
+    query_ids = query_ids.contiguous()
+    key_ids = query_ids if key_ids is None else key_ids.contiguous()
     rows = query_ids.shape[0]
     if gather is not None:
         query_ids, key_ids = gather(torch.stack([query_ids, key_ids], dim=1)).T.contiguous().unbind()
