@@ -31,6 +31,7 @@ from oner_fast.kernels.mixup_info_nce_rows import Side, inverse_norms, size_clas
 from oner_fast.kernels.mixup_info_nce_tiles import (
     OP,
     POSITIVE,
+    SAME_MARKS,
     WIDEST,
     binary,
     columns_in,
@@ -62,7 +63,8 @@ def _merged(high, total, other_high, other_total):
 @triton.jit(do_not_specialize=["rows", "columns", "first_pair", "stripe_tiles", "part_tiles"])
 def _statistics(
     query, query_stride, query_rest, key, key_stride, key_rest, logit_scale, partner, query_code, key_code, row_share,
-    column_share, row_max, row_sum, column_max, column_sum, own, shared, rows, columns, width, first_pair, stripe_tiles, part_tiles,
+    column_share, row_max, row_sum, column_max, column_sum, own, shared, rows, columns, width, first_pair, stripe_tiles,
+    part_tiles,
     QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -234,12 +236,12 @@ def statistics(
             nothing, zeros, none, torch.zeros_like(none), zeros.clone(), zeros[: 0 if partner is None else rows].clone()
         )  # fmt: skip
     size = size_class(q.shape[1], WIDEST[kind_of(q.dtype)])
-    chosen = _configuration(kind_of(q.dtype), size, partner is not None, architecture_of(q))
+    same = same_of(query_code, column_share)
+    chosen = _configuration(kind_of(q.dtype), size, partner is not None, same, architecture_of(q))
     stripes, stripe_tiles = _parts(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
     parts, part_tiles = _parts(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))
     row_max, row_sum = numbers(parts, rows), numbers(parts, rows)
     column_max, column_sum = (numbers(stripes, columns if columns_too else 0) for _ in range(2))
-    same = same_of(query_code, column_share)
     own, shared = numbers(parts if same == POSITIVE else 1, rows), numbers(0 if partner is None else rows)
 
     def given(x: Tensor | None) -> Tensor:
@@ -257,9 +259,13 @@ def statistics(
     return (*_merge_parts(row_max, row_sum), *columns_found, own[0] if len(own) == 1 else own.sum(0), shared)
 
 
-def _configuration(kind: str, size: str, partner: bool, architecture: int) -> Configuration:
-    """Return the tile of the statistics. That of wide rows of half precision depends on partners too."""
-    mark = " partner" if partner and (kind, size) == ("half", "deep") else ""
+def _configuration(kind: str, size: str, partner: bool, same: int, architecture: int) -> Configuration:
+    """Return the tile of the statistics; partners and codes have their own where they need more registers."""
+    mark = ""
+    if kind == "half" and size == "deep" and (partner or same):
+        mark = " partner"
+    elif kind == "half" and size == "256" and same:
+        mark = " same"
     return configuration(OP, "statistics", f"{kind} {size}{mark}", architecture)
 
 
@@ -279,13 +285,15 @@ def compilations() -> list[Compilation]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind = triton_type(dtype), kind_of(dtype)
         sizes = [str(size) for size in (64, 128, 256) if size <= WIDEST[kind]]
-        for size, partner in ((size, partner) for size in (*sizes, "deep") for partner in (False, True)):
+        marks = ("", "partner", "positive", "ignored")
+        for size, mark in ((size, mark) for size in (*sizes, "deep") for mark in marks):
+            partner, same = mark == "partner", SAME_MARKS.get(mark, 0)
             flags = {
-                "QUERY_REST": True, "KEY_REST": True, "PARTNER": partner, "COLUMNS": True, "WHOLE": size != "deep",
-                "EVEN": True, "PRECISION": precision_of(torch.empty(0, dtype=dtype)),
+                "QUERY_REST": True, "KEY_REST": True, "PARTNER": partner, "SAME": same, "COLUMNS": True,
+                "WHOLE": size != "deep", "EVEN": True, "PRECISION": precision_of(torch.empty(0, dtype=dtype)),
             }  # fmt: skip
-            chosen = _configuration(kind, size, partner, 80)
-            name = f"statistics_{element}_{size}{'_partner' if partner else ''}"
+            chosen = _configuration(kind, size, partner, same, 80)
+            name = f"statistics_{element}_{size}{'_' if mark else ''}{mark}"
             found.append(compilation(name, _statistics, flags, chosen, "query key", element, products=True))
     for name, kernel in (("merge", _merge), ("partner_sums", _partner_sums)):
         found.append(compilation(name, kernel, {}, configuration(OP, name, "all", 80), exact=name == "merge"))

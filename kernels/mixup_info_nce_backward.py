@@ -45,6 +45,7 @@ from oner_fast.kernels.mixup_info_nce_rows import (
 from oner_fast.kernels.mixup_info_nce_tiles import (
     OP,
     RANGES,
+    SAME_MARKS,
     WIDEST,
     Weights,
     binary,
@@ -89,8 +90,8 @@ def _gradient_of(
     inverse_norm, to_x, to_other, to_mix, dot, other_sums, owner_first, owners, others, width, first_pair,
     OWNER_IS_QUERY: tl.constexpr, OWNER_REST: tl.constexpr, OTHER_REST: tl.constexpr, OWNER_TERM: tl.constexpr,
     OTHER_TERM: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr,
-    UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, ATOMIC: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of the tile of owners from owner_first on, against all others."""
     scale = tl.load(logit_scale).to(tl.float32)
@@ -210,15 +211,16 @@ def _gradient(
     QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, QUERY_MIXED: tl.constexpr, KEY_MIXED: tl.constexpr,
     MIX_EACH: tl.constexpr, QUERY_UNIT: tl.constexpr, KEY_UNIT: tl.constexpr, COLUMNS: tl.constexpr,
     PARTNER: tl.constexpr, SAME: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr, BOTH_SIDES: tl.constexpr,
-    ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < query_tiles:
         _gradient_of(
             query, query_stride, query_rest, row_max, row_weight, key, key_stride, key_rest, column_max, column_weight,
             own_weight, partner, partner_weight, query_code, key_code, own_weight, column_share, logit_scale, ranges,
-            query_x, query_x_stride, query_other, query_other_stride, query_mix, query_norm, to_query, to_query_other, to_query_mix, dot, key_sums,
-            tile * BLOCK_M, rows, columns, width, first_pair,
+            query_x, query_x_stride, query_other, query_other_stride, query_mix, query_norm, to_query, to_query_other,
+            to_query_mix, dot, key_sums, tile * BLOCK_M, rows, columns, width, first_pair,
             True, QUERY_REST, KEY_REST, True, COLUMNS, PARTNER, SAME, RANGED, RANGES, QUERY_UNIT, QUERY_MIXED, MIX_EACH,
             ATOMIC, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
         )  # fmt: skip
@@ -226,10 +228,10 @@ def _gradient(
         _gradient_of(
             key, key_stride, key_rest, column_max, column_weight, query, query_stride, query_rest, row_max, row_weight,
             own_weight, partner, partner_weight, key_code, query_code, column_share, own_weight, logit_scale, ranges,
-            key_x, key_x_stride, key_other, key_other_stride, key_mix, key_norm, to_key, to_key_other, to_key_mix, dot, key_sums,
-            (tile - query_tiles) * BLOCK_M, columns, rows, width, first_pair,
-            False, KEY_REST, QUERY_REST, COLUMNS, True, PARTNER, SAME, RANGED, RANGES, KEY_UNIT, KEY_MIXED, MIX_EACH, False,
-            EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
+            key_x, key_x_stride, key_other, key_other_stride, key_mix, key_norm, to_key, to_key_other, to_key_mix, dot,
+            key_sums, (tile - query_tiles) * BLOCK_M, columns, rows, width, first_pair,
+            False, KEY_REST, QUERY_REST, COLUMNS, True, PARTNER, SAME, RANGED, RANGES, KEY_UNIT, KEY_MIXED, MIX_EACH,
+            False, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
         )  # fmt: skip
 
 
@@ -297,7 +299,8 @@ def _whole(
     need_key = to_key.x.numel() > 0
     mixed = query.other is not None or key.other is not None
     key_unit, key_mixed = to_key.flags_of(key)
-    chosen = _tiles(size_class(width, 256), mixed, weights.partner is not None, atomic, architecture_of(q))
+    more_targets = weights.partner is not None or weights.same > 0
+    chosen = _tiles(size_class(width, 256), mixed, more_targets, atomic, architecture_of(q))
     key_sums = torch.zeros((columns, width) if atomic else (0,), dtype=torch.float32, device=q.device)
     ranges = weights.ranges(q_rest, k_rest, columns) if q.dtype == torch.float16 else None
 
@@ -325,11 +328,11 @@ def _whole(
         to_key.finish(key, key_sums, logit_scale, ranges, None)
 
 
-def _tiles(size: str, mixed: bool, partner: bool, atomic: bool, architecture: int) -> Configuration:
-    """Return the tile; mixed rows and partners have their own, because they need more registers at the end."""
+def _tiles(size: str, mixed: bool, more_targets: bool, atomic: bool, architecture: int) -> Configuration:
+    """Return the tile; mixed rows have their own, and so have partners and codes: they need more registers."""
     if atomic:
         return configuration(OP, "gradient_with_atomics", f"half {size}", architecture)
-    mark = " mixed" if mixed else " partner" if partner else ""
+    mark = " mixed" if mixed else " partner" if more_targets else ""
     return configuration(OP, "gradient", f"half {size}{mark}", architecture)
 
 
@@ -344,28 +347,27 @@ def backward_with_atomics(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def compilations() -> list[Compilation]:
-    """List the kernel for half-precision rows: plain, with partners, mixed, atomic, and without norms."""
+    """List the kernel for half-precision rows: plain, with partners or codes, mixed, atomic, and without norms."""
     found = []
     for dtype in (torch.float16, torch.bfloat16):
         for mark in ("", "partner", "mixed", "atomic", "normalized"):
             sizes = (64, 128) if mark in ("mixed", "atomic") else (64, 128, 256)
-            found += [_compilation(dtype, size, mark) for size in sizes]
+            for same in ("",) if mark in ("partner", "normalized") else SAME_MARKS:
+                found += [_compilation(dtype, size, mark, same) for size in sizes]
     return found
 
 
-def _compilation(dtype: torch.dtype, size: int, mark: str = "") -> Compilation:
+def _compilation(dtype: torch.dtype, size: int, mark: str, same: str) -> Compilation:
     element, mixed, atomic = triton_type(dtype), mark == "mixed", mark == "atomic"
     unit = mark == "normalized"
     rest = not mixed and not unit
     constexprs = {
         "QUERY_REST": rest, "KEY_REST": rest, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
         "QUERY_UNIT": unit, "KEY_UNIT": unit, "COLUMNS": True, "PARTNER": mark == "partner",
-        "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic, "ATOMIC": atomic, "EVEN": True,
-        "PART": _PART,
+        "SAME": SAME_MARKS[same], "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic,
+        "ATOMIC": atomic, "EVEN": True, "PART": _PART,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"
-    chosen = _tiles(str(size), mixed, mark == "partner", atomic, 80)
-    return compilation(
-        f"gradient_{element}_{size}{'_' if mark else ''}{mark}", _gradient, constexprs, chosen, elements, element,
-        products=True,
-    )  # fmt: skip
+    chosen = _tiles(str(size), mixed, mark == "partner" or same != "", atomic, 80)
+    name = "_".join(part for part in ("gradient", element, str(size), mark, same) if part)
+    return compilation(name, _gradient, constexprs, chosen, elements, element, products=True)

@@ -23,6 +23,7 @@ from oner_fast.kernels.mixup_info_nce_rows import Gradients, Side, size_class
 from oner_fast.kernels.mixup_info_nce_tiles import (
     OP,
     RANGES,
+    SAME_MARKS,
     WIDEST,
     Weights,
     binary,
@@ -165,8 +166,9 @@ def launch(
             given(weights.column_share), logit_scale, given(ranges), gradient, first, last, columns, width,
             weights.first_pair,
             QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, COLUMNS=weights.column_max is not None,
-            PARTNER=weights.partner is not None, SAME=weights.same, RANGED=ranges is not None, RANGES=RANGES, WHOLE=size != "deep",
-            EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
+            PARTNER=weights.partner is not None, SAME=weights.same, RANGED=ranges is not None, RANGES=RANGES,
+            WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q),
+            **chosen.exact,
         )  # fmt: skip
         multiply(gradient, k_unit, query_sums[first:last], transposed=False, add=False)
         if to_key.x.numel():
@@ -181,12 +183,15 @@ def compilations() -> list[Compilation]:
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind, precision = triton_type(dtype), kind_of(dtype), precision_of(torch.empty(0, dtype=dtype))
-        flags = {
-            "QUERY_REST": True, "KEY_REST": True, "COLUMNS": True, "PARTNER": True, "RANGED": dtype == torch.float16,
-            "RANGES": RANGES, "WHOLE": False, "EVEN": True, "PRECISION": precision,
-        }  # fmt: skip
-        chosen = configuration(OP, "statistics", f"{kind} deep", 80)
-        found.append(compilation(f"tiles_{element}", _tiles, flags, chosen, "query key out", element, products=True))
+        for mark, same in SAME_MARKS.items():
+            flags = {
+                "QUERY_REST": True, "KEY_REST": True, "COLUMNS": True, "PARTNER": not same, "SAME": same,
+                "RANGED": dtype == torch.float16, "RANGES": RANGES, "WHOLE": False, "EVEN": True,
+                "PRECISION": precision,
+            }  # fmt: skip
+            chosen = configuration(OP, "statistics", f"{kind} deep", 80)
+            name = f"tiles_{element}{'_' if mark else ''}{mark}"
+            found.append(compilation(name, _tiles, flags, chosen, "query key out", element, products=True))
         for transposed in (False, True):
             flags = {"TRANSPOSED": transposed, "ADD": transposed, "PRECISION": precision}
             name = f"multiply_{element}{'_transposed' if transposed else ''}"

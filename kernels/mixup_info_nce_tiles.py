@@ -196,6 +196,9 @@ def same_of(query_code: Tensor | None, column_share: Tensor | None) -> int:
     return 0 if query_code is None else IGNORED if column_share is None else POSITIVE
 
 
+SAME_MARKS = {"": 0, "positive": POSITIVE, "ignored": IGNORED}  # SAME in the names of compilations
+
+
 _INTEGERS = {
     "rows", "columns", "width", "first_pair", "stripe_tiles", "part_tiles", "query_tiles", "first_row", "last_row",
     "depth", "parts", "count",

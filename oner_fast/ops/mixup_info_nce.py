@@ -98,7 +98,9 @@ class _MixupInfoNce:
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
                 column_target = own if of_columns.target is None else of_columns.target
         if row_share is not None and symmetric:
-            own = own / 2  # the sum of the targets of both directions; half of it is one logit where a pair stands alone
+            own = (
+                own / 2
+            )  # the sum of the targets of both directions; half of it is one logit where a pair stands alone
             column_target = own
         target = own if weight is None else (1 - weight) * own + weight * shared
         # Summed in float64, so that the float32 result does not depend on the order of the sum. Sums are (1,) until the
@@ -125,8 +127,8 @@ class _MixupInfoNce:
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> Values:
         (
-            query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_code, key_code, row_share,
-            column_share, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass,
+            query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_code, key_code,
+            row_share, column_share, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass,
         ) = ctx.saved_tensors  # fmt: skip
         weight = _weight(partner, partner_weight, query)
         ring, need = ctx.ring, ctx.needs_input_grad

@@ -31,8 +31,8 @@ class SamePairs(NamedTuple):
 
     def block(self, first: int, count: int) -> SamePairs:
         """Return the same for the `count` keys from `first` on."""
-        share = None if self.column_share is None else self.column_share[first : first + count]
-        return self._replace(key_code=self.key_code[first : first + count], column_share=share)
+        share = None if self.column_share is None else self.column_share.narrow(0, first, count)
+        return self._replace(key_code=self.key_code.narrow(0, first, count), column_share=share)
 
     def of_backward(self, each: Tensor) -> tuple[Tensor | None, ...]:
         """Return the arguments of the raw op of backward; row shares are weights of own pairs there."""
@@ -68,7 +68,7 @@ def same_pairs(
     sorted_keys = key_ids.sort().values
     query_code = _codes(sorted_keys, query_ids, -1)
     key_code = _codes(sorted_keys, key_ids, -2)
-    mine = query_code[first : first + rows]
+    mine = query_code.narrow(0, first, rows)  # a slice of fake CUDA tensors needs a PyTorch with CUDA
     if not positive:
         return SamePairs(mine, key_code, None, None)
     dtype = statistics_dtype(query)
@@ -78,7 +78,7 @@ def same_pairs(
         column_share = _share(query_ids.sort().values, key_ids, alone, dtype)
     else:
         column_share = torch.zeros_like(row_share)
-    return SamePairs(mine, key_code, row_share[first : first + rows], column_share)
+    return SamePairs(mine, key_code, row_share.narrow(0, first, rows), column_share)
 
 
 def _codes(sorted_ids: Tensor, ids: Tensor, unique: int) -> Tensor:

@@ -72,7 +72,9 @@ def inputs(name: str, rows: int = 9, width: int = 4) -> dict[str, Any]:
         found["partner_weight"] = torch.where(weight < 0.4, 1.0, weight)
     if "ids" in chosen:
         ids = torch.randint(-1, 3, (2, rows), generator=generator)
-        found |= {"query_ids": ids[0], "same": chosen["same"]} | ({"key_ids": ids[1]} if chosen["ids"] == "both" else {})
+        found |= {"query_ids": ids[0], "same": chosen["same"]} | (
+            {"key_ids": ids[1]} if chosen["ids"] == "both" else {}
+        )
     return found | {"symmetric": chosen.get("symmetric", True)}
 
 

@@ -121,7 +121,11 @@ def test_where_all_keys_are_positive_targets_are_uniform(implementation: str) ->
 def test_an_own_pair_counts_though_its_ids_differ(implementation: str) -> None:
     """Row 0 has the targets 0, its own, and 1, whose key has its id; column 1 has 0 and its own."""
     query, key = torch.eye(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    options = {"query_ids": torch.tensor([5, 6, 7]), "key_ids": torch.tensor([1, 5, 2]), "implementation": implementation}
+    options = {
+        "query_ids": torch.tensor([5, 6, 7]),
+        "key_ids": torch.tensor([1, 5, 2]),
+        "implementation": implementation,
+    }
     total = math.log(math.e + 2)
     loss = mixup_info_nce(query, key, 1.0, **options, same="positive", symmetric=False)
     torch.testing.assert_close(loss.item(), (3 * total - 0.5 - 1 - 1) / 3)
@@ -233,14 +237,14 @@ def test_compiles_to_one_graph(implementation: str, same: str) -> None:
 def test_saves_a_few_numbers_a_row_more(same: str) -> None:
     leaves, ids = inputs_of(512, 32, torch.float32, 9)
     saved: dict[bool, dict[int, int]] = {True: {}, False: {}}
-    for given in (True, False):
+    for with_ids in (True, False):
 
-        def note(x: Tensor, given: bool = given) -> Tensor:
-            saved[given][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        def note(x: Tensor, with_ids: bool = with_ids) -> Tensor:
+            saved[with_ids][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            mixup_info_nce(*leaves, 9.0, **(ids if given else {}), same=same, implementation=COMPUTED[0])
+            mixup_info_nce(*leaves, 9.0, **(ids if with_ids else {}), same=same, implementation=COMPUTED[0])
     # The codes of queries and keys and, for positives, their shares.
     more = 4 * 4 * 512 if same == "positive" else 2 * 4 * 512
     assert sum(saved[True].values()) - sum(saved[False].values()) == more
@@ -291,10 +295,13 @@ class TestRawOps:
 
     def test_wrong_codes_and_shares_are_refused(self) -> None:
         forward, backward, same = self.given(torch.float32, True)
-        statistics, gradients = torch.ops.oner_fast.mixup_info_nce_statistics, torch.ops.oner_fast.mixup_info_nce_backward
+        statistics, gradients = (
+            torch.ops.oner_fast.mixup_info_nce_statistics,
+            torch.ops.oner_fast.mixup_info_nce_backward,
+        )
         partner = torch.zeros(20, dtype=torch.int64)
         refused = (ValueError, RuntimeError)
-        for op, given, message in (
+        for op, arguments, message in (
             (statistics, (*forward[:12], same.query_code[:19], *forward[13:]), "query_code must be"),
             (statistics, (*forward[:13], same.key_code.long(), *forward[14:]), "key_code must be"),
             (statistics, (*forward[:13], None, *forward[14:]), "codes of both sides come together"),
@@ -305,4 +312,4 @@ class TestRawOps:
             (gradients, (*backward[:9], partner, *backward[10:16], forward[3], *backward[17:]), "exclude each other"),
         ):
             with pytest.raises(refused, match=message):
-                op(*given)
+                op(*arguments)

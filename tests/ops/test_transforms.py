@@ -110,7 +110,7 @@ CASES = {
     ),
     "mixup_info_nce with ids": Case(
         _mixup, "query key logit_scale",
-        query=_normal(4, 3), key=_normal(4, 3), logit_scale=lambda: torch.rand(()), query_ids=_below(3, 4),
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=_normal(), query_ids=_below(3, 4),
         key_ids=lambda: torch.randint(-1, 2, (4,)),
     ),
     "mixup_info_nce with ids ignored": Case(

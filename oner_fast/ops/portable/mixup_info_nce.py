@@ -51,7 +51,7 @@ class _Operands:
         self.rows, self.columns = self.queries.shape[0], self.keys.shape[0]
 
     def marked(self, part: slice, query_code: Tensor, key_code: Tensor, *, own: bool) -> Tensor:
-        """Say which pairs [rows of the part, N] have equal codes; `own` also marks own pairs, else they are unmarked."""
+        """Say which pairs [rows of the part, N] have equal codes; where `own`, own pairs too, else these never."""
         diagonal = self.own(part).unsqueeze(1) == torch.arange(self.columns, device=self.keys.device)
         equal = query_code[part].unsqueeze(1) == key_code
         return equal | diagonal if own else equal & ~diagonal
