@@ -6,6 +6,8 @@ extension would have handled; `oner-fast doctor` always reports it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -13,11 +15,13 @@ import os
 import platform
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
-from build_backend import torch_folder  # noqa: E402
+from build_backend import TORCH, is_too_old, torch_folder  # noqa: E402
 
 EDITABLE = "editable_wheel" in sys.argv
 ARCHITECTURES = ["80", "86", "89", "90", "100"]  # machine code for each, and PTX of the last
@@ -49,6 +53,8 @@ def find_torch() -> dict[str, Any]:
     folder = torch_folder()
     if folder is None:
         raise Missing("no torch was found while the package was built", "install torch")
+    if is_too_old(folder):
+        raise Missing(f"the torch in {folder.parent} is older than {TORCH}", f"pip install '{TORCH}'")
     version = runpy.run_path(str(folder / "version.py"))
     return {
         "version": str(version["__version__"]),
@@ -79,22 +85,35 @@ def find_tool(name: str) -> str:
     return found
 
 
-def find_compiler() -> tuple[str, str]:
-    """The C++ compiler (CXX, or c++, g++, clang++) and what it says it is."""
-    asked = os.environ.get("CXX")
-    for name in [asked] if asked else ["c++", "g++", "clang++"]:
-        path = shutil.which(name)
+def switch(name: str) -> bool | None:
+    """Read an environment variable that turns a part on (1) or off (0); None where it is not set."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, got {value!r}")
+    return bool(int(value)) if value else None
+
+
+def find_compiler() -> tuple[list[str], list[str], str]:
+    """Find what starts the C++ compiler, the compiler (CXX, or c++, g++, clang++), and what it says it is.
+
+    As for make, CXX may hold arguments after the compiler, and a program that starts it ("ccache g++").
+    """
+    asked = os.environ.get("CXX", "").strip()
+    for command in [shlex.split(asked)] if asked else [["c++"], ["g++"], ["clang++"]]:
+        path = shutil.which(command[0])
         if path:
-            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            said = subprocess.run([path, *command[1:], "--version"], capture_output=True, text=True, check=False)
             if said.returncode == 0 and said.stdout:
-                return path, said.stdout.splitlines()[0]
+                first = next((i for i, word in enumerate(command[1:]) if word.startswith("-")), len(command) - 1)
+                words = [path, *command[1:]]
+                return words[:first], words[first:], said.stdout.splitlines()[0]
     what = f"the C++ compiler CXX={asked} was not found" if asked else "no C++ compiler was found"
     raise Missing(what, "install one (for example: apt install g++)")
 
 
 def find_cuda(torch_info: dict[str, Any]) -> tuple[str | None, str]:
     """nvcc and, where it is not used, why."""
-    if os.environ.get("ONER_FAST_CUDA") == "0":
+    if switch("ONER_FAST_CUDA") is False:
         return None, "ONER_FAST_CUDA=0 left it out, as wheels do"
     if not torch_info["cuda"]:
         return None, "the torch that it was built with has no CUDA"
@@ -150,6 +169,15 @@ def find_pybind11() -> list[str]:
     return [include, pybind11.get_include()]
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other process builds in this folder: two would remove each other's files."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class CMakeBuild(build_ext):
     """Both libraries by one CMake project; on failure neither, and the reason in _build.json."""
 
@@ -157,10 +185,17 @@ class CMakeBuild(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         self.package = ROOT / "oner_fast" if in_place else Path(self.build_lib).resolve() / "oner_fast"
         self.package.mkdir(parents=True, exist_ok=True)
-        for old in self.built():
-            old.unlink()
+        required = switch("ONER_FAST_REQUIRED"), switch("ONER_FAST_CUDA")
+        self.libraries: list[Path] = []
         report: dict[str, Any] = {"python": platform.python_version(), "machine": platform.machine()}
+        with contextlib.ExitStack() as stack:
+            self.build_and_install(report, stack, *required)
+
+    def build_and_install(
+        self, report: dict[str, Any], stack: contextlib.ExitStack, required: bool | None, cuda: bool | None
+    ) -> None:
         try:
+            stack.enter_context(alone())
             self.build_all(report)
         except Missing as missing:
             report["extension"] = {"built": False, "reason": missing.reason, "remedy": missing.remedy}
@@ -177,13 +212,28 @@ class CMakeBuild(build_ext):
             if not report[part]["built"]:
                 print(f"oner_fast: {part} not built: {report[part]['reason']}", file=sys.stderr)
                 print("oner_fast: 'oner-fast doctor' names the remedy", file=sys.stderr)
-        if os.environ.get("ONER_FAST_REQUIRED") == "1" and not report["extension"]["built"]:
+        if required and not report["extension"]["built"]:
             raise SystemExit(f"ONER_FAST_REQUIRED=1, and the extension is not built: {report['extension']['reason']}")
-        (self.package / "_build.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if required and cuda and not report["cuda"]["built"]:
+            raise SystemExit(f"ONER_FAST_CUDA=1, and CUDA C++ is not built: {report['cuda']['reason']}")
+        self.install_libraries(report)
+
+    def install_libraries(self, report: dict[str, Any]) -> None:
+        """Put what was built, and its report, in the place of an earlier build, which served until now."""
+        for old in {*self.built()} - {self.package / library.name for library in self.libraries}:
+            old.unlink()
+        for library in self.libraries:
+            # Written beside and renamed: a process that has the old file mapped keeps it.
+            partial = self.package / f".{library.name}.partial"
+            shutil.copy2(library, partial)
+            partial.replace(self.package / library.name)
+        partial = self.package / "._build.json.partial"
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        partial.replace(self.package / "_build.json")
 
     def build_all(self, report: dict[str, Any]) -> None:
         torch_info = find_torch()
-        compiler, compiler_version = find_compiler()
+        launcher, compiler, compiler_version = find_compiler()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         nvcc, no_cuda = find_cuda(torch_info)
         report.update(
@@ -199,7 +249,8 @@ class CMakeBuild(build_ext):
         except Missing as missing:
             native = {"built": False, "reason": missing.reason, "remedy": missing.remedy}
         settings = {
-            "CMAKE_CXX_COMPILER": compiler,
+            "CMAKE_CXX_COMPILER": ";".join(compiler),
+            "CMAKE_CXX_COMPILER_LAUNCHER": ";".join(launcher or [os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", "")]),
             "CMAKE_MAKE_PROGRAM": ninja,
             "TORCH_INCLUDE_DIRS": ";".join(torch_info["include"]),
             "TORCH_LIBRARY_DIR": torch_info["library"],
@@ -209,13 +260,14 @@ class CMakeBuild(build_ext):
             "ONER_FAST_NATIVE": "ON" if native["built"] else "OFF",
             "ONER_FAST_CUDA": "ON" if nvcc else "OFF",
             "ONER_FAST_SANITIZE": os.environ.get("ONER_FAST_SANITIZE", ""),
-            "ONER_FAST_WERROR": "ON" if os.environ.get("ONER_FAST_WERROR", "0") == "1" else "OFF",
+            "ONER_FAST_WERROR": "ON" if switch("ONER_FAST_WERROR") else "OFF",
         }
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
             settings["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures(nvcc)
             report["cuda"].update(architectures=settings["CMAKE_CUDA_ARCHITECTURES"], version=cuda_release(nvcc))
-        facts = [report["torch"], compiler_version, sys.version]
+        flags = [os.environ.get(name, "") for name in ("CXXFLAGS", "CUDAFLAGS", "LDFLAGS")]  # CMake keeps the first
+        facts = [report["torch"], compiler_version, sys.version, *flags]
         try:
             output = self.compile(cmake, settings, facts)
         except Missing as missing:
@@ -229,11 +281,7 @@ class CMakeBuild(build_ext):
             libraries.append(output / "_C_cuda.so")
         if native["built"]:
             libraries.extend(output.glob("_native*"))
-        for library in libraries:
-            # Written beside and renamed: a process that has the old file mapped keeps it.
-            partial = self.package / f".{library.name}.partial"
-            shutil.copy2(library, partial)
-            partial.replace(self.package / library.name)
+        self.libraries = libraries
         report["extension"] = {"built": True, "reason": "", "remedy": ""}
         report["native"] = native
 
@@ -247,6 +295,9 @@ class CMakeBuild(build_ext):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         output = folder / "out"
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not (jobs.isdecimal() and int(jobs)):
+            raise Missing(f"MAX_JOBS must be a number of at least 1, got {jobs!r}", "correct it")
         arguments = [f"-D{name}={value}" for name, value in {**settings, "ONER_FAST_OUTPUT": str(output)}.items()]
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments]
         try:
@@ -255,7 +306,6 @@ class CMakeBuild(build_ext):
             shutil.rmtree(folder, ignore_errors=True)
             self.call(configure)
         key.write_text(digest)
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.call([cmake, "--build", str(folder), "--parallel", jobs])
         return output
 
@@ -275,11 +325,10 @@ class CMakeBuild(build_ext):
             )
 
     def built(self) -> list[Path]:
-        return [
-            path
-            for pattern in ("_C.so", "_C_cuda.so", "_native*.so", "_native*.pyd", "_build.json")
-            for path in self.package.glob(pattern)
-        ]
+        """List what a build of this Python left; the packer of another Python stays."""
+        native = f"_native{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}"
+        names = {"_C.so", "_C_cuda.so", native, "_native.so", "_build.json"}
+        return [self.package / name for name in sorted(names) if (self.package / name).exists()]
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in self.built()] if hasattr(self, "package") else []

@@ -13,11 +13,14 @@ import json
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import oner_fast
+from oner_fast.atomic import write_atomic
 from oner_fast.benchmarks import checkout
+from oner_fast.benchmarks.alone import Busy, alone
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.compare import add_options, formatted, markdown, reason_against
 from oner_fast.benchmarks.comparison import INTERLEAVED, Comparison, compare
@@ -52,30 +55,38 @@ def main(argv: Sequence[str]) -> int:
         return _fail(reason)
     try:
         root, this = checkout.repository(), commit_of_this()
-        _tell(f"building {options.base}")
-        base = checkout.check_out(options.base, root / "build" / "against")
-        threads = ("--threads", str(options.threads))
-        sides = [
-            Side(BEFORE, base.package, threads),
-            Side(AFTER, None, threads),
-            Side(PYTORCH, None, (*threads, "--pytorch")),
-        ]
-        with Turns(sides) as turns:
-            described = _described(turns, base)
-            subjects = turns.prepare(options.op, STEPS if options.steps else (), _tell)
-            turns.count(subjects, _tell)
-            turns.measure(subjects, options.seconds, _tell)
+        options.out.mkdir(parents=True, exist_ok=True)
+        builds = root / "build" / "against"
+        with alone(builds):
+            _tell(f"building {options.base}")
+            base = checkout.check_out(options.base, builds)
+            subjects, described = _measured(base, options)
         records = records_of(subjects, described, (base.commit, False), this, clock_of(options.threads))
         found = compare(*records, error=options.error, margin=options.margin)
+        print(formatted(found, options))
         _write(options.out, records, found)
-    except (checkout.NoBuild, Failed, OSError, ValueError) as problem:
+    except (checkout.NoBuild, Busy, Failed, OSError, ValueError) as problem:
         return _fail(str(problem))
-    print(formatted(found, options))
     broken = [one for one in subjects if (AFTER, OURS) in one.missing]
     for one in subjects:
         for (side, contender), why in one.missing.items():
             print(f"not measured: {one.key}: {contender} {side}: {why}", file=sys.stderr)
     return 1 if found.regressions or broken else 0
+
+
+def _measured(base: checkout.Checkout, options: argparse.Namespace) -> tuple[list[Subject], dict[str, dict[str, Any]]]:
+    threads = ("--threads", str(options.threads))
+    sides = [
+        Side(BEFORE, base.package, threads),
+        Side(AFTER, None, threads),
+        Side(PYTORCH, None, (*threads, "--pytorch")),
+    ]
+    with Turns(sides) as turns:
+        described = _described(turns, base)
+        subjects = turns.prepare(options.op, STEPS if options.steps else (), _tell)
+        turns.count(subjects, _tell)
+        turns.measure(subjects, options.seconds, _tell)
+    return subjects, described
 
 
 def clock_of(threads: int) -> str:
@@ -158,8 +169,13 @@ def _write(folder: Path, records: tuple[Record, Record], found: Comparison) -> N
     folder.mkdir(parents=True, exist_ok=True)
     for name, one in zip((BEFORE, AFTER), records, strict=True):
         write(one, folder / f"{name}.json")
-    (folder / "comparison.md").write_text(markdown(found) + "\n", encoding="utf-8")
-    (folder / "comparison.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    texts = {"comparison.md": markdown(found), "comparison.json": json.dumps(found.as_dict(), indent=1)}
+    for name, text in texts.items():
+        write_atomic(folder / name, partial(_write_text, text + "\n"))
+
+
+def _write_text(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())
 
 
 def _reason_against(options: argparse.Namespace) -> str:

@@ -3,9 +3,10 @@
 The statistic is the difference of the medians of log ratios. Its standard error comes from a block bootstrap: load from
 neighbours lasts for seconds, so rounds that follow each other are alike, and only whole blocks of them are drawn. A
 block is at least twice as long as the rounds remember each other, by the correlation of neighbouring ranks; what they
-remember across the edges of blocks is added. The interval is the difference plus and minus the standard error times a
-quantile of Student's t with one degree of freedom less than there are blocks. A comparison of many keys divides its
-error by their number (Bonferroni).
+remember across the edges of blocks is added. Noise of the series' own scale and memory is the least error, since a
+bootstrap of few blocks is sometimes small by chance. The interval is the difference plus and minus the standard error
+times a quantile of Student's t with one degree of freedom less than there are blocks. A comparison of many keys divides
+its error by their number (Bonferroni).
 
 Where both series come from the same rounds, as `oner-fast bench against` measures them, the median of the differences
 within a round takes the place of the difference of medians, and what slows a round cancels.
@@ -59,14 +60,14 @@ def paired(before: Sequence[float], after: Sequence[float], *, block: int, error
         raise ValueError(f"the same rounds are needed, got {len(before)} before and {len(after)} after")
     differences = _logs(after, "after") - _logs(before, "before")
     spread, blocks = _standard_error(differences, block, SEED)
-    return _change(float(differences.median()), spread, blocks - 1, error)
+    return _change(float(_median(differences)), spread, blocks - 1, error)
 
 
 def independent(before: Sequence[float], after: Sequence[float], *, block: int, error: float) -> Change:
     """Estimate the change between two series that were measured apart. Takes and raises as `paired`, of any lengths."""
     logs = [_logs(before, "before"), _logs(after, "after")]
     (old, old_blocks), (new, new_blocks) = (_standard_error(one, block, SEED + i) for i, one in enumerate(logs))
-    change = float(logs[1].median() - logs[0].median())
+    change = float(_median(logs[1]) - _median(logs[0]))
     return _change(change, math.hypot(old, new), min(old_blocks, new_blocks) - 1, error)
 
 
@@ -77,6 +78,12 @@ def _logs(values: Sequence[float], which: str) -> Tensor:
         if not 0 < value < math.inf:
             raise ValueError(f"a round {which} has the value {value}, and a positive, finite number is needed")
     return torch.tensor(values, dtype=torch.float64).log()
+
+
+def _median(values: Tensor) -> Tensor:
+    """Median of the last dimension. torch.median takes the lower of two middle values, which favours "faster"."""
+    ordered, count = values.sort().values, values.shape[-1]
+    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
 
 
 def _standard_error(values: Tensor, block: int, seed: int) -> tuple[float, int]:
@@ -91,9 +98,13 @@ def _standard_error(values: Tensor, block: int, seed: int) -> tuple[float, int]:
     blocks = values[: count * length].view(count, length)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
-    spread = float(blocks[drawn].flatten(1).median(dim=1).values.std())
+    spread = float(_median(blocks[drawn].flatten(1)).std())
     across = 2 * correlation / ((1 - correlation**2) * length)
-    return spread / math.sqrt(max(1 - across, 0.25)), count
+    spread /= math.sqrt(max(1 - across, 0.25))
+    # The median of few blocks sometimes hardly moves by chance, which alone would call noise a change. No error is
+    # smaller than that of normal noise with the series' own scale and memory.
+    scale = 1.4826 * float(_median((values - _median(values)).abs()))
+    return max(spread, scale * math.sqrt(math.pi / 2 * memory / len(values))), count
 
 
 def _correlation(values: Tensor) -> float:

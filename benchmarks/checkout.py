@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from oner_fast.benchmarks.source import git, refusal
+
 # What a build depends on in a commit; builds of equal sources are shared.
 SOURCES = ("csrc", "CMakeLists.txt", "setup.py")
 BUILT = ("_C*.so", "_native*", "_build.json")
@@ -53,6 +55,8 @@ def commit_of(root: Path, name: str) -> str:
     """Find the SHA of a commit by its name. Raises NoBuild where it is not in reach."""
     done = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if done.returncode:
+        if reason := refusal(_git(root, "rev-parse", "--git-dir")):
+            raise NoBuild(reason)
         shallow = _git(root, "rev-parse", "--is-shallow-repository").stdout.strip() == "true"
         remedy = "; the clone is shallow, and `git fetch --unshallow` brings the rest" if shallow else ""
         raise NoBuild(f"{name!r} is no commit in {root}{remedy}")
@@ -104,8 +108,11 @@ def _unpack(root: Path, commit: str, place: Path) -> None:
         if done.returncode:
             raise NoBuild(f"git archive {commit[:12]} failed: {done.stderr.decode(errors='replace').strip()}")
         packed.seek(0)
-        with tarfile.open(fileobj=packed) as tar:
-            tar.extractall(place, filter="data")
+        try:
+            with tarfile.open(fileobj=packed) as tar:
+                tar.extractall(place, filter="data")
+        except tarfile.TarError as error:
+            raise NoBuild(f"commit {commit[:12]} cannot be unpacked: {error}") from error
 
 
 def _lay_over(root: Path, place: Path) -> None:
@@ -137,11 +144,13 @@ def _build(place: Path, commit: str) -> None:
 def _keep(package: Path, kept: Path) -> None:
     """Keep what was built, whole or not at all."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=kept.parent))
-    for pattern in BUILT:
-        for path in package.glob(pattern):
-            shutil.copy2(path, partial / path.name)
-    partial.replace(kept)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as made:
+        partial = Path(made) / kept.name
+        partial.mkdir()
+        for pattern in BUILT:
+            for path in package.glob(pattern):
+                shutil.copy2(path, partial / path.name)
+        partial.replace(kept)
 
 
 def _digest(root: Path, commit: str) -> str:
@@ -161,4 +170,7 @@ def _reason(package: Path) -> str:
 
 
 def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    try:
+        return git(root, *arguments)
+    except OSError as error:
+        raise NoBuild(f"git is needed to find the other commit, and cannot be run: {error}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from oner_fast.benchmarks import record
 from oner_fast.benchmarks.comparison import ERROR, GONE, MARGIN, NEW, PAIRED_MARGIN, UNKNOWN, Comparison, Row, compare
+from oner_fast.benchmarks.values import in_markdown
 
 COLUMNS = ("key", "before", "after", "speed", "interval", "verdict")
 
@@ -93,13 +94,14 @@ def text(found: Comparison) -> str:
 
 def markdown(found: Comparison) -> str:
     """Format a comparison as Markdown."""
-    lines = [*(f"* {line}" for line in _head(found)), ""]
+    lines = [*(f"* {in_markdown(line)}" for line in _head(found)), ""]
     lines += [f"| {' | '.join(COLUMNS)} | notes |", "|---|---:|---:|---:|---|---|---|"]
     for row in found.rows:
         key, *cells, verdict = _cells(row)
         verdict = f"**{verdict}**" if row.regressed else verdict
-        lines.append(f"| {' | '.join([_plain(key), *cells, verdict])} | {_plain('; '.join(_notes(row)))} |")
-    return "\n".join([*lines, "", f"**{conclusion(found)}**" if found.regressions else conclusion(found)])
+        lines.append(f"| {' | '.join([in_markdown(key), *cells, verdict])} | {in_markdown('; '.join(_notes(row)))} |")
+    said = in_markdown(conclusion(found))
+    return "\n".join([*lines, "", f"**{said}**" if found.regressions else said])
 
 
 def conclusion(found: Comparison) -> str:
@@ -141,11 +143,6 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _notes(row: Row) -> list[str]:
     return [*(f"MORE {one}" for one in row.more), *(f"less {one}" for one in row.less), *row.remarks]
-
-
-def _plain(text: str) -> str:
-    """Keep a name of a file from elsewhere within its cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _fail(message: str) -> int:

@@ -23,6 +23,8 @@ ERROR = 0.01
 PAIRED_MARGIN, MARGIN = 0.05, 0.1
 # A slow-down that a comparison should be able to see; a remark says where the interval includes it.
 SOUGHT = 0.2
+# Intervals end at a million times as fast.
+MOST_LOG = math.log(1e6)
 # Peaks are exact to some hundred KiB.
 PEAK_SHARE, PEAK_BYTES = 0.02, 2**20
 INTERLEAVED = "interleaved"
@@ -146,7 +148,7 @@ def _row(before: Entry, after: Entry, paired: bool, block: int, error: float, ma
     verdict = SLOWER if change.low > least else FASTER if change.high < -least else SAME
     if verdict == SAME and change.high > math.log1p(SOUGHT):
         remarks.append(f"too noisy to rule out that it takes {SOUGHT:.0%} longer")
-    middle, low, high = (math.expm1(-log) for log in (change.log, change.high, change.low))
+    middle, low, high = (math.expm1(min(-log, MOST_LOG)) for log in (change.log, change.high, change.low))
     return Row(before.key, verdict, *ratios, middle, low, high, more, less, remarks)
 
 
@@ -154,6 +156,7 @@ def _baseline(before: Entry, after: Entry) -> str:
     """Name the baseline of both entries that was the fastest in both together."""
     ours = {before.ours, after.ours}
     names = [name for name in before.seconds if name in after.seconds and name.split()[0] not in ours]
+    names = [name for name in names if before.seconds[name] and after.seconds[name]]
     if not names:
         raise ValueError("the records have no PyTorch baseline of it in common")
     long = [
@@ -165,7 +168,7 @@ def _baseline(before: Entry, after: Entry) -> str:
     def both(name: str) -> float:
         return statistics.median(before.seconds[name]) * statistics.median(after.seconds[name])
 
-    return min(long or [name for name in names if before.seconds[name] and after.seconds[name]], key=both)
+    return min(long or names, key=both)
 
 
 def _relative(entry: Entry, baseline: str) -> list[float]:

@@ -19,17 +19,25 @@ from typing import Any
 
 from oner_fast.atomic import write_atomic
 from oner_fast.benchmarks.against import clock_of, records_of
+from oner_fast.benchmarks.alone import Busy, alone
+from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.comparison import ERROR, MARGIN, PAIRED_MARGIN, SLOWER, Comparison, compare
 from oner_fast.benchmarks.ops import OPS
 from oner_fast.benchmarks.record import Record
 from oner_fast.benchmarks.source import commit_of_this
 from oner_fast.benchmarks.turns import AFTER, BEFORE, PYTORCH, Failed, Side, Subject, Turns
-from oner_fast.bounded_json import load_object
+from oner_fast.benchmarks.values import between, count, filled, get, number, of
+from oner_fast.bounded_json import load_object, shown
+from oner_fast.format_version import check_format_version
 
 FOLDER = Path("runs/noise")
 PAIRS, SECONDS = 100, 20.0
 MOST_BYTES = 64 * 2**20
 IN_TURN = "in turn"
+FORMAT = 1
+"""Version of a pair's file."""
+MOST_PLANTED = 100.0
+_REMEDY = "remove the file, and it is measured again"
 Tell = Callable[[str], None]
 
 
@@ -63,20 +71,25 @@ def collect(folder: Path, pairs: int, settings: Settings, tell: Tell = lambda te
     """Measure the pairs that `folder` lacks, and return the files of all of them.
 
     Raises:
+        Busy: another process measures in the folder.
         Failed: a process ended, or a result was wrong.
-        ValueError: the folder has pairs of other settings.
+        ValueError: the folder has pairs of other settings, or files that are none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:03}.json" for number in range(pairs)]
-    for number, path in enumerate(paths):
+    with alone(folder):
+        return _collected(folder, pairs, settings, tell)
+
+
+def _collected(folder: Path, pairs: int, settings: Settings, tell: Tell) -> list[Path]:
+    paths = [folder / f"{place:03}.json" for place in range(pairs)]
+    for place, path in enumerate(paths):
         if path.exists():
             _load(path, settings, "wall")
             continue
-        tell(f"pair {number + 1} of {pairs}")
+        tell(f"pair {place + 1} of {pairs}")
         subjects, described = _measure(settings)
         commit, dirty = commit_of_this()
         whole = {
-            "format": 1,
+            "format": FORMAT,
             "settings": settings.as_dict(),
             "commit": commit,
             "dirty": dirty,
@@ -125,7 +138,8 @@ def alarms(comparisons: Sequence[Comparison]) -> int:
 
 def caught(comparisons: Sequence[Comparison], op: str) -> int:
     """Count the comparisons in which every key of an op is slower."""
-    return sum(all(row.verdict == SLOWER for row in one.rows if row.key.split()[0] == op) for one in comparisons)
+    verdicts = ([row.verdict for row in one.rows if row.key.split()[0] == op] for one in comparisons)
+    return sum(bool(each) and all(one == SLOWER for one in each) for each in verdicts)
 
 
 def margins(comparisons: Sequence[Comparison]) -> list[float]:
@@ -136,15 +150,25 @@ def margins(comparisons: Sequence[Comparison]) -> list[float]:
 
 def _load(path: Path, settings: Settings, clock: str) -> tuple[Record, Record]:
     """Read a pair's file as two records. Raises ValueError where it is none, or of other settings."""
-    whole = load_object(path.read_bytes(), str(path), max_bytes=MOST_BYTES)
+    with open(path, "rb") as file:
+        whole = load_object(file.read(MOST_BYTES + 1), str(path), max_bytes=MOST_BYTES)
+    check_format_version(path, whole.get("format"), FORMAT)
     if whole.get("settings") != settings.as_dict():
         raise ValueError(
             f"{path} has the settings {whole.get('settings')}, and {settings.as_dict()} are asked for; "
             "give another folder with --out"
         )
-    subjects = [_from_dict(one) for one in whole["subjects"]]
-    commit = (whole["commit"], whole["dirty"])
-    return records_of(subjects, whole["described"], commit, commit, clock)
+    what = str(path)
+    found = get(whole, "subjects", list, what, _REMEDY)
+    subjects = [_from_dict(one, f"{what}: subjects[{place}]") for place, one in enumerate(found)]
+    commit = (get(whole, "commit", str, what, _REMEDY), get(whole, "dirty", bool, what, _REMEDY))
+    described = get(whole, "described", dict, what, _REMEDY)
+    for side in (BEFORE, AFTER):
+        one = get(described, side, dict, f"{what}: described", _REMEDY)
+        get(one, "line", str, f"{what}: described.{side}", _REMEDY)
+        facts = get(one, "facts", dict, f"{what}: described.{side}", _REMEDY)
+        get(facts, "oner_fast", str, f"{what}: described.{side}.facts", _REMEDY)
+    return records_of(subjects, described, commit, commit, clock)
 
 
 def _as_dict(subject: Subject) -> dict[str, Any]:
@@ -153,9 +177,38 @@ def _as_dict(subject: Subject) -> dict[str, Any]:
     return {**{name: getattr(subject, name) for name in names}, **times}
 
 
-def _from_dict(found: dict[str, Any]) -> Subject:
-    times = {name: {(side, contender): each for side, contender, each in found[name]} for name in ("wall", "busy")}
-    return Subject(**{**found, **times})
+def _from_dict(found: Any, what: str) -> Subject:
+    found = of(found, dict, what)
+    wall, busy = (_times(get(found, name, list, what, _REMEDY), f"{what}.{name}") for name in ("wall", "busy"))
+    if wall.keys() != busy.keys() or not wall.keys() >= {(BEFORE, OURS), (AFTER, OURS)}:
+        raise ValueError(f"{what} lacks the rounds of a build, or of one of both clocks; {_REMEDY}")
+    served = get(found, "served", dict, what, _REMEDY)
+    errors = get(found, "errors", dict, what, _REMEDY)
+    key, kind, op, shape, dtype = (
+        get(found, name, str, what, _REMEDY) for name in ("key", "kind", "op", "shape", "dtype")
+    )
+    return Subject(
+        key=filled(key, f"{what}.key"),
+        kind=kind,
+        op=op,
+        shape=shape,
+        dtype=dtype,
+        served={side: get(served, side, str, f"{what}.served", _REMEDY) for side in (BEFORE, AFTER)},
+        errors={side: of(errors[side], dict, f"{what}.errors.{side}") for side in errors},
+        wall=wall,
+        busy=busy,
+        rounds_in_a_visit=count(found.get("rounds_in_a_visit"), f"{what}.rounds_in_a_visit"),
+    )
+
+
+def _times(found: list[Any], what: str) -> dict[tuple[str, str], list[float]]:
+    made = {}
+    for one in found:
+        if not isinstance(one, list) or len(one) != 3 or not isinstance(one[2], list) or not one[2]:
+            raise ValueError(f"{what} has {shown(one)}, and needs a side, a contender and its seconds; {_REMEDY}")
+        side, contender = filled(one[0], what), filled(one[1], what)
+        made[side, contender] = [float(between(number(each, what), 1e-9, 1e9, what)) for each in one[2]]
+    return made
 
 
 def parser() -> argparse.ArgumentParser:
@@ -180,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(reason)
         paths = collect(options.out, options.pairs, settings, lambda text: print(text, file=sys.stderr, flush=True))
         found = judge(paths, settings, options.margin)
-    except (Failed, OSError, ValueError) as problem:
+    except (Busy, Failed, OSError, ValueError) as problem:
         print(f"oner-fast bench noise: {problem}", file=sys.stderr)
         return 2
     for way, comparisons in found.items():
@@ -211,9 +264,18 @@ def _planted(text: str | None) -> tuple[tuple[str, float], ...]:
 
 
 def _reason_against(options: argparse.Namespace) -> str:
-    for name in [*options.op, *(op for op, _ in _planted(options.plant))]:
+    for name in options.op:
         if name not in OPS:
             return f"unknown op {name!r}; known: {', '.join(OPS)}"
+    for name, factor in _planted(options.plant):
+        if name not in options.op:
+            return f"--plant must name an op that is measured, one of {', '.join(options.op)}, got {name!r}"
+        if not 1 < factor <= MOST_PLANTED:
+            return f"--plant needs a factor above 1 and up to {MOST_PLANTED:g}, got {factor:g}"
+    if options.margin is not None and not 0 <= options.margin < float("inf"):
+        return f"--margin must be 0 or more, got {options.margin:g}"
+    if options.out.exists() and not options.out.is_dir():
+        return f"--out must be a folder, and {options.out} is a file"
     if options.pairs < 1 or options.threads < 1:
         return f"--pairs and --threads must be at least 1, got {options.pairs} and {options.threads}"
     if not 0 < options.seconds < float("inf"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oner_fast.benchmarks.recorded import report_of
+from oner_fast.benchmarks.report import Report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,11 +19,26 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def _spare(target: Path, file: Path, report: Report) -> None:
+    """Refuse to replace the figures of another command. Raises ValueError."""
+    if not target.exists() or target.samefile(file):
+        return
+    try:
+        command = report_of(target).command
+    except ValueError:
+        command = ""
+    if command != report.command:
+        raise ValueError(f"{target} holds other figures, which this would replace: give another folder with --out")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns 0, or 2 for a file that cannot be read or a folder that cannot be written."""
     options = parser().parse_args(argv)
     try:
-        written = report_of(options.file).write(options.file.parent if options.out is None else options.out)
+        report = report_of(options.file)
+        folder = options.file.parent if options.out is None else options.out
+        _spare(folder / "results.json", options.file, report)
+        written = report.write(folder)
     except (OSError, ValueError) as error:
         print(f"oner-fast bench page: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,8 @@ from typing import IO, Any
 from oner_fast.atomic import write_atomic
 from oner_fast.benchmarks.record import Entry, Record
 from oner_fast.benchmarks.record import read as read_record
+from oner_fast.benchmarks.values import count, get, number, of
+from oner_fast.bounded_json import load_object, shown
 
 RATIOS = Path(__file__).resolve().parent / "results" / "ratios.json"
 LEAST_RUNS = 3
@@ -26,6 +28,7 @@ LEAST_RUNS = 3
 LEAST_MARGIN = 0.20
 # On another processor.
 ELSEWHERE = 0.5
+MOST_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,10 @@ class Ratios:
             same = one.name == processor and _minor(one.torch) == _minor(versions["torch"])
             if known is None or known.served != entry.served or (entry.kind == "step" and not same):
                 continue
-            for name, count in known.counts.items():
-                if name in entry.counts and entry.counts[name] != count:
-                    return f"{entry.key}: {name} is {entry.counts[name]:,}, and was {count:,} in {one.commits[-1][:12]}"
+            for name, known_count in known.counts.items():
+                if name in entry.counts and entry.counts[name] != known_count:
+                    found = f"{entry.key}: {name} is {entry.counts[name]:,}"
+                    return f"{found}, and was {known_count:,} in {one.commits[-1][:12]}"
         return ""
 
     def regression(self, entry: Entry, processor: str) -> str:
@@ -120,14 +124,41 @@ def read(path: Path = RATIOS) -> Ratios:
     if not path.exists():
         return Ratios()
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found = {}
-        for name, one in data["processors"].items():
-            entries = {key: Committed(**each) for key, each in one["entries"].items()}
-            found[name] = Processor(**{**one, "name": name, "entries": entries})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): write it again with `make ratios`") from error
-    return Ratios(found)
+        with open(path, "rb") as file:
+            data = load_object(file.read(MOST_BYTES + 1), "the file", max_bytes=MOST_BYTES)
+        processors = get(data, "processors", dict, "the file")
+        return Ratios({name: _processor(name, one) for name, one in processors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): write it again with `make ratios`") from error
+
+
+def _processor(name: str, found: Any) -> Processor:
+    what = shown(name)
+    found = of(found, dict, what)
+    commits = [of(one, str, f"{what}.commits") for one in get(found, "commits", list, what)]
+    if not commits:
+        raise ValueError(f"{what} names no commit")
+    entries = get(found, "entries", dict, what)
+    return Processor(
+        name,
+        get(found, "machine", str, what),
+        get(found, "torch", str, what),
+        commits,
+        {key: _committed(each, f"{what}.{key}") for key, each in entries.items()},
+    )
+
+
+def _committed(found: Any, what: str) -> Committed:
+    found = of(found, dict, what)
+    ratios = [number(one, f"{what}.ratios") for one in get(found, "ratios", list, what)]
+    if not ratios or min(ratios) <= 0:
+        raise ValueError(f"{what}.ratios is {shown(ratios)}, and positive numbers are needed")
+    counts = get(found, "counts", dict, what)
+    return Committed(
+        get(found, "served", str, what),
+        ratios,
+        {name: count(each, f"{what}.counts.{name}") for name, each in counts.items()},
+    )
 
 
 def write(ratios: Ratios, path: Path = RATIOS) -> None:
@@ -148,11 +179,13 @@ def merged(records: Sequence[Record]) -> Processor:
     """Make the committed figures of one processor from the records of several runs.
 
     Raises:
-        ValueError: there are too few runs, they come from different processors or versions of torch, or their counts or
-            implementations differ.
+        ValueError: there are too few runs, one of them is given twice, they come from different processors or versions
+            of torch, or their keys, counts or implementations differ.
     """
     if len(records) < LEAST_RUNS:
         raise ValueError(f"{len(records)} records were given, and the spread needs at least {LEAST_RUNS} runs")
+    if any(one == other for place, one in enumerate(records) for other in records[:place]):
+        raise ValueError("a record is given twice, and its copy shows no spread: give runs of their own")
     for what, values in (
         ("processor", {processor_of(one.facts) for one in records}),
         ("torch", {one.versions.get("torch", "") for one in records}),
@@ -163,13 +196,15 @@ def merged(records: Sequence[Record]) -> Processor:
     for first in records[0].entries:
         if first.ratio is None:
             continue
-        runs = [one.entry(first.key) for one in records if any(other.key == first.key for other in one.entries)]
+        runs = [each for one in records for each in one.entries if each.key == first.key]
+        if len(runs) < len(records):
+            raise ValueError(f"{first.key}: {len(records) - len(runs)} of {len(records)} records lack it")
         if any((one.served, one.counts) != (first.served, first.counts) for one in runs):
             raise ValueError(f"{first.key}: the implementation or a count differs between the records")
         ratios = [round(one.ratio, 4) for one in runs if one.ratio is not None]
         entries[first.key] = Committed(first.served, ratios, first.counts)
     newest = records[-1]
-    commits = [one.commit for one in records]
+    commits = [one.commit + "+" * one.dirty for one in records]
     return Processor(processor_of(newest.facts), newest.machine, newest.versions.get("torch", ""), commits, entries)
 
 

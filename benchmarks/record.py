@@ -8,13 +8,16 @@ reader of an earlier one ignores.
 from __future__ import annotations
 
 import json
-import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from oner_fast.atomic import write_atomic
+from oner_fast.benchmarks.values import at_least_0, between, cleaned, count, filled, get, number, of, printable
 from oner_fast.bounded_json import load_object, shown
 from oner_fast.format_version import check_format_version
 
@@ -24,6 +27,9 @@ NAME = "oner_fast"
 """Name of both objects, and of ours among the contenders."""
 KINDS = ("op", "step", "loader")
 MOST_BYTES = 256 * 2**20
+# Seconds of a round that can be true; ratios of such numbers neither overflow nor vanish.
+LEAST_SECONDS, MOST_SECONDS = 1e-12, 1e9
+MEMORY = ("peak", "saved", "saved_beyond_inputs")
 _WRITE = "`pytest benchmarks --benchmark-json=FILE` writes one"
 
 
@@ -176,25 +182,24 @@ def parse(data: bytes | str, what: str) -> Record:
     _check_format(what, here)
     place = f"{what}: machine_info.{NAME}"
     entries = []
-    for number, one in enumerate(benchmarks):
+    for index, one in enumerate(benchmarks):
         extra = one.get("extra_info") if isinstance(one, dict) else None
         if not isinstance(extra, dict):
-            raise ValueError(f"{what}: benchmarks[{number}] has no extra_info; {_WRITE}")
+            raise ValueError(f"{what}: benchmarks[{index}] has no extra_info; {_WRITE}")
         if NAME in extra:
-            entries.append(_entry(extra[NAME], f"{what}: benchmarks[{number}].extra_info.{NAME}"))
-    keys = [one.key for one in entries]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
+            entries.append(_entry(extra[NAME], f"{what}: benchmarks[{index}].extra_info.{NAME}"))
+    if twice := next((key for key, count in Counter(one.key for one in entries).items() if count > 1), None):
         raise ValueError(f"{what} has two entries {twice!r}, and a key must be unique")
     versions = _get(here, "versions", dict, place)
     time = whole.get("datetime", "")
     return Record(
         machine=_get(here, "line", str, place),
         facts=_get(here, "facts", dict, place),
-        versions={str(name): _of(value, str, f"{place}.versions.{name}") for name, value in versions.items()},
+        versions={printable(name, place): _get(versions, name, str, f"{place}.versions") for name in versions},
         commit=_get(here, "commit", str, place),
         dirty=_get(here, "dirty", bool, place),
         entries=entries,
-        time=time if isinstance(time, str) else "",
+        time=cleaned(time, f"{what}: datetime") if isinstance(time, str) else "",
     )
 
 
@@ -205,102 +210,102 @@ def _check_format(what: str, found: Mapping[str, Any]) -> None:
 
 
 def _entry(found: Any, what: str) -> Entry:
-    found = _of(found, dict, what)
+    found = of(found, dict, what)
     _check_format(what, found)
     kind = _get(found, "kind", str, what)
     if kind not in KINDS:
         raise ValueError(f"{what}.kind is {shown(kind)}, and one of {', '.join(KINDS)} is needed")
     seconds = {
-        name: [_positive(each, f"{what}.seconds[{name!r}]") for each in _of(values, list, f"{what}.seconds[{name!r}]")]
+        filled(name, what): [
+            _seconds(each, f"{what}.seconds[{name!r}]") for each in of(values, list, f"{what}.seconds[{name!r}]")
+        ]
         for name, values in _get(found, "seconds", dict, what).items()
     }
     ours, best = _get(found, "ours", str, what), _get(found, "best", str, what)
     for name in (ours, best) if best else ():
         if not seconds.get(name):
             raise ValueError(f"{what}.seconds has no rounds of {name!r}, which the ratio needs")
+    if best and best == ours:
+        raise ValueError(f"{what} has {shown(best)} as ours and as the best of the others")
     ratio = found.get("ratio")
     if bool(best) != (ratio is not None):
         raise ValueError(f"{what} has the ratio {shown(ratio)} and the best {best!r}: give both or neither")
     return Entry(
-        key=_get(found, "key", str, what),
+        key=filled(_get(found, "key", str, what), f"{what}.key"),
         kind=kind,
-        op=_get(found, "op", str, what),
+        op=filled(_get(found, "op", str, what), f"{what}.op"),
         shape=_get(found, "shape", str, what),
         dtype=_get(found, "dtype", str, what),
         served=_get(found, "served", str, what),
         seconds=seconds,
         ours=ours,
         best=best,
-        ratio=None if ratio is None else _positive(ratio, f"{what}.ratio"),
+        ratio=None if ratio is None else _ratio(ratio, f"{what}.ratio"),
         limit=_limit(found.get("limit"), f"{what}.limit"),
-        memory=_table(found, "memory", _count, what),
-        counts={str(name): _count(value, f"{what}.counts[{name!r}]") for name, value in _dict(found, "counts", what)},
-        errors=_table(found, "errors", _number, what),
-        work={str(name): _number(value, f"{what}.work[{name!r}]") for name, value in _dict(found, "work", what)},
-        parts={str(name): _number(value, f"{what}.parts[{name!r}]") for name, value in _dict(found, "parts", what)},
-        breakdown=_table(found, "breakdown", _number, what),
-        notes=[_of(note, str, f"{what}.notes") for note in _of(found.get("notes", []), list, f"{what}.notes")],
+        memory=_memory(found, what),
+        counts=_numbers(found, "counts", count, what),
+        errors=_table(found, "errors", at_least_0, what),
+        work=_numbers(found, "work", at_least_0, what),
+        parts=_numbers(found, "parts", at_least_0, what),
+        breakdown=_breakdown(found, seconds, what),
+        notes=[cleaned(note, f"{what}.notes") for note in of(found.get("notes", []), list, f"{what}.notes")],
     )
 
 
 def _limit(found: Any, what: str) -> LimitShare | None:
     if found is None:
         return None
-    found = _of(found, dict, what)
+    found = of(found, dict, what)
     name, unit = _get(found, "name", str, what), _get(found, "unit", str, what)
-    rate, share = _positive(found.get("rate"), f"{what}.rate"), _positive(found.get("share"), f"{what}.share")
+    rate, share = _ratio(found.get("rate"), f"{what}.rate"), _ratio(found.get("share"), f"{what}.share")
     return LimitShare(name, rate, unit, share)
 
 
+def _numbers(found: Mapping[str, Any], name: str, value: Any, what: str) -> dict[str, Any]:
+    each = of(found.get(name, {}), dict, f"{what}.{name}")
+    return {printable(one, f"{what}.{name}"): value(each[one], f"{what}.{name}[{one!r}]") for one in each}
+
+
 def _table(found: Mapping[str, Any], name: str, value: Any, what: str) -> dict[str, dict[str, Any]]:
-    return {
-        str(row): {
-            str(column): value(one, f"{what}.{name}[{row!r}].{column}")
-            for column, one in _of(cells, dict, f"{what}.{name}[{row!r}]").items()
-        }
-        for row, cells in _dict(found, name, what)
-    }
+    rows = of(found.get(name, {}), dict, f"{what}.{name}")
+    return {filled(row, f"{what}.{name}"): _numbers(rows, row, value, f"{what}.{name}") for row in rows}
 
 
-def _dict(found: Mapping[str, Any], name: str, what: str) -> list[tuple[str, Any]]:
-    return list(_of(found.get(name, {}), dict, f"{what}.{name}").items())
+def _memory(found: Mapping[str, Any], what: str) -> dict[str, dict[str, int]]:
+    table = _table(found, "memory", count, what)
+    for row, cells in table.items():
+        if lacking := [name for name in MEMORY if name not in cells]:
+            raise ValueError(f"{what}.memory[{row!r}] has no {lacking[0]!r}; {_WRITE}")
+    return table
+
+
+def _breakdown(found: Mapping[str, Any], seconds: Mapping[str, Any], what: str) -> dict[str, dict[str, float]]:
+    table = _table(found, "breakdown", at_least_0, what)
+    for row, cells in table.items():
+        if not seconds.get(row):
+            raise ValueError(f"{what}.breakdown has the contender {row!r}, which has no rounds")
+        if not LEAST_SECONDS <= sum(cells.values()) <= MOST_SECONDS:
+            raise ValueError(f"{what}.breakdown[{row!r}] adds up to {sum(cells.values()):g}, and seconds are needed")
+    return table
 
 
 def _get(found: Mapping[str, Any], name: str, kind: type, what: str) -> Any:
-    if name not in found:
-        raise ValueError(f"{what} has no {name!r}; {_WRITE}")
-    return _of(found[name], kind, f"{what}.{name}")
+    return get(found, name, kind, what, _WRITE)
 
 
-def _of(value: Any, kind: type, what: str) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{what} is {shown(value)}, and needs to be a {kind.__name__}")
-    return value
+def _seconds(value: Any, what: str) -> float:
+    return float(between(number(value, what), LEAST_SECONDS, MOST_SECONDS, what))
 
 
-def _count(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{what} is {shown(value)}, and needs to be an integer")
-    return value
-
-
-def _number(value: Any, what: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{what} is {shown(value)}, and needs to be a finite number")
-    return float(value)
-
-
-def _positive(value: Any, what: str) -> float:
-    number = _number(value, what)
-    if not number > 0:
-        raise ValueError(f"{what} is {shown(value)}, and needs to be above 0")
-    return number
+def _ratio(value: Any, what: str) -> float:
+    return float(between(number(value, what), LEAST_SECONDS / MOST_SECONDS, MOST_SECONDS / LEAST_SECONDS, what))
 
 
 def write(record: Record, path: Path | str) -> None:
     """Write a record as `read` reads it, with the parts of pytest-benchmark's file that this library uses.
 
     pytest-benchmark writes the record of a run; this writes records that were put together from others, and tests'.
+    The file is replaced at once. Raises OSError, and ValueError where a number is not finite.
     """
     machine = machine_object(record.machine, record.facts, record.versions, record.commit, record.dirty)
     benchmarks = [
@@ -314,4 +319,9 @@ def write(record: Record, path: Path | str) -> None:
         for one in record.entries
     ]
     whole = {"machine_info": {NAME: machine}, "benchmarks": benchmarks, "datetime": record.time}
-    Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(whole, indent=1, allow_nan=False) + "\n"
+    write_atomic(Path(path), partial(_write_text, text))
+
+
+def _write_text(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from oner_fast.benchmarks.page.figures import charts
 from oner_fast.benchmarks.page.render import render
 from oner_fast.benchmarks.page.report import report_page
 from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Row
+from oner_fast.benchmarks.typed import made
+from oner_fast.benchmarks.values import in_markdown
 from oner_fast.benchmarks.words import MIB, error, milliseconds, remarks, share, verdict
 from oner_fast.remedies import install_extra_command
 
@@ -53,9 +55,11 @@ class Report:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Make a report from the dict of `as_dict`."""
-        rows = [Row.from_dict(row) for row in data["rows"]]
-        commit, started = data.get("commit", ""), data["started"]
-        return cls(data["command"], data["machine"], data["machine_facts"], rows, data["finished"], commit, started)
+        known = {one.name for one in fields(cls)}
+        given = {name: value for name, value in data.items() if name in known and name != "rows"}
+        report = made(cls, given, "the report")
+        report.rows = [Row.from_dict(row) for row in data["rows"]]
+        return report
 
     def write(self, folder: Path) -> list[Path]:
         """Write the report into `folder`, made where it is missing; return the paths of what was written.
@@ -92,7 +96,9 @@ class Report:
     def markdown(self, drawn: Sequence[str] | Mapping[str, object] = ()) -> str:
         """Format the report as Markdown that shows the charts of the names `drawn`, which stand beside it."""
         commit = f", commit {self.commit}" if self.commit else ""
-        lines = ["# Benchmarks", "", f"`{self.command}`, {self.started}{commit}", "", f"Machine: {self.machine}", ""]
+        command = " ".join(self.command.replace("`", "'").split())
+        lines = ["# Benchmarks", "", f"`{command}`, {in_markdown(self.started + commit)}", ""]
+        lines += [f"Machine: {in_markdown(self.machine)}", ""]
         if not self.finished:
             lines += ["**This run was not finished:** the report holds the finished rows.", ""]
         lines += [
@@ -128,6 +134,11 @@ def _write(text: str, file: IO[bytes]) -> None:
     file.write(text.encode())
 
 
+def _names(*names: str) -> str:
+    """Put names into the cells of a table."""
+    return " | ".join(map(in_markdown, names))
+
+
 def _ours(row: Row) -> str:
     times = row.times.get(OURS)
     if times is None:
@@ -154,7 +165,7 @@ _TIMES: dict[str, Callable[[Row], str]] = {
 
 def _table(columns: dict[str, Callable[[Row], str]], rows: Sequence[Row]) -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    lines += [f"| {' | '.join(in_markdown(cell(row)) for cell in columns.values())} |" for row in rows]
     return [*lines, ""]
 
 
@@ -163,7 +174,7 @@ def _memory_table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for name, one in row.memory.items():
             lines.append(
-                f"| {row.op} | {row.shape} | {row.dtype} | {name} | {one['peak'] / MIB:.1f} | "
+                f"| {_names(row.op, row.shape, row.dtype, name)} | {one['peak'] / MIB:.1f} | "
                 f"{one['saved'] / MIB:.1f} | {one['saved_beyond_inputs']} |"
             )
     return [*lines, ""]
@@ -179,13 +190,13 @@ def _in_the_way(row: Row) -> list[str]:
     lines += ["| candidate | phase | ms | of these |", "|" + "---|" * 4]
     for name, phases in row.profiles.items():
         for phase, seconds in phases.items():
-            parts = ", ".join(f"{part} {milliseconds(one)}" for part, one in seconds.items())
-            lines.append(f"| {name} | {phase} | {milliseconds(sum(seconds.values()))} | {parts} |")
+            parts = in_markdown(", ".join(f"{part} {milliseconds(one)}" for part, one in seconds.items()))
+            lines.append(f"| {_names(name, phase)} | {milliseconds(sum(seconds.values()))} | {parts} |")
     return [*lines, ""]
 
 
 def _details(row: Row) -> list[str]:
-    lines = [f"### {row.op}, {row.shape}, {row.dtype}", ""]
+    lines = [f"### {in_markdown(f'{row.op}, {row.shape}, {row.dtype}')}", ""]
     if row.times:
         lines += [
             "| candidate | p20, ms | p50, ms | p80, ms | rounds | error | gradients | set-up, s |",
@@ -194,7 +205,7 @@ def _details(row: Row) -> list[str]:
         for name, one in sorted(row.times.items(), key=lambda item: item[1].p50):
             errors = row.precision.get(name, {OUTPUTS: row.errors[name]} if name in row.errors else {})
             lines.append(
-                f"| {name} | {milliseconds(one.p20)} | {milliseconds(one.p50)} | {milliseconds(one.p80)} | "
+                f"| {_names(name)} | {milliseconds(one.p20)} | {milliseconds(one.p50)} | {milliseconds(one.p80)} | "
                 f"{one.rounds} | {error(errors.get(OUTPUTS))} | {error(errors.get(GRADIENTS))} | {one.setup:.1f} |"
             )
         lines.append("")
@@ -202,6 +213,6 @@ def _details(row: Row) -> list[str]:
         lines += _in_the_way(row)
     if row.parts:
         lines += ["| part | share of ours |", "|---|---|"]
-        lines += [f"| {name} | {share:.1%} |" for name, share in row.parts.items()]
+        lines += [f"| {_names(name)} | {share:.1%} |" for name, share in row.parts.items()]
         lines.append("")
-    return [*lines, *(f"* {note}" for note in (verdict(row), *remarks(row))), ""]
+    return [*lines, *(f"* {in_markdown(note)}" for note in (verdict(row), *remarks(row))), ""]

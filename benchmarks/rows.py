@@ -12,6 +12,7 @@ from typing import Any
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.limits import Limit
 from oner_fast.benchmarks.timing import Samples, ratio
+from oner_fast.benchmarks.typed import made
 
 NOTHING: Mapping[str, float] = {}
 OUTPUTS, GRADIENTS = "loss or output", "gradients"
@@ -106,12 +107,8 @@ class Row:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
-        """Make a row from the dict of `as_dict`."""
-        fields = dict(data)
-        fields["times"] = {name: Times(**one) for name, one in fields.get("times", {}).items()}
-        for name in ("speedup", "speedup_eager"):
-            fields[name] = Quantiles(**fields[name]) if fields.get(name) else None
-        return cls(**fields)
+        """Make a row from the dict of `as_dict`. Raises ValueError where a field is not of its type."""
+        return made(cls, data, "the row")
 
     def add_times(
         self,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ SECONDS_OF_A_VISIT, MOST_ROUNDS_IN_A_VISIT = 0.15, 12
 # Baselines that are this much slower than the fastest in the first rounds are left out.
 CLOSE, SCREENING_ROUNDS = 1.25, 4
 BEFORE, AFTER, PYTORCH = "before", "after", "PyTorch"
+# In pages of 4 KiB a process keeps for all of its rounds what it has by luck: its memory's places in the caches. That
+# made the same build 20 % slower in one process than in another. Pages of 2 MiB leave 3 %.
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # Variables that would give both builds the same library or another path.
 _UNSET = ("ONER_FAST_LIBRARY", "PYTHONPATH")
 Tell = Callable[[str], None]
@@ -102,6 +107,7 @@ class Process:
             environment["PYTHONPATH"] = str(side.package)
         # No folder of the caller may stand in front of the package.
         environment["PYTHONSAFEPATH"] = "1"
+        environment["GLIBC_TUNABLES"] = ":".join(filter(None, (environment.get("GLIBC_TUNABLES"), _HUGE_PAGES)))
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", "oner_fast.benchmarks.worker", *side.options],
@@ -126,35 +132,49 @@ class Process:
         """Wait for the answer. Raises Failed where the process says that it failed, or ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        if not line:
-            status = self.process.wait()
-            self.said.seek(0)
-            last = (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
-            raise Failed(f"the process of {self.side.name} ended with status {status}: {last}")
+        if not line.endswith("\n"):  # a killed process may leave a part of a line
+            raise Failed(self._ended())
         found = json.loads(line)
         if "error" in found:
             raise Failed(found["error"])
         return found["answer"]
+
+    def _ended(self) -> str:
+        status = self.process.wait()
+        self.said.seek(0)
+        last = (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
+        if status < 0:
+            name = signal.Signals(-status).name
+            memory = "; the system does so where memory runs out" if -status == signal.SIGKILL else ""
+            return f"the process of {self.side.name} was ended by {name}{memory}: {last}"
+        return f"the process of {self.side.name} ended with status {status}: {last}"
 
     def ask(self, *request: object) -> Any:
         """Send a request and wait for its answer."""
         self.send(*request)
         return self.receive()
 
-    def close(self) -> None:
-        """End the process."""
+    def release(self) -> None:
+        """Close the pipes: a process that waits for a request ends."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 try:
                     pipe.close()
                 except OSError:
                     pass
+
+    def close(self, patience: float = 10.0) -> None:
+        """End the process: by itself within so many seconds, or else at once."""
+        self.release()
         try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
+            self.process.wait(patience)
+        except BaseException as error:  # also where a second Ctrl-C ends the waiting
             self.process.kill()
             self.process.wait()
-        self.said.close()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+        finally:
+            self.said.close()
 
 
 class Turns:
@@ -169,13 +189,20 @@ class Turns:
         self.sides = sides
 
     def __enter__(self) -> Turns:
-        for side in self.sides:
-            self.processes[side.name] = Process(side)
+        try:
+            for side in self.sides:
+                self.processes[side.name] = Process(side)
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        for one in self.processes.values():
-            one.close()
+        # After a failure or Ctrl-C nobody waits for what is being compiled.
+        with ExitStack() as all_of_them:
+            for one in self.processes.values():
+                one.release()
+                all_of_them.callback(one.close, 0.5 if error[:1] != (None,) else 10.0)
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Ask each process for its package and machine."""
@@ -217,13 +244,18 @@ class Turns:
                 subject.wall[name, contender], subject.busy[name, contender] = [], []
 
     def count(self, subjects: Sequence[Subject], tell: Tell) -> None:
-        """Fill in the exact counts of both builds."""
+        """Fill in the exact counts of both builds, where they can be counted. Raises Failed where a process ends."""
         for subject in subjects:
             tell(f"counting {subject.key}")
             for name in subject.served:
                 self.processes[name].send("counts", subject.key)
             for name in subject.served:
-                subject.counts[name] = self.processes[name].receive()
+                try:
+                    subject.counts[name] = self.processes[name].receive()
+                except Failed as error:
+                    if self.processes[name].process.poll() is not None:
+                        raise
+                    tell(f"{subject.key} is not counted {name}: {error}")
 
     def measure(self, subjects: Sequence[Subject], seconds: float, tell: Tell) -> None:
         """Visit the subjects in turn until `seconds` are over, and `LEAST_VISITS` times at least.

@@ -109,7 +109,7 @@ class OpSubject(Subject):
         return Prepared(
             runs,
             served,
-            {name: each for name, each in row.precision.items() if name in names},
+            {name: each for name, each in row.precision.items() if name in names and name not in unfit},
             {name: why for name, why in unfit.items() if name in names},
         )
 

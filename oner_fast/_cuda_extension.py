@@ -6,6 +6,7 @@ once, it serves every torch of the same major version of CUDA, whose runtime it 
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -29,22 +30,26 @@ def status() -> Status:
     global _status, _unusable
     if _status is None:
         _status = _load()
-        _unusable = not _status.loaded and _extension.status().loaded and library_path().exists()
+        _unusable = not _status.loaded and _extension.status().loaded and os.path.isfile(library_path())
     return _status
 
 
 def warn_if_unusable() -> None:
     """Warn once in a process that the installed ops in CUDA C++ cannot serve a GPU, and name the remedy."""
     global _warned
-    if _unusable and not _warned:
+    if not _unusable:
+        return
+    with _extension.LOCK:
+        if _warned:
+            return
         _warned = True
-        state = status()
-        warnings.warn(
-            f"oner_fast runs Triton or plain PyTorch on the GPU: {state.reason}. Remedy: {state.remedy}. "
-            "'oner-fast doctor' shows more.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    state = status()
+    warnings.warn(
+        f"oner_fast runs Triton or plain PyTorch on the GPU: {state.reason}. Remedy: {state.remedy}. "
+        "'oner-fast doctor' shows more.",
+        RuntimeWarning,
+        stacklevel=_extension.outer_level(),
+    )
 
 
 # As in `_extension`: torch.compile calls it while it traces, and traces nothing of it.
@@ -64,7 +69,7 @@ def _load() -> Status:
         return extension
     built = _extension.build_report().get("cuda", {})
     library = library_path()
-    if not library.exists():
+    if not os.path.isfile(library):
         reason = built.get("reason") or "it is compiled from source alone, beside a torch with CUDA"
         return Status(False, f"the extension was built without CUDA C++: {reason}", _remedy())
     built_for, this = str(built.get("version") or "an unknown version"), torch.version.cuda
@@ -80,6 +85,8 @@ def _load() -> Status:
             f"the ops in CUDA C++ were built for CUDA {built_for}, and torch {torch.__version__} has CUDA {this}",
             _remedy(),
         )
+    if why := _extension.why_unfit(library):
+        return Status(False, f"the library of the ops in CUDA C++ {why}", _remedy())
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:

@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,7 +58,7 @@ def cpu_features() -> list[str]:
     """Instruction sets that matter here, from the compiled module or else from the kernel's list."""
     try:
         return list(importlib.import_module("oner_fast._native").cpu_features())
-    except ImportError:
+    except (ImportError, AttributeError):  # it is not built, damaged, or of other sources
         pass
     flags = (cpu_info("flags") or cpu_info("Features")).split()
     return [name for name in INSTRUCTION_SETS if name in flags]
@@ -103,24 +104,45 @@ def _peers() -> Iterator[tuple[str, str]]:
     yield "apex", apex if apex else f"not found: {remedy}"
 
 
+def _why_no_packer(report: dict[str, Any]) -> str:
+    """Say why lists are packed in plain Python; empty where the compiled module packs them."""
+    try:
+        return (
+            "" if hasattr(importlib.import_module("oner_fast._native"), "pack") else "it was built from other sources"
+        )
+    except ModuleNotFoundError:
+        pass
+    except ImportError as error:
+        return f"the compiled module cannot be imported: {error}"
+    native = report.get("native", {})
+    if not native.get("built"):
+        return native.get("reason") or "the package was never built"
+    built, this = str(report.get("python", "another version")), platform.python_version()
+    if built.split(".")[:2] != this.split(".")[:2]:
+        return f"it was compiled for Python {built}, and this is {this}"
+    return "the compiled module was removed after the build"
+
+
 def _extension_facts() -> Iterator[tuple[str, str]]:
     importlib.import_module("oner_fast.ops")
     state, report = _extension.status(), _extension.build_report()
     if state.loaded:
-        capability = torch.ops.oner_fast.cpu_capability()
-        yield "compiled ops", f"loaded; {capability} kernels in use; {report.get('compiler', 'compiler unknown')}"
-        if "oldest_torch" in report:
+        try:
+            kernels = f"{torch.ops.oner_fast.cpu_capability()} kernels in use"
+        except (ValueError, RuntimeError) as error:  # RuntimeError from torch 2.15 on
+            kernels = f"every call fails: {str(error).splitlines()[0]}"
+        yield "compiled ops", f"loaded; {kernels}; {report.get('compiler', 'compiler unknown')}"
+        if "oldest_torch" in report and "torch" in report:
             yield "built with", f"torch {report['torch']}; serves torch {report['oldest_torch']} and newer"
     else:
         yield "compiled ops", f"not in use: {state.reason}"
         yield "remedy", state.remedy
-    if importlib.util.find_spec("oner_fast._native") is not None:
+    if not (why := _why_no_packer(report)):
         yield "packer", "compiled"
     else:
-        native = report.get("native", {})
-        yield "packer", f"plain Python: {native.get('reason') or 'the package was never built'}"
+        yield "packer", f"plain Python: {why}"
         if state.loaded:
-            yield "remedy", _extension.remedy(native.get("remedy", ""))
+            yield "remedy", _extension.remedy(report.get("native", {}).get("remedy", ""))
     cuda = _cuda_extension.status()
     if cuda.loaded:
         yield "CUDA C++", f"loaded; built for {report.get('cuda', {}).get('architectures', 'unknown GPUs')}"

@@ -59,17 +59,25 @@ def build_command() -> str:
 
 
 def _this_package() -> list[str]:
-    """Return what pip installs this package from: the folder of its sources, or else the source of its release."""
-    if (_ROOT / "setup.py").is_file():
+    """Return what pip installs this package from: its sources, as pip recorded them, or else those of its release."""
+    if _holds_sources(_ROOT):
         return ["-e", str(_ROOT)]
     try:
-        url = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}").get("url", "")
-    except (metadata.PackageNotFoundError, ValueError):
-        url = ""
-    folder = Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
-    if folder is not None and (folder / "setup.py").is_file():
-        return [str(folder)]
+        origin = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}")
+        url, commit = str(origin.get("url")), origin.get("vcs_info", {}).get("commit_id")
+    except (metadata.PackageNotFoundError, ValueError, AttributeError):
+        url, commit = "", None
+    path = Path(unquote(urlsplit(url).path)) if url.startswith("file:") else None
+    if commit:
+        return [f"git+{url}@{commit}"]
+    if path is not None and (_holds_sources(path) or (path.name.endswith(".tar.gz") and path.is_file())):
+        return [str(path)]
     return ["--no-binary", PACKAGE, f"{PACKAGE}=={version}" if (version := _version(PACKAGE)) else PACKAGE]
+
+
+def _holds_sources(folder: Path) -> bool:
+    """Whether `folder` holds the sources of this package; a setup.py alone may lie in site-packages by mistake."""
+    return (folder / "setup.py").is_file() and (folder / "build_backend.py").is_file()
 
 
 def requirements(name: str) -> list[str]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -88,3 +89,29 @@ def test_the_doctor_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> No
     assert doctor.main(["--fast"]) == 2
     assert "'--fast'" in capsys.readouterr().err
     assert doctor.main(["--help"]) == 0
+
+
+def test_an_instruction_set_that_does_not_exist_does_not_stop_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _extension.status().loaded:
+        pytest.skip(_extension.status().reason)
+
+    def refuse() -> str:
+        raise ValueError("ONER_FAST_CPU_CAPABILITY is 'avx1024'; known ones: portable")
+
+    monkeypatch.setattr(torch.ops.oner_fast, "cpu_capability", refuse)
+    said = " ".join(doctor.report().split())
+    assert "loaded; every call fails: ONER_FAST_CPU_CAPABILITY is 'avx1024'; known ones: portable" in said
+
+
+def test_a_packer_that_is_installed_and_cannot_serve_has_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report = {"native": {"built": True, "reason": ""}, "python": "2.7.18"}
+    monkeypatch.setitem(sys.modules, "oner_fast._native", ModuleType("of other sources"))
+    assert doctor.cpu_features() and doctor._why_no_packer(report) == "it was built from other sources"
+    monkeypatch.delitem(sys.modules, "oner_fast._native")
+    monkeypatch.setattr(oner_fast, "__path__", [str(tmp_path)])
+    assert doctor._why_no_packer(report).startswith("it was compiled for Python 2.7.18, and this is ")
+    assert doctor._why_no_packer({}) == "the package was never built"
+    (tmp_path / "_native.so").write_bytes(b"no library")
+    assert doctor._why_no_packer(report).startswith("the compiled module cannot be imported: ")

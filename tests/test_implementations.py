@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,7 +155,17 @@ def test_triton_says_why_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(library, "_triton_runs_on_the_cpu", lambda: True)
     assert not triton.reasons_against("cpu", asked_for=True) and not triton.reasons_against("cuda")
     monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
-    assert any("pip install triton" in reason for reason in triton.reasons_against("cuda"))
+    told = triton.reasons_against("cuda")
+    assert any("pip install $(oner-fast requirements triton)" in reason for reason in told), "pip moves torch else"
+
+
+@pytest.mark.parametrize("stub", [ModuleType("triton"), SimpleNamespace(__spec__=object())])
+def test_a_damaged_triton_is_a_reason_and_no_error(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a specification a module counts as absent; without `knobs` it is one of another version."""
+    monkeypatch.setitem(sys.modules, "triton", stub)
+    (why,) = library.why_not_triton("cpu")
+    assert ("Triton is not installed" if stub.__spec__ is None else "Triton cannot be used: AttributeError") in why
+    assert all(choice.chosen for choice in explain("cpu"))
 
 
 def test_a_call_that_no_implementation_can_run_is_an_error(toy: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from oner_fast.benchmarks.charts.colours import WIDE, Chart, times
 from oner_fast.benchmarks.rows import Row
 
+MOST_TICKS = 12
 TITLE = "Times as fast as the fastest of PyTorch"
 
 
@@ -79,7 +81,8 @@ def speed(rows: Sequence[Row], width: int = WIDE, heading: str = "", subtitle: s
         y += 8 if wide else 2
     if wide:
         chart.line(x(1), top - 6, x(1), last + 4, "ink", width=1.25)
-    for tick in range(int(most) + 1):
+    step = 10 ** max(0, math.ceil(math.log10(most / MOST_TICKS)))
+    for tick in range(0, int(most) + 1, step):
         at = x(tick)
         anchor = "start" if at < 8 else "end" if at > width - 8 else "middle"
         chart.line(at, last + 4, at, last + 9, "soft", width=1)

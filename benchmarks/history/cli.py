@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='write the newest record for github-action-benchmark (tool "customBiggerIsBetter")',
     )
+    made.add_argument("--commit", default="", metavar="SHA", help="write this commit's record instead of the newest")
     made.add_argument(
         "--repository", type=Path, default=Path(), help="the clone whose first-parent line orders the commits (here)"
     )
@@ -46,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
             print(f"left out: {name}: {why}", file=sys.stderr)
         texts = {out: render(history_page(history))}
         if options.action_json is not None:
-            texts[options.action_json] = json.dumps(action_results(history), indent=1) + "\n"
+            texts[options.action_json] = (
+                json.dumps(action_results(history, options.commit), indent=1, allow_nan=False) + "\n"
+            )
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, partial(_write, text))

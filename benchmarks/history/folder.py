@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import stat
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from oner_fast.benchmarks.record import MOST_BYTES, Entry, Record, parse
+from oner_fast.benchmarks.source import git, refusal
+from oner_fast.benchmarks.values import cleaned
 from oner_fast.bounded_json import load_object
 
 SHORT = 10
@@ -96,7 +100,7 @@ def read_folder(folder: Path, repository: Path) -> History:
         try:
             found.append(_measured(folder / name))
         except (OSError, ValueError) as error:
-            left_out.append((name, str(error).removeprefix(f"{folder / name}: ")))
+            left_out.append((_named(name), cleaned(str(error).removeprefix(f"{folder / name}: "), name)))
     if not found:
         told = "; ".join(why for _, why in left_out) or "it holds no *.json"
         raise ValueError(f"{folder} has no record of `pytest benchmarks --benchmark-json`: {told}")
@@ -110,21 +114,29 @@ def read_folder(folder: Path, repository: Path) -> History:
 
 def first_parents(repository: Path) -> list[str]:
     """List the commits of the first-parent line of HEAD, newest first; empty without git or a repository."""
-    command = ["git", "-C", str(repository), "rev-list", "--first-parent", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        done = git(repository, "rev-list", "--first-parent", "HEAD")
+    except OSError:
         return []
+    if reason := refusal(done):
+        print(f"the order is that of the dates: {reason}", file=sys.stderr)
     return [] if done.returncode else done.stdout.split()
 
 
 def _measured(path: Path) -> Measured:
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")
     with open(path, "rb") as file:
         data = file.read(MOST_BYTES + 1)
     record = parse(data, str(path))
     info = load_object(data, str(path), max_bytes=MOST_BYTES).get("commit_info")
     told = [info.get("time") if isinstance(info, dict) else None, record.time]
-    return Measured(path.name, record, next((date for date in map(_date, told) if date), None))
+    return Measured(_named(path.name), record, next((date for date in map(_date, told) if date), None))
+
+
+def _named(name: str) -> str:
+    """Write a file's name so that it can be printed; names of Linux may be any bytes."""
+    return cleaned(os.fsencode(name).decode(errors="replace"), name)
 
 
 def _date(text: Any) -> datetime | None:

@@ -7,7 +7,7 @@ mixes is never read. `oner_fast.ops.values` says where a tensor has no values at
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -41,17 +41,23 @@ def _refuse_layout(op: str, name: str, value: Tensor) -> None:
 
 
 def number(op: str, name: str, value: object, needed: str = "a number") -> None:
-    """Raise unless `value` is a Python number that a finite float holds."""
+    """Raise unless `value` is a Python number that a finite float holds; of a symbolic one, only what is known."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be {needed}, got {type(value).__name__}")
-    if torch.compiler.is_compiling():
-        return
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:
-        finite = False
-    if not finite:
+    if not (_finite_in_a_graph(value) if torch.compiler.is_compiling() else abs(value) <= sys.float_info.max):
         raise ValueError(f"{op}: {name} must be a finite number, got {_shown(value)}")
+
+
+def _finite_in_a_graph(value: float) -> bool:
+    """Return whether a number that torch.compile traces is finite; true of one that is known only when the graph runs.
+
+    torch.compile traces no `math.isfinite` of a number that may change from call to call.
+    """
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # imports SymPy, which is slow
+
+    return guard_or_true(abs(value) <= sys.float_info.max)
 
 
 def flag(op: str, name: str, value: object) -> None:
@@ -261,6 +267,23 @@ def _kept(op: str, kept: Tensor, batch: int, cells: int, cu: Tensor | None) -> N
     indices(op, "kept", kept, cells)
 
 
+def matrix(op: str, name: str, x: Tensor) -> None:
+    """Raise unless `x` is a floating tensor (N, D)."""
+    floating(op, name, is_tensor(op, name, x))
+    shape(op, name, x, "(N, D)", (None, None))
+
+
+def rows_of_one_dtype(
+    query: Tensor, key: Tensor, query_other: Tensor | None, key_other: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Cast the rows of `oner_fast.ops.mixup_info_nce` to their common dtype; return what is none to be refused."""
+    dtype = common_dtype(query, key, query_other, key_other)
+    if dtype is None:
+        return query, key, query_other, key_other
+    query_other, key_other = (None if x is None else x.to(dtype) for x in (query_other, key_other))
+    return query.to(dtype), key.to(dtype), query_other, key_other
+
+
 def mixup_info_nce(
     query: Tensor,
     key: Tensor,
@@ -275,26 +298,30 @@ def mixup_info_nce(
     key_ids: Tensor | None,
     total: int | None,
 ) -> None:
-    """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group)."""
+    """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group).
+
+    With a group, `matrix` comes first: the ranks tell each other their numbers of rows.
+    """
     op = "mixup_info_nce"
-    floating(op, "query", is_tensor(op, "query", query))
-    shape(op, "query", query, "(N, D)", (None, None))
+    matrix(op, "query", query)
     rows, width = query.shape
     if rows == 0 and total in (None, 0):
         raise ValueError(f"{op}: query must hold at least one row, got shape {tuple(query.shape)}")
     for name, tensor in (("key", key), ("query_other", query_other), ("key_other", key_other)):
         if tensor is None and name != "key":
             continue
-        floating(op, name, is_tensor(op, name, tensor), query.dtype)
+        floating(op, name, is_tensor(op, name, tensor))
         shape(op, name, tensor, "(N, D)", (rows, width))  # type: ignore[arg-type]
-    _one_number(op, "logit_scale", logit_scale)
+    _one_number(op, "logit_scale", logit_scale, query)
     if logit_bias is not None:
-        _one_number(op, "logit_bias", logit_bias)
+        _one_number(op, "logit_bias", logit_bias, query)
     if isinstance(mix, Tensor):
         if is_tensor(op, "mix", mix).dtype not in FLOATING:
             raise TypeError(f"{op}: mix must be a number or a floating tensor, got {mix.dtype}")
         if mix.ndim:
             shape(op, "mix", mix, "(N,)", (rows,))
+        else:
+            _same_device_or_cpu(op, "mix", mix, query)
     else:
         number(op, "mix", mix, "a number or a (N,) tensor")
     if partner_weight is not None and partner is None:
@@ -316,14 +343,22 @@ def mixup_info_nce(
     )  # fmt: skip
 
 
-def _one_number(op: str, name: str, value: Tensor | float) -> None:
+def _one_number(op: str, name: str, value: Tensor | float, query: Tensor) -> None:
     """Raise unless `value` is a finite number, or a floating tensor of shape () or (1,), whose value is not read."""
     if not isinstance(value, Tensor):
         number(op, name, value, "a number or a tensor of one number")
-    elif is_tensor(op, name, value).dtype not in FLOATING:
+        return
+    if is_tensor(op, name, value).dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be a number or a floating tensor, got {value.dtype}")
-    elif value.ndim > 1 or value.numel() != 1:
+    if value.ndim > 1 or value.numel() != 1:
         raise ValueError(f"{op}: {name} must have shape () or (1,), got {tuple(value.shape)}")
+    _same_device_or_cpu(op, name, value, query)
+
+
+def _same_device_or_cpu(op: str, name: str, value: Tensor, query: Tensor) -> None:
+    """Raise ValueError unless a tensor of one number is on the device of the query, or on the CPU."""
+    if value.device.type != "cpu":
+        same_device(op, "query", query, **{name: value})
 
 
 def contrast_options(

@@ -199,11 +199,18 @@ def _why_no_triton(on_the_cpu: bool) -> str:
 
     torch.compile calls it and keeps the result. It must not trace it: torch 2.11 cannot trace a search for a package.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if on_the_cpu and not _triton_runs_on_the_cpu():
-        return "on the CPU Triton kernels run in its interpreter alone: set TRITON_INTERPRET=1 before Python starts"
-    return ""
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ValueError:  # some program put an empty module of that name in its place
+        found = False
+    if not found:
+        return "Triton is not installed (pip install $(oner-fast requirements triton))"
+    try:
+        if not on_the_cpu or _triton_runs_on_the_cpu():
+            return ""
+    except Exception as error:  # whatever a damaged package, or one of another version, raises
+        return f"Triton cannot be used: {type(error).__name__}: {error}"
+    return "on the CPU Triton kernels run in its interpreter alone: set TRITON_INTERPRET=1 before Python starts"
 
 
 def _triton_runs_on_the_cpu() -> bool:

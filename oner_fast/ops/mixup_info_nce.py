@@ -221,6 +221,7 @@ def _compiled(
 ) -> Tensor:
     ring, keys_wanted = None, False
     if group is not None:
+        checks.matrix("mixup_info_nce", "query", query)
         own = (key, *(() if key_other is None else (key_other, mix)))
         wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
         targets = 0 if query_ids is None else 1 + (same == "positive")
@@ -253,9 +254,10 @@ def _compiled(
         keys_wanted, backend,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
-        # Of a finite bias exactly 0, and so is its gradient. Inductor would drop a product with the integer 0, and NaN.
-        nothing = 0.0 * logit_bias.reshape(1)
-        loss = (loss.reshape(1) + nothing.to(query.device, dtype)).squeeze(0)
+        # A finite bias makes this factor exactly 1, and takes a gradient of 0. One that is not finite makes the loss
+        # and its gradients NaN. Inductor would drop a product with the integer 0, and the NaN with it.
+        one = 1 + 0.0 * logit_bias.reshape(1)
+        loss = (loss.reshape(1) * one.to(query.device, dtype)).squeeze(0)
     return loss
 
 
@@ -264,7 +266,8 @@ _TARGETS = ("no ids", "same='ignore'", "same='positive'")  # as ranks tell each 
 
 def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fill a 0-d tensor on its device; a copy from the host would wait for the device."""
-    return torch.full((), value if isinstance(value, float) else float(value), dtype=dtype, device=device)
+    given = value if isinstance(value, (float, torch.SymInt, torch.SymFloat)) else float(value)
+    return torch.full((), given, dtype=dtype, device=device)
 
 
 _shapes = partial(_compiled, "cpp")
@@ -356,13 +359,13 @@ def mixup_info_nce(
         mix: the share of the other, a number, a 0-d tensor or (N,), which may take a gradient. OneR uses 1/2.
         partner: (N,) int64 with values in [0, N), for images mixed at the input: the targets of row i are i with the
             weight 1 - partner_weight[i], and partner[i] with partner_weight[i]. With `group`, a global index.
-        partner_weight: (N,) floating-point, 0.5 by default.
+        partner_weight: (N,) floating-point, 0.5 by default. It takes no gradient.
         symmetric: add the cross-entropy over columns. Without it this is MoCo v3's query-to-key form.
         normalized: take the rows, mixed where they are, as q and k themselves. No norm is computed, and gradients are
             not projected. For rows that were normalised before, as open_clip's are, the loss is the same.
         logit_bias: a finite number or a floating-point tensor of shape () or (1,) that is added to every logit. A
             softmax does not change with it, so the loss is the same and the gradient of a tensor is 0. A tensor that
-            is not finite makes the loss NaN.
+            is not finite makes the loss NaN, and its gradients.
         query_ids: (N,) int64, the ids of the queries, such as hashes of captions. Any value is an id except -1, which
             equals no id. `partner` cannot be given beside it. With `group`, every rank gives ids or none does.
         key_ids: (N,) int64, the ids of the keys; those of the queries by default.
@@ -386,10 +389,7 @@ def mixup_info_nce(
     """
     checks.is_tensor("mixup_info_nce", "query", query)
     checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
-    dtype = checks.common_dtype(query, key, query_other, key_other)
-    if dtype is not None:
-        query, key = query.to(dtype), key.to(dtype)
-        query_other, key_other = (None if x is None else x.to(dtype) for x in (query_other, key_other))
+    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, symmetric=symmetric, normalized=normalized, logit_bias=logit_bias,

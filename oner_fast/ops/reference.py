@@ -158,6 +158,9 @@ def mixup_info_nce(
     column term, as without ids. Ids and `partner` cannot be given together: both define the targets.
     """
     checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    if group is not None:
+        checks.matrix("mixup_info_nce", "query", query)
     sizes = None if group is None else row_counts(query.shape[0], query.device, group)
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(
@@ -170,7 +173,7 @@ def mixup_info_nce(
         scale = logit_scale.to(q.device, q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
         bias = logit_bias.to(q.device, q.dtype) if isinstance(logit_bias, Tensor) else float(logit_bias or 0)
         rows = q.shape[0]
-        weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.to(q.dtype)
+        weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.detach().to(q.dtype)
         if group is None or sizes is None:
             start, all_partner, all_weight = 0, partner, weight
             logits = scale * (q @ k.T) + bias  # [N, N]

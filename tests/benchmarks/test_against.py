@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +13,15 @@ import pytest
 
 import oner_fast
 import oner_fast.cli
-from oner_fast.benchmarks import against, checkout, noise
+from oner_fast.benchmarks import against, checkout, noise, turns
+from oner_fast.benchmarks.alone import alone
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.comparison import SAME, SLOWER, compare
 from oner_fast.benchmarks.noise import Settings
 from oner_fast.benchmarks.record import read
 from oner_fast.benchmarks.rows import OUTPUTS
-from oner_fast.benchmarks.turns import AFTER, BEFORE, PYTORCH, Failed, Process, Side, Subject, _ordered
+from oner_fast.benchmarks.source import commit_of_this
+from oner_fast.benchmarks.turns import AFTER, BEFORE, PYTORCH, Failed, Process, Side, Subject, Turns, _ordered
 
 OP = "token_alignment"
 # Stands for a build: it writes what the real one leaves behind.
@@ -95,6 +101,79 @@ def test_a_shallow_clone_is_told_how_to_get_the_rest(repository: Path, tmp_path:
         checkout.commit_of(tmp_path / "shallow", "good")
 
 
+def test_a_commit_that_cannot_be_unpacked_is_named(repository: Path, tmp_path: Path) -> None:
+    (repository / "oner_fast" / "away").symlink_to("/etc/passwd")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "-m", "absolute link")
+    with pytest.raises(checkout.NoBuild, match="cannot be unpacked: .*away"):
+        checkout.check_out("HEAD", tmp_path / "kept")
+
+
+def test_a_build_that_is_interrupted_leaves_nothing_of_it(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkout.shutil, "copy2", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            checkout.check_out("good", tmp_path / "kept")
+    assert list((tmp_path / "kept" / "libraries").iterdir()) == []
+    checkout.check_out("good", tmp_path / "kept")
+    assert len(list((tmp_path / "kept" / "libraries").iterdir())) == 1
+
+
+def test_a_folder_with_spaces_and_names_of_any_bytes_is_built(repository: Path, tmp_path: Path) -> None:
+    open(os.path.join(os.fsencode(repository), b"oner_fast/\xff.txt"), "w").close()
+    git(repository, "config", "core.quotePath", "false")
+    git(repository, "add", "--all")
+    git(repository, "commit", "--quiet", "-m", "odd names")
+    git(repository, "revert", "--no-edit", "HEAD~1")  # "bad", which cannot be built
+    made = checkout.check_out("HEAD", tmp_path / "a folder of builds")
+    assert (made.package / "oner_fast" / "_C.so").exists()
+    assert commit_of_this(repository) == (made.commit, False)
+
+
+def test_git_says_why_it_refuses_a_folder_of_another_owner(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    with pytest.raises(checkout.NoBuild, match="dubious ownership .*git config --global --add safe.directory"):
+        checkout.commit_of(repository, "good")
+    assert commit_of_this(repository) == ("", False)
+    assert "no commit is named: fatal: detected dubious ownership" in capsys.readouterr().err
+
+
+def test_a_hook_of_another_repository_does_not_decide_the_commit(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit = checkout.commit_of(repository, "good")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "other.git"))
+    assert checkout.commit_of(repository, "good") == commit
+
+
+def test_without_git_the_command_says_that_it_is_needed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(checkout.NoBuild, match="git is needed"):
+        checkout.commit_of(repository, "good")
+    assert commit_of_this(repository) == ("", False)
+
+
+def test_one_process_measures_in_a_folder(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with alone(repository / "build" / "against"), alone(tmp_path / "pairs"):
+        for arguments in (
+            ["against", "good", "--out", str(tmp_path / "o")],
+            ["noise", "--out", str(tmp_path / "pairs")],
+        ):
+            assert oner_fast.cli.main(["bench", *arguments]) == 2
+            assert "another process measures in" in capsys.readouterr().err
+    with alone(tmp_path / "pairs"):  # it was let go
+        pass
+
+
 def test_the_command_refuses_bad_input(
     repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -132,6 +211,17 @@ def test_slow_baselines_are_left_out_and_short_rounds_are_many() -> None:
     assert subject.rounds_in_a_visit == 10  # of 14.4 ms
 
 
+def test_a_process_takes_memory_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    process = Process(Side("before"))
+    try:
+        environment = Path(f"/proc/{process.process.pid}/environ").read_bytes()
+    finally:
+        process.close(0)
+    # The C library may have parted the two settings already.
+    assert b"GLIBC_TUNABLES=glibc.malloc.arena_max=2" in environment and b"glibc.malloc.hugetlb=1" in environment
+
+
 def test_a_process_that_ends_says_why() -> None:
     process = Process(Side("before", None, ("--unknown",)))
     try:
@@ -141,6 +231,75 @@ def test_a_process_that_ends_says_why() -> None:
             process.ask("describe")
     finally:
         process.close()
+
+
+PAIRS_BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda data: data.pop("subjects"), "has no 'subjects'; remove the file, and it is measured again"),
+    (lambda data: data.update(format=2), "has format version 2"),
+    (lambda data: data["described"].pop("before"), "described has no 'before'"),
+    (lambda data: data["subjects"][0].pop("served"), "has no 'served'"),
+    (lambda data: data["subjects"][0]["wall"].pop(0), "lacks the rounds of a build"),
+    (lambda data: data["subjects"][0]["busy"][0].pop(), "needs a side, a contender and its seconds"),
+    (lambda data: data["subjects"][0]["busy"][0].__setitem__(2, [0.0]), "is 0.0, and needs to lie between 1e-09"),
+    (lambda data: data["subjects"][0].update(key=""), "key has an empty name"),
+    (lambda data: data["subjects"][0].update(rounds_in_a_visit=None), "needs to be an integer"),
+]
+
+
+class Sleeping(Process):
+    """A process that stands for a worker: it writes what it is told to, and waits."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            ["sh", "-c", side.options[0]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True
+        )
+
+
+@pytest.mark.parametrize("said", ["", '{"answer": '])
+def test_a_process_that_is_killed_is_named_with_the_signal(said: str) -> None:
+    process = Sleeping(Side("after", None, (f"printf '%s' '{said}'; kill -9 $$",)))
+    with pytest.raises(Failed, match="the process of after was ended by SIGKILL; the system does so where memory"):
+        process.ask("describe")
+    process.close()
+
+
+def test_no_process_is_left_after_an_interrupt_or_where_one_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Sleeping] = []
+
+    def start(side: Side) -> Sleeping:
+        if side.name == PYTORCH and fails:
+            raise OSError("no more processes")
+        made.append(Sleeping(side))
+        return made[-1]
+
+    monkeypatch.setattr(turns, "Process", start)
+    # It does not end by itself when its pipe is closed, as a process that compiles.
+    sides = [Side(name, None, ("exec sleep 60",)) for name in (BEFORE, AFTER, PYTORCH)]
+    fails = False
+    at = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), Turns(sides):
+        raise KeyboardInterrupt
+    fails = True
+    with pytest.raises(OSError, match="no more processes"), Turns(sides):
+        pass
+    assert len(made) == 5 and all(one.process.poll() is not None for one in made) and time.monotonic() - at < 8
+
+
+def test_counts_that_one_build_cannot_make_are_left_out() -> None:
+    answers = {BEFORE: '{"error": "RuntimeError: no such op"}', AFTER: '{"answer": {"flops": 3}}'}
+    script = "while read line; do echo '{}'; done"
+    together = Turns([])
+    together.processes = {
+        side: Sleeping(Side(side, None, (script.format(answer),))) for side, answer in answers.items()
+    }
+    subject = Subject("key", "op", "op", "", "float32", served={BEFORE: "cpp", AFTER: "cpp"})
+    told: list[str] = []
+    with together:
+        together.count([subject], told.append)
+    assert subject.counts == {AFTER: {"flops": 3}}
+    assert told[-1] == "key is not counted before: RuntimeError: no such op"
 
 
 def test_three_processes_take_turns_and_a_planted_slow_down_is_caught(tmp_path: Path) -> None:
@@ -160,6 +319,16 @@ def test_three_processes_take_turns_and_a_planted_slow_down_is_caught(tmp_path: 
     assert noise.caught(noise.judge([path], settings)[noise.IN_TURN], OP) == 1
     with pytest.raises(ValueError, match="are asked for; give another folder with --out"):
         noise.collect(tmp_path, 1, Settings((OP,), 0.1, 1))
+    # A file that is no pair is refused in one sentence, and a field of a later version is passed over.
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), "later": 1}))
+    assert noise.collect(tmp_path, 1, settings) == [path]
+    for change, said in PAIRS_BROKEN:
+        broken = json.loads(text)
+        change(broken)
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=said):
+            noise.collect(tmp_path, 1, settings)
 
 
 def test_a_subject_that_a_build_lacks_is_new_and_one_that_fails_now_is_named(

@@ -59,6 +59,21 @@ def test_rounds_that_are_all_the_same_have_no_noise() -> None:
     assert found.low == pytest.approx(found.high) == math.log(1.5)
 
 
+def test_a_few_rounds_seldom_look_quiet_by_chance() -> None:
+    """With an error of 0.1 % for each side, the bootstrap alone raises an alarm in 1 % of such series."""
+    found = [
+        bootstrap.paired([1.0] * 12, one, block=2, error=0.001) for one in noise(900, 0.1, 0.0, 9, 12)
+    ]  # fmt: skip
+    assert sum(one.low > 0 or one.high < 0 for one in found) <= 4
+
+
+def test_noise_looks_neither_faster_nor_slower() -> None:
+    """The lower of two middle values would lie below the truth in most short series."""
+    before, after = noise(300, 0.1, 0.0, 7, 8), noise(300, 0.1, 0.0, 8, 8)
+    found = [bootstrap.paired(a, b, block=2, error=0.01).log for a, b in zip(before, after, strict=True)]
+    assert abs(sum(found) / len(found)) < 0.008 and 120 < sum(one > 0 for one in found) < 180
+
+
 def test_other_rounds_than_numbers_are_named() -> None:
     good = [1.0] * 8
     with pytest.raises(ValueError, match="5 rounds after, and at least 6 are needed"):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 import oner_fast.cli
+from oner_fast.benchmarks.compare import markdown
 from oner_fast.benchmarks.comparison import FASTER, GONE, NEW, SAME, SLOWER, UNKNOWN, compare
 from oner_fast.benchmarks.record import Entry, Record, ratio_of, write
 
@@ -136,6 +139,33 @@ def test_new_and_gone_keys_and_another_implementation_are_no_regression() -> Non
     assert not found.regressions and found.rows[1].remarks == ["served by portable, before by cpp"]
 
 
+def test_times_that_differ_beyond_measure_are_compared() -> None:
+    """An interval of this width overflows where its end is not cut."""
+    before, after = (
+        {OURS: [10.0 ** (-9 if place % 2 else 9) for place in range(8)], EAGER: [low] * 8} for low in (1e-12, 1e9)
+    )
+    (row,) = compare(record(entry(before)), record(entry(after))).rows
+    assert row.verdict == SAME and row.high == pytest.approx(1e6, rel=1e-3) and row.low is not None and row.low >= -1
+
+
+def test_a_baseline_without_rounds_is_none() -> None:
+    lone = replace(entry({OURS: [1.0] * 9}), seconds={OURS: [1.0] * 9, EAGER: []})
+    (row,) = compare(record(lone), record(lone)).rows
+    assert row.verdict == UNKNOWN and row.remarks == ["the records have no PyTorch baseline of it in common"]
+
+
+def test_names_from_elsewhere_stay_text_in_markdown() -> None:
+    name = "a|b [x](http://e.org) ![i](//e.org/i.png) <img src=x> **1 regressed** `c` @team #1 www.e.org"
+    found = compare(
+        record(entry(rounds(1), name), machine=name, versions={"torch": "1<b>"}),
+        record(entry(rounds(2, ours=2.0), name, served=name), commit=name, versions={"torch": "2"}),
+    )
+    text = markdown(found)
+    assert not re.search(r"[\[\]<>`@]|\*\*1 regressed|http:|www\.|!\[", text) and text.count("\n#") == 0
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {8}
+    assert html.unescape(text).count(name) == 4
+
+
 def test_short_and_lone_rounds_are_not_compared() -> None:
     (row,) = compare(record(entry(rounds(1, 3))), record(entry(rounds(2)))).rows
     assert row.verdict == UNKNOWN and row.remarks == ["3 rounds before, and at least 6 are needed"]
@@ -162,7 +192,7 @@ def test_the_command_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFix
     assert "other versions: torch 2.13.0 -> 3" in out
     assert run(base, slow, "--margin", "1")[0] == 0
     status, out, _ = run(base, slow, "--markdown")
-    assert status == 1 and "| a\\|b float32 |" in out and "| **slower** |" in out
+    assert status == 1 and "| a&#124;b float32 |" in out and "| **slower** |" in out
     status, out, _ = run(base, slow, "--json")
     found = json.loads(out)
     assert status == 1 and found["regressions"] == 1 and found["rows"][0]["verdict"] == SLOWER

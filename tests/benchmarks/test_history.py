@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -147,7 +148,7 @@ def test_a_folder_without_a_record_is_refused(
     assert oner_fast.cli.main(["bench", "history", str(tmp_path / "none")]) == 2
 
 
-def test_the_action_reads_the_newest_record(tmp_path: Path) -> None:
+def test_the_action_reads_the_newest_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tmp_path / "records", tmp_path / "out"
     folder.mkdir()
     put(folder, "a.json", [entry("gather tiny float32", 3.0)], "a" * 40, "2026-01-01T00:00:00Z")
@@ -162,3 +163,24 @@ def test_the_action_reads_the_newest_record(tmp_path: Path) -> None:
     assert result["name"] == "gather tiny float32" and result["value"] == pytest.approx(2.0)
     assert result["range"] == "2.000 to 2.000" and "served by cpp" in result["extra"]
     assert not (folder / "history.html").exists() and (out / "i.html").exists()
+    # A workflow that runs again for an older commit writes that commit's figures.
+    command += ["--out", str(out / "i.html"), "--action-json", str(out / "a.json"), "--commit"]
+    assert oner_fast.cli.main([*command, "a" * 40]) == 0
+    assert json.loads((out / "a.json").read_text())[0]["value"] == pytest.approx(3.0)
+    assert oner_fast.cli.main([*command, "c" * 40]) == 2 and "no record is of commit 'ccc" in capsys.readouterr().err
+    put(folder, "d.json", newest[1:], "d" * 40, "2026-01-03T00:00:00Z")
+    assert oner_fast.cli.main([*command, "d" * 40]) == 2 and "no measurement with a baseline" in capsys.readouterr().err
+
+
+def test_a_file_that_is_odd_is_left_out_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a.json", [entry("gather tiny float32", 2.0)], "a" * 40)
+    odd = os.path.join(os.fsencode(tmp_path), b"\xff\x1b[2J.json")
+    os.rename(tmp_path / "a.json", odd)
+    put(tmp_path, "b.json", [entry("gather tiny float32", 2.0)], "b" * 40)
+    os.mkfifo(tmp_path / "pipe.json")  # to open it would wait for ever
+    (tmp_path / "gone.json").symlink_to("nowhere")
+    assert oner_fast.cli.main(["bench", "history", str(tmp_path), "--repository", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "2 records" in said.out and "left out: pipe.json: it is no regular file" in said.err
+    assert "left out: gone.json" in said.err
+    assert "\ufffd?[2J.json" in (tmp_path / "history.html").read_text()

@@ -10,8 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
+import oner_fast.cli
+from oner_fast.benchmarks import noise
+from oner_fast.benchmarks.comparison import SLOWER, Comparison, Row
 from oner_fast.benchmarks.noise import FOLDER, IN_TURN, PAIRS, Settings, alarms, caught, collect, judge, margins
 
+OP = "masked_gather"
 PLANTED = Settings(planted=(("token_alignment", 1.2),))
 PLANTED_PAIRS = 10
 
@@ -44,6 +48,29 @@ def test_a_planted_slow_down_of_a_fifth_is_caught(tell: Callable[[str], None], p
     found = caught(comparisons, PLANTED.planted[0][0])
     tell(f"in turn: caught in {found} of {len(comparisons)}")
     assert found >= PLANTED_PAIRS - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--plant", f"{OP}=inf"], "--plant needs a factor above 1 and up to 100, got inf"),
+        (["--plant", f"{OP}=nan"], "--plant needs a factor above 1"),
+        (["--plant", f"{OP}=-1"], "--plant needs a factor above 1"),
+        (["--plant", f"{OP}=x"], "--plant must be OP=FACTOR"),
+        (["--plant", "other=1.2"], "--plant must name an op that is measured"),
+        (["--op", "token_alignment", "--plant", "masked_gather=1.2"], "one of token_alignment, got 'masked_gather'"),
+        (["--margin", "nan"], "--margin must be 0 or more"),
+        (["--seconds", "inf"], "--seconds must be positive"),
+        (["--out", __file__], "--out must be a folder"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert oner_fast.cli.main(["bench", "noise", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_op_that_was_not_measured_is_not_caught() -> None:
+    assert noise.caught([Comparison({}, {}, True, 0.01, 0.05, [Row("other x", SLOWER)])], OP) == 0
 
 
 def test_alarms_and_margins_are_counted_by_the_worst_key() -> None:

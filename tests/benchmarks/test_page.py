@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -167,6 +168,12 @@ def record() -> Record:
     return Record("a machine", {"threads": 2}, {"torch": "2.13"}, "c" * 40, True, [entry], "2026-11-30T10:00:00")
 
 
+@pytest.mark.parametrize("ratio", [1e-20, 1e6, 1e20])
+def test_a_ratio_of_any_size_is_drawn(ratio: float, problems: Problems) -> None:
+    text = page_of(op(ratio=ratio))
+    assert problems(text) == [] and len(text) < 200_000
+
+
 def test_a_record_has_a_page(tmp_path: Path, problems: Problems) -> None:
     write(record(), tmp_path / "record.json")
     assert oner_fast.cli.main(["bench", "page", str(tmp_path / "record.json"), "--out", str(tmp_path / "out")]) == 0
@@ -194,6 +201,49 @@ def test_a_file_that_is_neither_is_named(
     said = capsys.readouterr().err
     assert message in said and "x.json" in said
     assert oner_fast.cli.main(["bench", "page", str(tmp_path / "none.json")]) == 2
+
+
+BROKEN: dict[str, tuple[list[str], object]] = {
+    "and needs to be a str": (["op"], 3),
+    "and needs to be a finite number": (["times", OURS, "p50"], "fast"),
+    "is nan, and needs to be a finite number": (["times", OURS, "p20"], math.nan),
+    "needs to lie between 1e-21": (["times", OURS, "p80"], 0),
+    "names 'other', and has no time of it": (["best"], "other"),
+    "memory has no 'peak'": (["memory", OURS], {}),
+    "names 'luck', and has no criterion of it": (["target"], {"luck": 1}),
+    "names 'x', and has no time of it": (["breakdown"], {"x": {"rest": 1}}),
+    "has an empty name": (["memory", " "], {"peak": 1, "saved": 1, "saved_beyond_inputs": 1}),
+    "the field 'later', which this version does not know": (["later"], 1),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_broken_figures_are_refused_in_one_sentence(
+    message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Report("oner-fast bench ops", "a machine", {}, [op()]).as_dict()
+    (*path, last), value = BROKEN[message]
+    place = data["rows"][0]
+    for name in path:
+        place = place[name]
+    place[last] = value
+    (tmp_path / "x.json").write_text(json.dumps(data))
+    assert oner_fast.cli.main(["bench", "page", str(tmp_path / "x.json")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "x.json is no results.json" in said and said.count("\n") == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_page_replaces_no_figures_of_another_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Report("oner-fast bench ops", "a machine", {}, [op()], True).write(tmp_path)
+    before = (tmp_path / "results.json").read_text()
+    write(record(), tmp_path / "record.json")
+    assert oner_fast.cli.main(["bench", "page", str(tmp_path / "record.json")]) == 2
+    assert "results.json holds other figures" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == before
+    for _ in range(2):  # its own figures are written again
+        assert oner_fast.cli.main(["bench", "page", str(tmp_path / "results.json")]) == 0
+        assert oner_fast.cli.main(["bench", "page", str(tmp_path / "record.json"), "--out", str(tmp_path / "out")]) == 0
 
 
 def test_the_committed_report_is_the_page_of_its_figures(problems: Problems) -> None:

@@ -93,6 +93,8 @@ def test_records_are_merged_into_one_processor() -> None:
         ([record(1.6, facts={**FACTS, "threads": 1})], "one processor, and these have EPYC"),
         ([record(1.6, versions={"torch": "2.15.0"})], "one torch, and these have 2.13.0"),
         ([record(1.6, entries=[entry(saved=9)])], "the implementation or a count differs"),
+        ([record(1.6, entries=[])], "1 of 3 records lack it"),
+        ([record(1.8)], "a record is given twice"),
     ],
 )
 def test_records_that_do_not_belong_together_are_refused(last: list[Record], message: str) -> None:
@@ -120,6 +122,20 @@ def test_the_command_writes_the_file_and_keeps_other_processors(
 def test_a_damaged_file_is_refused_and_a_missing_one_is_empty(tmp_path: Path) -> None:
     assert ratios.read(tmp_path / "none.json") == Ratios()
     path = tmp_path / "ratios.json"
-    path.write_text('{"processors": {"a": {}}}', encoding="utf-8")
-    with pytest.raises(ValueError, match="cannot be read .*: write it again with `make ratios`"):
-        ratios.read(path)
+    whole = '{"processors": {"a": {"machine": "m", "torch": "2", "commits": ["c"], "entries": {"k": %s}}}}'
+    good = '{"served": "cpp", "ratios": [1.0], "counts": {}}'
+    path.write_text(whole % good, encoding="utf-8")
+    assert ratios.read(path).processors["a"].entries["k"].bound() == pytest.approx(0.8)
+    for text in (
+        '{"processors": {"a": {}}}',
+        "[1]",
+        "[" * 10_000,
+        whole % good.replace("[1.0]", "[]"),
+        whole % good.replace("1.0", "0"),
+        whole % good.replace("1.0", "NaN"),
+        whole % good.replace("1.0", '"fast"'),
+        (whole % good).replace('["c"]', "[]"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="cannot be read .*: write it again with `make ratios`"):
+            ratios.read(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,15 +83,41 @@ BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     'has no "format"': lambda data: data["machine_info"]["oner_fast"].pop("format"),
     r"benchmarks\[0\] has no extra_info": lambda data: data["benchmarks"][0].pop("extra_info"),
     "kind is 'guess', and one of op, step, loader": lambda data: _entry_of(data).update(kind="guess"),
-    "seconds.'oner_fast'. is 0": lambda data: _entry_of(data)["seconds"].update(oner_fast=[0]),
+    "seconds.'oner_fast'. is 0.0, and needs to lie between 1e-12 and 1e.09": lambda data: _entry_of(data)[
+        "seconds"
+    ].update(oner_fast=[0]),
     "seconds.'oner_fast'. is nan": lambda data: _entry_of(data)["seconds"].update(oner_fast=[float("nan")]),
     "no rounds of 'other', which the ratio needs": lambda data: _entry_of(data).update(best="other"),
     "give both or neither": lambda data: _entry_of(data).update(ratio=None),
+    "seconds.'oner_fast'. is -1": lambda data: _entry_of(data)["seconds"].update(oner_fast=[-1]),
+    "seconds.'oner_fast'. is inf, and needs to be a finite": lambda data: _entry_of(data)["seconds"].update(
+        oner_fast=[float("inf")]
+    ),
+    "seconds.'oner_fast'. is 1e-320, and needs to lie": lambda data: _entry_of(data)["seconds"].update(
+        oner_fast=[1e-320]
+    ),
+    "seconds.'oner_fast'. is 1000.*, and needs to lie": lambda data: _entry_of(data)["seconds"].update(
+        oner_fast=[10**400]
+    ),
+    "ratio is 1e.300, and needs to lie": lambda data: _entry_of(data).update(ratio=1e300),
+    "has an empty name": lambda data: _entry_of(data)["seconds"].update({" ": [1.0]}),
+    "key has an empty name": lambda data: _entry_of(data).update(key=""),
+    "key holds a control character": lambda data: _entry_of(data).update(key="a\x1b[2J"),
+    "line holds a control character": lambda data: data["machine_info"]["oner_fast"].update(line="a\n# b"),
+    "commit holds a control character": lambda data: data["machine_info"]["oner_fast"].update(commit="a\u202eb"),
+    "as ours and as the best of the others": lambda data: _entry_of(data).update(best="oner_fast"),
+    "memory.'oner_fast'. has no 'saved'": lambda data: _entry_of(data)["memory"]["oner_fast"].pop("saved"),
+    "saved_bytes.. is 1000.*, and needs to lie": lambda data: _entry_of(data).update(counts={"saved_bytes": 10**400}),
+    "gradients.. is -1.0, and needs to lie": lambda data: _entry_of(data).update(errors={"a": {"gradients": -1}}),
+    "breakdown has the contender 'x', which has no rounds": lambda data: _entry_of(data).update(
+        breakdown={"x": {"rest": 1.0}}
+    ),
+    "breakdown.'oner_fast'. adds up to 0": lambda data: _entry_of(data).update(breakdown={"oner_fast": {"rest": 0}}),
     "saved_bytes.. is 0.5, and needs to be an integer": lambda data: _entry_of(data).update(
         counts={"saved_bytes": 0.5}
     ),
-    "peak is True, and needs to be an integer": lambda data: _entry_of(data).update(memory={"a": {"peak": True}}),
-    "gradients is 'small', and needs to be a finite number": lambda data: _entry_of(data).update(
+    "peak.. is True, and needs to be an integer": lambda data: _entry_of(data).update(memory={"a": {"peak": True}}),
+    "gradients.. is 'small', and needs to be a finite number": lambda data: _entry_of(data).update(
         errors={"a": {"gradients": "small"}}
     ),
     "has no 'served'": lambda data: _entry_of(data).pop("served"),
@@ -109,6 +137,30 @@ def test_a_broken_record_is_refused_in_one_sentence(message: str, written: tuple
     with pytest.raises(ValueError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_note_is_kept_on_one_line_without_control_characters(written: tuple[Path, dict[str, Any]]) -> None:
+    path, data = written
+    _entry_of(data)["notes"] = ["cannot run here:\n\x1b[31mno\tcompiler"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert read(path).entries[0].notes == ["cannot run here: ?[31mno compiler"]
+
+
+def test_many_entries_are_read_in_linear_time(written: tuple[Path, dict[str, Any]]) -> None:
+    path, data = written
+    small = {**_entry_of(data), "memory": {}, "errors": {}, "limit": None}
+    data["benchmarks"] = [{"extra_info": {"oner_fast": {**small, "key": f"key {i}"}}} for i in range(20_000)]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    start = time.process_time()
+    assert len(read(path).entries) == 20_000 and time.process_time() - start < 5
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write(RECORD, path)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write(replace(RECORD, facts={"load": math.nan}), path)
+    assert read(path) == RECORD and [one.name for one in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_a_missing_file_stays_an_os_error(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -101,6 +103,20 @@ def test_the_charts_stand_beside_the_markdown(tmp_path: Path) -> None:
         assert drawing.attrib["role"] == "img" and drawing[0].text
         assert f"![{name}]({name}.svg)" in (tmp_path / "report.md").read_text()
     assert [path.name for path in Report("c", "m", {}, []).write(tmp_path / "empty")][1] == "report.md"
+
+
+def test_names_from_elsewhere_stay_text_in_markdown(tmp_path: Path) -> None:
+    name = "a|b\n# c [x](http://e.org) <img src=x>"
+    hostile = replace(
+        row(), op=name, shape=name, dtype=name, served=name, notes=[name], parts={name: 0.5},
+        memory={name: {"peak": 1, "saved": 1, "saved_beyond_inputs": 0}},
+        times={name: row().times[OURS]}, refused={name: name}, best=name, speedup=None, speedup_eager=None,
+    )  # fmt: skip
+    text = Report(name, name, {}, [hostile], True, name, name).markdown()
+    assert not re.search(r"[\[\]<>]", text.replace(f"`{' '.join(name.split())}`", ""))
+    assert not [line for line in text.splitlines() if line.startswith("# c")]
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_errors_stand_apart_for_outputs_and_gradients() -> None:

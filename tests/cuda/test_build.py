@@ -72,8 +72,9 @@ def test_the_ops_for_gpus_are_a_library_of_their_own(build: Any, tmp_path: Path)
     (output / "_C.so").write_text("for the CPU")
     (output / "_C_cuda.so").write_text("for GPUs")
     report: dict[str, Any] = {}
-    command_of(build, package, lambda cmake, settings, facts: output).build_all(report)
-    assert sorted(path.name for path in package.iterdir()) == ["_C.so", "_C_cuda.so"]
+    command = command_of(build, package, lambda cmake, settings, facts: output)
+    command.build_all(report)
+    assert command.libraries == [output / "_C.so", output / "_C_cuda.so"]
     assert report["cuda"] == {"built": True, "reason": "", "architectures": "80", "version": "13.0"}
 
 
@@ -89,7 +90,8 @@ def test_the_cpu_part_is_built_where_cuda_cannot_be(build: Any, tmp_path: Path) 
         return tmp_path / "out"
 
     report: dict[str, Any] = {}
-    command_of(build, tmp_path, compile_).build_all(report)
-    assert asked == ["ON", "OFF"] and (tmp_path / "_C.so").exists()
+    command = command_of(build, tmp_path, compile_)
+    command.build_all(report)
+    assert asked == ["ON", "OFF"] and command.libraries == [tmp_path / "out" / "_C.so"]
     assert report["cuda"] == {"built": False, "reason": "compiling failed: nvcc is not well"}
     assert report["extension"]["built"]

@@ -76,7 +76,8 @@ def test_ops_in_cuda_that_are_not_loaded_have_a_reason() -> None:
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an installation whose ops of the CPU are loaded, and whose ops of CUDA C++ are no library."""
-    monkeypatch.setenv("ONER_FAST_LIBRARY", str(tmp_path / "_C.so"))
+    monkeypatch.delenv("ONER_FAST_LIBRARY", raising=False)
+    monkeypatch.setattr(_extension, "_FOLDER", tmp_path)
     monkeypatch.setattr(_extension, "_status", _extension.Status(True))
     (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
     (tmp_path / "_build.json").write_text('{"cuda": {"built": true, "version": "13.0"}}')

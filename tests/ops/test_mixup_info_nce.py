@@ -15,6 +15,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from oner_fast.ops import mixup_info_nce, reference
 from oner_fast.ops.implementations import implementations
@@ -384,8 +385,17 @@ def test_a_bias_changes_no_bit_and_takes_a_gradient_of_0(implementation: str) ->
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bias_that_is_not_finite_makes_the_loss_nan(implementation: str, bad: float) -> None:
-    x = torch.randn(3, 4)
-    assert mixup_info_nce(x, x, 1.0, logit_bias=torch.tensor([bad]), implementation=implementation).isnan()
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = mixup_info_nce(x, x, 1.0, logit_bias=torch.tensor([bad]), implementation=implementation)
+    assert loss.isnan() and torch.autograd.grad(loss, x)[0].isnan().all()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_the_weight_of_a_partner_takes_no_gradient(implementation: str) -> None:
+    query, weight = torch.randn(4, 8, requires_grad=True), torch.rand(4, requires_grad=True)
+    options = {"partner": torch.tensor([1, 0, 3, 2]), "partner_weight": weight}
+    loss = mixup_info_nce(query, torch.randn(4, 8), 5.0, **options, implementation=implementation)
+    assert torch.autograd.grad(loss, (query, weight), allow_unused=True)[1] is None
 
 
 @pytest.mark.parametrize("implementation", EVERY)
@@ -423,6 +433,8 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "key must be a torch.Tensor, got NoneType", {"key": None}),
     (TypeError, "key must be float32, float16, bfloat16 or float64, got torch.int64", {"key": X.long()}),
     (ValueError, r"key must have shape \(N, D\) = \(3, 4\), got \(2, 4\)", {"key": X[:2]}),
+    (TypeError, "query_other must be float32.*got torch.int64", {"key": X.half(), "query_other": X.long()}),
+    (TypeError, "key_other must be a torch.Tensor, got list", {"key": X.half(), "key_other": [0.0]}),
     (TypeError, "query_other must be a torch.Tensor, got list", {"query_other": [0.0]}),
     (ValueError, r"query_other must have shape.*got \(3, 2\)", {"query_other": X[:, :2]}),
     (TypeError, "key_other must be float32.*got torch.bool", {"key_other": X.bool()}),
@@ -457,6 +469,10 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "partner_weight must be floating, got torch.int64", {"partner": PARTNER, "partner_weight": PARTNER}),
     (ValueError, r"partner_weight must have shape.*got \(1,\)", {"partner": PARTNER, "partner_weight": X[0, :1]}),
     (ValueError, "key is on meta but query is on cpu", {"key": X.to("meta")}),
+    *(
+        (ValueError, f"{name} is on meta but query is on cpu; move one of them", {name: torch.ones((), device="meta")})
+        for name in ("logit_scale", "logit_bias", "mix")
+    ),
     (ValueError, "no implementation 'fast'", {"implementation": "fast"}),
 ]
 
@@ -465,6 +481,42 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
 def test_errors_name_the_bad_argument(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         mixup_info_nce(**{"query": X, "key": X, "logit_scale": 1.0, **arguments})
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logit_bias", "mix"])
+def test_a_number_that_is_not_finite_is_refused_in_a_graph_too(name: str) -> None:
+    """A number may be a constant of the graph, or a symbol of it; of one that a tensor holds nothing is known."""
+
+    def call(number: float) -> Tensor:
+        return mixup_info_nce(X, X, **{"logit_scale": 1.0, name: number})
+
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(call, fullgraph=True, backend="eager", dynamic=dynamic)
+        for number in (1.5, 2.5, 3):
+            assert torch.equal(compiled(number), call(number))
+        with pytest.raises(Exception, match=f"{name} must be a finite number, got -inf"):
+            compiled(-math.inf)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        unknown = torch.compile(lambda x: call(x.item()), fullgraph=True, backend="eager")
+        assert torch.equal(unknown(torch.tensor(2.5)), call(2.5))
+
+
+def test_a_size_may_be_a_number_where_sizes_are_symbols() -> None:
+    def call(x: Tensor) -> Tensor:
+        rows, width = x.shape
+        return mixup_info_nce(x, x.flip(0), width, key_other=x, mix=rows, logit_bias=width)
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(make_fx(call, tracing_mode="symbolic")(x)(x), call(x))
+
+
+def test_the_definition_called_by_itself_promotes_dtypes_and_follows_autocast() -> None:
+    query, key = torch.randn(4, 8), torch.randn(4, 8).bfloat16()
+    assert torch.equal(reference.mixup_info_nce(query, key, 5.0), reference.mixup_info_nce(query, key.float(), 5.0))
+    halves = reference.mixup_info_nce(query.bfloat16(), key, 5.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reference.mixup_info_nce(query, key, 5.0), halves)
 
 
 def test_an_argument_that_is_no_tensor_is_named() -> None:
@@ -532,6 +584,7 @@ def run_rank(rank: int, folder: str) -> None:
             for error, message, rows, options in (
                 (IndexError, r"\[0, \d+\), found 99", mine, {"partner": torch.full((mine.shape[0],), 99)}),
                 (ValueError, "at least one row", mine[:0], {}),
+                (ValueError, r"query must have shape \(N, D\)", mine[0, 0], {}),
             ):
                 with pytest.raises(error, match=message):
                     mixup_info_nce(rows, rows, 1.0, group=group, implementation=implementation, **options)

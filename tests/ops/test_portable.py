@@ -205,3 +205,33 @@ def test_memory_of_a_large_batch_without_the_extension() -> None:
     """N 32,768 and D 256: the logits alone would take 4 GiB."""
     (of_contrast, finite), _ = measured(32768, 256, 64)
     assert finite and of_contrast <= 400 * MIB
+
+
+def _column_major(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("layout", [Tensor.contiguous, _column_major], ids=["rows", "columns"])
+def test_opcheck(layout: Any) -> None:
+    """Results have the strides that the fake implementations promise to torch.compile, whatever those of the inputs."""
+    raw, kept = library.raw_ops("portable"), layout(torch.tensor([[0, 3], [1, 2]]))
+    one, other, positions = (layout(torch.randn(*size)) for size in ((5, 6), (5, 6), (4, 6)))
+    tokens, images, e = layout(torch.randn(2, 4, 6)), layout(torch.randn(2, 3, 4, 4)), torch.rand(5)
+    sides = (one, None, e, None, other, None, e, None, torch.tensor(5.0), None, 0)
+    calls: list[tuple[Any, tuple[Any, ...]]] = [
+        (raw.mixup_info_nce_statistics, (*sides, True)),
+        (raw.mixup_info_nce_backward, (*sides, e, e, e, e, e, None, True, True)),
+        (raw.mixup_info_nce_backward, (*sides, e, e, e, e, e, None, True, False)),
+        (raw.masked_gather, (tokens, kept, None, None, None)),
+        (raw.masked_gather, (tokens, kept, positions, positions, None)),
+        (raw.masked_gather_backward, (layout(torch.randn(2, 4, 6)), kept, None, 2, 4, 2, True, True, True)),
+        (raw.gather_patches, (images, kept, 2, torch.rand(3), None, torch.float32, None)),
+        (raw.gather_patches_backward, (layout(torch.randn(2, 2, 12)), kept, 2, None, (2, 3, 4, 4), torch.half, None)),
+        (raw.token_alignment, (tokens[:, :2], tokens, kept)),
+        (
+            raw.token_alignment_backward,
+            (torch.ones(()), layout(torch.randn(2, 2, 6)), tokens, kept, torch.ones(4, 2)),
+        ),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -32,10 +32,12 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     so that a state loads by position.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return [
+    groups = (
         {"params": [pair for pair in named if decays(*pair)], "weight_decay": weight_decay},
         {"params": [pair for pair in named if not decays(*pair)], "weight_decay": 0.0},
-    ]
+    )
+    # PyTorch takes the names from the pairs. An empty group has none, and may not stand beside a group with names.
+    return [group if group["params"] else {**group, "param_names": []} for group in groups]
 
 
 def build_adamw(

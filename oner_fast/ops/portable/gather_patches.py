@@ -21,6 +21,7 @@ def forward(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """Return the kept patches, normalised and flattened."""
+    kept = kept.contiguous()  # the result of an index has the index's order of strides
     cells = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)  # [B, C, rows, columns, p, p]
     row, column = kept // max(cells.shape[3], 1), kept % max(cells.shape[3], 1)
     wide = torch.float64 if torch.float64 in (images.dtype, dtype) else torch.float32
@@ -30,7 +31,7 @@ def forward(
     for values, apply in ((mean, patches.sub_), (std, patches.div_)):
         if values is not None:
             apply(values.to(wide).view(-1, 1, 1))
-    return patches.to(dtype).flatten(-3)
+    return patches.to(dtype).flatten(-3).contiguous()
 
 
 def backward(

@@ -29,8 +29,9 @@ def forward(
     tokens: Tensor, kept: Tensor, positions: Tensor | None, prefix: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     """Return the prefix and the kept rows of each sample, with their positions."""
+    kept = kept.contiguous()  # the result of an index has the index's order of strides
     sample = samples_of(kept, cu_seqlens, tokens.shape[0])
-    rows = tokens[sample, kept]
+    rows = tokens[sample, kept].contiguous()
     if positions is not None:
         rows += positions[kept]
     if prefix is None:

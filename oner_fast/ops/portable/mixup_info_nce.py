@@ -158,8 +158,8 @@ def backward(
         (query, query_other, query_mix, query_inverse_norm), (key, key_other, key_mix, key_inverse_norm), logit_scale,
         partner, first_pair,
     )  # fmt: skip
-    to_queries = torch.zeros_like(given.queries)
-    to_keys = torch.zeros_like(given.keys) if need_key else given.keys.new_empty(0)
+    to_queries = given.queries.new_zeros(query.shape)
+    to_keys = given.keys.new_zeros(key.shape if need_key else 0)
     for part in given.parts():
         logits = given.logits(part)
         gradient = (logits - row_max[part].unsqueeze(1)).exp_().mul_(row_weight[part].unsqueeze(1))

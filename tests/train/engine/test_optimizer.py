@@ -105,6 +105,24 @@ def test_state_loads_into_a_new_optimiser():
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("model", [nn.LayerNorm(4), nn.Linear(4, 4, bias=False)], ids=["none decays", "all decay"])
+def test_one_of_the_groups_may_be_empty(model):
+    optimizer, other = (build_adamw(copy.deepcopy(model), lr=1e-2) for _ in range(2))
+    assert sorted(len(group["params"]) for group in optimizer.param_groups) == sorted(
+        [0, len(list(model.parameters()))]
+    )
+    assert all(len(group["param_names"]) == len(group["params"]) for group in optimizer.param_groups)
+    before = [x.detach().clone() for group in optimizer.param_groups for x in group["params"]]
+    for _ in range(2):
+        for one in (optimizer, other):
+            for parameter in (x for group in one.param_groups for x in group["params"]):
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        other.load_state_dict(optimizer.state_dict())
+    after = [x for group in optimizer.param_groups for x in group["params"]]
+    assert all((x - y).abs().min() > 1e-3 for x, y in zip(before, after, strict=True))
+
+
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="ReLU has no parameter that requires a gradient"):
         build_adamw(nn.ReLU(), lr=1e-3)
