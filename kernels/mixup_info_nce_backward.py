@@ -104,7 +104,8 @@ def _gradient_of(
         weight = tl.load(owner_weight + row)
     if SAME:
         own_code = tl.load(owner_code + row)
-        share = tl.load(owner_share + row) if SAME == 1 else 0.0
+    if SAME == 1:
+        share = tl.load(owner_share + row)
     if OWNER_IS_QUERY:
         own = tl.load(own_weight + row)
         if PARTNER:
@@ -299,8 +300,8 @@ def _whole(
     need_key = to_key.x.numel() > 0
     mixed = query.other is not None or key.other is not None
     key_unit, key_mixed = to_key.flags_of(key)
-    more_targets = weights.partner is not None or weights.same > 0
-    chosen = _tiles(size_class(width, 256), mixed, more_targets, atomic, architecture_of(q))
+    partner = weights.partner is not None
+    chosen = _tiles(size_class(width, 256), mixed, partner, weights.same, atomic, architecture_of(q))
     key_sums = torch.zeros((columns, width) if atomic else (0,), dtype=torch.float32, device=q.device)
     ranges = weights.ranges(q_rest, k_rest, columns) if q.dtype == torch.float16 else None
 
@@ -328,11 +329,12 @@ def _whole(
         to_key.finish(key, key_sums, logit_scale, ranges, None)
 
 
-def _tiles(size: str, mixed: bool, more_targets: bool, atomic: bool, architecture: int) -> Configuration:
+def _tiles(size: str, mixed: bool, partner: bool, same: int, atomic: bool, architecture: int) -> Configuration:
     """Return the tile; mixed rows have their own, and so have partners and codes: they need more registers."""
     if atomic:
-        return configuration(OP, "gradient_with_atomics", f"half {size}", architecture)
-    mark = " mixed" if mixed else " partner" if more_targets else ""
+        mark = " same" if same and size == "128" else ""
+        return configuration(OP, "gradient_with_atomics", f"half {size}{mark}", architecture)
+    mark = " mixed" if mixed else " partner" if partner or same else ""
     return configuration(OP, "gradient", f"half {size}{mark}", architecture)
 
 
@@ -368,6 +370,6 @@ def _compilation(dtype: torch.dtype, size: int, mark: str, same: str) -> Compila
         "ATOMIC": atomic, "EVEN": True, "PART": _PART,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"
-    chosen = _tiles(str(size), mixed, mark == "partner" or same != "", atomic, 80)
+    chosen = _tiles(str(size), mixed, mark == "partner", SAME_MARKS[same], atomic, 80)
     name = "_".join(part for part in ("gradient", element, str(size), mark, same) if part)
     return compilation(name, _gradient, constexprs, chosen, elements, element, products=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from oner_fast.data.caption_ids import caption_ids
+
 
 @dataclass
 class TokenizedText:
@@ -74,6 +76,7 @@ class PairBatch:
         samples: (B,) int64, the place of each pair in the global batch; place and step key every random draw.
         corrupt: how many samples could not be read and were replaced, substitutes included.
         corrupt_names: the name of each of them, and what is wrong with it.
+        caption_ids: (B,) int64, of `oner_fast.data.caption_ids`; made of the captions where none are given.
     """
 
     images: Tensor
@@ -84,6 +87,11 @@ class PairBatch:
     epoch: int
     corrupt: int = 0
     corrupt_names: list[str] = field(default_factory=list)
+    caption_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.caption_ids) != len(self.captions):
+            self.caption_ids = caption_ids(self.captions)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -108,6 +116,7 @@ class PairBatch:
                     self.epoch,
                     corrupt,
                     list(names),
+                    self.caption_ids[part],
                 )
             )
         return chunks
@@ -119,6 +128,7 @@ class PairBatch:
             images=self.images.to(device, non_blocking=non_blocking),
             text=self.text.to(device, non_blocking),
             samples=self.samples.to(device, non_blocking=non_blocking),
+            caption_ids=self.caption_ids.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "PairBatch":
@@ -128,6 +138,7 @@ class PairBatch:
             images=self.images.pin_memory(),
             text=self.text.pin_memory(),
             samples=self.samples.pin_memory(),
+            caption_ids=self.caption_ids.pin_memory(),
         )
 
 

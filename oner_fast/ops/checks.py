@@ -388,6 +388,23 @@ def contrast_options(
         raise ValueError(f"{op}: group= lets ranks exchange rows, which torch.vmap cannot batch; loop over the batch")
 
 
+_KINDS_OF_IDS = ("no ids", "same='ignore'", "same='positive'")
+
+
+def kind_of_ids(query_ids: Tensor | None, same: str) -> int:
+    """Return the number by which ranks tell each other what they were given."""
+    return 0 if query_ids is None else 1 if same == "ignore" else 2
+
+
+def ids_of_ranks(kinds: Sequence[int]) -> None:
+    """Raise ValueError on every rank unless all were given ids for the same purpose, or none."""
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            "mixup_info_nce: every rank must pass query_ids with the same `same`, or none of them; got "
+            + ", ".join(f"{_KINDS_OF_IDS[kind]} on rank {rank}" for rank, kind in enumerate(kinds))
+        )
+
+
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float | None
 ) -> None:

@@ -41,11 +41,6 @@ class _SumLoss(torch.autograd.Function):
         return grads[0] * ctx.world, None
 
 
-def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, ...]:
-    """Return how many rows each rank of `group` holds; `rows` is the number of this rank's."""
-    return exchanged((rows,), device, group)[0]
-
-
 def exchanged(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[tuple[int, ...]]:
     """Exchange a few integers that every rank of `group` has, and return for each of them its value on every rank."""
     found = [torch.zeros(len(numbers), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]

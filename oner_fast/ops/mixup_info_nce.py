@@ -224,13 +224,9 @@ def _compiled(
         checks.matrix("mixup_info_nce", "query", query)
         own = (key, *(() if key_other is None else (key_other, mix)))
         wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
-        targets = 0 if query_ids is None else 1 + (same == "positive")
-        sizes, wanting, kinds = exchanged((query.shape[0], wanted, targets), query.device, group)
-        if len(set(kinds)) > 1:
-            raise ValueError(
-                "mixup_info_nce: every rank must pass query_ids with the same `same`, or none of them; got "
-                + ", ".join(f"{_TARGETS[kind]} on rank {rank}" for rank, kind in enumerate(kinds))
-            )
+        kind = checks.kind_of_ids(query_ids, same)
+        sizes, wanting, kinds = exchanged((query.shape[0], wanted, kind), query.device, group)
+        checks.ids_of_ranks(kinds)
         keys_wanted, ring = any(wanting), Ring(sizes, group)
     total = None if ring is None else ring.total
     checks.mixup_info_nce(
@@ -259,9 +255,6 @@ def _compiled(
         one = 1 + 0.0 * logit_bias.reshape(1)
         loss = (loss.reshape(1) * one.to(query.device, dtype)).squeeze(0)
     return loss
-
-
-_TARGETS = ("no ids", "same='ignore'", "same='positive'")  # as ranks tell each other
 
 
 def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oner_fast.ops import checks
 from oner_fast.ops.by_length import attend_by_length
-from oner_fast.ops.collectives import gather_rows, gather_rows_without_gradient, row_counts, sum_loss
+from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 
 LEAST_NORM = 1e-12  # a shorter row has no direction
 
@@ -161,7 +161,11 @@ def mixup_info_nce(
     query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     if group is not None:
         checks.matrix("mixup_info_nce", "query", query)
-    sizes = None if group is None else row_counts(query.shape[0], query.device, group)
+    sizes = None
+    if group is not None:
+        kind = checks.kind_of_ids(query_ids, same)
+        sizes, kinds = exchanged((query.shape[0], kind), query.device, group)
+        checks.ids_of_ranks(kinds)
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(
         query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids, key_ids,

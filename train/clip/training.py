@@ -14,8 +14,10 @@ from oner_fast.data.workers import Batches
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.step import ContrastStep
 from oner_fast.train.clip.towers import TwoTowers, build_towers
+from oner_fast.train.config.common import SameCaption
 from oner_fast.train.engine.batches import BatchConfiguration, open_batches
 from oner_fast.train.engine.loop import Configuration, Gradient, Training
+from oner_fast.train.engine.repeated_captions import repeated_share
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 
 
@@ -35,12 +37,19 @@ class TwoTowerTraining(Training[C]):
         return open_batches(self.config, None, self.world)
 
     def _ready(self) -> None:
-        self.step = ContrastStep(self.student, self.config.optim.accum_freq, self.world, self.dtype)
+        self.step = ContrastStep(
+            self.student, self.config.optim.accum_freq, self.world, self.dtype, self._same_caption()
+        )
         self._pair_flops = self._forward_flops()
+
+    def _same_caption(self) -> SameCaption:
+        return "negative"
 
     def _gradient(self, batch: PairBatch) -> Gradient:
         loss = self.step(batch)
-        return Gradient(loss, {"logit_scale": self.student.log_logit_scale.detach().exp()})
+        repeated = repeated_share(batch.caption_ids.to(self.world.device, non_blocking=True))
+        scale = self.student.log_logit_scale.detach().exp()
+        return Gradient(loss, {"logit_scale": scale, "repeated_captions": repeated})
 
     def _updated(self) -> dict[str, Tensor | float]:
         self.student.clamp_temperature()
@@ -73,3 +82,6 @@ class CLIPTraining(TwoTowerTraining[CLIPConfiguration]):
 
     def _build(self) -> nn.Module:
         return build_towers(self.config, self.world.device)
+
+    def _same_caption(self) -> SameCaption:
+        return self.config.contrast.same_caption

@@ -58,6 +58,7 @@ class OneRTraining(Training[OneRConfiguration]):
     def _gradient(self, batch: PairBatch) -> Gradient:
         result = self.step(batch)
         metrics: dict[str, Tensor | float] = {f"loss/{name}": value for name, value in result.parts.items()}
+        metrics["repeated_captions"] = result.repeated_captions
         if result.modality_gap is not None:
             metrics["batch_modality_gap"] = result.modality_gap
         if self.config.objectives.learnable_temperature and self.config.objectives.contrastive:

@@ -52,8 +52,8 @@ struct ContrastStatistics {
 };
 
 // G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - targets. Maxima are kept
-// apart from sums, so that the largest logit has an exponential of exactly 1, and 1 minus its target is exact. Shares of
-// the block replace own_weight.
+// apart from sums, so that the largest logit has an exponential of exactly 1, and 1 minus its target is exact. With
+// column shares, own_weight is the share of the row.
 struct ContrastGradient {
   const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
   // Sums of G times the rows of the other side, from row 0 and from the stripe's first column on.

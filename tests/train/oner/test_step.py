@@ -25,6 +25,8 @@ SETS: dict[str, dict[str, Any]] = {
     "student's own keys": {"momentum_teacher": False, "xmc": 1.0},
     "one tower, ITC": {"cmc": 0, "mlm": 0, "mim": 0},
     "two heads": {"cmc": 0, "model": {"shared_head": False}},
+    "same captions are positives": {"mlm": 0, "mim": 0, "xmc": 1.0, "symmetric": True, "same_caption": "positive"},
+    "same captions are ignored": {"mlm": 0, "mim": 0, "momentum_teacher": False, "same_caption": "ignore"},
     "masked losses alone": {"itc": 0, "cmc": 0, "learnable_temperature": True},
 }
 
@@ -65,6 +67,13 @@ def test_micro_batches_change_nothing(small: Any, name: str, accum_freq: int) ->
         torch.testing.assert_close(one.modality_gap, two.modality_gap, rtol=1e-5, atol=0)
     assert_equal(gradients(other), gradients(student), near)
     assert ("log_logit_scale" in gradients(other)) == bool(SETS[name].get("learnable_temperature") and one.modality_gap)
+
+
+def test_the_share_of_repeated_captions(small: Any) -> None:
+    """Eight captions repeat four of two cases, two and two; of three captions two are equal."""
+    step, _ = small.step(small.config())
+    assert step(small.batch()).repeated_captions == 1.0
+    assert step(small.batch(3)).repeated_captions == pytest.approx(2 / 3)
 
 
 def test_gradients_add_up_over_calls(small: Any) -> None:
