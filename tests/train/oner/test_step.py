@@ -202,6 +202,7 @@ def run_rank(rank: int, size: int, folder: Path, makers: str) -> None:
         # The second step is where DDP complains of parameters that took no part in the first.
         result = step(mine)
         results[name] = {"loss": result.loss, "parts": result.parts, "gradients": gradients(student)}
+        results[name]["repeated"] = result.repeated_captions
     torch.save(results, folder / f"{rank}.pt")
     shutdown()
 
@@ -220,6 +221,7 @@ def test_two_processes_give_the_gradients_of_one(small: Any, run_two_ranks: Any,
         near = tolerance(config)
         for rank in found:
             torch.testing.assert_close(rank[name]["loss"], alone.loss, rtol=near, atol=0)
+            assert torch.equal(rank[name]["repeated"], alone.repeated_captions)
             for part, value in alone.parts.items():
                 torch.testing.assert_close(rank[name]["parts"][part], value, rtol=near, atol=0)
             assert_equal(rank[name]["gradients"], gradients(student), near)
