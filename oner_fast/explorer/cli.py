@@ -72,7 +72,8 @@ def explore(options: Options) -> tuple[Path, dict[str, float]]:
     """
     check_run(options.run)
     data = find_data(options.run, options.data)
-    known = splits_of(data, unnamed_split(options.run, data, given=options.data is not None))
+    unnamed = unnamed_split(options.run, data)
+    known = splits_of(data, unnamed)
     split = options.split or next((name for name in known if name != "train"), known[0])
     if split not in known:
         raise ValueError(f"{data} has no split {split!r}; it has {', '.join(known)}: give --split or --data")
@@ -86,7 +87,7 @@ def explore(options: Options) -> tuple[Path, dict[str, float]]:
 
     runtime = find_runtime(options.runtime)
     config, state = plain_config(loaded.config), plain_state(loaded.model)
-    library = build_library(loaded, open_split(data, split), options.limit)
+    library = build_library(loaded, open_split(data, split, unnamed), options.limit)
     parameters = sum(tensor.numel() for tensor in state.values())
     about = {
         "name": options.run.resolve().name,

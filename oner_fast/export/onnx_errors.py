@@ -26,8 +26,9 @@ def samples(loaded: Loaded, run: Path) -> tuple[Tensor, list[str]]:
     images, texts = [], []
     try:
         data = find_data(run, None)
-        known = splits_of(data, unnamed_split(run, data, given=False))
-        dataset = open_split(data, next((name for name in known if name != "train"), known[0]))
+        unnamed = unnamed_split(run, data)
+        known = splits_of(data, unnamed)
+        dataset = open_split(data, next((name for name in known if name != "train"), known[0]), unnamed)
     except FileNotFoundError:
         return _noise(loaded)
     for row in spaced(len(dataset), SAMPLES):
