@@ -79,7 +79,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Run:
-    """Settings of the run itself. Only precision, seed and threads among them change the trained weights."""
+    """Settings of the run itself. Only init_from, precision, seed and threads among them change the trained weights."""
 
     run_dir: str = "runs/oner"
     recipe: str = ""
@@ -91,7 +91,12 @@ class Run:
     threads: int | Literal["auto"] = "auto"
     """Threads of the CPU's ops: auto times one and more at the start; 0 leaves torch's choice."""
     resume: str = "latest"
-    """latest, none, or the path of a checkpoint."""
+    """latest, none, or the path of a checkpoint or of another run. Another run with the same settings is continued in
+    run_dir. One that is done, or has other settings, begins a new phase: its weights and its optimiser's state are
+    taken, and steps count from 0."""
+    init_from: str = ""
+    """A run or a file whose weights alone are taken: optimiser, schedule and data start anew. Positions are resampled
+    to image_size."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
