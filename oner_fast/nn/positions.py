@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def resample_grid(positions: Tensor, grid: int) -> Tensor:
@@ -34,3 +34,24 @@ def lengthen(positions: Tensor, count: int) -> Tensor:
     """
     kept = positions[:count]
     return torch.cat([kept, kept[-1:].expand(count - len(kept), -1)])
+
+
+class ResampledGrids:
+    """A table of positions at other grids than its own, kept until the table changes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, tuple[int, torch.device, torch.dtype], Tensor]] = {}
+
+    def __call__(self, positions: Tensor, grid: int) -> Tensor:
+        """Return `resample_grid(positions, grid)`; without a gradient to take, from memory where it is there."""
+        if (torch.is_grad_enabled() and positions.requires_grad) or not isinstance(positions, nn.Parameter):
+            return resample_grid(positions, grid)
+        if torch.compiler.is_compiling() or positions.is_inference():
+            return resample_grid(positions, grid)
+        state = (positions._version, positions.device, positions.dtype)
+        kept = self._kept.get(grid)
+        if kept is None or kept[0] is not positions or kept[1] != state:
+            # An ordinary tensor, so that later calls with gradients may use it too.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = self._kept[grid] = (positions, state, resample_grid(positions, grid))
+        return kept[2]
