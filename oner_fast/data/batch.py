@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from oner_fast.data.caption_ids import caption_ids
+
 
 @dataclass
 class TokenizedText:
@@ -75,6 +77,7 @@ class PairBatch:
         corrupt: how many samples could not be read and were replaced, substitutes included.
         corrupt_names: the name of each of them, and what is wrong with it.
         second: (B, 3, S, S) uint8, another crop of each image; None where nobody asked for one.
+        caption_ids: (B,) int64, of `oner_fast.data.caption_ids`; made of the captions where none are given.
     """
 
     images: Tensor
@@ -86,6 +89,11 @@ class PairBatch:
     corrupt: int = 0
     corrupt_names: list[str] = field(default_factory=list)
     second: Tensor | None = None
+    caption_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.caption_ids) != len(self.captions):
+            self.caption_ids = caption_ids(self.captions)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -111,6 +119,7 @@ class PairBatch:
                     corrupt,
                     list(names),
                     None if self.second is None else self.second[part],
+                    self.caption_ids[part],
                 )
             )
         return chunks
@@ -123,6 +132,7 @@ class PairBatch:
             text=self.text.to(device, non_blocking),
             samples=self.samples.to(device, non_blocking=non_blocking),
             second=None if self.second is None else self.second.to(device, non_blocking=non_blocking),
+            caption_ids=self.caption_ids.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "PairBatch":
@@ -133,6 +143,7 @@ class PairBatch:
             text=self.text.pin_memory(),
             samples=self.samples.pin_memory(),
             second=None if self.second is None else self.second.pin_memory(),
+            caption_ids=self.caption_ids.pin_memory(),
         )
 
 

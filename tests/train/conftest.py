@@ -66,7 +66,8 @@ class Small:
         text = TokenizedText(torch.randint(3, 29, (total,), generator=draw), ends, word_ids)
         images = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw)
         other = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw) if second else None
-        return PairBatch(images, text, torch.arange(count), ["a caption"] * count, step, 0, second=other)
+        captions = [("a caption", "A  Caption", "another", "a third")[i % 4] for i in range(count)]
+        return PairBatch(images, text, torch.arange(count), captions, step, 0, second=other)
 
     @staticmethod
     def shake(module: torch.nn.Module, seed: int) -> None:

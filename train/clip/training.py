@@ -17,8 +17,10 @@ from oner_fast.train.clip.flops import step_flops
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.step import ContrastStep
 from oner_fast.train.clip.towers import NewTowers, TwoTowers, build_towers
+from oner_fast.train.config.common import SameCaption
 from oner_fast.train.engine.batches import BatchConfiguration, open_batches
 from oner_fast.train.engine.loop import Configuration, Gradient, Training
+from oner_fast.train.engine.repeated_captions import repeated_share
 from oner_fast.train.engine.snapshots import Embedded, Snapshots
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
@@ -41,7 +43,9 @@ class TwoTowerTraining(Training[C]):
         return open_batches(self.config, None, self.world)
 
     def _ready(self) -> None:
-        self.step = ContrastStep(self.student, self.config.optim.accum_freq, self.world, self.dtype)
+        self.step = ContrastStep(
+            self.student, self.config.optim.accum_freq, self.world, self.dtype, self._same_caption()
+        )
         self._pair_flops = self._forward_flops()
         c = self.config
         if c.run.eval_every:
@@ -49,9 +53,14 @@ class TwoTowerTraining(Training[C]):
         if self.world.is_main:
             self._snapshots = Snapshots(c.data, c.run, c.model.image_size, self.folder, self._embed)
 
+    def _same_caption(self) -> SameCaption:
+        return "negative"
+
     def _gradient(self, batch: PairBatch) -> Gradient:
         loss = self.step(batch)
-        return Gradient(loss, {"logit_scale": self.student.log_logit_scale.detach().exp()})
+        repeated = repeated_share(batch.caption_ids.to(self.world.device, non_blocking=True))
+        scale = self.student.log_logit_scale.detach().exp()
+        return Gradient(loss, {"logit_scale": scale, "repeated_captions": repeated})
 
     def _updated(self) -> dict[str, Tensor | float]:
         self.student.clamp_temperature()
@@ -118,3 +127,6 @@ class CLIPTraining(TwoTowerTraining[CLIPConfiguration]):
         if isinstance(self.student, NewTowers):
             return step_flops(self.student.config, self.step.lengths, self.config.optim.batch_size)
         return super()._flops(batch)
+
+    def _same_caption(self) -> SameCaption:
+        return self.config.contrast.same_caption

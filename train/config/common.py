@@ -8,6 +8,9 @@ from typing import Literal
 
 Precision = Literal["auto", "fp32", "amp_bf16"]
 
+SameCaption = Literal["negative", "positive", "ignore"]
+"""Meanings of pairs of a batch with the same caption, in the contrast."""
+
 MIN_TEMPERATURE = 0.01
 
 

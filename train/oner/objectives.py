@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.models.oner import PassName
+from oner_fast.train.engine.repeated_captions import ids_of_captions
 from oner_fast.train.oner.settings import Objectives
 
 
@@ -18,6 +19,7 @@ def contrastive_losses(
     logit_scale: Tensor | float,
     objectives: Objectives,
     group: dist.ProcessGroup | None = None,
+    ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute the losses whose weight is above 0: unweighted, 0-d, by name.
 
@@ -26,7 +28,10 @@ def contrastive_losses(
         key: the teacher's embeddings (N, E) of `image` and `text` (the student's own where there is no teacher).
         logit_scale: 1 / temperature.
         group: the ranks whose batches together are the batch of the contrast.
+        ids: `caption_ids` of the pairs, (N,), which `objectives.same_caption` needs unless it is "negative".
     """
+
+    same = {} if ids is None else ids_of_captions(ids, objectives.same_caption)
 
     def info_nce(
         first: Tensor, second: Tensor, *, query_other: Tensor | None = None, key_other: Tensor | None = None
@@ -38,6 +43,7 @@ def contrastive_losses(
             query_other=query_other,
             key_other=key_other,
             symmetric=objectives.symmetric,
+            **same,
             group=group,
         )
 

@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Fixed, Suppress
 
 from oner_fast.models.oner import OneRConfig
-from oner_fast.train.config.common import Data, Optimisation, Run, check_temperature
+from oner_fast.train.config.common import Data, Optimisation, Run, SameCaption, check_temperature
 
 CONTRASTS = ("itc", "xmc", "cic", "cmc")
 """The weights of the contrasts, which need embeddings."""
@@ -58,6 +58,8 @@ class Objectives:
     learnable_temperature: bool = False
     symmetric: bool = False
     """Cross-entropy over columns too (CLIP); False is MoCo v3's query-to-key form."""
+    same_caption: SameCaption = "negative"
+    """Other pairs of the batch with the same caption: negatives, further positives, or left out of the contrast."""
     momentum_teacher: bool = True
     """Keys from the moving-average teacher; False: from the student itself, with gradient and without predictor
     (CLIP)."""

@@ -92,6 +92,7 @@ class OneRTraining(Training[OneRConfiguration]):
     def _gradient(self, batch: PairBatch) -> Gradient:
         result = self.step(batch)
         metrics: dict[str, Tensor | float] = {f"loss/{name}": value for name, value in result.parts.items()}
+        metrics["repeated_captions"] = result.repeated_captions
         if self.config.objectives.learnable_temperature and self.config.objectives.contrastive:
             metrics["logit_scale"] = self.student.log_logit_scale.detach().exp()
         return Gradient(result.loss, metrics)

@@ -81,6 +81,7 @@ def test_the_towers_learn_and_open_clip_loads_the_run(straight: tuple[Path, Path
     _, run = straight
     lines = figures(run)
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(0 <= line["repeated_captions"] <= 1 for line in lines)
     assert lines[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3) != lines[-1]["logit_scale"]
     model, config = load_clip(run)
     assert config == CLIPConfig(**SIZES)
@@ -124,14 +125,17 @@ def pairs() -> PairBatch:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=draw)
     captions = [f"a {'very ' * (i % 4)}{name} thing" for i, name in enumerate([*COLOURS] * 2)]
+    captions[:4] = [each.upper() for each in captions[:4]]
     return PairBatch(images, no_text(8), torch.arange(8), captions, 0, 0)
 
 
-def gradients(batch: PairBatch, parts: int = 1, world: World = WORLD) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    batch: PairBatch, parts: int = 1, world: World = WORLD, same_caption: Any = "ignore"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a step of the same towers each time, and the gradient of every parameter."""
     torch.manual_seed(0)
     towers = NewTowers(CLIPConfig(**SIZES), 0.07)
-    loss = ContrastStep(towers, parts, world, None)(batch)
+    loss = ContrastStep(towers, parts, world, None, same_caption)(batch)
     found = {name: parameter.grad for name, parameter in towers.named_parameters() if parameter.grad is not None}
     assert len(found) == len(list(towers.parameters()))
     return loss, found
@@ -143,10 +147,22 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_micro_batches_change_nothing() -> None:
-    (loss, wanted), (again, found) = gradients(pairs()), gradients(pairs(), parts=4)
+@pytest.mark.parametrize("same_caption", ["negative", "positive", "ignore"])
+def test_micro_batches_change_nothing(same_caption: str) -> None:
+    loss, wanted = gradients(pairs(), same_caption=same_caption)
+    again, found = gradients(pairs(), parts=4, same_caption=same_caption)
     torch.testing.assert_close(again, loss)
     assert_same(found, wanted)
+
+
+def test_same_captions_are_negatives_positives_or_left_out() -> None:
+    """Each of the four captions stands twice in the batch, once in capitals."""
+    batch = pairs()
+    assert len(batch.caption_ids.unique()) == 4
+    positive, negative, ignore = (
+        float(gradients(batch, same_caption=x)[0]) for x in ("positive", "negative", "ignore")
+    )
+    assert ignore < negative - 0.01 and abs(positive - negative) > 1e-4
 
 
 def rank_main(rank: int, size: int, folder: str) -> None:

@@ -71,6 +71,18 @@ def test_contrasts_agree_with_the_papers_table(names: list[str], teacher: bool, 
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("same_caption", ["positive", "ignore"])
+def test_every_contrast_knows_the_captions(same_caption: Any) -> None:
+    """With ids of which all differ, as without; with equal ids, another loss than that of negatives."""
+    weights: dict[str, Any] = dict.fromkeys(("itc", "xmc", "cic", "cmc"), 1.0)
+    key: dict[Any, Tensor] = {name: torch.randn(6, 4, dtype=torch.float64) for name in PASSES}
+    plain = contrastive_losses(key, key, 5.0, Objectives(**weights))
+    objectives = Objectives(**weights, same_caption=same_caption)
+    for ids, other in ((torch.arange(6), False), (torch.tensor([1, 2, 1, 3, 2, 1]), True)):
+        for name, loss in contrastive_losses(key, key, 5.0, objectives, ids=ids).items():
+            assert (abs(loss - plain[name]) > 1e-3) == other
+
+
 # The whole step: what a batch's passes, heads and losses come to, written out.
 
 

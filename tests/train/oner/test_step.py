@@ -29,6 +29,8 @@ SETS: dict[str, dict[str, Any]] = {
     "a predictor a head": {"xmc": 1.0, "cic": 0.5, "predictor": "per_head", "model": {"shared_head": False}},
     "no predictor, factor": {"predictor": "none", "temperature_factor": True, "init_gap": 3.0},
     "second view": {"teacher_view": "second"},
+    "same captions are positives": {"mlm": 0, "mim": 0, "xmc": 1.0, "symmetric": True, "same_caption": "positive"},
+    "same captions are ignored": {"mlm": 0, "mim": 0, "momentum_teacher": False, "same_caption": "ignore"},
     "masked losses alone": {"itc": 0, "cmc": 0, "learnable_temperature": True},
 }
 
@@ -69,6 +71,13 @@ def test_micro_batches_change_nothing(small: Any, name: str, accum_freq: int) ->
     assert ("log_logit_scale" in gradients(other)) == bool(
         SETS[name].get("learnable_temperature") and whole.objectives.contrastive
     )
+
+
+def test_the_share_of_repeated_captions(small: Any) -> None:
+    """Eight captions repeat four of two cases, two and two; of three captions two are equal."""
+    step, _ = small.step(small.config())
+    assert step(small.batch()).repeated_captions == 1.0
+    assert step(small.batch(3)).repeated_captions == pytest.approx(2 / 3)
 
 
 def test_gradients_add_up_over_calls(small: Any) -> None:
@@ -227,6 +236,7 @@ def run_rank(rank: int, size: int, folder: Path, makers: str) -> None:
         # The second step is where DDP complains of parameters that took no part in the first.
         result = step(mine)
         results[name] = {"loss": result.loss, "parts": result.parts, "gradients": gradients(student)}
+        results[name]["repeated"] = result.repeated_captions
     torch.save(results, folder / f"{rank}.pt")
     shutdown()
 
@@ -245,6 +255,7 @@ def test_two_processes_give_the_gradients_of_one(small: Any, run_two_ranks: Any,
         near = tolerance(config)
         for rank in found:
             torch.testing.assert_close(rank[name]["loss"], alone.loss, rtol=near, atol=0)
+            assert torch.equal(rank[name]["repeated"], alone.repeated_captions)
             for part, value in alone.parts.items():
                 torch.testing.assert_close(rank[name]["parts"][part], value, rtol=near, atol=0)
             assert_equal(rank[name]["gradients"], gradients(student), near)
