@@ -1,4 +1,4 @@
-"""How well a tokenizer that comes with a model covers the captions of other data."""
+"""Count the words of some captions that a tokenizer of other data reads in pieces, or not at all."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from oner_fast.data.batch import SameBy
+
 Precision = Literal["auto", "fp32", "amp_bf16"]
 
 SameCaption = Literal["negative", "positive", "ignore"]
@@ -46,6 +48,13 @@ class Data:
     """Probability of a horizontal flip; 0 because captions speak of left and right."""
     aug_colour: float = 0.0
     """Greatest relative change of brightness, contrast and saturation; hues stay, because captions name colours."""
+    aug_operations: int = 0
+    """Operations of RandAugment on each crop; 0: none."""
+    aug_magnitude: float = 5.0
+    """Strength of those operations, from 0 to 10."""
+    same_by: SameBy = "caption"
+    """Pairs that same_caption speaks of: those with an equal caption, or those with the same image file, as where an
+    image has five captions."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where a run's weights come from: every run before it, in `lineage.json` and in each of its checkpoints."""
+"""The runs and files that a run began from, in `lineage.json` and in each of its checkpoints."""
 
 from __future__ import annotations
 
