@@ -218,10 +218,6 @@ def test_a_dry_run_leaves_nothing(straight: tuple[Path, Path], tmp_path: Path, c
     check_dry_run(clip.main, command(straight[0], tmp_path / "runs" / "new"), "8 steps of 8 samples")
 
 
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
-
-
 def test_a_clip_begins_with_the_weights_of_another_at_another_size(straight: tuple[Path, Path], tmp_path: Path) -> None:
     data, run = straight
     before, _ = load_clip(run)
@@ -250,3 +246,7 @@ def test_weights_that_do_not_fit_a_clip_are_refused(
     data, run = straight
     assert clip.main(command(data, tmp_path / "new", init_from=run, **changes)) == 1
     assert why in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
