@@ -17,11 +17,10 @@ from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
-from oner_fast.train.config.serialization import from_dict, save_json, to_dict
+from oner_fast.train.config.serialization import save_json, to_dict
 from oner_fast.train.engine import checkpoint, lineage, phases
 from oner_fast.train.engine.best import SCORE, Best, write_best
 from oner_fast.train.engine.distributed import World, on_main, require_same, sum_over_ranks
-from oner_fast.train.engine.lineage import Origin
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
 from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, load_moments, set_lr
@@ -35,11 +34,10 @@ from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.threads import load, settle_threads
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
-from oner_fast.train.engine.weights import Weights, find_weights, refuse_other_weights
+from oner_fast.train.engine.weights import Weights
 
 # Settings of the run that may differ between ranks: those of a machine, and those that only rank 0 reads.
 _OF_A_RANK = ("run_dir", "recipe", "device", "resume", "init_from", "collective_timeout")
-_KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 
 
 class Configuration(Protocol):
@@ -100,9 +98,9 @@ class Training(ABC, Generic[C]):
         # Every rank takes rank 0's choice, whatever the others' file systems show.
         self._start = on_main(world, lambda: find_start(self.checkpoints, config.run.resume))
         start = self._start.path
-        self.weights = self._find_weights(config.run)
+        self.weights = phases.weights_to_begin_with(config.run, self._start, self.model_files, self.title, world)
         state = None if start is None else checkpoint.load(start, world.device)
-        before = None if state is None else _saved_configuration(str(start), state, type(config))
+        before = None if state is None else phases.saved_configuration(str(start), state, type(config))
         self.dtype = autocast_dtype(config.run.precision, world.device)
         self.threads = settle_threads(
             config.run.threads,
@@ -115,11 +113,13 @@ class Training(ABC, Generic[C]):
         with restoring(start):
             self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
         changes = [] if before is None else phases.differences(before, self.config)
-        # A run that is done cannot be continued, so that asking for it elsewhere means a new phase.
-        phase = self._start.foreign and (bool(changes) or self._is_done(before, state))
-        self.lineage = self._lineage(state, phase)
+        phase = self._start.foreign and (bool(changes) or phases.is_done(before, state))
         if start is not None and not self._start.foreign:
             phases.refuse_other_settings(start, self.folder, changes)
+        self.lineage = [] if self.weights is None else self.weights.lineage
+        if start is not None and state is not None:
+            found = lineage.from_json(state.get("lineage", "[]"), str(start))
+            self.lineage = phases.lineage_of(config.run, self._start, state, found, self.model_files, phase, world)
         seed_generators(config.run.seed)
         o = self.config.optim
         self.student = self._build().to(world.device).train()
@@ -153,42 +153,6 @@ class Training(ABC, Generic[C]):
             with restoring(start):
                 self.batches.load_state_dict(state["data"])
         self._ready()
-
-    def _find_weights(self, run: Run) -> Weights | None:
-        """Find the weights that `--init-from` names; None where there is a checkpoint to continue from."""
-        if not run.init_from:
-            return None
-        if not self.model_files:
-            raise ValueError(f"oner-fast train {self.title} takes no --init-from: its encoders come with their weights")
-        if self._start.foreign:
-            raise ValueError(
-                f"give either --resume {run.resume} (weights and optimiser state) or --init-from {run.init_from} "
-                "(weights alone), not both"
-            )
-        if self._start.path is not None:
-            return None
-        return on_main(self.world, lambda: find_weights(run.init_from, self.model_files))
-
-    @staticmethod
-    def _is_done(before: C | None, state: dict[str, Any] | None) -> bool:
-        return before is not None and state is not None and int(state["step"]) >= before.optim.steps
-
-    def _lineage(self, state: dict[str, Any] | None, phase: bool) -> list[Origin]:
-        """Return the origins of this run, oldest first."""
-        if self.weights is not None:
-            return self.weights.lineage
-        start = self._start.path
-        if start is None or state is None:
-            return []
-        found = lineage.from_json(state.get("lineage", "[]"), str(start))
-        run = self.config.run
-        if run.init_from:
-            on_main(self.world, lambda: refuse_other_weights(run.init_from, self.model_files, found, self.folder))
-        if self._start.foreign:
-            kind: lineage.Kind = "phase" if phase else "continuation"
-            given = run.resume
-            found.append(on_main(self.world, lambda: lineage.origin(kind, given, start, int(state["step"]))))
-        return found
 
     # A subclass defines these.
 
@@ -436,13 +400,3 @@ def _shared_facts(config: Configuration) -> dict[str, Any]:
         for each in dataclasses.fields(getattr(config, part.name))
         if each.name not in free.get(part.name, ())
     }
-
-
-def _saved_configuration(name: str, state: dict[str, Any], kind: type[C]) -> C:
-    """Read the configuration in a checkpoint, and refuse the checkpoint of something else."""
-    if missing := _KEYS - state.keys():
-        raise ValueError(f"{name} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}")
-    try:
-        return from_dict(kind, json.loads(state["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is a checkpoint of another kind of training: {error}") from error

@@ -3,17 +3,98 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn, optim
 
-from oner_fast.train.engine.lineage import Origin
+from oner_fast.train.config.common import Run
+from oner_fast.train.config.serialization import from_dict
+from oner_fast.train.engine.distributed import World, on_main
+from oner_fast.train.engine.lineage import Kind, Origin, origin
+from oner_fast.train.engine.resuming import Start
+from oner_fast.train.engine.weights import Weights, find_weights, refuse_other_weights
 
+_KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
 # Settings of the data that change neither the samples nor their order: paths and speed.
 FREE_DATA = ("workers", "train_data", "val_data", "val_split", "tokenizer")
 _COMPARED_RUN = ("seed", "precision")
+
+
+C = TypeVar("C")
+
+
+def saved_configuration(name: str, state: dict[str, Any], kind: type[C]) -> C:
+    """Read the configuration in a checkpoint, and refuse the checkpoint of something else."""
+    if missing := _KEYS - state.keys():
+        raise ValueError(f"{name} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}")
+    try:
+        return from_dict(kind, json.loads(state["config"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is a checkpoint of another kind of training: {error}") from error
+
+
+def is_done(before: Any, state: dict[str, Any] | None) -> bool:
+    """Tell whether a checkpoint is that of the last step, so that a run elsewhere cannot continue it."""
+    return state is not None and int(state["step"]) >= before.optim.steps
+
+
+def weights_to_begin_with(run: Run, start: Start, names: Sequence[str], title: str, world: World) -> Weights | None:
+    """Find the weights that `--init-from` names; None without it, and where a checkpoint is there to continue from.
+
+    Args:
+        run: the settings.
+        start: the place where the run begins.
+        names: names of a finished model's file; none where the training takes no weights.
+        title: the training's name.
+        world: this process's place among the ranks, all of which call this.
+
+    Raises:
+        FileNotFoundError: there is no such run or file.
+        ValueError: the training takes no weights, or `--resume` names another run as well.
+    """
+    if not run.init_from:
+        return None
+    if not names:
+        raise ValueError(f"oner-fast train {title} takes no --init-from: its encoders come with their weights")
+    if start.foreign:
+        raise ValueError(
+            f"give either --resume {run.resume} (weights and optimiser state) or --init-from {run.init_from} "
+            "(weights alone), not both"
+        )
+    return None if start.path is not None else on_main(world, lambda: find_weights(run.init_from, names))
+
+
+def lineage_of(
+    run: Run,
+    start: Start,
+    state: dict[str, Any],
+    before: list[Origin],
+    names: Sequence[str],
+    phase: bool,
+    world: World,
+) -> list[Origin]:
+    """Return the origins, oldest first, of a run that begins with a checkpoint.
+
+    Args:
+        run, start, names, world: as in `weights_to_begin_with`.
+        state: the checkpoint.
+        before: the origins in it.
+        phase: whether a new phase begins.
+
+    Raises:
+        ValueError: the run is to be continued, and `--init-from` names other weights than those that it began with.
+    """
+    path = start.path
+    assert path is not None
+    if run.init_from:
+        on_main(world, lambda: refuse_other_weights(run.init_from, names, before, Path(run.run_dir)))
+    if not start.foreign:
+        return before
+    kind: Kind = "phase" if phase else "continuation"
+    return [*before, on_main(world, lambda: origin(kind, run.resume, path, int(state["step"])))]
 
 
 def differences(before: Any, now: Any) -> list[str]:
@@ -49,11 +130,11 @@ def done_already(steps: int, run: Path) -> str:
     return f"step {steps} of {steps} was done already; {_new_phase(run)}"
 
 
-def beginning(origin: Origin) -> str:
+def beginning(first: Origin) -> str:
     """Say what a run begins with."""
-    if origin.kind == "weights":
-        return f"begins with the weights of {origin.file}"
-    return f"a new phase: begins with weights and optimiser state of {origin.file}, and counts steps from 0"
+    if first.kind == "weights":
+        return f"begins with the weights of {first.file}"
+    return f"a new phase: begins with weights and optimiser state of {first.file}, and counts steps from 0"
 
 
 def _new_phase(run: Path) -> str:

@@ -108,8 +108,8 @@ class UTATraining(Training[UTAConfiguration]):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if state["teacher_fingerprint"] != self.teacher.fingerprint:
             raise ValueError(
-                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; give "
-                "another --run-dir, and --init-from this run to begin with its weights"
+                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; "
+                "--init-from RUN in a new --run-dir begins with its weights alone"
             )
 
     def _about(self) -> dict[str, str]:
