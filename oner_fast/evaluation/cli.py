@@ -150,18 +150,18 @@ def evaluate(options: Options, world: World | None = None) -> tuple[dict[str, An
     _check_options(options)
     on_main(world, lambda: remove_leftovers(options.run))
     with shared(world):
-        evaluation, about = _figures(options, str(world.device))
+        evaluation, about = _figures(options, world)
     return on_main(world, lambda: add(options.run, evaluation, about))
 
 
-def _figures(options: Options, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _figures(options: Options, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compute the figures, and what holds for all of them."""
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = {} if data is None else _open_splits(options, data)
-    loaded = _load(options, device)
+    loaded = _load(options, str(world.device))
     spaces, missing = open_spaces(options.run, loaded, options.space)
-    if missing is not None:
+    if missing is not None and world.is_main:
         logger.warning("%s", missing)
     evaluation: dict[str, Any] = {}
     if data is not None:
