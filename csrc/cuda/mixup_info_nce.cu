@@ -91,8 +91,8 @@ __device__ __forceinline__ void take_target(const float (&logits)[8], int at, in
   *to = third ? high : low;
 }
 
-// Blocks that share a multiprocessor. Beside another block, ignored pairs would spill a few registers on sm_90, and rows
-// alone with codes on every GPU.
+// Blocks that share a multiprocessor. Beside another block, ignored pairs would spill a few registers on sm_90, and
+// rows alone with codes on every GPU.
 template <bool kColumns, Same kSame>
 constexpr int kResident = kSame == kNone || (kColumns && kSame == kPositive) ? 2 : 1;
 

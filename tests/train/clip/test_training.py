@@ -156,13 +156,16 @@ def test_micro_batches_change_nothing(same_caption: str) -> None:
 
 
 def test_same_captions_are_negatives_positives_or_left_out() -> None:
-    """Each of the four captions stands twice in the batch, once in capitals."""
+    """Each of the four captions stands twice in the batch, once in capitals.
+
+    The text tower, which folds case, gives both the same embedding, and equal logits share their mass in vain.
+    """
     batch = pairs()
     assert len(batch.caption_ids.unique()) == 4
     positive, negative, ignore = (
         float(gradients(batch, same_caption=x)[0]) for x in ("positive", "negative", "ignore")
     )
-    assert ignore < negative - 0.01 and abs(positive - negative) > 1e-4
+    assert ignore < negative - 0.01 and positive == pytest.approx(negative, rel=1e-6)
 
 
 def rank_main(rank: int, size: int, folder: str) -> None:
