@@ -19,6 +19,8 @@ ABLATION = 1
 """`study.json` and `ablation.json` of a study."""
 RUN = 1
 """`run.json`."""
+LINEAGE = 1
+"""`lineage.json` of a run."""
 
 FIELD = "format_version"
 

@@ -1,11 +1,15 @@
 """The inputs of a training step: packed captions and a batch of image-text pairs."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from oner_fast.data.caption_ids import caption_ids
+
+SameBy = Literal["caption", "image"]
+"""Things that make two pairs of a batch the same: an equal caption, or the same image file."""
 
 
 @dataclass
@@ -77,7 +81,8 @@ class PairBatch:
         corrupt: how many samples could not be read and were replaced, substitutes included.
         corrupt_names: the name of each of them, and what is wrong with it.
         second: (B, 3, S, S) uint8, another crop of each image; None where nobody asked for one.
-        caption_ids: (B,) int64, of `oner_fast.data.caption_ids`; made of the captions where none are given.
+        caption_ids: (B,) int64, of `oner_fast.data.caption_ids`: the ids of the images where the loader was asked for
+            those, otherwise of the captions, from which they are made where none are given.
     """
 
     images: Tensor

@@ -1,4 +1,4 @@
-"""Ids of captions: equal captions have equal ids, in every process and on every machine."""
+"""Ids of captions and of images: equal ones have equal ids, in every process and on every machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,13 @@ def normalised(caption: str) -> str:
 
 def _caption_id(caption: str) -> int:
     text = normalised(caption)
-    if not text:
-        return NO_CAPTION
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return _hash(text.encode("utf-8", "surrogatepass")) if text else NO_CAPTION
+
+
+def image_id(encoded: bytes) -> int:
+    """Return a hash of an image file, not negative: files of the same bytes have the same."""
+    return _hash(encoded)
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

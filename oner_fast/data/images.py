@@ -10,8 +10,9 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from oner_fast.data.pixels import read_picture
+from oner_fast.data.rand_augment import DRAWS, rand_augment
 
-RANDOMS = 8  # number of 32-bit integers that one training transform takes: two blocks of four
+RANDOMS = 8  # 32-bit integers that a training transform takes without RandAugment: two blocks of four
 
 _ONE = 1 << 32
 _LONGEST = 16  # ratio of sides up to which an evaluated image is resized whole
@@ -40,6 +41,8 @@ class ImageTransform:
         aspect: greatest ratio of a crop's sides.
         flip: probability of a horizontal flip.
         colour: greatest relative change of brightness, contrast and saturation; hues stay, as captions name colours.
+        operations: number of operations of RandAugment, after the others.
+        magnitude: strength of those, from 0 to 10.
     """
 
     size: int
@@ -47,6 +50,8 @@ class ImageTransform:
     flip: float = 0.5
     aspect: float = 4 / 3
     colour: float = 0.0
+    operations: int = 0
+    magnitude: float = 5.0
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -56,8 +61,18 @@ class ImageTransform:
             raise ValueError(f"flip must be in [0, 1], not {self.flip}")
         if not 0.0 <= self.colour < 1.0:
             raise ValueError(f"colour must be in [0, 1), not {self.colour}")
+        if self.operations < 0 or not 0.0 <= self.magnitude <= 10.0:
+            raise ValueError(
+                f"RandAugment needs 0 operations or more and a magnitude in [0, 10], got {self.operations} and "
+                f"{self.magnitude}"
+            )
         if not self.aspect >= 1.0:
             raise ValueError(f"aspect must be at least 1, not {self.aspect}")
+
+    @property
+    def randoms(self) -> int:
+        """Number of random integers that a call takes, in whole blocks of four."""
+        return RANDOMS + -(-DRAWS * self.operations // 4) * 4
 
     @property
     def decode_side(self) -> int:
@@ -65,10 +80,10 @@ class ImageTransform:
         return math.ceil(self.size * math.sqrt(self.aspect / self.scale[0]))
 
     def __call__(self, image: Image.Image, randoms: NDArray[np.int64]) -> Tensor:
-        """Crop, resize, flip and recolour an RGB image: uint8 (3, size, size).
+        """Crop, resize, flip, recolour and augment an RGB image: uint8 (3, size, size).
 
-        `randoms` holds `RANDOMS` integers in [0, 2^32), for area, aspect, left, top, flip, brightness, contrast and
-        saturation. They decide the result.
+        `randoms` holds `self.randoms` integers in [0, 2^32), for area, aspect, left, top, flip, brightness, contrast
+        and saturation, and two for each operation of RandAugment. They decide the result.
         """
         area, aspect, left, top, flip, *colours = (int(value) for value in randoms[:RANDOMS])
         width, height = image.size
@@ -92,6 +107,9 @@ class ImageTransform:
             enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
             for enhancer, value in zip(enhancers, colours, strict=True):
                 image = enhancer(image).enhance(1 + self.colour * (2 * value / _ONE - 1))
+        if self.operations:
+            draws = [int(value) for value in randoms[RANDOMS : RANDOMS + DRAWS * self.operations]]
+            image = rand_augment(image, draws, self.magnitude)
         return to_tensor(image)
 
 
@@ -103,6 +121,11 @@ class EvalTransform:
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+
+    @property
+    def randoms(self) -> int:
+        """As many random integers as a plain training transform is given; none is read."""
+        return RANDOMS
 
     @property
     def decode_side(self) -> int:

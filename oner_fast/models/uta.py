@@ -91,7 +91,8 @@ class UTA(nn.Module):
         """Compute the outputs of [CLS] and of the kept patches in the joint space, not normalised.
 
         Args:
-            images: (B, C, S, S) uint8, or floating in [0, 1]; only the kept patches are read.
+            images: (B, C, S, S) uint8, or floating in [0, 1]; only the kept patches are read. S may be any multiple of
+                the patch size: positions of another grid than the configuration's are resampled.
             kept: the cells that enter, row-major, each at most once in an image: (B, K) int64, all where None; with
                 `cu_seqlens` flat, (T,).
             cu_seqlens: (B + 1,) int32, the boundaries of the images in a flat `kept`.
@@ -108,12 +109,13 @@ class UTA(nn.Module):
         if cu_seqlens is None:
             x, places = self._embed(images, kept, masked)
             tokens = x.shape[1]
-            outputs = self.head(self._run(x.flatten(0, 1), places.flatten(), _even(x), tokens))
+            outputs = self.head(self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens))
             return outputs.unflatten(0, (-1, tokens))
         if kept is None or masked is not None:
             raise ValueError("cu_seqlens divides a flat kept: pass kept of shape (T,) and no masked")
         x, places, cu_seqlens_out = self._embed_packed(images, kept, cu_seqlens)
-        return self.head(self._run(x, places, cu_seqlens_out, 1 + self.config.cells)), cu_seqlens_out
+        longest = 1 + self._grid(images) ** 2
+        return self.head(self._run(images, x, places, cu_seqlens_out, longest)), cu_seqlens_out
 
     def encode_image(self, images: Tensor, projected: bool = True) -> Tensor:
         """Embed images (B, C, S, S), with all patches visible: the output of [CLS], (B, E), not normalised.
@@ -125,7 +127,7 @@ class UTA(nn.Module):
         batch, tokens = x.shape[:2]
         first = torch.arange(batch, device=x.device)
         kept = Kept(first * tokens, torch.arange(batch + 1, dtype=torch.int32, device=x.device))
-        outputs = self._run(x.flatten(0, 1), places.flatten(), _even(x), tokens, kept)
+        outputs = self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens, kept)
         return self.head(outputs) if projected else outputs
 
     def encode_patches(self, images: Tensor, projected: bool = True) -> Tensor:
@@ -134,12 +136,18 @@ class UTA(nn.Module):
         Where `projected` is false, returns the input of the head, (B, N, D).
         """
         x, places = self._embed(images, None, None)
-        outputs = self._run(x.flatten(0, 1), places.flatten(), _even(x), x.shape[1])
+        outputs = self._run(images, x.flatten(0, 1), places.flatten(), _even(x), x.shape[1])
         outputs = outputs.unflatten(0, (x.shape[0], -1))[:, 1:]
         return self.head(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2]) if projected else outputs
 
-    def _run(self, x: Tensor, places: Tensor, cu_seqlens: Tensor, longest: int, kept: Kept | None = None) -> Tensor:
-        rotation = self.rope(places, self.cls_token.dtype)
+    def _grid(self, images: Tensor) -> int:
+        """Return the number of patches along a side of images (B, C, S, S)."""
+        return images.shape[-1] // self.config.patch_size
+
+    def _run(
+        self, images: Tensor, x: Tensor, places: Tensor, cu_seqlens: Tensor, longest: int, kept: Kept | None = None
+    ) -> Tensor:
+        rotation = self.rope(places, self.cls_token.dtype, self._grid(images))
         return self.trunk(x, rotation, cu_seqlens, longest, kept)
 
     def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:

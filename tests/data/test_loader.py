@@ -86,6 +86,25 @@ def test_a_second_view_follows_from_its_own_draws(make, dataset):
     assert torch.equal(torch.cat([part.second for part in batch.split(4)]), batch.second)
 
 
+def test_pairs_may_be_the_same_by_their_images(tars, tmp_path, tokenizer):
+    """Five captions of an image are five pairs of one id, in any worker; with RandAugment as without."""
+    image = tars.draw(3)
+    pairs = [(f"{k}.{end}", data) for k in range(5) for end, data in (("png", image), ("txt", f"view {k}".encode()))]
+    path = tars.write(tmp_path / "five.tar", [*pairs, *tars.pairs(range(20, 23))])
+
+    def batch(**options):
+        return next(PairLoader(PairDataset(path), tokenizer, batch_size=8, seed=SEED, image_size=SIZE, **options))
+
+    by_image, by_caption = batch(same_by="image"), batch()
+    same = torch.tensor([caption.startswith("view") for caption in by_image.captions])
+    assert same.sum() == 5 and len(by_image.caption_ids[same].unique()) == 1
+    assert len(by_image.caption_ids.unique()) == 4 and int(by_image.caption_ids.min()) >= 0
+    assert len(by_caption.caption_ids.unique()) == 8 and digest([by_image]) == digest([by_caption])
+    augmented = batch(same_by="image", transform=ImageTransform(SIZE, operations=2))
+    assert torch.equal(augmented.caption_ids, by_image.caption_ids) and digest([augmented]) != digest([by_image])
+    assert torch.equal(torch.cat([part.caption_ids for part in augmented.split(2)]), by_image.caption_ids)
+
+
 def test_batches_follow_from_their_definition(make, dataset, tokenizer):
     loader, transform = make(start_step=7), ImageTransform(SIZE)
     assert loader.steps_per_epoch == 5 and loader.epoch == 1

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from oner_fast import _extension
 from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
+from oner_fast.nn.positions import resample_grid
 from oner_fast.nn.rope import rope_angles
 from oner_fast.nn.rotary_transformer import RotaryBlock
 from oner_fast.nn.swiglu import silu_gate
@@ -237,3 +238,20 @@ def test_operations_equal_the_count_of_a_run() -> None:
     with FlopCounterMode(display=False) as counter:
         model(images, masked=masked)
     assert counter.get_total_flops() == uta_flops(SMALL, [17] * 3, patches=30)
+
+
+def test_images_of_another_size_take_resampled_positions_and_their_own_rotations() -> None:
+    model = student()
+    larger = student(image_size=24)
+    name = "patch_embedding.positions"
+    larger.load_state_dict(model.state_dict() | {name: resample_grid(model.patch_embedding.positions.detach(), 6)})
+    images = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    kept, ends = torch.tensor([0, 7, 35, 3, 8]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    for _ in range(2):  # the second time from memory
+        with torch.inference_mode():
+            same(model.encode_image(images), larger.encode_image(images))
+        with torch.no_grad():
+            same(model.encode_patches(images), larger.encode_patches(images))
+            same(model(images, kept, ends)[0], larger(images, kept, ends)[0])
+    with pytest.raises(ValueError, match="multiple of the patch size 4"):
+        model.encode_image(images[..., :22, :22])

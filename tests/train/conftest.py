@@ -65,8 +65,8 @@ class Small:
         word_ids = torch.cat([torch.arange(int(length)) // 2 for length in lengths]).int()
         text = TokenizedText(torch.randint(3, 29, (total,), generator=draw), ends, word_ids)
         images = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw)
-        captions = [("a caption", "A  Caption", "another", "a third")[i % 4] for i in range(count)]
         other = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw) if second else None
+        captions = [("a caption", "A  Caption", "another", "a third")[i % 4] for i in range(count)]
         return PairBatch(images, text, torch.arange(count), captions, step, 0, second=other)
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.evaluation.modality_gap import modality_gap
+from oner_fast.models.clip import WEIGHTS
 from oner_fast.train.clip.flops import step_flops
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.step import ContrastStep
@@ -117,9 +118,10 @@ class CLIPTraining(TwoTowerTraining[CLIPConfiguration]):
     """A CLIP from scratch, or an aligned student against its teacher's text tower."""
 
     title = "clip"
+    model_files = (WEIGHTS,)
 
     def _build(self) -> nn.Module:
-        return build_towers(self.config, self.world.device)
+        return build_towers(self.config, self.world.device, None if self.weights is None else self.weights.path)
 
     def _flops(self, batch: PairBatch) -> float:
         if isinstance(self.student, NewTowers):

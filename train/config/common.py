@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from oner_fast.data.batch import SameBy
+
 Precision = Literal["auto", "fp32", "amp_bf16"]
 
 SameCaption = Literal["negative", "positive", "ignore"]
@@ -46,6 +48,13 @@ class Data:
     """Probability of a horizontal flip; 0 because captions speak of left and right."""
     aug_colour: float = 0.0
     """Greatest relative change of brightness, contrast and saturation; hues stay, because captions name colours."""
+    aug_operations: int = 0
+    """Operations of RandAugment on each crop; 0: none."""
+    aug_magnitude: float = 5.0
+    """Strength of those operations, from 0 to 10."""
+    same_by: SameBy = "caption"
+    """Pairs that same_caption speaks of: those with an equal caption, or those with the same image file, as where an
+    image has five captions."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Run:
-    """Settings of the run itself. Only precision, seed and threads among them change the trained weights."""
+    """Settings of the run itself. Only init_from, precision, seed and threads among them change the trained weights."""
 
     run_dir: str = "runs/oner"
     recipe: str = ""
@@ -95,7 +104,12 @@ class Run:
     threads: int | Literal["auto"] = "auto"
     """Threads of the CPU's ops: auto times one and more at the start; 0 leaves torch's choice."""
     resume: str = "latest"
-    """latest, none, or the path of a checkpoint."""
+    """latest, none, or the path of a checkpoint or of another run. Another run with the same settings is continued in
+    run_dir. One that is done, or has other settings, begins a new phase: its weights and its optimiser's state are
+    taken, and steps count from 0."""
+    init_from: str = ""
+    """A run or a file whose weights alone are taken: optimiser, schedule and data start anew. Positions are resampled
+    to image_size."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2

@@ -82,7 +82,14 @@ def open_batches(
         "batch_size": config.optim.batch_size,
         "seed": config.run.seed,
         "image_size": image_size,
-        "transform": ImageTransform(image_size, (data.aug_scale, 1.0), flip=data.aug_flip, colour=data.aug_colour),
+        "transform": ImageTransform(
+            image_size,
+            (data.aug_scale, 1.0),
+            flip=data.aug_flip,
+            colour=data.aug_colour,
+            operations=data.aug_operations,
+            magnitude=data.aug_magnitude,
+        ),
         "workers": data.workers,
         "rank": world.rank,
         "world_size": world.size,
@@ -90,6 +97,7 @@ def open_batches(
         "pin_memory": world.device.type == "cuda",
         "captions": captions,
         "second_view": second_view,
+        "same_by": data.same_by,
     }
     if is_stream(data.train_data):
         if data.verify_data:

@@ -17,13 +17,13 @@ from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
-from oner_fast.train.config.serialization import from_dict, save_json, to_dict
-from oner_fast.train.engine import checkpoint
+from oner_fast.train.config.serialization import save_json, to_dict
+from oner_fast.train.engine import checkpoint, lineage, phases
 from oner_fast.train.engine.best import SCORE, Best, write_best
 from oner_fast.train.engine.distributed import World, on_main, require_same, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
-from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, set_lr
+from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, load_moments, set_lr
 from oner_fast.train.engine.pace_watch import PaceWatch
 from oner_fast.train.engine.precision import autocast_dtype
 from oner_fast.train.engine.progress import Progress
@@ -34,12 +34,10 @@ from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.threads import load, settle_threads
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
+from oner_fast.train.engine.weights import Weights
 
-# Settings of the data that change neither the samples nor their order: paths and speed.
-_FREE_DATA = ("workers", "train_data", "val_data", "val_split", "tokenizer")
 # Settings of the run that may differ between ranks: those of a machine, and those that only rank 0 reads.
-_OF_A_RANK = ("run_dir", "recipe", "device", "resume", "collective_timeout")
-_KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
+_OF_A_RANK = ("run_dir", "recipe", "device", "resume", "init_from", "collective_timeout")
 
 
 class Configuration(Protocol):
@@ -84,6 +82,10 @@ class Training(ABC, Generic[C]):
     """The name shown before the progress bar."""
     config: C
     """The given configuration, completed by what the data or the checkpoint decided."""
+    model_files: ClassVar[tuple[str, ...]] = ()
+    """Names of the file that a finished run keeps its weights in, for `--init-from`; none where it is refused."""
+    weights: Weights | None
+    """The weights to begin with; None where they are new, or come from a checkpoint."""
 
     def __init__(self, config: C, world: World) -> None:
         self.world, self.folder = world, Path(config.run.run_dir)
@@ -96,8 +98,9 @@ class Training(ABC, Generic[C]):
         # Every rank takes rank 0's choice, whatever the others' file systems show.
         self._start = on_main(world, lambda: find_start(self.checkpoints, config.run.resume))
         start = self._start.path
+        self.weights = phases.weights_to_begin_with(config.run, self._start, self.model_files, self.title, world)
         state = None if start is None else checkpoint.load(start, world.device)
-        before = None if state is None else _saved_configuration(str(start), state, type(config))
+        before = None if state is None else phases.saved_configuration(str(start), state, type(config))
         self.dtype = autocast_dtype(config.run.precision, world.device)
         self.threads = settle_threads(
             config.run.threads,
@@ -109,8 +112,14 @@ class Training(ABC, Generic[C]):
         precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
         with restoring(start):
             self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
-        if before is not None:
-            _refuse_other_configuration(str(start), before, self.config)
+        changes = [] if before is None else phases.differences(before, self.config)
+        phase = self._start.foreign and (bool(changes) or phases.is_done(before, state))
+        if start is not None and not self._start.foreign:
+            phases.refuse_other_settings(start, self.folder, changes)
+        self.lineage = [] if self.weights is None else self.weights.lineage
+        if start is not None and state is not None:
+            found = lineage.from_json(state.get("lineage", "[]"), str(start))
+            self.lineage = phases.lineage_of(config.run, self._start, state, found, self.model_files, phase, world)
         seed_generators(config.run.seed)
         o = self.config.optim
         self.student = self._build().to(world.device).train()
@@ -118,6 +127,13 @@ class Training(ABC, Generic[C]):
         self.guard = NonFiniteGuard(self.config.run.max_skipped_steps)
         self.best = Best()
         self.steps_done = 0
+        if start is not None and state is not None and phase:
+            with restoring(start):
+                phases.refuse_other_parameters(start, state, self.student, self.optimizer, changes)
+                self.student.load_state_dict(state["student"])
+                self._load_extra_state(state)
+                load_moments(self.optimizer, state["optimizer"])
+            state = None
         if state is not None:
             with restoring(start):
                 self.student.load_state_dict(state["student"])
@@ -129,7 +145,10 @@ class Training(ABC, Generic[C]):
                     self.best.load_state_dict(state["best"])
                 self.steps_done = int(state["step"])
         self.batches = self._open_batches()
-        require_same(world, _shared_facts(self.config) | {"samples": self.batches.state_dict().get("samples")})
+        facts = _shared_facts(self.config) | {"samples": self.batches.state_dict().get("samples")}
+        if self.weights is not None and world.size > 1:
+            facts["weights"] = lineage.digest(self.weights.path)
+        require_same(world, facts)
         if state is not None:
             with restoring(start):
                 self.batches.load_state_dict(state["data"])
@@ -208,9 +227,11 @@ class Training(ABC, Generic[C]):
             self.batches,
         ):
             if main and self.steps_done == total:
-                progress.note(f"step {total} of {total} was done already; give another --run-dir to train anew")
+                progress.note(phases.done_already(total, self.folder))
             elif main and self.steps_done:
                 progress.note(f"resumed after step {self.steps_done}")
+            elif main and self.lineage:
+                progress.note(phases.beginning(self.lineage[-1]))
             if main and self.steps_done == 0 and (first := self._snapshot()):
                 log.write(0, first)
             while self.steps_done < total:
@@ -283,6 +304,7 @@ class Training(ABC, Generic[C]):
         """Make the run's folder ready for writing."""
         save_json(self.config, self.folder / "config.json")
         self.threads.save(self.folder)
+        lineage.save(self.folder, self.lineage)
         checkpoint.prepare(self.checkpoints)
         for folder in (self.folder, self.folder / "snapshots"):
             remove_leftovers(folder)
@@ -337,6 +359,7 @@ class Training(ABC, Generic[C]):
             "config": json.dumps(to_dict(self.config)),
             "random": checkpoint.random_state(),
             "threads": self.threads.used,
+            "lineage": lineage.to_json(self.lineage),
             "best": self.best.state_dict(),
         }
         state |= self._extra_state()
@@ -368,7 +391,7 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
 
 def _shared_facts(config: Configuration) -> dict[str, Any]:
     """Return the settings that must be equal on every rank, by name; paths and the pace of a rank are its own."""
-    free = {"data": _FREE_DATA, "run": _OF_A_RANK}
+    free = {"data": phases.FREE_DATA, "run": _OF_A_RANK}
     return {
         each.name if part.name in ("data", "optim", "run") else f"{part.name}.{each.name}": repr(
             getattr(getattr(config, part.name), each.name)
@@ -377,29 +400,3 @@ def _shared_facts(config: Configuration) -> dict[str, Any]:
         for each in dataclasses.fields(getattr(config, part.name))
         if each.name not in free.get(part.name, ())
     }
-
-
-def _saved_configuration(name: str, state: dict[str, Any], kind: type[C]) -> C:
-    """Read the configuration in a checkpoint, and refuse the checkpoint of something else."""
-    if missing := _KEYS - state.keys():
-        raise ValueError(f"{name} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}")
-    try:
-        return from_dict(kind, json.loads(state["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is a checkpoint of another kind of training: {error}") from error
-
-
-def _refuse_other_configuration(name: str, before_all: Configuration, config: Configuration) -> None:
-    """Refuse to resume with other settings; paths, data loading, logging and the like may change."""
-    differences = []
-    for part in dataclasses.fields(config):
-        before, now = getattr(before_all, part.name), getattr(config, part.name)
-        for each in dataclasses.fields(before):
-            if part.name == "run" and each.name not in ("seed", "precision"):
-                continue
-            if part.name == "data" and each.name in _FREE_DATA:
-                continue
-            if getattr(before, each.name) != getattr(now, each.name):
-                differences.append(f"{each.name} {getattr(before, each.name)!r} -> {getattr(now, each.name)!r}")
-    if differences:
-        raise ValueError(f"{name} was trained with other settings ({'; '.join(differences)}); give another --run-dir")

@@ -91,7 +91,8 @@ class TrainingStep:
             own = losses[each.name].detach()
             losses[each.name] = sum_over_ranks(own) / self.world.size
             loss = loss + each.weight * (losses[each.name] - own)
-        return StepResult(loss, {name: value.detach() for name, value in losses.items()}, repeated_share(ids))
+        detached = {name: value.detach() for name, value in losses.items()}
+        return StepResult(loss, detached, repeated_share(ids))
 
     def _accumulate(
         self, inputs: list[StudentInput], keys: dict[PassName, Tensor], ids: Tensor, words: Tensor, patches: Tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from oner_fast.atomic import write_atomic
 from oner_fast.data.batch import PairBatch
+from oner_fast.data.coverage import coverage
+from oner_fast.data.dataset import PairDataset
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches
 from oner_fast.evaluation.spaces import gaps, image_columns, text_columns
@@ -19,7 +22,7 @@ from oner_fast.models.contrast import FILE as CONTRAST_FILE
 from oner_fast.models.contrast import Contrast, save_contrast
 from oner_fast.models.files import model_bytes
 from oner_fast.models.oner import OneR
-from oner_fast.train.engine.batches import build_tokenizer, open_batches
+from oner_fast.train.engine.batches import build_tokenizer, is_stream, open_batches
 from oner_fast.train.engine.distributed import on_main
 from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.engine.schedule import teacher_momentum
@@ -27,16 +30,21 @@ from oner_fast.train.engine.snapshots import Embedded, Snapshots
 from oner_fast.train.oner.ema import build_teacher, update_teacher
 from oner_fast.train.oner.flops import step_flops
 from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.oner.starting_weights import StartingWeights, read_starting_weights
 from oner_fast.train.oner.step import TrainingStep
 from oner_fast.train.oner.student import Student
 from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
+
+_log = logging.getLogger(__name__)
 
 
 class OneRTraining(Training[OneRConfiguration]):
     """OneR and its comparison rows."""
 
     title = "oner"
+    model_files = ("model.safetensors",)
     student: Student
+    _starting: StartingWeights | None = None
     _snapshots: Snapshots | None = None
 
     @property
@@ -45,12 +53,23 @@ class OneRTraining(Training[OneRConfiguration]):
         return self.student.tower
 
     def _resolve(self, config: OneRConfiguration, state: dict[str, Any] | None) -> OneRConfiguration:
-        self.tokenizer = self._tokenizer(config, None if state is None else state["tokenizer"])
+        saved = None if state is None else state["tokenizer"]
+        if self.weights is not None:
+            self._starting = read_starting_weights(self.weights.path)
+            saved = self._given_tokenizer(config, self._starting)
+        self.tokenizer = self._tokenizer(config, saved)
         return replace(config, model=replace(config.model, vocab_size=self.tokenizer.vocab_size))
 
     def _build(self) -> nn.Module:
         student = Student(self.config.model, self.config.objectives).to(self.world.device)
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            said = starting.fill(student)
+            if self.world.is_main:
+                _log.info("%s", said)
         self.teacher = build_teacher(student.tower) if self.config.objectives.momentum_teacher else None
+        if starting is not None and self.teacher is not None:
+            starting.fill_teacher(self.teacher)
         return student
 
     def _open_batches(self) -> Batches:
@@ -138,7 +157,8 @@ class OneRTraining(Training[OneRConfiguration]):
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
+            # A new phase may begin to average where its source did not.
+            self.teacher.load_state_dict(state["teacher"] or self.student.tower.state_dict())
 
     def _tokenizer(self, config: OneRConfiguration, saved: str | None) -> Tokenizer:
         """Take the checkpoint's tokenizer, or let rank 0 learn or load one; save it in the run's folder."""
@@ -151,3 +171,18 @@ class OneRTraining(Training[OneRConfiguration]):
 
         on_main(self.world, write)
         return Tokenizer.load(path)
+
+    def _given_tokenizer(self, config: OneRConfiguration, starting: StartingWeights) -> str:
+        """Return the tokenizer that comes with the weights, as JSON, and log how it reads the training captions."""
+        data, text = config.data, starting.tokenizer.to_json()
+        if config.objectives.init_gap:
+            raise ValueError("init_gap moves new positions: leave it out where --init-from gives trained ones")
+        if data.tokenizer != "train" and Tokenizer.load(data.tokenizer).to_json() != text:
+            raise ValueError(
+                f"the model in {starting.name} embeds the words of its own tokenizer, and {data.tokenizer} holds "
+                "another; leave out --tokenizer, or give --tokenizer train"
+            )
+        if self.world.is_main and not is_stream(data.train_data):
+            captions = PairDataset(data.train_data, data.train_split).captions()
+            _log.info("the tokenizer of %s is taken: %s", starting.name, coverage(starting.tokenizer, captions))
+        return text

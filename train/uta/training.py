@@ -21,6 +21,7 @@ from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.uta.settings import UTAConfiguration
+from oner_fast.train.uta.starting_weights import starting_student
 from oner_fast.train.uta.step import AlignmentStep
 from oner_fast.train.uta.teacher_cache import FeatureCache, feature_key
 from oner_fast.train.uta.teacher_features import TeacherFeatures
@@ -30,6 +31,7 @@ class UTATraining(Training[UTAConfiguration]):
     """UTA and its comparison rows. No caption is ever read."""
 
     title = "uta"
+    model_files = ("model.safetensors",)
     student: UTA
 
     def _build(self) -> nn.Module:
@@ -58,7 +60,7 @@ class UTATraining(Training[UTAConfiguration]):
                 f"the teacher {alignment.teacher} has tokens of {self.teacher.embed_dim} numbers, the student of "
                 f"{model.embed_dim}: give --embed-dim {self.teacher.embed_dim}"
             )
-        return UTA(model)
+        return UTA(model) if self.weights is None else starting_student(self.weights.path, model)
 
     def _open_batches(self) -> Batches:
         return open_batches(self.config, None, self.world, captions=False)
@@ -106,8 +108,8 @@ class UTATraining(Training[UTAConfiguration]):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if state["teacher_fingerprint"] != self.teacher.fingerprint:
             raise ValueError(
-                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; give "
-                "another --run-dir"
+                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; "
+                "--init-from RUN in a new --run-dir begins with its weights alone"
             )
 
     def _about(self) -> dict[str, str]:

@@ -221,5 +221,35 @@ def test_a_dry_run_leaves_nothing(straight: tuple[Path, Path], tmp_path: Path, c
     check_dry_run(clip.main, command(straight[0], tmp_path / "runs" / "new"), "8 steps of 8 samples")
 
 
+def test_a_clip_begins_with_the_weights_of_another_at_another_size(straight: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = straight
+    before, _ = load_clip(run)
+    still = {"steps": 1, "warmup": 0, "lr": 0.0, "min_lr": 0.0, "image_size": 24, "context_length": 9}
+    for name, source in (("run", run), ("checkpoint", run / "checkpoints" / "step-00000008.pt")):
+        assert clip.main(command(data, tmp_path / name, init_from=source, **still)) == 0
+        after, config = load_clip(tmp_path / name)
+        assert (config.image_size, config.context_length) == (24, 9)
+        there, here = before.state_dict(), after.state_dict()
+        resampled = {key for key in there if not torch.equal(there[key], here[key])}
+        assert resampled == {"visual.positional_embedding", "positional_embedding"}
+        assert here["visual.positional_embedding"].shape == (10, 16) and here["positional_embedding"].shape == (9, 16)
+        assert json.loads((tmp_path / name / "lineage.json").read_text())["lineage"][0]["kind"] == "weights"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"vision_width": 32}, "vision_width 16, and this training needs vision_width 32; give --vision-width 16"),
+        ({"init_image": "a", "init_text": "b", "lock_text": True}, "give either --init-from"),
+    ],
+)
+def test_weights_that_do_not_fit_a_clip_are_refused(
+    straight: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], why: str
+) -> None:
+    data, run = straight
+    assert clip.main(command(data, tmp_path / "new", init_from=run, **changes)) == 1
+    assert why in capsys.readouterr().err
+
+
 if __name__ == "__main__":
     rank_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -129,7 +129,7 @@ def test_a_short_training_names_its_model_and_the_next_command(
     assert (optim["steps"], optim["warmup"]) == (6, 0)
     before = (run / "model.safetensors").read_bytes()
     assert train(pairs, run, "--steps", "6", "--learnable-temperature", "--val-data", str(held_out)) == 0
-    assert "step 6 of 6 was done already; give another --run-dir to train anew" in capsys.readouterr().out
+    assert "step 6 of 6 was done already; to train on, begin a new phase with --resume" in capsys.readouterr().out
     assert (run / "model.safetensors").read_bytes() == before
     assert json.loads((run / "config.json").read_text())["data"]["val_data"] == str(held_out)
 

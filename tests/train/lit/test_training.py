@@ -158,6 +158,11 @@ def test_a_temperature_too_low_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert "temperature must be at least 0.01" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
+def test_weights_to_begin_with_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit.main(command(tmp_path, tmp_path / "run", init_from=tmp_path, threads=1)) == 1
+    assert "takes no --init-from" in capsys.readouterr().err
+
+
 def test_a_dry_run_leaves_nothing(
     data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any], check_dry_run: Any
 ) -> None:

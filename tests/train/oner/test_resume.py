@@ -217,7 +217,10 @@ def test_a_finished_run_is_left_as_it_is_and_loads(runs: Runs, capfd: pytest.Cap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.5}, "was trained with other settings (lr 0.001 -> 0.5); give another --run-dir"),
+        (
+            {"lr": 0.5},
+            "was trained with other settings (lr 0.001 -> 0.5); to train on, begin a new phase with --resume",
+        ),
         ({"seed": 3, "itc": 0.5}, "(itc 1.0 -> 0.5; seed 0 -> 3)"),
         ({"steps": 20}, "(steps 10 -> 20)"),
         ({"width": 32}, "(width 16 -> 32)"),

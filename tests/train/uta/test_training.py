@@ -18,6 +18,7 @@ from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
 from oner_fast.models.files import load_uta, read_metadata
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
+from oner_fast.nn.positions import resample_grid
 from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.config.common import Optimisation, Run
 from oner_fast.train.engine import checkpoint
@@ -293,6 +294,29 @@ def test_a_dry_run_leaves_nothing(
 ) -> None:
     words = command(straight[0], tmp_path / "run", teacher, teacher_cache=tmp_path / "cache")
     check_dry_run(uta.main, words, "6 steps of 8 samples")
+
+
+@pytest.mark.parametrize("source", ["", "model.safetensors", "checkpoints/step-00000006.pt"])
+def test_a_student_begins_with_the_weights_of_another_at_another_size(
+    straight: tuple[Path, Path], teacher: Path, tmp_path: Path, source: str
+) -> None:
+    data, run = straight
+    still = {"steps": 1, "warmup": 0, "lr": 0.0, "min_lr": 0.0, "image_size": 32, "init_from": run / source}
+    assert uta.main(command(data, tmp_path / "new", teacher, **still)) == 0
+    before = load_uta(run / "model.safetensors")
+    after = load_uta(tmp_path / "new" / "model.safetensors").state_dict()
+    name = "patch_embedding.positions"
+    assert after[name].shape == (64, 16)
+    assert torch.equal(after[name], resample_grid(before.patch_embedding.positions.detach(), 8))
+    assert all(torch.equal(after[each], value) for each, value in before.state_dict().items() if each != name)
+
+
+def test_weights_of_another_size_are_refused(
+    straight: tuple[Path, Path], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = straight
+    assert uta.main(command(data, tmp_path / "new", teacher, init_from=run, heads=4)) == 1
+    assert "holds a model of heads 2, and this training needs heads 4; give --heads 2" in capsys.readouterr().err
 
 
 if __name__ == "__main__":
