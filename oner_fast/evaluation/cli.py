@@ -3,6 +3,7 @@
 It also evaluates captions in COCO's format and ImageFolders, by k-NN and a linear probe.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,11 @@ from oner_fast.evaluation.run import (
     held_out_splits,
     training_words,
 )
+from oner_fast.evaluation.spaces import SpacesEncoder, open_spaces
 from oner_fast.evaluation.table import show
 from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
+
+logger = logging.getLogger("oner_fast.evaluation")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class Options:
     """
     label_classes: int = 1000
     """Keep this many classes of each label, the most frequent ones."""
+    space: tuple[str, ...] = ()
+    """Spaces to report besides the main figures, which are those of the projection: backbone, projection, predictor,
+    teacher, max; all that the run has by default."""
     batch_size: int = 64
     """Number of images embedded at once."""
     device: str = "cpu"
@@ -123,15 +130,18 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = [] if data is None else _asked_splits(options, data)
     loaded = _load(options)
+    spaces, missing = open_spaces(options.run, loaded, options.space)
+    if missing is not None:
+        logger.warning("%s", missing)
     evaluation: dict[str, Any] = {}
     if data is not None:
-        evaluation |= _splits(loaded, data, splits, templates, options)
+        evaluation |= _splits(loaded, data, splits, templates, options, spaces)
     if options.coco_json is not None and options.coco_images is not None:
         images = read_captions(options.coco_json, options.coco_images, split=options.coco_split)
-        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size)
+        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size, spaces=spaces)
         evaluation["coco"] = {"data": str(options.coco_json), "split": options.coco_split, **figures}
     if options.image_folder is not None:
-        found = _image_folder(loaded, options.image_folder, templates, options)
+        found = _image_folder(loaded, options.image_folder, templates, options, spaces)
         evaluation |= {name: {"data": str(options.image_folder), **entry} for name, entry in found.items()}
     about = {
         "model": model_digest(options.run),
@@ -175,7 +185,12 @@ def _load(options: Options) -> Any:
 
 
 def _splits(
-    loaded: Any, data: str, splits: Sequence[str], templates: Sequence[str], options: Options
+    loaded: Any,
+    data: str,
+    splits: Sequence[str],
+    templates: Sequence[str],
+    options: Options,
+    spaces: SpacesEncoder | None,
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
@@ -192,6 +207,7 @@ def _splits(
             probes=_probes(options),
             batch_size=options.batch_size,
             limit=options.limit,
+            spaces=spaces,
         )
         entries |= {part: {"data": data, "split": name, **entry} for part, entry in figures.items()}
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
@@ -199,7 +215,9 @@ def _splits(
     return entries
 
 
-def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: Options) -> dict[str, Any]:
+def _image_folder(
+    loaded: Any, folder: Path, templates: Sequence[str], options: Options, spaces: SpacesEncoder | None
+) -> dict[str, Any]:
     """Evaluate an ImageFolder: zero-shot where the model reads text, and by the probes that were asked for."""
     entries: dict[str, Any] = {}
     if has_text(loaded):
@@ -209,6 +227,7 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
             classes=read_classes(options.classes) if options.classes else None,
             templates=templates,
             batch_size=options.batch_size,
+            spaces=spaces,
         )
     if options.image_folder_train is not None:
         entries |= evaluate_folders(
