@@ -128,8 +128,6 @@ def _listing(planned: Sequence[PlannedRun]) -> list[str]:
         )
     every = distinct(planned)
     left = [each for each in every if not is_done(each)]
-    lines.append(
-        f"{len(every)} runs, {len(every) - len(left)} of them done; the others take "
-        f"{flops(sum(each.flops for each in left))}FLOPs"
-    )
+    cost = f"; the others take {flops(sum(each.flops for each in left))}FLOPs" if left else ""
+    lines.append(f"{len(every)} runs, {len(every) - len(left)} of them done{cost}")
     return lines

@@ -35,7 +35,7 @@ Configuration = OneRConfiguration | CLIPConfiguration
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a study share.
+    """The settings that all runs of a study share.
 
     Attributes:
         recipe: the recipe of OneR that every row changes.

@@ -74,6 +74,8 @@ class Objectives:
     init_gap: float = 0.0
     """Modality gap at the start: push words and patches this many standard deviations of the initial positions apart,
     along one random direction. The gap that follows is measured and logged at step 0."""
+    equal_heads: bool = False
+    """Let two heads begin with the same weights, which makes the gap at the start narrower than two random heads do."""
     mask_patch_ratio: float = 0.5
     mask_word_ratio: float = 0.15
     force_patch_dropout: float = 0.0
@@ -136,6 +138,8 @@ class OneRConfiguration:
             raise ValueError("mlm is above 0 but mask_word_ratio is 0: no word is masked")
         if objectives.contrastive and not objectives.itc and not self.model.shared_head:
             raise ValueError("two heads (shared_head=False) need itc above 0: the other contrasts do not reach both")
+        if objectives.equal_heads and self.model.shared_head:
+            raise ValueError("equal_heads needs two heads: give --no-shared-head, or leave it out")
         if objectives.predictor == "per_head" and self.model.shared_head:
             raise ValueError("predictor per_head needs two heads: give --no-shared-head, or --predictor shared")
         cells = (self.model.image_size // self.model.patch_size) ** 2

@@ -56,6 +56,8 @@ class Student(nn.Module):
             torch.tensor(math.log(1 / objectives.temperature)),
             requires_grad=objectives.learnable_temperature and self.contrastive,
         )
+        if objectives.equal_heads and self.tower.text_head is not None:
+            self.tower.text_head.load_state_dict(self.tower.head.state_dict())
         if objectives.init_gap:
             open_gap(self.tower, objectives.init_gap)
         # Parameters that no loss reaches take no gradient: the other ranks would wait for one.

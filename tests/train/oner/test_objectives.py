@@ -204,6 +204,7 @@ def test_normalised_pixels() -> None:
         ({"predictor": "per_head"}, "predictor per_head needs two heads: give --no-shared-head"),
         ({"temperature_factor": True, "learnable_temperature": True}, "temperature_factor needs a fixed temperature"),
         ({"teacher_view": "second", "momentum_teacher": False}, "teacher_view second needs a teacher"),
+        ({"equal_heads": True}, "equal_heads needs two heads: give --no-shared-head"),
         ({"init_gap": -1.0}, "init_gap must not be negative, got -1.0"),
         ({"accum_freq": 3}, "batch_size must be a multiple of accum_freq, got 8 and 3"),
     ],

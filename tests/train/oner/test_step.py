@@ -155,6 +155,14 @@ def test_an_initial_gap_parts_words_and_patches_and_leaves_the_rest(small: Any) 
         assert torch.equal(one, two) or name.endswith("positions"), name
 
 
+def test_two_heads_can_begin_equal(small: Any) -> None:
+    for equal in (False, True):
+        config = small.config(model={"shared_head": False}, equal_heads=equal)
+        tower = Student(config.model, config.objectives).tower
+        pairs = zip(tower.head.parameters(), tower.text_head.parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs) == equal
+
+
 def test_the_teacher_is_never_changed_by_a_step(small: Any) -> None:
     step, _ = small.step(small.config())
     before = [parameter.clone() for parameter in step.teacher.parameters()]
