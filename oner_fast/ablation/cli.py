@@ -1,4 +1,4 @@
-"""`oner-fast ablate oner`: train and evaluate every row of the ablation, and write its tables."""
+"""`oner-fast ablate oner`: train and evaluate each row of the ablation, and write tables; `uta` is in `uta_cli`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Literal
 
 import tyro
 
+from oner_fast.ablation import uta_cli
 from oner_fast.ablation.plan import Equal, PlannedRun, Settings, plan
 from oner_fast.ablation.report import write
 from oner_fast.ablation.rows import chosen_rows
@@ -60,7 +61,9 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status, as `oner_fast.boundary` lists them, or that of a signal."""
+    """Run `oner` or `uta`; returns the exit status, as `oner_fast.boundary` lists them, or that of a signal."""
+    if argv[:1] == ["uta"]:
+        return uta_cli.main(argv[1:])
     return guarded(
         PROG, lambda: _run(argv[1:]), extra="demo", interrupted="interrupted; the same command continues from there"
     )
