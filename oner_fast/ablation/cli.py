@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import time
@@ -16,13 +17,14 @@ import tyro
 from oner_fast.ablation import uta_cli
 from oner_fast.ablation.plan import Equal, PlannedRun, Settings, plan
 from oner_fast.ablation.report import write
-from oner_fast.ablation.rows import chosen_rows
+from oner_fast.ablation.rows import all_rows, chosen_rows
 from oner_fast.ablation.study import Interrupted, begin, check_runs, check_settings, distinct, is_done, run_all
 from oner_fast.ablation.tables import EQUAL, flops
 from oner_fast.boundary import guarded
 from oner_fast.train.oner import recipes
 
 PROG = "oner-fast ablate oner"
+_SEED = re.compile(r".*-seed(\d{1,6})")
 _PAGE_EVERY = 300.0  # seconds between two pages while runs go on
 
 
@@ -80,7 +82,7 @@ def _run(argv: Sequence[str]) -> int:
     check_settings(out, settings)
     rows = chosen_rows(options.rows)
     planned = [_on(each, options) for each in plan(settings, rows, options.equal, range(options.seeds), out)]
-    check_runs(planned)
+    check_runs(_with_earlier(planned, settings, out))
     if options.list:
         print("\n".join(_listing(planned)))
         return 0
@@ -92,15 +94,33 @@ def _run(argv: Sequence[str]) -> int:
     try:
         for _ in run_all(planned, _say):
             if time.monotonic() - written > _PAGE_EVERY:
-                write(out, planned, settings, command)
+                write(out, _with_earlier(planned, settings, out), settings, command)
                 written = time.monotonic()
     except Interrupted as stopped:
         status = stopped.status
-    page = write(out, planned, settings, command)
+    page = write(out, _with_earlier(planned, settings, out), settings, command)
     print(f"wrote {page}, {page.with_suffix('.md')} and {page.with_suffix('.json')}")
     if status:
         print(f"{PROG}: stopped; the same command continues from there", file=sys.stderr)
     return status
+
+
+def _with_earlier(planned: Sequence[PlannedRun], settings: Settings, out: Path) -> list[PlannedRun]:
+    """Add what is done of other rows, seeds and comparisons in the folder, so that the tables hold the whole study."""
+    found = [int(match[1]) for path in out.glob("runs/*") if (match := _SEED.fullmatch(path.name))]
+    seeds = range(max([*(each.seed for each in planned), *found]) + 1)
+    asked = {(each.row.name, each.equal, each.seed) for each in planned}
+    every = plan(settings, list(all_rows().values()), tuple(EQUAL), seeds, out)
+    # A run that is the same in both comparisons does not make the one at equal operations.
+    at_steps = {each.folder for each in every if each.equal == "steps"}
+    own = {each.equal for each in planned} | {
+        each.equal for each in every if each.equal == "steps" or (each.folder not in at_steps and is_done(each))
+    }
+    return [
+        each
+        for each in every
+        if (each.row.name, each.equal, each.seed) in asked or (each.equal in own and is_done(each))
+    ]
 
 
 def _on(run: PlannedRun, options: Options) -> PlannedRun:

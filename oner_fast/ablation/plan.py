@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,7 +127,7 @@ def plan(
         out: the study's folder; the runs are in its `runs`.
     """
     base = settings.base()
-    lengths = _Lengths(base)
+    lengths = _lengths(base)
     reference = configured(base, all_rows()[REFERENCE])
     target = _pair_flops(reference, lengths) * reference.optim.batch_size * reference.optim.steps
     planned = []
@@ -208,6 +208,12 @@ def _quick(config: OneRConfiguration) -> OneRConfiguration:
         optim=replace(config.optim, steps=24, batch_size=32, warmup=4),
         run=replace(config.run, save_every=12, snapshot_every=8, snapshot_pairs=64, log_every_n_steps=8),
     )
+
+
+@cache
+def _lengths(base: OneRConfiguration) -> _Lengths:
+    """Read the sample once for all plans of a study."""
+    return _Lengths(base)
 
 
 class _Lengths:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from oner_fast.atomic import write_atomic
 from oner_fast.bounded_json import load_object
 from oner_fast.evaluation import cli as evaluation
 from oner_fast.evaluation.folder import read_config
-from oner_fast.evaluation.record import ABOUT, model_digest, read_record
+from oner_fast.evaluation.record import ABOUT, MODELS, model_digest, read_record
 from oner_fast.format_version import ABLATION, FIELD, check_format_version
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.training import CLIPTraining
@@ -84,11 +85,23 @@ def check_runs(planned: Sequence[PlannedRun]) -> None:
 
 def is_done(run: PlannedRun) -> bool:
     """Tell whether a run is trained to the end and evaluated."""
-    digest = model_digest(run.folder)
+    digest = _digest(run.folder)
     if digest is None:
         return False
     about = read_record(run.folder).get(ABOUT)
     return isinstance(about, dict) and about.get("model") == digest
+
+
+def _digest(folder: Path) -> str | None:
+    """Return the SHA-256 of a run's model, which is computed again only where its file has changed."""
+    files = [path for name in MODELS if (path := folder / name).is_file()]
+    stamps = tuple((path.stat().st_mtime_ns, path.stat().st_size) for path in files)
+    return _computed_digest(folder, stamps) if files else None
+
+
+@cache
+def _computed_digest(folder: Path, stamps: tuple[tuple[int, int], ...]) -> str | None:
+    return model_digest(folder)
 
 
 def distinct(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -133,7 +146,7 @@ def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None], *, knn: b
 
 
 def _train(run: PlannedRun) -> int:
-    if model_digest(run.folder) is not None:
+    if _digest(run.folder) is not None:
         return 0  # it was killed between training and evaluation
     if isinstance(run.config, CLIPConfiguration):
         return train(run.config, CLIPTraining)

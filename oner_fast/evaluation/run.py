@@ -5,6 +5,7 @@ no training caption has. Image files with captions are evaluated by retrieval. C
 are predicted zero-shot, or learnt from frozen features.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +25,11 @@ from oner_fast.evaluation.embed import (
     embed_split,
     embed_texts,
 )
+from oner_fast.evaluation.equal_captions import equal_caption_figures
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
-from oner_fast.evaluation.retrieval import retrieval
+from oner_fast.evaluation.retrieval import Ties, retrieval
+from oner_fast.evaluation.sharing import gathered, mine
 from oner_fast.evaluation.spaces import SpacesEncoder, class_figures, space_figures
 from oner_fast.evaluation.splits import split_by_words, vocabulary
 from oner_fast.evaluation.zero_shot import (
@@ -35,6 +38,7 @@ from oner_fast.evaluation.zero_shot import (
     class_embeddings,
     concept_accuracy,
     concept_classes,
+    only_classes,
     read_image_folder,
 )
 
@@ -76,6 +80,7 @@ def evaluate_split(
     probes: Sequence[str] = (),
     batch_size: int = 64,
     limit: int | None = None,
+    ties: Ties = "miss",
     spaces: SpacesEncoder | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one split: as a whole, and separately for captions without and with a word that is new.
@@ -92,6 +97,7 @@ def evaluate_split(
         probes: the classifiers to fit to these features: `knn`, `linear_probe`.
         batch_size: images embedded at once.
         limit: evaluate only this many samples, evenly spaced.
+        ties: how equal scores count in retrieval, as for `retrieval.retrieval`.
         spaces: the spaces to report besides, under `spaces` of each entry.
     """
     reads = has_text(loaded)
@@ -101,7 +107,7 @@ def evaluate_split(
     if spaces is not None:
         embedded = spaces.in_projection(wide)
     if reads:
-        entry = _entry(embedded, wide, spaces)
+        entry = _entry(embedded, wide, spaces, ties=ties)
     else:
         entry = {"pairs": len(embedded.image), "damaged": len(embedded.damaged)}
     if reads and has_joint_pass(loaded):
@@ -122,7 +128,7 @@ def evaluate_split(
         texts = embedded.gallery.texts
         for part, rows in zip(("seen_words", "new_words"), split_by_words(texts, seen), strict=True):
             if rows:
-                entries[f"{name}_{part}"] = _entry(embedded, wide, spaces, rows)
+                entries[f"{name}_{part}"] = _entry(embedded, wide, spaces, rows, ties=ties)
     return entries
 
 
@@ -137,11 +143,25 @@ def has_joint_pass(loaded: Any) -> bool:
 
 
 def evaluate_retrieval(
-    loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int, spaces: SpacesEncoder | None = None
+    loaded: Encoder,
+    images: Sequence[CaptionedImage],
+    *,
+    batch_size: int,
+    ties: Ties = "miss",
+    spaces: SpacesEncoder | None = None,
 ) -> dict[str, Any]:
-    """Evaluate retrieval among image files with several captions each (COCO's protocol)."""
-    wide = embed_captioned(spaces or loaded, images, batch_size=batch_size)
-    return _entry(wide if spaces is None else spaces.in_projection(wide), wide, spaces)
+    """Evaluate retrieval among image files with several captions each (COCO's protocol).
+
+    Each caption matches its own image alone. `equal_captions` says what that costs, and `captions_left_out` counts the
+    captions that the images have beyond those evaluated.
+    """
+    wide = embedded = embed_captioned(spaces or loaded, images, batch_size=batch_size)
+    if spaces is not None:
+        embedded = spaces.in_projection(wide)
+    return _entry(embedded, wide, spaces, ties=ties) | {
+        "equal_captions": equal_caption_figures(embedded.image, embedded.text, embedded.captions, ties=ties),
+        "captions_left_out": sum(one.left_out for one in images),
+    }
 
 
 def evaluate_concepts(
@@ -215,6 +235,7 @@ def evaluate_zero_shot(
     folder: Path,
     *,
     classes: Sequence[str] | None = None,
+    places: Sequence[int] | None = None,
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 64,
     spaces: SpacesEncoder | None = None,
@@ -225,11 +246,15 @@ def evaluate_zero_shot(
         loaded: the model.
         folder: the ImageFolder.
         classes: a name for each sub-folder, in their sorted order; the sub-folders' own names by default.
+        places: places of the classes among all of a larger set, from whose folder the other classes are then left out,
+            such as those of ImageNet-A from ImageNet's validation images.
         templates: prompts in which {} stands for the class.
         batch_size: images embedded at once.
         spaces: the spaces to report besides, under `spaces`.
     """
     files, labels, folders = read_image_folder(folder)
+    if places is not None and len(folders) > max(len(places), *places):
+        files, labels, folders = only_classes(files, labels, folders, places)
     names = list(classes) if classes is not None else [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise ValueError(f"{folder} has {len(folders)} sub-folders but {len(names)} class names were given")
@@ -247,6 +272,8 @@ def _entry(
     wide: SplitEmbeddings,
     spaces: SpacesEncoder | None,
     text_rows: list[int] | None = None,
+    *,
+    ties: Ties = "miss",
 ) -> dict[str, Any]:
     """Compute the figures of a split, or of the part that the given captions and their images form.
 
@@ -258,15 +285,18 @@ def _entry(
     if text_rows is not None:
         asked = torch.tensor(text_rows, dtype=torch.int64)
         image_rows = torch.unique(matches.image[torch.isin(matches.text, asked)])
-        scores = retrieval(image, text, matches, image_queries=image_rows, text_queries=asked)
+        scores = retrieval(image, text, matches, image_queries=image_rows, text_queries=asked, ties=ties)
         image, text = image[image_rows], text[asked]
     else:
-        scores = retrieval(image, text, matches)
-    others = {} if spaces is None else space_figures(spaces, wide, image_rows=image_rows, text_rows=asked)
+        scores = retrieval(image, text, matches, ties=ties)
+    others = {}
+    if spaces is not None:
+        others = space_figures(spaces, wide, image_rows=image_rows, text_rows=asked, ties=ties)
     return {
         "pairs": len(image),
         "captions": len(text),
         **scores,
+        "ties": ties,
         "modality_gap": modality_gap(image, text),
         "spread": {"image": spread(image), "text": spread(text)},
         "damaged": len(embedded.damaged),
@@ -295,10 +325,11 @@ def embed_composed(
     from oner_fast.data.images import decode
 
     parts = []
+    batches = math.ceil(len(queries) / 64)
     with torch.inference_mode():
-        for start in range(0, len(queries), 64):
-            chunk = queries[start : start + 64]
+        for number in mine(batches):
+            chunk = queries[number * 64 : (number + 1) * 64]
             asked = [embedded.rows[row] for row, _ in chunk]
             pictures = [loaded.preprocess(decode(dataset.picture(row), dataset.name(row))) for row in asked]
             parts.append(loaded.encode_image_text(torch.stack(pictures), [word for _, word in chunk]).float().cpu())
-    return torch.cat(parts)
+    return torch.cat(gathered(parts, batches))

@@ -30,7 +30,7 @@ from oner_fast.data.batch import TokenizedText
 from oner_fast.evaluation.embed import SplitEmbeddings
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.record import model_digest
-from oner_fast.evaluation.retrieval import Matches, retrieval
+from oner_fast.evaluation.retrieval import Matches, Ties, retrieval
 from oner_fast.models.contrast import FILE, Contrast, load_contrast
 from oner_fast.models.oner import ImageInput, OneR, Pass, TextInput
 
@@ -66,10 +66,15 @@ class Sides:
         return (first + modality_gap(self.image_item, self.text_query)) / 2
 
     def retrieval(
-        self, matches: Matches, *, image_queries: Tensor | None = None, text_queries: Tensor | None = None
+        self,
+        matches: Matches,
+        *,
+        image_queries: Tensor | None = None,
+        text_queries: Tensor | None = None,
+        ties: Ties = "miss",
     ) -> dict[str, dict[str, float | int]]:
         """Compute R@k in both directions, in the form of `oner_fast.evaluation.retrieval.retrieval`."""
-        find = partial(retrieval, matches=matches, image_queries=image_queries, text_queries=text_queries)
+        find = partial(retrieval, matches=matches, image_queries=image_queries, text_queries=text_queries, ties=ties)
         found = find(self.image_query, self.text_item)
         if self.image_query is self.image_item and self.text_query is self.text_item:
             return found
@@ -211,6 +216,7 @@ def space_figures(
     *,
     image_rows: Tensor | None = None,
     text_rows: Tensor | None = None,
+    ties: Ties = "miss",
 ) -> dict[str, dict[str, Any]]:
     """Compute retrieval, gap and spread in each asked space.
 
@@ -218,12 +224,13 @@ def space_figures(
         encoder: the encoder of `wide`.
         wide: embeddings with all columns.
         image_rows, text_rows: the queries; all by default. The whole other side stays the gallery.
+        ties: how equal scores count, as for `oner_fast.evaluation.retrieval.retrieval`.
     """
     image, text = encoder.columns(wide.image), encoder.columns(wide.text)
     found: dict[str, dict[str, Any]] = {}
     for space in computed_spaces(encoder.contrast):
         both = sides(image, text, space)
-        scores = both.retrieval(wide.gallery.matches, image_queries=image_rows, text_queries=text_rows)
+        scores = both.retrieval(wide.gallery.matches, image_queries=image_rows, text_queries=text_rows, ties=ties)
         part = _rows(both, image_rows, text_rows)
         found[space] = {
             **scores,

@@ -125,7 +125,8 @@ def _part(header: Header, name: str) -> Found:
 
 
 def _check_predictor(found: Found, embed_dim: int, problem: str) -> None:
-    hidden = found.shapes.get("0.weight", (0,))[0]
+    shape = found.shapes.get("0.weight")
+    hidden = shape[0] if shape else 1  # a wrong shape is named below
     with torch.device("meta"):
         wanted = {name: tuple(each.shape) for name, each in Predictor(embed_dim, hidden).state_dict().items()}
     check_shapes(found, wanted, problem)

@@ -98,6 +98,13 @@ def test_a_study_from_its_first_signal_to_its_page(
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
 
+    # A later command for other rows keeps the tables of those that are there.
+    assert ablate(pairs, out, "--rows", "itc.no_predictor", "--seeds", "1", "--equal", "steps") == 0
+    again = json.loads((out / "ablation.json").read_text())
+    assert [(row["row"], row["equal"], row["figures"]) for row in again["rows"]] == [
+        (name, "steps", row["figures"]) for name, row in rows.items()
+    ]
+
     # Between training and evaluation: the run is evaluated, and not trained again.
     (out / "runs" / "itc-4-seed0" / "evaluation.json").unlink()
     count = len(calls)

@@ -15,9 +15,8 @@ from torch import Tensor
 from oner_fast.atomic import write_atomic
 from oner_fast.data.dataset import CorruptSample
 from oner_fast.data.images import decode, eval_transform
-from oner_fast.data.splits import open_split, splits_of
+from oner_fast.data.splits import is_stream, open_split, splits_of
 from oner_fast.train.config.common import Data, Run
-from oner_fast.train.engine.batches import is_stream
 
 _log = logging.getLogger(__name__)
 
@@ -88,10 +87,11 @@ def _source(data: Data) -> str:
 def _pairs(data: Data, most: int, image_size: int) -> tuple[list[Tensor], list[str]]:
     """Read pairs spread evenly over the validation split; none where there is no such split."""
     try:
-        splits = splits_of(_source(data), "val" if data.val_data else "train")
+        unnamed = "val" if data.val_data else "train"
+        splits = splits_of(_source(data), unnamed)
         if data.val_split not in splits:
             raise ValueError(f"{_source(data)} has no split {data.val_split!r}; it has {', '.join(splits)}")
-        dataset = open_split(_source(data), data.val_split)
+        dataset = open_split(_source(data), data.val_split, unnamed)
     except ValueError as error:
         _log.warning("no snapshots of embeddings: %s", error)
         return [], []

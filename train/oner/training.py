@@ -29,6 +29,7 @@ from oner_fast.train.oner.flops import step_flops
 from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.step import TrainingStep
 from oner_fast.train.oner.student import Student
+from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
 
 
 class OneRTraining(Training[OneRConfiguration]):
@@ -63,8 +64,10 @@ class OneRTraining(Training[OneRConfiguration]):
 
     def _ready(self) -> None:
         self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, self.world, self.dtype)
+        c = self.config
+        if c.run.eval_every:
+            self._evaluation = PeriodicEvaluation(c.data, c.run, self.world, self.exported, self._encoder())
         if self.world.is_main:
-            c = self.config
             self._snapshots = Snapshots(c.data, c.run, c.model.image_size, self.folder, self._embed)
 
     def _gradient(self, batch: PairBatch) -> Gradient:
@@ -108,10 +111,20 @@ class OneRTraining(Training[OneRConfiguration]):
         """The predictors and the teacher."""
         return replace(self.student.contrast, teacher=self.teacher)
 
-    def _export(self) -> Path:
-        path, model = self.folder / "model.safetensors", model_bytes(self.exported, self.tokenizer.to_json())
+    def _evaluate(self) -> dict[str, float]:
+        return self._evaluation()
+
+    def _encoder(self) -> TrainedEncoder:
+        def texts(captions: list[str]) -> Tensor:
+            text = self.tokenizer(captions, self.config.model.max_text_tokens).to(self.world.device)
+            return self.exported.encode_text(text.input_ids, text.cu_seqlens)
+
+        return TrainedEncoder(self.config.model.image_size, self.world.device, self.exported.encode_image, texts)
+
+    def _export(self, folder: Path) -> Path:
+        path, model = folder / "model.safetensors", model_bytes(self.exported, self.tokenizer.to_json())
         # First, so that a model is never without it.
-        save_contrast(self.folder / CONTRAST_FILE, self.contrast, hashlib.sha256(model).hexdigest())
+        save_contrast(folder / CONTRAST_FILE, self.contrast, hashlib.sha256(model).hexdigest())
         write_atomic(path, lambda file: file.write(model))
         return path
 

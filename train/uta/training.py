@@ -33,6 +33,11 @@ class UTATraining(Training[UTAConfiguration]):
 
     def _build(self) -> nn.Module:
         alignment, model = self.config.alignment, self.config.model
+        if self.config.run.eval_every:
+            raise ValueError(
+                "--eval-every measures retrieval and zero-shot classification, and no caption is read here; leave it "
+                "out, and run `oner-fast eval` after the training"
+            )
         if not alignment.teacher:
             raise ValueError(
                 "UTA needs a teacher: --teacher RUN of `oner-fast train clip` or `train lit`, or an open_clip "
@@ -91,8 +96,8 @@ class UTATraining(Training[UTAConfiguration]):
         self._computed = self._features.computed
         return (student_flops(self.config) + computed * self._teacher_flops) * len(batch)
 
-    def _export(self) -> Path:
-        path = self.folder / "model.safetensors"
+    def _export(self, folder: Path) -> Path:
+        path = folder / "model.safetensors"
         save_uta(path, self.student, self._about())
         return path
 
