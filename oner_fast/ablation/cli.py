@@ -110,7 +110,7 @@ def _with_earlier(planned: Sequence[PlannedRun], settings: Settings, out: Path) 
     found = [int(match[1]) for path in out.glob("runs/*") if (match := _SEED.fullmatch(path.name))]
     seeds = range(max([*(each.seed for each in planned), *found]) + 1)
     asked = {(each.row.name, each.equal, each.seed) for each in planned}
-    every = plan(settings, list(all_rows().values()), tuple(EQUAL), seeds, out)
+    every = plan(settings, list(all_rows().values()), ("steps", "flops"), seeds, out)
     # A run that is the same in both comparisons does not make the one at equal operations.
     at_steps = {each.folder for each in every if each.equal == "steps"}
     own = {each.equal for each in planned} | {

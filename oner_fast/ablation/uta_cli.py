@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -18,13 +19,14 @@ from oner_fast.ablation import uta_pace
 from oner_fast.ablation.plan import Equal, PlannedRun
 from oner_fast.ablation.study import Interrupted, begin, check_runs, check_settings, distinct, is_done, run_all
 from oner_fast.ablation.tables import EQUAL, flops
-from oner_fast.ablation.uta_plan import Settings, TeacherSource, configured, plan, teacher_runs, teacher_source
+from oner_fast.ablation.uta_plan import TRAINED, Settings, TeacherSource, configured, plan, teacher_runs, teacher_source
 from oner_fast.ablation.uta_report import write
-from oner_fast.ablation.uta_rows import UTARow, chosen_rows
+from oner_fast.ablation.uta_rows import ROWS, UTARow, chosen_rows
 from oner_fast.boundary import guarded
 from oner_fast.train.uta import recipes
 
 PROG = "oner-fast ablate uta"
+_SEED = re.compile(r".*-seed(\d{1,6})")
 _PAGE_EVERY = 300.0  # seconds between two pages while runs go on
 
 
@@ -119,6 +121,29 @@ class _Study:
         check_runs(found)
         return found
 
+    def whole(self, planned: Sequence[PlannedRun], pace: dict[str, float]) -> list[PlannedRun]:
+        """Add what is done of other rows, seeds and teachers in the folder, so that the tables hold the whole study."""
+        asked = {source.name for source in self.teachers}
+        others = [
+            teacher_source(word, self.settings, self.out)
+            for word in TRAINED
+            if word not in asked and (self.out / "runs" / f"{word}.teacher").is_dir()
+        ]
+        teachers = [*self.teachers, *others]
+        found = [int(match[1]) for path in self.out.glob("runs/*") if (match := _SEED.fullmatch(path.name))]
+        seeds = range(max([*(each.seed for each in planned), *found]) + 1)
+        every = [*teacher_runs(teachers), *plan(self.settings, ROWS, tuple(EQUAL), seeds, teachers, self.out, pace)]
+        wanted = {(each.row.name, each.equal, each.seed) for each in planned}
+        # A run that is the same in two comparisons does not make the second.
+        at_steps = {each.folder for each in every if each.equal == "steps"}
+        own = {each.equal for each in planned} | {"steps"}
+        own |= {each.equal for each in every if each.folder not in at_steps and is_done(each)}
+        return [
+            each
+            for each in every
+            if (each.row.name, each.equal, each.seed) in wanted or (each.equal in own and is_done(each))
+        ]
+
     def _on(self, run: PlannedRun) -> PlannedRun:
         config: Any = run.config
         settings = replace(config.run, threads=self.options.threads, device=self.options.device, resume="latest")
@@ -140,7 +165,7 @@ class _Study:
             self._train(planned, pace, command)
         except Interrupted as stopped:
             status = stopped.status
-        page = write(self.out, planned, self.settings, pace, command)
+        page = write(self.out, self.whole(planned, pace), self.settings, pace, command)
         print(f"wrote {page}, {page.with_suffix('.md')} and {page.with_suffix('.json')}")
         if status:
             print(f"{PROG}: stopped; the same command continues from there", file=sys.stderr)
@@ -161,7 +186,7 @@ class _Study:
         for _ in run_all(planned, _say, knn=self.options.knn):
             self._drop_caches(planned)
             if time.monotonic() - written > _PAGE_EVERY:
-                write(self.out, planned, self.settings, pace, command)
+                write(self.out, self.whole(planned, pace), self.settings, pace, command)
                 written = time.monotonic()
 
     def _drop_caches(self, planned: Sequence[PlannedRun]) -> None:
