@@ -65,7 +65,7 @@ def measure(out: Path, configs: Mapping[str, UTAConfiguration], say: Callable[[s
     missing = {name: config for name, config in configs.items() if name not in known}
     if not missing:
         return known
-    say(f"the pace of {len(missing)} rows, in {ROUNDS} rounds")
+    say(f"the pace of {len(missing)} rows, in turns, {ROUNDS} times")
     rounds: dict[str, list[float]] = {name: [] for name in missing}
     for _ in range(ROUNDS):
         for name, config in missing.items():

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from oner_fast.ablation import cli, uta_pace
+from oner_fast.ablation.uta_plan import Settings, configured, teacher_source
+from oner_fast.ablation.uta_rows import REFERENCE
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.train.uta.training import UTATraining
 
@@ -40,6 +42,7 @@ def test_a_study_from_its_teacher_to_its_page(
 ) -> None:
     optional_package("open_clip")  # or the test is skipped for want of it
     out, original, calls = tmp_path / "study", UTATraining.step_once, []
+    monkeypatch.setattr(uta_pace, "ROUNDS", 1)
     monkeypatch.setattr(uta_pace, "_seconds", lambda config, out: 1.5 if config.alignment.objective != "uta" else 1.0)
 
     def stopped(self: Any, batch: Any) -> Any:
@@ -51,7 +54,7 @@ def test_a_study_from_its_teacher_to_its_page(
     monkeypatch.setattr(UTATraining, "step_once", stopped)
     assert ablate(pairs, out, "--seeds", "1") == 130
     captured = capsys.readouterr()
-    assert "The teacher itself" in captured.out and "the pace of 3 rows, in 5 rounds" in captured.out
+    assert "The teacher itself" in captured.out and "the pace of 3 rows, in turns" in captured.out
     assert "stopped; the same command continues from there" in captured.err
     assert sorted(done(out)) == ["clip.teacher", "clip.uta-4-seed0"]
     assert (out / "cache" / "clip-seed0").is_dir()  # the other rows of the seed need it
@@ -99,6 +102,15 @@ def test_a_study_from_its_teacher_to_its_page(
     assert cli.main(["uta", "--data", str(pairs), "--out", str(out), *FLAGS, "--rows", "uta", "--seeds", "1"]) == 0
     again = json.loads((out / "ablation.json").read_text())
     assert again["rows"] == content["rows"] and again["differences"] == content["differences"]
+
+    # A pace is that of whole steps, leaves nothing, and is measured once.
+    monkeypatch.undo()
+    settings = Settings(data=str(pairs), quick=True, steps=4)
+    config = configured(settings.base(), REFERENCE, teacher_source(str(out / "runs" / "clip.teacher"), settings, out))
+    before = sorted(path.name for path in out.iterdir())
+    pace = uta_pace.measure(out, {"another": config}, print)
+    assert pace["another"] > 0 and pace["clip.uta"] == 1.0 and uta_pace.measure(out, {"another": config}, print) == pace
+    assert sorted(path.name for path in out.iterdir()) == before
 
     capsys.readouterr()
     assert ablate(pairs, out, "--seeds", "3", "--list") == 0
