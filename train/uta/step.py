@@ -39,7 +39,9 @@ class AlignmentStep:
         count = self.config.optim.accum_freq
         parts = [part.to(self.world.device, non_blocking=True) for part in batch.split(count)]
         tokens = self.features.take(batch)
-        if self.config.alignment.head_init == "teacher_mean" and batch.step == 0:
+        # A bias that is not 0 belongs to weights that the run began with.
+        new = batch.step == 0 and self.config.alignment.head_init == "teacher_mean"
+        if new and not self.student.head.bias.any():
             turn_head_to(self.student, tokens, self.world)
         targets = tokens.chunk(count)
         total = torch.zeros((), device=self.world.device)

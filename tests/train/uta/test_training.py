@@ -180,7 +180,9 @@ def test_the_head_may_start_towards_the_mean_of_the_teachers_tokens(teacher: Pat
     torch.testing.assert_close(F.normalize(bias, dim=0), F.normalize(mean, dim=0))
     assert bias.norm().item() == pytest.approx(turned.head.weight.norm().item(), rel=1e-5)
     assert losses[1] < losses[0] - 0.1
-    # Only the first step turns it: a later one, or one after a restart, leaves what was learnt.
+    # Only the first step of a new head turns it: what was learnt stays, also after a restart.
+    step(pictures(count=4))
+    assert torch.equal(turned.head.bias, bias)
     with torch.no_grad():
         turned.head.bias.zero_()
     step(pictures(step=1))
