@@ -61,7 +61,10 @@ COMMANDS = {
         "oner_fast.ablation.cli",
         "train and compare the rows of a study",
         "demo",
-        {"oner": "OneR's ablation and its open factors, with seeds and intervals; resumable"},
+        {
+            "oner": "OneR's ablation and its open factors, with seeds and intervals; resumable",
+            "uta": "UTA's masks against each other and against none, at equal steps, operations and time; resumable",
+        },
     ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
     "export": Command("oner_fast.export.cli", "write a run's model for plain PyTorch, transformers or ONNX", "export"),

@@ -37,6 +37,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "data index",
         "checkpoint verify",
         "ablate oner",
+        "ablate uta",
         "report",
         "bench ops",
         "requirements",

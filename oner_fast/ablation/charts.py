@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,17 +19,22 @@ SPACE_COLOURS = {"backbone": "muted", "projection": "joint", "predictor": "text"
 _LABELS = 1.72  # inches left of the dots, for the rows' titles
 
 
-def recall_chart(name: str, results: Sequence[RowResult], folder: Path) -> dict[str, str]:
-    """Draw a line for each row: the R@10 of each seed as a small dot and their mean as a large one, in each space."""
+def recall_chart(
+    name: str, results: Sequence[RowResult], folder: Path, colours: Mapping[str, str] = SPACE_COLOURS
+) -> dict[str, str]:
+    """Draw a line for each row: the R@10 of each seed as a small dot and their mean as a large one, in each space.
+
+    `colours` names the spaces, or whatever the figures are divided by, and their colours.
+    """
     rows = list(results)
 
     def draw(axes: Axes) -> None:
         for place, each in enumerate(rows):
-            for number, (space, colour) in enumerate(SPACE_COLOURS.items()):
+            for number, (space, colour) in enumerate(colours.items()):
                 values = [100 * value for value in each.by_seed(space, "recall@10").values()]
                 if not values:
                     continue
-                y = place + 0.17 * (number - 1.5)
+                y = place + 0.17 * (number - (len(colours) - 1) / 2)
                 axes.plot(values, [y] * len(values), "o", color=COLOURS[colour], markersize=2.6, alpha=0.55)
                 axes.plot([sum(values) / len(values)], [y], "o", color=COLOURS[colour], markersize=6.4)
         chance = next((each.chance for each in rows if each.chance is not None), None)
@@ -44,11 +49,11 @@ def recall_chart(name: str, results: Sequence[RowResult], folder: Path) -> dict[
         axes.set_xlabel("R@10, per cent; the dotted line is chance", loc="right", labelpad=2)
         handles = [
             Line2D([], [], linestyle="none", marker="o", color=COLOURS[colour], markersize=6)
-            for colour in SPACE_COLOURS.values()
+            for colour in colours.values()
         ]
         axes.legend(
             handles,
-            list(SPACE_COLOURS),
+            list(colours),
             loc="lower left",
             bbox_to_anchor=(-0.03, 1.0),
             ncols=4,

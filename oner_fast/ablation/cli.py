@@ -1,4 +1,4 @@
-"""`oner-fast ablate oner`: train and evaluate every row of the ablation, and write its tables."""
+"""`oner-fast ablate oner`: train and evaluate each row of the ablation, and write tables; `uta` is in `uta_cli`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Literal
 
 import tyro
 
+from oner_fast.ablation import uta_cli
 from oner_fast.ablation.plan import Equal, PlannedRun, Settings, plan
 from oner_fast.ablation.report import write
 from oner_fast.ablation.rows import all_rows, chosen_rows
@@ -62,7 +63,9 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; returns the exit status, as `oner_fast.boundary` lists them, or that of a signal."""
+    """Run `oner` or `uta`; returns the exit status, as `oner_fast.boundary` lists them, or that of a signal."""
+    if argv[:1] == ["uta"]:
+        return uta_cli.main(argv[1:])
     return guarded(
         PROG, lambda: _run(argv[1:]), extra="demo", interrupted="interrupted; the same command continues from there"
     )
@@ -107,7 +110,7 @@ def _with_earlier(planned: Sequence[PlannedRun], settings: Settings, out: Path) 
     found = [int(match[1]) for path in out.glob("runs/*") if (match := _SEED.fullmatch(path.name))]
     seeds = range(max([*(each.seed for each in planned), *found]) + 1)
     asked = {(each.row.name, each.equal, each.seed) for each in planned}
-    every = plan(settings, list(all_rows().values()), tuple(EQUAL), seeds, out)
+    every = plan(settings, list(all_rows().values()), ("steps", "flops"), seeds, out)
     # A run that is the same in both comparisons does not make the one at equal operations.
     at_steps = {each.folder for each in every if each.equal == "steps"}
     own = {each.equal for each in planned} | {

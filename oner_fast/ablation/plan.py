@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from oner_fast.ablation.rows import REFERENCE, Row, all_rows
+from oner_fast.ablation.rows import REFERENCE, AnyRow, Row, all_rows
 from oner_fast.data.batch import PairBatch, TokenizedText
 from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.embed import spaced
@@ -21,16 +21,19 @@ from oner_fast.train.clip import flops as clip_flops
 from oner_fast.train.clip.settings import CLIPConfiguration, Contrast
 from oner_fast.train.config.registry import find_recipe
 from oner_fast.train.engine.batches import build_tokenizer
+from oner_fast.train.lit.settings import LiTConfiguration
 from oner_fast.train.oner import flops as oner_flops
 from oner_fast.train.oner import recipes
 from oner_fast.train.oner.settings import OneRConfiguration
+from oner_fast.train.uta.settings import UTAConfiguration
 
-Equal = Literal["steps", "flops"]
+Equal = Literal["steps", "flops", "time"]
 SAMPLED = 512
 """Training captions, evenly spaced, whose lengths decide the operations of a pair."""
 _MULTIPLIED = ("depth", "batch_size")
 
 Configuration = OneRConfiguration | CLIPConfiguration
+Trained = Configuration | UTAConfiguration | LiTConfiguration
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ class PlannedRun:
         pair_flops: operations of a pair, forward and backward.
     """
 
-    row: Row
+    row: AnyRow
     equal: Equal
     seed: int
-    config: Configuration
+    config: Trained
     pair_flops: float
 
     @property

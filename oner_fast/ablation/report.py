@@ -36,24 +36,26 @@ def write(out: Path, planned: Sequence[PlannedRun], settings: Settings, command:
     found = tables(results, comparisons)
     figures = out / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    _write(out / "ablation.json", json.dumps(_content(results, comparisons, settings, command), indent=1) + "\n")
-    head = f"# OneR's ablation\n\n{READING}\n\n{_state(results, settings)}\n\nMade by `{command}`.\n\n"
-    _write(out / "ablation.md", head + "\n".join(markdown(table) for table in found))
+    write_text(out / "ablation.json", json.dumps(_content(results, comparisons, settings, command), indent=1) + "\n")
+    head = f"# OneR's ablation\n\n{READING}\n\n{state_of(results, settings.quick)}\n\nMade by `{command}`.\n\n"
+    write_text(out / "ablation.md", head + "\n".join(markdown(table) for table in found))
     path = out / "ablation.html"
-    _write(path, _page(results, found, settings, command, figures))
+    write_text(path, _page(results, found, settings, command, figures))
     return path
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once."""
     write_atomic(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
-def _state(results: Sequence[RowResult], settings: Settings) -> str:
+def state_of(results: Sequence[RowResult], quick: bool) -> str:
+    """Say how many runs are done."""
     folders = {run.folder for each in results for run in each.planned}
     done = {
         run.folder for each in results for run in each.planned if run.seed in next(iter(each.measures.values()), {})
     }
-    warning = " The models are tiny (--quick), and their figures mean nothing." if settings.quick else ""
+    warning = " The models are tiny (--quick), and their figures mean nothing." if quick else ""
     return f"{len(done)} of {len(folders)} runs are done.{warning}"
 
 
@@ -103,14 +105,9 @@ def _page(results: Sequence[RowResult], found: Sequence[Table], settings: Settin
     shown = {equal: rows for equal, rows in ladder.items() if any(each.done for each in rows)}
     factors = [each for each in results if each.row.group != "main" and each.done]
     first = next(iter(shown.values()), [])
-    environment = Environment(
-        loader=FileSystemLoader([Path(__file__).parent, Path(page.__file__).parent]),
-        autoescape=select_autoescape(["html", "html.j2"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     content = {
+        "title": "OneR's ablation",
+        "question": ("What keeps one tower from", "collapsing", "?"),
         "tables": found,
         "recall": [
             (EQUAL[equal], recall_chart(f"recall-{equal}", rows, figures)) for equal, rows in shown.items()
@@ -120,11 +117,23 @@ def _page(results: Sequence[RowResult], found: Sequence[Table], settings: Settin
         "compared_at": EQUAL[next(iter(shown))] if shown else "",
         "colours": SPACE_COLOURS,
         "reading": READING,
-        "state": _state(results, settings),
+        "state": state_of(results, settings.quick),
         "settings": settings,
         "command": command,
         "versions": versions(),
         "processor": processor(),
         "policy": page.POLICY,
     }  # fmt: skip
+    return render(content)
+
+
+def render(content: dict[str, Any]) -> str:
+    """Fill the page's template."""
+    environment = Environment(
+        loader=FileSystemLoader([Path(__file__).parent, Path(page.__file__).parent]),
+        autoescape=select_autoescape(["html", "html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template("ablation.html.j2").render(content)

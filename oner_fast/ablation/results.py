@@ -9,7 +9,7 @@ from typing import Any
 
 from oner_fast.ablation.confidence import Difference, Spread, paired, spread
 from oner_fast.ablation.plan import Equal, PlannedRun
-from oner_fast.ablation.rows import Row
+from oner_fast.ablation.rows import AnyRow
 from oner_fast.ablation.study import figures_of
 from oner_fast.evaluation.folder import read_metrics
 from oner_fast.evaluation.spaces import SPACES
@@ -49,7 +49,7 @@ class RowResult:
         gaps: the gap over training, by space.
     """
 
-    row: Row
+    row: AnyRow
     equal: Equal
     planned: list[PlannedRun]
     measures: dict[str, dict[int, Measures]]
@@ -84,8 +84,8 @@ class RowResult:
 class Comparison:
     """Two rows of one comparison, paired by seed: the difference of `recall@10` in each space."""
 
-    row: Row
-    against: Row
+    row: AnyRow
+    against: AnyRow
     equal: Equal
     differences: dict[str, Difference]
 

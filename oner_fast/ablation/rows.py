@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 Settings = Mapping[str, Any]
 
@@ -30,6 +30,25 @@ class Paper:
     imagenet: float
     image_to_text: tuple[float, float]
     text_to_image: tuple[float, float]
+
+
+class AnyRow(Protocol):
+    """The fields of a row that tables and runs of any study read."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def group(self) -> str: ...
+
+    @property
+    def against(self) -> tuple[str, ...]: ...
+
+    @property
+    def paper(self) -> Paper | None: ...
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from oner_fast.ablation.plan import PlannedRun, Settings
+from oner_fast.ablation.plan import PlannedRun
 from oner_fast.atomic import write_atomic
 from oner_fast.bounded_json import load_object
 from oner_fast.evaluation import cli as evaluation
@@ -21,14 +21,21 @@ from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.training import CLIPTraining
 from oner_fast.train.config.serialization import to_dict
 from oner_fast.train.engine.launch import train
+from oner_fast.train.lit.settings import LiTConfiguration
+from oner_fast.train.lit.training import LiTTraining
 from oner_fast.train.oner.training import OneRTraining
+from oner_fast.train.uta.settings import UTAConfiguration
+from oner_fast.train.uta.training import UTATraining
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FILE = "study.json"
-_OPEN = {"model": ("vocab_size",), "data": ("workers", "verify_data")}
+_OPEN = {"model": ("vocab_size",), "data": ("workers", "verify_data"), "alignment": ("teacher_cache",)}
 """Settings that the data decide, or that change no weight."""
 
 
-def check_settings(out: Path, settings: Settings) -> None:
+def check_settings(out: Path, settings: DataclassInstance) -> None:
     """Compare the settings of a study with those in its folder.
 
     Raises:
@@ -47,7 +54,7 @@ def check_settings(out: Path, settings: Settings) -> None:
         )
 
 
-def begin(out: Path, settings: Settings) -> None:
+def begin(out: Path, settings: DataclassInstance) -> None:
     """Record the settings of a study in its folder, which is made where needed."""
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({FIELD: ABLATION, **asdict(settings)}, indent=2) + "\n"
@@ -64,7 +71,7 @@ def check_runs(planned: Sequence[PlannedRun]) -> None:
         before, now = read_config(each.folder), to_dict(each.config)
         changed = [
             f"{part}.{name} {before[part].get(name)!r} -> {value!r}"
-            for part in ("model", "objectives", "contrast", "data", "optim")
+            for part in ("model", "objectives", "contrast", "alignment", "data", "optim")
             if isinstance(before.get(part), dict)
             for name, value in now.get(part, {}).items()
             if name not in _OPEN.get(part, ()) and name in before[part] and before[part][name] != value
@@ -113,8 +120,13 @@ class Interrupted(Exception):
         self.status = status
 
 
-def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None]) -> Iterator[PlannedRun]:
+def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None], *, knn: bool = False) -> Iterator[PlannedRun]:
     """Train and evaluate the runs that are not done, one after another; yield each that becomes done.
+
+    Args:
+        planned: the runs.
+        say: shows a line.
+        knn: evaluate k-NN too.
 
     Raises:
         Interrupted: a signal ended a run; its last step is saved.
@@ -128,7 +140,7 @@ def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None]) -> Iterat
         began = time.perf_counter()
         if status := _train(run):
             raise Interrupted(status)
-        evaluation.evaluate(evaluation.Options(run=run.folder, device=_device(run)))
+        evaluation.evaluate(evaluation.Options(run=run.folder, device=_device(run), knn=knn))
         spent, done = spent + time.perf_counter() - began, done + run.flops
         yield run
 
@@ -138,6 +150,10 @@ def _train(run: PlannedRun) -> int:
         return 0  # it was killed between training and evaluation
     if isinstance(run.config, CLIPConfiguration):
         return train(run.config, CLIPTraining)
+    if isinstance(run.config, LiTConfiguration):
+        return train(run.config, LiTTraining)
+    if isinstance(run.config, UTAConfiguration):
+        return train(run.config, UTATraining)
     return train(run.config, OneRTraining)
 
 

@@ -10,7 +10,7 @@ from oner_fast.ablation.plan import Equal
 from oner_fast.ablation.results import SHOWN, Comparison, RowResult, is_repeated
 from oner_fast.evaluation.spaces import SPACES
 
-EQUAL: dict[Equal, str] = {"steps": "equal steps", "flops": "equal operations"}
+EQUAL: dict[Equal, str] = {"steps": "equal steps", "flops": "equal operations", "time": "equal time"}
 CLAIMS = (
     ("Two heads are ahead of one, with ITC", "two_heads", "itc"),
     ("Two towers are ahead of one, with ITC", "two_towers", "itc"),
@@ -59,7 +59,7 @@ def _claims(results: Sequence[RowResult]) -> Table:
             one, other = places.get((ahead, equal)), places.get((behind, equal))
             if one is None or other is None or is_repeated(one, other, places):
                 continue
-            cells = [_verdict(one, other, space) for space in SHOWN]
+            cells = [verdict(one, other, space) for space in SHOWN]
             if any(cells):
                 rows.append([claim, words, *cells])
     return Table(
@@ -71,14 +71,15 @@ def _claims(results: Sequence[RowResult]) -> Table:
     )
 
 
-def _verdict(ahead: RowResult, behind: RowResult, space: str) -> str:
-    found = paired(ahead.by_seed(space, "recall@10"), behind.by_seed(space, "recall@10"))
+def verdict(ahead: RowResult, behind: RowResult, space: str, measure: str = "recall@10") -> str:
+    """Say by how many points a row is ahead of another, and whether that is decided; empty where they share no seed."""
+    found = paired(ahead.by_seed(space, measure), behind.by_seed(space, measure))
     if found is None:
         return ""
     word = "one seed" if found.half is None else "undecided"
     if found.decided:
         word = "holds" if found.mean > 0 else "refuted"
-    return f"{_points(found)}, {word}"
+    return f"{points(found)}, {word}"
 
 
 def _ladder(results: Sequence[RowResult], words: str) -> Table:
@@ -92,7 +93,7 @@ def _ladder(results: Sequence[RowResult], words: str) -> Table:
     rows = []
     for each in results:
         measured = ("image_to_text@1", "image_to_text@10", "text_to_image@1", "text_to_image@10", "zero_shot")
-        cells = [_share(each.spread("projection", name)) for name in measured]
+        cells = [share(each.spread("projection", name)) for name in measured]
         paper = each.row.paper
         beside = ["", "", ""]
         if paper is not None:
@@ -109,7 +110,7 @@ def _ladder(results: Sequence[RowResult], words: str) -> Table:
 def _spaces(results: Sequence[RowResult], words: str) -> Table:
     rows = []
     for each in results:
-        shares = [_share(each.spread(space, "recall@10")) for space in SPACES]
+        shares = [share(each.spread(space, "recall@10")) for space in SPACES]
         rows.append([each.row.title, *shares, *(_plain(each.spread(space, "gap")) for space in SHOWN)])
     return Table(
         f"Where one looks, at {words}",
@@ -123,12 +124,12 @@ def _spaces(results: Sequence[RowResult], words: str) -> Table:
 def _factors(results: Sequence[RowResult]) -> Table:
     rows = []
     for each in results:
-        shares = [_share(each.spread(space, "recall@10")) for space in SHOWN]
+        shares = [share(each.spread(space, "recall@10")) for space in SHOWN]
         rows.append(
             [
                 *_about(each),
                 *shares,
-                _share(each.spread("projection", "zero_shot")),
+                share(each.spread("projection", "zero_shot")),
                 _plain(each.spread("projection", "gap")),
             ]
         )
@@ -147,7 +148,7 @@ def _differences(comparisons: Sequence[Comparison]) -> Table:
             each.against.title,
             EQUAL[each.equal],
             str(max(one.count for one in each.differences.values())),
-            *(_points(each.differences[space]) if space in each.differences else "" for space in SPACES),
+            *(points(each.differences[space]) if space in each.differences else "" for space in SPACES),
         ]
         for each in comparisons
     ]
@@ -174,7 +175,8 @@ def flops(count: float) -> str:
     return f"{count:.3g}"
 
 
-def _share(found: Spread | None) -> str:
+def share(found: Spread | None) -> str:
+    """Format a share in per cent, with its deviation; empty where there is none."""
     if found is None:
         return ""
     beside = "" if found.deviation is None else f" ± {100 * found.deviation:.1f}"
@@ -187,7 +189,8 @@ def _plain(found: Spread | None) -> str:
     return f"{found.mean:.2f}" + ("" if found.deviation is None else f" ± {found.deviation:.2f}")
 
 
-def _points(found: Difference) -> str:
+def points(found: Difference) -> str:
+    """Format a difference of shares in percentage points, with its interval."""
     sign = "+" if found.mean >= 0 else "−"
     interval = "" if found.half is None else f" ± {100 * found.half:.1f}"
     return f"{sign}{abs(100 * found.mean):.1f}{interval}{'*' if found.decided else ''}"

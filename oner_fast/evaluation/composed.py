@@ -1,4 +1,4 @@
-"""Retrieval by an image and words together (OneR, section 1, "Multimodal retrieval").
+"""Retrieval by an image and words together.
 
 A query's embedding is F(I,T), and the gallery's embeddings are F(I).
 

@@ -1,7 +1,6 @@
 """Zero-shot classification: words describe the classes, and an image takes the class with the nearest embedding.
 
-A class embedding is the mean of the L2-normalised embeddings of its prompts, normalised again (OneR, section 1,
-"ImageNet zero-shot").
+A class embedding is the mean of the L2-normalised embeddings of its prompts, normalised again.
 """
 
 from collections import Counter

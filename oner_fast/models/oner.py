@@ -1,4 +1,4 @@
-"""OneR: one transformer tower for images, text and image+text (Jang et al., AAAI 2023, arXiv 2211.11153, section 3)."""
+"""OneR: one transformer tower for images, text and image+text (Jang et al., AAAI 2023, arXiv 2211.11153)."""
 
 from __future__ import annotations
 

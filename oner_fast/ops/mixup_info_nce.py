@@ -1,4 +1,4 @@
-"""mixup_info_nce: the contrastive loss of ITC, XMC, CIC and CMC (OneR, section 3), and of CLIP."""
+"""mixup_info_nce: the contrastive loss of ITC, XMC, CIC and CMC (OneR), and of CLIP."""
 
 from __future__ import annotations
 

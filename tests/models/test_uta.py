@@ -1,4 +1,4 @@
-"""UTA's student against plain PyTorch, its forms against each other, and the paper's figures."""
+"""UTA's student against plain PyTorch, its forms against each other, and counts of parameters and operations."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_branches_start_smaller_the_deeper_they_are() -> None:
 
 
 @pytest.mark.parametrize(("size", "millions"), [("b", 86.6), ("l", 304.6), ("g", 1013.4)])
-def test_sizes_equal_the_papers(size: str, millions: float) -> None:
+def test_parameters_of_the_sizes(size: str, millions: float) -> None:
     with torch.device("meta"):
         model = UTA(UTA_SIZES[size])
     c = UTA_SIZES[size]
@@ -218,7 +218,7 @@ def test_sizes_equal_the_papers(size: str, millions: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "whole", "half"), [("b", 23.4, 11.4), ("l", 81.3, 40.0), ("g", 267, 132)])
-def test_operations_equal_the_papers(size: str, whole: float, half: float) -> None:
+def test_operations_of_the_sizes(size: str, whole: float, half: float) -> None:
     """Check GMAC at 224 px and patch 14, with 256 patches or half of them, and [CLS]."""
     config = UTAConfig(**{**vars(UTA_SIZES[size]), "image_size": 224, "patch_size": 14})
     assert uta_flops(config, [257]) / 2e9 == pytest.approx(whole, rel=0.005)

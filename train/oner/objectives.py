@@ -1,4 +1,4 @@
-"""The contrastive losses of OneR (section 3): ITC, XMC, CIC, CMC."""
+"""The contrastive losses of OneR: ITC, XMC, CIC, CMC."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Recipes of OneR and of the models that it is compared with.
 
-The paper publishes no optimiser, batch size or number of epochs: the values here are our choice. The `vitb16` recipes
-have the paper's scale. The rows of its ablation (CC3M, 40 epochs) differ only in the weights of the contrasts: MLM and
-MIM stay on.
+No source states an optimiser, a batch size or a number of epochs: the values here are our choice. So are the trunk's
+width and heads (ViT-B's) in the `vitb16` recipes; its 12 layers, 224 px and patches of 16 are facts. The rows of the
+ablation on CC3M differ only in the weights of the contrasts: MLM and MIM stay on (our choice).
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def twoheads_tiny_pictograms_cpu() -> OneRConfiguration:
 
 @recipe
 def oner_vitb16_4m_a100x32() -> OneRConfiguration:
-    """The paper's model: ViT-B/16 on CC3M + SBU + Visual Genome + COCO, ITC + CMC + MLM + MIM.
+    """OneR on the paper's data (CC3M + SBU + Visual Genome + COCO) and objectives (ITC + CMC + MLM + MIM).
 
-    Optimiser and epochs are our choice.
+    The trunk is ViT-B/16. Its width, the optimiser and the epochs are our choice.
     """
     return OneRConfiguration(
         model=OneRConfig(grad_checkpointing=False),
@@ -180,7 +180,7 @@ def oner_finetune_vitb16_coco_a100x8() -> OneRConfiguration:
 
 @recipe
 def oner_vitb16_cc3m_a100x8() -> OneRConfiguration:
-    """The last row of the paper's ablation: OneR (ITC + CMC) on CC3M, 40 epochs."""
+    """The last row of the paper's ablation: OneR (ITC + CMC) on CC3M; 40 epochs are our choice."""
     base = oner_vitb16_4m_a100x32()
     return replace(
         base,

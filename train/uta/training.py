@@ -14,12 +14,11 @@ from oner_fast.data.batch import PairBatch
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.workers import Batches
 from oner_fast.models.files import save_uta
-from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
-from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
+from oner_fast.train.uta.flops import student_flops, teacher_flops
 from oner_fast.train.uta.settings import UTAConfiguration
 from oner_fast.train.uta.starting_weights import starting_student
 from oner_fast.train.uta.step import AlignmentStep
@@ -66,10 +65,11 @@ class UTATraining(Training[UTAConfiguration]):
         return open_batches(self.config, None, self.world, captions=False)
 
     def _ready(self) -> None:
-        features = TeacherFeatures(self.teacher, self._cache())
+        features = self._features = TeacherFeatures(self.teacher, self._cache())
         if features.overlaps:
             self.batches.ahead = features.submit
         self.step = AlignmentStep(self.config, self.student, features, self.world, self.dtype)
+        self._teacher_flops, self._computed = teacher_flops(self.teacher, self.config.model.image_size), 0
 
     @classmethod
     def without_traces(cls, config: UTAConfiguration) -> UTAConfiguration:
@@ -93,9 +93,10 @@ class UTATraining(Training[UTAConfiguration]):
         return Gradient(self.step(batch))
 
     def _flops(self, batch: PairBatch) -> float:
-        alignment, model = self.config.alignment, self.config.model
-        tokens = 1 + model.cells - (alignment.hidden(model.cells) if alignment.objective == "uta" else 0)
-        return FORWARD_AND_BACKWARD * uta_flops(model, [tokens] * len(batch))
+        # A step that took the teacher's tokens from the cache needed no operation for them.
+        computed = self._features.computed > self._computed
+        self._computed = self._features.computed
+        return (student_flops(self.config) + computed * self._teacher_flops) * len(batch)
 
     def _export(self, folder: Path) -> Path:
         path = folder / "model.safetensors"
