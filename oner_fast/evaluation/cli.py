@@ -14,8 +14,9 @@ import tyro
 import oner_fast
 from oner_fast.atomic import remove_leftovers
 from oner_fast.boundary import guarded
+from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
-from oner_fast.evaluation.coco import read_captions
+from oner_fast.evaluation.coco import CAPTIONS, read_captions
 from oner_fast.evaluation.embed import embed_texts
 from oner_fast.evaluation.folder import (
     check_run,
@@ -24,10 +25,12 @@ from oner_fast.evaluation.folder import (
     processor,
     read_config,
     recipe_of,
+    refuse_training_pairs,
     unnamed_split,
 )
 from oner_fast.evaluation.labels import LABELS, teach
 from oner_fast.evaluation.record import FILE, add, model_digest
+from oner_fast.evaluation.retrieval import Ties
 from oner_fast.evaluation.run import (
     evaluate_folders,
     evaluate_retrieval,
@@ -37,8 +40,10 @@ from oner_fast.evaluation.run import (
     held_out_splits,
     training_words,
 )
+from oner_fast.evaluation.sharing import shared
 from oner_fast.evaluation.table import show
 from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
+from oner_fast.process_group import World, on_main, setup, shutdown
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Options:
     text_tower: str | None = None
     """For a UTA student: the CLIP that embeds texts, by name or path; the one it was aligned to by default."""
     data: str | None = None
-    """Data to evaluate on, in any form that --train-data takes: a folder, a tar, a glob or a brace pattern of tars;
-    the run's own by default."""
+    """Data to evaluate on, in any form that --train-data takes: a folder, a tar, a glob or a brace pattern of tars, or
+    several with :: between them; the run's own by default."""
     split: tuple[str, ...] = ()
     """Splits to evaluate, `train` among them where you ask for it; all but `train` by default."""
     coco_json: Path | None = None
@@ -60,6 +65,11 @@ class Options:
     """Folder of the images that --coco-json names."""
     coco_split: str = "test"
     """Split of Karpathy's json."""
+    coco_captions: int = CAPTIONS
+    """Captions of each image in --coco-json that are evaluated, the first ones; 0: all."""
+    ties: Ties = "miss"
+    """Rule for equal scores in retrieval: `miss`, a wrong item comes first; `topk`, as torch.topk orders them in
+    clip_benchmark."""
     image_folder: Path | None = None
     """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
@@ -84,7 +94,7 @@ class Options:
     batch_size: int = 64
     """Number of images embedded at once."""
     device: str = "cpu"
-    """Device of the model: cpu, cuda, cuda:1, ..."""
+    """Device of the model: cpu, cuda, cuda:1, ...; under torchrun, cuda means the GPU of the local rank."""
     limit: int | None = None
     """Evaluate only this many samples of each split, evenly spaced."""
 
@@ -96,7 +106,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=list(argv), prog="oner-fast eval")
-    evaluation, aside = evaluate(options)
+    world = setup(options.device)
+    try:
+        evaluation, aside = evaluate(options, world)
+    finally:
+        shutdown()
+    if not world.is_main:
+        return 0
     show(evaluation)
     if aside is not None:
         print(f"the figures of an earlier model are kept in {aside}")
@@ -104,8 +120,12 @@ def _run(argv: Sequence[str]) -> int:
     return 0
 
 
-def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
+def evaluate(options: Options, world: World | None = None) -> tuple[dict[str, Any], Path | None]:
     """Evaluate as the options say and add the figures to RUN/evaluation.json.
+
+    Args:
+        options: the options of the command.
+        world: the ranks that share the work, each of which calls this; by default this process does all of it.
 
     Returns:
         First an entry for each split (`data`, `pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for
@@ -116,19 +136,29 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
         FileNotFoundError: a run, its data or a file is missing.
         ValueError: options do not fit each other, the data or the model.
     """
+    world = world or World(0, 1, 0, torch.device(options.device))
     check_run(options.run)
     _check_options(options)
-    remove_leftovers(options.run)
+    on_main(world, lambda: remove_leftovers(options.run))
+    with shared(world):
+        evaluation, about = _figures(options, str(world.device))
+    return on_main(world, lambda: add(options.run, evaluation, about))
+
+
+def _figures(options: Options, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compute the figures, and what holds for all of them."""
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
-    splits = [] if data is None else _asked_splits(options, data)
-    loaded = _load(options)
+    splits = {} if data is None else _open_splits(options, data)
+    loaded = _load(options, device)
     evaluation: dict[str, Any] = {}
     if data is not None:
         evaluation |= _splits(loaded, data, splits, templates, options)
     if options.coco_json is not None and options.coco_images is not None:
-        images = read_captions(options.coco_json, options.coco_images, split=options.coco_split)
-        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size)
+        images = read_captions(
+            options.coco_json, options.coco_images, split=options.coco_split, first=options.coco_captions
+        )
+        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size, ties=options.ties)
         evaluation["coco"] = {"data": str(options.coco_json), "split": options.coco_split, **figures}
     if options.image_folder is not None:
         found = _image_folder(loaded, options.image_folder, templates, options)
@@ -140,7 +170,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], Path | None]:
         "threads": torch.get_num_threads(),
         "processor": processor(),
     }
-    return add(options.run, evaluation, about)
+    return evaluation, about
 
 
 def _data(options: Options) -> str | None:
@@ -151,20 +181,23 @@ def _data(options: Options) -> str | None:
     return find_data(options.run, options.data)
 
 
-def _asked_splits(options: Options, data: str) -> list[str]:
-    """Splits that were asked for, or every held-out split."""
-    unnamed = unnamed_split(options.run, data, given=options.data is not None)
-    if not options.split:
-        return held_out_splits(data, unnamed)
+def _open_splits(options: Options, data: str) -> dict[str, PairDataset]:
+    """Open the splits that were asked for, or every held-out split; only "train" may hold pairs of the training."""
+    unnamed = unnamed_split(options.run, data)
+    names = list(options.split) or held_out_splits(data, unnamed)
     known = splits_of(data, unnamed)
-    if unknown := [name for name in options.split if name not in known]:
+    if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{data} has no split {unknown[0]!r}; it has {', '.join(known)}")
-    return list(options.split)
+    opened = {name: open_split(data, name, unnamed) for name in names}
+    for name, dataset in opened.items():
+        if name != "train":
+            refuse_training_pairs(options.run, dataset)
+    return opened
 
 
-def _load(options: Options) -> Any:
+def _load(options: Options, device: str) -> Any:
     """Load the model, and its text tower where it names one."""
-    loaded = oner_fast.load(options.run, options.device, text_tower=options.text_tower)
+    loaded = oner_fast.load(options.run, device, text_tower=options.text_tower)
     if has_text(loaded):
         embed_texts(loaded, ["a picture"])  # a text tower that cannot be loaded fails here, before any image is read
     elif not _probes(options) or options.coco_json is not None:
@@ -175,16 +208,16 @@ def _load(options: Options) -> Any:
 
 
 def _splits(
-    loaded: Any, data: str, splits: Sequence[str], templates: Sequence[str], options: Options
+    loaded: Any, data: str, splits: dict[str, PairDataset], templates: Sequence[str], options: Options
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
     seen = training_words(_training_data(options.run, data))
     entries: dict[str, Any] = {}
-    for name in splits:
+    for name, dataset in splits.items():
         figures = evaluate_split(
             loaded,
-            open_split(data, name),
+            dataset,
             name,
             seen,
             templates=templates if options.zero_shot else (),
@@ -192,6 +225,7 @@ def _splits(
             probes=_probes(options),
             batch_size=options.batch_size,
             limit=options.limit,
+            ties=options.ties,
         )
         entries |= {part: {"data": data, "split": name, **entry} for part, entry in figures.items()}
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:

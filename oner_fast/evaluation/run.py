@@ -5,6 +5,7 @@ no training caption has. Image files with captions are evaluated by retrieval. C
 are predicted zero-shot, or learnt from frozen features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +25,11 @@ from oner_fast.evaluation.embed import (
     embed_split,
     embed_texts,
 )
+from oner_fast.evaluation.equal_captions import equal_caption_figures
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
-from oner_fast.evaluation.retrieval import retrieval
+from oner_fast.evaluation.retrieval import Ties, retrieval
+from oner_fast.evaluation.sharing import gathered, mine
 from oner_fast.evaluation.splits import split_by_words, vocabulary
 from oner_fast.evaluation.zero_shot import (
     TEMPLATES,
@@ -75,6 +78,7 @@ def evaluate_split(
     probes: Sequence[str] = (),
     batch_size: int = 64,
     limit: int | None = None,
+    ties: Ties = "miss",
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one split: as a whole, and separately for captions without and with a word that is new.
 
@@ -90,11 +94,12 @@ def evaluate_split(
         probes: the classifiers to fit to these features: `knn`, `linear_probe`.
         batch_size: images embedded at once.
         limit: evaluate only this many samples, evenly spaced.
+        ties: how equal scores count in retrieval, as for `retrieval.retrieval`.
     """
     reads = has_text(loaded)
     embedded = embed_split(loaded, dataset, label=name, batch_size=batch_size, limit=limit, texts=reads)
     if reads:
-        entry = _entry(embedded)
+        entry = _entry(embedded, ties=ties)
     else:
         entry = {"pairs": len(embedded.image), "damaged": len(embedded.damaged)}
     if reads and has_joint_pass(loaded):
@@ -113,7 +118,7 @@ def evaluate_split(
         texts = embedded.gallery.texts
         for part, rows in zip(("seen_words", "new_words"), split_by_words(texts, seen), strict=True):
             if rows:
-                entries[f"{name}_{part}"] = _entry(embedded, rows)
+                entries[f"{name}_{part}"] = _entry(embedded, rows, ties=ties)
     return entries
 
 
@@ -127,9 +132,19 @@ def has_joint_pass(loaded: Any) -> bool:
     return hasattr(loaded, "encode_image_text") and bool(getattr(getattr(loaded, "config", None), "shared_trunk", True))
 
 
-def evaluate_retrieval(loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int) -> dict[str, Any]:
-    """Evaluate retrieval among image files with several captions each (COCO's protocol)."""
-    return _entry(embed_captioned(loaded, images, batch_size=batch_size))
+def evaluate_retrieval(
+    loaded: Encoder, images: Sequence[CaptionedImage], *, batch_size: int, ties: Ties = "miss"
+) -> dict[str, Any]:
+    """Evaluate retrieval among image files with several captions each (COCO's protocol).
+
+    Each caption matches its own image alone. `equal_captions` says what that costs, and `captions_left_out` counts the
+    captions that the images have beyond those evaluated.
+    """
+    embedded = embed_captioned(loaded, images, batch_size=batch_size)
+    return _entry(embedded, ties=ties) | {
+        "equal_captions": equal_caption_figures(embedded.image, embedded.text, embedded.captions, ties=ties),
+        "captions_left_out": sum(one.left_out for one in images),
+    }
 
 
 def evaluate_concepts(
@@ -197,7 +212,7 @@ def evaluate_zero_shot(
     return accuracy(image, labels[kept], described) | {"templates": len(templates), "damaged": len(damaged)}
 
 
-def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dict[str, Any]:
+def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None, *, ties: Ties = "miss") -> dict[str, Any]:
     """Compute the figures of a split, or of the part that the given captions and their images form."""
     matches = embedded.gallery.matches
     image_rows = None
@@ -205,14 +220,15 @@ def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None) -> dic
     if text_rows is not None:
         asked = torch.tensor(text_rows, dtype=torch.int64)
         image_rows = torch.unique(matches.image[torch.isin(matches.text, asked)])
-        scores = retrieval(image, text, matches, image_queries=image_rows, text_queries=asked)
+        scores = retrieval(image, text, matches, image_queries=image_rows, text_queries=asked, ties=ties)
         image, text = image[image_rows], text[asked]
     else:
-        scores = retrieval(image, text, matches)
+        scores = retrieval(image, text, matches, ties=ties)
     return {
         "pairs": len(image),
         "captions": len(text),
         **scores,
+        "ties": ties,
         "modality_gap": modality_gap(image, text),
         "spread": {"image": spread(image), "text": spread(text)},
         "damaged": len(embedded.damaged),
@@ -240,10 +256,11 @@ def embed_composed(
     from oner_fast.data.images import decode
 
     parts = []
+    batches = math.ceil(len(queries) / 64)
     with torch.inference_mode():
-        for start in range(0, len(queries), 64):
-            chunk = queries[start : start + 64]
+        for number in mine(batches):
+            chunk = queries[number * 64 : (number + 1) * 64]
             asked = [embedded.rows[row] for row, _ in chunk]
             pictures = [loaded.preprocess(decode(dataset.picture(row), dataset.name(row))) for row in asked]
             parts.append(loaded.encode_image_text(torch.stack(pictures), [word for _, word in chunk]).float().cpu())
-    return torch.cat(parts)
+    return torch.cat(gathered(parts, batches))

@@ -157,6 +157,18 @@ def _other_lines(evaluation: dict[str, Any]) -> list[str]:
             spread = entry.get("spread", {})
             beside = f" (spread of images {spread['image']:.3f}, of texts {spread['text']:.3f})" if spread else ""
             lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
+        equal = entry.get("equal_captions") if isinstance(entry, dict) else None
+        if equal and equal["captions"]:
+            shares = ", ".join(
+                f"{DIRECTIONS[way]} " + " / ".join(percent(equal[way][f"R@{k}"]) for k in KS)
+                for way in ("image_to_text", "text_to_image")
+            )
+            lines.append(
+                f"{split_title(split)}: {equal['captions']:,} captions stand word for word at another image too; "
+                f"R@1 / 5 / 10 where these count as right: {shares}"
+            )
+        if isinstance(entry, dict) and entry.get("captions_left_out"):
+            lines.append(f"{split_title(split)}: {entry['captions_left_out']:,} further captions were not evaluated")
         if isinstance(entry, dict) and entry.get("damaged"):
             lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged images")
         if isinstance(entry, dict) and (lost := entry.get("damaged_training")):

@@ -18,6 +18,7 @@ from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, embed_split
 from oner_fast.evaluation.folder import processor, read_config, read_metrics, recipe_of
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
+from oner_fast.evaluation.record import part_of
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.attribution import count, credits_of
@@ -106,6 +107,8 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         "table": table,
         "classifications": classes,
         "main": sizes,
+        "figures_held_out": not all(part_of(key).startswith("train") for key, _, _ in rows(evaluation)),
+        "main_held_out": main is not None and not part_of(main).startswith("train"),
         "headline": {name: _cell(figures[name], 10) for name in DIRECTIONS if name in figures},
         "composed": composed
         and {

@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "val"):
         with tarfile.open(data / f"{name}-000000.tar", "w") as tar:
             for number, caption in enumerate(CAPTIONS):
-                members = {"png": drawing(number), "txt": caption.encode(), "json": b"{}"}
+                members = {"png": drawing(number + 50 * (name == "train")), "txt": caption.encode(), "json": b"{}"}
                 for extension, content in members.items():
                     info = tarfile.TarInfo(f"{number:04d}.{extension}")
                     info.size = len(content)

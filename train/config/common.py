@@ -22,7 +22,8 @@ class Data:
     """The image-text pairs, and how they are read."""
 
     train_data: str = "data/pictograms"
-    """A data set's folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
+    """A data set's folder, a tar, a glob of tars (img2dataset's as they are), several of these with :: between them, or
+    a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
     val_data: str = ""
     """Data to evaluate on and to take snapshots of the embeddings from; empty: those of train_data."""

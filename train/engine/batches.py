@@ -6,9 +6,11 @@ import logging
 from typing import Any, Protocol
 
 from oner_fast.data.checksums import check_shards
-from oner_fast.data.dataset import PairDataset
+from oner_fast.data.dataset import PairDataset, sources_of
+from oner_fast.data.identity import shared_tars
 from oner_fast.data.images import ImageTransform
 from oner_fast.data.loader import PairLoader
+from oner_fast.data.splits import exists, is_stream, open_split, splits_of
 from oner_fast.data.streaming import StreamedPairs
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches
@@ -39,11 +41,6 @@ class BatchConfiguration(Protocol):
 
     @property
     def run(self) -> Run: ...
-
-
-def is_stream(address: str) -> bool:
-    """Tell whether `train_data` names streams: `pipe:COMMAND` or an address with a scheme, such as `https://`."""
-    return address.startswith("pipe:") or "://" in address
 
 
 def build_tokenizer(data: Data) -> Tokenizer:
@@ -91,6 +88,21 @@ def open_batches(
             raise ValueError("streamed train_data has no recorded checksums: leave out --verify-data")
         return StreamedPairs(data.train_data, tokenizer, **common)
     if data.verify_data:
-        checked = sum(1 for _ in check_shards(data.train_data, data.train_split, world.rank, world.size))
+        sources = sources_of(data.train_data)
+        checks = (check_shards(source, data.train_split, world.rank, world.size) for source in sources)
+        checked = sum(1 for check in checks for _ in check)
         logger.info("the checksums of %d shards are those that were recorded", checked)
-    return PairLoader(PairDataset(data.train_data, data.train_split), tokenizer, **common)
+    dataset = PairDataset(data.train_data, data.train_split)
+    _refuse_training_pairs(data, dataset)
+    return PairLoader(dataset, tokenizer, **common)
+
+
+def _refuse_training_pairs(data: Data, training: PairDataset) -> None:
+    """Raise ValueError where the validation split of `val_data` has a tar that is trained on, under any name."""
+    if not data.val_data or not exists(data.val_data) or data.val_split not in splits_of(data.val_data, "val"):
+        return
+    if found := shared_tars(open_split(data.val_data, data.val_split, "val").indexes, training.indexes):
+        raise ValueError(
+            f"val_data {found[0].path} is trained on ({found[0].how} as {found[0].other}), so that it is no validation "
+            "data; give other --val-data, or none"
+        )

@@ -64,10 +64,11 @@ def _data(config: OneRConfiguration) -> str:
 def _pairs(config: OneRConfiguration) -> tuple[list[torch.Tensor], list[str]]:
     """Read pairs spread evenly over the validation split; none where there is no such split."""
     try:
-        splits = splits_of(_data(config), "val" if config.data.val_data else "train")
+        unnamed = "val" if config.data.val_data else "train"
+        splits = splits_of(_data(config), unnamed)
         if config.data.val_split not in splits:
             raise ValueError(f"{_data(config)} has no split {config.data.val_split!r}; it has {', '.join(splits)}")
-        dataset = open_split(_data(config), config.data.val_split)
+        dataset = open_split(_data(config), config.data.val_split, unnamed)
     except ValueError as error:
         _log.warning("no snapshots of embeddings: %s", error)
         return [], []
