@@ -15,7 +15,7 @@ import torch
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.coco import CaptionedImage
-from oner_fast.evaluation.composed import composed_queries, composed_recall
+from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import (
     Encoder,
     JointEncoder,
@@ -26,6 +26,7 @@ from oner_fast.evaluation.embed import (
     embed_texts,
 )
 from oner_fast.evaluation.equal_captions import equal_caption_figures
+from oner_fast.evaluation.fusion import composed_figures
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.retrieval import Ties, retrieval
@@ -236,17 +237,16 @@ def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None, *, tie
 
 
 def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
-    """Compute the figures of queries with an image and a word, and of the image alone and the word alone."""
+    """Compute the figures of queries with an image and a word, of either alone, and of ways to fuse them."""
     queries = composed_queries([several[0] for several in embedded.captions])
     if not queries:
         return {}
     both = embed_composed(loaded, dataset, embedded, [(one.image, one.word) for one in queries])
     word = embed_texts(loaded, [one.word for one in queries])
     picture = embedded.image[[one.image for one in queries]]
-    together = composed_recall(both, embedded.image, queries)
-    together |= {"image_only": composed_recall(picture, embedded.image, queries)}  # type: ignore[dict-item]
-    together |= {"text_only": composed_recall(word, embedded.image, queries)}  # type: ignore[dict-item]
-    return {"image_text_to_image": together}
+    asked_for = [" ".join(map(str, one.targets)) for one in queries]
+    figures = composed_figures(picture, word, both, embedded.image, queries, asked_for)
+    return {"image_text_to_image": figures}
 
 
 def embed_composed(
