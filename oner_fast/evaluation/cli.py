@@ -41,6 +41,7 @@ from oner_fast.evaluation.run import (
     has_joint_pass,
     has_text,
     held_out_splits,
+    training_probes,
     training_words,
 )
 from oner_fast.evaluation.scene_scores import evaluate_scenes
@@ -227,7 +228,8 @@ def _splits(
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
-    seen = training_words(_training_data(options.run, data))
+    seen = training_words(training := _training_data(options.run, data))
+    words = training_probes(training)
     entries: dict[str, Any] = {}
     for name, dataset in splits.items():
         figures = evaluate_split(
@@ -241,6 +243,7 @@ def _splits(
             batch_size=options.batch_size,
             limit=options.limit,
             ties=options.ties,
+            probes_of_words=words,
         )
         entries |= {part: {"data": data, "split": name, **entry} for part, entry in figures.items()}
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
@@ -282,12 +285,13 @@ def _boxes(loaded: Any, boxes: str, templates: Sequence[str], options: Options) 
         read_scenes(dataset),
         joint=has_joint_pass(loaded),
         templates=templates,
+        probes=training_probes(_training_data(options.run, boxes)),
         batch_size=options.batch_size,
     )
 
 
 def _training_data(run: Path, other: str) -> str:
-    """Find the data set whose training captions decide which words are new: the run's, or else the given one."""
+    """Find the data set whose training captions decide which words are known: the run's, or else the given one."""
     try:
         return find_training_data(run)
     except FileNotFoundError:

@@ -26,7 +26,7 @@ from oner_fast.evaluation.embed import (
     embed_texts,
 )
 from oner_fast.evaluation.equal_captions import equal_caption_figures
-from oner_fast.evaluation.fusion import composed_figures
+from oner_fast.evaluation.fusion import composed_figures, probe_captions, word_shifts
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.retrieval import Ties, retrieval
@@ -68,6 +68,11 @@ def training_words(data: str) -> set[str] | None:
     return vocabulary(open_split(data, "train").captions())
 
 
+def training_probes(data: str) -> list[str]:
+    """Draw training captions of a data set for `fusion.word_shifts`; none where it has no train split."""
+    return probe_captions(open_split(data, "train").captions()) if "train" in splits_of(data) else []
+
+
 def evaluate_split(
     loaded: Encoder,
     dataset: PairDataset,
@@ -80,6 +85,7 @@ def evaluate_split(
     batch_size: int = 64,
     limit: int | None = None,
     ties: Ties = "miss",
+    probes_of_words: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one split: as a whole, and separately for captions without and with a word that is new.
 
@@ -96,6 +102,7 @@ def evaluate_split(
         batch_size: images embedded at once.
         limit: evaluate only this many samples, evenly spaced.
         ties: how equal scores count in retrieval, as for `retrieval.retrieval`.
+        probes_of_words: training captions, by which the shift of a word is known (`fusion.word_shifts`).
     """
     reads = has_text(loaded)
     embedded = embed_split(loaded, dataset, label=name, batch_size=batch_size, limit=limit, texts=reads)
@@ -104,7 +111,7 @@ def evaluate_split(
     else:
         entry = {"pairs": len(embedded.image), "damaged": len(embedded.damaged)}
     if reads and has_joint_pass(loaded):
-        entry |= _composed(cast(JointEncoder, loaded), dataset, embedded)
+        entry |= _composed(cast(JointEncoder, loaded), dataset, embedded, probes_of_words)
     if reads and templates:
         entry["zero_shot"] = evaluate_concepts(loaded, embedded, templates, batch_size=batch_size)
     asked = {label: ask(learnt, label, embedded) for label, learnt in (taught or {}).items()}
@@ -236,7 +243,9 @@ def _entry(embedded: SplitEmbeddings, text_rows: list[int] | None = None, *, tie
     }
 
 
-def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
+def _composed(
+    loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings, probes: Sequence[str]
+) -> dict[str, Any]:
     """Compute the figures of queries with an image and a word, of either alone, and of ways to fuse them."""
     queries = composed_queries([several[0] for several in embedded.captions])
     if not queries:
@@ -245,7 +254,8 @@ def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddi
     word = embed_texts(loaded, [one.word for one in queries])
     picture = embedded.image[[one.image for one in queries]]
     asked_for = [" ".join(map(str, one.targets)) for one in queries]
-    figures = composed_figures(picture, word, both, embedded.image, queries, asked_for)
+    shift = word_shifts(loaded, [one.word for one in queries], probes)
+    figures = composed_figures(picture, word, both, embedded.image, queries, asked_for, shift)
     return {"image_text_to_image": figures}
 
 

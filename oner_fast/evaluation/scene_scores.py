@@ -12,7 +12,7 @@ from oner_fast.data.images import decode
 from oner_fast.evaluation.boxes import Box, BoxedPicture
 from oner_fast.evaluation.composed import ComposedQuery, shuffle_key
 from oner_fast.evaluation.embed import Encoder, JointEncoder, embed_texts, name_left_out
-from oner_fast.evaluation.fusion import composed_figures
+from oner_fast.evaluation.fusion import composed_figures, word_shifts
 from oner_fast.evaluation.pointing import evaluate_localisation, padded
 from oner_fast.evaluation.reasoning import questions, reasoning_figures
 from oner_fast.evaluation.sharing import gathered, mine
@@ -28,6 +28,7 @@ def evaluate_scenes(
     *,
     joint: bool,
     templates: Sequence[str] = TEMPLATES,
+    probes: Sequence[str] = (),
     batch_size: int = 64,
     limit: int = 512,
 ) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def evaluate_scenes(
         joint: whether the model embeds a picture and a text in one pass; only then there are figures of reasoning and
             of composed queries.
         templates: prompts of the class names in reasoning.
+        probes: training captions, by which the shift of a name is known (`fusion.word_shifts`).
         batch_size: pictures embedded at once.
         limit: greatest number of composed queries.
 
@@ -55,7 +57,7 @@ def evaluate_scenes(
         found |= (
             {"reasoning": reasoning} if (reasoning := _reasoning(both, pictures, image, templates, batch_size)) else {}
         )
-        composed = _composed(both, pictures, image, batch_size, limit)
+        composed = _composed(both, pictures, image, probes, batch_size, limit)
         found |= {"image_text_to_image": composed} if composed else {}
     return found | {"damaged": len(damaged)}
 
@@ -128,7 +130,12 @@ def _reasoning(
 
 
 def _composed(
-    loaded: JointEncoder, pictures: Sequence[BoxedPicture], gallery: Tensor, batch_size: int, limit: int
+    loaded: JointEncoder,
+    pictures: Sequence[BoxedPicture],
+    gallery: Tensor,
+    probes: Sequence[str],
+    batch_size: int,
+    limit: int,
 ) -> dict[str, Any] | None:
     made = scene_queries(pictures, limit=limit)
     if not made:
@@ -139,7 +146,8 @@ def _composed(
     both = _embed(loaded, shown, added, batch_size)
     text = embed_texts(loaded, added, batch_size=batch_size)
     asked_for = [" ".join(map(str, query.targets)) for query in queries]
-    return composed_figures(image, text, both, gallery, queries, asked_for)
+    shift = word_shifts(loaded, added, probes, batch_size=batch_size)
+    return composed_figures(image, text, both, gallery, queries, asked_for, shift)
 
 
 def _whole(picture: BoxedPicture) -> Callable[[], Image.Image]:

@@ -22,7 +22,9 @@ FUSIONS = {
     "mean": "F(I) + F(T)",
     "sum": "F(I) + F(T) + F(I,T)",
     "standardised": "F(I) + F(T) standardised",
-    "weighted": "weights chosen on other queries",
+    "weighted": "weights for all three",
+    "shift": "F(I) + shift by the word",
+    "weighted_shift": "F(I) + weighted shift",
 }
 
 
