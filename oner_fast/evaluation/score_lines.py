@@ -1,6 +1,7 @@
 """Sentences about localisation, reasoning and fused queries, with chance and trivial answers beside each figure."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from oner_fast.evaluation.table import percent, split_title
@@ -28,55 +29,62 @@ FUSIONS = {
 }
 
 
+@dataclass(frozen=True)
+class Score:
+    """One question: the figures of the model first, then those of chance and of trivial answers, and what it is of."""
+
+    question: str
+    parts: list[tuple[str, str]]
+    of: str
+
+
 def score_lines(evaluation: dict[str, Any]) -> Iterator[str]:
-    """Yield the sentences of each entry of an evaluation that has such figures."""
+    """Yield one sentence for each question that an entry of the evaluation has figures of."""
     for key, entry in evaluation.items():
-        if not isinstance(entry, dict):
-            continue
-        title = split_title(key)
-        if "localisation" in entry:
-            yield from _localisation(title, entry["localisation"])
-        if "reasoning" in entry:
-            yield from _reasoning(title, entry["reasoning"])
-        if "fusions" in (composed := entry.get("image_text_to_image", {})):
-            fused = fused_rows(composed, 10)
-            beside = ", ".join(f"{name} {percent(share)}" for name, share in fused)
-            yield (
-                f"image + text → image, {title}, R@10 of {composed['queries']:,} queries: {beside} "
-                f"(chance {percent(composed['chance@10'])})"
-            )
+        if isinstance(entry, dict):
+            for one in scores_of(entry):
+                figures = ", ".join(f"{name} {figure}" for name, figure in one.parts)
+                yield f"{one.question}, {split_title(key)}, {one.of}: {figures}"
 
 
-def fused_rows(composed: dict[str, Any], k: int) -> list[tuple[str, float]]:
+def scores_of(entry: dict[str, Any]) -> Iterator[Score]:
+    """Yield the questions of localisation, reasoning and fusion that one entry has figures of."""
+    if "localisation" in entry:
+        yield from _localisation(entry["localisation"])
+    if "reasoning" in entry:
+        yield from _reasoning(entry["reasoning"])
+    composed = entry.get("image_text_to_image", {})
+    if "fusions" in composed:
+        fused = [(title, percent(share)) for title, share in fused_shares(composed, 10)]
+        chance = ("chance", percent(composed["chance@10"]))
+        yield Score("image + text → image, R@10", [*fused, chance], f"{composed['queries']:,} queries")
+
+
+def fused_shares(composed: dict[str, Any], k: int) -> list[tuple[str, float]]:
     """List R@k of the image alone, the text alone, F(I,T) and each fusion, by title."""
     found = [("image alone", composed["image_only"]), ("text alone", composed["text_only"]), ("F(I,T)", composed)]
     found += [(title, composed["fusions"][name]) for name, title in FUSIONS.items() if name in composed["fusions"]]
     return [(title, float(figures[f"R@{k}"])) for title, figures in found]
 
 
-def _localisation(title: str, found: dict[str, Any]) -> Iterator[str]:
-    pointing, box = found["pointing"], found["box"]
-    beside = ", ".join(
-        f"{name} {percent(pointing[key])}" for key, name in POINTING.items() if pointing[key] is not None
-    )
-    yield f"pointing game, {title}: {percent(pointing['hit'])} of {found['phrases']:,} phrases ({beside})"
-    beside = ", ".join(f"{name} {box[key]['iou']:.3f}" for key, name in BOXES.items() if box[key]["iou"] is not None)
-    model = box["model"]
-    yield f"box of the map, {title}: IoU {model['iou']:.3f}, at least 0.5 for {percent(model['iou@0.5'])} ({beside})"
+def _localisation(found: dict[str, Any]) -> Iterator[Score]:
+    pointing, box, of = found["pointing"], found["box"], f"{found['phrases']:,} phrases"
+    beside = [(name, percent(pointing[key])) for key, name in POINTING.items() if pointing[key] is not None]
+    yield Score("pointing game", [("the word's map", percent(pointing["hit"])), *beside], of)
+    boxes = {"model": "the word's map", **BOXES}
+    beside = [(name, f"{box[key]['iou']:.3f}") for key, name in boxes.items() if box[key]["iou"] is not None]
+    yield Score("IoU of the map's box", beside, of)
 
 
-def _reasoning(title: str, found: dict[str, Any]) -> Iterator[str]:
+def _reasoning(found: dict[str, Any]) -> Iterator[Score]:
     three, every = found["three_classes"], found["all_classes"]
-    shares = ", ".join(f"{name} {percent(three[way])}" for way, name in WAYS.items())
-    yield (
-        f"guided by a word, {title}, three classes: right answers {shares} of {found['questions']:,} "
-        f"(chance {percent(three['chance'])})"
-    )
-    for way, did in (("moved", "moved to the right answer"), ("spoiled", "spoiled by an unrelated word")):
-        parts = [f"{name} {percent(three[way][key])}" for key, name in WAYS.items() if three[way].get(key) is not None]
+    right = [(name, percent(three[way])) for way, name in WAYS.items()]
+    of = f"{found['questions']:,} questions"
+    yield Score("guided by a word, right of three", [*right, ("chance", percent(three["chance"]))], of)
+    for way, did in (("moved", "moved to the right one"), ("spoiled", "spoiled by an unrelated word")):
+        parts = [(name, percent(three[way][key])) for key, name in WAYS.items() if three[way].get(key) is not None]
         if parts:
-            yield f"guided by a word, {title}, {did}: {', '.join(parts)} of {three[way]['pictures']:,}"
-    shares = ", ".join(f"{name} {percent(every[way]['top1'])}" for way, name in WAYS.items())
-    yield (
-        f"guided by a word, {title}, {every['classes']:,} classes: top-1 {shares} (chance {percent(every['chance@1'])})"
-    )
+            yield Score(f"guided by a word, {did}", parts, f"{three[way]['pictures']:,} questions")
+    top = [(name, percent(every[way]["top1"])) for way, name in WAYS.items()]
+    chance = ("chance", percent(every["chance@1"]))
+    yield Score(f"guided by a word, right of {every['classes']:,}", [*top, chance], of)

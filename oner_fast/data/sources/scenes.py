@@ -162,12 +162,12 @@ def _samples(job: _Job) -> Iterator[Sample]:
         canvas = Image.new("RGB", (job.size, job.size), "white")
         pairs = [data.read(one.picture) for one in scene]
         caption, spans = _caption([pair.caption for pair in pairs])
-        objects = []
+        objects: list[dict[str, Any]] = []
         for one, pair, span in zip(scene, pairs, spans, strict=True):
             box = _paste(canvas, decode(pair.image, data.name(one.picture)), one)
             kept = {name: pair.meta[name] for name in ("set", "name", "licence", "author", "tags") if name in pair.meta}
             of = pair.meta.get("concept") or concept(pair.caption)
-            objects.append({"phrase": pair.caption, "span": span, "box": box, "concept": of, **kept})
+            objects.append({**kept, "phrase": pair.caption, "span": span, "box": box, "concept": of})
         buffer = io.BytesIO()
         canvas.save(buffer, "PNG", compress_level=3)
         meta = {
