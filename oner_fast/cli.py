@@ -46,6 +46,7 @@ COMMANDS = {
         {
             "pictograms": "about 11,000 captioned images from PyPI packages",
             "icons": "about 30,000 captioned images from npm packages",
+            "scenes": "several pictures of another dataset on one canvas, with their boxes",
             "pairs": "pack your own image-text pairs (a CSV or a folder)",
             "index": "write the index of webdataset tars you already have",
             "verify": "check the checksums, indexes and every member of a data set",

@@ -1,6 +1,6 @@
 """`oner-fast eval RUN`: retrieval and zero-shot classification on the held-out splits, with chance.
 
-It also evaluates captions in COCO's format and ImageFolders, by k-NN and a linear probe.
+It also evaluates captions in COCO's format, pictures with boxes, and ImageFolders, by k-NN and a linear probe.
 """
 
 import logging
@@ -17,6 +17,7 @@ from oner_fast.atomic import remove_leftovers
 from oner_fast.boundary import guarded
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
+from oner_fast.evaluation.boxes import read_boxes, read_scenes
 from oner_fast.evaluation.coco import CAPTIONS, read_captions
 from oner_fast.evaluation.embed import embed_texts
 from oner_fast.evaluation.folder import (
@@ -31,6 +32,7 @@ from oner_fast.evaluation.folder import (
 )
 from oner_fast.evaluation.imagenet import SUBSETS
 from oner_fast.evaluation.labels import LABELS, teach
+from oner_fast.evaluation.pointing import evaluate_localisation
 from oner_fast.evaluation.record import FILE, add, model_digest
 from oner_fast.evaluation.retrieval import Ties
 from oner_fast.evaluation.run import (
@@ -38,10 +40,13 @@ from oner_fast.evaluation.run import (
     evaluate_retrieval,
     evaluate_split,
     evaluate_zero_shot,
+    has_joint_pass,
     has_text,
     held_out_splits,
+    training_probes,
     training_words,
 )
+from oner_fast.evaluation.scene_scores import evaluate_scenes
 from oner_fast.evaluation.sharing import shared
 from oner_fast.evaluation.spaces import SpacesEncoder, open_spaces
 from oner_fast.evaluation.table import show
@@ -75,6 +80,13 @@ class Options:
     ties: Ties = "miss"
     """Rule for equal scores in retrieval: `miss`, a wrong item comes first; `topk`, as torch.topk orders them in
     clip_benchmark."""
+    boxes: str | None = None
+    """Pictures whose phrases have boxes, for localisation: a data set of `oner-fast data scenes`, which is evaluated by
+    guided answers and composed queries too, or json in RefCOCO's or Flickr30k Entities' form; needs --boxes-images."""
+    boxes_images: Path | None = None
+    """Folder of the images that the json of --boxes names."""
+    boxes_split: str = "val"
+    """Split of --boxes."""
     image_folder: Path | None = None
     """Images for zero-shot classification: FOLDER/class/image.jpg."""
     image_folder_train: Path | None = None
@@ -138,8 +150,9 @@ def evaluate(options: Options, world: World | None = None) -> tuple[dict[str, An
 
     Returns:
         First an entry for each split (`data`, `pairs`, `image_to_text`, `text_to_image`, `modality_gap`, ...), for
-        `coco`, and for `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about` lists the model,
-        versions and machine behind them. Second the path to which figures of an earlier model were moved, if any.
+        `coco`, for `SPLIT_boxes`, and for `zero_shot`, `knn` and `linear_probe` of an ImageFolder where asked; `about`
+        lists the model, versions and machine behind them. Second the path to which figures of an earlier model were
+        moved, if any.
 
     Raises:
         FileNotFoundError: a run, its data or a file is missing.
@@ -172,6 +185,9 @@ def _figures(options: Options, world: World) -> tuple[dict[str, Any], dict[str, 
         )
         figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size, ties=options.ties, spaces=spaces)
         evaluation["coco"] = {"data": str(options.coco_json), "split": options.coco_split, **figures}
+    if options.boxes is not None:
+        figures = _boxes(loaded, options.boxes, templates, options)
+        evaluation[f"{options.boxes_split}_boxes"] = {"data": options.boxes, "split": options.boxes_split, **figures}
     if options.image_folder is not None:
         found = _image_folder(loaded, options.image_folder, templates, options, spaces)
         evaluation |= {name: {"data": str(options.image_folder), **entry} for name, entry in found.items()}
@@ -186,8 +202,8 @@ def _figures(options: Options, world: World) -> tuple[dict[str, Any], dict[str, 
 
 
 def _data(options: Options) -> str | None:
-    """Find the data set to evaluate on; None where only captions or an ImageFolder were given."""
-    elsewhere = options.coco_json is not None or options.image_folder is not None
+    """Find the data set to evaluate on; None where only captions, boxes or an ImageFolder were given."""
+    elsewhere = any(one is not None for one in (options.coco_json, options.image_folder, options.boxes))
     if elsewhere and options.data is None:
         return None
     return find_data(options.run, options.data)
@@ -212,7 +228,7 @@ def _load(options: Options, device: str) -> Any:
     loaded = oner_fast.load(options.run, device, text_tower=options.text_tower)
     if has_text(loaded):
         embed_texts(loaded, ["a picture"])  # a text tower that cannot be loaded fails here, before any image is read
-    elif not _probes(options) or options.coco_json is not None:
+    elif not _probes(options) or options.coco_json is not None or options.boxes is not None:
         raise ValueError(
             f"{options.run} names no text tower, so only --knn and --linear-probe can evaluate it; give --text-tower"
         )
@@ -229,7 +245,8 @@ def _splits(
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
-    seen = training_words(_training_data(options.run, data))
+    seen = training_words(training := _training_data(options.run, data))
+    words = training_probes(training)
     entries: dict[str, Any] = {}
     for name, dataset in splits.items():
         figures = evaluate_split(
@@ -244,6 +261,7 @@ def _splits(
             limit=options.limit,
             spaces=spaces,
             ties=options.ties,
+            probes_of_words=words,
         )
         entries |= {part: {"data": data, "split": name, **entry} for part, entry in figures.items()}
     if missing := [name for name in options.label if not any(_has(entries[split], name) for split in splits)]:
@@ -273,8 +291,29 @@ def _image_folder(
     return entries
 
 
+def _boxes(loaded: Any, boxes: str, templates: Sequence[str], options: Options) -> dict[str, Any]:
+    """Evaluate on pictures whose phrases have boxes: json with its images, or a data set of scenes."""
+    if options.boxes_images is not None:
+        pictures = read_boxes(Path(boxes), options.boxes_images, split=options.boxes_split)
+        return {"localisation": evaluate_localisation(loaded, pictures, batch_size=options.batch_size)}
+    name = options.boxes_split
+    if name not in (known := splits_of(boxes, name)):
+        raise ValueError(f"{boxes} has no split {name!r}; it has {', '.join(known)}")
+    dataset = open_split(boxes, name, name)
+    if name != "train":
+        refuse_training_pairs(options.run, dataset)
+    return evaluate_scenes(
+        loaded,
+        read_scenes(dataset),
+        joint=has_joint_pass(loaded),
+        templates=templates,
+        probes=training_probes(_training_data(options.run, boxes)),
+        batch_size=options.batch_size,
+    )
+
+
 def _training_data(run: Path, other: str) -> str:
-    """Find the data set whose training captions decide which words are new: the run's, or else the given one."""
+    """Find the data set whose training captions decide which words are known: the run's, or else the given one."""
     try:
         return find_training_data(run)
     except FileNotFoundError:
@@ -296,6 +335,10 @@ def _check_options(options: Options) -> None:
         )
     if options.label and not probes:
         raise ValueError("--label names what --knn and --linear-probe learn; give one of them too")
+    if options.boxes_images is not None and options.boxes is None:
+        raise ValueError("--boxes-images needs --boxes, the json that names its images")
+    if options.boxes is not None and options.boxes_images is None and options.boxes.endswith(".json"):
+        raise ValueError("--boxes takes a json with --boxes-images, the folder of the images that it names")
     if (options.coco_json is None) != (options.coco_images is None):
         raise ValueError("--coco-json and --coco-images go together")
 

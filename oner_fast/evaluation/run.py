@@ -15,7 +15,7 @@ import torch
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.coco import CaptionedImage
-from oner_fast.evaluation.composed import composed_queries, composed_recall
+from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import (
     Encoder,
     JointEncoder,
@@ -26,6 +26,7 @@ from oner_fast.evaluation.embed import (
     embed_texts,
 )
 from oner_fast.evaluation.equal_captions import equal_caption_figures
+from oner_fast.evaluation.fusion import composed_figures, probe_captions, word_shifts
 from oner_fast.evaluation.labels import CONCEPT, Taught, ask
 from oner_fast.evaluation.modality_gap import modality_gap, spread
 from oner_fast.evaluation.retrieval import Ties, retrieval
@@ -69,6 +70,11 @@ def training_words(data: str) -> set[str] | None:
     return vocabulary(open_split(data, "train").captions())
 
 
+def training_probes(data: str) -> list[str]:
+    """Draw training captions of a data set for `fusion.word_shifts`; none where it has no train split."""
+    return probe_captions(open_split(data, "train").captions()) if "train" in splits_of(data) else []
+
+
 def evaluate_split(
     loaded: Encoder,
     dataset: PairDataset,
@@ -82,6 +88,7 @@ def evaluate_split(
     limit: int | None = None,
     ties: Ties = "miss",
     spaces: SpacesEncoder | None = None,
+    probes_of_words: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one split: as a whole, and separately for captions without and with a word that is new.
 
@@ -99,6 +106,7 @@ def evaluate_split(
         limit: evaluate only this many samples, evenly spaced.
         ties: how equal scores count in retrieval, as for `retrieval.retrieval`.
         spaces: the spaces to report besides, under `spaces` of each entry.
+        probes_of_words: training captions, by which the shift of a word is known (`fusion.word_shifts`).
     """
     reads = has_text(loaded)
     wide = embedded = embed_split(
@@ -111,7 +119,7 @@ def evaluate_split(
     else:
         entry = {"pairs": len(embedded.image), "damaged": len(embedded.damaged)}
     if reads and has_joint_pass(loaded):
-        entry |= _composed(cast(JointEncoder, loaded), dataset, embedded)
+        entry |= _composed(cast(JointEncoder, loaded), dataset, embedded, probes_of_words)
     if reads and templates:
         entry["zero_shot"], others = evaluate_concepts(loaded, wide, templates, batch_size=batch_size, spaces=spaces)
         for space, figures in others.items():
@@ -304,18 +312,20 @@ def _entry(
     }
 
 
-def _composed(loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings) -> dict[str, Any]:
-    """Compute the figures of queries with an image and a word, and of the image alone and the word alone."""
+def _composed(
+    loaded: JointEncoder, dataset: PairDataset, embedded: SplitEmbeddings, probes: Sequence[str]
+) -> dict[str, Any]:
+    """Compute the figures of queries with an image and a word, of either alone, and of ways to fuse them."""
     queries = composed_queries([several[0] for several in embedded.captions])
     if not queries:
         return {}
     both = embed_composed(loaded, dataset, embedded, [(one.image, one.word) for one in queries])
     word = embed_texts(loaded, [one.word for one in queries])
     picture = embedded.image[[one.image for one in queries]]
-    together = composed_recall(both, embedded.image, queries)
-    together |= {"image_only": composed_recall(picture, embedded.image, queries)}  # type: ignore[dict-item]
-    together |= {"text_only": composed_recall(word, embedded.image, queries)}  # type: ignore[dict-item]
-    return {"image_text_to_image": together}
+    asked_for = [" ".join(map(str, one.targets)) for one in queries]
+    shift = word_shifts(loaded, [one.word for one in queries], probes)
+    figures = composed_figures(picture, word, both, embedded.image, queries, asked_for, shift)
+    return {"image_text_to_image": figures}
 
 
 def embed_composed(

@@ -11,8 +11,9 @@ DIRECTIONS = {
     "text_to_image": "text → image",
     "image_text_to_image": "image + text → image",
 }
-# An ending of a split's name, and the captions that it stands for: by whether training captions hold all their words.
-PARTS = {"_seen_words": "training words", "_new_words": "new words"}
+# An ending of a split's name, and the part that it stands for: by whether training captions hold all the words of a
+# caption, or by whether the pictures have boxes.
+PARTS = {"_seen_words": "training words", "_new_words": "new words", "_boxes": "with boxes"}
 KS = (1, 5, 10)
 CLASSIFIERS = {"zero_shot": "zero-shot", "knn": "k-NN", "linear_probe": "linear probe"}
 
@@ -187,7 +188,9 @@ def _beside(figures: dict[str, Any], k: int) -> str:
 
 
 def _other_lines(evaluation: dict[str, Any]) -> list[str]:
-    lines = []
+    from oner_fast.evaluation.score_lines import score_lines
+
+    lines = list(score_lines(evaluation))
     for split, entry in evaluation.items():
         if isinstance(entry, dict) and "modality_gap" in entry:
             spread = entry.get("spread", {})

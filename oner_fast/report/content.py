@@ -20,6 +20,7 @@ from oner_fast.evaluation.folder import processor, read_config, read_metrics, re
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
 from oner_fast.evaluation.record import part_of
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
+from oner_fast.evaluation.score_lines import fused_shares, scores_of
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.attribution import count, credits_of
 from oner_fast.report.curves import (
@@ -103,7 +104,8 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         majority = figures.get("majority")
         line |= {"cells": cells, "majority": None if majority is None else float(majority)}
         classes.setdefault(pictures, []).append(line)
-    main = "val" if "val" in evaluation else next((row for row, _, _ in rows(evaluation)), None)
+    both_ways = (row for row, direction, _ in rows(evaluation) if direction == "image_to_text")
+    main = "val" if "val" in evaluation else next(both_ways, None)
     figures = evaluation.get(main, {}) if main else {}
     sizes: dict[str, Any] = {}
     if any(name in figures for name in DIRECTIONS):  # the summary names both directions
@@ -111,6 +113,7 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         for name in ("image_to_text", "text_to_image"):
             sizes[name] = {"gallery": int(figures[name]["gallery"])}
     composed = figures.get("image_text_to_image")
+    fused = fused_shares(composed, 10) if composed and "fusions" in composed else []
     return {
         "table": table,
         "classifications": classes,
@@ -135,6 +138,15 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
                 ("image", composed["image_only"]),
                 ("text", composed["text_only"]),
             )
+        },
+        "fused": [
+            {"title": title, "value": percent(share), "best": share == max(each for _, each in fused)}
+            for title, share in fused
+        ],
+        "scores": {
+            split_title(key): found
+            for key, entry in evaluation.items()
+            if isinstance(entry, dict) and (found := list(scores_of(entry)))
         },
         "about": evaluation.get("about", {}),
     }
