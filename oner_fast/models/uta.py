@@ -114,9 +114,7 @@ class UTA(nn.Module):
             x, places = self._embed(images, kept, masked)
             tokens = x.shape[1]
             factors = None if branch_factors is None else branch_factors.repeat_interleave(tokens, 1)
-            outputs = self.head(
-                self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens, factors=factors)
-            )
+            outputs = self.head(self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens, factors=factors))
             return outputs.unflatten(0, (-1, tokens))
         if kept is None or masked is not None:
             raise ValueError("cu_seqlens divides a flat kept: pass kept of shape (T,) and no masked")
