@@ -32,6 +32,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "train oner",
         "eval",
         "data pictograms",
+        "data scenes",
         "data icons",
         "data pairs",
         "data index",
@@ -54,7 +55,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             "unknown command 'trian'; known: train, eval, data, checkpoint, report, bench, requirements, doctor",
         ),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
-        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index, verify"),
+        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, scenes, pairs, index, verify"),
         (["bench", "op"], f"unknown name after 'bench' 'op'; known: {', '.join(cli.COMMANDS['bench'].names or ())}"),
     ],
 )
