@@ -29,6 +29,7 @@ from oner_fast.evaluation.folder import (
     refuse_training_pairs,
     unnamed_split,
 )
+from oner_fast.evaluation.imagenet import SUBSETS
 from oner_fast.evaluation.labels import LABELS, teach
 from oner_fast.evaluation.pointing import evaluate_localisation
 from oner_fast.evaluation.record import FILE, add, model_digest
@@ -88,10 +89,11 @@ class Options:
     image_folder_train: Path | None = None
     """Training images of the same classes as --image-folder, for --knn and --linear-probe."""
     classes: str | None = None
-    """Class names: `imagenet`, or a file with one a line, in the order of the sorted sub-folders; the sub-folders'
-    names by default."""
+    """Class names: `imagenet`, `imagenet-a`, `imagenet-r` (200 classes, also of ImageNet's own images),
+    or a file with a name a line, in the order of the sorted sub-folders; the sub-folders' names by default."""
     templates: str | None = None
-    """Prompt templates: `openai` (the 80 of CLIP), or a file with one a line, in which {} stands for the class."""
+    """Prompt templates: `openai` (the 80 of CLIP), `slip` (the 7 of SLIP), or a file with one a line; {} stands for the
+    class."""
     zero_shot: bool = True
     """Classify the images of each held-out split by the concepts of its captions, zero-shot."""
     knn: bool = False
@@ -262,6 +264,7 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
             loaded,
             folder,
             classes=read_classes(options.classes) if options.classes else None,
+            places=SUBSETS.get(options.classes or ""),
             templates=templates,
             batch_size=options.batch_size,
         )
@@ -332,7 +335,7 @@ def _taught(loaded: Any, data: str, options: Options) -> dict[str, Any]:
         raise ValueError(f"--knn and --linear-probe need a train split, and {data} has none")
     return teach(
         loaded,
-        open_split(data, "train"),
+        open_split(data, "train", "val"),
         options.label or LABELS,
         most=options.label_classes,
         limit=options.limit,

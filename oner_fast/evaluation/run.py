@@ -38,6 +38,7 @@ from oner_fast.evaluation.zero_shot import (
     class_embeddings,
     concept_accuracy,
     concept_classes,
+    only_classes,
     read_image_folder,
 )
 
@@ -199,6 +200,7 @@ def evaluate_zero_shot(
     folder: Path,
     *,
     classes: Sequence[str] | None = None,
+    places: Sequence[int] | None = None,
     templates: Sequence[str] = TEMPLATES,
     batch_size: int = 64,
 ) -> dict[str, Any]:
@@ -208,10 +210,14 @@ def evaluate_zero_shot(
         loaded: the model.
         folder: the ImageFolder.
         classes: a name for each sub-folder, in their sorted order; the sub-folders' own names by default.
+        places: places of the classes among all of a larger set, from whose folder the other classes are then left out,
+            such as those of ImageNet-A from ImageNet's validation images.
         templates: prompts in which {} stands for the class.
         batch_size: images embedded at once.
     """
     files, labels, folders = read_image_folder(folder)
+    if places is not None and len(folders) > max(len(places), *places):
+        files, labels, folders = only_classes(files, labels, folders, places)
     names = list(classes) if classes is not None else [name.replace("_", " ") for name in folders]
     if len(names) != len(folders):
         raise ValueError(f"{folder} has {len(folders)} sub-folders but {len(names)} class names were given")

@@ -19,21 +19,27 @@ T = TypeVar("T")
 
 _ALONE = World(0, 1, 0, torch.device("cpu"))
 _WORLD: ContextVar[World] = ContextVar("world", default=_ALONE)
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextmanager
-def shared(world: World) -> Iterator[None]:
-    """Share the work inside between the ranks of `world`; each of them must do the same work inside."""
-    token = _WORLD.set(world)
+def shared(world: World, *, quiet: bool = False) -> Iterator[None]:
+    """Share the work inside between the ranks of `world`; each of them must do the same work inside.
+
+    Args:
+        quiet: show no progress and no warnings, for a command with a display of its own.
+    """
+    tokens = _WORLD.set(world), _QUIET.set(quiet)
     try:
         yield
     finally:
-        _WORLD.reset(token)
+        _WORLD.reset(tokens[0])
+        _QUIET.reset(tokens[1])
 
 
 def speaks() -> bool:
-    """Tell whether this process shows progress and warnings: rank 0 does, and a process alone."""
-    return _WORLD.get().is_main
+    """Tell whether this process shows progress and warnings: rank 0 does, and a process alone, unless `quiet`."""
+    return _WORLD.get().is_main and not _QUIET.get()
 
 
 def mine(batches: int) -> range:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from oner_fast import bounded_json
-from oner_fast.data.dataset import PairDataset
+from oner_fast.data.dataset import PairDataset, sources_of
 from oner_fast.data.images import decode
 from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, embed_split
@@ -23,7 +23,7 @@ from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.score_lines import fused_shares, scores_of
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.attribution import count, credits_of
-from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
+from oner_fast.report.curves import evaluation_charts, gap_chart, loss_charts, series, speed_charts
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
@@ -45,6 +45,7 @@ def training_content(run: Path, figures: Path) -> dict[str, Any]:
         "loss": total,
         "loss_parts": parts,
         "speed": speed_charts(metrics, figures),
+        "evaluated": evaluation_charts(metrics, figures),
         "gap": [gap_chart(snapshots, figures)] if snapshots else [],
         "maps": map_charts(snapshots, figures),
         "map_steps": [snapshot.step for snapshot in shown_snapshots(snapshots)],
@@ -163,8 +164,7 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
 
 def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
-    listing = Path(data) / "dataset.json" if data else None
-    described = bounded_json.load_object(listing.read_bytes(), str(listing)) if listing and listing.is_file() else {}
+    described = _described(data) if data else {}
     config = read_config(run)
     return {
         "config": list(flattened(config)),
@@ -178,6 +178,16 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _described(data: str) -> dict[str, Any]:
+    """Read `dataset.json` of the data; of several sources, that of the first, with the attribution of all."""
+    listings = [Path(source) / "dataset.json" for source in sources_of(data)]
+    every = [bounded_json.load_object(one.read_bytes(), str(one)) for one in listings if one.is_file()]
+    if len(every) < 2:
+        return every[0] if every else {}
+    credited = [one["attribution"] for one in every if isinstance(one.get("attribution"), list)]
+    return every[0] | {"attribution": [credit for several in credited for credit in several]}
 
 
 def _sizes(described: dict[str, Any]) -> dict[str, dict[str, int]]:

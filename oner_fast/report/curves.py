@@ -28,6 +28,10 @@ SPEED_NAMES = {
     "grad_norm": ("Norm of the gradient", 1.0),
 }
 
+EVALUATION_NAMES = {
+    "eval/mean_recall": ("Mean of R@1, R@5 and R@10 on held-out pairs, %", 100.0),
+    "eval/zero_shot/top1": ("Zero-shot classification, top-1 in %", 100.0),
+}
 
 LARGEST = 1e30  # a larger value is damage or divergence, and no chart can show it
 
@@ -81,12 +85,23 @@ def _printable(text: str) -> str:
 
 def speed_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
     """Chart pairs a second, MFU, the share of time spent waiting for data and the gradient norm, where logged."""
+    return _charts(SPEED_NAMES, "speed", metrics, folder)
+
+
+def evaluation_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
+    """Chart what `--eval-every` measured, where logged."""
+    return _charts(EVALUATION_NAMES, "evaluation", metrics, folder)
+
+
+def _charts(
+    names: dict[str, tuple[str, float]], kind: str, metrics: Sequence[dict[str, Any]], folder: Path
+) -> list[dict[str, str]]:
     charts = []
-    for key, (title, factor) in SPEED_NAMES.items():
+    for key, (title, factor) in names.items():
         steps, values = series(metrics, key)
         if values:
             scaled = [factor * value for value in values]
-            name = f"speed-{key.replace('_', '-')}"
+            name = f"{kind}-{re.sub('[^a-z0-9]', '-', key.removeprefix('eval/'))}"
             charts.append(_curve(name, title, steps, scaled, "ink", folder, from_zero=True))
     return charts
 

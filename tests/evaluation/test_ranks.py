@@ -107,6 +107,8 @@ def test_each_batch_belongs_to_one_rank(size: int, batches: int) -> None:
         with shared(World(rank, size, rank, torch.device("cpu"))):
             taken += list(mine(batches))
             assert speaks() == (rank == 0)
+            with shared(World(0, 1, 0, torch.device("cpu")), quiet=True):
+                assert not speaks() and mine(batches) == range(batches)
     assert sorted(taken) == list(range(batches))
     assert mine(batches) == range(batches) and gathered(["a"] * batches, batches) == ["a"] * batches
 

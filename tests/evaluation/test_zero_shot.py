@@ -10,8 +10,17 @@ import torch
 from torch.nn import functional as F
 
 from oner_fast.evaluation.coco import read_captions
+from oner_fast.evaluation.imagenet import SUBSETS
 from oner_fast.evaluation.run import evaluate_retrieval, evaluate_zero_shot
-from oner_fast.evaluation.zero_shot import TEMPLATES, accuracy, class_embeddings, read_image_folder, read_lines
+from oner_fast.evaluation.zero_shot import (
+    TEMPLATES,
+    accuracy,
+    class_embeddings,
+    only_classes,
+    read_image_folder,
+    read_lines,
+    read_templates,
+)
 
 Draw = Callable[[int], bytes]
 
@@ -77,6 +86,31 @@ def test_image_folder(tmp_path: Path, draw: Draw, reader: Any) -> None:
         evaluate_zero_shot(reader, folder, classes=["one"])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_image_folder(tmp_path / "nowhere")
+
+
+def test_prompts_and_classes_of_published_evaluations() -> None:
+    slip = read_templates("slip")
+    assert len(slip) == 7 and slip[0] == "itap of a {}." and all(one.count("{}") == 1 for one in slip)
+    for places in SUBSETS.values():
+        assert len(places) == 200 and list(places) == sorted(set(places)) and places[0] >= 0 and places[-1] < 1000
+    with pytest.raises(FileNotFoundError, match="takes `openai`, `slip` or a file"):
+        read_templates("nowhere")
+
+
+def test_some_classes_of_a_folder_of_all(tmp_path: Path, draw: Draw, reader: Any) -> None:
+    folder = make_folder(tmp_path / "images", draw)
+    (folder / "never").mkdir()
+    (folder / "never" / "100.png").write_bytes(draw(100))
+    names = ["arrow up", "blue circle"]
+    some = evaluate_zero_shot(reader, folder, classes=names, places=[0, 1])
+    assert (some["images"], some["classes"], some["top1"]) == (3, 2, 1.0)
+    (folder / "never" / "100.png").unlink()
+    (folder / "never").rmdir()
+    assert evaluate_zero_shot(reader, folder, classes=names, places=[3, 7]) == some  # a folder of these alone
+    files, labels, kept = only_classes(
+        [Path("a"), Path("b"), Path("c")], torch.tensor([2, 0, 1]), ["x", "y", "z"], [0, 2]
+    )
+    assert (files, labels.tolist(), kept) == ([Path("a"), Path("b")], [1, 0], ["x", "z"])
 
 
 def test_lines_of_a_file(tmp_path: Path) -> None:

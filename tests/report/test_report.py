@@ -78,6 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for step in range(10, 210, 10):
         line = {"step": step, "loss": 9 / step, "loss/itc": 5 / step, "loss/mlm": None, "seconds": step % 110}
+        line |= {"eval/mean_recall": step / 1000} if step % 50 == 0 else {}
         lines.append(json.dumps(line | {"samples_per_second": 99.0, "mfu": 0.3, "data_wait": 0.01, "skipped_steps": 0}))
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     for step in (0, 100, 150, 200):
@@ -237,7 +238,7 @@ def test_the_page_shows_the_command_of_the_training(
 def test_charts_follow_the_pages_colours(run: Path) -> None:
     html = (run / "report.html").read_text(encoding="utf-8")
     charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.DOTALL)
-    assert len(charts) == 9  # loss, one part, speed, mfu, waiting, gap, three maps
+    assert len(charts) == 10  # loss, one part, evaluation, speed, mfu, waiting, gap, three maps
     for each in charts:
         assert "var(--" in each
         assert not re.search(r"(?:fill|stroke): #", each)
@@ -270,6 +271,26 @@ def test_a_run_that_was_not_evaluated_and_logged_nothing(run: Path, tmp_path: Pa
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(argv) == 1
     return capsys.readouterr().err
+
+
+def test_a_run_of_one_tar_shows_training_pairs_and_says_so(run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone)
+    (alone / "evaluation.json").unlink()
+    tar = run.parent / "data" / "train-000000.tar"
+    (alone / "config.json").write_text(json.dumps({"data": {"train_data": str(tar)}}))
+    assert evaluate([str(alone), "--split", "train"]) == 0 and main([str(alone)]) == 0
+    page = (alone / "report.html").read_text()
+    assert (alone / "figures" / "evaluation-mean-recall.png").is_file() and "On held-out pairs" in page
+    for words in ("These are <strong>training pairs</strong>", "images of its training", "Retrieval on its training"):
+        assert words in page
+    assert "held out from training" not in page and "held-out captions" not in page
+    assert evaluate([str(alone)]) == 1
+    # With a source that the user names, they are held out again, and every source is credited.
+    both = f"{run.parent / 'data'}::{run.parent / 'data'}"
+    assert main([str(alone), "--data", both]) == 0
+    page = (alone / "report.html").read_text()
+    assert "These are <strong>training pairs</strong>" not in page and page.count("CC-BY-SA-4.0") >= 2
 
 
 def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from oner_fast.train.clip.towers import TwoTowers, build_towers
 from oner_fast.train.engine.batches import BatchConfiguration, open_batches
 from oner_fast.train.engine.loop import Configuration, Gradient, Training
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
+from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
 
 
 class ContrastConfiguration(Configuration, BatchConfiguration, Protocol):
@@ -37,6 +38,9 @@ class TwoTowerTraining(Training[C]):
     def _ready(self) -> None:
         self.step = ContrastStep(self.student, self.config.optim.accum_freq, self.world, self.dtype)
         self._pair_flops = self._forward_flops()
+        c = self.config
+        if c.run.eval_every:
+            self._evaluation = PeriodicEvaluation(c.data, c.run, self.world, self.student, self._encoder())
 
     def _gradient(self, batch: PairBatch) -> Gradient:
         loss = self.step(batch)
@@ -49,9 +53,26 @@ class TwoTowerTraining(Training[C]):
     def _flops(self, batch: PairBatch) -> float:
         return FORWARD_AND_BACKWARD * self._pair_flops * len(batch)
 
-    def _export(self) -> Path:
-        self.student.save(self.folder)
-        return self.folder
+    def _evaluate(self) -> dict[str, float]:
+        return self._evaluation()
+
+    def _encoder(self) -> TrainedEncoder:
+        side, device = self.config.model.image_size, self.world.device
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+
+        def images(pixels: Tensor) -> Tensor:
+            image: Tensor = self.student(pixels, self.student.read(["a"]).to(device)).image
+            return image
+
+        def texts(captions: list[str]) -> Tensor:
+            text: Tensor = self.student(blank, self.student.read(captions).to(device)).text
+            return text
+
+        return TrainedEncoder(side, device, images, texts)
+
+    def _export(self, folder: Path) -> Path:
+        self.student.save(folder)
+        return folder
 
     def _extra_state(self) -> dict[str, Any]:
         return dict(self.student.about())

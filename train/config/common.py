@@ -98,6 +98,11 @@ class Run:
     snapshot_every: int = 0
     """Steps between snapshots of the embeddings of validation pairs; 0: none."""
     snapshot_pairs: int = 256
+    eval_every: int = 0
+    """Steps between evaluations on the validation split, by retrieval and zero-shot (metrics `eval/...`). RUN/best
+    keeps the best model. 0: none."""
+    eval_pairs: int = 0
+    """Pairs of each of these evaluations, evenly spaced; 0: all."""
     deterministic: bool = True
     """Train under torch.use_deterministic_algorithms(True)."""
     max_skipped_steps: int = 20
@@ -110,5 +115,8 @@ class Run:
             raise ValueError("run_dir must name the folder of the run, got an empty name")
         if isinstance(self.threads, int) and self.threads < 0:
             raise ValueError(f"threads must be auto, 0 or more, got {self.threads}")
+        for name in ("eval_every", "eval_pairs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0.0 < self.collective_timeout < math.inf:
             raise ValueError(f"collective_timeout must be positive and finite, got {self.collective_timeout}")

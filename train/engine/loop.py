@@ -19,6 +19,7 @@ from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
 from oner_fast.train.config.serialization import from_dict, save_json, to_dict
 from oner_fast.train.engine import checkpoint
+from oner_fast.train.engine.best import SCORE, Best, write_best
 from oner_fast.train.engine.distributed import World, on_main, require_same, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
@@ -115,6 +116,7 @@ class Training(ABC, Generic[C]):
         self.student = self._build().to(world.device).train()
         self.optimizer = build_adamw(self.student, o.lr, (o.beta1, o.beta2), o.eps, o.wd)
         self.guard = NonFiniteGuard(self.config.run.max_skipped_steps)
+        self.best = Best()
         self.steps_done = 0
         if state is not None:
             with restoring(start):
@@ -123,6 +125,8 @@ class Training(ABC, Generic[C]):
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.guard.load_state_dict(state["guard"])
                 checkpoint.set_random_state(state["random"])
+                if state.get("best") is not None:
+                    self.best.load_state_dict(state["best"])
                 self.steps_done = int(state["step"])
         self.batches = self._open_batches()
         require_same(world, _shared_facts(self.config) | {"samples": self.batches.state_dict().get("samples")})
@@ -150,8 +154,8 @@ class Training(ABC, Generic[C]):
         """Count the floating-point operations that this rank's part of the step needs, without recomputation."""
 
     @abstractmethod
-    def _export(self) -> Path:
-        """Write the trained model into the run's folder and return its path; only the main rank calls this."""
+    def _export(self, folder: Path) -> Path:
+        """Write the trained model into `folder` and return its path; only the main rank calls this."""
 
     def _resolve(self, config: C, state: dict[str, Any] | None) -> C:
         """Fill in the fields of `config` that only the data or the checkpoint's `state` determine."""
@@ -170,6 +174,10 @@ class Training(ABC, Generic[C]):
     def _updated(self) -> dict[str, Tensor | float]:
         """Do what follows each optimiser step; return further metrics."""
         return {}
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate on held-out pairs, on every rank; return metrics, of which `SCORE` chooses the best model."""
+        raise NotImplementedError
 
     @classmethod
     def without_traces(cls, config: C) -> C:
@@ -208,13 +216,18 @@ class Training(ABC, Generic[C]):
                 self.steps_done += 1
                 meter.step(len(batch) * self.world.size)
                 flops.append(self._flops(batch))
+                evaluated: dict[str, float] = {}
+                if self._due(c.run.eval_every):
+                    with meter.excluded():
+                        evaluated = self._evaluated()
+                    progress.note(_said(self.steps_done, evaluated, self.best))
                 if self._due(every):
                     pace = _pace(meter, flops, rate)
                     if pace.get("mfu", 0.0) > 1.0:  # the machine was busy with something else when it was measured
                         with meter.excluded():
                             better = gemm_rate(self.world.device, self.dtype or torch.float32, again=True)
                         pace["mfu"], rate = pace["mfu"] * rate / better, better
-                    shown = _plain(metrics) | pace | self._counts(batch)
+                    shown = _plain(metrics) | evaluated | pace | self._counts(batch)
                     shown["seconds"] = time.perf_counter() - began
                     flops.clear()
                     log.write(self.steps_done, shown)
@@ -222,6 +235,8 @@ class Training(ABC, Generic[C]):
                     if pace and (fallen := watch.read(pace["samples_per_second"], pace["data_wait"])):
                         progress.note(fallen)
                 else:
+                    if evaluated:
+                        log.write(self.steps_done, evaluated)
                     progress.update(self.steps_done, {})
                 with meter.excluded():
                     asked = stop.agree(self.world)
@@ -238,7 +253,25 @@ class Training(ABC, Generic[C]):
     def _finish(self) -> str:
         """Write the trained model and return a line about its place and what comes next."""
         self._refuse_a_lost_folder()
-        return f"the model is {self._export()}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}"
+        model = self._export(self.folder)
+        return f"the model is {model}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}"
+
+    def _evaluated(self) -> dict[str, float]:
+        """Evaluate, and keep the model where it is the best so far."""
+        metrics = self._evaluate()
+        # Rank 0 decides, as the same figures could differ in a last bit on another machine.
+        if on_main(self.world, lambda: self.best.improved(metrics[SCORE], self.steps_done)):
+            on_main(self.world, lambda: self._keep_best(metrics))
+        return metrics
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        self._refuse_a_lost_folder()
+
+        def export(folder: Path) -> None:
+            save_json(self.config, folder / "config.json")  # what the model was trained on
+            self._export(folder)
+
+        write_best(self.folder, self.steps_done, metrics, export)
 
     def _prepare(self) -> None:
         """Make the run's folder ready for writing."""
@@ -298,10 +331,17 @@ class Training(ABC, Generic[C]):
             "config": json.dumps(to_dict(self.config)),
             "random": checkpoint.random_state(),
             "threads": self.threads.used,
+            "best": self.best.state_dict(),
         }
         state |= self._extra_state()
         keep = self.config.run.keep_checkpoints
         checkpoint.save(self.checkpoints, self.steps_done, state, keep, damaged=self._start.damaged)
+
+
+def _said(step: int, metrics: dict[str, float], best: Best) -> str:
+    """Say in one line what an evaluation found."""
+    found = f"step {step}: mean recall {metrics[SCORE]:.4f}" if metrics else f"step {step}"
+    return f"{found}, the best so far" if best.step == step else f"{found} (best: {best.score:.4f} at step {best.step})"
 
 
 def _plain(metrics: dict[str, Tensor | float]) -> dict[str, float]:

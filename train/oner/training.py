@@ -24,6 +24,7 @@ from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.snapshots import Snapshots
 from oner_fast.train.oner.step import TrainingStep
 from oner_fast.train.oner.student import Student
+from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
 
 
 class OneRTraining(Training[OneRConfiguration]):
@@ -52,6 +53,9 @@ class OneRTraining(Training[OneRConfiguration]):
 
     def _ready(self) -> None:
         self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, self.world, self.dtype)
+        c = self.config
+        if c.run.eval_every:
+            self._evaluation = PeriodicEvaluation(c.data, c.run, self.world, self.exported, self._encoder())
         if self.world.is_main:
             self._snapshots = Snapshots(self.config, self.folder, self.tokenizer, self.exported)
 
@@ -81,8 +85,18 @@ class OneRTraining(Training[OneRConfiguration]):
         if self._snapshots is not None:
             self._snapshots.take(self.steps_done)
 
-    def _export(self) -> Path:
-        path = self.folder / "model.safetensors"
+    def _evaluate(self) -> dict[str, float]:
+        return self._evaluation()
+
+    def _encoder(self) -> TrainedEncoder:
+        def texts(captions: list[str]) -> Tensor:
+            text = self.tokenizer(captions, self.config.model.max_text_tokens).to(self.world.device)
+            return self.exported.encode_text(text.input_ids, text.cu_seqlens)
+
+        return TrainedEncoder(self.config.model.image_size, self.world.device, self.exported.encode_image, texts)
+
+    def _export(self, folder: Path) -> Path:
+        path = folder / "model.safetensors"
         save_model(path, self.exported, self.tokenizer.to_json())
         return path
 

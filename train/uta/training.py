@@ -34,6 +34,11 @@ class UTATraining(Training[UTAConfiguration]):
 
     def _build(self) -> nn.Module:
         alignment, model = self.config.alignment, self.config.model
+        if self.config.run.eval_every:
+            raise ValueError(
+                "--eval-every measures retrieval and zero-shot classification, and no caption is read here; leave it "
+                "out, and run `oner-fast eval` after the training"
+            )
         if not alignment.teacher:
             raise ValueError(
                 "UTA needs a teacher: --teacher RUN of `oner-fast train clip` or `train lit`, or an open_clip "
@@ -90,8 +95,8 @@ class UTATraining(Training[UTAConfiguration]):
         tokens = 1 + model.cells - (alignment.hidden(model.cells) if alignment.objective == "uta" else 0)
         return FORWARD_AND_BACKWARD * uta_flops(model, [tokens] * len(batch))
 
-    def _export(self) -> Path:
-        path = self.folder / "model.safetensors"
+    def _export(self, folder: Path) -> Path:
+        path = folder / "model.safetensors"
         save_uta(path, self.student, self._about())
         return path
 

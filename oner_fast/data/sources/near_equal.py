@@ -19,6 +19,7 @@ EDGES = 8
 _SIDE = 16
 _BRIGHTER = 8  # of 255: less is the noise of a JPEG's flat parts
 _CHUNK = 512
+_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int64)  # set bits of each byte
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,29 @@ def near_equal(pictures: Sequence[Fingerprint], others: Sequence[Fingerprint]) -
         return {}
     ours, our_colours = _arrays(pictures)
     theirs, their_colours = _arrays(others)
-    counts = theirs.sum(1)
+    mine, counts = (_SET[bits].sum(1) for bits in (ours, theirs))
     order = np.argsort(counts, kind="stable")
-    theirs, counts, their_colours = theirs[order], counts[order], their_colours[order]
-    mine = ours.sum(1)
+    counts, unpacked = counts[order], np.unpackbits(theirs[order], axis=1).astype(np.float32)
     sorted_rows = np.argsort(mine, kind="stable")
     found: dict[int, int] = {}
     for start in range(0, len(pictures), _CHUNK):
         rows = sorted_rows[start : start + _CHUNK]
         first = int(np.searchsorted(counts, mine[rows[0]] - BITS))
         end = int(np.searchsorted(counts, mine[rows[-1]] + BITS, side="right"))
-        both = ours[rows] @ theirs[first:end].T
+        both = np.unpackbits(ours[rows], axis=1).astype(np.float32) @ unpacked[first:end].T
         apart = mine[rows, None] + counts[None, first:end] - 2 * both
         alike = (apart <= BITS) & (mine[rows, None] >= EDGES) & (counts[None, first:end] >= EDGES)
         for row, column in np.argwhere(alike).tolist():
-            picture, other = int(rows[row]), first + column
-            if np.abs(our_colours[picture] - their_colours[other]).max() <= COLOURS:
-                place = int(order[other])
+            picture, place = int(rows[row]), int(order[first + column])
+            if np.abs(our_colours[picture] - their_colours[place]).max() <= 255 * COLOURS:
                 found[picture] = min(place, found.get(picture, place))
     return dict(sorted(found.items()))
 
 
-def _arrays(pictures: Sequence[Fingerprint]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the bits (N, 512) as 0 and 1, and the colours (N, 192) from 0 to 1."""
-    bits = np.frombuffer(b"".join(one.bits for one in pictures), np.uint8).reshape(len(pictures), -1)
-    colours = np.frombuffer(b"".join(one.colours for one in pictures), np.uint8).reshape(len(pictures), -1)
-    return np.unpackbits(bits, axis=1).astype(np.float32), colours.astype(np.float32) / np.float32(255)
+def _arrays(pictures: Sequence[Fingerprint]) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    """Return the packed bits (N, 64), and the colours (N, 192) from 0 to 255."""
+    bits, colours = (
+        np.frombuffer(b"".join(parts), np.uint8).reshape(len(pictures), -1)
+        for parts in zip(*((one.bits, one.colours) for one in pictures), strict=True)
+    )
+    return bits, colours.astype(np.int16)

@@ -91,6 +91,19 @@ def test_the_heads_learn_alone_and_are_saved_alone(
     assert losses(again) == found[6:]
 
 
+def test_the_best_heads_are_kept(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
+    tiny_encoders(0)
+    run = tmp_path / "run"
+    assert lit.main(command(data, run, **SIZES | {"eval_every": 3})) == 0
+    best = json.loads((run / "best" / "best.json").read_text())
+    assert best["step"] in (3, 6, 8)
+    assert evaluate([str(run / "best")]) == 0
+    val = json.loads((run / "best" / "evaluation.json").read_text())["val"]
+    for way in ("image_to_text", "text_to_image"):
+        assert [best[f"eval/{way}/R@{k}"] for k in (1, 5, 10)] == [val[way][f"R@{k}"] for k in (1, 5, 10)]
+    assert best["eval/zero_shot/top1"] == val["zero_shot"]["top1"]
+
+
 def test_micro_batches_change_nothing(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
     tiny_encoders(0)
     for parts in (1, 4):
