@@ -1,9 +1,10 @@
 """`oner-fast bench noise`: compare this build with itself, many times, and count the alarms.
 
 A pair is one run as `oner-fast bench against` makes it, of the same build twice, with fresh processes and the eager
-baselines alone. Each pair is a file of the folder, so that the same command goes on where it was interrupted. Pairs are
-judged in turn, the way of `bench against`; and apart, as `bench compare` does with records that were made at different
-times: each pair's first build is compared with the next pair's second, by the same clock and by the wall's.
+baselines alone; what looks slower or faster is measured again. Each pair is a file of the folder, so that the same
+command goes on where it was interrupted. Pairs are judged in turn, the way of `bench against`; and apart, as `bench
+compare` does with records that were made at different times: each pair's first build is compared with the next pair's
+second, by the same clock and by the wall's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from oner_fast.benchmarks.against import clock_of, records_of
 from oner_fast.benchmarks.alone import Busy, alone
 from oner_fast.benchmarks.cases import OURS
 from oner_fast.benchmarks.comparison import ERROR, MARGIN, PAIRED_MARGIN, SLOWER, Comparison, compare
+from oner_fast.benchmarks.confirmation import confirmed, doubtful
 from oner_fast.benchmarks.ops import OPS
 from oner_fast.benchmarks.record import Record
 from oner_fast.benchmarks.source import commit_of_this
@@ -82,26 +84,42 @@ def collect(folder: Path, pairs: int, settings: Settings, tell: Tell = lambda te
 def _collected(folder: Path, pairs: int, settings: Settings, tell: Tell) -> list[Path]:
     paths = [folder / f"{place:03}.json" for place in range(pairs)]
     for place, path in enumerate(paths):
-        if path.exists():
-            _load(path, settings, "wall")
-            continue
-        tell(f"pair {place + 1} of {pairs}")
-        subjects, described = _measure(settings)
-        commit, dirty = commit_of_this()
-        whole = {
-            "format": FORMAT,
-            "settings": settings.as_dict(),
-            "commit": commit,
-            "dirty": dirty,
-            "described": described,
-            "subjects": [_as_dict(one) for one in subjects],
-        }
-        text = json.dumps(whole) + "\n"
-        write_atomic(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        if not path.exists():
+            tell(f"pair {place + 1} of {pairs}")
+            _write(path, settings, *_measure(settings, settings.seconds))
+        pair = _load(path, settings, clock_of(settings.threads))
+        again = again_of(path)
+        if (keys := doubtful(compare(*pair))) and not again.exists():
+            tell(f"pair {place + 1} of {pairs} again: {', '.join(keys)}")
+            seconds = settings.seconds * len(keys) / len(pair[0].entries)
+            _write(again, settings, *_measure(settings, seconds, keys))
+        if again.exists():
+            _load(again, settings, "wall")
     return paths
 
 
-def _measure(settings: Settings) -> tuple[list[Subject], dict[str, dict[str, Any]]]:
+def again_of(path: Path) -> Path:
+    """Name the file of a pair's second run, which exists where its first one raised an alarm."""
+    return path.with_suffix(".again.json")
+
+
+def _write(path: Path, settings: Settings, subjects: Sequence[Subject], described: Mapping[str, Any]) -> None:
+    commit, dirty = commit_of_this()
+    whole = {
+        "format": FORMAT,
+        "settings": settings.as_dict(),
+        "commit": commit,
+        "dirty": dirty,
+        "described": described,
+        "subjects": [_as_dict(one) for one in subjects],
+    }
+    text = json.dumps(whole) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def _measure(
+    settings: Settings, seconds: float, keys: Sequence[str] | None = None
+) -> tuple[list[Subject], dict[str, dict[str, Any]]]:
     options = ("--threads", str(settings.threads), "--eager")
     planted = tuple(word for op, factor in settings.planted for word in ("--slower", f"{op}={factor}"))
     sides = [
@@ -111,24 +129,30 @@ def _measure(settings: Settings) -> tuple[list[Subject], dict[str, dict[str, Any
     ]
     with Turns(sides) as turns:
         described = turns.describe()
-        subjects = turns.prepare(settings.ops, (), lambda text: None)
+        subjects = turns.prepare(settings.ops, (), lambda text: None, keys)
         for one in subjects:
             if one.missing:
                 raise Failed(f"{one.key} cannot be measured: {one.missing}")
-        turns.measure(subjects, settings.seconds, lambda text: None)
+        turns.measure(subjects, seconds, lambda text: None)
     return subjects, described
 
 
 def judge(paths: Sequence[Path], settings: Settings, margin: float | None = None) -> dict[str, list[Comparison]]:
     """Compare the pairs of `collect`, in each way; the names of those of neighbouring pairs begin with "apart"."""
     clock = clock_of(settings.threads)
-    found = {IN_TURN: [compare(*_load(path, settings, clock), margin=margin) for path in paths]}
+    found = {IN_TURN: [_in_turn(path, settings, margin) for path in paths]}
     for each in dict.fromkeys((clock, "wall")):
         pairs = [_load(path, settings, each) for path in paths]
         found[f"apart, {each} clock"] = [
             compare(one[0], two[1], margin=margin) for one, two in zip(pairs, pairs[1:], strict=False)
         ]
     return found
+
+
+def _in_turn(path: Path, settings: Settings, margin: float | None) -> Comparison:
+    clock, again = clock_of(settings.threads), again_of(path)
+    first = compare(*_load(path, settings, clock), margin=margin)
+    return confirmed(first, compare(*_load(again, settings, clock), margin=margin)) if again.exists() else first
 
 
 def alarms(comparisons: Sequence[Comparison]) -> int:

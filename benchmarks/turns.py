@@ -30,7 +30,7 @@ SECONDS_OF_A_VISIT, MOST_ROUNDS_IN_A_VISIT = 0.15, 12
 CLOSE, SCREENING_ROUNDS = 1.25, 4
 BEFORE, AFTER, PYTORCH = "before", "after", "PyTorch"
 # In pages of 4 KiB a process keeps for all of its rounds what it has by luck: its memory's places in the caches. That
-# made the same build 20 % slower in one process than in another. Pages of 2 MiB leave 3 %.
+# made the same build 20 % slower in one process than in another. With pages of 2 MiB it does so seldom.
 _HUGE_PAGES = "glibc.malloc.hugetlb=1"
 # Variables that would give both builds the same library or another path.
 _UNSET = ("ONER_FAST_LIBRARY", "PYTHONPATH")
@@ -210,16 +210,19 @@ class Turns:
             one.send("describe")
         return {name: one.receive() for name, one in self.processes.items()}
 
-    def prepare(self, ops: Sequence[str], steps: Sequence[str], tell: Tell) -> list[Subject]:
+    def prepare(
+        self, ops: Sequence[str], steps: Sequence[str], tell: Tell, keys: Sequence[str] | None = None
+    ) -> list[Subject]:
         """Prepare every case in the processes that can run it. Raises Failed where a process ends.
 
         Args:
             ops: the ops, by name, whose quick cases are prepared.
             steps: the systems, by name, whose steps are.
             tell: called with the current work.
+            keys: only these of them; all by default.
         """
         listed = self.processes[PYTORCH].ask("keys", list(ops), list(steps))
-        subjects = [Subject(**one) for one in listed]
+        subjects = [Subject(**one) for one in listed if keys is None or one["key"] in keys]
         for number, subject in enumerate(subjects, 1):
             tell(f"preparing {number} of {len(subjects)}: {subject.key}")
             self._prepare(subject)

@@ -58,6 +58,12 @@ COMMANDS = {
         "train",
         {"verify": "list step, size and state of each; exit code 1 where one is damaged"},
     ),
+    "ablate": Command(
+        "oner_fast.ablation.cli",
+        "train and compare the rows of a study",
+        "demo",
+        {"oner": "OneR's ablation and its open factors, with seeds and intervals; resumable"},
+    ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
     "bench": Command(
         "oner_fast.benchmarks.cli",

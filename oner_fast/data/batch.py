@@ -74,6 +74,7 @@ class PairBatch:
         samples: (B,) int64, the place of each pair in the global batch; place and step key every random draw.
         corrupt: how many samples could not be read and were replaced, substitutes included.
         corrupt_names: the name of each of them, and what is wrong with it.
+        second: (B, 3, S, S) uint8, another crop of each image; None where nobody asked for one.
     """
 
     images: Tensor
@@ -84,6 +85,7 @@ class PairBatch:
     epoch: int
     corrupt: int = 0
     corrupt_names: list[str] = field(default_factory=list)
+    second: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -108,6 +110,7 @@ class PairBatch:
                     self.epoch,
                     corrupt,
                     list(names),
+                    None if self.second is None else self.second[part],
                 )
             )
         return chunks
@@ -119,6 +122,7 @@ class PairBatch:
             images=self.images.to(device, non_blocking=non_blocking),
             text=self.text.to(device, non_blocking),
             samples=self.samples.to(device, non_blocking=non_blocking),
+            second=None if self.second is None else self.second.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "PairBatch":
@@ -128,6 +132,7 @@ class PairBatch:
             images=self.images.pin_memory(),
             text=self.text.pin_memory(),
             samples=self.samples.pin_memory(),
+            second=None if self.second is None else self.second.pin_memory(),
         )
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from oner_fast.data.pixels import read_picture
 
-RANDOMS = 5  # number of 32-bit integers that one training transform takes
+RANDOMS = 8  # number of 32-bit integers that one training transform takes: two blocks of four
 
 _ONE = 1 << 32
 _LONGEST = 16  # ratio of sides up to which an evaluated image is resized whole
@@ -32,19 +32,21 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Random resized crop and horizontal flip, decided by random integers that the caller gives.
+    """Random resized crop, horizontal flip and change of colour, decided by random integers that the caller gives.
 
     Attributes:
         size: side of the result in pixels.
         scale: least and greatest part of the image's area that a crop covers.
         aspect: greatest ratio of a crop's sides.
         flip: probability of a horizontal flip.
+        colour: greatest relative change of brightness, contrast and saturation; hues stay, as captions name colours.
     """
 
     size: int
     scale: tuple[float, float] = (0.5, 1.0)
     flip: float = 0.5
     aspect: float = 4 / 3
+    colour: float = 0.0
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -52,6 +54,8 @@ class ImageTransform:
             raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, not {self.scale}")
         if not 0.0 <= self.flip <= 1.0:
             raise ValueError(f"flip must be in [0, 1], not {self.flip}")
+        if not 0.0 <= self.colour < 1.0:
+            raise ValueError(f"colour must be in [0, 1), not {self.colour}")
         if not self.aspect >= 1.0:
             raise ValueError(f"aspect must be at least 1, not {self.aspect}")
 
@@ -61,11 +65,12 @@ class ImageTransform:
         return math.ceil(self.size * math.sqrt(self.aspect / self.scale[0]))
 
     def __call__(self, image: Image.Image, randoms: NDArray[np.int64]) -> Tensor:
-        """Crop, resize and flip an RGB image: uint8 (3, size, size).
+        """Crop, resize, flip and recolour an RGB image: uint8 (3, size, size).
 
-        `randoms` holds `RANDOMS` integers in [0, 2^32), for area, aspect, left, top and flip. They decide the result.
+        `randoms` holds `RANDOMS` integers in [0, 2^32), for area, aspect, left, top, flip, brightness, contrast and
+        saturation. They decide the result.
         """
-        area, aspect, left, top, flip = (int(value) for value in randoms[:RANDOMS])
+        area, aspect, left, top, flip, *colours = (int(value) for value in randoms[:RANDOMS])
         width, height = image.size
         low, high = self.scale
         pixels = width * height * (low + (high - low) * (area / _ONE))
@@ -83,6 +88,10 @@ class ImageTransform:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         if flip < self.flip * _ONE:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.colour:
+            enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+            for enhancer, value in zip(enhancers, colours, strict=True):
+                image = enhancer(image).enhance(1 + self.colour * (2 * value / _ONE - 1))
         return to_tensor(image)
 
 

@@ -34,9 +34,11 @@ class PairSource(Dataset[PairBatch]):
         world_size: int,
         max_tokens: int,
         captions: bool,
+        second_view: bool = False,
     ) -> None:
         self.dataset = dataset
         self.captions = captions
+        self.views = 2 if second_view else 1
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.seed = seed
@@ -55,22 +57,24 @@ class PairSource(Dataset[PairBatch]):
         if epoch != self._epoch:
             self._order, self._epoch = Permutation(len(self.dataset), self.seed, epoch), epoch
         samples = torch.from_numpy(self.places.copy())
-        randoms = random_u32(self.seed, AUGMENT, step, samples, RANDOMS).numpy()
+        # The draws of a second view follow those of the first, which it leaves as they are.
+        randoms = random_u32(self.seed, AUGMENT, step, samples, self.views * RANDOMS).numpy()
         size = self.transform.size
-        images = torch.empty((len(slots), 3, size, size), dtype=torch.uint8)
+        images = torch.empty((self.views, len(slots), 3, size, size), dtype=torch.uint8)
         captions: list[str] = []
         corrupt: list[str] = []
         for row, (slot, first) in enumerate(zip(slots.tolist(), self._order.take(slots).tolist(), strict=True)):
-            names, caption = self._fill(images[row], randoms[row], epoch, slot, first)
+            names, caption = self._fill(images[:, row], randoms[row], epoch, slot, first)
             captions.append(caption)
             corrupt += names
         text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(len(slots))
-        return PairBatch(images, text, samples, captions, step, epoch, len(corrupt), corrupt)
+        second = images[1] if self.views > 1 else None
+        return PairBatch(images[0], text, samples, captions, step, epoch, len(corrupt), corrupt, second)
 
     def _fill(
         self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int
     ) -> tuple[list[str], str]:
-        """Read the image of a slot into `place`; return the corrupt samples met on the way, and the caption."""
+        """Read the views of a slot's image into `place`; return the corrupt samples met on the way, and the caption."""
         try:
             return [], self._read(place, randoms, first)
         except CorruptSample as error:
@@ -92,7 +96,8 @@ class PairSource(Dataset[PairBatch]):
         else:
             encoded, caption = self.dataset.picture(i), ""
         image = decode(encoded, self.dataset.name(i), self.transform.decode_side)
-        place.copy_(self.transform(image, randoms))
+        for view, target in enumerate(place):
+            target.copy_(self.transform(image, randoms[view * RANDOMS : (view + 1) * RANDOMS]))
         return caption
 
 
@@ -126,6 +131,7 @@ class PairLoader(Batches):
             training process handles, and end when it ends for any reason.
         prefetch: batches that each worker makes ahead.
         captions: False reads no captions; then samples may lack them.
+        second_view: make `second` too, another crop of each image, whose draws are keyed as those of the first.
 
     Raises:
         ValueError: the batch does not divide among the ranks or exceeds the dataset, or `image_size` is not the
@@ -149,6 +155,7 @@ class PairLoader(Batches):
         prefetch: int = 4,
         pin_memory: bool = False,
         captions: bool = True,
+        second_view: bool = False,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -175,6 +182,7 @@ class PairLoader(Batches):
             world_size=world_size,
             max_tokens=max_tokens,
             captions=captions,
+            second_view=second_view,
         )
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 

@@ -47,8 +47,10 @@ class _StreamSource(IterableDataset[PairBatch]):
         max_tokens: int,
         shuffle: int,
         captions: bool,
+        second_view: bool,
     ) -> None:
         self.urls = urls
+        self.views = 2 if second_view else 1
         self.tokenizer = tokenizer
         self.size = size
         self.seed = seed
@@ -69,15 +71,15 @@ class _StreamSource(IterableDataset[PairBatch]):
         pairs = self._pairs(worker, workers)
         size, last_good = self.transform.size, self.start_pass
         for step in count(self.start_step + worker, workers):
-            randoms = random_u32(self.seed, AUGMENT, step, samples, RANDOMS).numpy()
-            images = torch.empty((self.size, 3, size, size), dtype=torch.uint8)
+            randoms = random_u32(self.seed, AUGMENT, step, samples, self.views * RANDOMS).numpy()
+            images = torch.empty((self.views, self.size, 3, size, size), dtype=torch.uint8)
             captions: list[str] = []
             epoch = 0
             while len(captions) < self.size:
                 row = len(captions)
                 epoch, sample = next(pairs)
                 try:
-                    captions.append(self._read(sample, images[row], randoms[row]))
+                    captions.append(self._read(sample, images[:, row], randoms[row]))
                     last_good = epoch
                 except CorruptSample as error:
                     if epoch > last_good + 1:
@@ -85,7 +87,8 @@ class _StreamSource(IterableDataset[PairBatch]):
                     self.failures.append(str(error))
             failures, self.failures = self.failures, []
             text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(self.size)
-            yield PairBatch(images, text, samples, captions, step, epoch, len(failures), failures)
+            second = images[1] if self.views > 1 else None
+            yield PairBatch(images[0], text, samples, captions, step, epoch, len(failures), failures, second)
 
     def _pairs(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield samples with the number of their pass.
@@ -133,12 +136,17 @@ class _StreamSource(IterableDataset[PairBatch]):
         if over := excess("image_bytes", len(image)):
             raise CorruptSample(name, over)
         if not self.captions:
-            place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
+            self._fill(place, image, name, randoms)
             return ""
         text, meta = sample.get("txt"), sample.get("json")
         caption = caption_of(name, text, fields_of(name, meta) if text is None and meta is not None else {})
-        place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
+        self._fill(place, image, name, randoms)
         return caption
+
+    def _fill(self, place: Tensor, encoded: bytes, name: str, randoms: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        image = decode(encoded, name, self.transform.decode_side)
+        for view, target in enumerate(place):
+            target.copy_(self.transform(image, randoms[view * RANDOMS : (view + 1) * RANDOMS]))
 
 
 class StreamedPairs(Batches):
@@ -176,6 +184,7 @@ class StreamedPairs(Batches):
         prefetch: int = 4,
         pin_memory: bool = False,
         captions: bool = True,
+        second_view: bool = False,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -195,7 +204,7 @@ class StreamedPairs(Batches):
         self.epoch = 0
         self._part = {"rank": rank, "world_size": world_size, "max_tokens": max_tokens, "shuffle": shuffle}
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
-        self._captions, self._said = captions, False
+        self._captions, self._second_view, self._said = captions, second_view, False
 
     def _start(self) -> Iterator[PairBatch]:
         if not self._said:
@@ -210,6 +219,7 @@ class StreamedPairs(Batches):
             start_step=self.step,
             start_pass=self.epoch,
             captions=self._captions,
+            second_view=self._second_view,
             **self._part,
         )
         if self._workers == 0:

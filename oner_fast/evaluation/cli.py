@@ -3,6 +3,7 @@
 It also evaluates captions in COCO's format, pictures with boxes, and ImageFolders, by k-NN and a linear probe.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,12 @@ from oner_fast.evaluation.run import (
 from oner_fast.evaluation.scene_scores import evaluate_scenes
 from oner_fast.evaluation.score_lines import score_lines
 from oner_fast.evaluation.sharing import shared
+from oner_fast.evaluation.spaces import SpacesEncoder, open_spaces
 from oner_fast.evaluation.table import show
 from oner_fast.evaluation.zero_shot import TEMPLATES, read_classes, read_templates
 from oner_fast.process_group import World, on_main, setup, shutdown
+
+logger = logging.getLogger("oner_fast.evaluation")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,9 @@ class Options:
     """
     label_classes: int = 1000
     """Keep this many classes of each label, the most frequent ones."""
+    space: tuple[str, ...] = ()
+    """Spaces to report besides the main figures, which are those of the projection: backbone, projection, predictor,
+    teacher, max; all that the run has by default."""
     batch_size: int = 64
     """Number of images embedded at once."""
     device: str = "cpu"
@@ -159,30 +166,33 @@ def evaluate(options: Options, world: World | None = None) -> tuple[dict[str, An
     _check_options(options)
     on_main(world, lambda: remove_leftovers(options.run))
     with shared(world):
-        evaluation, about = _figures(options, str(world.device))
+        evaluation, about = _figures(options, world)
     return on_main(world, lambda: add(options.run, evaluation, about))
 
 
-def _figures(options: Options, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _figures(options: Options, world: World) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compute the figures, and what holds for all of them."""
     data = _data(options)
     templates = read_templates(options.templates) if options.templates else list(TEMPLATES)
     splits = {} if data is None else _open_splits(options, data)
-    loaded = _load(options, device)
+    loaded = _load(options, str(world.device))
+    spaces, missing = open_spaces(options.run, loaded, options.space)
+    if missing is not None and world.is_main:
+        logger.warning("%s", missing)
     evaluation: dict[str, Any] = {}
     if data is not None:
-        evaluation |= _splits(loaded, data, splits, templates, options)
+        evaluation |= _splits(loaded, data, splits, templates, options, spaces)
     if options.coco_json is not None and options.coco_images is not None:
         images = read_captions(
             options.coco_json, options.coco_images, split=options.coco_split, first=options.coco_captions
         )
-        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size, ties=options.ties)
+        figures = evaluate_retrieval(loaded, images, batch_size=options.batch_size, ties=options.ties, spaces=spaces)
         evaluation["coco"] = {"data": str(options.coco_json), "split": options.coco_split, **figures}
     if options.boxes is not None:
         figures = _boxes(loaded, options.boxes, templates, options)
         evaluation[f"{options.boxes_split}_boxes"] = {"data": options.boxes, "split": options.boxes_split, **figures}
     if options.image_folder is not None:
-        found = _image_folder(loaded, options.image_folder, templates, options)
+        found = _image_folder(loaded, options.image_folder, templates, options, spaces)
         evaluation |= {name: {"data": str(options.image_folder), **entry} for name, entry in found.items()}
     about = {
         "model": model_digest(options.run),
@@ -229,7 +239,12 @@ def _load(options: Options, device: str) -> Any:
 
 
 def _splits(
-    loaded: Any, data: str, splits: dict[str, PairDataset], templates: Sequence[str], options: Options
+    loaded: Any,
+    data: str,
+    splits: dict[str, PairDataset],
+    templates: Sequence[str],
+    options: Options,
+    spaces: SpacesEncoder | None,
 ) -> dict[str, Any]:
     """Evaluate each split and its parts."""
     taught = _taught(loaded, data, options)
@@ -247,6 +262,7 @@ def _splits(
             probes=_probes(options),
             batch_size=options.batch_size,
             limit=options.limit,
+            spaces=spaces,
             ties=options.ties,
             probes_of_words=words,
         )
@@ -256,7 +272,9 @@ def _splits(
     return entries
 
 
-def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: Options) -> dict[str, Any]:
+def _image_folder(
+    loaded: Any, folder: Path, templates: Sequence[str], options: Options, spaces: SpacesEncoder | None
+) -> dict[str, Any]:
     """Evaluate an ImageFolder: zero-shot where the model reads text, and by the probes that were asked for."""
     entries: dict[str, Any] = {}
     if has_text(loaded):
@@ -267,6 +285,7 @@ def _image_folder(loaded: Any, folder: Path, templates: Sequence[str], options: 
             places=SUBSETS.get(options.classes or ""),
             templates=templates,
             batch_size=options.batch_size,
+            spaces=spaces,
         )
     if options.image_folder_train is not None:
         entries |= evaluate_folders(

@@ -63,6 +63,24 @@ def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict
                 yield from ((split_title(key), f"{title}, {label}", figures) for label, figures in found.items())
 
 
+def spaces(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (split, space, figures) of each space in which the evaluation measured retrieval."""
+    for split, entry in evaluation.items():
+        found = entry.get("spaces", {}) if isinstance(entry, dict) else {}
+        yield from ((split, space, figures) for space, figures in found.items() if "image_to_text" in figures)
+
+
+SPACE_HEADINGS = ("image → text R@1", "R@10", "text → image R@1", "R@10", "zero-shot top-1", "gap")
+
+
+def space_cells(figures: dict[str, Any]) -> list[str]:
+    """Format the figures of a space under `SPACE_HEADINGS`; a figure that the space lacks stays empty."""
+    shares = [percent(figures[direction][f"R@{k}"]) for direction in list(DIRECTIONS)[:2] for k in (1, 10)]
+    top = figures.get("zero_shot")
+    gap = figures.get("modality_gap")
+    return [*shares, percent(top["top1"]) if top else "", "" if gap is None else f"{gap:.3f}"]
+
+
 def show(evaluation: dict[str, Any]) -> None:
     """Print the figures to standard output."""
     from rich.console import Console
@@ -90,6 +108,19 @@ def show(evaluation: dict[str, Any]) -> None:
         )
         last = split
     console.print(table)
+    if named := list(spaces(evaluation)):
+        table = Table(title="In each space", title_justify="left")
+        for heading in ("split", "space"):
+            table.add_column(heading)
+        for heading in SPACE_HEADINGS:
+            table.add_column(heading, justify="right")
+        last = None
+        for split, space, figures in named:
+            if last not in (None, split):
+                table.add_section()
+            table.add_row(escape(split_title(split)) if split != last else "", space, *space_cells(figures))
+            last = split
+        console.print(table)
     if found := list(classifications(evaluation)):
         table = Table(title="Classification (in brackets: chance, and the multiple of it)", title_justify="left")
         table.add_column("images of")
@@ -123,6 +154,11 @@ def plain_lines(evaluation: dict[str, Any]) -> list[str]:
             f"{split_title(split):<{wide}}{DIRECTIONS[direction]:<23}{figures['queries']:>8}"
             + "".join(f"{cell:>26}" for cell in cells)
         )
+    if named := list(spaces(evaluation)):
+        lines.append(f"{'split':<{wide}}{'space':<12}" + "".join(f"{heading:>18}" for heading in SPACE_HEADINGS))
+        for split, space, figures in named:
+            shown = "".join(f"{cell:>18}" for cell in space_cells(figures))
+            lines.append(f"{split_title(split):<{wide}}{space:<12}{shown}")
     if found := list(classifications(evaluation)):
         tops = "".join(f"{f'top-{k} (chance, times)':>26}" for k in (1, 5))
         lines.append(

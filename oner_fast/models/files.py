@@ -29,8 +29,12 @@ UTA_FORMAT = "oner_fast.uta"
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
     """Write `tower` and its tokenizer to `path`, which is replaced at once."""
-    _write(
-        Path(path),
+    _write(Path(path), model_bytes(tower, tokenizer_json))
+
+
+def model_bytes(tower: OneR, tokenizer_json: str) -> bytes:
+    """Return the content of the file that `save_model` writes."""
+    return serialised(
         tower,
         {
             "format": FORMAT,
@@ -55,13 +59,17 @@ def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | N
     extra = dict(extra_metadata or {})
     if taken := own.keys() & extra.keys():
         raise ValueError(f"extra_metadata may not hold {', '.join(sorted(taken))}, which the file itself uses")
-    _write(Path(path), model, own | extra)
+    _write(Path(path), serialised(model, own | extra))
 
 
-def _write(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+def serialised(model: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Return the weights of a module with some metadata as the content of a safetensors file, always the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return _ordered(save(tensors, metadata))
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = _ordered(save(tensors, metadata))
     write_atomic(path, lambda file: file.write(data))
 
 

@@ -23,7 +23,14 @@ from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.score_lines import fused_shares, scores_of
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.attribution import count, credits_of
-from oner_fast.report.curves import evaluation_charts, gap_chart, loss_charts, series, speed_charts
+from oner_fast.report.curves import (
+    evaluation_charts,
+    gap_chart,
+    loss_charts,
+    series,
+    space_gap_chart,
+    speed_charts,
+)
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
@@ -46,7 +53,7 @@ def training_content(run: Path, figures: Path) -> dict[str, Any]:
         "loss_parts": parts,
         "speed": speed_charts(metrics, figures),
         "evaluated": evaluation_charts(metrics, figures),
-        "gap": [gap_chart(snapshots, figures)] if snapshots else [],
+        "gap": [gap_chart(snapshots, figures), *space_gap_chart(metrics, figures)] if snapshots else [],
         "maps": map_charts(snapshots, figures),
         "map_steps": [snapshot.step for snapshot in shown_snapshots(snapshots)],
         "steps": last.get("step"),
@@ -111,6 +118,15 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         "table": table,
         "classifications": classes,
         "main": sizes,
+        "spaces": [
+            {
+                "name": space,
+                "cells": [_cell(found[name], 10) for name in ("image_to_text", "text_to_image")],
+                "zero_shot": _cell(found["zero_shot"], 1, "top") if "zero_shot" in found else None,
+                "gap": None if "modality_gap" not in found else float(found["modality_gap"]),
+            }
+            for space, found in figures.get("spaces", {}).items()
+        ],
         "figures_held_out": not all(part_of(key).startswith("train") for key, _, _ in rows(evaluation)),
         "main_held_out": main is not None and not part_of(main).startswith("train"),
         "headline": {name: _cell(figures[name], 10) for name in DIRECTIONS if name in figures},

@@ -130,6 +130,29 @@ def gap_chart(snapshots: Sequence[Snapshot], folder: Path) -> dict[str, str]:
     return chart("modality-gap", draw, folder, size=(5.0, 3.0), right=1.15)
 
 
+SPACE_COLOURS = {"backbone": "muted", "projection": "joint", "predictor": "text", "teacher": "image"}
+
+
+def space_gap_chart(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
+    """Chart the logged modality gap in each space, of the same held-out pairs; nothing for fewer than two spaces."""
+    found = {space: series(metrics, f"gap/{space}") for space in SPACE_COLOURS}
+    lines = {space: curve for space, curve in found.items() if curve[0]}
+    if len(lines) < 2:
+        return []
+    steps = max((curve[0] for curve in lines.values()), key=len)
+    top = max(max(values) for _, values in lines.values()) * 1.12 or 1
+
+    def draw(axes: Axes) -> None:
+        for space, (places, values) in lines.items():
+            axes.plot(places, values, color=COLOURS[SPACE_COLOURS[space]], linewidth=1.8, clip_on=False)
+        axes.set_ylim(0, top)
+        ends = [(values[-1], space, SPACE_COLOURS[space]) for space, (_, values) in lines.items()]
+        _label_ends(axes, steps[-1], ends, top)
+        _dress(axes, "The gap in each space", steps)
+
+    return [chart("gap-by-space", draw, folder, size=(5.0, 3.0), right=1.15)]
+
+
 def _label_ends(axes: Axes, x: float, ends: list[tuple[float, str, str]], height: float) -> None:
     """Write each line's name at its end, moved apart where two would overlap."""
     floor = 0.0

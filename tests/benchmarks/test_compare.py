@@ -82,13 +82,15 @@ def test_many_keys_raise_no_more_alarms_than_one() -> None:
 
 
 def test_a_slow_down_of_a_fifth_is_found() -> None:
-    """In turn in nearly all pairs; apart, where 10 % do not count, in most of a quieter machine's."""
+    """In turn in nearly all pairs; apart in most of a quieter machine's, with a margin that fits it."""
     assert sum(verdict(*in_turn(i, 1.2)) == SLOWER for i in range(40)) >= 39
     assert sum(verdict(*in_turn(i, 1 / 1.2)) == FASTER for i in range(40)) >= 39
     apart = []
     for i in range(40):
         before, after = rounds(2 * i, 80, spread=0.02), rounds(2 * i + 1, 80, ours=1.2, spread=0.02)
-        apart.append(verdict(record(entry(before)), record(entry(after))))
+        records = record(entry(before)), record(entry(after))
+        apart.append(compare(*records, margin=0.1).rows[0].verdict)
+        assert verdict(*records) == SAME
     assert apart.count(SLOWER) >= 36
 
 
@@ -186,7 +188,7 @@ def test_the_command_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFix
     write(record(entry(rounds(2), "other")), other)
 
     status, out, _ = run(base, base)
-    assert status == 0 and "1 key compared, 0 regressed." in out and "changes under 10% do not count" in out
+    assert status == 0 and "1 key compared, 0 regressed." in out and "changes under 25% do not count" in out
     status, out, _ = run(base, slow)
     assert status == 1 and "1 regressed: a|b float32" in out and "after: dddddddddddd with changes; a machine" in out
     assert "other versions: torch 2.13.0 -> 3" in out

@@ -41,18 +41,18 @@ def test_a_processor_is_named_by_what_ratios_depend_on() -> None:
 
 
 def test_on_the_same_processor_the_bound_follows_the_spread() -> None:
-    # As far below the lowest as that is below the highest: 1.6 * 1.6 / 2.0.
-    assert committed(2.0, 1.8, 1.6).processors[HERE].entries[KEY].bound() == pytest.approx(1.28)
-    # Runs that hardly differ leave a fifth.
-    assert committed(2.0, 2.0, 1.99).processors[HERE].entries[KEY].bound() == pytest.approx(1.592)
+    # As far below the lowest as that is below the highest: 1.2 * 1.2 / 2.0.
+    assert committed(2.0, 1.8, 1.2).processors[HERE].entries[KEY].bound() == pytest.approx(0.72)
+    # Runs that hardly differ leave three tenths.
+    assert committed(2.0, 2.0, 1.99).processors[HERE].entries[KEY].bound() == pytest.approx(1.393)
 
 
 def test_a_ratio_below_the_bound_is_a_regression() -> None:
     known = committed(2.0, 1.8, 1.6)
-    assert known.regression(entry(1.29), HERE) == ""
-    said = known.regression(entry(1.27), HERE)
+    assert known.regression(entry(1.13), HERE) == ""
+    said = known.regression(entry(1.11), HERE)
     assert said == (
-        f"{KEY}: 1.27x of eager; on this processor it was 1.60 to 2.00, and less than 1.28 is a clear regression"
+        f"{KEY}: 1.11x of eager; on this processor it was 1.60 to 2.00, and less than 1.12 is a clear regression"
     )
 
 
@@ -112,7 +112,7 @@ def test_the_command_writes_the_file_and_keeps_other_processors(
         paths.append(str(tmp_path / f"{number}.json"))
         write(record(ratio), paths[-1])
     assert ratios.main([*paths, "--out", str(out)]) == 0
-    assert f"{KEY}: 2.00, 1.80, 1.60; a clear regression below 1.28" in capsys.readouterr().out
+    assert f"{KEY}: 2.00, 1.80, 1.60; a clear regression below 1.12" in capsys.readouterr().out
     found = ratios.read(out)
     assert set(found.processors) == {HERE, "Xeon"} and found.processors[HERE].entries[KEY].ratios == [2.0, 1.8, 1.6]
     assert ratios.main([paths[0], "--out", str(out)]) == 2
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_refused_and_a_missing_one_is_empty(tmp_path: Path) ->
     whole = '{"processors": {"a": {"machine": "m", "torch": "2", "commits": ["c"], "entries": {"k": %s}}}}'
     good = '{"served": "cpp", "ratios": [1.0], "counts": {}}'
     path.write_text(whole % good, encoding="utf-8")
-    assert ratios.read(path).processors["a"].entries["k"].bound() == pytest.approx(0.8)
+    assert ratios.read(path).processors["a"].entries["k"].bound() == pytest.approx(0.7)
     for text in (
         '{"processors": {"a": {}}}',
         "[1]",

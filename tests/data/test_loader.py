@@ -7,7 +7,7 @@ import torch
 
 from oner_fast.data import loader as loader_module
 from oner_fast.data.dataset import PairDataset
-from oner_fast.data.images import ImageTransform, decode, eval_transform
+from oner_fast.data.images import RANDOMS, ImageTransform, decode, eval_transform
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.permutation import Permutation
 from oner_fast.data.substitution import CANDIDATES, substitutes
@@ -64,6 +64,26 @@ def steps_of(loaders, count):
 def expected(dataset, tokenizer):
     """Fingerprints of steps 0 to 11, more than two epochs."""
     return steps_of([PairLoader(dataset, tokenizer, batch_size=BATCH, seed=SEED, image_size=SIZE)], 12)
+
+
+def test_a_second_view_follows_from_its_own_draws(make, dataset):
+    """The first view and all else stay; the second is another crop, the same in any worker and after a restart."""
+    plain, loader = next(make(start_step=7)), make(start_step=7, second_view=True)
+    batch = next(loader)
+    assert plain.second is None and digest([plain]) == digest([batch])
+    randoms = random_u32(SEED, AUGMENT, 7, torch.arange(BATCH), 2 * RANDOMS)[:, RANDOMS:].numpy()
+    order, transform = Permutation(42, SEED, 1), ImageTransform(SIZE)
+    for row in range(BATCH):
+        pair = dataset.read(order[2 * BATCH + row])
+        assert torch.equal(batch.second[row], transform(decode(pair.image), randoms[row]))
+    assert not torch.equal(batch.second, batch.images)
+    with make(start_step=6, second_view=True, workers=2) as workers:
+        next(workers)
+        again = next(workers)
+    assert torch.equal(again.second, batch.second) and digest([again]) == digest([batch])
+    parts = [next(make(start_step=7, second_view=True, rank=rank, world_size=2)).second for rank in range(2)]
+    assert torch.equal(torch.cat(parts), batch.second)
+    assert torch.equal(torch.cat([part.second for part in batch.split(4)]), batch.second)
 
 
 def test_batches_follow_from_their_definition(make, dataset, tokenizer):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oner_fast import ops
-from oner_fast.data.batch import PairBatch
+from oner_fast.data.batch import PairBatch, TokenizedText
 from oner_fast.train.clip.towers import Embeddings, Texts, TwoTowers
 from oner_fast.train.engine.distributed import World
 from oner_fast.train.engine.replica import Replica
@@ -18,20 +18,22 @@ class ContrastStep:
 
     With `accum_freq` > 1 the contrast still sees all pairs, by two-pass accumulation
     (`oner_fast.train.engine.two_pass`).
+
+    Attributes:
+        lengths: the tokens of each caption of the last batch; empty where the captions were not packed.
     """
 
     def __init__(self, towers: TwoTowers, accum_freq: int, world: World, autocast_dtype: torch.dtype | None) -> None:
         self.towers, self.accum_freq, self.world = towers, accum_freq, world
         self.replica = Replica(towers, world, autocast_dtype)
+        self.lengths: list[int] = []
 
     def __call__(self, batch: PairBatch) -> Tensor:
-        inputs = [
-            (
-                part.images.to(self.world.device, non_blocking=True),
-                self.towers.read(part.captions).to(self.world.device),
-            )
-            for part in batch.split(self.accum_freq)
-        ]
+        parts = [(part.images, self.towers.read(part.captions)) for part in batch.split(self.accum_freq)]
+        texts = [text for _, text in parts if isinstance(text, TokenizedText)]
+        self.lengths = [length for text in texts for length in text.lengths.tolist()]
+        device = self.world.device
+        inputs = [(images.to(device, non_blocking=True), text.to(device)) for images, text in parts]
         if len(inputs) == 1:
             loss = self._loss(self._forward(inputs[0]))
             loss.backward()

@@ -11,11 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
+from oner_fast.evaluation.modality_gap import modality_gap
+from oner_fast.train.clip.flops import step_flops
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.step import ContrastStep
-from oner_fast.train.clip.towers import TwoTowers, build_towers
+from oner_fast.train.clip.towers import NewTowers, TwoTowers, build_towers
 from oner_fast.train.engine.batches import BatchConfiguration, open_batches
 from oner_fast.train.engine.loop import Configuration, Gradient, Training
+from oner_fast.train.engine.snapshots import Embedded, Snapshots
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
 
@@ -31,6 +34,7 @@ class TwoTowerTraining(Training[C]):
     """Contrast images with their captions: both towers' embeddings normalised, both directions (CLIP)."""
 
     student: TwoTowers
+    _snapshots: Snapshots | None = None
 
     def _open_batches(self) -> Batches:
         return open_batches(self.config, None, self.world)
@@ -41,6 +45,8 @@ class TwoTowerTraining(Training[C]):
         c = self.config
         if c.run.eval_every:
             self._evaluation = PeriodicEvaluation(c.data, c.run, self.world, self.student, self._encoder())
+        if self.world.is_main:
+            self._snapshots = Snapshots(c.data, c.run, c.model.image_size, self.folder, self._embed)
 
     def _gradient(self, batch: PairBatch) -> Gradient:
         loss = self.step(batch)
@@ -52,6 +58,17 @@ class TwoTowerTraining(Training[C]):
 
     def _flops(self, batch: PairBatch) -> float:
         return FORWARD_AND_BACKWARD * self._pair_flops * len(batch)
+
+    def _snapshot(self) -> dict[str, float]:
+        return {} if self._snapshots is None else self._snapshots.take(self.steps_done)
+
+    def _embed(self, images: Tensor, captions: list[str]) -> Embedded:
+        """Embed pairs in the towers' joint space, which is their projection."""
+        device, training = self.world.device, self.student.training
+        self.student.eval()
+        found = self.student(images.to(device), self.student.read(captions).to(device))
+        self.student.train(training)
+        return Embedded(found.image, found.text, {"projection": modality_gap(found.image, found.text)})
 
     def _evaluate(self) -> dict[str, float]:
         return self._evaluation()
@@ -94,3 +111,8 @@ class CLIPTraining(TwoTowerTraining[CLIPConfiguration]):
 
     def _build(self) -> nn.Module:
         return build_towers(self.config, self.world.device)
+
+    def _flops(self, batch: PairBatch) -> float:
+        if isinstance(self.student, NewTowers):
+            return step_flops(self.student.config, self.step.lengths, self.config.optim.batch_size)
+        return super()._flops(batch)

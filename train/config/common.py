@@ -41,6 +41,8 @@ class Data:
     """Smallest share of an image's area that a random crop keeps; the largest is the whole image."""
     aug_flip: float = 0.0
     """Probability of a horizontal flip; 0 because captions speak of left and right."""
+    aug_colour: float = 0.0
+    """Greatest relative change of brightness, contrast and saturation; hues stay, because captions name colours."""
 
 
 @dataclass(frozen=True)

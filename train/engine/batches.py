@@ -57,7 +57,13 @@ def build_tokenizer(data: Data) -> Tokenizer:
 
 
 def open_batches(
-    config: BatchConfiguration, tokenizer: Tokenizer | None, world: World, *, max_tokens: int = 0, captions: bool = True
+    config: BatchConfiguration,
+    tokenizer: Tokenizer | None,
+    world: World,
+    *,
+    max_tokens: int = 0,
+    captions: bool = True,
+    second_view: bool = False,
 ) -> Batches:
     """Open this rank's batches from step 0 on; `load_state_dict` continues elsewhere.
 
@@ -65,6 +71,7 @@ def open_batches(
         tokenizer: None leaves the captions as strings.
         max_tokens: the longest caption, in tokens.
         captions: False reads images only; samples may then lack a caption.
+        second_view: make another crop of each image too.
 
     Raises:
         ValueError: there is no such data, or fewer samples than a batch needs; or `data.verify_data` is set, and a
@@ -75,13 +82,14 @@ def open_batches(
         "batch_size": config.optim.batch_size,
         "seed": config.run.seed,
         "image_size": image_size,
-        "transform": ImageTransform(image_size, (data.aug_scale, 1.0), flip=data.aug_flip),
+        "transform": ImageTransform(image_size, (data.aug_scale, 1.0), flip=data.aug_flip, colour=data.aug_colour),
         "workers": data.workers,
         "rank": world.rank,
         "world_size": world.size,
         "max_tokens": max_tokens,
         "pin_memory": world.device.type == "cuda",
         "captions": captions,
+        "second_view": second_view,
     }
     if is_stream(data.train_data):
         if data.verify_data:

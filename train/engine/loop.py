@@ -184,8 +184,12 @@ class Training(ABC, Generic[C]):
         """Return `config` with all output outside the run's folder turned off, for a dry run."""
         return config
 
-    def _snapshot(self) -> None:
-        """Record the state of the model that the report shows over time; only the main rank calls this."""
+    def _snapshot(self) -> dict[str, float]:
+        """Record the state of the model that the report shows over time, and return metrics of it.
+
+        Only the main rank calls this.
+        """
+        return {}
 
     # The loop.
 
@@ -207,8 +211,8 @@ class Training(ABC, Generic[C]):
                 progress.note(f"step {total} of {total} was done already; give another --run-dir to train anew")
             elif main and self.steps_done:
                 progress.note(f"resumed after step {self.steps_done}")
-            if main and self.steps_done == 0:
-                self._snapshot()
+            if main and self.steps_done == 0 and (first := self._snapshot()):
+                log.write(0, first)
             while self.steps_done < total:
                 with meter.waiting():
                     batch = next(self.batches)
@@ -216,10 +220,14 @@ class Training(ABC, Generic[C]):
                 self.steps_done += 1
                 meter.step(len(batch) * self.world.size)
                 flops.append(self._flops(batch))
-                evaluated: dict[str, float] = {}
+                recorded: dict[str, float] = {}
+                if main and self._due(c.run.snapshot_every):
+                    with meter.excluded():
+                        recorded = self._snapshot()
                 if self._due(c.run.eval_every):
                     with meter.excluded():
                         evaluated = self._evaluated()
+                    recorded |= evaluated
                     progress.note(_said(self.steps_done, evaluated, self.best))
                 if self._due(every):
                     pace = _pace(meter, flops, rate)
@@ -227,7 +235,7 @@ class Training(ABC, Generic[C]):
                         with meter.excluded():
                             better = gemm_rate(self.world.device, self.dtype or torch.float32, again=True)
                         pace["mfu"], rate = pace["mfu"] * rate / better, better
-                    shown = _plain(metrics) | evaluated | pace | self._counts(batch)
+                    shown = _plain(metrics) | recorded | pace | self._counts(batch)
                     shown["seconds"] = time.perf_counter() - began
                     flops.clear()
                     log.write(self.steps_done, shown)
@@ -235,13 +243,11 @@ class Training(ABC, Generic[C]):
                     if pace and (fallen := watch.read(pace["samples_per_second"], pace["data_wait"])):
                         progress.note(fallen)
                 else:
-                    if evaluated:
-                        log.write(self.steps_done, evaluated)
+                    if recorded:
+                        log.write(self.steps_done, recorded)
                     progress.update(self.steps_done, {})
                 with meter.excluded():
                     asked = stop.agree(self.world)
-                    if main and self._due(c.run.snapshot_every):
-                        self._snapshot()
                     if asked or self._due(c.run.save_every):
                         self._save()
                 if asked and self.steps_done < total:

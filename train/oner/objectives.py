@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.models.oner import PassName
-from oner_fast.train.engine.distributed import sum_over_ranks
 from oner_fast.train.oner.settings import Objectives
 
 
@@ -60,16 +58,3 @@ def contrastive_losses(
     if objectives.cmc:
         losses["cmc"] = info_nce(query["image_text"], image, key_other=text)
     return losses
-
-
-def modality_gap(image: Tensor, text: Tensor) -> Tensor:
-    """Return the distance (0-d, without gradient) between the centroids of images and of texts over all ranks.
-
-    Args:
-        image: embeddings (N, E), which are L2-normalised here.
-        text: embeddings (N, E), which are L2-normalised here.
-    """
-    unit = [torch.nn.functional.normalize(each.detach().float(), dim=-1) for each in (image, text)]
-    difference = sum_over_ranks((unit[0] - unit[1]).sum(dim=0))
-    count = sum_over_ranks(torch.tensor(image.shape[0], device=image.device))
-    return (difference / count).norm()

@@ -17,7 +17,7 @@ from oner_fast.train.engine.replica import Replica
 from oner_fast.train.engine.two_pass import first_pass, second_pass
 from oner_fast.train.oner.custom_objectives import load_objectives
 from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
-from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
+from oner_fast.train.oner.objectives import contrastive_losses
 from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.student import Student, StudentOutput
 
@@ -29,12 +29,10 @@ class StepResult:
     Attributes:
         loss: 0-d, over all ranks.
         parts: its component losses by name, unweighted; 0-d, over all ranks.
-        modality_gap: 0-d, of all ranks' keys; None without a contrast.
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
-    modality_gap: Tensor | None
 
 
 class _MaskedSums(NamedTuple):
@@ -78,9 +76,8 @@ class TrainingStep:
             losses, contrast = self._contrast(output.embeddings, keys, output.logit_scale)
             sums = self._masked(output, words, patches)
             (contrast + sums.weighted * self.world.size).backward()
-            embeddings = output.embeddings
         else:
-            embeddings, losses, contrast, sums = self._accumulate(inputs, keys, words, patches)
+            losses, contrast, sums = self._accumulate(inputs, keys, words, patches)
         totals = sum_over_ranks(torch.stack([sums.mlm, sums.mim])).unbind()
         masked_parts = {"mlm": totals[0], "mim": totals[1]}
         weights = {"mlm": c.objectives.mlm, "mim": c.objectives.mim}
@@ -90,13 +87,11 @@ class TrainingStep:
             own = losses[each.name].detach()
             losses[each.name] = sum_over_ranks(own) / self.world.size
             loss = loss + each.weight * (losses[each.name] - own)
-        shown = keys or embeddings
-        gap = modality_gap(shown["image"], shown["text"]) if c.objectives.contrastive else None
-        return StepResult(loss, {name: value.detach() for name, value in losses.items()}, gap)
+        return StepResult(loss, {name: value.detach() for name, value in losses.items()})
 
     def _accumulate(
         self, inputs: list[StudentInput], keys: dict[PassName, Tensor], words: Tensor, patches: Tensor
-    ) -> tuple[dict[PassName, Tensor], dict[str, Tensor], Tensor, _MaskedSums]:
+    ) -> tuple[dict[str, Tensor], Tensor, _MaskedSums]:
         leaves = first_pass(self.replica, self.replica, inputs)
         losses, contrast = self._contrast(leaves.embeddings, keys, leaves.logit_scale)
         if contrast.requires_grad:
@@ -111,7 +106,7 @@ class TrainingStep:
             return sums.weighted * self.world.size
 
         second_pass(self.replica, self.replica, inputs, leaves, masked_loss)
-        return {name: leaf.detach() for name, leaf in leaves.embeddings.items()}, losses, contrast, total
+        return losses, contrast, total
 
     def _keys(self, parts: list[PairBatch]) -> dict[PassName, Tensor]:
         """Embed the whole local batch with the teacher; empty where the student gives the keys."""
@@ -132,7 +127,8 @@ class TrainingStep:
             return {}, torch.zeros((), device=self.world.device)
         keys = keys or query
         losses = contrastive_losses(query, keys, scale, objectives, self.replica.group)
-        weights = {name: getattr(objectives, name) for name in losses}
+        factor = 2 * objectives.temperature if objectives.temperature_factor else 1.0
+        weights = {name: factor * getattr(objectives, name) for name in losses}
         for each in self.custom:
             losses[each.name] = each(query, keys, scale, self.replica.group)
             weights[each.name] = each.weight

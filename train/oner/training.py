@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,19 +10,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from oner_fast.atomic import write_atomic
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.data.workers import Batches
-from oner_fast.models.files import save_model
+from oner_fast.evaluation.spaces import gaps, image_columns, text_columns
+from oner_fast.models.contrast import FILE as CONTRAST_FILE
+from oner_fast.models.contrast import Contrast, save_contrast
+from oner_fast.models.files import model_bytes
 from oner_fast.models.oner import OneR
 from oner_fast.train.engine.batches import build_tokenizer, open_batches
 from oner_fast.train.engine.distributed import on_main
 from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.engine.schedule import teacher_momentum
+from oner_fast.train.engine.snapshots import Embedded, Snapshots
 from oner_fast.train.oner.ema import build_teacher, update_teacher
 from oner_fast.train.oner.flops import step_flops
 from oner_fast.train.oner.settings import OneRConfiguration
-from oner_fast.train.oner.snapshots import Snapshots
 from oner_fast.train.oner.step import TrainingStep
 from oner_fast.train.oner.student import Student
 from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
@@ -49,7 +54,13 @@ class OneRTraining(Training[OneRConfiguration]):
         return student
 
     def _open_batches(self) -> Batches:
-        return open_batches(self.config, self.tokenizer, self.world, max_tokens=self.config.model.max_text_tokens)
+        return open_batches(
+            self.config,
+            self.tokenizer,
+            self.world,
+            max_tokens=self.config.model.max_text_tokens,
+            second_view=self.config.objectives.teacher_view == "second",
+        )
 
     def _ready(self) -> None:
         self.step = TrainingStep(self.config, self.student, self.teacher, self.tokenizer, self.world, self.dtype)
@@ -57,13 +68,11 @@ class OneRTraining(Training[OneRConfiguration]):
         if c.run.eval_every:
             self._evaluation = PeriodicEvaluation(c.data, c.run, self.world, self.exported, self._encoder())
         if self.world.is_main:
-            self._snapshots = Snapshots(self.config, self.folder, self.tokenizer, self.exported)
+            self._snapshots = Snapshots(c.data, c.run, c.model.image_size, self.folder, self._embed)
 
     def _gradient(self, batch: PairBatch) -> Gradient:
         result = self.step(batch)
         metrics: dict[str, Tensor | float] = {f"loss/{name}": value for name, value in result.parts.items()}
-        if result.modality_gap is not None:
-            metrics["batch_modality_gap"] = result.modality_gap
         if self.config.objectives.learnable_temperature and self.config.objectives.contrastive:
             metrics["logit_scale"] = self.student.log_logit_scale.detach().exp()
         return Gradient(result.loss, metrics)
@@ -81,9 +90,26 @@ class OneRTraining(Training[OneRConfiguration]):
     def _flops(self, batch: PairBatch) -> float:
         return step_flops(self.config, batch)
 
-    def _snapshot(self) -> None:
-        if self._snapshots is not None:
-            self._snapshots.take(self.steps_done)
+    def _snapshot(self) -> dict[str, float]:
+        return {} if self._snapshots is None else self._snapshots.take(self.steps_done)
+
+    def _embed(self, images: Tensor, captions: list[str]) -> Embedded:
+        """Embed unmasked pairs in every space of the evaluation."""
+        device = self.world.device
+        text = self.tokenizer(captions, self.config.model.max_text_tokens).to(device)
+        training = self.student.training
+        self.student.eval()
+        image, words = (
+            image_columns(self.student.tower, self.contrast, images.to(device)),
+            text_columns(self.student.tower, self.contrast, text),
+        )
+        self.student.train(training)
+        return Embedded(image["projection"], words["projection"], gaps(image, words))
+
+    @property
+    def contrast(self) -> Contrast:
+        """The predictors and the teacher."""
+        return replace(self.student.contrast, teacher=self.teacher)
 
     def _evaluate(self) -> dict[str, float]:
         return self._evaluation()
@@ -96,8 +122,10 @@ class OneRTraining(Training[OneRConfiguration]):
         return TrainedEncoder(self.config.model.image_size, self.world.device, self.exported.encode_image, texts)
 
     def _export(self, folder: Path) -> Path:
-        path = folder / "model.safetensors"
-        save_model(path, self.exported, self.tokenizer.to_json())
+        path, model = folder / "model.safetensors", model_bytes(self.exported, self.tokenizer.to_json())
+        # First, so that a model is never without it.
+        save_contrast(folder / CONTRAST_FILE, self.contrast, hashlib.sha256(model).hexdigest())
+        write_atomic(path, lambda file: file.write(model))
         return path
 
     def _extra_state(self) -> dict[str, Any]:
