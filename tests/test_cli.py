@@ -32,6 +32,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "train oner",
         "eval",
         "data pictograms",
+        "data scenes",
         "data icons",
         "data pairs",
         "data index",
@@ -53,7 +54,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], f"unknown command 'trian'; known: {', '.join(cli.COMMANDS)}"),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
-        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index, verify"),
+        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, scenes, pairs, index, verify"),
         (["bench", "op"], f"unknown name after 'bench' 'op'; known: {', '.join(cli.COMMANDS['bench'].names or ())}"),
     ],
 )

@@ -47,6 +47,7 @@ from oner_fast.evaluation.run import (
     training_words,
 )
 from oner_fast.evaluation.scene_scores import evaluate_scenes
+from oner_fast.evaluation.score_lines import score_lines
 from oner_fast.evaluation.sharing import shared
 from oner_fast.evaluation.spaces import SpacesEncoder, open_spaces
 from oner_fast.evaluation.table import show
@@ -135,6 +136,8 @@ def _run(argv: Sequence[str]) -> int:
     if not world.is_main:
         return 0
     show(evaluation)
+    for line in score_lines(evaluation):
+        print(line)
     if aside is not None:
         print(f"the figures of an earlier model are kept in {aside}")
     print(f"wrote {options.run / FILE}")

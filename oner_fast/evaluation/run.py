@@ -87,8 +87,8 @@ def evaluate_split(
     batch_size: int = 64,
     limit: int | None = None,
     ties: Ties = "miss",
-    spaces: SpacesEncoder | None = None,
     probes_of_words: Sequence[str] = (),
+    spaces: SpacesEncoder | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate one split: as a whole, and separately for captions without and with a word that is new.
 
@@ -105,8 +105,8 @@ def evaluate_split(
         batch_size: images embedded at once.
         limit: evaluate only this many samples, evenly spaced.
         ties: how equal scores count in retrieval, as for `retrieval.retrieval`.
-        spaces: the spaces to report besides, under `spaces` of each entry.
         probes_of_words: training captions, by which the shift of a word is known (`fusion.word_shifts`).
+        spaces: the spaces to report besides, under `spaces` of each entry.
     """
     reads = has_text(loaded)
     wide = embedded = embed_split(

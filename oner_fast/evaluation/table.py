@@ -188,9 +188,7 @@ def _beside(figures: dict[str, Any], k: int) -> str:
 
 
 def _other_lines(evaluation: dict[str, Any]) -> list[str]:
-    from oner_fast.evaluation.score_lines import score_lines
-
-    lines = list(score_lines(evaluation))
+    lines = []
     for split, entry in evaluation.items():
         if isinstance(entry, dict) and "modality_gap" in entry:
             spread = entry.get("spread", {})

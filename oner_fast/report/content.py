@@ -146,7 +146,7 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         "scores": {
             split_title(key): found
             for key, entry in evaluation.items()
-            if isinstance(entry, dict) and (found := list(scores_of(entry)))
+            if isinstance(entry, dict) and "localisation" in entry and (found := list(scores_of(entry)))
         },
         "about": evaluation.get("about", {}),
     }

@@ -20,6 +20,7 @@ from oner_fast.data.sources.scene_plans import FEWEST, Placed, plan_scene
 from oner_fast.data.sources.writer import Sample, Shard, measure, split_record, write_shard
 
 SHARD = 1024
+_KEPT = frozenset({"set", "name", "licence", "author", "tags"})
 _INK = 10
 """A pixel belongs to a picture where one of its channels is darker than white by more than this, of 255."""
 
@@ -165,7 +166,7 @@ def _samples(job: _Job) -> Iterator[Sample]:
         objects: list[dict[str, Any]] = []
         for one, pair, span in zip(scene, pairs, spans, strict=True):
             box = _paste(canvas, decode(pair.image, data.name(one.picture)), one)
-            kept = {name: pair.meta[name] for name in ("set", "name", "licence", "author", "tags") if name in pair.meta}
+            kept = {name: value for name, value in pair.meta.items() if name in _KEPT}
             of = pair.meta.get("concept") or concept(pair.caption)
             objects.append({**kept, "phrase": pair.caption, "span": span, "box": box, "concept": of})
         buffer = io.BytesIO()
