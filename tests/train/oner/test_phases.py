@@ -46,11 +46,13 @@ class Bench:
         self.old = folder / "old"
         assert self.train("old") == 0
 
-    def train(self, run: str, **changes: Any) -> int:
+    def words(self, run: str, **changes: Any) -> list[str]:
         settings = {"train_data": self.data, "run_dir": self.folder / run, **SETTINGS, **changes}
-        words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+    def train(self, run: str, **changes: Any) -> int:
         try:
-            return oner.main(words)
+            return oner.main(self.words(run, **changes))
         except SystemExit as error:
             return int(error.code or 0)
 
@@ -212,3 +214,8 @@ def test_a_finished_run_says_how_to_train_on(bench: Bench, capsys: pytest.Captur
     assert (
         f"step 4 of 4 was done already; to train on, begin a new phase with --resume {bench.old} --run-dir NEW" in said
     )
+
+
+def test_a_dry_run_reads_the_weights_and_leaves_nothing(bench: Bench, check_dry_run: Any) -> None:
+    check_dry_run(oner.main, bench.words("dry", init_from=bench.old, image_size=24), "4 steps of 8 samples")
+    assert not (bench.folder / "dry").exists()
