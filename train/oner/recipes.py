@@ -98,7 +98,7 @@ def oner_finetune_tiny_icons_cpu() -> OneRConfiguration:
         model=replace(base.model, image_size=96),
         objectives=replace(base.objectives, **_UNMASKED),
         data=replace(base.data, train_data="data/icons_small", **_RAND_AUGMENT),
-        optim=replace(base.optim, steps=210, batch_size=64, lr=2e-4, min_lr=1e-6, warmup=20),
+        optim=replace(base.optim, steps=210, batch_size=64, lr=5e-4, min_lr=1e-6, warmup=20),
         run=replace(base.run, run_dir="runs/finetune_icons", init_from="runs/demo", save_every=70, snapshot_every=0),
     )
 
