@@ -6,22 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.nn.positions import resample_grid
+
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
     """Resample learned positions (1, 1 + N, D), [CLS] first, to `grid` cells a side: (1, 1 + grid**2, D).
 
-    The resampling is bicubic with antialiasing, in float32. A grid of that size is returned as it is. Raises ValueError
-    where N is not a square.
+    The cells are resampled by `resample_grid`. Raises ValueError where N is not a square.
     """
     old = round((positions.shape[1] - 1) ** 0.5) if positions.ndim == 3 else 0
     if positions.ndim != 3 or 1 + old**2 != positions.shape[1]:
         raise ValueError(f"pos_embed must have shape (1, 1 + N, D) of a square grid, got {tuple(positions.shape)}")
-    if old == grid:
-        return positions
-    image = positions[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
-    cells = image.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
-    return torch.cat([positions[:, :1], cells], dim=1)
+    return torch.cat([positions[:, :1], resample_grid(positions[0, 1:], grid).unsqueeze(0)], dim=1)
 
 
 def resample_patches(weight: Tensor, channels: int, patch_size: int) -> Tensor:
