@@ -225,6 +225,7 @@ def _listing(planned: Sequence[PlannedRun], timed: bool) -> list[str]:
     left = [each for each in every if not is_done(each)]
     cost = f"; the others take {flops(sum(each.flops for each in left))}FLOPs" if left else ""
     lines.append(f"{len(every)} runs, {len(every) - len(left)} of them done{cost}")
-    if timed and not any(each.equal == "time" for each in planned):
-        lines.append("rows at equal time are planned once the pace is measured, after the teachers' training")
+    main = {each.row.name for each in planned if each.row.group == "main"}
+    if timed and main != {each.row.name for each in planned if each.equal == "time"}:
+        lines.append("other rows at equal time are planned once the pace is measured, after the teachers' training")
     return lines
