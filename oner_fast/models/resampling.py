@@ -12,7 +12,7 @@ from oner_fast.nn.positions import resample_grid
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
     """Resample learned positions (1, 1 + N, D), [CLS] first, to `grid` cells a side: (1, 1 + grid**2, D).
 
-    The cells are resampled by `resample_grid`. Raises ValueError where N is not a square.
+    The cells are resampled by `oner_fast.nn.positions.resample_grid`. Raises ValueError where N is not a square.
     """
     old = round((positions.shape[1] - 1) ** 0.5) if positions.ndim == 3 else 0
     if positions.ndim != 3 or 1 + old**2 != positions.shape[1]:

@@ -11,11 +11,12 @@ from oner_fast.models.state_files import read_pytorch
 from oner_fast.models.uta import UTA, UTAConfig
 from oner_fast.train.config.sizes import require_same_sizes
 
-_FREE = ("image_size", "grad_checkpointing")
+_FREE = ("image_size", "patch_size", "grad_checkpointing")
 
 
 def starting_student(path: Path, config: UTAConfig) -> UTA:
-    """Load a student with the sizes of a configuration; positions of another grid are resampled.
+    """Load a student with the sizes of a configuration; positions of another grid are resampled, and so is the patch
+    embedding of another patch size where the weights are in our own layout.
 
     Args:
         path: a file of this library (a `model.safetensors` or a checkpoint), or one in EVA's or timm's layout.
