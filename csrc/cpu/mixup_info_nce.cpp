@@ -137,8 +137,8 @@ void for_each_stripe(const Tensor& like, int64_t stripes, int64_t scratch_bytes,
 // The first block of a stripe; the caller moves its rows from unit to unit.
 ContrastBlock block_of(const Side& rows, const Side& columns, double scale, int64_t own, const int64_t* partner,
                        const SamePairs& same, const Parts& units, const Parts& stripes, int64_t stripe) {
-  return {rows.rows,  columns.rows, 0,       0,    stripes.begin(stripe), stripes.size_of(stripe),
-          units.size, own,          partner, same, scale};
+  return {rows.rows, columns.rows, 0,    0,    stripes.begin(stripe), stripes.size_of(stripe), units.size,
+          own,       partner,      same, scale};
 }
 
 void move_to(ContrastBlock& block, const Parts& units, int64_t unit) {
