@@ -378,7 +378,9 @@ setup(
     package_data={
         "oner_fast": ["py.typed"],
         "oner_fast.benchmarks.gpuless.ptx": ["runtime.cpp", "runtime.h"],
+        "oner_fast.ablation": ["*.j2"],
         "oner_fast.benchmarks.page": ["*.j2"],
+        "oner_fast.explorer": ["*.css", "*.j2", "*.js"],
         "oner_fast.kernels": ["configurations/*.json"],
         "oner_fast.report": ["*.j2"],
     },

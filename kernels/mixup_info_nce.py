@@ -30,6 +30,8 @@ from oner_fast.kernels.mixup_info_nce_backward import backward, backward_with_at
 from oner_fast.kernels.mixup_info_nce_rows import Side, inverse_norms, size_class
 from oner_fast.kernels.mixup_info_nce_tiles import (
     OP,
+    POSITIVE,
+    SAME_MARKS,
     WIDEST,
     binary,
     columns_in,
@@ -40,6 +42,8 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     places_of,
     precision_of,
     products,
+    same_of,
+    same_pairs,
 )  # fmt: skip
 
 __all__ = ["backward", "backward_with_atomics", "compilations", "inverse_norms", "partner_sums", "statistics"]
@@ -58,9 +62,10 @@ def _merged(high, total, other_high, other_total):
 
 @triton.jit(do_not_specialize=["rows", "columns", "first_pair", "stripe_tiles", "part_tiles"])
 def _statistics(
-    query, query_stride, query_rest, key, key_stride, key_rest, logit_scale, partner, row_max, row_sum, column_max,
-    column_sum, own, shared, rows, columns, width, first_pair, stripe_tiles, part_tiles,
-    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, PARTNER: tl.constexpr, COLUMNS: tl.constexpr,
+    query, query_stride, query_rest, key, key_stride, key_rest, logit_scale, partner, query_code, key_code, row_share,
+    column_share, row_max, row_sum, column_max, column_sum, own, shared, rows, columns, width, first_pair, stripe_tiles,
+    part_tiles,
+    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr, COLUMNS: tl.constexpr,
     WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -70,6 +75,8 @@ def _statistics(
     scale = tl.load(logit_scale).to(tl.float32)
     row_max += part.to(tl.int64) * rows
     row_sum += part.to(tl.int64) * rows
+    if SAME == 1:
+        own += part.to(tl.int64) * rows
     column_max += stripe.to(tl.int64) * columns
     column_sum += stripe.to(tl.int64) * columns
 
@@ -84,7 +91,12 @@ def _statistics(
         high = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         own_column = row + first_pair
-        if part == 0:
+        if SAME:
+            row_code = tl.load(query_code + row, mask=row_here, other=-1)
+        if SAME == 1:
+            share = tl.load(row_share + row, mask=row_here, other=0.0)
+            targets = tl.zeros([BLOCK_M], tl.float32)
+        elif part == 0:
             lost = (own_column < 0) | (own_column >= columns)
             tl.store(own + row, tl.zeros([BLOCK_M], tl.float32), mask=row_here & lost)
         if PARTNER:
@@ -99,11 +111,20 @@ def _statistics(
             product = products(q, q_at, k, k_at, width, WHOLE, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             column_factor = tl.load(key_rest + column, mask=column_here, other=0.0) if KEY_REST else column
             tile = logits(product, row_factor[:, None], column_factor[None, :], KEY_REST)  # [BLOCK_M, BLOCK_N]
+            if SAME:
+                column_code = tl.load(key_code + column, mask=column_here, other=-3)
+                at_own = (column[None, :] == own_column[:, None]) & column_here[None, :]
+                marked = same_pairs(row_code, column_code, at_own, SAME)
+                if SAME == 1:
+                    shares = share[:, None] + tl.load(column_share + column, mask=column_here, other=0.0)[None, :]
+                    targets += tl.sum(tl.where(marked, tile * shares, 0.0), 1)
+                else:
+                    tile = tl.where(marked, -1e38, tile)  # the exponential is 0, and no difference of two is NaN
             if (row_tile + BLOCK_M > rows) | (column_tile + BLOCK_N > columns):
                 tile = tl.where(row_here[:, None] & column_here[None, :], tile, float("-inf"))
 
             first_own = row_tile + first_pair - column_tile
-            if (first_own > -BLOCK_M) & (first_own < BLOCK_N):
+            if (SAME != 1) & (first_own > -BLOCK_M) & (first_own < BLOCK_N):
                 value = tl.sum(tl.where(column[None, :] == own_column[:, None], tile, 0.0), 1)
                 inside = (own_column >= column_tile) & (own_column < min(column_tile + BLOCK_N, columns))
                 tl.store(own + row, value, mask=row_here & inside)
@@ -128,6 +149,8 @@ def _statistics(
 
         tl.store(row_max + row, high, mask=row_here)
         tl.store(row_sum + row, total, mask=row_here)
+        if SAME == 1:
+            tl.store(own + row, targets, mask=row_here)
         if PARTNER:
             # The first part also writes the rows whose partner lies in no part.
             mine = (partner_column >= tl.where(part == 0, -1, first_column)) & (partner_column < last_column)
@@ -193,6 +216,10 @@ def statistics(
     partner: Tensor | None,
     first_pair: int,
     columns_too: bool,
+    query_code: Tensor | None = None,
+    key_code: Tensor | None = None,
+    row_share: Tensor | None = None,
+    column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch forward: compute the maximum and sum of each row and column, and the logits of own pairs and partners."""
     q, q_rest = Side.of(query, query_other, query_mix, query_inverse_norm).operand()
@@ -209,26 +236,36 @@ def statistics(
             nothing, zeros, none, torch.zeros_like(none), zeros.clone(), zeros[: 0 if partner is None else rows].clone()
         )  # fmt: skip
     size = size_class(q.shape[1], WIDEST[kind_of(q.dtype)])
-    chosen = _configuration(kind_of(q.dtype), size, partner is not None, architecture_of(q))
+    same = same_of(query_code, column_share)
+    chosen = _configuration(kind_of(q.dtype), size, partner is not None, same, architecture_of(q))
     stripes, stripe_tiles = _parts(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
     parts, part_tiles = _parts(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))
     row_max, row_sum = numbers(parts, rows), numbers(parts, rows)
     column_max, column_sum = (numbers(stripes, columns if columns_too else 0) for _ in range(2))
-    own, shared = numbers(rows), numbers(0 if partner is None else rows)
+    own, shared = numbers(parts if same == POSITIVE else 1, rows), numbers(0 if partner is None else rows)
+
+    def given(x: Tensor | None) -> Tensor:
+        return q if x is None else x.contiguous()
+
     _statistics[(stripes, parts)](
         q, q.stride(0), q if q_rest is None else q_rest, k, k.stride(0), k if k_rest is None else k_rest, logit_scale,
-        q if partner is None else partner.contiguous(), row_max, row_sum, column_max, column_sum, own, shared, rows,
-        columns, width, first_pair, stripe_tiles, part_tiles,
-        QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, PARTNER=partner is not None, COLUMNS=columns_too,
+        given(partner), given(query_code), given(key_code), given(row_share), given(column_share), row_max, row_sum,
+        column_max, column_sum, own, shared, rows, columns, width, first_pair, stripe_tiles, part_tiles,
+        QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, PARTNER=partner is not None, SAME=same,
+        COLUMNS=columns_too,
         WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
     )  # fmt: skip
     columns_found = _merge_parts(column_max, column_sum) if columns_too else (column_max[0], column_sum[0])
-    return (*_merge_parts(row_max, row_sum), *columns_found, own, shared)
+    return (*_merge_parts(row_max, row_sum), *columns_found, own[0] if len(own) == 1 else own.sum(0), shared)
 
 
-def _configuration(kind: str, size: str, partner: bool, architecture: int) -> Configuration:
-    """Return the tile of the statistics. That of wide rows of half precision depends on partners too."""
-    mark = " partner" if partner and (kind, size) == ("half", "deep") else ""
+def _configuration(kind: str, size: str, partner: bool, same: int, architecture: int) -> Configuration:
+    """Return the tile of the statistics; partners and codes have their own where they need more registers."""
+    mark = ""
+    if kind == "half" and size == "deep" and (partner or same):
+        mark = " partner"
+    elif kind == "half" and size == "256" and same:
+        mark = " same"
     return configuration(OP, "statistics", f"{kind} {size}{mark}", architecture)
 
 
@@ -248,13 +285,15 @@ def compilations() -> list[Compilation]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind = triton_type(dtype), kind_of(dtype)
         sizes = [str(size) for size in (64, 128, 256) if size <= WIDEST[kind]]
-        for size, partner in ((size, partner) for size in (*sizes, "deep") for partner in (False, True)):
+        marks = ("", "partner", "positive", "ignored")
+        for size, mark in ((size, mark) for size in (*sizes, "deep") for mark in marks):
+            partner, same = mark == "partner", SAME_MARKS.get(mark, 0)
             flags = {
-                "QUERY_REST": True, "KEY_REST": True, "PARTNER": partner, "COLUMNS": True, "WHOLE": size != "deep",
-                "EVEN": True, "PRECISION": precision_of(torch.empty(0, dtype=dtype)),
+                "QUERY_REST": True, "KEY_REST": True, "PARTNER": partner, "SAME": same, "COLUMNS": True,
+                "WHOLE": size != "deep", "EVEN": True, "PRECISION": precision_of(torch.empty(0, dtype=dtype)),
             }  # fmt: skip
-            chosen = _configuration(kind, size, partner, 80)
-            name = f"statistics_{element}_{size}{'_partner' if partner else ''}"
+            chosen = _configuration(kind, size, partner, same, 80)
+            name = f"statistics_{element}_{size}{'_' if mark else ''}{mark}"
             found.append(compilation(name, _statistics, flags, chosen, "query key", element, products=True))
     for name, kernel in (("merge", _merge), ("partner_sums", _partner_sums)):
         found.append(compilation(name, kernel, {}, configuration(OP, name, "all", 80), exact=name == "merge"))

@@ -45,6 +45,7 @@ from oner_fast.kernels.mixup_info_nce_rows import (
 from oner_fast.kernels.mixup_info_nce_tiles import (
     OP,
     RANGES,
+    SAME_MARKS,
     WIDEST,
     Weights,
     binary,
@@ -55,6 +56,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     logits,
     places_of,
     range_factor,
+    same_pairs,
 )  # fmt: skip
 
 _PART = 64  # columns of the sums that go through the normalisation at once
@@ -83,12 +85,13 @@ def _parts(x, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
 @triton.jit
 def _gradient_of(
     owner, owner_stride, owner_rest, owner_high, owner_weight, other, other_stride, other_rest, other_high,
-    other_weight, own_weight, partner, partner_weight, logit_scale, ranges, x, x_stride, x_other, x_other_stride, mix,
+    other_weight, own_weight, partner, partner_weight, owner_code, other_code, owner_share, other_share, logit_scale,
+    ranges, x, x_stride, x_other, x_other_stride, mix,
     inverse_norm, to_x, to_other, to_mix, dot, other_sums, owner_first, owners, others, width, first_pair,
     OWNER_IS_QUERY: tl.constexpr, OWNER_REST: tl.constexpr, OTHER_REST: tl.constexpr, OWNER_TERM: tl.constexpr,
-    OTHER_TERM: tl.constexpr, PARTNER: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr, UNIT: tl.constexpr,
-    MIXED: tl.constexpr, MIX_EACH: tl.constexpr, ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    OTHER_TERM: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr,
+    UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, ATOMIC: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of the tile of owners from owner_first on, against all others."""
     scale = tl.load(logit_scale).to(tl.float32)
@@ -99,6 +102,10 @@ def _gradient_of(
     if OWNER_TERM:
         base = binary(tl.load(owner_high + row))
         weight = tl.load(owner_weight + row)
+    if SAME:
+        own_code = tl.load(owner_code + row)
+    if SAME == 1:
+        share = tl.load(owner_share + row)
     if OWNER_IS_QUERY:
         own = tl.load(own_weight + row)
         if PARTNER:
@@ -134,7 +141,17 @@ def _gradient_of(
             term = tl.exp2(powers - met_base[None, :]) * tl.load(other_weight + column)[None, :]
             gradient = gradient + term if OWNER_TERM else term
         first_own = owner_first + first_pair - other_first if OWNER_IS_QUERY else owner_first - first_pair - other_first
-        if (first_own > -BLOCK_M) & (first_own < BLOCK_N):
+        if SAME:
+            # No pair beyond the rows or columns is an own pair, so that all that are ignored become 0.
+            at_own = (first_own + tl.arange(0, BLOCK_M))[:, None] == tl.arange(0, BLOCK_N)[None, :]
+            at_own = at_own & row_here[:, None] & met_here[None, :]
+            marked = same_pairs(own_code, tl.load(other_code + column), at_own, SAME)
+            if SAME == 1:
+                shares = share[:, None] + tl.load(other_share + column)[None, :]
+                gradient = tl.where(marked, gradient - shares, gradient)
+            else:
+                gradient = tl.where(marked, 0.0, gradient)
+        if (SAME != 1) & (first_own > -BLOCK_M) & (first_own < BLOCK_N):
             at_own = (first_own + tl.arange(0, BLOCK_M))[:, None] == tl.arange(0, BLOCK_N)[None, :]
             if OWNER_IS_QUERY:
                 gradient = tl.where(at_own, gradient - own[:, None], gradient)
@@ -187,34 +204,35 @@ def _gradient_of(
 @triton.jit(do_not_specialize=["rows", "columns", "first_pair", "query_tiles"])
 def _gradient(
     query, query_stride, query_rest, row_max, row_weight, key, key_stride, key_rest, column_max, column_weight,
-    own_weight, partner, partner_weight, logit_scale, ranges,
+    own_weight, partner, partner_weight, query_code, key_code, column_share, logit_scale, ranges,
     query_x, query_x_stride, query_other, query_other_stride, query_mix, query_norm, to_query, to_query_other,
     to_query_mix, dot,
     key_x, key_x_stride, key_other, key_other_stride, key_mix, key_norm, to_key, to_key_other, to_key_mix, key_sums,
     rows, columns, width, first_pair, query_tiles,
     QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, QUERY_MIXED: tl.constexpr, KEY_MIXED: tl.constexpr,
     MIX_EACH: tl.constexpr, QUERY_UNIT: tl.constexpr, KEY_UNIT: tl.constexpr, COLUMNS: tl.constexpr,
-    PARTNER: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr, BOTH_SIDES: tl.constexpr, ATOMIC: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    PARTNER: tl.constexpr, SAME: tl.constexpr, RANGED: tl.constexpr, RANGES: tl.constexpr, BOTH_SIDES: tl.constexpr,
+    ATOMIC: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     if tile < query_tiles:
         _gradient_of(
             query, query_stride, query_rest, row_max, row_weight, key, key_stride, key_rest, column_max, column_weight,
-            own_weight, partner, partner_weight, logit_scale, ranges, query_x, query_x_stride, query_other,
-            query_other_stride, query_mix, query_norm, to_query, to_query_other, to_query_mix, dot, key_sums,
-            tile * BLOCK_M, rows, columns, width, first_pair,
-            True, QUERY_REST, KEY_REST, True, COLUMNS, PARTNER, RANGED, RANGES, QUERY_UNIT, QUERY_MIXED, MIX_EACH,
+            own_weight, partner, partner_weight, query_code, key_code, own_weight, column_share, logit_scale, ranges,
+            query_x, query_x_stride, query_other, query_other_stride, query_mix, query_norm, to_query, to_query_other,
+            to_query_mix, dot, key_sums, tile * BLOCK_M, rows, columns, width, first_pair,
+            True, QUERY_REST, KEY_REST, True, COLUMNS, PARTNER, SAME, RANGED, RANGES, QUERY_UNIT, QUERY_MIXED, MIX_EACH,
             ATOMIC, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
         )  # fmt: skip
     elif BOTH_SIDES:
         _gradient_of(
             key, key_stride, key_rest, column_max, column_weight, query, query_stride, query_rest, row_max, row_weight,
-            own_weight, partner, partner_weight, logit_scale, ranges, key_x, key_x_stride, key_other,
-            key_other_stride, key_mix, key_norm, to_key, to_key_other, to_key_mix, dot, key_sums,
-            (tile - query_tiles) * BLOCK_M, columns, rows, width, first_pair,
-            False, KEY_REST, QUERY_REST, COLUMNS, True, PARTNER, RANGED, RANGES, KEY_UNIT, KEY_MIXED, MIX_EACH, False,
-            EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
+            own_weight, partner, partner_weight, key_code, query_code, column_share, own_weight, logit_scale, ranges,
+            key_x, key_x_stride, key_other, key_other_stride, key_mix, key_norm, to_key, to_key_other, to_key_mix, dot,
+            key_sums, (tile - query_tiles) * BLOCK_M, columns, rows, width, first_pair,
+            False, KEY_REST, QUERY_REST, COLUMNS, True, PARTNER, SAME, RANGED, RANGES, KEY_UNIT, KEY_MIXED, MIX_EACH,
+            False, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PART,
         )  # fmt: skip
 
 
@@ -239,6 +257,9 @@ def _backward(
     partner_weight: Tensor | None,
     need_key: bool,
     key_sums: bool,
+    query_code: Tensor | None = None,
+    key_code: Tensor | None = None,
+    column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     query_side = Side.of(query, query_other, query_mix, query_inverse_norm)
     key_side = Side.of(key, key_other, key_mix, key_inverse_norm)
@@ -247,6 +268,7 @@ def _backward(
     weights = Weights(
         row_max.contiguous(), row_weight.contiguous(), column_max, column_weight, own_weight.contiguous(),
         None if partner is None else partner.contiguous(), partner_weight, first_pair,
+        *(None if x is None else x.contiguous() for x in (query_code, key_code, column_share)),
     )  # fmt: skip
     if query.shape[0] and key.shape[0]:
         atomic = atomic and need_key
@@ -278,7 +300,8 @@ def _whole(
     need_key = to_key.x.numel() > 0
     mixed = query.other is not None or key.other is not None
     key_unit, key_mixed = to_key.flags_of(key)
-    chosen = _tiles(size_class(width, 256), mixed, weights.partner is not None, atomic, architecture_of(q))
+    partner = weights.partner is not None
+    chosen = _tiles(size_class(width, 256), mixed, partner, weights.same, atomic, architecture_of(q))
     key_sums = torch.zeros((columns, width) if atomic else (0,), dtype=torch.float32, device=q.device)
     ranges = weights.ranges(q_rest, k_rest, columns) if q.dtype == torch.float16 else None
 
@@ -290,25 +313,28 @@ def _whole(
     _gradient[(tiles + key_tiles,)](
         q, q.stride(0), given(q_rest), weights.row_max, weights.row_weight, k, k.stride(0), given(k_rest),
         given(weights.column_max), given(weights.column_weight), weights.own_weight, given(weights.partner),
-        given(weights.partner_weight), logit_scale, given(ranges),
+        given(weights.partner_weight), given(weights.query_code), given(weights.key_code), given(weights.column_share),
+        logit_scale, given(ranges),
         *query.sources, given(query.inverse_norm), to_query.x, to_query.other, to_query.mix, dot,
         *key.sources, given(key.inverse_norm), to_key.x, to_key.other, to_key.mix, key_sums,
         rows, columns, width, weights.first_pair, tiles,
         QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, QUERY_MIXED=query.other is not None,
         KEY_MIXED=key_mixed, MIX_EACH=query.flags["MIX_EACH"] or key.flags["MIX_EACH"],
         QUERY_UNIT=query.inverse_norm is None, KEY_UNIT=key_unit, COLUMNS=weights.column_max is not None,
-        PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, BOTH_SIDES=key_tiles > 0,
+        PARTNER=weights.partner is not None, SAME=weights.same, RANGED=ranges is not None, RANGES=RANGES,
+        BOTH_SIDES=key_tiles > 0,
         ATOMIC=atomic, EVEN=width % chosen.blocks["BLOCK_K"] == 0, PART=_PART, **chosen.exact,
     )  # fmt: skip
     if atomic:
         to_key.finish(key, key_sums, logit_scale, ranges, None)
 
 
-def _tiles(size: str, mixed: bool, partner: bool, atomic: bool, architecture: int) -> Configuration:
-    """Return the tile; mixed rows and partners have their own, because they need more registers at the end."""
+def _tiles(size: str, mixed: bool, partner: bool, same: int, atomic: bool, architecture: int) -> Configuration:
+    """Return the tile; mixed rows have their own, and so have partners and codes: they need more registers."""
     if atomic:
-        return configuration(OP, "gradient_with_atomics", f"half {size}", architecture)
-    mark = " mixed" if mixed else " partner" if partner else ""
+        mark = " same" if same and size == "128" else ""
+        return configuration(OP, "gradient_with_atomics", f"half {size}{mark}", architecture)
+    mark = " mixed" if mixed else " partner" if partner or same else ""
     return configuration(OP, "gradient", f"half {size}{mark}", architecture)
 
 
@@ -323,28 +349,27 @@ def backward_with_atomics(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def compilations() -> list[Compilation]:
-    """List the kernel for half-precision rows: plain, with partners, mixed, atomic, and without norms."""
+    """List the kernel for half-precision rows: plain, with partners or codes, mixed, atomic, and without norms."""
     found = []
     for dtype in (torch.float16, torch.bfloat16):
         for mark in ("", "partner", "mixed", "atomic", "normalized"):
             sizes = (64, 128) if mark in ("mixed", "atomic") else (64, 128, 256)
-            found += [_compilation(dtype, size, mark) for size in sizes]
+            for same in ("",) if mark in ("partner", "normalized") else SAME_MARKS:
+                found += [_compilation(dtype, size, mark, same) for size in sizes]
     return found
 
 
-def _compilation(dtype: torch.dtype, size: int, mark: str = "") -> Compilation:
+def _compilation(dtype: torch.dtype, size: int, mark: str, same: str) -> Compilation:
     element, mixed, atomic = triton_type(dtype), mark == "mixed", mark == "atomic"
     unit = mark == "normalized"
     rest = not mixed and not unit
     constexprs = {
         "QUERY_REST": rest, "KEY_REST": rest, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
         "QUERY_UNIT": unit, "KEY_UNIT": unit, "COLUMNS": True, "PARTNER": mark == "partner",
-        "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic, "ATOMIC": atomic, "EVEN": True,
-        "PART": _PART,
+        "SAME": SAME_MARKS[same], "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic,
+        "ATOMIC": atomic, "EVEN": True, "PART": _PART,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"
-    chosen = _tiles(str(size), mixed, mark == "partner", atomic, 80)
-    return compilation(
-        f"gradient_{element}_{size}{'_' if mark else ''}{mark}", _gradient, constexprs, chosen, elements, element,
-        products=True,
-    )  # fmt: skip
+    chosen = _tiles(str(size), mixed, mark == "partner", SAME_MARKS[same], atomic, 80)
+    name = "_".join(part for part in ("gradient", element, str(size), mark, same) if part)
+    return compilation(name, _gradient, constexprs, chosen, elements, element, products=True)

@@ -23,6 +23,7 @@ from oner_fast.kernels.mixup_info_nce_rows import Gradients, Side, size_class
 from oner_fast.kernels.mixup_info_nce_tiles import (
     OP,
     RANGES,
+    SAME_MARKS,
     WIDEST,
     Weights,
     binary,
@@ -35,6 +36,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     precision_of,
     products,
     range_factor,
+    same_pairs,
 )  # fmt: skip
 
 _CHUNK = 512  # the least number of rows of a chunk
@@ -43,8 +45,9 @@ _CHUNK = 512  # the least number of rows of a chunk
 @triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])
 def _tiles(
     query, query_stride, query_rest, row_max, row_weight, key, key_stride, key_rest, column_max, column_weight,
-    own_weight, partner, partner_weight, logit_scale, ranges, out, first_row, last_row, columns, width, first_pair,
-    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, COLUMNS: tl.constexpr, PARTNER: tl.constexpr,
+    own_weight, partner, partner_weight, query_code, key_code, column_share, logit_scale, ranges, out, first_row,
+    last_row, columns, width, first_pair,
+    QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, COLUMNS: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr,
     RANGED: tl.constexpr, RANGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +74,18 @@ def _tiles(
         weight = tl.load(column_weight + column, mask=column_here, other=0.0)
         gradient += tl.exp2(powers - base[None, :]) * weight[None, :]
     own = tl.load(own_weight + row, mask=row_here, other=0.0)
-    gradient = tl.where((row + first_pair)[:, None] == column[None, :], gradient - own[:, None], gradient)
+    at_own = (row + first_pair)[:, None] == column[None, :]
+    if SAME:
+        row_code = tl.load(query_code + row, mask=row_here, other=-1)
+        column_code = tl.load(key_code + column, mask=column_here, other=-3)
+        marked = same_pairs(row_code, column_code, at_own, SAME)
+        if SAME == 1:
+            shares = own[:, None] + tl.load(column_share + column, mask=column_here, other=0.0)[None, :]
+            gradient = tl.where(marked, gradient - shares, gradient)
+        else:
+            gradient = tl.where(marked, 0.0, gradient)
+    if SAME != 1:
+        gradient = tl.where(at_own, gradient - own[:, None], gradient)
     if PARTNER:
         target = columns_in(tl.load(partner + row, mask=row_here, other=-1), columns)
         shared = tl.load(partner_weight + row, mask=row_here, other=0.0)
@@ -148,11 +162,13 @@ def launch(
         _tiles[grid](
             q, q.stride(0), given(q_rest), weights.row_max, weights.row_weight, k, k.stride(0), given(k_rest),
             given(weights.column_max), given(weights.column_weight), weights.own_weight, given(weights.partner),
-            given(weights.partner_weight), logit_scale, given(ranges), gradient, first, last, columns, width,
+            given(weights.partner_weight), given(weights.query_code), given(weights.key_code),
+            given(weights.column_share), logit_scale, given(ranges), gradient, first, last, columns, width,
             weights.first_pair,
             QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, COLUMNS=weights.column_max is not None,
-            PARTNER=weights.partner is not None, RANGED=ranges is not None, RANGES=RANGES, WHOLE=size != "deep",
-            EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.exact,
+            PARTNER=weights.partner is not None, SAME=weights.same, RANGED=ranges is not None, RANGES=RANGES,
+            WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q),
+            **chosen.exact,
         )  # fmt: skip
         multiply(gradient, k_unit, query_sums[first:last], transposed=False, add=False)
         if to_key.x.numel():
@@ -167,12 +183,15 @@ def compilations() -> list[Compilation]:
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         element, kind, precision = triton_type(dtype), kind_of(dtype), precision_of(torch.empty(0, dtype=dtype))
-        flags = {
-            "QUERY_REST": True, "KEY_REST": True, "COLUMNS": True, "PARTNER": True, "RANGED": dtype == torch.float16,
-            "RANGES": RANGES, "WHOLE": False, "EVEN": True, "PRECISION": precision,
-        }  # fmt: skip
-        chosen = configuration(OP, "statistics", f"{kind} deep", 80)
-        found.append(compilation(f"tiles_{element}", _tiles, flags, chosen, "query key out", element, products=True))
+        for mark, same in SAME_MARKS.items():
+            flags = {
+                "QUERY_REST": True, "KEY_REST": True, "COLUMNS": True, "PARTNER": not same, "SAME": same,
+                "RANGED": dtype == torch.float16, "RANGES": RANGES, "WHOLE": False, "EVEN": True,
+                "PRECISION": precision,
+            }  # fmt: skip
+            chosen = configuration(OP, "statistics", f"{kind} deep", 80)
+            name = f"tiles_{element}{'_' if mark else ''}{mark}"
+            found.append(compilation(name, _tiles, flags, chosen, "query key out", element, products=True))
         for transposed in (False, True):
             flags = {"TRANSPOSED": transposed, "ADD": transposed, "PRECISION": precision}
             name = f"multiply_{element}{'_transposed' if transposed else ''}"

@@ -14,6 +14,7 @@ from oner_fast.kernels.launch import EXACT, Compilation, Configuration, architec
 
 OP = "mixup_info_nce"
 RANGES = 16  # partial maxima of each kind
+POSITIVE, IGNORED = 1, 2  # what pairs with equal codes are; 0: there are no codes
 # The widest row whose tile stays in registers while it meets the other side. float32 takes twice the registers and
 # three products, which leaves no room for any.
 WIDEST = {"half": 256, "float32": 0}
@@ -75,6 +76,17 @@ def places_of(x, stride, first, rows, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr
 def columns_in(partner, count):
     """Return partners as int32, with -1 for those outside of `count` columns."""
     return tl.where((partner >= 0) & (partner < count), partner, -1).to(tl.int32)
+
+
+@triton.jit
+def same_pairs(row_code, column_code, at_own, SAME: tl.constexpr):
+    """Mark in a tile [rows, columns] the targets where SAME is POSITIVE, and the ignored pairs where it is IGNORED."""
+    equal = row_code[:, None] == column_code[None, :]
+    if SAME == 1:
+        marked = equal | at_own
+    else:
+        marked = equal & ~at_own
+    return marked
 
 
 @triton.jit
@@ -149,6 +161,14 @@ class Weights:
     partner: Tensor | None
     partner_weight: Tensor | None
     first_pair: int
+    query_code: Tensor | None = None
+    key_code: Tensor | None = None
+    column_share: Tensor | None = None  # targets subtract own_weight_i + column_share_j
+
+    @property
+    def same(self) -> int:
+        """The constexpr argument SAME of kernels."""
+        return same_of(self.query_code, self.column_share)
 
     def ranges(self, query_rest: Tensor | None, key_rest: Tensor | None, columns: int) -> Tensor:
         """Compute range_factor's argument, for the inverse norms that G is multiplied by (None for none)."""
@@ -159,14 +179,24 @@ class Weights:
             return out if x is None else x
 
         chosen = configuration(OP, "largest", "all", architecture_of(out))
-        rows = self.row_weight.shape[0]
+        rows, column_weight = self.row_weight.shape[0], self.column_weight
+        if column_weight is not None and self.column_share is not None:
+            column_weight = column_weight + self.column_share
         _largest[(min(RANGES, triton.cdiv(max(rows, columns), chosen.blocks["BLOCK_N"])),)](
-            self.row_weight, self.own_weight, given(self.partner_weight), given(self.column_weight), given(query_rest),
+            self.row_weight, self.own_weight, given(self.partner_weight), given(column_weight), given(query_rest),
             given(key_rest), out, rows, columns, PARTNER=self.partner_weight is not None,
             COLUMNS=self.column_weight is not None, QUERY_REST=query_rest is not None, KEY_REST=key_rest is not None,
             RANGES=RANGES, **chosen.launch,
         )  # fmt: skip
         return out
+
+
+def same_of(query_code: Tensor | None, column_share: Tensor | None) -> int:
+    """Return what pairs with equal codes are."""
+    return 0 if query_code is None else IGNORED if column_share is None else POSITIVE
+
+
+SAME_MARKS = {"": 0, "positive": POSITIVE, "ignored": IGNORED}  # SAME in the names of compilations
 
 
 _INTEGERS = {
@@ -191,7 +221,7 @@ def compilation(
             if argument == "width" or argument.endswith("stride"):
                 divisible[argument] = 16
         elif argument not in known:
-            other = "*i64" if argument == "partner" else "*fp32"
+            other = "*i64" if argument == "partner" else "*i32" if argument.endswith("_code") else "*fp32"
             signature[argument] = f"*{element}" if argument in elements.split() else other
     options = {**chosen.options, **EXACT} if products or exact else chosen.options
     return Compilation(f"{OP} {name}", kernel, signature, known, divisible, options, tensor_cores=products)

@@ -46,6 +46,7 @@ COMMANDS = {
         {
             "pictograms": "about 11,000 captioned images from PyPI packages",
             "icons": "about 30,000 captioned images from npm packages",
+            "scenes": "several pictures of another dataset on one canvas, with their boxes",
             "pairs": "pack your own image-text pairs (a CSV or a folder)",
             "index": "write the index of webdataset tars you already have",
             "verify": "check the checksums, indexes and every member of a data set",
@@ -57,7 +58,20 @@ COMMANDS = {
         "train",
         {"verify": "list step, size and state of each; exit code 1 where one is damaged"},
     ),
+    "ablate": Command(
+        "oner_fast.ablation.cli",
+        "train and compare the rows of a study",
+        "demo",
+        {
+            "oner": "OneR's ablation and its open factors, with seeds and intervals; resumable",
+            "uta": "UTA's masks against each other and against none, at equal steps, operations and time; resumable",
+        },
+    ),
     "report": Command("oner_fast.report.cli", "write a run's report.html", "demo"),
+    "export": Command("oner_fast.export.cli", "write a run's model for plain PyTorch, transformers or ONNX", "export"),
+    "explore": Command(
+        "oner_fast.explorer.cli", "write one page that searches a run's pictures by text, without a server", "export"
+    ),
     "bench": Command(
         "oner_fast.benchmarks.cli",
         "measure speed and memory against the fastest of PyTorch",

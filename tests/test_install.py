@@ -332,6 +332,7 @@ def test_the_wheel_holds_the_package_alone(source: Path, tmp_path: Path) -> None
         "*/_build.json",
         "*/ptx/runtime.*",
         "*/configurations/*.json",
+        "*/ablation/*.j2",
         "*/report/*.j2",
         "*/page/*.j2",
     )

@@ -14,6 +14,7 @@ import oner_fast
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.nn.positions import resample_grid
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.oner.settings import Objectives
 from oner_fast.train.oner.student import Student
@@ -135,8 +136,27 @@ def test_bad_inputs_are_named(file: Path) -> None:
         loaded.encode_image([])
     with pytest.raises(ValueError, match="texts must hold at least one text, got none"):
         loaded.encode_text([])
-    with pytest.raises(ValueError, match=r"images must have shape \(B, C, 16, 16\)"):
-        loaded.encode_image(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, C, 16, 16\), or another square size that"):
+        loaded.encode_image(torch.zeros(1, 3, 20, 20, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="multiple of the patch size 8, such as 16 or 24, got 20"):
+        loaded.encode_image([picture()], image_size=20)
+    with pytest.raises(ValueError, match="got a tensor of 16 px beside image_size 24"):
+        loaded.encode_image(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), image_size=24)
+
+
+def test_images_of_another_size_are_embedded_with_resampled_positions(file: Path, tower: OneR) -> None:
+    loaded, pictures = oner_fast.load(file), [picture(), picture(40, 20)]
+    larger = OneR(OneRConfig(**{**asdict(SMALL), "image_size": 32})).eval()
+    positions = {"patch_embedding.positions": resample_grid(tower.patch_embedding.positions.detach(), 4)}
+    larger.load_state_dict(tower.state_dict() | positions)
+    pixels = torch.stack([loaded.preprocess(one, image_size=32) for one in pictures])
+    with torch.no_grad():
+        expected = F.normalize(larger.encode_image(pixels), dim=-1)
+    for _ in range(2):  # the second time from memory
+        assert torch.equal(loaded.encode_image(pictures, image_size=32), expected)
+        assert torch.equal(loaded.encode_image(pixels), expected)
+    assert loaded.encode_patches(pictures, image_size=32).shape == (2, 16, 5)
+    assert loaded.encode_image_text(pictures, CAPTIONS[:2], image_size=8).shape == (2, 5)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Words:
 
 
 def vitb16() -> OneRConfiguration:
-    """The paper's recipe (ITC + CMC + MLM + MIM, momentum teacher) at ViT-B/16, 224 px, with 8 pairs a step."""
+    """The recipe of OneR (ITC + CMC + MLM + MIM, momentum teacher) at ViT-B/16, 224 px, with 8 pairs a step."""
     base = recipes.oner_vitb16_4m_a100x32()
     return replace(base, optim=replace(base.optim, batch_size=PAIRS, accum_freq=1))
 

@@ -29,12 +29,13 @@ Tensor mixup_inverse_norms(const Tensor& x, const OptionalTensor& other, const O
 // Statistics of the logits of M queries and N keys: max and sum of exp(logit - max) of each row and of each column
 // (empty unless wanted), the logit of each row's own pair (key first_pair + i) and, with partners, of its partner. A
 // pair outside these keys, which may be one block of many, has the logit 0. Rows without inverse norms enter the logits
-// as they are, mixed.
+// as they are, mixed. Codes and shares mark further pairs, as oner_fast/ops/mixup_info_nce_raw.py says.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statistics(
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
     const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
-    const OptionalTensor& partner, int64_t first_pair, bool columns_too);
+    const OptionalTensor& partner, int64_t first_pair, bool columns_too, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, const OptionalTensor& row_share, const OptionalTensor& column_share);
 
 // Gradients of query, query_other, the mix of each row, key, key_other, the mix of each key, and logit_scale, from G[i,
 // j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - own_weight[i] (at the own pair) -
@@ -46,7 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
     const OptionalTensor& partner, int64_t first_pair, const Tensor& row_max, const Tensor& row_weight,
     const OptionalTensor& column_max, const OptionalTensor& column_weight, const Tensor& own_weight,
-    const OptionalTensor& partner_weight, bool need_key, bool key_sums);
+    const OptionalTensor& partner_weight, bool need_key, bool key_sums, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, const OptionalTensor& column_share);
 
 // The loss, and for each row two factors that the gradient needs besides the inputs: (B * K, 2).
 std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept);

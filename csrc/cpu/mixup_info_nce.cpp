@@ -136,9 +136,9 @@ void for_each_stripe(const Tensor& like, int64_t stripes, int64_t scratch_bytes,
 
 // The first block of a stripe; the caller moves its rows from unit to unit.
 ContrastBlock block_of(const Side& rows, const Side& columns, double scale, int64_t own, const int64_t* partner,
-                       const Parts& units, const Parts& stripes, int64_t stripe) {
-  return {rows.rows,  columns.rows, 0,       0,    stripes.begin(stripe), stripes.size_of(stripe),
-          units.size, own,          partner, scale};
+                       const SamePairs& same, const Parts& units, const Parts& stripes, int64_t stripe) {
+  return {rows.rows, columns.rows, 0,    0,    stripes.begin(stripe), stripes.size_of(stripe), units.size,
+          own,       partner,      same, scale};
 }
 
 void move_to(ContrastBlock& block, const Parts& units, int64_t unit) {
@@ -170,6 +170,26 @@ const int64_t* indices(const OptionalTensor& x) {
 
 void* data(const Tensor& x) { return x.mutable_data_ptr(); }
 const void* data(const OptionalTensor& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+
+// The tensors behind SamePairs, kept alive with it.
+struct Codes {
+  OptionalTensor rows, columns, row_share, column_share;
+  SamePairs pairs;
+
+  Codes(const OptionalTensor& query_code, const OptionalTensor& key_code, const OptionalTensor& row_share_in,
+        const OptionalTensor& column_share_in, int64_t m, int64_t n, ScalarType wide)
+      : rows(optional_vector(query_code, m, kInt, "query_code")),
+        columns(optional_vector(key_code, n, kInt, "key_code")),
+        row_share(optional_vector(row_share_in, m, wide, "row_share")),
+        column_share(optional_vector(column_share_in, n, wide, "column_share")),
+        pairs{static_cast<const int32_t*>(data(rows)), static_cast<const int32_t*>(data(columns)), data(row_share),
+              data(column_share)} {
+    CHECK_VALUE(rows.has_value() == columns.has_value() && row_share.has_value() == column_share.has_value() &&
+                    (rows.has_value() || !row_share.has_value()),
+                kOp, ": codes of both sides come together, and shares of both sides with them");
+  }
+  bool any() const { return rows.has_value(); }
+};
 
 // The gradients of a side, empty where they are not needed.
 struct Gradients {
@@ -227,12 +247,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
     const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
-    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
+    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, const OptionalTensor& row_share, const OptionalTensor& column_share) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
   const int64_t m = query.size(0), n = key.size(0), own_column = nearest_pair(first_pair, m, n);
   const OptionalTensor partner = optional_vector(partner_in, m, kLong, "partner");
+  const Codes same(query_code, key_code, row_share, column_share, m, n, statistics_type(type_of(query)));
+  CHECK_VALUE(!same.any() || !partner.has_value(), kOp, ": codes and partners exclude each other");
   const int64_t column_count = columns_too ? n : 0;
   const auto vector = [&](int64_t count, double value) {
     const Tensor made = empty({count}, statistics_type(type_of(query)), query);
@@ -249,9 +272,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
   const double scale = number_in(kOp, "logit_scale", logit_scale);
   const Parts units = Parts::units(m), stripes = Parts::stripes(n, query.size(1));
   Turns turns(stripes.number());
-  const int64_t bytes = kernels.scratch_bytes(units.size, stripes.size, query.size(1), false);
+  const int64_t bytes = kernels.scratch_bytes(units.size, stripes.size, query.size(1), false, same.any());
   for_each_stripe(query, stripes.number(), bytes, [&](int64_t stripe, void* scratch) {
-    ContrastBlock block = block_of(rows, columns, scale, own_column, indices(partner), units, stripes, stripe);
+    ContrastBlock block =
+        block_of(rows, columns, scale, own_column, indices(partner), same.pairs, units, stripes, stripe);
     kernels.take_columns(block, false, scratch);
     for (int64_t unit = 0; unit < units.number(); ++unit) {
       move_to(block, units, unit);
@@ -270,7 +294,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
     const OptionalTensor& partner_in, int64_t first_pair, const Tensor& row_max_in, const Tensor& row_weight_in,
     const OptionalTensor& column_max_in, const OptionalTensor& column_weight_in, const Tensor& own_weight_in,
-    const OptionalTensor& partner_weight_in, bool need_key, bool key_sums_wanted) {
+    const OptionalTensor& partner_weight_in, bool need_key, bool key_sums_wanted, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, const OptionalTensor& column_share) {
   const Side rows("query", query, query_other, query_mix, query_inverse_norm);
   const Side columns("key", key, key_other, key_mix, key_inverse_norm);
   const ContrastKernels& kernels = kernels_for(rows, columns);
@@ -285,6 +310,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
   const OptionalTensor partner_weight = optional_vector(partner_weight_in, m, wide, "partner_weight");
   CHECK_VALUE(column_max.has_value() == column_weight.has_value() && partner.has_value() == partner_weight.has_value(),
               kOp, ": statistics and weights of columns, and partners and their weights, come together");
+  const Codes same(query_code, key_code, column_share.has_value() ? OptionalTensor(own_weight) : std::nullopt,
+                   column_share, m, n, wide);
+  CHECK_VALUE(!same.any() || !partner.has_value(), kOp, ": codes and partners exclude each other");
 
   const int64_t padded = ceil_div(width, kColumnMultiple) * kColumnMultiple;
   const int64_t row_bytes = padded * (wide == kDouble ? 8 : 4);
@@ -300,10 +328,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
   const Parts units = Parts::units(m), stripes = Parts::stripes(n, width);
   const auto finish = mixup_info_nce_kernels().finish[wide == kDouble];
   Turns turns(stripes.number());
-  const int64_t bytes = aligned(kernels.scratch_bytes(units.size, stripes.size, width, true));
+  const int64_t bytes = aligned(kernels.scratch_bytes(units.size, stripes.size, width, true, same.any()));
   const int64_t sum_bytes = buffered ? stripes.size * row_bytes : 0;
   for_each_stripe(query, stripes.number(), bytes + sum_bytes, [&](int64_t stripe, char* scratch) {
-    ContrastBlock block = block_of(rows, columns, scale, own_column, indices(partner), units, stripes, stripe);
+    ContrastBlock block =
+        block_of(rows, columns, scale, own_column, indices(partner), same.pairs, units, stripes, stripe);
     const int64_t first = block.column_first;
     char* sums = buffered   ? static_cast<char*>(std::memset(scratch + bytes, 0, static_cast<size_t>(sum_bytes)))
                  : need_key ? static_cast<char*>(data(key_sums)) + first * row_bytes

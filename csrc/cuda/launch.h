@@ -92,8 +92,11 @@ struct MixupStatistics {
   const float *query_factor, *key_factor;  // the factors that make unit vectors; null: rows are unit vectors
   const float* scale;                      // 0-d
   const int64_t* partner;                  // (rows,), or null
+  const int32_t *query_code, *key_code;    // (rows,), (columns,), or null: pairs with equal codes are further pairs
+  const float *row_share, *column_share;   // the same; null: such pairs are ignored
   float *row_max, *row_sum, *column_max, *column_sum, *own, *shared;  // column_* null: rows alone
   float *row_parts, *column_parts;  // (2, column_chunks, rows), (2, row_chunks, columns)
+  float* own_parts;                 // (column_chunks, rows) with shares
   int64_t query_stride, key_stride, first_pair;
   int32_t rows, columns, width, number;
   int32_t row_chunks, column_chunks, row_tiles_each, column_tiles_each;  // mixup_plan

@@ -29,6 +29,17 @@ struct Shared {
   float2 rows[4][kTile];
 };
 
+// What pairs with equal codes are.
+enum Same { kNone, kIgnored, kPositive };
+constexpr float kIgnoredLogit = -1e38f;  // its exponential is 0, and no difference of two of these is NaN
+
+// Of pairs with equal codes, behind Shared.
+struct SharedCodes {
+  int row_code[kTile], column_code[kTile];
+  float row_share[kTile], column_share[kTile];
+  float targets[4][kTile];  // the sum over a row's targets, by the warps of a row
+};
+
 // The place of 16 bytes of a row in a stage, rotated so that 8 rows of a matrix use every bank once.
 __device__ __forceinline__ int place_of(int row, int part) { return row * kRowBytes + ((part ^ (row >> 1 & 3)) << 4); }
 
@@ -80,10 +91,16 @@ __device__ __forceinline__ void take_target(const float (&logits)[8], int at, in
   *to = third ? high : low;
 }
 
-template <typename T, bool kColumns>
-__global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStatistics a) {
+// Blocks that share a multiprocessor. Beside another block, ignored pairs would spill a few registers on sm_90, and
+// rows alone with codes on every GPU.
+template <bool kColumns, Same kSame>
+constexpr int kResident = kSame == kNone || (kColumns && kSame == kPositive) ? 2 : 1;
+
+template <typename T, bool kColumns, Same kSame>
+__global__ void __launch_bounds__(kThreads, kResident<kColumns, kSame>) mixup_statistics(const MixupStatistics a) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
+  SharedCodes& codes = *reinterpret_cast<SharedCodes*>(memory + sizeof(Shared));  // there where kSame is not kNone
   const uint32_t stages = static_cast<uint32_t>(__cvta_generic_to_shared(s.stages));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, quad = lane % 4;
   const int warp_row = warp / 4 * kWarpRows, warp_column = warp % 4 * kWarpColumns;
@@ -138,14 +155,32 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
           factor = scale * (a.query_factor == nullptr ? 1.0f : __ldg(a.query_factor + row));
           own = column_of(a.first_pair + row, a.columns);
           if (a.partner != nullptr) partner = column_of(__ldg(a.partner + row), a.columns);
-          if (first_column == 0 && own < 0) a.own[row] = 0;
+          if (kSame != kPositive && first_column == 0 && own < 0) a.own[row] = 0;
           if (first_column == 0 && partner < 0 && a.partner != nullptr) a.shared[row] = 0;
         }
         s.row_factor[threadIdx.x] = factor;
         s.own[threadIdx.x] = own;
         s.partner[threadIdx.x] = partner;
+        if constexpr (kSame != kNone) codes.row_code[threadIdx.x] = row < a.rows ? __ldg(a.query_code + row) : -1;
+        if constexpr (kSame == kPositive) {
+          codes.row_share[threadIdx.x] = row < a.rows ? __ldg(a.row_share + row) : 0.0f;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) codes.targets[i][threadIdx.x] = 0;
+        }
       }
       __syncthreads();
+    }
+    if constexpr (kSame != kNone) {
+      if (now.depth == 0) {
+        if (threadIdx.x < kTile) {
+          const int column = column0 + threadIdx.x;
+          const bool inside = column < a.columns;
+          codes.column_code[threadIdx.x] = inside ? __ldg(a.key_code + column) : INT32_MIN;  // no row's
+          if constexpr (kSame == kPositive)
+            codes.column_share[threadIdx.x] = inside ? __ldg(a.column_share + column) : 0.0f;
+        }
+        __syncthreads();
+      }
     }
 
     const uint32_t rows = stages + stage * kStageBytes, columns = rows + kSideBytes;
@@ -171,6 +206,37 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
         const int column = column0 + warp_column + c / 2 * 8 + quad * 2 + c % 2;
         key_factor[c] = a.key_factor == nullptr || column >= a.columns ? 1.0f : __ldg(a.key_factor + column);
       }
+      if constexpr (kSame != kNone) {
+        // Apart from the loop below, whose registers leave no room for this one's. Codes of columns are read again for
+        // every row, for the same reason.
+        const volatile int* row_code = codes.row_code;
+        const volatile float* row_factor = s.row_factor;
+        const volatile int* column_code = codes.column_code + warp_column + quad * 2;
+        const volatile float* column_share = codes.column_share + warp_column + quad * 2;
+#pragma unroll
+        for (int r = 0; r < 8; ++r) {
+          const int row = warp_row + r / 2 * 16 + r % 2 * 8 + group;
+          const int code = row_code[row], own = s.own[row] - column0 - warp_column - quad * 2;
+          const float factor = row_factor[row];
+          float targets = 0;
+#pragma unroll
+          for (int c = 0; c < 8; ++c) {
+            const int at = c / 2 * 8 + c % 2;
+            const bool is_equal = code == column_code[at], is_own = own == at;
+            float& logit = sums[r / 2][c / 2][r % 2 * 2 + c % 2];
+            logit = logit * factor * key_factor[c];
+            if constexpr (kSame == kIgnored)
+              logit = is_equal && !is_own ? kIgnoredLogit : logit;
+            else
+              targets += is_equal || is_own ? logit * (codes.row_share[row] + column_share[at]) : 0.0f;
+          }
+          if constexpr (kSame == kPositive) {
+#pragma unroll
+            for (int other = 1; other < 4; other *= 2) targets += __shfl_xor_sync(~0u, targets, other);
+            if (quad == 0) codes.targets[warp % 4][row] += targets;
+          }
+        }
+      }
       const bool edge = row0 + kTile > a.rows || column0 + kTile > a.columns;
 #pragma unroll
       for (int r = 0; r < 8; ++r) {
@@ -180,7 +246,8 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
         float max = row_max[r], logits[8];
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          float logit = sums[r / 2][c / 2][r % 2 * 2 + c % 2] * factor * key_factor[c];
+          float logit = sums[r / 2][c / 2][r % 2 * 2 + c % 2];
+          if constexpr (kSame == kNone) logit = logit * factor * key_factor[c];
           const int column = column0 + warp_column + c / 2 * 8 + quad * 2 + c % 2;
           if (no_row || (edge && column >= a.columns)) logit = -kInfinity;
           max = fmaxf(max, logit);
@@ -193,7 +260,8 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
         row_max[r] = max;
         row_sum[r] = sum;
 
-        take_target(logits, s.own[row] - column0 - warp_column, quad, a.own + row0 + row);
+        if constexpr (kSame != kPositive)
+          take_target(logits, s.own[row] - column0 - warp_column, quad, a.own + row0 + row);
         if (a.partner != nullptr)
           take_target(logits, s.partner[row] - column0 - warp_column, quad, a.shared + row0 + row);
       }
@@ -246,6 +314,12 @@ __global__ void __launch_bounds__(kThreads, 2) mixup_statistics(const MixupStati
           float* max = a.row_parts + static_cast<int64_t>(blockIdx.x) * a.rows + row;
           max[0] = found.x;
           max[static_cast<int64_t>(a.column_chunks) * a.rows] = found.y;
+          if constexpr (kSame == kPositive) {
+            float targets = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) targets += codes.targets[i][threadIdx.x];
+            a.own_parts[static_cast<int64_t>(blockIdx.x) * a.rows + row] = targets;
+          }
         }
       }
 #pragma unroll
@@ -276,6 +350,10 @@ __global__ void __launch_bounds__(kThreads) mixup_merge_chunks(const MixupStatis
   }
   (of_row ? a.row_max : a.column_max)[at] = found.x;
   (of_row ? a.row_sum : a.column_sum)[at] = found.y;
+  if (!of_row || a.own_parts == nullptr) return;
+  float targets = 0;
+  for (int chunk = 0; chunk < chunks; ++chunk) targets += __ldg(a.own_parts + chunk * count + at);
+  a.own[at] = targets;
 }
 
 // Packs a row with each warp: (1 - mix) x + mix other, scaled by a power of two to a norm of about 1 and rounded once.
@@ -305,10 +383,10 @@ __global__ void __launch_bounds__(kThreads) mixup_pack(const MixupPack a) {
   if (threadIdx.x % 32 == 0) a.rest[row] = inverse / power;
 }
 
-template <typename T, bool kColumns>
+template <typename T, bool kColumns, Same kSame>
 cudaError_t launch_statistics(const MixupStatistics& a, cudaStream_t stream) {
-  const auto kernel = mixup_statistics<T, kColumns>;
-  constexpr int kBytes = sizeof(Shared);
+  const auto kernel = mixup_statistics<T, kColumns, kSame>;
+  constexpr int kBytes = sizeof(Shared) + (kSame == kNone ? 0 : sizeof(SharedCodes));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(a.column_chunks), static_cast<unsigned>(a.row_chunks));
@@ -316,6 +394,13 @@ cudaError_t launch_statistics(const MixupStatistics& a, cudaStream_t stream) {
   const int64_t count = static_cast<int64_t>(a.rows) + (kColumns ? a.columns : 0);
   mixup_merge_chunks<<<static_cast<unsigned>(blocks_for(count, kThreads)), kThreads, 0, stream>>>(a);
   return cudaGetLastError();
+}
+
+template <typename T, bool kColumns>
+cudaError_t launch_for_same(const MixupStatistics& a, cudaStream_t stream) {
+  if (a.query_code == nullptr) return launch_statistics<T, kColumns, kNone>(a, stream);
+  return a.row_share == nullptr ? launch_statistics<T, kColumns, kIgnored>(a, stream)
+                                : launch_statistics<T, kColumns, kPositive>(a, stream);
 }
 
 }  // namespace
@@ -340,8 +425,8 @@ extern "C" cudaError_t oner_fast_mixup_statistics(const MixupStatistics* call, c
   const bool half = a.number == kF16;
   if (!half && a.number != kBF16) return cudaErrorInvalidValue;
   if (a.column_max != nullptr)
-    return half ? launch_statistics<__half, true>(a, stream) : launch_statistics<__nv_bfloat16, true>(a, stream);
-  return half ? launch_statistics<__half, false>(a, stream) : launch_statistics<__nv_bfloat16, false>(a, stream);
+    return half ? launch_for_same<__half, true>(a, stream) : launch_for_same<__nv_bfloat16, true>(a, stream);
+  return half ? launch_for_same<__half, false>(a, stream) : launch_for_same<__nv_bfloat16, false>(a, stream);
 }
 
 extern "C" cudaError_t oner_fast_mixup_pack(const MixupPack* call, cudaStream_t stream) {

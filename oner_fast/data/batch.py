@@ -1,9 +1,15 @@
 """The inputs of a training step: packed captions and a batch of image-text pairs."""
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from oner_fast.data.caption_ids import caption_ids
+
+SameBy = Literal["caption", "image"]
+"""Things that make two pairs of a batch the same: an equal caption, or the same image file."""
 
 
 @dataclass
@@ -74,6 +80,9 @@ class PairBatch:
         samples: (B,) int64, the place of each pair in the global batch; place and step key every random draw.
         corrupt: how many samples could not be read and were replaced, substitutes included.
         corrupt_names: the name of each of them, and what is wrong with it.
+        second: (B, 3, S, S) uint8, another crop of each image; None where nobody asked for one.
+        caption_ids: (B,) int64, of `oner_fast.data.caption_ids`: the ids of the images where the loader was asked for
+            those, otherwise of the captions, from which they are made where none are given.
     """
 
     images: Tensor
@@ -84,6 +93,12 @@ class PairBatch:
     epoch: int
     corrupt: int = 0
     corrupt_names: list[str] = field(default_factory=list)
+    second: Tensor | None = None
+    caption_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        if len(self.caption_ids) != len(self.captions):
+            self.caption_ids = caption_ids(self.captions)
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -108,6 +123,8 @@ class PairBatch:
                     self.epoch,
                     corrupt,
                     list(names),
+                    None if self.second is None else self.second[part],
+                    self.caption_ids[part],
                 )
             )
         return chunks
@@ -119,6 +136,8 @@ class PairBatch:
             images=self.images.to(device, non_blocking=non_blocking),
             text=self.text.to(device, non_blocking),
             samples=self.samples.to(device, non_blocking=non_blocking),
+            second=None if self.second is None else self.second.to(device, non_blocking=non_blocking),
+            caption_ids=self.caption_ids.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "PairBatch":
@@ -128,6 +147,8 @@ class PairBatch:
             images=self.images.pin_memory(),
             text=self.text.pin_memory(),
             samples=self.samples.pin_memory(),
+            second=None if self.second is None else self.second.pin_memory(),
+            caption_ids=self.caption_ids.pin_memory(),
         )
 
 

@@ -56,7 +56,8 @@ class PairDataset:
     Each process opens a file when it first reads from it.
 
     Args:
-        path: a dataset folder, a tar, a glob or brace pattern, or a list of those.
+        path: a dataset folder, a tar, a glob or brace pattern, several of those with `::` between them, or a list of
+            those.
         split: the split of a folder to read. Its shards are those that `dataset.json` lists, else `<split>-*.tar`,
             else, for "train", every tar.
 
@@ -128,6 +129,11 @@ class PairDataset:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
         self._files = OrderedDict()
+
+    @property
+    def indexes(self) -> list[TarIndex]:
+        """Indexes of the tars, in order."""
+        return list(self._shards)
 
     @property
     def shards(self) -> list[Path]:
@@ -276,10 +282,28 @@ def fields_of(name: str, data: bytes) -> dict[str, Any]:
         raise CorruptSample(name, str(error).removeprefix(f"{name}: ")) from error
 
 
+def sources_of(path: str) -> list[str]:
+    """Take apart the sources that a string names: `a::b` are a and b, as for open_clip.
+
+    A file or folder that has such a name is one source.
+
+    Raises:
+        ValueError: there is nothing before or after a `::`.
+    """
+    if "::" not in path or Path(path).exists():
+        return [path]
+    sources = path.split("::")
+    if not all(sources):
+        raise ValueError(f"{path!r} has nothing on one side of '::', which stands between two sources")
+    return sources
+
+
 def _shards(path: str | Path | Sequence[str | Path], split: str) -> list[tuple[Path, int | None]]:
     """Tars that a path names, each with its number of samples where dataset.json states it."""
     if not isinstance(path, (str, Path)):
         return [shard for one in path for shard in _shards(one, split)]
+    if len(several := sources_of(str(path))) > 1:
+        return [shard for one in several for shard in _shards(one, split)]
     place = Path(path)
     if place.is_dir():
         return _folder(place, split)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from oner_fast.data.pixels import read_picture
+from oner_fast.data.rand_augment import DRAWS, rand_augment
 
-RANDOMS = 5  # number of 32-bit integers that one training transform takes
+RANDOMS = 8  # 32-bit integers that a training transform takes without RandAugment: two blocks of four
 
 _ONE = 1 << 32
 _LONGEST = 16  # ratio of sides up to which an evaluated image is resized whole
@@ -32,19 +33,25 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Random resized crop and horizontal flip, decided by random integers that the caller gives.
+    """Random resized crop, horizontal flip and change of colour, decided by random integers that the caller gives.
 
     Attributes:
         size: side of the result in pixels.
         scale: least and greatest part of the image's area that a crop covers.
         aspect: greatest ratio of a crop's sides.
         flip: probability of a horizontal flip.
+        colour: greatest relative change of brightness, contrast and saturation; hues stay, as captions name colours.
+        operations: number of operations of RandAugment, after the others.
+        magnitude: strength of those, from 0 to 10.
     """
 
     size: int
     scale: tuple[float, float] = (0.5, 1.0)
     flip: float = 0.5
     aspect: float = 4 / 3
+    colour: float = 0.0
+    operations: int = 0
+    magnitude: float = 5.0
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -52,8 +59,20 @@ class ImageTransform:
             raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, not {self.scale}")
         if not 0.0 <= self.flip <= 1.0:
             raise ValueError(f"flip must be in [0, 1], not {self.flip}")
+        if not 0.0 <= self.colour < 1.0:
+            raise ValueError(f"colour must be in [0, 1), not {self.colour}")
+        if self.operations < 0 or not 0.0 <= self.magnitude <= 10.0:
+            raise ValueError(
+                f"RandAugment needs 0 operations or more and a magnitude in [0, 10], got {self.operations} and "
+                f"{self.magnitude}"
+            )
         if not self.aspect >= 1.0:
             raise ValueError(f"aspect must be at least 1, not {self.aspect}")
+
+    @property
+    def randoms(self) -> int:
+        """Number of random integers that a call takes, in whole blocks of four."""
+        return RANDOMS + -(-DRAWS * self.operations // 4) * 4
 
     @property
     def decode_side(self) -> int:
@@ -61,11 +80,12 @@ class ImageTransform:
         return math.ceil(self.size * math.sqrt(self.aspect / self.scale[0]))
 
     def __call__(self, image: Image.Image, randoms: NDArray[np.int64]) -> Tensor:
-        """Crop, resize and flip an RGB image: uint8 (3, size, size).
+        """Crop, resize, flip, recolour and augment an RGB image: uint8 (3, size, size).
 
-        `randoms` holds `RANDOMS` integers in [0, 2^32), for area, aspect, left, top and flip. They decide the result.
+        `randoms` holds `self.randoms` integers in [0, 2^32), for area, aspect, left, top, flip, brightness, contrast
+        and saturation, and two for each operation of RandAugment. They decide the result.
         """
-        area, aspect, left, top, flip = (int(value) for value in randoms[:RANDOMS])
+        area, aspect, left, top, flip, *colours = (int(value) for value in randoms[:RANDOMS])
         width, height = image.size
         low, high = self.scale
         pixels = width * height * (low + (high - low) * (area / _ONE))
@@ -83,6 +103,13 @@ class ImageTransform:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
         if flip < self.flip * _ONE:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.colour:
+            enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+            for enhancer, value in zip(enhancers, colours, strict=True):
+                image = enhancer(image).enhance(1 + self.colour * (2 * value / _ONE - 1))
+        if self.operations:
+            draws = [int(value) for value in randoms[RANDOMS : RANDOMS + DRAWS * self.operations]]
+            image = rand_augment(image, draws, self.magnitude)
         return to_tensor(image)
 
 
@@ -94,6 +121,11 @@ class EvalTransform:
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+
+    @property
+    def randoms(self) -> int:
+        """As many random integers as a plain training transform is given; none is read."""
+        return RANDOMS
 
     @property
     def decode_side(self) -> int:

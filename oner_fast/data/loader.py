@@ -1,6 +1,7 @@
 """Batches of image-text pairs whose order and bytes are a pure function of (seed, step)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from oner_fast.data.batch import PairBatch, no_text
+from oner_fast.data.batch import PairBatch, SameBy, no_text
+from oner_fast.data.caption_ids import image_id
 from oner_fast.data.dataset import CorruptSample, PairDataset
-from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
+from oner_fast.data.images import EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
 from oner_fast.data.substitution import CANDIDATES, substitutes
 from oner_fast.data.tokenizer import Tokenizer
@@ -34,9 +36,13 @@ class PairSource(Dataset[PairBatch]):
         world_size: int,
         max_tokens: int,
         captions: bool,
+        second_view: bool = False,
+        same_by: SameBy = "caption",
     ) -> None:
         self.dataset = dataset
+        self.same_by = same_by
         self.captions = captions
+        self.views = 2 if second_view else 1
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.seed = seed
@@ -55,22 +61,31 @@ class PairSource(Dataset[PairBatch]):
         if epoch != self._epoch:
             self._order, self._epoch = Permutation(len(self.dataset), self.seed, epoch), epoch
         samples = torch.from_numpy(self.places.copy())
-        randoms = random_u32(self.seed, AUGMENT, step, samples, RANDOMS).numpy()
+        # The draws of a second view follow those of the first, which it leaves as they are.
+        randoms = random_u32(self.seed, AUGMENT, step, samples, self.views * self.transform.randoms).numpy()
         size = self.transform.size
-        images = torch.empty((len(slots), 3, size, size), dtype=torch.uint8)
+        images = torch.empty((self.views, len(slots), 3, size, size), dtype=torch.uint8)
         captions: list[str] = []
+        ids: list[int] = []
         corrupt: list[str] = []
         for row, (slot, first) in enumerate(zip(slots.tolist(), self._order.take(slots).tolist(), strict=True)):
-            names, caption = self._fill(images[row], randoms[row], epoch, slot, first)
+            names, (caption, image) = self._fill(images[:, row], randoms[row], epoch, slot, first)
             captions.append(caption)
+            ids.append(image)
             corrupt += names
         text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(len(slots))
-        return PairBatch(images, text, samples, captions, step, epoch, len(corrupt), corrupt)
+        second = images[1] if self.views > 1 else None
+        batch = PairBatch(images[0], text, samples, captions, step, epoch, len(corrupt), corrupt, second)
+        return replace(batch, caption_ids=torch.tensor(ids)) if self.same_by == "image" else batch
 
     def _fill(
         self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int
-    ) -> tuple[list[str], str]:
-        """Read the image of a slot into `place`; return the corrupt samples met on the way, and the caption."""
+    ) -> tuple[list[str], tuple[str, int]]:
+        """Read the views of a slot's image into `place`.
+
+        Returns:
+            The corrupt samples met on the way; the caption, and the image's id where it is asked for.
+        """
         try:
             return [], self._read(place, randoms, first)
         except CorruptSample as error:
@@ -85,15 +100,17 @@ class PairSource(Dataset[PairBatch]):
             f"{corrupt[-1]}. Is the dataset complete?"
         )
 
-    def _read(self, place: Tensor, randoms: NDArray[np.int64], i: int) -> str:
+    def _read(self, place: Tensor, randoms: NDArray[np.int64], i: int) -> tuple[str, int]:
         if self.captions:
             pair = self.dataset.read(i, meta=False)
             encoded, caption = pair.image, pair.caption
         else:
             encoded, caption = self.dataset.picture(i), ""
         image = decode(encoded, self.dataset.name(i), self.transform.decode_side)
-        place.copy_(self.transform(image, randoms))
-        return caption
+        for view, target in enumerate(place):
+            draws = self.transform.randoms
+            target.copy_(self.transform(image, randoms[view * draws : (view + 1) * draws]))
+        return caption, image_id(encoded) if self.same_by == "image" else 0
 
 
 class _Steps(Sampler[int]):
@@ -126,6 +143,8 @@ class PairLoader(Batches):
             training process handles, and end when it ends for any reason.
         prefetch: batches that each worker makes ahead.
         captions: False reads no captions; then samples may lack them.
+        second_view: make `second` too, another crop of each image, whose draws are keyed as those of the first.
+        same_by: what `caption_ids` are ids of, the captions or the image files.
 
     Raises:
         ValueError: the batch does not divide among the ranks or exceeds the dataset, or `image_size` is not the
@@ -149,6 +168,8 @@ class PairLoader(Batches):
         prefetch: int = 4,
         pin_memory: bool = False,
         captions: bool = True,
+        second_view: bool = False,
+        same_by: SameBy = "caption",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -175,6 +196,8 @@ class PairLoader(Batches):
             world_size=world_size,
             max_tokens=max_tokens,
             captions=captions,
+            second_view=second_view,
+            same_by=same_by,
         )
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 

@@ -7,6 +7,7 @@ and a resumed run begins a new pass. `loader.PairLoader` over tars on disk resum
 import logging
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice
 from typing import Any
 
@@ -16,10 +17,11 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from oner_fast.data.batch import PairBatch, no_text
+from oner_fast.data.batch import PairBatch, SameBy, no_text
 from oner_fast.data.budget import excess
+from oner_fast.data.caption_ids import image_id
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
-from oner_fast.data.images import RANDOMS, EvalTransform, ImageTransform, decode
+from oner_fast.data.images import EvalTransform, ImageTransform, decode
 from oner_fast.data.permutation import Permutation
 from oner_fast.data.tar_index import IMAGE, KINDS
 from oner_fast.data.tokenizer import Tokenizer
@@ -47,8 +49,12 @@ class _StreamSource(IterableDataset[PairBatch]):
         max_tokens: int,
         shuffle: int,
         captions: bool,
+        second_view: bool,
+        same_by: SameBy,
     ) -> None:
+        self.same_by = same_by
         self.urls = urls
+        self.views = 2 if second_view else 1
         self.tokenizer = tokenizer
         self.size = size
         self.seed = seed
@@ -69,15 +75,18 @@ class _StreamSource(IterableDataset[PairBatch]):
         pairs = self._pairs(worker, workers)
         size, last_good = self.transform.size, self.start_pass
         for step in count(self.start_step + worker, workers):
-            randoms = random_u32(self.seed, AUGMENT, step, samples, RANDOMS).numpy()
-            images = torch.empty((self.size, 3, size, size), dtype=torch.uint8)
+            randoms = random_u32(self.seed, AUGMENT, step, samples, self.views * self.transform.randoms).numpy()
+            images = torch.empty((self.views, self.size, 3, size, size), dtype=torch.uint8)
             captions: list[str] = []
+            ids: list[int] = []
             epoch = 0
             while len(captions) < self.size:
                 row = len(captions)
                 epoch, sample = next(pairs)
                 try:
-                    captions.append(self._read(sample, images[row], randoms[row]))
+                    caption, image = self._read(sample, images[:, row], randoms[row])
+                    captions.append(caption)
+                    ids.append(image)
                     last_good = epoch
                 except CorruptSample as error:
                     if epoch > last_good + 1:
@@ -85,7 +94,9 @@ class _StreamSource(IterableDataset[PairBatch]):
                     self.failures.append(str(error))
             failures, self.failures = self.failures, []
             text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(self.size)
-            yield PairBatch(images, text, samples, captions, step, epoch, len(failures), failures)
+            second = images[1] if self.views > 1 else None
+            batch = PairBatch(images[0], text, samples, captions, step, epoch, len(failures), failures, second)
+            yield replace(batch, caption_ids=torch.tensor(ids)) if self.same_by == "image" else batch
 
     def _pairs(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield samples with the number of their pass.
@@ -124,7 +135,9 @@ class _StreamSource(IterableDataset[PairBatch]):
         self.failures.append(f"stream: {type(error).__name__}: {error}")
         return True
 
-    def _read(self, sample: dict[str, Any], place: Tensor, randoms: "np.ndarray[Any, np.dtype[np.int64]]") -> str:
+    def _read(
+        self, sample: dict[str, Any], place: Tensor, randoms: "np.ndarray[Any, np.dtype[np.int64]]"
+    ) -> tuple[str, int]:
         name = f"{sample['__url__']}:{sample['__key__']}"
         image = next((data for extension, data in sample.items() if KINDS.get(extension) == IMAGE), None)
         if image is None:
@@ -132,13 +145,20 @@ class _StreamSource(IterableDataset[PairBatch]):
             raise CorruptSample(name, f"it has no image (a key ends at its first dot; its members are {there})")
         if over := excess("image_bytes", len(image)):
             raise CorruptSample(name, over)
+        same = image_id(image) if self.same_by == "image" else 0
         if not self.captions:
-            place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
-            return ""
+            self._fill(place, image, name, randoms)
+            return "", same
         text, meta = sample.get("txt"), sample.get("json")
         caption = caption_of(name, text, fields_of(name, meta) if text is None and meta is not None else {})
-        place.copy_(self.transform(decode(image, name, self.transform.decode_side), randoms))
-        return caption
+        self._fill(place, image, name, randoms)
+        return caption, same
+
+    def _fill(self, place: Tensor, encoded: bytes, name: str, randoms: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        image = decode(encoded, name, self.transform.decode_side)
+        for view, target in enumerate(place):
+            draws = self.transform.randoms
+            target.copy_(self.transform(image, randoms[view * draws : (view + 1) * draws]))
 
 
 class StreamedPairs(Batches):
@@ -176,6 +196,8 @@ class StreamedPairs(Batches):
         prefetch: int = 4,
         pin_memory: bool = False,
         captions: bool = True,
+        second_view: bool = False,
+        same_by: SameBy = "caption",
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -195,7 +217,7 @@ class StreamedPairs(Batches):
         self.epoch = 0
         self._part = {"rank": rank, "world_size": world_size, "max_tokens": max_tokens, "shuffle": shuffle}
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
-        self._captions, self._said = captions, False
+        self._captions, self._second_view, self._same_by, self._said = captions, second_view, same_by, False
 
     def _start(self) -> Iterator[PairBatch]:
         if not self._said:
@@ -210,6 +232,8 @@ class StreamedPairs(Batches):
             start_step=self.step,
             start_pass=self.epoch,
             captions=self._captions,
+            second_view=self._second_view,
+            same_by=self._same_by,
             **self._part,
         )
         if self._workers == 0:

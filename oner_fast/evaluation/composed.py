@@ -1,4 +1,4 @@
-"""Retrieval by an image and words together (OneR, section 1, "Multimodal retrieval").
+"""Retrieval by an image and words together.
 
 A query's embedding is F(I,T), and the gallery's embeddings are F(I).
 
@@ -58,15 +58,27 @@ def composed_recall(
     """Compute R@k with chance, in the form of `retrieval.recall`; a tie counts as a miss."""
     if len(query) != len(queries) or not queries:
         raise ValueError(f"need one embedding for each of at least one query, got {len(query)} for {len(queries)}")
-    scores = composed_scores(query, gallery, queries)
+    ranks = target_ranks(composed_scores(query, gallery, queries), queries)
+    return recall_of_ranks(ranks, queries, len(gallery), ks=ks)
+
+
+def target_ranks(scores: Tensor, queries: Sequence[ComposedQuery]) -> Tensor:
+    """Count, for each row of (Q, N) scores, the images that rank ahead of its best target: (Q,) int64."""
     ranks = torch.empty(len(queries), dtype=torch.int64)
     for number, one in enumerate(queries):
         targets = torch.tensor(one.targets, dtype=torch.int64)
-        best = scores[number, targets].max()
-        scores[number, targets] = -torch.inf
-        ranks[number] = int((scores[number] >= best - TIE).sum())
+        ahead = scores[number] >= scores[number, targets].max() - TIE
+        ahead[targets] = False
+        ranks[number] = int(ahead.sum())
+    return ranks
+
+
+def recall_of_ranks(
+    ranks: Tensor, queries: Sequence[ComposedQuery], gallery: int, *, ks: Sequence[int] = KS
+) -> dict[str, float | int]:
+    """Compute R@k with chance from (Q,) ranks in a gallery of that many images, the query's own among them."""
     positives = torch.tensor([len(one.targets) for one in queries])
-    candidates = len(gallery) - 1
+    candidates = gallery - 1
     result: dict[str, float | int] = {f"R@{k}": int((ranks < k).sum()) / len(ranks) for k in ks}
     result |= {f"chance@{k}": chance(positives, candidates, k) for k in ks}
     return result | {"queries": len(queries), "gallery": candidates}

@@ -1,6 +1,7 @@
 """Embed images and captions with a loaded model, batch by batch; a damaged image is left out and named."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from oner_fast.data.images import decode
 from oner_fast.data.pixels import read_file
 from oner_fast.evaluation.coco import CaptionedImage
 from oner_fast.evaluation.retrieval import CaptionGallery, caption_gallery
+from oner_fast.evaluation.sharing import gathered, mine, speaks
 
 T = TypeVar("T")
 _NAMED = 20  # images whose names are logged
@@ -144,13 +146,14 @@ def embed_files(loaded: Encoder, files: Sequence[Any], *, batch_size: int = 64) 
 
 def embed_texts(loaded: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Tensor:
     """Embed captions: (M, E) float32 on the CPU, in batches in the given order."""
-    starts = range(0, len(texts), batch_size)
+    batches = math.ceil(len(texts) / batch_size)
+    starts = [number * batch_size for number in mine(batches)]
     with torch.inference_mode():
         parts = [
             loaded.encode_text(list(texts[starts[number] : starts[number] + batch_size])).float().cpu()
             for number in shown(range(len(starts)), "embedding texts")
         ]
-    return torch.cat(parts)
+    return torch.cat(gathered(parts, batches))
 
 
 def spaced(count: int, limit: int | None) -> list[int]:
@@ -176,14 +179,12 @@ def _embed_images(
         except (OSError, ValueError) as error:
             return str(error)
 
-    parts: list[Tensor] = []
-    kept: list[int] = []
-    others: list[T] = []
-    damaged: list[str] = []
+    batches = math.ceil(len(rows) / batch_size)
+    starts = [number * batch_size for number in mine(batches)]
+    done: list[tuple[Tensor | None, list[tuple[int, T]], list[str]]] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, torch.inference_mode():
         # The next batch is decoded while this one is embedded.
         waiting: list[list[Future[tuple[int, Tensor, T] | str]]] = []
-        starts = list(range(0, len(rows), batch_size))
         for number in shown(range(len(starts) + 1), f"embedding {label}"):
             if number < len(starts):
                 chunk = rows[starts[number] : starts[number] + batch_size]
@@ -192,19 +193,28 @@ def _embed_images(
                 continue
             results = [future.result() for future in waiting.pop(0)]
             good = [result for result in results if not isinstance(result, str)]
-            damaged += [result for result in results if isinstance(result, str)]
-            if good:
-                parts.append(loaded.encode_image(torch.stack([pixels for _, pixels, _ in good])).float().cpu())
-                kept += [row for row, _, _ in good]
-                others += [beside for _, _, beside in good]
+            pixels = [one for _, one, _ in good]
+            done.append(
+                (
+                    loaded.encode_image(torch.stack(pixels)).float().cpu() if pixels else None,
+                    [(row, beside) for row, _, beside in good],
+                    [result for result in results if isinstance(result, str)],
+                )
+            )
+    every = gathered(done, batches)
+    damaged = [sentence for _, _, sentences in every for sentence in sentences]
+    parts = [part for part, _, _ in every if part is not None]
     if not parts:
         raise ValueError(f"none of {len(rows)} images could be read" + (f"; first: {damaged[0]}" if damaged else ""))
     name_left_out(damaged)
-    return torch.cat(parts), kept, others, damaged
+    read_rows = [pair for _, pairs, _ in every for pair in pairs]
+    return torch.cat(parts), [row for row, _ in read_rows], [beside for _, beside in read_rows], damaged
 
 
 def name_left_out(damaged: Sequence[str]) -> None:
-    """Log what was left out: the first names with their reasons, and how many more there are."""
+    """Log what was left out: the first names with their reasons, and how many more there are. Rank 0 alone logs it."""
+    if not speaks():
+        return
     for sentence in damaged[:_NAMED]:
         logger.warning("left out: %s", sentence)
     if len(damaged) > _NAMED:
@@ -213,6 +223,9 @@ def name_left_out(damaged: Sequence[str]) -> None:
 
 def shown(steps: range, label: str) -> Iterator[int]:
     """Show progress: a bar on a terminal, elsewhere a line every quarter of long work."""
+    if not speaks():
+        yield from steps
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import track

@@ -1,13 +1,18 @@
 """Read the files of a run folder, with a clear message where one is missing."""
 
+import logging
 import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from oner_fast.bounded_json import load_object
-from oner_fast.data.splits import exists
+from oner_fast.data.dataset import PairDataset
+from oner_fast.data.identity import SharedTar, shared_tars
+from oner_fast.data.splits import exists, is_stream, open_split, splits_of
 from oner_fast.format_version import CONFIGURATION, FIELD, check_format_version
+
+logger = logging.getLogger("oner_fast.evaluation")
 
 MAX_CONFIG = 1 << 20
 """Largest configuration, and largest line of metrics.jsonl, in bytes."""
@@ -60,15 +65,47 @@ def find_training_data(run: Path) -> str:
     return _of_run(run, ("train_data", "path"))
 
 
-def unnamed_split(run: Path, data: str, given: bool) -> str:
-    """Name of the only split of data that name none: "train" for the data of the training, "val" for others.
-
-    Data that are `given` for an evaluation are "val" whatever they are.
-    """
+def unnamed_split(run: Path, data: str) -> str:
+    """Name of the only split of data that name none: "train" where the training read all of it, else "val"."""
     try:
-        return "train" if not given and data == find_training_data(run) else "val"
+        training = find_training_data(run)
     except FileNotFoundError:
         return "val"
+    if data == training:
+        return "train"
+    given = open_split(data, "val", "val") if "val" in splits_of(data, "val") else None
+    return "train" if given is not None and len(_shared(run, given)) == len(given.shards) else "val"
+
+
+def refuse_training_pairs(run: Path, dataset: PairDataset) -> None:
+    """Raise ValueError where a tar of a validation split was trained on, under this name or another.
+
+    Where the training data are not there, one warning says that nothing was compared.
+    """
+    try:
+        found = _shared(run, dataset)
+    except FileNotFoundError as error:
+        if read_config(run):
+            logger.warning("whether %s holds training pairs is not known: %s", dataset.path, error)
+        return
+    if found:
+        first, more = found[0], f", and so are {len(found) - 1} more" if len(found) > 1 else ""
+        beside = "" if first.other == first.path else f" as {first.other}"
+        raise ValueError(
+            f"{run} was trained on {first.path} ({first.how}{beside}){more}, so that it is no validation data; give "
+            "held-out data with --data, or --split train to look at the training pairs"
+        )
+
+
+def _shared(run: Path, dataset: PairDataset) -> list[SharedTar]:
+    """Find the tars of a data set that a run was trained on. Raises FileNotFoundError where its data are not there."""
+    named = read_config(run).get("data")
+    split = named.get("train_split") if isinstance(named, dict) else None
+    training = find_training_data(run)
+    split = split if isinstance(split, str) else "train"
+    if split not in splits_of(training, split):
+        return []
+    return shared_tars(dataset.indexes, open_split(training, split, split).indexes)
 
 
 def _of_run(run: Path, keys: Sequence[str]) -> str:
@@ -77,6 +114,8 @@ def _of_run(run: Path, keys: Sequence[str]) -> str:
         named = next((named[key] for key in keys if isinstance(named.get(key), str) and named[key]), None)
     if not isinstance(named, str) or not named:
         raise FileNotFoundError(f"{run / 'config.json'} names no data; give its folder with --data")
+    if is_stream(named):
+        raise FileNotFoundError(f"{run} was trained on a stream, {named}; give other data with --data")
     for data in (named, str(run / named)):
         if exists(data):
             return data

@@ -1,4 +1,4 @@
-"""Word-patch localisation: where in an image the model sees a word (OneR, section 1, "Word-patch localisation").
+"""Word-patch localisation: where in an image the model sees a word.
 
 The cosine of each patch output with a text embedding passes a softmax over the patches. The result is laid out on the
 grid, enlarged to the image (bicubic) and stretched to [0, 1]. No gradients are involved.

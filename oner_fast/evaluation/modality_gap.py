@@ -1,8 +1,7 @@
 """The modality gap, which is the distance between images and texts in the shared space, and a flat map of both.
 
-The gap is the distance between the centroids of the L2-normalised image and text embeddings (OneR, section 1, "The
-modality gap"). Read it together with the spread of each: where all embeddings have collapsed to a point, the gap is
-small too.
+The gap is the distance between the centroids of the L2-normalised image and text embeddings. Read it
+together with the spread of each: where all embeddings have collapsed to a point, the gap is small too.
 """
 
 import os

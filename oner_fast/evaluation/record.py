@@ -16,7 +16,7 @@ from oner_fast.format_version import EVALUATION, FIELD, check_format_version
 
 FILE = "evaluation.json"
 ABOUT = "about"
-_MODELS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "lit_model.safetensors")
+MODELS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "lit_model.safetensors")
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def read_record(run: Path) -> dict[str, Any]:
 
 def model_digest(run: Path) -> str | None:
     """SHA-256 of the run's exported model, in hexadecimal; None where only checkpoints hold it."""
-    for name in _MODELS:
+    for name in MODELS:
         if (run / name).is_file():
             with (run / name).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,11 +3,16 @@
 An image may have several captions and a caption several images. A query is a hit when one of its matches is among the
 top k. Scores are cosines (dot products of L2-normalised embeddings) in float64. A tie is a miss: at equal scores a
 wrong item ranks ahead of a match. A collapsed model, whose embeddings are all equal, therefore gets zero.
+
+For figures that stand beside published ones, `ties="topk"` follows `clip_benchmark`: the scores are one product of all
+captions with all images in the embeddings' own dtype, and `torch.topk` orders equal scores.
 """
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +20,7 @@ from torch import Tensor
 TIE = 1e-9  # scores this close are equal: far above float64 rounding, far below any real difference
 CHUNK_SCORES = 1 << 22  # number of scores held at once (32 MiB of float64)
 KS = (1, 5, 10)
+Ties = Literal["miss", "topk"]
 
 
 @dataclass(frozen=True)
@@ -160,10 +166,33 @@ def chance(positives: Tensor, gallery: int, k: int) -> float:
     return total / int(counts.sum())
 
 
+def topk_hits(scores: Tensor, query_row: Tensor, gallery_row: Tensor, k: int) -> Tensor:
+    """Tell of each query whether `torch.topk` puts a match among its k best: (Q,) bool.
+
+    Args:
+        scores: (Q, G).
+        query_row, gallery_row: (P,) int64, the matching pairs.
+        k: the number of best items; one more than G counts as G.
+    """
+    queries, gallery = scores.shape
+    best = torch.topk(scores, min(k, gallery), dim=1).indices
+    first = torch.arange(queries, device=scores.device)[:, None] * gallery
+    return torch.isin(best + first, (query_row * gallery + gallery_row).to(scores.device)).any(1)
+
+
 def recall(
-    query: Tensor, gallery: Tensor, query_row: Tensor, gallery_row: Tensor, *, ks: Sequence[int] = KS
+    query: Tensor,
+    gallery: Tensor,
+    query_row: Tensor,
+    gallery_row: Tensor,
+    *,
+    ks: Sequence[int] = KS,
+    scores: Tensor | None = None,
 ) -> dict[str, float | int]:
     """Compute R@k of one direction; for the arguments see `match_ranks`.
+
+    `scores` (Q, G), where given, decide the hits through `topk_hits`; the median rank counts ties as misses all the
+    same.
 
     Returns:
         {"R@1", ..., "chance@1", ..., "median_rank", "queries", "gallery"}; shares, not per cent. Ranks count from 1.
@@ -172,7 +201,8 @@ def recall(
     if not len(ranks):
         raise ValueError("recall needs at least one query")
     positives = torch.bincount(query_row.cpu(), minlength=len(query))
-    result: dict[str, float | int] = {f"R@{k}": int((ranks < k).sum()) / len(ranks) for k in ks}
+    hits = {k: ranks < k if scores is None else topk_hits(scores, query_row, gallery_row, k) for k in ks}
+    result: dict[str, float | int] = {f"R@{k}": int(hits[k].sum()) / len(ranks) for k in ks}
     result |= {f"chance@{k}": chance(positives, len(gallery), k) for k in ks}
     return result | {"median_rank": int(ranks.median()) + 1, "queries": len(query), "gallery": len(gallery)}
 
@@ -185,6 +215,7 @@ def retrieval(
     ks: Sequence[int] = KS,
     image_queries: Tensor | None = None,
     text_queries: Tensor | None = None,
+    ties: Ties = "miss",
 ) -> dict[str, dict[str, float | int]]:
     """Compute R@k in both directions: {"image_to_text": ..., "text_to_image": ...}, each in the form of `recall`.
 
@@ -194,6 +225,8 @@ def retrieval(
         matches: their pairs.
         ks: the values of k.
         image_queries, text_queries: int64 rows of the queries; all by default. The whole other side stays the gallery.
+        ties: "miss" ranks a wrong item ahead of a match with the same score. "topk" decides as `clip_benchmark` does,
+            and holds all N x M scores at once.
     """
     if len(image) != matches.images or len(text) != matches.texts:
         raise ValueError(
@@ -201,9 +234,16 @@ def retrieval(
         )
     asked_image, image_pairs = _restrict(image_queries, matches.image, matches.images)
     asked_text, text_pairs = _restrict(text_queries, matches.text, matches.texts)
+    to_text: Tensor | None = None
+    to_image: Tensor | None = None
+    if ties == "topk":
+        every = text @ image.T  # the product and its order of operands are those of clip_benchmark
+        to_text = every.T if image_queries is None else every.T[asked_image]
+        to_image = every if text_queries is None else every[asked_text]
+    image_columns, text_columns = matches.text[image_pairs[1]], matches.image[text_pairs[1]]
     return {
-        "image_to_text": recall(image[asked_image], text, image_pairs[0], matches.text[image_pairs[1]], ks=ks),
-        "text_to_image": recall(text[asked_text], image, text_pairs[0], matches.image[text_pairs[1]], ks=ks),
+        "image_to_text": recall(image[asked_image], text, image_pairs[0], image_columns, ks=ks, scores=to_text),
+        "text_to_image": recall(text[asked_text], image, text_pairs[0], text_columns, ks=ks, scores=to_image),
     }
 
 
@@ -231,4 +271,4 @@ def _check(query: Tensor, gallery: Tensor) -> None:
 
 
 def _fold(caption: str) -> str:
-    return " ".join(caption.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", caption).casefold().split())

@@ -1,6 +1,7 @@
 """Split validation captions by vocabulary: every word occurs in training captions, or at least one is new."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -8,7 +9,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 def words(caption: str) -> list[str]:
     """Words of a caption, lower-cased, in order: runs of letters and digits, with apostrophes inside."""
-    return _WORD.findall(caption.lower())
+    return _WORD.findall(unicodedata.normalize("NFC", caption).lower())
 
 
 def vocabulary(captions: Iterable[str]) -> set[str]:

@@ -11,8 +11,9 @@ DIRECTIONS = {
     "text_to_image": "text → image",
     "image_text_to_image": "image + text → image",
 }
-# An ending of a split's name, and the captions that it stands for: by whether training captions hold all their words.
-PARTS = {"_seen_words": "training words", "_new_words": "new words"}
+# An ending of a split's name, and the part that it stands for: by whether training captions hold all the words of a
+# caption, or by whether the pictures have boxes.
+PARTS = {"_seen_words": "training words", "_new_words": "new words", "_boxes": "with boxes"}
 KS = (1, 5, 10)
 CLASSIFIERS = {"zero_shot": "zero-shot", "knn": "k-NN", "linear_probe": "linear probe"}
 
@@ -62,6 +63,24 @@ def classifications(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict
                 yield from ((split_title(key), f"{title}, {label}", figures) for label, figures in found.items())
 
 
+def spaces(evaluation: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (split, space, figures) of each space in which the evaluation measured retrieval."""
+    for split, entry in evaluation.items():
+        found = entry.get("spaces", {}) if isinstance(entry, dict) else {}
+        yield from ((split, space, figures) for space, figures in found.items() if "image_to_text" in figures)
+
+
+SPACE_HEADINGS = ("image → text R@1", "R@10", "text → image R@1", "R@10", "zero-shot top-1", "gap")
+
+
+def space_cells(figures: dict[str, Any]) -> list[str]:
+    """Format the figures of a space under `SPACE_HEADINGS`; a figure that the space lacks stays empty."""
+    shares = [percent(figures[direction][f"R@{k}"]) for direction in list(DIRECTIONS)[:2] for k in (1, 10)]
+    top = figures.get("zero_shot")
+    gap = figures.get("modality_gap")
+    return [*shares, percent(top["top1"]) if top else "", "" if gap is None else f"{gap:.3f}"]
+
+
 def show(evaluation: dict[str, Any]) -> None:
     """Print the figures to standard output."""
     from rich.console import Console
@@ -89,6 +108,19 @@ def show(evaluation: dict[str, Any]) -> None:
         )
         last = split
     console.print(table)
+    if named := list(spaces(evaluation)):
+        table = Table(title="In each space", title_justify="left")
+        for heading in ("split", "space"):
+            table.add_column(heading)
+        for heading in SPACE_HEADINGS:
+            table.add_column(heading, justify="right")
+        last = None
+        for split, space, figures in named:
+            if last not in (None, split):
+                table.add_section()
+            table.add_row(escape(split_title(split)) if split != last else "", space, *space_cells(figures))
+            last = split
+        console.print(table)
     if found := list(classifications(evaluation)):
         table = Table(title="Classification (in brackets: chance, and the multiple of it)", title_justify="left")
         table.add_column("images of")
@@ -122,6 +154,11 @@ def plain_lines(evaluation: dict[str, Any]) -> list[str]:
             f"{split_title(split):<{wide}}{DIRECTIONS[direction]:<23}{figures['queries']:>8}"
             + "".join(f"{cell:>26}" for cell in cells)
         )
+    if named := list(spaces(evaluation)):
+        lines.append(f"{'split':<{wide}}{'space':<12}" + "".join(f"{heading:>18}" for heading in SPACE_HEADINGS))
+        for split, space, figures in named:
+            shown = "".join(f"{cell:>18}" for cell in space_cells(figures))
+            lines.append(f"{split_title(split):<{wide}}{space:<12}{shown}")
     if found := list(classifications(evaluation)):
         tops = "".join(f"{f'top-{k} (chance, times)':>26}" for k in (1, 5))
         lines.append(
@@ -157,6 +194,18 @@ def _other_lines(evaluation: dict[str, Any]) -> list[str]:
             spread = entry.get("spread", {})
             beside = f" (spread of images {spread['image']:.3f}, of texts {spread['text']:.3f})" if spread else ""
             lines.append(f"modality gap, {split_title(split)}: {entry['modality_gap']:.3f}{beside}")
+        equal = entry.get("equal_captions") if isinstance(entry, dict) else None
+        if equal and equal["captions"]:
+            shares = ", ".join(
+                f"{DIRECTIONS[way]} " + " / ".join(percent(equal[way][f"R@{k}"]) for k in KS)
+                for way in ("image_to_text", "text_to_image")
+            )
+            lines.append(
+                f"{split_title(split)}: {equal['captions']:,} captions stand word for word at another image too; "
+                f"R@1 / 5 / 10 where these count as right: {shares}"
+            )
+        if isinstance(entry, dict) and entry.get("captions_left_out"):
+            lines.append(f"{split_title(split)}: {entry['captions_left_out']:,} further captions were not evaluated")
         if isinstance(entry, dict) and entry.get("damaged"):
             lines.append(f"left out of {split_title(split)}: {entry['damaged']} damaged images")
         if isinstance(entry, dict) and (lost := entry.get("damaged_training")):

@@ -1,7 +1,6 @@
 """Zero-shot classification: words describe the classes, and an image takes the class with the nearest embedding.
 
-A class embedding is the mean of the L2-normalised embeddings of its prompts, normalised again (OneR, section 1,
-"ImageNet zero-shot").
+A class embedding is the mean of the L2-normalised embeddings of its prompts, normalised again.
 """
 
 from collections import Counter
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from oner_fast.data.picture_formats import SUFFIXES
 from oner_fast.data.sources.concepts import concept
 from oner_fast.evaluation.classifier import check_labels
+from oner_fast.evaluation.imagenet import SLIP_TEMPLATES, SUBSETS
 from oner_fast.evaluation.retrieval import recall
 from oner_fast.models.optional_packages import optional_package
 
@@ -140,18 +140,27 @@ def concept_accuracy(image: Tensor, classes: Tensor, shown: ConceptClasses) -> d
 
 
 def read_templates(source: str) -> list[str]:
-    """Read prompt templates: `openai`, the 80 of CLIP's ImageNet evaluation from open_clip, or a file of lines."""
+    """Read prompt templates: `openai`, `slip`, or a file with one a line.
+
+    `openai` are the 80 of CLIP's ImageNet evaluation, from open_clip; `slip` are the 7 of SLIP's.
+    """
+    if source == "slip":
+        return list(SLIP_TEMPLATES)
     if source != "openai":
-        return read_lines(Path(source), "--templates takes `openai` or a file")
+        return read_lines(Path(source), "--templates takes `openai`, `slip` or a file")
     # open_clip's templates are functions of the class's name; {} stands for the name again.
     return [template("{}") for template in optional_package("open_clip").OPENAI_IMAGENET_TEMPLATES]
 
 
 def read_classes(source: str) -> list[str]:
-    """Read class names: `imagenet`, the 1,000 of open_clip in the order of the WordNet ids, or a file of lines."""
-    if source != "imagenet":
-        return read_lines(Path(source), "--classes takes `imagenet` or a file")
-    return list(optional_package("open_clip").IMAGENET_CLASSNAMES)
+    """Read class names: `imagenet`, the 1,000 of open_clip in the order of the WordNet ids, or a file of lines.
+
+    `imagenet-a` and `imagenet-r` are the 200 of them that ImageNet-A and ImageNet-R have.
+    """
+    if source != "imagenet" and source not in SUBSETS:
+        return read_lines(Path(source), "--classes takes `imagenet`, `imagenet-a`, `imagenet-r` or a file")
+    names = list(optional_package("open_clip").IMAGENET_CLASSNAMES)
+    return [names[place] for place in SUBSETS.get(source, range(len(names)))]
 
 
 def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
@@ -175,6 +184,16 @@ def read_image_folder(folder: Path) -> tuple[list[Path], Tensor, list[str]]:
     if not files:
         raise ValueError(f"{folder} holds no images; the ImageFolder layout is FOLDER/class/image.jpg")
     return files, torch.tensor(labels, dtype=torch.int64), names
+
+
+def only_classes(
+    files: Sequence[Path], labels: Tensor, names: Sequence[str], places: Sequence[int]
+) -> tuple[list[Path], Tensor, list[str]]:
+    """Keep the images of some classes of an ImageFolder, and number these anew, in their order."""
+    number = {place: new for new, place in enumerate(places)}
+    kept = [row for row, label in enumerate(labels.tolist()) if label in number]
+    new = torch.tensor([number[int(labels[row])] for row in kept], dtype=torch.int64)
+    return [files[row] for row in kept], new, [names[place] for place in places]
 
 
 def read_lines(path: Path, takes: str = "") -> list[str]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.models.resampling import resample_positions
 from oner_fast.models.uta import UTAConfig
 
 State = dict[str, Tensor]
@@ -98,23 +98,6 @@ def without_prefix(state: Mapping[str, Tensor]) -> State:
         if f"{prefix}pos_embed" in state:
             return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
     return dict(state)
-
-
-def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """Resample learned positions (1, 1 + N, D), [CLS] first, to `grid` cells a side: (1, 1 + grid**2, D).
-
-    The resampling is bicubic with antialiasing, in float32. A grid of that size is returned as it is. Raises ValueError
-    where N is not a square.
-    """
-    old = round((positions.shape[1] - 1) ** 0.5) if positions.ndim == 3 else 0
-    if positions.ndim != 3 or 1 + old**2 != positions.shape[1]:
-        raise ValueError(f"pos_embed must have shape (1, 1 + N, D) of a square grid, got {tuple(positions.shape)}")
-    if old == grid:
-        return positions
-    image = positions[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
-    cells = image.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
-    return torch.cat([positions[:, :1], cells], dim=1)
 
 
 def _rows(config: UTAConfig, layout: Layout) -> Iterator[_Row]:

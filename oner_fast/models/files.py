@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from oner_fast.models import eva
 from oner_fast.models.file_kinds import file_kind
 from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.models.resampling import resample_patches, resample_positions
 from oner_fast.models.safetensors_header import Header, read_header
 from oner_fast.models.settings import from_dict
 from oner_fast.models.state_files import read_safetensors, read_state, unwrapped
@@ -29,8 +31,12 @@ UTA_FORMAT = "oner_fast.uta"
 
 def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
     """Write `tower` and its tokenizer to `path`, which is replaced at once."""
-    _write(
-        Path(path),
+    _write(Path(path), model_bytes(tower, tokenizer_json))
+
+
+def model_bytes(tower: OneR, tokenizer_json: str) -> bytes:
+    """Return the content of the file that `save_model` writes."""
+    return serialised(
         tower,
         {
             "format": FORMAT,
@@ -55,13 +61,17 @@ def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | N
     extra = dict(extra_metadata or {})
     if taken := own.keys() & extra.keys():
         raise ValueError(f"extra_metadata may not hold {', '.join(sorted(taken))}, which the file itself uses")
-    _write(Path(path), model, own | extra)
+    _write(Path(path), serialised(model, own | extra))
 
 
-def _write(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+def serialised(model: nn.Module, metadata: dict[str, str]) -> bytes:
+    """Return the weights of a module with some metadata as the content of a safetensors file, always the same bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return _ordered(save(tensors, metadata))
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = _ordered(save(tensors, metadata))
     write_atomic(path, lambda file: file.write(data))
 
 
@@ -106,7 +116,7 @@ def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = 
             content, so that its suffix does not matter. For the names that it may use see
             `oner_fast.models.state_files.unwrapped`.
         config: the sizes. By default they come from the file of `save_uta`. If given, positions of another grid are
-            resampled to its grid.
+            resampled to its grid, and in our own layout a patch embedding of another patch size too.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -145,7 +155,16 @@ def _converted(state: dict[str, Tensor], config: UTAConfig) -> dict[str, Tensor]
     if patches is None or patches.ndim != 2 or cls.shape != patches.shape[1:]:
         raise ValueError("patch_embedding.positions is missing, or does not fit cls_position")
     positions = torch.cat([cls.unsqueeze(0), patches])
-    return state | {"patch_embedding.positions": eva.resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]}
+    state |= {"patch_embedding.positions": resample_positions(positions.unsqueeze(0), config.grid)[0, 1:]}
+    name, channels = "patch_embedding.project.weight", len(config.image_mean)
+    # A weight of anything else than square patches is left for the comparison of shapes, which names it.
+    if name in state and state[name].ndim == 2 and _is_square(state[name].shape[1], channels):
+        state[name] = resample_patches(state[name], channels, config.patch_size)
+    return state
+
+
+def _is_square(count: int, channels: int) -> bool:
+    return count % channels == 0 and math.isqrt(count // channels) ** 2 * channels == count
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:

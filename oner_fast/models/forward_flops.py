@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from oner_fast.models.clip import CLIPConfig
 from oner_fast.models.oner import OneRConfig
 from oner_fast.models.uta import UTAConfig
 
@@ -46,6 +47,25 @@ def head_flops(config: OneRConfig, samples: int, predictor_hidden: int = 0) -> f
 def contrast_flops(pairs: int, embed_dim: int, symmetric_inputs: int = 1) -> float:
     """Count the forward of `symmetric_inputs` logit matrices of `pairs` x `pairs`."""
     return 2.0 * pairs * pairs * embed_dim * symmetric_inputs
+
+
+def clip_flops(config: CLIPConfig, text_lengths: Sequence[int]) -> float:
+    """Count one forward of both towers over pairs whose captions have `text_lengths` tokens, start and end included.
+
+    The last block of each tower computes only the token that is pooled. Attention over texts is causal.
+    """
+    c, images = config, [1 + config.grid**2] * len(text_lengths)
+    total = 0.0
+    for width, layers, lengths, causal in (
+        (c.vision_width, c.vision_layers, images, False),
+        (c.text_width, c.text_layers, text_lengths, True),
+    ):
+        for length in lengths:
+            seen = length * (length + 1) / 2 if causal else length**2
+            total += (layers - 1) * (24 * width**2 * length + 4 * width * seen)
+            total += 2 * width**2 * (2 * length + 10) + 4 * width * length + 2 * width * c.embed_dim
+    patches = c.grid**2 * len(text_lengths)
+    return total + 2 * len(c.image_mean) * c.patch_size**2 * c.vision_width * patches
 
 
 def uta_flops(config: UTAConfig, tokens_per_sample: Iterable[int], patches: int | None = None) -> float:

@@ -1,4 +1,4 @@
-"""OneR: one transformer tower for images, text and image+text (Jang et al., AAAI 2023, arXiv 2211.11153, section 3)."""
+"""OneR: one transformer tower for images, text and image+text (Jang et al., AAAI 2023, arXiv 2211.11153)."""
 
 from __future__ import annotations
 
@@ -200,7 +200,10 @@ class OneR(nn.Module):
         return {name: found[name] for name in outputs}
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Embed images (B, 3, S, S), uint8 or floats in [0, 1]: the projected F(I), (B, embed_dim), not normalised."""
+        """Embed images (B, 3, S, S), uint8 or floats in [0, 1]: the projected F(I), (B, embed_dim), not normalised.
+
+        S may be any multiple of the patch size: positions of another grid than the configuration's are resampled.
+        """
         return self._encode(Pass("image", image=ImageInput(images)))
 
     def encode_text(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A frozen CLIP as UTA's teacher (Liu et al., TMLR 2024, arXiv 2405.19009, section 2).
+"""A frozen CLIP as UTA's teacher (Liu et al., TMLR 2024, arXiv 2405.19009).
 
 It gives all of its image tokens in the joint space, and its text tower for zero-shot.
 """

@@ -6,11 +6,12 @@ map each output to the joint space of the CLIP teacher.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from oner_fast.models.resampling import resample_patches, resample_positions
 from oner_fast.nn import packed_rows
 from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.nn.linear import Linear
@@ -22,7 +23,7 @@ from oner_fast.ops.masked_gather import ragged_boundaries
 
 @dataclass(frozen=True)
 class UTAConfig:
-    """Sizes of the student; the defaults are the paper's B. Mean and standard deviation are CLIP's."""
+    """Sizes of the student; the defaults are B's. Mean and standard deviation are CLIP's."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -58,7 +59,7 @@ UTA_SIZES: dict[str, UTAConfig] = {
     "l": UTAConfig(336, 14, width=1024, depth=24, heads=16, mlp_hidden=2730),
     "g": UTAConfig(336, 14, width=1408, depth=40, heads=16, mlp_hidden=4096),
 }
-"""The paper's B, L and g, and one size for a CPU."""
+"""UTA's B, L and g, and `tiny`, our own size for a CPU."""
 
 
 class UTA(nn.Module):
@@ -87,17 +88,21 @@ class UTA(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         masked: Tensor | None = None,
+        branch_factors: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the outputs of [CLS] and of the kept patches in the joint space, not normalised.
 
         Args:
-            images: (B, C, S, S) uint8, or floating in [0, 1]; only the kept patches are read.
+            images: (B, C, S, S) uint8, or floating in [0, 1]; only the kept patches are read. S may be any multiple of
+                the patch size: positions of another grid than the configuration's are resampled.
             kept: the cells that enter, row-major, each at most once in an image: (B, K) int64, all where None; with
                 `cu_seqlens` flat, (T,).
             cu_seqlens: (B + 1,) int32, the boundaries of the images in a flat `kept`.
             masked: (B, N) bool, the same number in each image: these cells enter as the mask token with their position.
                 Only without `kept` and where `config.mask_token`, for the comparison "the same student, fed mask
                 tokens".
+            branch_factors: (2 * depth, B), the factors of each image's residual branches, from
+                `oner_fast.nn.drop_path.branch_factors`; none where None.
 
         Returns:
             (B, 1 + K, E), [CLS] first; with `cu_seqlens` the pair `(packed (T + B, E), cu_seqlens_out (B + 1,))`.
@@ -108,12 +113,18 @@ class UTA(nn.Module):
         if cu_seqlens is None:
             x, places = self._embed(images, kept, masked)
             tokens = x.shape[1]
-            outputs = self.head(self._run(x.flatten(0, 1), places.flatten(), _even(x), tokens))
+            factors = None if branch_factors is None else branch_factors.repeat_interleave(tokens, 1)
+            outputs = self.head(self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens, factors=factors))
             return outputs.unflatten(0, (-1, tokens))
         if kept is None or masked is not None:
             raise ValueError("cu_seqlens divides a flat kept: pass kept of shape (T,) and no masked")
         x, places, cu_seqlens_out = self._embed_packed(images, kept, cu_seqlens)
-        return self.head(self._run(x, places, cu_seqlens_out, 1 + self.config.cells)), cu_seqlens_out
+        factors = None
+        if branch_factors is not None:
+            lengths = cu_seqlens_out.diff().long()
+            factors = branch_factors.repeat_interleave(lengths, 1, output_size=x.shape[0])
+        longest = 1 + self._grid(images) ** 2
+        return self.head(self._run(images, x, places, cu_seqlens_out, longest, factors=factors)), cu_seqlens_out
 
     def encode_image(self, images: Tensor, projected: bool = True) -> Tensor:
         """Embed images (B, C, S, S), with all patches visible: the output of [CLS], (B, E), not normalised.
@@ -125,7 +136,7 @@ class UTA(nn.Module):
         batch, tokens = x.shape[:2]
         first = torch.arange(batch, device=x.device)
         kept = Kept(first * tokens, torch.arange(batch + 1, dtype=torch.int32, device=x.device))
-        outputs = self._run(x.flatten(0, 1), places.flatten(), _even(x), tokens, kept)
+        outputs = self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens, kept)
         return self.head(outputs) if projected else outputs
 
     def encode_patches(self, images: Tensor, projected: bool = True) -> Tensor:
@@ -134,13 +145,26 @@ class UTA(nn.Module):
         Where `projected` is false, returns the input of the head, (B, N, D).
         """
         x, places = self._embed(images, None, None)
-        outputs = self._run(x.flatten(0, 1), places.flatten(), _even(x), x.shape[1])
+        outputs = self._run(images, x.flatten(0, 1), places.flatten(), _even(x), x.shape[1])
         outputs = outputs.unflatten(0, (x.shape[0], -1))[:, 1:]
         return self.head(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2]) if projected else outputs
 
-    def _run(self, x: Tensor, places: Tensor, cu_seqlens: Tensor, longest: int, kept: Kept | None = None) -> Tensor:
-        rotation = self.rope(places, self.cls_token.dtype)
-        return self.trunk(x, rotation, cu_seqlens, longest, kept)
+    def _grid(self, images: Tensor) -> int:
+        """Return the number of patches along a side of images (B, C, S, S)."""
+        return images.shape[-1] // self.config.patch_size
+
+    def _run(
+        self,
+        images: Tensor,
+        x: Tensor,
+        places: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        kept: Kept | None = None,
+        factors: Tensor | None = None,
+    ) -> Tensor:
+        rotation = self.rope(places, self.cls_token.dtype, self._grid(images))
+        return self.trunk(x, rotation, cu_seqlens, longest, kept, factors)
 
     def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embed the trunk's input (B, 1 + K, D), and return the place of each of its tokens (B, 1 + K).
@@ -163,6 +187,33 @@ class UTA(nn.Module):
         x = packed_rows.select_rows(torch.cat([prefix, tokens]), rows)
         places = torch.cat([kept.new_zeros(1), kept + 1]).index_select(0, rows)
         return x, places, ragged_boundaries(cu_seqlens, 1)
+
+
+@torch.no_grad()
+def resampled(student: UTA, *, image_size: int, patch_size: int | None = None) -> UTA:
+    """Copy a student to another resolution or patch size: learned positions and patch embedding are resampled.
+
+    Rotary positions need nothing: each grid is rescaled to the same angles. For the resampling see
+    `oner_fast.models.resampling`.
+
+    Args:
+        student: the student, which stays as it is.
+        image_size: pixels along a side of the copy's images.
+        patch_size: pixels along a side of its patches; the student's where None.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of the patch size.
+    """
+    patch_size = student.config.patch_size if patch_size is None else patch_size
+    config = replace(student.config, image_size=image_size, patch_size=patch_size)
+    weight, positions = student.patch_embedding.project.weight, student.patch_embedding.positions
+    copy = UTA(config).to(device=weight.device, dtype=weight.dtype).train(student.training)
+    state = student.state_dict()
+    state["patch_embedding.project.weight"] = resample_patches(weight, len(config.image_mean), patch_size)
+    table = torch.cat([student.cls_position.unsqueeze(0), positions]).unsqueeze(0)
+    state["patch_embedding.positions"] = resample_positions(table, config.grid)[0, 1:]
+    copy.load_state_dict(state)
+    return copy
 
 
 def _even(x: Tensor) -> Tensor:

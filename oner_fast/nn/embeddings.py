@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from oner_fast import ops
 from oner_fast.nn.packed_rows import place_in_caption, select_rows
+from oner_fast.nn.positions import ResampledGrids
 
 
 class PatchEmbedding(nn.Module):
@@ -14,6 +15,9 @@ class PatchEmbedding(nn.Module):
 
     A masked cell becomes the mask token with the cell's position and keeps its place in the sequence. A dropped cell
     (patch dropout) is absent.
+
+    Images may have any square size that the patches divide. Positions of another grid than the table's are resampled
+    from it (`oner_fast.nn.positions`).
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class PatchEmbedding(nn.Module):
         self.mean, self.std = mean, std
         self.project = nn.Linear(len(mean) * patch_size**2, width)
         self.positions = nn.Parameter(torch.empty(self.grid**2, width))
+        self._resampled = ResampledGrids()
         self.mask_token = nn.Parameter(torch.empty(width)) if mask_token else None
         nn.init.trunc_normal_(self.positions, std=0.02)
         if self.mask_token is not None:
@@ -47,14 +52,14 @@ class PatchEmbedding(nn.Module):
             masked: (B, M) bool, with the same number of True in each row.
 
         Raises:
-            ValueError: the rows of `masked` differ in number, or the images have another size than the embedding's.
+            ValueError: the rows of `masked` differ in number, or the patches do not divide the images.
         """
-        self._check_size(images)
-        batch, count = images.shape[0], self.grid**2
+        positions = self.positions_of(images)
+        batch, count = images.shape[0], positions.shape[0]
         if cells is None:
             cells = torch.arange(count, device=images.device).expand(batch, count)
         if masked is None:
-            return self._embed(images, cells) + select_rows(self.positions, cells.flatten()).view(batch, -1, self.width)
+            return self._embed(images, cells) + select_rows(positions, cells.flatten()).view(batch, -1, self.width)
         if self.mask_token is None:
             raise ValueError("masked needs a mask token, and this embedding was built with mask_token=False")
         order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible cells first, in order
@@ -64,7 +69,7 @@ class PatchEmbedding(nn.Module):
         slots = torch.full_like(cells, batch * visible.shape[1])
         slots.scatter_(1, visible, torch.arange(visible.numel(), device=cells.device).view_as(visible))
         table = torch.cat([tokens.flatten(0, 1), self.mask_token.to(tokens.dtype).unsqueeze(0)])
-        placed = table.index_select(0, slots.flatten()) + select_rows(self.positions, cells.flatten())
+        placed = table.index_select(0, slots.flatten()) + select_rows(positions, cells.flatten())
         return placed.view(batch, -1, self.width)
 
     def packed(self, images: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -76,10 +81,25 @@ class PatchEmbedding(nn.Module):
             cu_seqlens: (B + 1,) int32, their boundaries.
 
         Raises:
-            ValueError: the images have another size than the embedding's.
+            ValueError: the patches do not divide the images.
         """
-        self._check_size(images)
-        return self._embed(images, cells, cu_seqlens) + select_rows(self.positions, cells)
+        return self._embed(images, cells, cu_seqlens) + select_rows(self.positions_of(images), cells)
+
+    def positions_of(self, images: Tensor) -> Tensor:
+        """Return the positions of the patches of images (B, C, S, S): (N, D), row-major.
+
+        Raises:
+            ValueError: the images are not square, or the patches do not divide them.
+        """
+        height, width = images.shape[-2:]
+        if height == width == self.image_size:
+            return self.positions
+        if height != width or width % self.patch_size or not width:
+            raise ValueError(
+                f"images must have shape (B, C, {self.image_size}, {self.image_size}), or another square size that is "
+                f"a multiple of the patch size {self.patch_size}, got {tuple(images.shape)}"
+            )
+        return self._resampled(self.positions, width // self.patch_size)
 
     @property
     def width(self) -> int:
@@ -100,11 +120,6 @@ class PatchEmbedding(nn.Module):
     def masked_places(cls, masked: Tensor) -> Tensor:
         """Cells of each image that are masked, ascending: (B, count) int64. Raises as `masked_count`."""
         return torch.argsort((~masked).to(torch.uint8), dim=1, stable=True)[:, : cls.masked_count(masked)]
-
-    def _check_size(self, images: Tensor) -> None:
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            size = self.image_size
-            raise ValueError(f"images must have shape (B, C, {size}, {size}), got {tuple(images.shape)}")
 
     def _embed(self, images: Tensor, kept: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         device = images.device.type

@@ -42,24 +42,36 @@ class RotaryPositions(nn.Module):
     def __init__(self, grid: int, head_dim: int, theta: float = 10000.0, rope_grid: int = 16) -> None:
         super().__init__()
         self.grid, self.head_dim, self.theta, self.rope_grid = grid, head_dim, theta, rope_grid
-        self.register_buffer("table", self._table(None), persistent=False)
+        self.register_buffer("table", self._table(grid, None), persistent=False)
+        self._others: dict[int, Tensor] = {}
 
-    def forward(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, places: Tensor, dtype: torch.dtype, grid: int | None = None) -> Tensor:
         """Gather the rotations for places (T,) int64, 0 for [CLS] and 1 + cell for a patch: (T, Dh / 2).
 
-        The result is complex64, or complex128 for float64.
+        The result is complex64, or complex128 for float64. `grid` is the number of cells along a side of the images
+        where it is another than the module's own; its table is kept.
         """
-        rows = self.table.index_select(0, places)
+        rows = self._table_of(grid or self.grid).index_select(0, places)
         return torch.view_as_complex(rows if dtype == torch.float64 else rows.float())
 
-    def _table(self, device: torch.device | None) -> Tensor:
-        angles = rope_angles(self.grid, self.head_dim, self.theta, self.rope_grid, device)
+    def _table_of(self, grid: int) -> Tensor:
+        if grid == self.grid:
+            return self.table
+        if grid not in self._others:
+            with torch.inference_mode(False):  # an ordinary tensor, for later calls with gradients too
+                self._others[grid] = self._table(grid, self.table.device)
+        return self._others[grid]
+
+    def _table(self, grid: int, device: torch.device | None) -> Tensor:
+        angles = rope_angles(grid, self.head_dim, self.theta, self.rope_grid, device)
         angles = torch.cat([torch.zeros_like(angles[:1]), angles])
         return torch.stack([angles.cos(), angles.sin()], dim=-1)  # [1 + N, Dh / 2, 2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryPositions:
         super()._apply(fn, recurse)
-        self.table = self._table(self.table.device)  # on the module's new device, in float64 also after a cast
+        self._others = {}
+        # On the module's new device, and in float64 also after a cast.
+        self.table = self._table(self.grid, self.table.device)
         return self
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from oner_fast import ops
+from oner_fast.nn.drop_path import BRANCHES
 from oner_fast.nn.linear import Linear, packed_linear
 from oner_fast.nn.rope import rotate_first
 from oner_fast.nn.swiglu import SwiGLU
@@ -72,12 +73,25 @@ class RotaryBlock(nn.Module):
         self.mlp = SwiGLU(width, mlp_hidden, eps)
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cu_seqlens: Tensor,
+        longest: int | None = None,
+        kept: Kept | None = None,
+        factors: Tensor | None = None,
     ) -> Tensor:
-        """Compute (T, D) -> (T, D), or (R, D) where `kept` names R rows; for the arguments see `RotaryAttention`."""
+        """Compute (T, D) -> (T, D), or (R, D) where `kept` names R rows; for the arguments see `RotaryAttention`.
+
+        `factors` (2, T), without `kept`, multiply the two branches of each token.
+        """
         mixed = self.attention(self.norm_attention(x), rotation, cu_seqlens, longest, kept)
-        x = (x if kept is None else x.index_select(0, kept.rows)) + mixed
-        return x + self.mlp(self.norm_mlp(x))
+        x = (x if kept is None else x.index_select(0, kept.rows)) + _scaled(mixed, factors, 0)
+        return x + _scaled(self.mlp(self.norm_mlp(x)), factors, 1)
+
+
+def _scaled(branch: Tensor, factors: Tensor | None, index: int) -> Tensor:
+    return branch if factors is None else branch * factors[index].to(branch.dtype).unsqueeze(1)
 
 
 class RotaryTrunk(nn.Module):
@@ -105,15 +119,23 @@ class RotaryTrunk(nn.Module):
                     out.weight.div_(math.sqrt(2 * layer))
 
     def forward(
-        self, x: Tensor, rotation: Tensor, cu_seqlens: Tensor, longest: int | None = None, kept: Kept | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cu_seqlens: Tensor,
+        longest: int | None = None,
+        kept: Kept | None = None,
+        factors: Tensor | None = None,
     ) -> Tensor:
         """Transform x (T, D), the embedded tokens of all sequences, and apply the final norm: (T, D).
 
         With `kept`, returns only these R rows, (R, D); the last block computes only keys and values of the others.
+        Without it, `factors` (2 * depth, T) may multiply the branches of each token (see `oner_fast.nn.drop_path`).
         """
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            given = (x, rotation, cu_seqlens, longest, kept if index == last else None)
+            branches = None if factors is None else factors[BRANCHES * index : BRANCHES * (index + 1)]
+            given = (x, rotation, cu_seqlens, longest, kept if index == last else None, branches)
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, *given, use_reentrant=False)
             else:

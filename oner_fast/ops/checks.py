@@ -294,6 +294,8 @@ def mixup_info_nce(
     partner: Tensor | None,
     partner_weight: Tensor | None,
     logit_bias: Tensor | float | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
     total: int | None,
 ) -> None:
     """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group).
@@ -331,9 +333,13 @@ def mixup_info_nce(
         if is_tensor(op, "partner_weight", partner_weight).dtype not in FLOATING:
             raise TypeError(f"{op}: partner_weight must be floating, got {partner_weight.dtype}")
         shape(op, "partner_weight", partner_weight, "(N,)", (rows,))
+    for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
+        if ids is not None:
+            shape(op, name, ids, "(N,)", (rows,))
     same_device(
         op, "query", query, key=key, query_other=query_other, key_other=key_other, partner=partner,
-        partner_weight=partner_weight, mix=mix if isinstance(mix, Tensor) and mix.ndim else None,
+        partner_weight=partner_weight, mix=mix if isinstance(mix, Tensor) and mix.ndim else None, query_ids=query_ids,
+        key_ids=key_ids,
     )  # fmt: skip
 
 
@@ -356,26 +362,47 @@ def _same_device_or_cpu(op: str, name: str, value: Tensor, query: Tensor) -> Non
 
 
 def contrast_options(
-    symmetric: bool, normalized: bool, query_ids: Tensor | None, key_ids: Tensor | None, same: str,
-    group: dist.ProcessGroup | None,
+    symmetric: bool, normalized: bool, partner: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None,
+    same: str, group: dist.ProcessGroup | None,
 ) -> None:  # fmt: skip
     """Check the options of `oner_fast.ops.mixup_info_nce` before any rank sends anything."""
     op = "mixup_info_nce"
     flag(op, "symmetric", symmetric)
     flag(op, "normalized", normalized)
     if not isinstance(same, str):
-        raise TypeError(f"{op}: same must be 'positive', got {type(same).__name__}")
-    if same != "positive":
-        raise ValueError(f"{op}: same must be 'positive', got {same!r}")
+        raise TypeError(f"{op}: same must be 'positive' or 'ignore', got {type(same).__name__}")
+    if same not in ("positive", "ignore"):
+        raise ValueError(f"{op}: same must be 'positive' or 'ignore', got {same!r}")
     for name, ids in (("query_ids", query_ids), ("key_ids", key_ids)):
-        if ids is not None:
-            raise NotImplementedError(f"{op}: {name} is reserved for a later version and must be None here")
+        if ids is not None and is_tensor(op, name, ids).dtype != torch.int64:
+            raise TypeError(f"{op}: {name} must be int64, got {ids.dtype}; pass {name}.long()")
+    if key_ids is not None and query_ids is None:
+        raise ValueError(f"{op}: key_ids was given without query_ids; alone, query_ids serves both sides")
+    if query_ids is not None and partner is not None:
+        raise ValueError(f"{op}: partner and query_ids both say what the targets of a row are; give one of them")
     if group is None:
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     if inside_vmap():
         raise ValueError(f"{op}: group= lets ranks exchange rows, which torch.vmap cannot batch; loop over the batch")
+
+
+_KINDS_OF_IDS = ("no ids", "same='ignore'", "same='positive'")
+
+
+def kind_of_ids(query_ids: Tensor | None, same: str) -> int:
+    """Return the number by which ranks tell each other what they were given."""
+    return 0 if query_ids is None else 1 if same == "ignore" else 2
+
+
+def ids_of_ranks(kinds: Sequence[int]) -> None:
+    """Raise ValueError on every rank unless all were given ids for the same purpose, or none."""
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            "mixup_info_nce: every rank must pass query_ids with the same `same`, or none of them; got "
+            + ", ".join(f"{_KINDS_OF_IDS[kind]} on rank {rank}" for rank, kind in enumerate(kinds))
+        )
 
 
 def varlen_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,19 +41,11 @@ class _SumLoss(torch.autograd.Function):
         return grads[0] * ctx.world, None
 
 
-def row_counts(rows: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, ...]:
-    """Return how many rows each rank of `group` holds; `rows` is the number of this rank's."""
-    return row_counts_and_any(rows, False, device, group)[0]
-
-
-def row_counts_and_any(
-    rows: int, flag: bool, device: torch.device, group: dist.ProcessGroup
-) -> tuple[tuple[int, ...], bool]:
-    """Return how many rows each rank of `group` holds, and whether `flag` is true on any rank, in one exchange."""
-    found = [torch.zeros(2, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, torch.tensor([rows, flag], dtype=torch.int64, device=device), group=group)
-    both = [each.tolist() for each in found]
-    return tuple(count for count, _ in both), any(given for _, given in both)
+def exchanged(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[tuple[int, ...]]:
+    """Exchange a few integers that every rank of `group` has, and return for each of them its value on every rank."""
+    found = [torch.zeros(len(numbers), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, torch.tensor(numbers, dtype=torch.int64, device=device), group=group)
+    return list(zip(*(each.tolist() for each in found), strict=True))
 
 
 def gather_rows_without_gradient(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:

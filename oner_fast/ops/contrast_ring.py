@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
+from oner_fast.ops.collectives import gather_rows_without_gradient
+from oner_fast.ops.same_ids import SamePairs
 
 PartnerSums = Callable[[Tensor, Tensor, int], Tensor]  # (partner (n,), values (n,), columns) -> (columns,)
 
@@ -59,6 +61,10 @@ class Ring:
     def owner(self, step: int) -> int:
         """The rank whose keys this rank works on at a step."""
         return (self.rank - step) % self.world
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Concatenate the (n, ...) tensors of all ranks in their order, without a gradient."""
+        return gather_rows_without_gradient(rows, self.sizes, self.group)
 
     def exchange(self, leaving: Parts, arriving: Parts) -> list[dist.Work]:
         """Start to send to the next rank and to receive from the one before; both sides skip empty tensors."""
@@ -161,6 +167,7 @@ class Rows:
     partner: Tensor | None  # (n,) global indices
     weight: Tensor | None  # (n,) of the partners
     partner_sums: PartnerSums
+    same: SamePairs | None  # this rank's queries and the keys of all ranks
 
     @property
     def count(self) -> int:
@@ -171,6 +178,10 @@ class Rows:
         first = ring.first(owner)
         partner = None if self.partner is None else self.partner - first
         return (*self.query, keys, None, None, None, self.logit_scale, partner, ring.first(ring.rank) - first)
+
+    def same_in(self, ring: Ring, owner: int) -> SamePairs | None:
+        """Return the ids for the keys of the rank `owner`."""
+        return None if self.same is None else self.same.block(ring.first(owner), ring.sizes[owner])
 
     def of_columns(self, partner: Tensor, values: Tensor, columns: int) -> Tensor:
         """For each column, sum the values of the rows whose partner is that column: (columns,).
@@ -194,7 +205,9 @@ def statistics(ring: Ring, rows: Rows, keys: Tensor, symmetric: bool) -> tuple[R
         if rows.count == 0 or columns == 0:
             return {}
         arguments = rows.against(ring, owner, block[Part.KEYS])
-        maximum, total, column_max, column_sum, own, shared = rows.raw.mixup_info_nce_statistics(*arguments, symmetric)
+        maximum, total, column_max, column_sum, own, shared = rows.raw.mixup_info_nce_statistics(
+            *arguments, symmetric, *(rows.same_in(ring, owner) or ())
+        )
         if owner == ring.rank:
             of_rows = RowStatistics(maximum, total, own, shared)
         else:
@@ -282,9 +295,11 @@ def gradients(
             if partner_weight is not None:
                 nearest = arguments[9].clamp(0, count - 1)  # a partner in another block has no term here
                 partner_weight = partner_weight * (1 + inverse_mass[0].index_select(0, nearest))
+        same = rows.same_in(ring, owner)
         *of_rows, to_keys, _, _, to_scale = rows.raw.mixup_info_nce_backward(
-            *arguments, row_max, row_weight, column_max, column_weight, own_weight, partner_weight, keys_wanted, True
-        )
+            *arguments, row_max, row_weight, column_max, column_weight, own_weight, partner_weight, keys_wanted, True,
+            *(same.of_backward(each) if same else ()),
+        )  # fmt: skip
         for so_far, one in zip(sums, (*of_rows, to_scale), strict=True):
             so_far += one
         return {Part.GRADIENTS: to_keys} if keys_wanted else {}

@@ -72,7 +72,7 @@ def _mixup_info_nce_backward(
     *rest: Any, **out: Any,
 ) -> int:  # fmt: skip
     """Count the logits again, then the gradient of query and, where wanted, that of key."""
-    need_key = bool(rest[-2])
+    need_key = bool(rest[12])
     return (2 + need_key) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
 
@@ -83,7 +83,7 @@ def _mixup_info_nce_backward_in_triton(
     """Count two products a side where each side recomputes the logits; wider rows recompute them once."""
     from oner_fast.kernels.mixup_info_nce_backward import keeps_tiles
 
-    need_key = bool(rest[-2])
+    need_key = bool(rest[11])
     mixed = query_other is not None or key_other is not None
     again = need_key and keeps_tiles(query, mixed, atomic=False)
     return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]

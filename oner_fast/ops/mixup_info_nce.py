@@ -1,4 +1,4 @@
-"""mixup_info_nce: the contrastive loss of ITC, XMC, CIC and CMC (OneR, section 3), and of CLIP."""
+"""mixup_info_nce: the contrastive loss of ITC, XMC, CIC and CMC (OneR), and of CLIP."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import checks, contrast_ring, reference
-from oner_fast.ops.collectives import row_counts_and_any
+from oner_fast.ops.collectives import exchanged
 from oner_fast.ops.contrast_ring import Ring, Rows
 from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import raw_ops, why_not_cuda, why_not_triton
 from oner_fast.ops.mixup_info_nce_raw import partner_sums
+from oner_fast.ops.same_ids import SamePairs, same_pairs
 from oner_fast.ops.serve import serve
 from oner_fast.ops.transforms import Values, differentiable
 from oner_fast.ops.unit_rows import through_normalisation, unit_rows
@@ -64,6 +65,10 @@ class _MixupInfoNce:
         mix: Tensor,
         partner: Tensor | None,
         partner_weight: Tensor | None,
+        query_code: Tensor | None,
+        key_code: Tensor | None,
+        row_share: Tensor | None,
+        column_share: Tensor | None,
         symmetric: bool,
         normalized: bool,
         ring: Ring | None,
@@ -76,21 +81,27 @@ class _MixupInfoNce:
         key_norm = None if normalized else raw.mixup_inverse_norms(key, key_other, mix)
         weight = _weight(partner, partner_weight, query)
         query_side = (query, query_other, mix, query_norm)
+        same = _same_pairs(query_code, key_code, row_share, column_share)
         column_max = column_sum = column_target = mass = None
         if ring is None:
             row_max, row_sum, *columns, own, shared = raw.mixup_info_nce_statistics(
-                *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, symmetric
+                *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, symmetric, *(same or ())
             )
             if symmetric:
                 column_max, column_sum = columns
                 column_target, mass = _column_targets(backend, partner, weight, own, shared)
         else:
-            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, backend))
+            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, backend), same)
             of_rows, of_columns = contrast_ring.statistics(ring, rows, _sent(key, key_other, mix, key_norm), symmetric)
             row_max, row_sum, own, shared = of_rows.maximum, of_rows.total, of_rows.own, of_rows.shared
             if of_columns is not None:
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
                 column_target = own if of_columns.target is None else of_columns.target
+        if row_share is not None and symmetric:
+            own = (
+                own / 2
+            )  # the sum of the targets of both directions; half of it is one logit where a pair stands alone
+            column_target = own
         target = own if weight is None else (1 - weight) * own + weight * shared
         # Summed in float64, so that the float32 result does not depend on the order of the sum. Sums are (1,) until the
         # end, since PyTorch's arithmetic fails on the 0-d tensors of an empty batch of torch.vmap.
@@ -116,8 +127,8 @@ class _MixupInfoNce:
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> Values:
         (
-            query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_norm, key_norm,
-            row_max, row_sum, column_max, column_sum, mass,
+            query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_code, key_code,
+            row_share, column_share, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass,
         ) = ctx.saved_tensors  # fmt: skip
         weight = _weight(partner, partner_weight, query)
         ring, need = ctx.ring, ctx.needs_input_grad
@@ -132,6 +143,9 @@ class _MixupInfoNce:
             share = _reciprocal(mass)
             own_weight = own_weight * (1 + share)
             column_sum = torch.where(mass == 0, math.inf, column_sum)  # so that its exponentials get the weight 0
+        same = _same_pairs(query_code, key_code, row_share, column_share)
+        if row_share is not None:
+            own_weight = each * row_share
         raw, query_side = raw_ops(ctx.backend), (query, query_other, mix, query_norm)
         if ring is None:
             partner_weight = None if weight is None else each * weight
@@ -140,10 +154,10 @@ class _MixupInfoNce:
             to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale = raw.mixup_info_nce_backward(
                 *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, row_max, each / row_sum,
                 column_max, None if column_sum is None else each / column_sum, own_weight, partner_weight, need_key,
-                False,
+                False, *(same.of_backward(each) if same else ()),
             )  # fmt: skip
         else:
-            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, ctx.backend))
+            rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, ctx.backend), same)
             columns = [x for x in (column_max, column_sum, share) if x is not None]
             found = contrast_ring.gradients(
                 ring, rows, _sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
@@ -166,8 +180,14 @@ class _MixupInfoNce:
             to_query_other if need[3] else None,
             to_key_other if need[4] else None,
             gradient_of_mix,
-            *(None,) * 7,
+            *(None,) * 11,
         )
+
+
+def _same_pairs(
+    query_code: Tensor | None, key_code: Tensor | None, row_share: Tensor | None, column_share: Tensor | None
+) -> SamePairs | None:
+    return None if query_code is None or key_code is None else SamePairs(query_code, key_code, row_share, column_share)
 
 
 _mixup_info_nce = differentiable("mixup_info_nce", _MixupInfoNce)
@@ -194,6 +214,9 @@ def _compiled(
     symmetric: bool,
     normalized: bool,
     logit_bias: Tensor | float | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    same: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     ring, keys_wanted = None, False
@@ -201,20 +224,29 @@ def _compiled(
         checks.matrix("mixup_info_nce", "query", query)
         own = (key, *(() if key_other is None else (key_other, mix)))
         wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
-        sizes, keys_wanted = row_counts_and_any(query.shape[0], wanted, query.device, group)
-        ring = Ring(sizes, group)
+        kind = checks.kind_of_ids(query_ids, same)
+        sizes, wanting, kinds = exchanged((query.shape[0], wanted, kind), query.device, group)
+        checks.ids_of_ranks(kinds)
+        keys_wanted, ring = any(wanting), Ring(sizes, group)
     total = None if ring is None else ring.total
     checks.mixup_info_nce(
-        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, total
-    )
+        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids, key_ids,
+        total,
+    )  # fmt: skip
     dtype = statistics_dtype(query)
     if isinstance(logit_scale, Tensor):
         scale = logit_scale.reshape(()) if logit_scale.ndim else logit_scale
     else:
         scale = _number(logit_scale, widest_dtype(query.device), query.device)
     share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
+    pairs: tuple[Tensor | None, ...] = (None,) * 4
+    if query_ids is not None:
+        gather, first = (None, 0) if ring is None else (ring.gather, ring.first(ring.rank))
+        pairs = same_pairs(
+            query, query_ids, key_ids, positive=same == "positive", symmetric=symmetric, gather=gather, first=first
+        )
     loss: Tensor = _mixup_info_nce(
-        query, key, scale, query_other, key_other, share, partner, partner_weight, symmetric, normalized, ring,
+        query, key, scale, query_other, key_other, share, partner, partner_weight, *pairs, symmetric, normalized, ring,
         keys_wanted, backend,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
@@ -298,7 +330,7 @@ def mixup_info_nce(
     group: dist.ProcessGroup | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Compute InfoNCE of two sets of embeddings, optionally mixed, with targets optionally shared with a partner.
+    """Compute InfoNCE of two sets of embeddings, optionally mixed, with targets shared with a partner or by ids.
 
     With normalise(x) = x / |x|, the rows are q = normalise(query), or normalise((1 - mix) query + mix query_other), and
     k likewise. A row with |x| < 1e-12 counts as a row of zeros: it stays zero and takes a gradient of 0. A row whose
@@ -327,9 +359,12 @@ def mixup_info_nce(
         logit_bias: a finite number or a floating-point tensor of shape () or (1,) that is added to every logit. A
             softmax does not change with it, so the loss is the same and the gradient of a tensor is 0. A tensor that
             is not finite makes the loss NaN, and its gradients.
-        query_ids: reserved for the ids of the queries, (N,) int64; this version takes None alone.
-        key_ids: reserved for the ids of the keys, (N,) int64; this version takes None alone.
-        same: what a pair of different rows with the same id will be; this version knows "positive", a further target.
+        query_ids: (N,) int64, the ids of the queries, such as hashes of captions. Any value is an id except -1, which
+            equals no id. `partner` cannot be given beside it. With `group`, every rank gives ids or none does.
+        key_ids: (N,) int64, the ids of the keys; those of the queries by default.
+        same: what query i and key j != i are to each other where their ids are equal. With "positive", the targets of a
+            row are its own key and all such keys, with equal weights; those of a column likewise. With "ignore", such
+            pairs leave the sums of their row and their column; the own pair never does.
         group: compute the loss of the batch that the ranks hold together, in rank order; local N may differ. Every rank
             returns that loss. Gradients are W times the derivative (W ranks), so that the mean that DDP takes is the
             gradient of a single process.
@@ -340,16 +375,17 @@ def mixup_info_nce(
 
     Raises:
         TypeError: a dtype does not fit, or an argument is no tensor.
-        ValueError: a shape or device does not fit, `partner_weight` is given without `partner`, or `same` is unknown.
+        ValueError: a shape or device does not fit, `partner_weight` is given without `partner`, `key_ids` without
+            `query_ids` or ids beside `partner`, `same` is unknown, or ranks differ in what they give.
         IndexError: a value of `partner` is out of range. On CUDA, values are checked only with `ONER_FAST_DEBUG=1`.
-        NotImplementedError: ids are given.
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("mixup_info_nce", "query", query)
-    checks.contrast_options(symmetric, normalized, query_ids, key_ids, same, group)
+    checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
     query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
-        partner_weight=partner_weight, symmetric=symmetric, normalized=normalized, logit_bias=logit_bias, group=group,
+        partner_weight=partner_weight, symmetric=symmetric, normalized=normalized, logit_bias=logit_bias,
+        query_ids=query_ids, key_ids=key_ids, same=same, group=group,
     )  # fmt: skip
     return loss

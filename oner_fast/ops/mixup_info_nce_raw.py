@@ -4,6 +4,11 @@ A side is x (N, D), perhaps another tensor that is mixed into it, the mix, and t
 norms the rows enter the logits as they are, mixed. Backward returns for each side the gradients of x, of the other and
 of the mix of each row. With `key_sums` it returns instead the gradient with respect to the keys of the logits, in the
 dtype of statistics: ranks add these up, and the owner of the keys backpropagates through its norms and its mix.
+
+Codes (int32, of M queries and N keys) mark further pairs: those whose codes are equal. Without shares these leave the
+sums of their row and their column, unless they are an own pair. With shares they are targets, and so is the own pair:
+forward returns for each row the sum of (row_share + column_share) times the logit over its targets, in the place of the
+own pair's logit. Backward takes the shares as own_weight and column_share. Partners and codes exclude each other.
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ def _inverse_norms_shape(x: Tensor, other: Tensor | None, mix: Tensor | None) ->
     + _SIDE.format("query")
     + "Tensor? query_inverse_norm, "
     + _SIDE.format("key")
-    + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, bool columns_too) "
+    + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, bool columns_too, "
+    "Tensor? query_code=None, Tensor? key_code=None, Tensor? row_share=None, Tensor? column_share=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton="mixup_info_nce.statistics",
     portable=True,
@@ -49,6 +55,10 @@ def _statistics_shape(
     partner: Tensor | None,
     first_pair: int,
     columns_too: bool,
+    query_code: Tensor | None = None,
+    key_code: Tensor | None = None,
+    row_share: Tensor | None = None,
+    column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     rows, columns = query.shape[0], key.shape[0] if columns_too else 0
     sizes = (rows, rows, columns, columns, rows, 0 if partner is None else rows)
@@ -62,7 +72,8 @@ def _statistics_shape(
     + _SIDE.format("key")
     + "Tensor? key_inverse_norm, Tensor logit_scale, Tensor? partner, SymInt first_pair, Tensor row_max, "
     "Tensor row_weight, Tensor? column_max, Tensor? column_weight, Tensor own_weight, Tensor? partner_weight, "
-    "bool need_key, bool key_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool need_key, bool key_sums, Tensor? query_code=None, Tensor? key_code=None, Tensor? column_share=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton="mixup_info_nce.backward",
     atomic="mixup_info_nce.backward_with_atomics",
     portable=True,
@@ -87,6 +98,9 @@ def _backward_shape(
     partner_weight: Tensor | None,
     need_key: bool,
     key_sums: bool,
+    query_code: Tensor | None = None,
+    key_code: Tensor | None = None,
+    column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     def side(x: Tensor, other: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
         one_a_row = x.new_empty(0 if other is None else x.shape[0], dtype=wide)

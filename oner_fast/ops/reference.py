@@ -18,7 +18,7 @@ from torch import Tensor
 
 from oner_fast.ops import checks
 from oner_fast.ops.by_length import attend_by_length
-from oner_fast.ops.collectives import gather_rows, gather_rows_without_gradient, row_counts, sum_loss
+from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 
 LEAST_NORM = 1e-12  # a shorter row has no direction
 
@@ -150,16 +150,27 @@ def mixup_info_nce(
     P[i, i] += 1 - w_i and P[i, partner_i] += w_i. Those of column j are P[:, j] / sum_i P[i, j]; a column whose sum is
     0 adds nothing. Both means divide by N. With `group` the batch is that of all ranks, concatenated in rank order.
     The result is 0-d.
+
+    With ids, let M[i, j] say that i = j, or that query_ids[i] = key_ids[j] and this id is not -1. `key_ids` is
+    `query_ids` where it is not given. With `same="positive"`, the targets of row i are M[i, :] / sum_j M[i, j], and
+    those of column j are M[:, j] / sum_i M[i, j]. With `same="ignore"`, the target is the diagonal, and a pair with
+    i != j and M[i, j] leaves the sum of exponentials of its row and that of its column. Without `symmetric` there is no
+    column term, as without ids. Ids and `partner` cannot be given together: both define the targets.
     """
-    checks.contrast_options(symmetric, normalized, query_ids, key_ids, same, group)
+    checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
     query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     if group is not None:
         checks.matrix("mixup_info_nce", "query", query)
-    sizes = None if group is None else row_counts(query.shape[0], query.device, group)
+    sizes = None
+    if group is not None:
+        kind = checks.kind_of_ids(query_ids, same)
+        sizes, kinds = exchanged((query.shape[0], kind), query.device, group)
+        checks.ids_of_ranks(kinds)
     total = None if sizes is None else sum(sizes)
     checks.mixup_info_nce(
-        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, total
-    )
+        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids, key_ids,
+        total,
+    )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
         q, k = (q, k) if normalized else (unit(q), unit(k))
@@ -178,11 +189,31 @@ def mixup_info_nce(
             logits = scale * (q @ gather_rows(k, sizes, group).T) + bias  # [n, N]
             transposed = scale * (k @ gather_rows(q, sizes, group).T) + bias if symmetric else logits  # [n, N]
         own = torch.arange(rows, device=q.device)
-        loss = _row_entropy(logits, own, start, partner, weight).sum()
-        if symmetric:
-            loss = (loss + _column_entropy(transposed, own, start, all_partner, all_weight).sum()) / 2
+        if query_ids is None:
+            loss = _row_entropy(logits, own, start, partner, weight).sum()
+            if symmetric:
+                loss = (loss + _column_entropy(transposed, own, start, all_partner, all_weight).sum()) / 2
+        else:
+            ids, others = query_ids, query_ids if key_ids is None else key_ids
+            all_ids, all_others = ids, others
+            if group is not None and sizes is not None:
+                all_ids, all_others = (gather_rows_without_gradient(x, sizes, group) for x in (ids, others))
+            loss = _entropy_with_ids(logits, own + start, ids, all_others, same).sum()
+            if symmetric:
+                loss = (loss + _entropy_with_ids(transposed, own + start, others, all_ids, same).sum()) / 2
         loss = loss / (rows if total is None else total)
         return loss if group is None else sum_loss(loss, group)
+
+
+def _entropy_with_ids(logits: Tensor, own: Tensor, ids: Tensor, others: Tensor, same: str) -> Tensor:
+    """Return the cross-entropy of each row, (n,), with ids (n,) of rows and others (N,) of columns; own (n,)."""
+    diagonal = own.unsqueeze(1) == torch.arange(others.shape[0], device=own.device)
+    equal = (ids.unsqueeze(1) == others) & (ids != -1).unsqueeze(1)
+    if same == "ignore":
+        logits = logits.masked_fill(equal & ~diagonal, float("-inf"))
+        return logits.logsumexp(dim=1) - logits.gather(1, own.unsqueeze(1)).squeeze(1)
+    positive = equal | diagonal
+    return logits.logsumexp(dim=1) - torch.where(positive, logits, 0.0).sum(1) / positive.sum(1)
 
 
 def _row_entropy(logits: Tensor, own: Tensor, start: int, partner: Tensor | None, weight: Tensor) -> Tensor:

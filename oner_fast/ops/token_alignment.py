@@ -1,4 +1,4 @@
-"""token_alignment: minus the mean cosine of student and teacher tokens, the loss of UTA (section 3.1)."""
+"""token_alignment: minus the mean cosine of student and teacher tokens, the loss of UTA."""
 
 from __future__ import annotations
 

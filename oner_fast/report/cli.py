@@ -11,8 +11,9 @@ import tyro
 import oner_fast
 from oner_fast.atomic import remove_leftovers, write_atomic
 from oner_fast.boundary import guarded
+from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
-from oner_fast.evaluation.folder import check_run, find_data, unnamed_split
+from oner_fast.evaluation.folder import check_run, find_data, refuse_training_pairs, unnamed_split
 from oner_fast.evaluation.record import read_record
 
 
@@ -24,8 +25,8 @@ class Options:
     """The run folder."""
     data: str | None = None
     """Data that the examples come from, in any form that --train-data takes; the run's own by default."""
-    split: str = "val"
-    """Split that the examples come from."""
+    split: str | None = None
+    """Split that the examples come from; by default `val`, or else the training pairs, which the page then says."""
     device: str = "cpu"
     """Device of the model: cpu, cuda, cuda:1, ..."""
     seed: int = 0
@@ -48,13 +49,12 @@ def _run(argv: Sequence[str]) -> int:
 def report(options: Options, loaded: Any = None) -> Path:
     """Write the report and return its path. `loaded` avoids loading the model again."""
     check_run(options.run)
-    data, split = _data_and_split(options)
+    data, split, dataset = _examples(options)
 
     from oner_fast.evaluation.run import has_joint_pass
     from oner_fast.report import content, gallery
     from oner_fast.report.page import render
 
-    dataset = open_split(data, split)
     figures = options.run / "figures"
     figures.mkdir(exist_ok=True)
     for folder in (options.run, figures):
@@ -68,6 +68,7 @@ def report(options: Options, loaded: Any = None) -> Path:
         {
             "name": name,
             "split": split,
+            "examples_held_out": split != "train",
             "seed": options.seed,
             **content.training_content(options.run, figures),
             **content.evaluation_content(read_record(options.run)),
@@ -83,13 +84,21 @@ def report(options: Options, loaded: Any = None) -> Path:
     return path
 
 
-def _data_and_split(options: Options) -> tuple[str, str]:
-    """Find the data and the split that the examples come from. Raises ValueError where the data lack the split."""
+def _examples(options: Options) -> tuple[str, str, PairDataset]:
+    """Find the data and the split that the examples come from, and open them.
+
+    Raises ValueError where the data lack the split, or another split than `train` holds pairs of the training.
+    """
     data = find_data(options.run, options.data)
-    known = splits_of(data, unnamed_split(options.run, data, given=options.data is not None))
-    if options.split not in known:
-        raise ValueError(f"{data} has no split {options.split!r}; it has {', '.join(known)}: give --split or --data")
-    return data, options.split
+    unnamed = unnamed_split(options.run, data)
+    known = splits_of(data, unnamed)
+    split = options.split or ("train" if known == ["train"] else "val")
+    if split not in known:
+        raise ValueError(f"{data} has no split {split!r}; it has {', '.join(known)}: give --split or --data")
+    dataset = open_split(data, split, unnamed)
+    if split != "train":
+        refuse_training_pairs(options.run, dataset)
+    return data, split, dataset
 
 
 def figures_folder(run: Path) -> list[Path]:

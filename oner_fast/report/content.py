@@ -12,16 +12,25 @@ import torch
 from PIL import Image
 
 from oner_fast import bounded_json
-from oner_fast.data.dataset import PairDataset
+from oner_fast.data.dataset import PairDataset, sources_of
 from oner_fast.data.images import decode
 from oner_fast.evaluation.composed import composed_queries
 from oner_fast.evaluation.embed import Encoder, JointEncoder, SplitEmbeddings, embed_split
 from oner_fast.evaluation.folder import processor, read_config, read_metrics, recipe_of
 from oner_fast.evaluation.modality_gap import Snapshot, load_snapshots, modality_gap, spread
+from oner_fast.evaluation.record import part_of
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
+from oner_fast.evaluation.score_lines import fused_shares, scores_of
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
 from oner_fast.report.attribution import count, credits_of
-from oner_fast.report.curves import gap_chart, loss_charts, series, speed_charts
+from oner_fast.report.curves import (
+    evaluation_charts,
+    gap_chart,
+    loss_charts,
+    series,
+    space_gap_chart,
+    speed_charts,
+)
 from oner_fast.report.examples import composed_examples, image_examples, text_examples
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
@@ -43,7 +52,8 @@ def training_content(run: Path, figures: Path) -> dict[str, Any]:
         "loss": total,
         "loss_parts": parts,
         "speed": speed_charts(metrics, figures),
-        "gap": [gap_chart(snapshots, figures)] if snapshots else [],
+        "evaluated": evaluation_charts(metrics, figures),
+        "gap": [gap_chart(snapshots, figures), *space_gap_chart(metrics, figures)] if snapshots else [],
         "maps": map_charts(snapshots, figures),
         "map_steps": [snapshot.step for snapshot in shown_snapshots(snapshots)],
         "steps": last.get("step"),
@@ -94,7 +104,8 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         majority = figures.get("majority")
         line |= {"cells": cells, "majority": None if majority is None else float(majority)}
         classes.setdefault(pictures, []).append(line)
-    main = "val" if "val" in evaluation else next((row for row, _, _ in rows(evaluation)), None)
+    both_ways = (row for row, direction, _ in rows(evaluation) if direction == "image_to_text")
+    main = "val" if "val" in evaluation else next(both_ways, None)
     figures = evaluation.get(main, {}) if main else {}
     sizes: dict[str, Any] = {}
     if any(name in figures for name in DIRECTIONS):  # the summary names both directions
@@ -102,10 +113,22 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
         for name in ("image_to_text", "text_to_image"):
             sizes[name] = {"gallery": int(figures[name]["gallery"])}
     composed = figures.get("image_text_to_image")
+    fused = fused_shares(composed, 10) if composed and "fusions" in composed else []
     return {
         "table": table,
         "classifications": classes,
         "main": sizes,
+        "spaces": [
+            {
+                "name": space,
+                "cells": [_cell(found[name], 10) for name in ("image_to_text", "text_to_image")],
+                "zero_shot": _cell(found["zero_shot"], 1, "top") if "zero_shot" in found else None,
+                "gap": None if "modality_gap" not in found else float(found["modality_gap"]),
+            }
+            for space, found in figures.get("spaces", {}).items()
+        ],
+        "figures_held_out": not all(part_of(key).startswith("train") for key, _, _ in rows(evaluation)),
+        "main_held_out": main is not None and not part_of(main).startswith("train"),
         "headline": {name: _cell(figures[name], 10) for name in DIRECTIONS if name in figures},
         "composed": composed
         and {
@@ -115,6 +138,15 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, Any]:
                 ("image", composed["image_only"]),
                 ("text", composed["text_only"]),
             )
+        },
+        "fused": [
+            {"title": title, "value": percent(share), "best": share == max(each for _, each in fused)}
+            for title, share in fused
+        ],
+        "scores": {
+            split_title(key): found
+            for key, entry in evaluation.items()
+            if isinstance(entry, dict) and "localisation" in entry and (found := list(scores_of(entry)))
         },
         "about": evaluation.get("about", {}),
     }
@@ -148,8 +180,7 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
 
 def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
-    listing = Path(data) / "dataset.json" if data else None
-    described = bounded_json.load_object(listing.read_bytes(), str(listing)) if listing and listing.is_file() else {}
+    described = _described(data) if data else {}
     config = read_config(run)
     return {
         "config": list(flattened(config)),
@@ -163,6 +194,16 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
         "processor": processor(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _described(data: str) -> dict[str, Any]:
+    """Read `dataset.json` of the data; of several sources, that of the first, with the attribution of all."""
+    listings = [Path(source) / "dataset.json" for source in sources_of(data)]
+    every = [bounded_json.load_object(one.read_bytes(), str(one)) for one in listings if one.is_file()]
+    if len(every) < 2:
+        return every[0] if every else {}
+    credited = [one["attribution"] for one in every if isinstance(one.get("attribution"), list)]
+    return every[0] | {"attribution": [credit for several in credited for credit in several]}
 
 
 def _sizes(described: dict[str, Any]) -> dict[str, dict[str, int]]:

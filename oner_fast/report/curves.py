@@ -28,6 +28,10 @@ SPEED_NAMES = {
     "grad_norm": ("Norm of the gradient", 1.0),
 }
 
+EVALUATION_NAMES = {
+    "eval/mean_recall": ("Mean of R@1, R@5 and R@10 on held-out pairs, %", 100.0),
+    "eval/zero_shot/top1": ("Zero-shot classification, top-1 in %", 100.0),
+}
 
 LARGEST = 1e30  # a larger value is damage or divergence, and no chart can show it
 
@@ -81,12 +85,23 @@ def _printable(text: str) -> str:
 
 def speed_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
     """Chart pairs a second, MFU, the share of time spent waiting for data and the gradient norm, where logged."""
+    return _charts(SPEED_NAMES, "speed", metrics, folder)
+
+
+def evaluation_charts(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
+    """Chart what `--eval-every` measured, where logged."""
+    return _charts(EVALUATION_NAMES, "evaluation", metrics, folder)
+
+
+def _charts(
+    names: dict[str, tuple[str, float]], kind: str, metrics: Sequence[dict[str, Any]], folder: Path
+) -> list[dict[str, str]]:
     charts = []
-    for key, (title, factor) in SPEED_NAMES.items():
+    for key, (title, factor) in names.items():
         steps, values = series(metrics, key)
         if values:
             scaled = [factor * value for value in values]
-            name = f"speed-{key.replace('_', '-')}"
+            name = f"{kind}-{re.sub('[^a-z0-9]', '-', key.removeprefix('eval/'))}"
             charts.append(_curve(name, title, steps, scaled, "ink", folder, from_zero=True))
     return charts
 
@@ -113,6 +128,29 @@ def gap_chart(snapshots: Sequence[Snapshot], folder: Path) -> dict[str, str]:
         _dress(axes, "Distance between the centroids, and spread", steps)
 
     return chart("modality-gap", draw, folder, size=(5.0, 3.0), right=1.15)
+
+
+SPACE_COLOURS = {"backbone": "muted", "projection": "joint", "predictor": "text", "teacher": "image"}
+
+
+def space_gap_chart(metrics: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, str]]:
+    """Chart the logged modality gap in each space, of the same held-out pairs; nothing for fewer than two spaces."""
+    found = {space: series(metrics, f"gap/{space}") for space in SPACE_COLOURS}
+    lines = {space: curve for space, curve in found.items() if curve[0]}
+    if len(lines) < 2:
+        return []
+    steps = max((curve[0] for curve in lines.values()), key=len)
+    top = max(max(values) for _, values in lines.values()) * 1.12 or 1
+
+    def draw(axes: Axes) -> None:
+        for space, (places, values) in lines.items():
+            axes.plot(places, values, color=COLOURS[SPACE_COLOURS[space]], linewidth=1.8, clip_on=False)
+        axes.set_ylim(0, top)
+        ends = [(values[-1], space, SPACE_COLOURS[space]) for space, (_, values) in lines.items()]
+        _label_ends(axes, steps[-1], ends, top)
+        _dress(axes, "The gap in each space", steps)
+
+    return [chart("gap-by-space", draw, folder, size=(5.0, 3.0), right=1.15)]
 
 
 def _label_ends(axes: Axes, x: float, ends: list[tuple[float, str, str]], height: float) -> None:

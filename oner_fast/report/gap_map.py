@@ -27,19 +27,31 @@ def map_charts(snapshots: Sequence[Snapshot], folder: Path) -> list[dict[str, st
     if not shown:
         return []
     basis = fit_basis(shown)
-    everything = torch.cat([basis.project(part) for one in shown for part in (one.image, one.text)])
-    low, high = everything.amin(0), everything.amax(0)
-    middle, half = (low + high) / 2, float((high - low).max()) / 2 * 1.06 or 1.0
-    limits = [(float(centre) - half, float(centre) + half) for centre in middle]
+    limits = limits_of(shown, basis)
     return [
-        chart(f"map-{number}", _panel(one, basis, limits, legend=number == 1), folder, size=(3.4, 3.66), **MARGINS)
+        chart(
+            f"map-{number}",
+            panel(one, basis, limits, title=f"step {one.step:,}", legend=number == 1),
+            folder,
+            size=(3.4, 3.66),
+            **MARGINS,
+        )
         for number, one in enumerate(shown, start=1)
     ]
 
 
-def _panel(
-    snapshot: Snapshot, basis: PcaBasis, limits: list[tuple[float, float]], *, legend: bool
+def limits_of(snapshots: Sequence[Snapshot], basis: PcaBasis) -> list[tuple[float, float]]:
+    """Return the limits of both axes, equally long, that hold every point of some snapshots."""
+    everything = torch.cat([basis.project(part) for one in snapshots for part in (one.image, one.text)])
+    low, high = everything.amin(0), everything.amax(0)
+    middle, half = (low + high) / 2, float((high - low).max()) / 2 * 1.06 or 1.0
+    return [(float(centre) - half, float(centre) + half) for centre in middle]
+
+
+def panel(
+    snapshot: Snapshot, basis: PcaBasis, limits: list[tuple[float, float]], *, title: str, legend: bool
 ) -> Callable[[Axes], None]:
+    """Return a function that draws one map, with its gap beside the title."""
     image, text = (basis.project(part).numpy() for part in (snapshot.image, snapshot.text))
     centres = numpy.stack([image.mean(0), text.mean(0)])
     gap = modality_gap(snapshot.image, snapshot.text)
@@ -80,7 +92,7 @@ def _panel(
         axes.set_yticks([])
         for side in axes.spines.values():
             side.set_visible(True)
-        axes.set_title(f"step {snapshot.step:,}", loc="left", fontsize=9.5, fontweight="bold", pad=6)
+        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", pad=6)
         axes.set_title(f"gap {gap:.2f}", loc="right", fontsize=9.5, color=COLOURS["muted"], pad=6)
         if not legend:
             return

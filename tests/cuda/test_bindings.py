@@ -154,6 +154,27 @@ def test_the_statistics_of_the_contrast(emulated: Any, width: int) -> None:
              rtol=2e-2, atol=2e-2)  # fmt: skip
 
 
+@pytest.mark.parametrize("positive", [True, False])
+def test_the_statistics_of_pairs_with_equal_codes(emulated: Any, positive: bool) -> None:
+    plain, generator = torch.ops.oner_fast_portable, torch.Generator().manual_seed(0)
+    query, key = (torch.randn(6, 8, generator=generator).half() for _ in range(2))
+    norms = [1 / one.float().norm(dim=1) for one in (query, key)]
+    codes = torch.tensor([[0, 0, 1, -1, 3, 0], [0, 1, 1, -2, 3, 3]], dtype=torch.int32)
+    shares = tuple(torch.rand(2, 6, generator=generator)) if positive else (None, None)
+    call = (query, None, None, norms[0], key, None, None, norms[1], torch.tensor(5.0), None, 0, True)
+    same(emulated.mixup_info_nce_statistics(*call, *codes, *shares),
+         plain.mixup_info_nce_statistics(*call, *codes, *shares), rtol=2e-3, atol=2e-3)  # fmt: skip
+    for wrong, message in (
+        ((codes[0], None), "codes of both sides come together"),
+        ((codes[0].long(), codes[1]), "query_code must be"),
+        ((*codes, torch.ones(6), None), "shares of both sides"),
+    ):
+        with pytest.raises(REFUSED, match=message):
+            emulated.mixup_info_nce_statistics(*call, *wrong)
+    with pytest.raises(REFUSED, match="codes and partners exclude each other"):
+        emulated.mixup_info_nce_statistics(*call[:9], torch.zeros(6, dtype=torch.int64), 0, True, *codes)
+
+
 def test_without_keys_no_kernel_runs(emulated: Any) -> None:
     query, key = torch.randn(2, 8).half(), torch.randn(0, 8).half()
     found = emulated.mixup_info_nce_statistics(

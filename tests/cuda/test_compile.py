@@ -63,7 +63,13 @@ def test_compiles_without_spills(
     assert not spilled
     limit = shared_block_limit(target)
     assert limit is not None
-    assert all(0 < each["registers"] <= 128 and each["shared"] <= limit for each in kernels)
+    assert all(0 < each["registers"] <= most_registers(each["kernel"]) and each["shared"] <= limit for each in kernels)
+
+
+def most_registers(kernel: str) -> int:
+    """Return 128, so that two blocks of 256 threads are resident; 255 where ids leave room for one (decision 042)."""
+    ids = re.search(r"mixup_statistics\w*Lb([01])ELNS1_4SameE([12])E", kernel)
+    return 255 if ids and ids.groups() != ("1", "2") else 128
 
 
 @pytest.mark.slow

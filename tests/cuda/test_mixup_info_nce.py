@@ -36,7 +36,8 @@ def pack(
 
 def statistics(
     lib: Any, query: Tensor, query_factor: Tensor | None, key: Tensor, key_factor: Tensor | None, scale: float,
-    partner: Tensor | None = None, first_pair: int = 0, columns_too: bool = True, plan: Any = None, **settings: Any,
+    partner: Tensor | None = None, first_pair: int = 0, columns_too: bool = True, plan: Any = None,
+    codes: tuple[Tensor, ...] = (), **settings: Any,
 ) -> list[Tensor]:  # fmt: skip
     rows, columns = query.shape[0], key.shape[0]
     if plan is None:
@@ -50,6 +51,9 @@ def statistics(
     scratch = dict(row_parts=lib.poison(2, given["column_chunks"], rows, dtype=torch.float32))
     if columns_too:
         scratch["column_parts"] = lib.poison(2, given["row_chunks"], columns, dtype=torch.float32)
+    if len(codes) == 4:
+        scratch["own_parts"] = lib.poison(given["column_chunks"], rows, dtype=torch.float32)
+    asked |= dict(zip(("query_code", "key_code", "row_share", "column_share"), codes, strict=False))
     lib.call("mixup_statistics", dict(
         query=query, key=key, query_factor=query_factor, key_factor=key_factor, scale=torch.tensor([scale]),
         partner=partner, query_stride=query.stride(0), key_stride=key.stride(0), first_pair=first_pair, rows=rows,
@@ -170,6 +174,53 @@ def test_rows_without_norms_are_taken_as_they_are(library: Any) -> None:
     exact = 0.7 * x.double() + 0.3 * other.double()
     assert ones.eq(1).all() and ((mixed.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
     check(statistics(lib, mixed, ones, key, None, 0.5), 0.5 * mixed.double() @ key.double().T, 0, None, 2e-5)
+
+
+@pytest.mark.parametrize("columns_too", [True, False])
+@pytest.mark.parametrize("plan", [None, (1, 1, 2, 3), (1, 2, 2, 2)])
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pairs_with_equal_codes(
+    library: Any, dtype: torch.dtype, positive: bool, plan: tuple[int, ...] | None, columns_too: bool
+) -> None:
+    """Small classes, codes that nobody shares, and own pairs inside and outside of the keys."""
+    if dtype == torch.float16 and plan:
+        pytest.skip("the same kernel")
+    lib, scale, first_pair = library("mixup_info_nce"), 20.0, 190
+    (query, of_query), (key, of_key) = side(200, 40, dtype, 1), side(300, 40, dtype, 2)
+    generator = torch.Generator().manual_seed(4)
+    query_code = torch.randint(-1, 40, (200,), generator=generator, dtype=torch.int32)
+    key_code = torch.randint(-2, 40, (300,), generator=generator, dtype=torch.int32)
+    key_code[key_code == -1] = -2
+    shares = [torch.rand(n, generator=generator) for n in (200, 300)]
+    codes = (query_code, key_code, *shares) if positive else (query_code, key_code)
+    found = statistics(
+        lib, query, of_query, key, of_key, scale, None, first_pair, columns_too, plan, codes, seed=1, shuffle=1
+    )
+    logits = exact_logits(query, key, scale)
+    own = (torch.arange(200) + first_pair).unsqueeze(1) == torch.arange(300)
+    equal = query_code.unsqueeze(1) == key_code
+    if positive:
+        weight = shares[0].double().unsqueeze(1) + shares[1].double()
+        torch.testing.assert_close(
+            found[4].double(), torch.where(equal | own, weight * logits, 0.0).sum(1), rtol=0, atol=1e-3
+        )
+        found[4] = torch.where(own, logits, 0.0).sum(1).float()
+    else:
+        logits = logits.masked_fill(equal & ~own, -torch.inf)
+    check(found, logits, first_pair, None, 2e-5)
+
+
+def test_a_row_whose_keys_are_all_ignored_merges_to_what_the_others_have(library: Any) -> None:
+    """Its maximum is the logit of an ignored pair, beside which every other has the whole sum."""
+    lib, (query, of_query), (key, of_key) = (
+        library("mixup_info_nce"),
+        side(4, 8, DTYPES[1], 1),
+        side(5, 8, DTYPES[1], 2),
+    )
+    codes = (torch.tensor([1, 1, 2, -1], dtype=torch.int32), torch.ones(5, dtype=torch.int32))
+    row_max, row_sum, *_ = statistics(lib, query, of_query, key, of_key, 3.0, None, 70, codes=codes)
+    assert row_max[:2].eq(-1e38).all() and row_sum.isfinite().all() and row_max[2:].gt(-4).all()
 
 
 def test_offsets_beyond_32_bits(library: Any) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from oner_fast.data.batch import PairBatch, TokenizedText
+from oner_fast.data.caption_ids import caption_ids
 
 
 def batch(size: int = 6) -> PairBatch:
@@ -33,6 +34,7 @@ def test_a_batch_splits_into_contiguous_parts():
     assert torch.equal(torch.cat([part.samples for part in parts]), whole.samples)
     assert torch.equal(torch.cat([part.text.input_ids for part in parts]), whole.text.input_ids)
     assert sum((part.captions for part in parts), []) == whole.captions
+    assert torch.equal(torch.cat([part.caption_ids for part in parts]), caption_ids(whole.captions))
     assert [part.corrupt for part in parts] == [2, 0, 0] and parts[0].corrupt_names == ["a", "b"]
     assert {(part.step, part.epoch) for part in parts} == {(3, 1)}
     with pytest.raises(ValueError, match="6 pairs do not divide into 4"):
@@ -42,4 +44,5 @@ def test_a_batch_splits_into_contiguous_parts():
 def test_moves_between_devices():
     moved = batch().to("meta")
     assert {moved.images.device.type, moved.text.cu_seqlens.device.type, moved.samples.device.type} == {"meta"}
+    assert moved.caption_ids.device.type == "meta"
     assert moved.captions == batch().captions and moved.corrupt == 2

@@ -116,6 +116,16 @@ def test_each_integer_changes_the_result():
     assert wide[0].max() > tall[0].max() + 10 and tall[1].max() > wide[1].max() + 10
 
 
+def test_a_change_of_colour_keeps_shapes_and_the_middle_draw_changes_nothing():
+    image = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    plain, recoloured = ImageTransform(8, scale=(1.0, 1.0), flip=0.0), ImageTransform(8, (1.0, 1.0), 0.0, colour=0.4)
+    middle = 1 << 31
+    draws = np.array([0, middle, 0, 0, 0, middle, middle, middle])
+    assert torch.equal(recoloured(image, draws), plain(image, draws))
+    darker = recoloured(image, np.array([0, middle, 0, 0, 0, 0, middle, middle]))
+    torch.testing.assert_close(darker.float(), 0.6 * plain(image, draws).float(), rtol=0, atol=1.0)
+
+
 def test_crops_cover_the_stated_areas():
     side, transform = 1000, ImageTransform(8, scale=(0.3, 0.8), flip=0.0)
     image = picture(side, side)
@@ -152,6 +162,7 @@ def test_evaluation_crops_the_centre():
         ({"size": 8, "scale": (0.0, 1.0)}, "scale must be"),
         ({"size": 8, "scale": (0.9, 0.5)}, "scale must be"),
         ({"size": 8, "flip": 2.0}, "flip must be"),
+        ({"size": 8, "colour": 1.0}, "colour must be"),
         ({"size": 8, "aspect": 0.5}, "aspect must be"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 from oner_fast.data import loader as loader_module
 from oner_fast.data.dataset import PairDataset
-from oner_fast.data.images import ImageTransform, decode, eval_transform
+from oner_fast.data.images import RANDOMS, ImageTransform, decode, eval_transform
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.permutation import Permutation
 from oner_fast.data.substitution import CANDIDATES, substitutes
@@ -64,6 +64,45 @@ def steps_of(loaders, count):
 def expected(dataset, tokenizer):
     """Fingerprints of steps 0 to 11, more than two epochs."""
     return steps_of([PairLoader(dataset, tokenizer, batch_size=BATCH, seed=SEED, image_size=SIZE)], 12)
+
+
+def test_a_second_view_follows_from_its_own_draws(make, dataset):
+    """The first view and all else stay; the second is another crop, the same in any worker and after a restart."""
+    plain, loader = next(make(start_step=7)), make(start_step=7, second_view=True)
+    batch = next(loader)
+    assert plain.second is None and digest([plain]) == digest([batch])
+    randoms = random_u32(SEED, AUGMENT, 7, torch.arange(BATCH), 2 * RANDOMS)[:, RANDOMS:].numpy()
+    order, transform = Permutation(42, SEED, 1), ImageTransform(SIZE)
+    for row in range(BATCH):
+        pair = dataset.read(order[2 * BATCH + row])
+        assert torch.equal(batch.second[row], transform(decode(pair.image), randoms[row]))
+    assert not torch.equal(batch.second, batch.images)
+    with make(start_step=6, second_view=True, workers=2) as workers:
+        next(workers)
+        again = next(workers)
+    assert torch.equal(again.second, batch.second) and digest([again]) == digest([batch])
+    parts = [next(make(start_step=7, second_view=True, rank=rank, world_size=2)).second for rank in range(2)]
+    assert torch.equal(torch.cat(parts), batch.second)
+    assert torch.equal(torch.cat([part.second for part in batch.split(4)]), batch.second)
+
+
+def test_pairs_may_be_the_same_by_their_images(tars, tmp_path, tokenizer):
+    """Five captions of an image are five pairs of one id, in any worker; with RandAugment as without."""
+    image = tars.draw(3)
+    pairs = [(f"{k}.{end}", data) for k in range(5) for end, data in (("png", image), ("txt", f"view {k}".encode()))]
+    path = tars.write(tmp_path / "five.tar", [*pairs, *tars.pairs(range(20, 23))])
+
+    def batch(**options):
+        return next(PairLoader(PairDataset(path), tokenizer, batch_size=8, seed=SEED, image_size=SIZE, **options))
+
+    by_image, by_caption = batch(same_by="image"), batch()
+    same = torch.tensor([caption.startswith("view") for caption in by_image.captions])
+    assert same.sum() == 5 and len(by_image.caption_ids[same].unique()) == 1
+    assert len(by_image.caption_ids.unique()) == 4 and int(by_image.caption_ids.min()) >= 0
+    assert len(by_caption.caption_ids.unique()) == 8 and digest([by_image]) == digest([by_caption])
+    augmented = batch(same_by="image", transform=ImageTransform(SIZE, operations=2))
+    assert torch.equal(augmented.caption_ids, by_image.caption_ids) and digest([augmented]) != digest([by_image])
+    assert torch.equal(torch.cat([part.caption_ids for part in augmented.split(2)]), by_image.caption_ids)
 
 
 def test_batches_follow_from_their_definition(make, dataset, tokenizer):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import exists, open_split, splits_of
 
 
@@ -40,6 +41,30 @@ def test_splits_by_listing_by_names_and_without_names(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"dataset\.json"):
             splits_of(str(named))
     assert exists(str(named)) and exists("gone/*.tar") and not exists("gone")
+
+
+def test_several_sources(tmp_path: Path) -> None:
+    named, unnamed, tar = tmp_path / "named", tmp_path / "unnamed", tmp_path / "more.tar"
+    for folder, names in ((named, ("train-000.tar", "val-000.tar")), (unnamed, ("00.tar", "01.TAR"))):
+        folder.mkdir()
+        for name in names:
+            write(folder / name)
+    write(tar, 3)
+    every = f"{named}::{unnamed}::{tmp_path}/mor?.tar"
+    assert splits_of(every) == ["train", "val"]
+    assert len(open_split(every, "train", "train")) == 2 + 4 + 3
+    assert len(open_split(every, "val", "train")) == 2
+    assert len(open_split(every, "val", "val")) == 2 + 4 + 3
+    assert len(open_split(f"{tar}::{tar}", "any")) == 6
+    assert len(PairDataset(f"{named}::{tar}", "val")) == 5
+    assert exists(every) and not exists(f"{every}::gone") and not exists("pipe:cat {0..3}.tar")
+    with pytest.raises(ValueError, match="no source in .* has a split 'style'"):
+        open_split(every, "style", "train")
+    with pytest.raises(ValueError, match="nothing on one side of '::'"):
+        splits_of(f"{named}::")
+    odd = tmp_path / "a::b.tar"
+    write(odd)
+    assert len(open_split(str(odd), "val")) == 2
 
 
 def test_a_folder_that_cannot_be_listed_is_no_folder_without_names(

@@ -168,8 +168,10 @@ def test_errors_name_the_missing_option(run: Path, drawn: Path, tmp_path: Path, 
     assert "need a train split" in fails("--data", str(drawn / "val-000000.tar"), "--knn")
     assert "give --image-folder-train" in fails("--image-folder", str(tmp_path), "--knn")
     assert "--image-folder-train needs --image-folder" in fails("--image-folder-train", str(tmp_path), "--knn")
-    assert "takes `openai` or a file" in fails("--templates", "clip")
-    assert "takes `imagenet` or a file" in fails("--image-folder", str(drawn.parent), "--classes", "coco")
+    assert "takes `openai`, `slip` or a file" in fails("--templates", "clip")
+    assert "takes `imagenet`, `imagenet-a`, `imagenet-r` or a file" in fails(
+        "--image-folder", str(drawn.parent), "--classes", "coco"
+    )
 
 
 def test_a_model_without_text_is_evaluated_by_probes_alone(run: Path, drawn: Path, reader: Any, capsys: Any) -> None:
@@ -201,6 +203,9 @@ def test_templates_and_classes_of_open_clip() -> None:
     assert len(templates) == 80 and len(set(templates)) == 80 and all("{}" in one for one in templates)
     classes = read_classes("imagenet")
     assert len(classes) == 1000 and classes[0] == "tench"
+    for name, first, last in (("imagenet-a", "stingray", "acorn"), ("imagenet-r", "goldfish", "acorn")):
+        some = read_classes(name)
+        assert (len(some), some[0], some[-1]) == (200, first, last) and set(some) < set(classes)
 
     def encode(texts: list[str]) -> torch.Tensor:
         rows = [torch.randn(4, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in texts]

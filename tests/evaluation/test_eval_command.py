@@ -276,12 +276,15 @@ def test_training_images_are_evaluated_when_asked_for(run: Path, data: Path, rea
     assert record(run)["train"]["pairs"] == 2
 
 
-@pytest.mark.parametrize("form", ["{0}", "{0}/*.tar", "{0}/{{00000..00001}}.tar", "{0}/00000.tar"])
+@pytest.mark.parametrize(
+    "form",
+    ["{0}", "{0}/*.tar", "{0}/{{00000..00001}}.tar", "{0}/00000.tar", "{0}/00000.tar::{0}/{{00001..00001}}.tar"],
+)
 @pytest.mark.parametrize("given", ["--data", "val_data"])
 def test_held_out_data_take_every_form_that_training_data_take(
     run: Path, data: Path, tmp_path: Path, form: str, given: str
 ) -> None:
-    from oner_fast.report.cli import Options, _data_and_split
+    from oner_fast.report.cli import Options, _examples
 
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -292,26 +295,63 @@ def test_held_out_data_take_every_form_that_training_data_take(
     if given == "val_data":
         (run / "config.json").write_text(json.dumps({"data": {"train_data": str(data), "val_data": place}}))
     assert main([str(run), *flags]) == 0
-    assert record(run)["val"]["pairs"] == (8 if form.endswith("00000.tar") else 16)
+    assert record(run)["val"]["pairs"] == (8 if form == "{0}/00000.tar" else 16)
     assert record(run)["val_new_words"]["captions"] == 3  # the words of the training data count
-    assert _data_and_split(Options(run, data=place if flags else None)) == (place, "val")
+    assert _examples(Options(run, data=place if flags else None))[:2] == (place, "val")
 
 
 def test_training_data_are_no_validation_data(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from oner_fast.report.cli import Options, _data_and_split
+    from oner_fast.report.cli import Options, _examples
 
     tar = str(data / "train-000000.tar")
     (run / "config.json").write_text(json.dumps({"data": {"train_data": tar}}))
     assert "only a train split" in fails([str(run)], capsys)
     with pytest.raises(ValueError, match="no split 'val'; it has train"):
-        _data_and_split(Options(run))
+        _examples(Options(run, split="val"))
+    assert _examples(Options(run))[:2] == (tar, "train")  # the page says so
 
 
-def test_training_tars_given_as_data_are_evaluated(run: Path, data: Path, reader: Any) -> None:
+@pytest.mark.parametrize("way", ["path", "link", "hard link", "copy", "folder"])
+def test_training_tars_are_recognised_under_any_name(
+    run: Path, data: Path, tmp_path: Path, reader: Any, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from oner_fast.report.cli import Options, _examples
+
     reader.captions |= dict(enumerate(TRAIN))
-    shards = data.parent / "shards"
-    shards.mkdir()
-    (data / "train-000000.tar").rename(shards / "00000.tar")
-    (run / "config.json").write_text(json.dumps({"data": {"train_data": str(shards)}}))
-    assert main([str(run), "--data", str(shards)]) == 0
-    assert record(run)["val"]["pairs"] == 5
+    tar, other = data / "train-000000.tar", tmp_path / "elsewhere" / "held-out.tar"
+    (run / "config.json").write_text(json.dumps({"data": {"train_data": str(tar)}}))
+    other.parent.mkdir()
+    {
+        "path": lambda: other.symlink_to(tar),
+        "link": lambda: other.symlink_to(tar),
+        "hard link": lambda: other.hardlink_to(tar),
+        "copy": lambda: other.write_bytes(tar.read_bytes()),
+        "folder": lambda: other.write_bytes(tar.read_bytes()),
+    }[way]()
+    given = str({"path": tar, "folder": other.parent}.get(way, other))
+    if way == "folder":
+        other.rename(other.with_name("val-000000.tar"))  # it calls itself a validation split
+        how = "a copy with the same bytes as"
+        assert f"was trained on {given}/val-000000.tar ({how}" in fails([str(run), "--data", given], capsys)
+        with pytest.raises(ValueError, match="a copy with the same bytes"):
+            _examples(Options(run, data=given))
+        return
+    assert "only a train split" in fails([str(run), "--data", given], capsys)
+    assert main([str(run), "--data", given, "--split", "train"]) == 0
+    assert record(run)["train"]["pairs"] == 5
+    # Held-out tars beside it do not help.
+    mixed = f"{data / 'val-000000.tar'}::{given}"
+    assert "so that it is no validation data; give held-out data" in fails([str(run), "--data", mixed], capsys)
+    assert main([str(run), "--data", str(data / "val-000000.tar")]) == 0
+    assert record(run)["val"]["pairs"] == 8
+
+
+def test_a_stream_or_lost_training_data_leave_the_question_open(
+    run: Path, data: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for named, why in (("pipe:cat {0..3}.tar", "was trained on a stream"), ("gone", "are not at gone")):
+        (run / "config.json").write_text(json.dumps({"data": {"train_data": named}}))
+        caplog.clear()
+        assert main([str(run), "--data", str(data)]) == 0
+        assert "holds training pairs is not known" in caplog.text and why in caplog.text
+    assert "no data at" in fails([str(run), "--data", "pipe:cat {0..3}.tar"], capsys)

@@ -10,8 +10,17 @@ import torch
 from torch.nn import functional as F
 
 from oner_fast.evaluation.coco import read_captions
+from oner_fast.evaluation.imagenet import SUBSETS
 from oner_fast.evaluation.run import evaluate_retrieval, evaluate_zero_shot
-from oner_fast.evaluation.zero_shot import TEMPLATES, accuracy, class_embeddings, read_image_folder, read_lines
+from oner_fast.evaluation.zero_shot import (
+    TEMPLATES,
+    accuracy,
+    class_embeddings,
+    only_classes,
+    read_image_folder,
+    read_lines,
+    read_templates,
+)
 
 Draw = Callable[[int], bytes]
 
@@ -79,6 +88,31 @@ def test_image_folder(tmp_path: Path, draw: Draw, reader: Any) -> None:
         read_image_folder(tmp_path / "nowhere")
 
 
+def test_prompts_and_classes_of_published_evaluations() -> None:
+    slip = read_templates("slip")
+    assert len(slip) == 7 and slip[0] == "itap of a {}." and all(one.count("{}") == 1 for one in slip)
+    for places in SUBSETS.values():
+        assert len(places) == 200 and list(places) == sorted(set(places)) and places[0] >= 0 and places[-1] < 1000
+    with pytest.raises(FileNotFoundError, match="takes `openai`, `slip` or a file"):
+        read_templates("nowhere")
+
+
+def test_some_classes_of_a_folder_of_all(tmp_path: Path, draw: Draw, reader: Any) -> None:
+    folder = make_folder(tmp_path / "images", draw)
+    (folder / "never").mkdir()
+    (folder / "never" / "100.png").write_bytes(draw(100))
+    names = ["arrow up", "blue circle"]
+    some = evaluate_zero_shot(reader, folder, classes=names, places=[0, 1])
+    assert (some["images"], some["classes"], some["top1"]) == (3, 2, 1.0)
+    (folder / "never" / "100.png").unlink()
+    (folder / "never").rmdir()
+    assert evaluate_zero_shot(reader, folder, classes=names, places=[3, 7]) == some  # a folder of these alone
+    files, labels, kept = only_classes(
+        [Path("a"), Path("b"), Path("c")], torch.tensor([2, 0, 1]), ["x", "y", "z"], [0, 2]
+    )
+    assert (files, labels.tolist(), kept) == ([Path("a"), Path("b")], [1, 0], ["x", "z"])
+
+
 def test_lines_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("cat\n\n a dog \n", encoding="utf-8")
@@ -133,3 +167,44 @@ def test_karpathy_and_coco_json_give_the_same_retrieval(tmp_path: Path, draw: Dr
     (tmp_path / "odd.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no images"):
         read_captions(tmp_path / "odd.json", images)
+
+
+def test_the_first_captions_of_an_image_are_taken(tmp_path: Path, draw: Draw, reader: Any) -> None:
+    for number in (100, 101, 102):
+        (tmp_path / f"{number}.png").write_bytes(draw(number))
+    captions = {101: ["blue circle"], 100: ["Blue  circle", "circle", "the blue circle"], 102: ["arrow"] * 7}
+    notes = [{"image_id": n, "caption": text} for n, texts in captions.items() for text in texts]
+    coco = {"images": [{"id": n, "file_name": f"{n}.png"} for n in captions], "annotations": notes}
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(coco))
+    five = read_captions(path, tmp_path)
+    assert [one.path.stem for one in five] == ["100", "101", "102"]
+    assert [(len(one.captions), one.left_out) for one in five] == [(3, 0), (1, 0), (5, 2)]
+    assert [(len(one.captions), one.left_out) for one in read_captions(path, tmp_path, first=0)][2] == (7, 0)
+    two = read_captions(path, tmp_path, first=2)
+    assert [one.captions for one in two] == [["Blue  circle", "circle"], ["blue circle"], ["arrow", "arrow"]]
+    figures = evaluate_retrieval(reader, two, batch_size=2)
+    assert (figures["captions"], figures["captions_left_out"]) == (5, 6)
+    # Two images show the same circle under the same words: each finds the other's caption as near as its own.
+    assert figures["equal_captions"]["captions"] == 2
+    assert figures["image_to_text"]["R@1"] == pytest.approx(1 / 3)
+    assert figures["equal_captions"]["image_to_text"]["R@1"] == 1.0
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        read_captions(path, tmp_path, first=-1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"sentences": [], "split": "test"}]},
+        {"images": [{"sentences": [{"raw": 5}], "split": "test", "filename": "a.png"}]},
+        {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a"}]},
+        {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [3]},
+        {"images": [{"id": 1, "file_name": "a"}, {"id": "2", "file_name": "b"}], "annotations": []},
+    ],
+)
+def test_a_malformed_json_is_named(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"odd\.json has an image or caption without what is needed"):
+        read_captions(path, tmp_path)

@@ -26,12 +26,19 @@ SIZES = (7, 2)
 TOLERANCE = 1e-5
 
 
-def inputs() -> dict[str, Any]:
+CASES: tuple[dict[str, Any], ...] = ({}, {"normalized": True}, {"same": "positive"}, {"same": "ignore"})
+
+
+def inputs(targets: str = "") -> dict[str, Any]:
+    """Arguments with partners, or with ids where `targets` says what these are for."""
     generator = torch.Generator().manual_seed(4)
     names = ("query", "key", "query_other", "key_other")
     found: dict[str, Any] = {name: torch.randn(sum(SIZES), 16, generator=generator) for name in names}
     found["logit_scale"], found["mix"] = torch.tensor(5.0), torch.rand(sum(SIZES), generator=generator)
     found = {name: x.requires_grad_() for name, x in found.items()}
+    if targets:
+        ids = torch.randint(-1, 3, (2, sum(SIZES)), generator=generator)
+        return found | {"query_ids": ids[0], "key_ids": ids[1]}
     partner = torch.randint(sum(SIZES), (sum(SIZES),), generator=generator)
     return found | {"partner": partner, "partner_weight": torch.rand(sum(SIZES), generator=generator)}
 
@@ -51,11 +58,10 @@ def run_rank(rank: int, folder: str) -> None:
     mode = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "emulate"
     results = {}
     with importlib.import_module(f"oner_fast.benchmarks.gpuless.{mode}").active():
-        for normalized in (False, True):
-            given = {argument: part_of(x, rank) for argument, x in inputs().items()}
-            options = {"normalized": normalized, "group": dist.group.WORLD, "implementation": "triton"}
-            loss = mixup_info_nce(**given, **options)
-            results[normalized] = [loss.detach(), *torch.autograd.grad(loss, leaves(given))]
+        for number, case in enumerate(CASES):
+            given = {argument: part_of(x, rank) for argument, x in inputs(case.get("same", "")).items()}
+            loss = mixup_info_nce(**given, **case, group=dist.group.WORLD, implementation="triton")
+            results[number] = [loss.detach(), *torch.autograd.grad(loss, leaves(given))]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -70,15 +76,15 @@ def test_two_ranks_equal_one(device: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(SIZES))]
-    for normalized in (False, True):
+    for number, case in enumerate(CASES):
         wide = {
             argument: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-            for argument, x in inputs().items()
+            for argument, x in inputs(case.get("same", "")).items()
         }
-        exact = reference.mixup_info_nce(**wide, normalized=normalized)
+        exact = reference.mixup_info_nce(**wide, **case)
         for each in ranks:
-            torch.testing.assert_close(each[normalized][0].double(), exact.detach(), rtol=TOLERANCE, atol=0)
-        together = zip(*(each[normalized][1:] for each in ranks), strict=True)
+            torch.testing.assert_close(each[number][0].double(), exact.detach(), rtol=TOLERANCE, atol=0)
+        together = zip(*(each[number][1:] for each in ranks), strict=True)
         for parts, right in zip(together, torch.autograd.grad(exact, leaves(wide)), strict=True):
             mean = (torch.cat(parts) if right.ndim else torch.stack(parts).sum()).double() / len(SIZES)
             assert (mean - right).abs().max() <= TOLERANCE * right.abs().max()

@@ -30,6 +30,7 @@ class Case:
     symmetric: bool = True
     scale: float = 14.0
     normalized: bool = False
+    same: str = ""  # "positive", "ignore": what keys with the same id are
 
     def __str__(self) -> str:
         options = [
@@ -37,6 +38,7 @@ class Case:
             self.partner and "partner",
             not self.symmetric and "rows",
             self.normalized and "normalized",
+            self.same,
         ]
         return "-".join([f"{self.rows}x{self.width}", str(self.dtype)[6:], *(x for x in options if x)])
 
@@ -67,6 +69,10 @@ class Case:
             weight = torch.rand(self.rows, generator=generator)
             options["partner_weight"] = torch.where(weight < 0.2, 1.0, weight)
             options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        if self.same:
+            ids = torch.randint(-1, max(self.rows // 3, 1), (2, self.rows), generator=generator)
+            ids[:, : self.rows // 4] = 2**40  # one large class; keys have other ids than queries
+            options |= {"query_ids": ids[0].to(device), "key_ids": ids[1].to(device), "same": self.same}
         leaves["logit_scale"] = torch.tensor(self.scale, device=device)
         return {name: x.requires_grad_() for name, x in leaves.items()}, options
 
@@ -74,7 +80,8 @@ class Case:
 def plain(
     query: Tensor, key: Tensor, logit_scale: Tensor, symmetric: bool, query_other: Tensor | None = None,
     key_other: Tensor | None = None, mix: Tensor | float = 0.5, partner: Tensor | None = None,
-    partner_weight: Tensor | None = None, normalized: bool = False,
+    partner_weight: Tensor | None = None, normalized: bool = False, query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None, same: str = "",
 ) -> Tensor:  # fmt: skip
     """The obvious PyTorch code, in the inputs' dtype, with N x N targets."""
     dtype, rows = query.dtype, torch.arange(query.shape[0], device=query.device)
@@ -88,6 +95,15 @@ def plain(
     target[rows, rows] += 1 - weight
     if partner is not None:
         target[rows, partner] += weight
+    if query_ids is not None and key_ids is not None:
+        equal = (query_ids.unsqueeze(1) == key_ids) & (key_ids != -1)
+        if same == "ignore":
+            logits = logits.masked_fill(equal & (target == 0), -1e4)  # finite, as a target of 0 times -inf is NaN
+        else:
+            positive = equal | (target > 0)
+            of_rows, of_columns = ((positive / positive.sum(d, keepdim=True)).to(dtype) for d in (1, 0))
+            loss = -(of_rows * logits.log_softmax(1)).sum() / len(rows)
+            return (loss - (of_columns * logits.log_softmax(0)).sum() / len(rows)) / 2 if symmetric else loss
     loss = -(target.to(dtype) * logits.log_softmax(1)).sum() / len(rows)
     if not symmetric:
         return loss
@@ -111,10 +127,19 @@ CASES = [
     Case(69, 40, WIDE, others="qk", mix="each", normalized=True),
     Case(66, 136, WIDE, others="k", symmetric=False, normalized=True),
     Case(67, 40, FULL, others="q", normalized=True),
+    Case(129, 40, HALF, same="positive"),
+    Case(70, 64, HALF, same="ignore", scale=100.0),
+    Case(100, 64, WIDE, others="qk", mix="each", same="positive"),
+    Case(70, 100, WIDE, others="k", same="ignore", symmetric=False),
+    Case(66, 200, WIDE, same="positive", normalized=True),
+    Case(66, 264, HALF, others="q", same="ignore"),
+    Case(65, 264, HALF, same="positive", symmetric=False),
+    Case(67, 33, FULL, same="positive"),
+    Case(130, 40, FULL, same="ignore"),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES[:14], *(pytest.param(one, marks=SLOW) for one in CASES[14:])], ids=str)
 def test_error_against_float64_is_near_that_of_plain_pytorch(case: Case, device: str) -> None:
     leaves, options = case.arguments(device)
     ours = mixup_info_nce(**leaves, **options, implementation="triton")
@@ -280,6 +305,50 @@ def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic:
         torch.testing.assert_close(one.double(), right, rtol=unit, atol=unit * float(right.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(FULL, marks=SLOW)])
+@pytest.mark.parametrize("positive", [True, False])
+@pytest.mark.parametrize("first_pair", [-37, 70])
+def test_a_block_of_keys_with_codes(first_pair: int, positive: bool, dtype: torch.dtype, device: str) -> None:
+    """As `dense` has them: own pairs that lie elsewhere, and a last tile whose logits overflow where they are ignored.
+
+    Rows 60 to 69 lie opposite to the only keys that are not ignored for them, and along those that are.
+    """
+    generator = torch.Generator().manual_seed(first_pair + 100)
+    query, key = torch.randn(70, 48, generator=generator), F.normalize(torch.randn(101, 48, generator=generator), dim=1)
+    key[90:] = key[90] + 0.01 * key[90:]
+    query[60:] = key[90] + 0.01 * query[60:]
+    query, key = query.to(device, dtype), F.normalize(key, dim=1).to(device, dtype)
+    codes = [torch.randint(30, (n,), generator=generator, dtype=torch.int32) for n in (70, 101)]
+    codes[0][60:], codes[1][90:] = 31, 31
+    codes = [x.to(device) for x in codes]
+    shares = [torch.rand(n, generator=generator).to(device) for n in (70, 101)]
+    scale, norm = torch.tensor(300.0, device=device), raw.mixup_inverse_norms(query, None, None)
+    side = (query, None, None, norm, key, None, None, None, scale, None, first_pair)
+    found = raw.mixup_info_nce_statistics(*side, True, *codes, *(shares if positive else ()))
+    logits, own, _, own_logit, _ = dense(
+        query, key, 300.0, torch.zeros(70, dtype=torch.int64, device=device), first_pair
+    )
+    equal = codes[0].unsqueeze(1) == codes[1]
+    marked = equal | (own > 0) if positive else equal & (own == 0)
+    share = shares[0].double().unsqueeze(1) + shares[1].double()
+    kept = logits if positive else logits.masked_fill(marked, -torch.inf)
+    exact = [kept.logsumexp(1), kept.logsumexp(0), torch.where(marked, share * logits, 0.0).sum(1)]
+    ours = [found[0] + found[1].log(), found[2] + found[3].log(), found[4]]
+    for one, right in zip(ours, exact if positive else [*exact[:2], own_logit], strict=True):
+        torch.testing.assert_close(one.double(), right, rtol=1e-5, atol=1e-3)
+    weights = [torch.rand(n, generator=generator).to(device) / n for n in (70, 101)]
+    results = raw.mixup_info_nce_backward(
+        *side, found[0], weights[0], found[2], weights[1], shares[0], None, True, True, *codes,
+        shares[1] if positive else None,
+    )  # fmt: skip
+    g = weights[0].unsqueeze(1) * (kept - kept.amax(1, keepdim=True)).exp() + weights[1] * (kept - kept.amax(0)).exp()
+    g = g - (torch.where(marked, share, 0.0) if positive else own * shares[0].unsqueeze(1))
+    unit = 4 * torch.finfo(dtype).eps
+    to_keys = 300.0 * g.T @ F.normalize(query.double(), dim=1)
+    torch.testing.assert_close(results[3].double(), to_keys, rtol=unit, atol=unit * float(to_keys.abs().max()))
+    assert all(x.isfinite().all() for x in results)
+
+
 @pytest.mark.parametrize("dtype", [HALF, FULL])
 @pytest.mark.parametrize("rows", [260, 9])  # 9: the partials of all parts are fewer than what a program merges at once
 def test_few_stripes_of_many_row_tiles(
@@ -345,7 +414,7 @@ _FIRST_RUN: dict[str, list[Tensor]] = {}
 
 
 @pytest.mark.parametrize("executor", [{"shuffle": 1}, {"shuffle": 2}], indirect=True, ids=["one", "another"])
-@pytest.mark.parametrize("case", [CASES[1], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[7], CASES[12]], ids=str)
 def test_programs_may_run_in_any_order(case: Case, executor: Any, device: str) -> None:
     leaves, options = case.arguments(device)
     loss = mixup_info_nce(**leaves, **options, implementation="triton")
@@ -390,7 +459,7 @@ def test_compiles_without_a_break(device: str) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], CASES[9], pytest.param(CASES[12], marks=SLOW)], ids=str)
 def test_atomics_are_right_and_refused_under_deterministic_algorithms(case: Case, device: str) -> None:
     leaves, options = case.arguments(device)
     one, other = (mixup_info_nce(**leaves, **options, implementation=x) for x in ("triton", "triton_atomic"))

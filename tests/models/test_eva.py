@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from oner_fast.models.eva import from_eva, from_timm, layout_of, resample_positions, to_eva, to_timm
+from oner_fast.models.eva import from_eva, from_timm, layout_of, to_eva, to_timm
 from oner_fast.models.files import UTA_FORMAT, load_model, load_uta, save_uta, uta_config_from_dict
 from oner_fast.models.optional_packages import optional_package
+from oner_fast.models.resampling import resample_positions
 from oner_fast.models.uta import UTA, UTAConfig
 
 CONFIG = UTAConfig(32, 8, width=32, depth=2, heads=2, mlp_hidden=40, embed_dim=24, rope_grid=16)

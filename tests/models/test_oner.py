@@ -450,7 +450,7 @@ def test_bf16_autocast_is_close_to_float32() -> None:
         ),
         (lambda: [Pass("image", ImageInput(pictures(0)))], "pass image must hold at least one sample"),
         (lambda: [Pass("text", text=texts([]))], "pass text must hold at least one sample"),
-        (lambda: [Pass("image", ImageInput(pictures()[..., :8]))], r"must have shape \(B, C, 12, 12\), got.*12, 8\)"),
+        (lambda: [Pass("image", ImageInput(pictures()[..., :8]))], r"shape \(B, C, 12, 12\), or.*got.*12, 8\)"),
         (lambda: [Pass("text", text=texts([7]))], "captions may hold 6 tokens, got one of 7"),
         (
             lambda: [Pass("image", ImageInput(pictures(2), masked=torch.eye(2, 9).bool() | (torch.arange(9) == 0)))],

@@ -1,4 +1,4 @@
-"""UTA's student against plain PyTorch, its forms against each other, and the paper's figures."""
+"""UTA's student against plain PyTorch, its forms against each other, and counts of parameters and operations."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from oner_fast import _extension
 from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
+from oner_fast.nn.positions import resample_grid
 from oner_fast.nn.rope import rope_angles
 from oner_fast.nn.rotary_transformer import RotaryBlock
 from oner_fast.nn.swiglu import silu_gate
@@ -205,7 +206,7 @@ def test_branches_start_smaller_the_deeper_they_are() -> None:
 
 
 @pytest.mark.parametrize(("size", "millions"), [("b", 86.6), ("l", 304.6), ("g", 1013.4)])
-def test_sizes_equal_the_papers(size: str, millions: float) -> None:
+def test_parameters_of_the_sizes(size: str, millions: float) -> None:
     with torch.device("meta"):
         model = UTA(UTA_SIZES[size])
     c = UTA_SIZES[size]
@@ -217,7 +218,7 @@ def test_sizes_equal_the_papers(size: str, millions: float) -> None:
 
 
 @pytest.mark.parametrize(("size", "whole", "half"), [("b", 23.4, 11.4), ("l", 81.3, 40.0), ("g", 267, 132)])
-def test_operations_equal_the_papers(size: str, whole: float, half: float) -> None:
+def test_operations_of_the_sizes(size: str, whole: float, half: float) -> None:
     """Check GMAC at 224 px and patch 14, with 256 patches or half of them, and [CLS]."""
     config = UTAConfig(**{**vars(UTA_SIZES[size]), "image_size": 224, "patch_size": 14})
     assert uta_flops(config, [257]) / 2e9 == pytest.approx(whole, rel=0.005)
@@ -237,3 +238,20 @@ def test_operations_equal_the_count_of_a_run() -> None:
     with FlopCounterMode(display=False) as counter:
         model(images, masked=masked)
     assert counter.get_total_flops() == uta_flops(SMALL, [17] * 3, patches=30)
+
+
+def test_images_of_another_size_take_resampled_positions_and_their_own_rotations() -> None:
+    model = student()
+    larger = student(image_size=24)
+    name = "patch_embedding.positions"
+    larger.load_state_dict(model.state_dict() | {name: resample_grid(model.patch_embedding.positions.detach(), 6)})
+    images = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    kept, ends = torch.tensor([0, 7, 35, 3, 8]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    for _ in range(2):  # the second time from memory
+        with torch.inference_mode():
+            same(model.encode_image(images), larger.encode_image(images))
+        with torch.no_grad():
+            same(model.encode_patches(images), larger.encode_patches(images))
+            same(model(images, kept, ends)[0], larger(images, kept, ends)[0])
+    with pytest.raises(ValueError, match="multiple of the patch size 4"):
+        model.encode_image(images[..., :22, :22])

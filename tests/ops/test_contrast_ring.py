@@ -38,6 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed keys, rows only": {"others": ("key_other",), "mix": "one", "symmetric": False},
     "partner": {"partner": "half", "others": ("query_other",), "mix": "one"},
     "partner, rows only": {"partner": "weighted", "symmetric": False},
+    "positives": {"ids": "queries", "same": "positive", "others": ("key_other",), "mix": "each"},
+    "positives of other keys": {"ids": "both", "same": "positive"},
+    "positives, rows only": {"ids": "both", "same": "positive", "symmetric": False},
+    "ignored": {"ids": "queries", "same": "ignore", "others": ("query_other", "key_other"), "mix": "each"},
+    "ignored, rows only": {"ids": "both", "same": "ignore", "symmetric": False},
     "everything": {"partner": "weighted", "others": ("query_other", "key_other"), "mix": "each"},
 }
 KEYS_WANTED: tuple[tuple[int, ...], ...] = ((), (1,), (0, 1, 2))  # ranks of three
@@ -65,6 +70,11 @@ def inputs(name: str, rows: int = 9, width: int = 4) -> dict[str, Any]:
         # Whole weights, and a partner that nobody shares, leave columns without any mass.
         weight = torch.rand(rows, generator=generator, dtype=torch.float64)
         found["partner_weight"] = torch.where(weight < 0.4, 1.0, weight)
+    if "ids" in chosen:
+        ids = torch.randint(-1, 3, (2, rows), generator=generator)
+        found |= {"query_ids": ids[0], "same": chosen["same"]} | (
+            {"key_ids": ids[1]} if chosen["ids"] == "both" else {}
+        )
     return found | {"symmetric": chosen.get("symmetric", True)}
 
 
@@ -179,6 +189,14 @@ def run_rank(rank: int, folder: str) -> None:
         for name in CASES:
             given = {argument: part_of(x, sizes, rank) for argument, x in inputs(name).items()}
             results[f"{size} {name}"] = run(given, groups[size])
+    ids = torch.zeros(2, dtype=torch.int64)
+    for options in (
+        ({"query_ids": ids}, {}),
+        ({"query_ids": ids, "same": "ignore"}, {"query_ids": ids, "same": "positive"}),
+    ):
+        if rank < 2:
+            with pytest.raises(ValueError, match=r"every rank must pass query_ids.*'\w+' on rank 0.* on rank 1"):
+                mixup_info_nce(torch.ones(2, 3), torch.ones(2, 3), 1.0, **options[rank], group=groups[2])
     for spread in (0.1, 1.0):
         for name, dtype in DTYPES.items():
             whole = close_keys(sum(SIZES), 40, spread)

@@ -135,14 +135,18 @@ def test_flops_of_the_contrasts_backward_follow_each_library(
         row, column, scale = torch.empty(7), torch.empty(6), torch.empty(())
         other = query if mixed else None
 
-        def backward(need_key: bool) -> object:
+        codes = torch.empty(7, dtype=torch.int32)
+
+        def backward(need_key: bool, *same: Tensor) -> object:
             return raw.mixup_info_nce_backward(
                 query, other, mix if mixed else None, row, key, None, None, column, scale, None, 0, row, row, column,
-                column, row, None, need_key, False,
+                column, row, None, need_key, False, *same,
             )  # fmt: skip
 
         assert counted(lambda: backward(True)) == both * product
         assert counted(lambda: backward(False)) == 2 * product
+        assert counted(lambda: backward(True, codes, codes[:6], column)) == both * product
+        assert counted(lambda: backward(False, codes, codes[:6])) == 2 * product
 
 
 def test_flops_of_fake_tensors_assume_sequences_of_equal_length() -> None:

@@ -54,6 +54,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "key_other": torch.randn(4, 8), "mix": torch.rand(4),
         },
     ),
+    "mixup_info_nce with ids": (
+        mixup_info_nce,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": 5.0,
+            "query_ids": torch.tensor([1, 1, 3, -1]), "key_ids": torch.tensor([1, 1, -1, 3]), "same": "ignore",
+        },
+    ),
     "mixup_info_nce normalized": (
         mixup_info_nce,
         {

@@ -50,6 +50,14 @@ for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.b
     for rows, width in ((9, 5), (300, 72)):
         compare(mixed, [torch.randn(rows, width, dtype=torch.float64) for _ in range(4)], dtype, tolerance)
 
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+    for rows, width in ((9, 5), (300, 72)):
+        ids = torch.randint(-1, rows // 3, (2, rows))
+        for options in ({"same": "ignore"}, {"same": "positive"}, {"same": "ignore", "symmetric": False},
+                        {"same": "positive", "symmetric": False}):
+            given = [torch.randn(rows, width, dtype=torch.float64) for _ in range(2)]
+            compare(mixup_info_nce, given, dtype, tolerance, 12.0, query_ids=ids[0], key_ids=ids[1], **options)
+
 # Rows of zeros take no gradient, in blocks of one kind of row and of both; a diverged row has no finite loss.
 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
     for rows, width, others in ((9, 5, False), (64, 64, False), (64, 64, True)):

@@ -39,6 +39,9 @@ def formula(
     symmetric: bool = True,
     normalized: bool = False,
     logit_bias: Tensor | float = 0.0,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same: str = "positive",
 ) -> Tensor:
     """The contract, with the N x N targets written out."""
     rows = query.shape[0]
@@ -53,6 +56,8 @@ def formula(
         target[i, i] += 1 - weight
         if partner is not None:
             target[i, int(partner[i])] += weight
+    if query_ids is not None:
+        return formula_of_ids(logits, query_ids, query_ids if key_ids is None else key_ids, same, symmetric)
     loss = -(target * logits.log_softmax(1)).sum() / rows
     if not symmetric:
         return loss
@@ -62,6 +67,23 @@ def formula(
         if mass > 0:
             loss = loss - (target[:, j] / mass * columns[:, j]).sum() / rows
     return loss / 2
+
+
+def formula_of_ids(logits: Tensor, query_ids: Tensor, key_ids: Tensor, same: str, symmetric: bool) -> Tensor:
+    """The contract of ids, one row or column after the other."""
+    rows = logits.shape[0]
+
+    def pairs(i: int, j: int) -> bool:
+        return i == j or (int(query_ids[i]) == int(key_ids[j]) != -1)
+
+    loss = logits.new_zeros(())
+    for line in range(rows):
+        for lines in (logits, logits.T)[: 1 + symmetric]:
+            marked = [n for n in range(rows) if (pairs(line, n) if lines is logits else pairs(n, line))]
+            kept = [n for n in range(rows) if same == "positive" or n == line or n not in marked]
+            targets = marked if same == "positive" else [line]
+            loss = loss + lines[line, kept].logsumexp(0) - lines[line, targets].mean()
+    return loss / rows / (1 + symmetric)
 
 
 @dataclasses.dataclass
@@ -78,7 +100,7 @@ class Case:
 
 def make(
     rows: int, width: int, *, others: str, mix: str, partner: str, symmetric: bool, scale: str,
-    normalized: bool = False, bias: str = "none",
+    normalized: bool = False, bias: str = "none", ids: str = "none",
 ) -> Case:  # fmt: skip
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64).requires_grad_()
@@ -101,6 +123,8 @@ def make(
         options["partner"][0] = 0
     one = torch.full((1,) if scale == "one" else (), 5.0, dtype=torch.float64)
     logit_scale = 5.0 if scale == "number" else one.requires_grad_()
+    if ids != "none":
+        options |= {"query_ids": torch.randint(-1, 3, (rows,)), "key_ids": torch.randint(-1, 3, (rows,)), "same": ids}
     if normalized:
         options["normalized"] = True
     if bias != "none":
@@ -423,10 +447,16 @@ WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "logit_bias must be a number or a tensor of one number, got list", {"logit_bias": [0.0]}),
     (ValueError, r"logit_bias must have shape \(\) or \(1,\), got \(3,\)", {"logit_bias": torch.ones(3)}),
     (TypeError, "normalized must be True or False, got int", {"normalized": 1}),
-    (NotImplementedError, "query_ids is reserved for a later version", {"query_ids": PARTNER}),
-    (NotImplementedError, "key_ids is reserved for a later version", {"key_ids": PARTNER}),
-    (ValueError, "same must be 'positive', got 'masked'", {"same": "masked"}),
-    (TypeError, "same must be 'positive', got NoneType", {"same": None}),
+    (TypeError, "query_ids must be int64, got torch.int32; pass query_ids.long()", {"query_ids": PARTNER.int()}),
+    (TypeError, "query_ids must be int64, got torch.float32", {"query_ids": PARTNER.float()}),
+    (TypeError, "key_ids must be a torch.Tensor, got list", {"query_ids": PARTNER, "key_ids": [0, 1, 2]}),
+    (ValueError, r"query_ids must have shape \(N,\) = \(3,\), got \(2,\)", {"query_ids": PARTNER[:2]}),
+    (ValueError, r"key_ids must have shape \(N,\) = \(3,\), got \(\)", {"query_ids": PARTNER, "key_ids": PARTNER[0]}),
+    (ValueError, "key_ids was given without query_ids", {"key_ids": PARTNER}),
+    (ValueError, "partner and query_ids both say.*give one of them", {"query_ids": PARTNER, "partner": PARTNER}),
+    (ValueError, "query_ids is on meta but query is on cpu", {"query_ids": PARTNER.to("meta")}),
+    (ValueError, "same must be 'positive' or 'ignore', got 'masked'", {"same": "masked"}),
+    (TypeError, "same must be 'positive' or 'ignore', got NoneType", {"same": None}),
     (TypeError, r"mix must be a number or a \(N,\) tensor, got NoneType", {"mix": None}),
     (TypeError, "mix must be a number or a floating tensor, got torch.int64", {"mix": PARTNER}),
     (ValueError, r"mix must have shape \(N,\) = \(3,\), got \(2,\)", {"mix": torch.ones(2)}),
@@ -504,6 +534,12 @@ RANK_CASES = {
     "normalized": {
         "others": "", "mix": "scalar", "partner": "none", "symmetric": True, "scale": "one", "normalized": True,
         "bias": "tensor",
+    },
+    "positive": {
+        "others": "", "mix": "scalar", "partner": "none", "symmetric": True, "scale": "tensor", "ids": "positive",
+    },
+    "ignored, rows only": {
+        "others": "k", "mix": "each", "partner": "none", "symmetric": False, "scale": "tensor", "ids": "ignore",
     },
     "normalized, mixed": {
         "others": "qk", "mix": "each", "partner": "half", "symmetric": True, "scale": "tensor", "normalized": True,

@@ -108,6 +108,15 @@ CASES = {
         query=_normal(4, 3), key=_normal(4, 3), query_other=_normal(4, 3), logit_scale=_normal(1),
         logit_bias=_normal(1),
     ),
+    "mixup_info_nce with ids": Case(
+        _mixup, "query key logit_scale",
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=_normal(), query_ids=_below(3, 4),
+        key_ids=lambda: torch.randint(-1, 2, (4,)),
+    ),
+    "mixup_info_nce with ids ignored": Case(
+        lambda **given: mixup_info_nce(same="ignore", **given), "query key",
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=lambda: torch.rand(()), query_ids=_below(3, 4),
+    ),
     "varlen_attention": Case(
         varlen_attention, "query key value",
         query=_normal(6, 4, 3), key=_normal(6, 2, 3), value=_normal(6, 2, 3), cu_seqlens_q=_ends(6, 3),

@@ -52,6 +52,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     "mixup_info_nce mixed": lambda t, **o: mixup_info_nce(
         t["query"], t["key"], 5.0, key_other=t["query"], mix=t["mix"], partner=t["partner"], **o
     ),
+    "mixup_info_nce with ids": lambda t, **o: mixup_info_nce(
+        t["query"], t["key"], t["scale"], query_ids=t["partner"], key_ids=t["partner"], **o
+    ),
+    "mixup_info_nce with ids ignored": lambda t, **o: mixup_info_nce(
+        t["query"], t["key"], t["scale"], query_ids=t["partner"], same="ignore", **o
+    ),
     "mixup_info_nce normalized": lambda t, **o: mixup_info_nce(
         t["query"],
         t["key"],

@@ -1,6 +1,7 @@
 """The report of a small run with a real, untrained tower: it renders, is self-contained, and fetches nothing."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -18,8 +19,11 @@ from PIL import Image
 import oner_fast
 from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.evaluation.cli import main as evaluate
-from oner_fast.models.files import save_model
+from oner_fast.evaluation.table import percent
+from oner_fast.models.contrast import Contrast, save_contrast
+from oner_fast.models.files import model_bytes
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.nn.heads import Predictor
 from oner_fast.report import gallery, image_tiles
 from oner_fast.report.cli import main
 from oner_fast.report.content import about_content, evaluation_content, training_content
@@ -49,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "val"):
         with tarfile.open(data / f"{name}-000000.tar", "w") as tar:
             for number, caption in enumerate(CAPTIONS):
-                members = {"png": drawing(number), "txt": caption.encode(), "json": b"{}"}
+                members = {"png": drawing(number + 50 * (name == "train")), "txt": caption.encode(), "json": b"{}"}
                 for extension, content in members.items():
                     info = tarfile.TarInfo(f"{number:04d}.{extension}")
                     info.size = len(content)
@@ -73,11 +77,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         embed_dim=8,
         projector_hidden=16,
     )
-    save_model(folder / "model.safetensors", OneR(config), (root / "tokenizer.json").read_text())
+    model = model_bytes(OneR(config), (root / "tokenizer.json").read_text())
+    (folder / "model.safetensors").write_bytes(model)
+    contrast = Contrast(Predictor(8, 4), None, OneR(config))
+    save_contrast(folder / "contrast.safetensors", contrast, hashlib.sha256(model).hexdigest())
     (folder / "config.json").write_text(json.dumps({"data": {"train_data": str(data)}, "optim": {"lr": 1e-3}}))
     lines = []
     for step in range(10, 210, 10):
         line = {"step": step, "loss": 9 / step, "loss/itc": 5 / step, "loss/mlm": None, "seconds": step % 110}
+        line |= {"gap/projection": 1.5 / step, "gap/backbone": 1 / step, "gap/predictor": 0.5}
+        line |= {"eval/mean_recall": step / 1000} if step % 50 == 0 else {}
         lines.append(json.dumps(line | {"samples_per_second": 99.0, "mfu": 0.3, "data_wait": 0.01, "skipped_steps": 0}))
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     for step in (0, 100, 150, 200):
@@ -197,6 +206,20 @@ def test_the_page_shows_its_sections_and_figures(page: Outside, run: Path) -> No
     assert "nan" not in re.findall(r"[a-z]+", page.text.lower())
 
 
+def test_the_headline_shows_the_spaces_and_the_image_alone(page: Outside, run: Path) -> None:
+    val = json.loads((run / "evaluation.json").read_text())["val"]
+    text = " ".join(page.text.split())
+    for space in ("backbone", "projection", "predictor", "teacher", "max"):
+        figures = val["spaces"][space]
+        shares = [percent(figures[way]["R@10"]) for way in ("image_to_text", "text_to_image")]
+        gap = f" {figures['modality_gap']:.2f}" if space != "max" else ""
+        line = f"{space} {shares[0]} {shares[1]} {percent(figures['zero_shot']['top1'])}{gap}"
+        assert line.replace(" ", "") in text.replace(" ", "")
+    alone = val["image_text_to_image"]["image_only"]["R@10"]
+    assert f"the image alone {percent(alone)}" in text
+    assert (run / "figures" / "gap-by-space.png").is_file()
+
+
 def test_the_page_shows_classification(run: Path, tmp_path: Path) -> None:
     for name in ("model.safetensors", "evaluation.json"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
@@ -237,7 +260,7 @@ def test_the_page_shows_the_command_of_the_training(
 def test_charts_follow_the_pages_colours(run: Path) -> None:
     html = (run / "report.html").read_text(encoding="utf-8")
     charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.DOTALL)
-    assert len(charts) == 9  # loss, one part, speed, mfu, waiting, gap, three maps
+    assert len(charts) == 11  # loss, one part, evaluation, speed, mfu, waiting, two of the gap, three maps
     for each in charts:
         assert "var(--" in each
         assert not re.search(r"(?:fill|stroke): #", each)
@@ -270,6 +293,26 @@ def test_a_run_that_was_not_evaluated_and_logged_nothing(run: Path, tmp_path: Pa
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(argv) == 1
     return capsys.readouterr().err
+
+
+def test_a_run_of_one_tar_shows_training_pairs_and_says_so(run: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone)
+    (alone / "evaluation.json").unlink()
+    tar = run.parent / "data" / "train-000000.tar"
+    (alone / "config.json").write_text(json.dumps({"data": {"train_data": str(tar)}}))
+    assert evaluate([str(alone), "--split", "train"]) == 0 and main([str(alone)]) == 0
+    page = (alone / "report.html").read_text()
+    assert (alone / "figures" / "evaluation-mean-recall.png").is_file() and "On held-out pairs" in page
+    for words in ("These are <strong>training pairs</strong>", "images of its training", "Retrieval on its training"):
+        assert words in page
+    assert "held out from training" not in page and "held-out captions" not in page
+    assert evaluate([str(alone)]) == 1
+    # With a source that the user names, they are held out again, and every source is credited.
+    both = f"{run.parent / 'data'}::{run.parent / 'data'}"
+    assert main([str(alone), "--data", both]) == 0
+    page = (alone / "report.html").read_text()
+    assert "These are <strong>training pairs</strong>" not in page and page.count("CC-BY-SA-4.0") >= 2
 
 
 def test_errors_say_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,8 +56,8 @@ class Small:
         )
 
     @staticmethod
-    def batch(count: int = 8, step: int = 3) -> PairBatch:
-        """Pairs with captions of 1 to 9 tokens, some words of two."""
+    def batch(count: int = 8, step: int = 3, second: bool = False) -> PairBatch:
+        """Pairs with captions of 1 to 9 tokens, some words of two; with another view of each image where asked."""
         draw = torch.Generator().manual_seed(count + step)
         lengths = torch.randint(1, 10, (count,), generator=draw)
         total = int(lengths.sum())
@@ -65,7 +65,9 @@ class Small:
         word_ids = torch.cat([torch.arange(int(length)) // 2 for length in lengths]).int()
         text = TokenizedText(torch.randint(3, 29, (total,), generator=draw), ends, word_ids)
         images = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw)
-        return PairBatch(images, text, torch.arange(count), ["a caption"] * count, step, 0)
+        other = torch.randint(256, (count, 3, 12, 12), dtype=torch.uint8, generator=draw) if second else None
+        captions = [("a caption", "A  Caption", "another", "a third")[i % 4] for i in range(count)]
+        return PairBatch(images, text, torch.arange(count), captions, step, 0, second=other)
 
     @staticmethod
     def shake(module: torch.nn.Module, seed: int) -> None:

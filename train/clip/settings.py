@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from oner_fast.models.clip import CLIPConfig
-from oner_fast.train.config.common import Data, Optimisation, Run, check_temperature
+from oner_fast.train.config.common import Data, Optimisation, Run, SameCaption, check_temperature
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Contrast:
     temperature: float = 0.07
     """1 / logit_scale at the start; it is learnt, and logit_scale stays at 100 at most. A given text tower has its own.
     """
+    same_caption: SameCaption = "negative"
+    """Other pairs of the batch with the same caption: negatives, further positives, or left out of the contrast."""
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)

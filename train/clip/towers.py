@@ -22,6 +22,7 @@ from oner_fast.models.files import load_uta, save_uta
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.clip.settings import CLIPConfiguration
+from oner_fast.train.clip.starting_weights import starting_clip
 
 Texts = Tensor | TokenizedText
 
@@ -65,16 +66,19 @@ class TwoTowers(nn.Module, ABC):
 
 
 class NewTowers(TwoTowers):
-    """A CLIP of open_clip from scratch."""
+    """A CLIP of open_clip, from scratch or with given weights, which hold a temperature too."""
 
     clip: Any
 
-    def __init__(self, config: CLIPConfig, temperature: float) -> None:
+    def __init__(self, config: CLIPConfig, temperature: float, weights: Path | None = None) -> None:
         super().__init__()
         self.config = config
-        self.clip = build_clip(config)
-        with torch.no_grad():
-            self.log_logit_scale.fill_(math.log(1 / temperature))
+        if weights is None:
+            self.clip = build_clip(config)
+            with torch.no_grad():
+                self.log_logit_scale.fill_(math.log(1 / temperature))
+        else:
+            self.clip = starting_clip(weights, config)
         self._tokenizer: Any = clip_tokenizer(config)
 
     @property
@@ -145,7 +149,7 @@ class AlignedTowers(TwoTowers):
         save_uta(folder / "model.safetensors", self.student, self._about)
 
 
-def build_towers(config: CLIPConfiguration, device: torch.device) -> TwoTowers:
+def build_towers(config: CLIPConfiguration, device: torch.device, weights: Path | None = None) -> TwoTowers:
     """Build the towers that `config` asks for.
 
     Raises:
@@ -154,7 +158,9 @@ def build_towers(config: CLIPConfiguration, device: torch.device) -> TwoTowers:
     """
     c = config.contrast
     if not c.init_image:
-        return NewTowers(config.model, c.temperature)
+        return NewTowers(config.model, c.temperature, weights)
+    if weights is not None:
+        raise ValueError("give either --init-from (a CLIP) or --init-image with --init-text (UTA's second stage)")
     towers = AlignedTowers(c.init_image, c.init_text, c.lock_image, device)
     side = towers.image_tower.config.image_size
     if side != config.model.image_size:

@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from oner_fast.data.batch import SameBy
+
 Precision = Literal["auto", "fp32", "amp_bf16"]
+
+SameCaption = Literal["negative", "positive", "ignore"]
+"""Meanings of pairs of a batch with the same caption, in the contrast."""
 
 MIN_TEMPERATURE = 0.01
 
@@ -22,7 +27,8 @@ class Data:
     """The image-text pairs, and how they are read."""
 
     train_data: str = "data/pictograms"
-    """A data set's folder, a tar, a glob of tars (img2dataset's as they are), or a stream (pipe:COMMAND, a URL)."""
+    """A data set's folder, a tar, a glob of tars (img2dataset's as they are), several of these with :: between them, or
+    a stream (pipe:COMMAND, a URL)."""
     train_split: str = "train"
     val_data: str = ""
     """Data to evaluate on and to take snapshots of the embeddings from; empty: those of train_data."""
@@ -40,6 +46,15 @@ class Data:
     """Smallest share of an image's area that a random crop keeps; the largest is the whole image."""
     aug_flip: float = 0.0
     """Probability of a horizontal flip; 0 because captions speak of left and right."""
+    aug_colour: float = 0.0
+    """Greatest relative change of brightness, contrast and saturation; hues stay, because captions name colours."""
+    aug_operations: int = 0
+    """Operations of RandAugment on each crop; 0: none."""
+    aug_magnitude: float = 5.0
+    """Strength of those operations, from 0 to 10."""
+    same_by: SameBy = "caption"
+    """Pairs that same_caption speaks of: those with an equal caption, or those with the same image file, as where an
+    image has five captions."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Run:
-    """Settings of the run itself. Only precision, seed and threads among them change the trained weights."""
+    """Settings of the run itself. Only init_from, precision, seed and threads among them change the trained weights."""
 
     run_dir: str = "runs/oner"
     recipe: str = ""
@@ -89,7 +104,12 @@ class Run:
     threads: int | Literal["auto"] = "auto"
     """Threads of the CPU's ops: auto times one and more at the start; 0 leaves torch's choice."""
     resume: str = "latest"
-    """latest, none, or the path of a checkpoint."""
+    """latest, none, or the path of a checkpoint or of another run. Another run with the same settings is continued in
+    run_dir. One that is done, or has other settings, begins a new phase: its weights and its optimiser's state are
+    taken, and steps count from 0."""
+    init_from: str = ""
+    """A run or a file whose weights alone are taken: optimiser, schedule and data start anew. Positions are resampled
+    to image_size."""
     save_every: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -97,6 +117,11 @@ class Run:
     snapshot_every: int = 0
     """Steps between snapshots of the embeddings of validation pairs; 0: none."""
     snapshot_pairs: int = 256
+    eval_every: int = 0
+    """Steps between evaluations on the validation split, by retrieval and zero-shot (metrics `eval/...`). RUN/best
+    keeps the best model. 0: none."""
+    eval_pairs: int = 0
+    """Pairs of each of these evaluations, evenly spaced; 0: all."""
     deterministic: bool = True
     """Train under torch.use_deterministic_algorithms(True)."""
     max_skipped_steps: int = 20
@@ -109,5 +134,8 @@ class Run:
             raise ValueError("run_dir must name the folder of the run, got an empty name")
         if isinstance(self.threads, int) and self.threads < 0:
             raise ValueError(f"threads must be auto, 0 or more, got {self.threads}")
+        for name in ("eval_every", "eval_pairs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0.0 < self.collective_timeout < math.inf:
             raise ValueError(f"collective_timeout must be positive and finite, got {self.collective_timeout}")

@@ -54,10 +54,20 @@ def _launch(argv: Sequence[str] | None, prog: str, kind: type[C], default_recipe
     dry = DRY_RUN in words
     config: C = parse([word for word in words if word != DRY_RUN], default_recipe, prog, kind)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    return _train(config, build, dry)
+    return train(config, build, dry)
 
 
-def _train(config: C, build: type[Training[C]], dry: bool) -> int:
+def train(config: C, build: type[Training[C]], dry: bool = False) -> int:
+    """Train from the last checkpoint to the end in this process, as `launch` does after parsing.
+
+    Args:
+        config: the configuration.
+        build: the class of the training.
+        dry: take a few steps and report memory, pace and hours instead.
+
+    Returns:
+        0 done; 128 plus its number where a signal ended it and it saved.
+    """
     torch.use_deterministic_algorithms(config.run.deterministic)
     # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

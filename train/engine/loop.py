@@ -17,12 +17,13 @@ from oner_fast.atomic import remove_leftovers
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.workers import Batches
 from oner_fast.train.config.common import Data, Optimisation, Precision, Run
-from oner_fast.train.config.serialization import from_dict, save_json, to_dict
-from oner_fast.train.engine import checkpoint
+from oner_fast.train.config.serialization import save_json, to_dict
+from oner_fast.train.engine import checkpoint, lineage, phases
+from oner_fast.train.engine.best import SCORE, Best, write_best
 from oner_fast.train.engine.distributed import World, on_main, require_same, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
-from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, set_lr
+from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, load_moments, set_lr
 from oner_fast.train.engine.pace_watch import PaceWatch
 from oner_fast.train.engine.precision import autocast_dtype
 from oner_fast.train.engine.progress import Progress
@@ -33,12 +34,10 @@ from oner_fast.train.engine.schedule import cosine_lr
 from oner_fast.train.engine.signals import StopRequest
 from oner_fast.train.engine.threads import load, settle_threads
 from oner_fast.train.engine.throughput import ThroughputMeter, gemm_rate, mfu
+from oner_fast.train.engine.weights import Weights
 
-# Settings of the data that change neither the samples nor their order: paths and speed.
-_FREE_DATA = ("workers", "train_data", "val_data", "val_split", "tokenizer")
 # Settings of the run that may differ between ranks: those of a machine, and those that only rank 0 reads.
-_OF_A_RANK = ("run_dir", "recipe", "device", "resume", "collective_timeout")
-_KEYS = {"student", "optimizer", "guard", "data", "config", "random"}
+_OF_A_RANK = ("run_dir", "recipe", "device", "resume", "init_from", "collective_timeout")
 
 
 class Configuration(Protocol):
@@ -83,6 +82,10 @@ class Training(ABC, Generic[C]):
     """The name shown before the progress bar."""
     config: C
     """The given configuration, completed by what the data or the checkpoint decided."""
+    model_files: ClassVar[tuple[str, ...]] = ()
+    """Names of the file that a finished run keeps its weights in, for `--init-from`; none where it is refused."""
+    weights: Weights | None
+    """The weights to begin with; None where they are new, or come from a checkpoint."""
 
     def __init__(self, config: C, world: World) -> None:
         self.world, self.folder = world, Path(config.run.run_dir)
@@ -95,8 +98,9 @@ class Training(ABC, Generic[C]):
         # Every rank takes rank 0's choice, whatever the others' file systems show.
         self._start = on_main(world, lambda: find_start(self.checkpoints, config.run.resume))
         start = self._start.path
+        self.weights = phases.weights_to_begin_with(config.run, self._start, self.model_files, self.title, world)
         state = None if start is None else checkpoint.load(start, world.device)
-        before = None if state is None else _saved_configuration(str(start), state, type(config))
+        before = None if state is None else phases.saved_configuration(str(start), state, type(config))
         self.dtype = autocast_dtype(config.run.precision, world.device)
         self.threads = settle_threads(
             config.run.threads,
@@ -108,14 +112,28 @@ class Training(ABC, Generic[C]):
         precision: Precision = "fp32" if self.dtype is None else "amp_bf16"
         with restoring(start):
             self.config = self._resolve(replace(config, run=replace(config.run, precision=precision)), state)
-        if before is not None:
-            _refuse_other_configuration(str(start), before, self.config)
+        changes = [] if before is None else phases.differences(before, self.config)
+        phase = self._start.foreign and (bool(changes) or phases.is_done(before, state))
+        if start is not None and not self._start.foreign:
+            phases.refuse_other_settings(start, self.folder, changes)
+        self.lineage = [] if self.weights is None else self.weights.lineage
+        if start is not None and state is not None:
+            found = lineage.from_json(state.get("lineage", "[]"), str(start))
+            self.lineage = phases.lineage_of(config.run, self._start, state, found, self.model_files, phase, world)
         seed_generators(config.run.seed)
         o = self.config.optim
         self.student = self._build().to(world.device).train()
         self.optimizer = build_adamw(self.student, o.lr, (o.beta1, o.beta2), o.eps, o.wd)
         self.guard = NonFiniteGuard(self.config.run.max_skipped_steps)
+        self.best = Best()
         self.steps_done = 0
+        if start is not None and state is not None and phase:
+            with restoring(start):
+                phases.refuse_other_parameters(start, state, self.student, self.optimizer, changes)
+                self.student.load_state_dict(state["student"])
+                self._load_extra_state(state)
+                load_moments(self.optimizer, state["optimizer"])
+            state = None
         if state is not None:
             with restoring(start):
                 self.student.load_state_dict(state["student"])
@@ -123,9 +141,14 @@ class Training(ABC, Generic[C]):
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.guard.load_state_dict(state["guard"])
                 checkpoint.set_random_state(state["random"])
+                if state.get("best") is not None:
+                    self.best.load_state_dict(state["best"])
                 self.steps_done = int(state["step"])
         self.batches = self._open_batches()
-        require_same(world, _shared_facts(self.config) | {"samples": self.batches.state_dict().get("samples")})
+        facts = _shared_facts(self.config) | {"samples": self.batches.state_dict().get("samples")}
+        if self.weights is not None and world.size > 1:
+            facts["weights"] = lineage.digest(self.weights.path)
+        require_same(world, facts)
         if state is not None:
             with restoring(start):
                 self.batches.load_state_dict(state["data"])
@@ -150,8 +173,8 @@ class Training(ABC, Generic[C]):
         """Count the floating-point operations that this rank's part of the step needs, without recomputation."""
 
     @abstractmethod
-    def _export(self) -> Path:
-        """Write the trained model into the run's folder and return its path; only the main rank calls this."""
+    def _export(self, folder: Path) -> Path:
+        """Write the trained model into `folder` and return its path; only the main rank calls this."""
 
     def _resolve(self, config: C, state: dict[str, Any] | None) -> C:
         """Fill in the fields of `config` that only the data or the checkpoint's `state` determine."""
@@ -171,13 +194,21 @@ class Training(ABC, Generic[C]):
         """Do what follows each optimiser step; return further metrics."""
         return {}
 
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate on held-out pairs, on every rank; return metrics, of which `SCORE` chooses the best model."""
+        raise NotImplementedError
+
     @classmethod
     def without_traces(cls, config: C) -> C:
         """Return `config` with all output outside the run's folder turned off, for a dry run."""
         return config
 
-    def _snapshot(self) -> None:
-        """Record the state of the model that the report shows over time; only the main rank calls this."""
+    def _snapshot(self) -> dict[str, float]:
+        """Record the state of the model that the report shows over time, and return metrics of it.
+
+        Only the main rank calls this.
+        """
+        return {}
 
     # The loop.
 
@@ -196,11 +227,13 @@ class Training(ABC, Generic[C]):
             self.batches,
         ):
             if main and self.steps_done == total:
-                progress.note(f"step {total} of {total} was done already; give another --run-dir to train anew")
+                progress.note(phases.done_already(total, self.folder))
             elif main and self.steps_done:
                 progress.note(f"resumed after step {self.steps_done}")
-            if main and self.steps_done == 0:
-                self._snapshot()
+            elif main and self.lineage:
+                progress.note(phases.beginning(self.lineage[-1]))
+            if main and self.steps_done == 0 and (first := self._snapshot()):
+                log.write(0, first)
             while self.steps_done < total:
                 with meter.waiting():
                     batch = next(self.batches)
@@ -208,13 +241,22 @@ class Training(ABC, Generic[C]):
                 self.steps_done += 1
                 meter.step(len(batch) * self.world.size)
                 flops.append(self._flops(batch))
+                recorded: dict[str, float] = {}
+                if main and self._due(c.run.snapshot_every):
+                    with meter.excluded():
+                        recorded = self._snapshot()
+                if self._due(c.run.eval_every):
+                    with meter.excluded():
+                        evaluated = self._evaluated()
+                    recorded |= evaluated
+                    progress.note(_said(self.steps_done, evaluated, self.best))
                 if self._due(every):
                     pace = _pace(meter, flops, rate)
                     if pace.get("mfu", 0.0) > 1.0:  # the machine was busy with something else when it was measured
                         with meter.excluded():
                             better = gemm_rate(self.world.device, self.dtype or torch.float32, again=True)
                         pace["mfu"], rate = pace["mfu"] * rate / better, better
-                    shown = _plain(metrics) | pace | self._counts(batch)
+                    shown = _plain(metrics) | recorded | pace | self._counts(batch)
                     shown["seconds"] = time.perf_counter() - began
                     flops.clear()
                     log.write(self.steps_done, shown)
@@ -222,11 +264,11 @@ class Training(ABC, Generic[C]):
                     if pace and (fallen := watch.read(pace["samples_per_second"], pace["data_wait"])):
                         progress.note(fallen)
                 else:
+                    if recorded:
+                        log.write(self.steps_done, recorded)
                     progress.update(self.steps_done, {})
                 with meter.excluded():
                     asked = stop.agree(self.world)
-                    if main and self._due(c.run.snapshot_every):
-                        self._snapshot()
                     if asked or self._due(c.run.save_every):
                         self._save()
                 if asked and self.steps_done < total:
@@ -238,12 +280,31 @@ class Training(ABC, Generic[C]):
     def _finish(self) -> str:
         """Write the trained model and return a line about its place and what comes next."""
         self._refuse_a_lost_folder()
-        return f"the model is {self._export()}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}"
+        model = self._export(self.folder)
+        return f"the model is {model}; next: oner-fast eval {self.folder}, oner-fast report {self.folder}"
+
+    def _evaluated(self) -> dict[str, float]:
+        """Evaluate, and keep the model where it is the best so far."""
+        metrics = self._evaluate()
+        # Rank 0 decides, as the same figures could differ in a last bit on another machine.
+        if on_main(self.world, lambda: self.best.improved(metrics[SCORE], self.steps_done)):
+            on_main(self.world, lambda: self._keep_best(metrics))
+        return metrics
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        self._refuse_a_lost_folder()
+
+        def export(folder: Path) -> None:
+            save_json(self.config, folder / "config.json")  # what the model was trained on
+            self._export(folder)
+
+        write_best(self.folder, self.steps_done, metrics, export)
 
     def _prepare(self) -> None:
         """Make the run's folder ready for writing."""
         save_json(self.config, self.folder / "config.json")
         self.threads.save(self.folder)
+        lineage.save(self.folder, self.lineage)
         checkpoint.prepare(self.checkpoints)
         for folder in (self.folder, self.folder / "snapshots"):
             remove_leftovers(folder)
@@ -298,10 +359,18 @@ class Training(ABC, Generic[C]):
             "config": json.dumps(to_dict(self.config)),
             "random": checkpoint.random_state(),
             "threads": self.threads.used,
+            "lineage": lineage.to_json(self.lineage),
+            "best": self.best.state_dict(),
         }
         state |= self._extra_state()
         keep = self.config.run.keep_checkpoints
         checkpoint.save(self.checkpoints, self.steps_done, state, keep, damaged=self._start.damaged)
+
+
+def _said(step: int, metrics: dict[str, float], best: Best) -> str:
+    """Say in one line what an evaluation found."""
+    found = f"step {step}: mean recall {metrics[SCORE]:.4f}" if metrics else f"step {step}"
+    return f"{found}, the best so far" if best.step == step else f"{found} (best: {best.score:.4f} at step {best.step})"
 
 
 def _plain(metrics: dict[str, Tensor | float]) -> dict[str, float]:
@@ -322,7 +391,7 @@ def _pace(meter: ThroughputMeter, flops: list[float], rate: float) -> dict[str, 
 
 def _shared_facts(config: Configuration) -> dict[str, Any]:
     """Return the settings that must be equal on every rank, by name; paths and the pace of a rank are its own."""
-    free = {"data": _FREE_DATA, "run": _OF_A_RANK}
+    free = {"data": phases.FREE_DATA, "run": _OF_A_RANK}
     return {
         each.name if part.name in ("data", "optim", "run") else f"{part.name}.{each.name}": repr(
             getattr(getattr(config, part.name), each.name)
@@ -331,29 +400,3 @@ def _shared_facts(config: Configuration) -> dict[str, Any]:
         for each in dataclasses.fields(getattr(config, part.name))
         if each.name not in free.get(part.name, ())
     }
-
-
-def _saved_configuration(name: str, state: dict[str, Any], kind: type[C]) -> C:
-    """Read the configuration in a checkpoint, and refuse the checkpoint of something else."""
-    if missing := _KEYS - state.keys():
-        raise ValueError(f"{name} is no checkpoint of a training: it lacks {', '.join(sorted(missing))}")
-    try:
-        return from_dict(kind, json.loads(state["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} is a checkpoint of another kind of training: {error}") from error
-
-
-def _refuse_other_configuration(name: str, before_all: Configuration, config: Configuration) -> None:
-    """Refuse to resume with other settings; paths, data loading, logging and the like may change."""
-    differences = []
-    for part in dataclasses.fields(config):
-        before, now = getattr(before_all, part.name), getattr(config, part.name)
-        for each in dataclasses.fields(before):
-            if part.name == "run" and each.name not in ("seed", "precision"):
-                continue
-            if part.name == "data" and each.name in _FREE_DATA:
-                continue
-            if getattr(before, each.name) != getattr(now, each.name):
-                differences.append(f"{each.name} {getattr(before, each.name)!r} -> {getattr(now, each.name)!r}")
-    if differences:
-        raise ValueError(f"{name} was trained with other settings ({'; '.join(differences)}); give another --run-dir")

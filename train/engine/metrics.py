@@ -156,7 +156,8 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    kept = b"".join(text for text, line in _lines(path) if line["step"] <= step)
+    # A run that begins anew logs its step 0 again.
+    kept = b"".join(text for text, line in _lines(path) if line["step"] <= step and step)
     if len(kept) != path.stat().st_size:
         write_atomic(path, lambda file: file.write(kept))
 

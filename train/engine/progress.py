@@ -26,7 +26,7 @@ _COLUMNS = {
     "data_wait": ("wait", _PERCENT),
     "mfu": ("mfu", _PERCENT),
     "logit_scale": ("scale", "{:.1f}"),
-    "batch_modality_gap": ("gap", "{:.3f}"),
+    "gap/projection": ("gap", "{:.3f}"),
 }
 _OPTIONAL = ("logit_scale",)  # shown where it is learnt
 _LOSS = "{:.4f}"

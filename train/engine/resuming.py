@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from oner_fast.failures import is_out_of_memory, origin
-from oner_fast.train.engine import checkpoint
+from oner_fast.train.engine import checkpoint, lineage
 from oner_fast.train.engine.lost_ranks import is_collective
 
 _log = logging.getLogger(__name__)
@@ -22,10 +22,12 @@ class Start:
     Attributes:
         path: the checkpoint to continue from; None starts afresh.
         damaged: the damaged checkpoints of the run's own folder that are newer, with a sentence about each.
+        foreign: whether the checkpoint lies outside of the run's own folder.
     """
 
     path: Path | None
     damaged: dict[Path, str] = field(default_factory=dict)
+    foreign: bool = False
 
     def set_aside(self) -> None:
         """Move the damaged checkpoints aside and say so in one line each.
@@ -73,15 +75,16 @@ def find_start(folder: Path, resume: str) -> Start:
     Args:
         folder: the run's checkpoints.
         resume: `latest` (a start afresh where there is none yet), `none`, or the path of a checkpoint, of a folder
-            of checkpoints or of a run.
+            of checkpoints or of a run. Where the run began from that path, it is continued as with `latest`, so that
+            the same command goes on after an interruption.
 
     Raises:
         FileNotFoundError: `resume` is a path without a checkpoint.
         DamagedCheckpoint: the named checkpoint is damaged, or all checkpoints of the folder are.
         ValueError: `folder` holds a newer whole checkpoint, which would be mistaken for this run's.
     """
-    start = _find(folder, resume)
     every = checkpoint.saved(folder)
+    start = _find(folder, "latest" if every and _began_from(folder.parent, resume) else resume)
     for path in reversed(every):
         if path in start.damaged:
             continue
@@ -107,7 +110,7 @@ def _find(folder: Path, resume: str) -> Start:
     path = Path(resume)
     if path.is_file():
         checkpoint.check(path)
-        return Start(path)
+        return Start(path, foreign=path.parent.resolve() != folder.resolve())
     inner = path / "checkpoints"
     inside = inner if inner.is_dir() else path
     if inside.is_dir() and folder.is_dir() and inside.samefile(folder):
@@ -117,4 +120,12 @@ def _find(folder: Path, resume: str) -> Start:
         raise FileNotFoundError(
             f"resume {resume!r}: no checkpoint there; give latest, none, or the path of a step-*.pt file or a run"
         )
-    return Start(found)
+    return Start(found, foreign=True)
+
+
+def _began_from(run: Path, resume: str) -> bool:
+    """Tell whether the run in the folder `run` began with `--resume` of this path."""
+    if resume in ("latest", "none"):
+        return False
+    before = lineage.read(run)
+    return bool(before) and before[-1].kind != "weights" and Path(before[-1].given).resolve() == Path(resume).resolve()

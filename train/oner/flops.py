@@ -47,7 +47,7 @@ def step_flops(config: OneRConfiguration, batch: PairBatch) -> float:
     )
     teacher = 0.0
     if objectives.contrastive:
-        predictor = objectives.predictor_hidden if objectives.momentum_teacher else 0
+        predictor = objectives.predictor_hidden if objectives.predicts else 0
         student += flops.head_flops(model, len(names) * pairs, predictor)
         swapped = objectives.momentum_teacher or not objectives.symmetric
         contrasts = (1 + swapped) * bool(objectives.itc) + sum(

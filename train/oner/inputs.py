@@ -126,8 +126,8 @@ def student_input(
 
 
 def teacher_input(batch: PairBatch) -> tuple[Pass, ...]:
-    """Return the inputs of F(I) and F(T) without any mask."""
-    image = ImageInput(batch.images)
+    """Return the inputs of F(I) and F(T) without any mask, of the second view where the batch has one."""
+    image = ImageInput(batch.images if batch.second is None else batch.second)
     return Pass("image", image=image), Pass("text", text=TextInput(batch.text.input_ids, batch.text.cu_seqlens))
 
 

@@ -1,16 +1,15 @@
-"""The contrastive losses of OneR (section 3): ITC, XMC, CIC, CMC."""
+"""The contrastive losses of OneR: ITC, XMC, CIC, CMC."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.models.oner import PassName
-from oner_fast.train.engine.distributed import sum_over_ranks
+from oner_fast.train.engine.repeated_captions import ids_of_captions
 from oner_fast.train.oner.settings import Objectives
 
 
@@ -20,6 +19,7 @@ def contrastive_losses(
     logit_scale: Tensor | float,
     objectives: Objectives,
     group: dist.ProcessGroup | None = None,
+    ids: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute the losses whose weight is above 0: unweighted, 0-d, by name.
 
@@ -28,7 +28,10 @@ def contrastive_losses(
         key: the teacher's embeddings (N, E) of `image` and `text` (the student's own where there is no teacher).
         logit_scale: 1 / temperature.
         group: the ranks whose batches together are the batch of the contrast.
+        ids: `caption_ids` of the pairs, (N,), which `objectives.same_caption` needs unless it is "negative".
     """
+
+    same = {} if ids is None else ids_of_captions(ids, objectives.same_caption)
 
     def info_nce(
         first: Tensor, second: Tensor, *, query_other: Tensor | None = None, key_other: Tensor | None = None
@@ -40,6 +43,7 @@ def contrastive_losses(
             query_other=query_other,
             key_other=key_other,
             symmetric=objectives.symmetric,
+            **same,
             group=group,
         )
 
@@ -60,16 +64,3 @@ def contrastive_losses(
     if objectives.cmc:
         losses["cmc"] = info_nce(query["image_text"], image, key_other=text)
     return losses
-
-
-def modality_gap(image: Tensor, text: Tensor) -> Tensor:
-    """Return the distance (0-d, without gradient) between the centroids of images and of texts over all ranks.
-
-    Args:
-        image: embeddings (N, E), which are L2-normalised here.
-        text: embeddings (N, E), which are L2-normalised here.
-    """
-    unit = [torch.nn.functional.normalize(each.detach().float(), dim=-1) for each in (image, text)]
-    difference = sum_over_ranks((unit[0] - unit[1]).sum(dim=0))
-    count = sum_over_ranks(torch.tensor(image.shape[0], device=image.device))
-    return (difference / count).norm()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tyro.conf import Fixed, Suppress
 
 from oner_fast.models.oner import OneRConfig
-from oner_fast.train.config.common import Data, Optimisation, Run, check_temperature
+from oner_fast.train.config.common import Data, Optimisation, Run, SameCaption, check_temperature
 
 CONTRASTS = ("itc", "xmc", "cic", "cmc")
 """The weights of the contrasts, which need embeddings."""
@@ -57,12 +58,26 @@ class Objectives:
     learnable_temperature: bool = False
     symmetric: bool = False
     """Cross-entropy over columns too (CLIP); False is MoCo v3's query-to-key form."""
+    same_caption: SameCaption = "negative"
+    """Other pairs of the batch with the same caption: negatives, further positives, or left out of the contrast."""
     momentum_teacher: bool = True
     """Keys from the moving-average teacher; False: from the student itself, with gradient and without predictor
     (CLIP)."""
     momentum: float = 0.996
     """The teacher's momentum at the first step; it rises to 1 with half a cosine."""
+    temperature_factor: bool = False
+    """Multiply the contrasts by twice the temperature, as MoCo v3 does; the temperature must be fixed."""
+    predictor: Literal["shared", "none", "per_head"] = "shared"
+    """Predictor on the student's side: one for all passes, none, or one for each of two heads. Without a teacher there
+    is none."""
     predictor_hidden: int = 4096
+    teacher_view: Literal["same", "second"] = "same"
+    """The teacher sees the student's crop, or a second one of the same image (MoCo v3 has two views)."""
+    init_gap: float = 0.0
+    """Modality gap at the start: push words and patches this many standard deviations of the initial positions apart,
+    along one random direction. The gap that follows is measured and logged at step 0."""
+    equal_heads: bool = False
+    """Let two heads begin with the same weights, which makes the gap at the start narrower than two random heads do."""
     mask_patch_ratio: float = 0.5
     mask_word_ratio: float = 0.15
     force_patch_dropout: float = 0.0
@@ -80,11 +95,22 @@ class Objectives:
         for name in ("mask_patch_ratio", "mask_word_ratio", "force_patch_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0.0 <= self.init_gap < math.inf:
+            raise ValueError(f"init_gap must not be negative, got {self.init_gap}")
+        if self.temperature_factor and self.learnable_temperature:
+            raise ValueError("temperature_factor needs a fixed temperature: leave out --learnable-temperature")
+        if self.teacher_view == "second" and not self.momentum_teacher:
+            raise ValueError("teacher_view second needs a teacher: leave out --no-momentum-teacher")
         if self.custom and not self.contrastive:
             raise ValueError("a user-defined objective needs a contrast above 0: it reads the contrast's embeddings")
         names = [*CONTRASTS, "mlm", "mim", *(each.name for each in self.custom)]
         if taken := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"objectives need distinct names, got {', '.join(taken)} twice")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the student has a predictor."""
+        return self.contrastive and self.momentum_teacher and self.predictor != "none"
 
     @property
     def contrastive(self) -> bool:
@@ -114,6 +140,10 @@ class OneRConfiguration:
             raise ValueError("mlm is above 0 but mask_word_ratio is 0: no word is masked")
         if objectives.contrastive and not objectives.itc and not self.model.shared_head:
             raise ValueError("two heads (shared_head=False) need itc above 0: the other contrasts do not reach both")
+        if objectives.equal_heads and self.model.shared_head:
+            raise ValueError("equal_heads needs two heads: give --no-shared-head, or leave it out")
+        if objectives.predictor == "per_head" and self.model.shared_head:
+            raise ValueError("predictor per_head needs two heads: give --no-shared-head, or --predictor shared")
         cells = (self.model.image_size // self.model.patch_size) ** 2
         cells -= int(self.objectives.force_patch_dropout * cells)
         if self.objectives.mim and int(self.objectives.mask_patch_ratio * cells) == 0:

@@ -13,11 +13,12 @@ from oner_fast.data.batch import PairBatch
 from oner_fast.data.word_masks import Vocabulary
 from oner_fast.models.oner import OneR, PassName
 from oner_fast.train.engine.distributed import World, sum_over_ranks
+from oner_fast.train.engine.repeated_captions import repeated_share
 from oner_fast.train.engine.replica import Replica
 from oner_fast.train.engine.two_pass import first_pass, second_pass
 from oner_fast.train.oner.custom_objectives import load_objectives
 from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
-from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
+from oner_fast.train.oner.objectives import contrastive_losses
 from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.student import Student, StudentOutput
 
@@ -29,12 +30,12 @@ class StepResult:
     Attributes:
         loss: 0-d, over all ranks.
         parts: its component losses by name, unweighted; 0-d, over all ranks.
-        modality_gap: 0-d, of all ranks' keys; None without a contrast.
+        repeated_captions: 0-d, the share of the pairs of all ranks whose caption another pair has.
     """
 
     loss: Tensor
     parts: dict[str, Tensor]
-    modality_gap: Tensor | None
+    repeated_captions: Tensor
 
 
 class _MaskedSums(NamedTuple):
@@ -73,14 +74,14 @@ class TrainingStep:
         words, patches = sum_over_ranks(counts).clamp(min=1).unbind()
         inputs = [each.to(device) for each in masked]
         keys = self._keys([part.to(device) for part in parts])
+        ids = batch.caption_ids.to(device, non_blocking=True)
         if len(inputs) == 1:
             output: StudentOutput = self.replica(inputs[0])
-            losses, contrast = self._contrast(output.embeddings, keys, output.logit_scale)
+            losses, contrast = self._contrast(output.embeddings, keys, output.logit_scale, ids)
             sums = self._masked(output, words, patches)
             (contrast + sums.weighted * self.world.size).backward()
-            embeddings = output.embeddings
         else:
-            embeddings, losses, contrast, sums = self._accumulate(inputs, keys, words, patches)
+            losses, contrast, sums = self._accumulate(inputs, keys, ids, words, patches)
         totals = sum_over_ranks(torch.stack([sums.mlm, sums.mim])).unbind()
         masked_parts = {"mlm": totals[0], "mim": totals[1]}
         weights = {"mlm": c.objectives.mlm, "mim": c.objectives.mim}
@@ -90,15 +91,14 @@ class TrainingStep:
             own = losses[each.name].detach()
             losses[each.name] = sum_over_ranks(own) / self.world.size
             loss = loss + each.weight * (losses[each.name] - own)
-        shown = keys or embeddings
-        gap = modality_gap(shown["image"], shown["text"]) if c.objectives.contrastive else None
-        return StepResult(loss, {name: value.detach() for name, value in losses.items()}, gap)
+        detached = {name: value.detach() for name, value in losses.items()}
+        return StepResult(loss, detached, repeated_share(ids))
 
     def _accumulate(
-        self, inputs: list[StudentInput], keys: dict[PassName, Tensor], words: Tensor, patches: Tensor
-    ) -> tuple[dict[PassName, Tensor], dict[str, Tensor], Tensor, _MaskedSums]:
+        self, inputs: list[StudentInput], keys: dict[PassName, Tensor], ids: Tensor, words: Tensor, patches: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, _MaskedSums]:
         leaves = first_pass(self.replica, self.replica, inputs)
-        losses, contrast = self._contrast(leaves.embeddings, keys, leaves.logit_scale)
+        losses, contrast = self._contrast(leaves.embeddings, keys, leaves.logit_scale, ids)
         if contrast.requires_grad:
             contrast.backward()
         zero = torch.zeros((), device=self.world.device)
@@ -111,7 +111,7 @@ class TrainingStep:
             return sums.weighted * self.world.size
 
         second_pass(self.replica, self.replica, inputs, leaves, masked_loss)
-        return {name: leaf.detach() for name, leaf in leaves.embeddings.items()}, losses, contrast, total
+        return losses, contrast, total
 
     def _keys(self, parts: list[PairBatch]) -> dict[PassName, Tensor]:
         """Embed the whole local batch with the teacher; empty where the student gives the keys."""
@@ -125,14 +125,15 @@ class TrainingStep:
         return {name: torch.cat(each) for name, each in found.items()}
 
     def _contrast(
-        self, query: Mapping[PassName, Tensor], keys: Mapping[PassName, Tensor], scale: Tensor
+        self, query: Mapping[PassName, Tensor], keys: Mapping[PassName, Tensor], scale: Tensor, ids: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         objectives = self.config.objectives
         if not objectives.contrastive:
             return {}, torch.zeros((), device=self.world.device)
         keys = keys or query
-        losses = contrastive_losses(query, keys, scale, objectives, self.replica.group)
-        weights = {name: getattr(objectives, name) for name in losses}
+        losses = contrastive_losses(query, keys, scale, objectives, self.replica.group, ids)
+        factor = 2 * objectives.temperature if objectives.temperature_factor else 1.0
+        weights = {name: factor * getattr(objectives, name) for name in losses}
         for each in self.custom:
             losses[each.name] = each(query, keys, scale, self.replica.group)
             weights[each.name] = each.weight

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oner_fast import ops
+from oner_fast.models.contrast import Contrast
 from oner_fast.models.oner import OneR, OneRConfig, PassName, PassOutput
 from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.nn.heads import MaskedPatchHead, MaskedWordHead, Predictor, normalised_pixels
 from oner_fast.train.config.common import MIN_TEMPERATURE
+from oner_fast.train.oner.initial_gap import open_gap
 from oner_fast.train.oner.inputs import StudentInput
 from oner_fast.train.oner.settings import Objectives
 
@@ -40,9 +42,10 @@ class Student(nn.Module):
     def __init__(self, config: OneRConfig, objectives: Objectives) -> None:
         super().__init__()
         self.tower = OneR(config)
-        self.predictor = (
+        self.predictor = Predictor(config.embed_dim, objectives.predictor_hidden) if objectives.predicts else None
+        self.text_predictor = (
             Predictor(config.embed_dim, objectives.predictor_hidden)
-            if objectives.contrastive and objectives.momentum_teacher
+            if objectives.predicts and objectives.predictor == "per_head"
             else None
         )
         self.word_head = MaskedWordHead(config.width, config.vocab_size) if objectives.mlm else None
@@ -53,6 +56,10 @@ class Student(nn.Module):
             torch.tensor(math.log(1 / objectives.temperature)),
             requires_grad=objectives.learnable_temperature and self.contrastive,
         )
+        if objectives.equal_heads and self.tower.text_head is not None:
+            self.tower.text_head.load_state_dict(self.tower.head.state_dict())
+        if objectives.init_gap:
+            open_gap(self.tower, objectives.init_gap)
         # Parameters that no loss reaches take no gradient: the other ranks would wait for one.
         mask_token = self.tower.patch_embedding.mask_token
         assert mask_token is not None
@@ -66,14 +73,14 @@ class Student(nn.Module):
         outputs = self.tower(inputs.passes, inputs.wanted())
         embeddings: dict[PassName, Tensor] = {}
         if self.contrastive:
-            embeddings = self.tower.project_cls(outputs)
-            if self.predictor is not None:
-                # All passes in one product, as in the projection.
-                rows = [each.shape[0] for each in embeddings.values()]
-                predicted = self.predictor(torch.cat(list(embeddings.values()))).split(rows)
-                embeddings = dict(zip(embeddings, predicted, strict=True))
+            embeddings = self.contrast.predicted(self.tower.project_cls(outputs))
         scale = self.log_logit_scale.exp()
         return StudentOutput(embeddings, scale, self._mlm(inputs, outputs), self._mim(inputs, outputs))
+
+    @property
+    def contrast(self) -> Contrast:
+        """The predictors, without a teacher."""
+        return Contrast(self.predictor, self.text_predictor, None)
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

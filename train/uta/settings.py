@@ -9,12 +9,13 @@ from oner_fast.models.uta import UTAConfig
 from oner_fast.ops.patch_masks import Pattern
 from oner_fast.train.config.common import Data, Optimisation, Run
 
+HeadInit = Literal["normal", "teacher_mean"]
 Objective = Literal["uta", "distillation", "mask_token"]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """The teacher, the tokens that are aligned to it, and the tokens that the student sees (UTA, section 3)."""
+    """The teacher, the tokens that are aligned to it, and the tokens that the student sees."""
 
     teacher: str = ""
     """The frozen CLIP: a run of `oner-fast train clip`, an open_clip name with its weights (ViT-B-16:openai), ...; or a
@@ -25,6 +26,12 @@ class Alignment:
     mask_ratio: float = 0.5
     """Share of the patches that are hidden."""
     mask: Pattern = "reversed_block"
+    head_init: HeadInit = "normal"
+    """The head at the start (our choice). normal: truncated normal 0.02, no bias. teacher_mean: its bias is the mean
+    direction of the teacher's tokens in the first batch, as long as the rest of an output."""
+    drop_path: float = 0.0
+    """Stochastic depth (our choice): the share of images that skip a residual branch of the last block; it grows
+    linearly from 0 in the first."""
     teacher_precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: the dtype that the student computes in."""
     teacher_cache: str = ""
@@ -34,6 +41,8 @@ class Alignment:
     def __post_init__(self) -> None:
         if not 0.0 <= self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
 
     def hidden(self, cells: int) -> int:
         """Return how many of `cells` patches are hidden from the student."""

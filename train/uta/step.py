@@ -1,4 +1,4 @@
-"""The gradient of a step of UTA: the student's tokens aligned to the frozen teacher's (UTA, equation 3)."""
+"""The gradient of a step of UTA: the student's tokens aligned to the frozen teacher's (UTA)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from oner_fast import ops
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.uta import UTA
+from oner_fast.nn.drop_path import branch_factors
 from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.engine.distributed import World, sum_over_ranks
 from oner_fast.train.engine.replica import Replica
@@ -31,13 +32,18 @@ class AlignmentStep:
         world: World,
         autocast_dtype: torch.dtype | None,
     ) -> None:
-        self.config, self.features, self.world = config, features, world
+        self.config, self.student, self.features, self.world = config, student, features, world
         self.replica = Replica(student, world, autocast_dtype)
 
     def __call__(self, batch: PairBatch) -> Tensor:
         count = self.config.optim.accum_freq
         parts = [part.to(self.world.device, non_blocking=True) for part in batch.split(count)]
-        targets = self.features.take(batch).chunk(count)
+        tokens = self.features.take(batch)
+        # A bias that is not 0 belongs to weights that the run began with.
+        new = batch.step == 0 and self.config.alignment.head_init == "teacher_mean"
+        if new and not self.student.head.bias.any():
+            turn_head_to(self.student, tokens, self.world)
+        targets = tokens.chunk(count)
         total = torch.zeros((), device=self.world.device)
         for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
             with self.replica.synced_at(index, count):
@@ -55,8 +61,11 @@ class AlignmentStep:
         """
         alignment, model = self.config.alignment, self.config.model
         hidden = alignment.hidden(model.cells)
+        factors = None
+        if alignment.drop_path:
+            factors = branch_factors(alignment.drop_path, model.depth, self.config.run.seed, batch.step, batch.samples)
         if alignment.objective == "distillation":
-            return ops.token_alignment(self.replica(batch.images), target)
+            return ops.token_alignment(self.replica(batch.images, branch_factors=factors), target)
         masks = draw_masks(
             self.config.run.seed,
             batch.step,
@@ -67,10 +76,25 @@ class AlignmentStep:
             _STREAM,
         )
         if alignment.objective == "uta":
-            return ops.token_alignment(self.replica(batch.images, masks.kept), target, with_cls(masks.kept))
+            return ops.token_alignment(
+                self.replica(batch.images, masks.kept, branch_factors=factors), target, with_cls(masks.kept)
+            )
         rows = with_cls(masks.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :hidden])
-        tokens = self.replica(batch.images, masked=masks.mask)
+        tokens = self.replica(batch.images, masked=masks.mask, branch_factors=factors)
         return ops.token_alignment(ops.masked_gather(tokens, rows), target, rows)
+
+
+@torch.no_grad()
+def turn_head_to(student: UTA, tokens: Tensor, world: World) -> None:
+    """Set the bias of the head to the mean direction of the teacher's tokens (B, T, E), over all ranks.
+
+    Its length is that of the rest of an output at the start: each of the E outputs is a sum over normalised numbers
+    with weights of the head, so that the expected square of their length is that of the weights.
+    """
+    mean = torch.nn.functional.normalize(tokens.float(), dim=-1).mean(dim=(0, 1))
+    mean = sum_over_ranks(mean) / world.size
+    length = student.head.weight.float().norm()
+    student.head.bias.copy_(torch.nn.functional.normalize(mean, dim=0) * length)
 
 
 def with_cls(cells: Tensor) -> Tensor:

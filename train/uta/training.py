@@ -14,13 +14,13 @@ from oner_fast.data.batch import PairBatch
 from oner_fast.data.loader import PairLoader
 from oner_fast.data.workers import Batches
 from oner_fast.models.files import save_uta
-from oner_fast.models.forward_flops import uta_flops
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
-from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
+from oner_fast.train.uta.flops import student_flops, teacher_flops
 from oner_fast.train.uta.settings import UTAConfiguration
+from oner_fast.train.uta.starting_weights import starting_student
 from oner_fast.train.uta.step import AlignmentStep
 from oner_fast.train.uta.teacher_cache import FeatureCache, feature_key
 from oner_fast.train.uta.teacher_features import TeacherFeatures
@@ -30,10 +30,16 @@ class UTATraining(Training[UTAConfiguration]):
     """UTA and its comparison rows. No caption is ever read."""
 
     title = "uta"
+    model_files = ("model.safetensors",)
     student: UTA
 
     def _build(self) -> nn.Module:
         alignment, model = self.config.alignment, self.config.model
+        if self.config.run.eval_every:
+            raise ValueError(
+                "--eval-every measures retrieval and zero-shot classification, and no caption is read here; leave it "
+                "out, and run `oner-fast eval` after the training"
+            )
         if not alignment.teacher:
             raise ValueError(
                 "UTA needs a teacher: --teacher RUN of `oner-fast train clip` or `train lit`, or an open_clip "
@@ -53,16 +59,17 @@ class UTATraining(Training[UTAConfiguration]):
                 f"the teacher {alignment.teacher} has tokens of {self.teacher.embed_dim} numbers, the student of "
                 f"{model.embed_dim}: give --embed-dim {self.teacher.embed_dim}"
             )
-        return UTA(model)
+        return UTA(model) if self.weights is None else starting_student(self.weights.path, model)
 
     def _open_batches(self) -> Batches:
         return open_batches(self.config, None, self.world, captions=False)
 
     def _ready(self) -> None:
-        features = TeacherFeatures(self.teacher, self._cache())
+        features = self._features = TeacherFeatures(self.teacher, self._cache())
         if features.overlaps:
             self.batches.ahead = features.submit
         self.step = AlignmentStep(self.config, self.student, features, self.world, self.dtype)
+        self._teacher_flops, self._computed = teacher_flops(self.teacher, self.config.model.image_size), 0
 
     @classmethod
     def without_traces(cls, config: UTAConfiguration) -> UTAConfiguration:
@@ -86,12 +93,13 @@ class UTATraining(Training[UTAConfiguration]):
         return Gradient(self.step(batch))
 
     def _flops(self, batch: PairBatch) -> float:
-        alignment, model = self.config.alignment, self.config.model
-        tokens = 1 + model.cells - (alignment.hidden(model.cells) if alignment.objective == "uta" else 0)
-        return FORWARD_AND_BACKWARD * uta_flops(model, [tokens] * len(batch))
+        # A step that took the teacher's tokens from the cache needed no operation for them.
+        computed = self._features.computed > self._computed
+        self._computed = self._features.computed
+        return (student_flops(self.config) + computed * self._teacher_flops) * len(batch)
 
-    def _export(self) -> Path:
-        path = self.folder / "model.safetensors"
+    def _export(self, folder: Path) -> Path:
+        path = folder / "model.safetensors"
         save_uta(path, self.student, self._about())
         return path
 
@@ -101,8 +109,8 @@ class UTATraining(Training[UTAConfiguration]):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         if state["teacher_fingerprint"] != self.teacher.fingerprint:
             raise ValueError(
-                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; give "
-                "another --run-dir"
+                f"the run was trained with another teacher than {self.config.alignment.teacher} now holds; "
+                "--init-from RUN in a new --run-dir begins with its weights alone"
             )
 
     def _about(self) -> dict[str, str]:

@@ -1,6 +1,8 @@
 // One block of the logits: its statistics (forward) and its part of both sides' gradients (backward).
 #include "cpu/isa/mixup_info_nce.h"
 
+#include <limits>
+
 #include "cpu/isa/mixed_rows.h"
 #include "cpu/isa/pieces.h"
 
@@ -22,10 +24,29 @@ constexpr int64_t kRowsAtOnce = 1 << 30;
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// What pairs with equal codes are.
+enum Same { kNone, kIgnored, kPositive };
+
+// Calls call<Same>() for the pairs of a block.
+template <typename Call>
+void for_same(const SamePairs& same, const Call& call) {
+  if (same.row_code == nullptr)
+    call.template operator()<kNone>();
+  else if (same.column_share == nullptr)
+    call.template operator()<kIgnored>();
+  else
+    call.template operator()<kPositive>();
+}
+
+// The logit of an ignored pair: its exponential is 0 beside any other, and no difference of two of these is NaN.
+template <typename T>
+constexpr T kIgnoredLogit = -std::numeric_limits<T>::max() / 4;
+
 template <typename P>
 struct Scratch {
   using T = typename P::Out;
   using E = typename P::Element;
+  using Code = typename IntegerOf<T>::type;
   static constexpr bool kNarrow = P::kDepth == 2;  // G is rounded for its products
   int64_t length, logits_row;
   // Of the columns: packed, their transpose in panels, and for backward the panels along them.
@@ -35,10 +56,13 @@ struct Scratch {
   E *row_elements, *row_panels;
   T *row_rest, *row_high, *row_total, *row_lanes;
   T* logits;
+  // Of pairs with equal codes: the codes and shares of columns, and of each row the sum over its targets.
+  Code* column_code;
+  T *column_share, *row_target;
   E *gradient_rows, *gradient_transposed;  // G and its transpose, narrowed
   int64_t gradient_row, gradient_column;
 
-  Scratch(Pieces& pieces, int64_t rows, int64_t columns, int64_t width, bool backward) {
+  Scratch(Pieces& pieces, int64_t rows, int64_t columns, int64_t width, bool backward, bool same) {
     length = packed_length<P>(width);
     const int64_t wide = padded<T>(columns), column_steps = steps<P>(columns), row_steps = steps<P>(rows);
     logits_row = wide + kSkew;
@@ -53,6 +77,9 @@ struct Scratch {
     row_total = pieces.take<T>(padded<T>(rows));
     row_lanes = pieces.take<T>(padded<T>(rows) * kLanes<T>);
     logits = pieces.take<T>((backward && kNarrow ? smaller(rows, kRowsAtOnce<P>) : rows) * logits_row);
+    column_code = same ? pieces.take<Code>(wide) : nullptr;
+    column_share = same ? pieces.take<T>(wide) : nullptr;
+    row_target = same ? pieces.take<T>(padded<T>(rows)) : nullptr;
     column_panels = row_panels = gradient_rows = gradient_transposed = nullptr;
     gradient_row = gradient_column = 0;
     if (!backward) return;
@@ -68,14 +95,15 @@ struct Scratch {
 
   static Scratch of(const ContrastBlock& block, void* memory, bool backward) {
     Pieces pieces(static_cast<char*>(memory));
-    return Scratch(pieces, block.largest_row_count, block.column_count, block.columns.width, backward);
+    return Scratch(pieces, block.largest_row_count, block.column_count, block.columns.width, backward,
+                   block.same.row_code != nullptr);
   }
 };
 
 template <typename P>
-int64_t scratch_bytes(int64_t rows, int64_t columns, int64_t width, bool backward) {
+int64_t scratch_bytes(int64_t rows, int64_t columns, int64_t width, bool backward, bool same) {
   Pieces pieces(nullptr);
-  const Scratch<P> counted(pieces, rows, columns, width, backward);
+  const Scratch<P> counted(pieces, rows, columns, width, backward, same);
   static_cast<void>(counted);
   return pieces.bytes();
 }
@@ -89,7 +117,37 @@ void take_columns(const ContrastBlock& block, bool backward, void* memory) {
   for (int64_t j = n; j < padded<T>(n); ++j) s.column_rest[j] = 0;
   pack_b_transposed<P>(s.column_transposed, numbers_of<P>(s.column_elements), row, n, width);
   if (backward) pack_b<P>(s.column_panels, numbers_of<P>(s.column_elements), row, n, width);
+  if (block.same.row_code == nullptr) return;
+  constexpr int32_t kNoCode = std::numeric_limits<int32_t>::min();
+  const auto* share = static_cast<const T*>(block.same.column_share);
+  for (int64_t j = 0; j < padded<T>(n); ++j) {
+    s.column_code[j] = j < n ? block.same.column_code[block.column_first + j] : kNoCode;
+    s.column_share[j] = j < n && share != nullptr ? share[block.column_first + j] : T(0);
+  }
 }
+
+// The pairs of a row whose codes are equal, as masks of a vector of columns of the block.
+template <typename P>
+struct EqualCodes {
+  using Code = typename Scratch<P>::Code;
+  Vec<Code> code, own;
+
+  EqualCodes(const ContrastBlock& block, int64_t row)
+      : code(broadcast(static_cast<Code>(block.same.row_code[row]))),
+        own(broadcast(static_cast<Code>(block.column_of(block.own + row)))) {}
+
+  // Of the columns from j on: those that are further pairs of the row, and those that are further pairs or its own.
+  Vec<Code> further(const Scratch<P>& s, int64_t j) const { return equal(s, j) & ~is_own(j); }
+  Vec<Code> targets(const Scratch<P>& s, int64_t j) const { return equal(s, j) | is_own(j); }
+
+ private:
+  Vec<Code> equal(const Scratch<P>& s, int64_t j) const { return load(s.column_code + j) == code; }
+  Vec<Code> is_own(int64_t j) const {
+    Vec<Code> column;
+    for (int i = 0; i < kLanes<Code>; ++i) column[i] = static_cast<Code>(j + i);
+    return column == own;
+  }
+};
 
 // Rows as the first operand of a product, `stride` elements apart.
 template <typename P>
@@ -196,7 +254,7 @@ void merge_all(T* max, T* sum, const T* other_max, const T* other_sum, int64_t c
 
 // Turns products into logits, -inf beyond the last column, and finds the largest of each row's lanes and of each
 // column.
-template <typename P, bool kBoth, int R>
+template <typename P, bool kBoth, Same kSame, int R>
 void find_largest(const ContrastBlock& block, const Scratch<P>& s, int64_t first) {
   using T = typename P::Out;
   constexpr int W = kLanes<T>;
@@ -214,6 +272,8 @@ void find_largest(const ContrastBlock& block, const Scratch<P>& s, int64_t first
     for (int r = 0; r < R; ++r) {
       T* at = rows + r * s.logits_row + j;
       Vec<T> l = logit_of<P>(load(at), factor[r], s.column_rest + j);
+      if constexpr (kSame == kIgnored)
+        l = EqualCodes<P>(block, block.row_first + first + r).further(s, j) ? broadcast(kIgnoredLogit<T>) : l;
       store(at, l);
       if constexpr (!kWhole) {
         l = load_part(at, n - j, -static_cast<T>(INFINITY));
@@ -230,15 +290,15 @@ void find_largest(const ContrastBlock& block, const Scratch<P>& s, int64_t first
 }
 
 // Sums of exp(logit - largest), of each row's lanes and of each column.
-template <typename P, bool kBoth, int R>
+template <typename P, bool kBoth, Same kSame, int R>
 void add_up(const ContrastBlock& block, const Scratch<P>& s, int64_t first) {
   using T = typename P::Out;
   constexpr int W = kLanes<T>;
   const T* rows = s.logits + first * s.logits_row;
-  Vec<T> from[R], total[R];
+  Vec<T> from[R], total[R], target[R];
   for (int r = 0; r < R; ++r) {
     from[r] = broadcast(s.row_high[first + r]);
-    total[r] = Vec<T>{};
+    total[r] = target[r] = Vec<T>{};
   }
   for (int64_t j = 0; j < padded<T>(block.column_count); j += W) {
     Vec<T> high{}, column{};
@@ -249,14 +309,22 @@ void add_up(const ContrastBlock& block, const Scratch<P>& s, int64_t first) {
     for (int r = 0; r < R; ++r) {
       const Vec<T> l = load(rows + r * s.logits_row + j);
       total[r] += exp_of(l - from[r]);
+      if constexpr (kSame == kPositive) {
+        const int64_t row = block.row_first + first + r;
+        const Vec<T> weight = load(s.column_share + j) + static_cast<const T*>(block.same.row_share)[row];
+        target[r] += EqualCodes<P>(block, row).targets(s, j) ? l * weight : Vec<T>{};
+      }
       if constexpr (kBoth) column += exp_of(l - high);
     }
     if constexpr (kBoth) store(s.column_more + j, column);
   }
-  for (int r = 0; r < R; ++r) store(s.row_lanes + (first + r) * W, total[r]);
+  for (int r = 0; r < R; ++r) {
+    store(s.row_lanes + (first + r) * W, total[r]);
+    if constexpr (kSame == kPositive) s.row_target[first + r] = sum_of<T>(target[r]);
+  }
 }
 
-template <typename P, bool kBoth>
+template <typename P, bool kBoth, Same kSame>
 void forward_sums(const ContrastBlock& block, const Scratch<P>& s) {
   using T = typename P::Out;
   const int64_t n = block.column_count;
@@ -268,10 +336,10 @@ void forward_sums(const ContrastBlock& block, const Scratch<P>& s) {
   for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce<P>) {
     const int64_t count = smaller(block.row_count - first, kRowsAtOnce<P>);
     multiply_rows<P>(block, s, rows, first, count, s.logits + first * s.logits_row);
-    in_groups(first, first + count, [&]<int R>(int64_t i) { find_largest<P, kBoth, R>(block, s, i); });
+    in_groups(first, first + count, [&]<int R>(int64_t i) { find_largest<P, kBoth, kSame, R>(block, s, i); });
   }
   over_lanes<false>(s.row_lanes, block.row_count, s.row_high);
-  in_groups(0, block.row_count, [&]<int R>(int64_t i) { add_up<P, kBoth, R>(block, s, i); });
+  in_groups(0, block.row_count, [&]<int R>(int64_t i) { add_up<P, kBoth, kSame, R>(block, s, i); });
   over_lanes<true>(s.row_lanes, block.row_count, s.row_total);
 }
 
@@ -281,13 +349,14 @@ void forward(const ContrastBlock& block, const ContrastStatistics& out, void* me
   const auto s = Scratch<P>::of(block, memory, false);
   const Tiles tiles;
   if (out.column_max == nullptr) {
-    forward_sums<P, false>(block, s);
+    for_same(block.same, [&]<Same kSame> { forward_sums<P, false, kSame>(block, s); });
   } else {
-    forward_sums<P, true>(block, s);
+    for_same(block.same, [&]<Same kSame> { forward_sums<P, true, kSame>(block, s); });
     merge_all<T>(static_cast<T*>(out.column_max) + block.column_first,
                  static_cast<T*>(out.column_sum) + block.column_first, s.column_buffer, s.column_more,
                  block.column_count);
   }
+  if (block.same.row_share != nullptr) return;  // forward_rows adds the targets
   for (int64_t i = 0; i < block.row_count; ++i) {
     const T* row = s.logits + i * s.logits_row;
     const int64_t at = block.row_first + i, own = block.column_of(block.own + at);
@@ -304,10 +373,13 @@ void forward_rows(const ContrastBlock& block, const ContrastStatistics& out, voi
   const auto s = Scratch<P>::of(block, memory, false);
   merge_all<T>(static_cast<T*>(out.row_max) + block.row_first, static_cast<T*>(out.row_sum) + block.row_first,
                s.row_high, s.row_total, block.row_count);
+  if (block.same.row_share == nullptr) return;
+  T* own = static_cast<T*>(out.own_logit) + block.row_first;
+  for (int64_t i = 0; i < block.row_count; ++i) own[i] += s.row_target[i];
 }
 
 // Turns products of R rows at `rows` into G, the gradient with respect to the logits; 0 beyond the last column.
-template <typename P, bool kBoth, int R>
+template <typename P, bool kBoth, Same kSame, int R>
 void gradient_of_rows(const ContrastBlock& block, const ContrastGradient& gradient, const Scratch<P>& s, int64_t first,
                       typename P::Out* rows) {
   using T = typename P::Out;
@@ -330,6 +402,16 @@ void gradient_of_rows(const ContrastBlock& block, const ContrastGradient& gradie
       const Vec<T> l = logit_of<P>(load(at), factor[r], s.column_rest + j);
       Vec<T> g = exp_of(l - from[r]) * weight[r];
       if constexpr (kBoth) g += exp_of(l - column_from) * column_weight;
+      if constexpr (kSame != kNone) {
+        const int64_t row = block.row_first + first + r;
+        const EqualCodes<P> codes(block, row);
+        if constexpr (kSame == kIgnored) {
+          g = codes.further(s, j) ? Vec<T>{} : g;
+        } else {
+          const Vec<T> share = load(s.column_share + j) + static_cast<const T*>(gradient.own_weight)[row];
+          g = codes.targets(s, j) ? g - share : g;
+        }
+      }
       store(at, g);
     }
   }
@@ -337,6 +419,7 @@ void gradient_of_rows(const ContrastBlock& block, const ContrastGradient& gradie
   for (int r = 0; r < R; ++r) {
     T* row = rows + r * s.logits_row;
     if (whole < n) store(row + whole, load_part(row + whole, n - whole, T(0)));
+    if constexpr (kSame == kPositive) continue;
     const int64_t at = block.row_first + first + r, own = block.column_of(block.own + at);
     if (own >= 0) row[own] -= static_cast<const T*>(gradient.own_weight)[at];
     if (block.partner == nullptr) continue;
@@ -426,12 +509,14 @@ void gradient_of(const ContrastBlock& block, const ContrastGradient& gradient, v
   for (int64_t first = 0; first < block.row_count; first += kRowsAtOnce<P>) {
     const int64_t count = smaller(block.row_count - first, kRowsAtOnce<P>);
     multiply_rows<P>(block, s, rows, first, count, s.logits);
-    in_groups(first, first + count, [&]<int R>(int64_t i) {
-      T* at = s.logits + (i - first) * s.logits_row;
-      if (both)
-        gradient_of_rows<P, true, R>(block, gradient, s, i, at);
-      else
-        gradient_of_rows<P, false, R>(block, gradient, s, i, at);
+    for_same(block.same, [&]<Same kSame> {
+      in_groups(first, first + count, [&]<int R>(int64_t i) {
+        T* at = s.logits + (i - first) * s.logits_row;
+        if (both)
+          gradient_of_rows<P, true, kSame, R>(block, gradient, s, i, at);
+        else
+          gradient_of_rows<P, false, kSame, R>(block, gradient, s, i, at);
+      });
     });
 #if defined(__AVX512BF16__)
     if constexpr (P::kDepth == 2) narrow_gradient(s, s.logits, first, count, n, to_columns);

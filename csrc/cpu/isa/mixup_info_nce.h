@@ -22,6 +22,13 @@ struct MixedRows {
   int64_t width;
 };
 
+// Further pairs: row i and column j whose codes are equal. Without shares these leave the sums, unless they are an own
+// pair. With shares they are targets of the weight row_share[i] + column_share[j], and so is the own pair.
+struct SamePairs {
+  const int32_t *row_code, *column_code;  // null: there are none
+  const void *row_share, *column_share;   // null: such pairs are ignored
+};
+
 // One block of rows against one block of columns.
 struct ContrastBlock {
   MixedRows rows, columns;
@@ -29,6 +36,7 @@ struct ContrastBlock {
   int64_t largest_row_count;  // of the blocks that share the scratch
   int64_t own;                // the column of row 0's own pair, or where it would be
   const int64_t* partner;     // the other target of each row, or null; any value
+  SamePairs same;
   double scale;
 
   // Where a column is in the block, or -1.
@@ -37,13 +45,15 @@ struct ContrastBlock {
   }
 };
 
-// Sums are of exp(logit - max); `column_*` are null where only rows count.
+// Sums are of exp(logit - max); `column_*` are null where only rows count. With shares, own_logit is the sum of the
+// logits of all targets times their weights.
 struct ContrastStatistics {
   void *row_max, *row_sum, *column_max, *column_sum, *own_logit, *partner_logit;
 };
 
 // G[i, j] = row_weight[i] exp(l - row_max[i]) + column_weight[j] exp(l - column_max[j]) - targets. Maxima are kept
-// apart from sums, so that the largest logit has an exponential of exactly 1, and 1 minus its target is exact.
+// apart from sums, so that the largest logit has an exponential of exactly 1, and 1 minus its target is exact. With
+// column shares, own_weight is the share of the row.
 struct ContrastGradient {
   const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
   // Sums of G times the rows of the other side, from row 0 and from the stripe's first column on.
@@ -62,7 +72,7 @@ struct MixedRowsGradient {
 // Other stripes add to the results of forward_rows and to_rows too, so the caller orders them. scratch_bytes takes the
 // largest unit.
 struct ContrastKernels {
-  int64_t (*scratch_bytes)(int64_t rows, int64_t columns, int64_t width, bool backward);
+  int64_t (*scratch_bytes)(int64_t rows, int64_t columns, int64_t width, bool backward, bool same);
   void (*take_columns)(const ContrastBlock& block, bool backward, void* scratch);
   void (*forward)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);
   void (*forward_rows)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);

@@ -81,8 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
     const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
-    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too) {
-  same_device(kOp, query, {query_other, query_inverse_norm, key, key_other, key_inverse_norm, partner_in});
+    const OptionalTensor& partner_in, int64_t first_pair, bool columns_too, const OptionalTensor& query_code_in,
+    const OptionalTensor& key_code_in, const OptionalTensor& row_share_in, const OptionalTensor& column_share_in) {
+  same_device(kOp, query,
+              {query_other, query_inverse_norm, key, key_other, key_inverse_norm, partner_in, query_code_in,
+               key_code_in, row_share_in, column_share_in});
   const Launch launch(query);
   const cudaStream_t stream = launch.stream();
   const Side rows("query", query, query_other, query_mix, query_inverse_norm, stream);
@@ -92,6 +95,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
   const int64_t m = query.size(0), n = key.size(0), column_count = columns_too ? n : 0;
   OptionalTensor partner;
   if (partner_in.has_value()) partner = vector(*partner_in, m, kLong, "partner");
+  const bool same = query_code_in.has_value(), positive = row_share_in.has_value();
+  CHECK_VALUE(same == key_code_in.has_value() && positive == column_share_in.has_value() && (same || !positive), kOp,
+              ": codes of both sides come together, and shares of both sides with them");
+  CHECK_VALUE(!same || !partner.has_value(), kOp, ": codes and partners exclude each other");
+  OptionalTensor query_code, key_code, row_share, column_share;
+  if (same) {
+    query_code = vector(*query_code_in, m, kInt, "query_code");
+    key_code = vector(*key_code_in, n, kInt, "key_code");
+  }
+  if (positive) {
+    row_share = vector(*row_share_in, m, kFloat, "row_share");
+    column_share = vector(*column_share_in, n, kFloat, "column_share");
+  }
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   // Without any logit no kernel runs.
   const auto each = [&](int64_t count, double otherwise) {
@@ -107,7 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     oner_fast_mixup_plan(&call);
     const Tensor scale = scale_on(logit_scale, query);
     const Tensor row_parts = empty({2, call.column_chunks, m}, kFloat, query);
-    OptionalTensor column_parts;
+    OptionalTensor column_parts, own_parts;
+    if (positive) own_parts = empty({call.column_chunks, m}, kFloat, query);
     if (columns_too) column_parts = empty({2, call.row_chunks, n}, kFloat, query);
     const auto to = [](const OptionalTensor& x) { return static_cast<float*>(result(x)); };
     call.query = data(rows.rows);
@@ -116,6 +133,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     call.key_factor = floats(columns.factor);
     call.scale = floats(scale);
     call.partner = static_cast<const int64_t*>(data(partner));
+    call.query_code = static_cast<const int32_t*>(data(query_code));
+    call.key_code = static_cast<const int32_t*>(data(key_code));
+    call.row_share = floats(row_share);
+    call.column_share = floats(column_share);
+    call.own_parts = to(own_parts);
     call.row_max = to(row_max);
     call.row_sum = to(row_sum);
     call.column_max = to(column_max);

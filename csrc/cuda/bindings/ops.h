@@ -32,6 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
     const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
     const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
-    const OptionalTensor& partner, int64_t first_pair, bool columns_too);
+    const OptionalTensor& partner, int64_t first_pair, bool columns_too, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, const OptionalTensor& row_share, const OptionalTensor& column_share);
 
 }  // namespace oner_fast::cuda

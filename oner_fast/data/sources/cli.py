@@ -1,10 +1,10 @@
-"""`oner-fast data pictograms | icons | pairs | index | verify`: build, index and verify datasets."""
+"""`oner-fast data pictograms | icons | scenes | pairs | index | verify`: build, index and verify datasets."""
 
 import sys
 
 from oner_fast.boundary import guarded
 
-NAMES = ("pictograms", "icons", "pairs", "index", "verify")
+NAMES = ("pictograms", "icons", "scenes", "pairs", "index", "verify")
 
 
 def main(argv: list[str]) -> int:

@@ -63,6 +63,45 @@ def icons(
     )
 
 
+def scenes(
+    source: Path = Path("data/pictograms"),
+    output: Path = Path("data/scenes"),
+    train: int = 8192,
+    held_out: int = 1024,
+    most: int = 4,
+    size: int = 128,
+    seed: int = 0,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Compose scenes from another dataset: several pictures on one canvas, with a caption that names them, and boxes.
+
+    Args:
+        source: Folder of a dataset of pictures on white. Its splits are kept: a scene shows pictures of one split.
+        output: Folder of the new dataset.
+        train: Scenes of the split "train"; 0 for none.
+        held_out: Scenes of each other split.
+        most: Greatest number of pictures in a scene; the fewest are two.
+        size: Pixels a side.
+        seed: Decides pictures, sides and places.
+        workers: Processes that compose; one for each processor by default. The bytes do not depend on it.
+        overwrite: Replace another build in the folder.
+    """
+    from oner_fast.data.sources.scenes import build_scenes
+
+    build_scenes(
+        source,
+        output,
+        train=train,
+        held_out=held_out,
+        most=most,
+        size=size,
+        seed=seed,
+        workers=workers,
+        overwrite=overwrite,
+    )
+
+
 def pairs(
     source: Positional[Path],
     output: Path,

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from oner_fast.atomic import replacing
+from oner_fast.data.images import decode
 from oner_fast.data.sources.building import Build, each, report
 from oner_fast.data.sources.concepts import concept, split_of
+from oner_fast.data.sources.near_equal import Fingerprint, fingerprint, near_equal
 from oner_fast.data.sources.progress import progress, say
 from oner_fast.data.sources.rendering import Picture, render
 from oner_fast.data.sources.writer import Sample, Shard, measure, split_record, write_shard
 
+NEAR = "nearly equal to a validation image"
 PART = 256
 SHARD = 2048
 
@@ -51,14 +54,19 @@ class _Kept:
     place: tuple[int, int]
     also: list[str]
 
+    @property
+    def name(self) -> str:
+        return f"{self.drawing.icon_set.name} {self.drawing.name}"
+
 
 def build_drawings(
     build: Build, drawings: Sequence[Drawing], size: int, workers: int, style: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """Build the dataset of `drawings` at `size` pixels a side; returns the content of `dataset.json`.
 
-    The sets named in `style` make the split "style" and are never in "train" or "val". An interrupted call loses at
-    most the part that it was drawing; the next call continues there and writes the same bytes.
+    The sets named in `style` make the split "style" and are never in "train" or "val". A drawing that is nearly equal
+    to one of another split is left out of "train" (see `near_equal`). An interrupted call loses at most the part that
+    it was drawing; the next call continues there and writes the same bytes.
     """
     build.begin()
     parts = [drawings[start : start + PART] for start in range(0, len(drawings), PART)]
@@ -68,14 +76,16 @@ def build_drawings(
         raise ValueError(f"none of {len(drawings)} drawings gave an image: {'; '.join(failed[:5])}")
     for line in failed[:10]:
         say(f"  cannot be drawn: {line}")
-    splits = _write_splits(build, kept, style)
+    by_split, near = _split(build.work, kept, style, workers)
+    dropped[NEAR] = len(near)
+    splits = _write_splits(build, by_split)
     record = {
         "image_size": size,
         "splits": splits,
-        "attribution": _attribution(kept),
+        "attribution": _attribution([one for one in kept if one.place not in near]),
         "dropped": {**dropped, "failed": failed},
     }
-    build.write_left_out(left_out)
+    build.write_left_out([*left_out, *near.values()])
     content = build.finish(record)
     report(content, build.output)
     return content
@@ -138,7 +148,7 @@ def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept]
             elif picture.digest in first:
                 dropped["equal pixels"] += 1
                 twin = first[picture.digest]
-                left_out.append(f"equal pixels: {name}, as {twin.drawing.icon_set.name} {twin.drawing.name}")
+                left_out.append(f"equal pixels: {name}, as {twin.name}")
                 if drawing.caption not in (twin.drawing.caption, *twin.also):
                     twin.also.append(drawing.caption)
             else:
@@ -146,14 +156,43 @@ def _choose(work: Path, parts: Sequence[Sequence[Drawing]]) -> tuple[list[_Kept]
     return list(first.values()), dropped, failed, left_out
 
 
-def _write_splits(build: Build, kept: Sequence[_Kept], style: frozenset[str]) -> dict[str, Any]:
+def _split(
+    work: Path, kept: Sequence[_Kept], style: frozenset[str], workers: int
+) -> tuple[dict[str, list[_Kept]], dict[tuple[int, int], str]]:
+    """Split the drawings, and leave those out of "train" that are nearly equal to a drawing of another split.
+
+    Also returns the place of each that is left out, with a line about it.
+    """
     by_split: dict[str, list[_Kept]] = {"train": [], "val": []}
     for one in kept:
         drawing = one.drawing
         name = "style" if drawing.icon_set.name in style else split_of(drawing.caption)
         by_split.setdefault(name, []).append(one)
+    of_part: dict[int, list[int]] = {}
+    for one in kept:
+        of_part.setdefault(one.place[0], []).append(one.place[1])
+    jobs = [(_part(work, i), members) for i, members in of_part.items()]
+    prints: dict[tuple[int, int], Fingerprint] = {}
+    with progress("comparing images", len(kept)) as advance:
+        for (i, members), found in zip(of_part.items(), each(_fingerprints, jobs, workers), strict=True):
+            prints |= {(i, j): one for j, one in zip(members, found, strict=True)}
+            advance(len(members))
+    train, others = by_split["train"], [one for name, members in by_split.items() if name != "train" for one in members]
+    near = near_equal([prints[one.place] for one in train], [prints[one.place] for one in others])
+    by_split["train"] = [one for number, one in enumerate(train) if number not in near]
+    lines = {train[mine].place: f"{NEAR}: {train[mine].name}, as {others[other].name}" for mine, other in near.items()}
+    return by_split, lines
+
+
+def _fingerprints(job: tuple[Path, Sequence[int]]) -> list[Fingerprint]:
+    path, members = job
+    pictures = _load_part(path)
+    return [fingerprint(decode(pictures[j].png)) for j in members]
+
+
+def _write_splits(build: Build, by_split: dict[str, list[_Kept]]) -> dict[str, Any]:
     splits = {}
-    with progress("writing shards", len(kept)) as advance:
+    with progress("writing shards", sum(map(len, by_split.values()))) as advance:
         for name, members in ((name, members) for name, members in by_split.items() if members):
             # the order depends on the keys alone, so that each shard mixes the sets
             members.sort(key=lambda one: (hashlib.sha1(one.drawing.key.encode()).digest(), one.drawing.key))

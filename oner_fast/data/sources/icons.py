@@ -7,7 +7,7 @@ from typing import Any
 
 from oner_fast.data.sources import npm, npm_lock
 from oner_fast.data.sources.building import Build, default_workers, report, versions
-from oner_fast.data.sources.concepts import caption_of_name
+from oner_fast.data.sources.concepts import SPLIT_RULE, caption_of_name
 from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
 from oner_fast.data.sources.emoji_names import EmojiNames
 from oner_fast.data.sources.progress import say
@@ -92,7 +92,13 @@ def build_icons(
         if name not in SETS:
             raise ValueError(f"unknown set {name!r}; known: {', '.join(SETS)}")
     packages = {f"@iconify-json/{name}": SETS[name] for name in SETS if name in sets} | {EMOJI_NAMES[0]: EMOJI_NAMES[1]}
-    options = {"image_size": size, "limit": limit, "style": style, "packages": packages | versions(*_PACKAGES)}
+    options = {
+        "image_size": size,
+        "limit": limit,
+        "split_rule": SPLIT_RULE,
+        "style": style,
+        "packages": packages | versions(*_PACKAGES),
+    }
     build = Build(output, "icons", options, overwrite)
     if build.finished:
         content = build.dataset()

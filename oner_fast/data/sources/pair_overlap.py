@@ -1,4 +1,4 @@
-"""Find the training images that are validation images too."""
+"""Find the training images that are validation images too, or nearly equal to one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oner_fast.data.budget import BUDGET
+from oner_fast.data.images import decode
+from oner_fast.data.pixels import read_file
 from oner_fast.data.sources.building import each
+from oner_fast.data.sources.near_equal import Fingerprint, fingerprint, near_equal
 from oner_fast.data.sources.pair_types import Pair
+from oner_fast.data.sources.progress import progress
+
+SMALLEST = 64
+"""Side, in pixels, down to which a JPEG is decoded for its fingerprint."""
 
 
 def shared_images(train: Sequence[Pair], val: Sequence[Pair], workers: int) -> set[Path]:
@@ -24,6 +31,33 @@ def shared_images(train: Sequence[Pair], val: Sequence[Pair], workers: int) -> s
     known = set(each(_digest, [image for image, size in theirs.items() if size in equal], workers))
     digests = zip(candidates, each(_digest, candidates, workers), strict=True)
     return {image for image, digest in digests if digest is not None and digest in known}
+
+
+def resembling_images(train: Sequence[Pair], val: Sequence[Pair], workers: int) -> dict[Path, Path]:
+    """Return the images of `train` that are nearly equal to one of `val`, and the first such image of `val`.
+
+    Every image is decoded once for it. One that cannot be read resembles none.
+    """
+    ours, theirs = ([*dict.fromkeys(pair.image for pair in pairs)] for pairs in (train, val))
+    if not ours or not theirs:
+        return {}
+    images = [*ours, *theirs]
+    found: dict[Path, Fingerprint] = {}
+    with progress("comparing images", len(images)) as advance:
+        for image, made in zip(images, each(_fingerprint, images, workers), strict=True):
+            advance()
+            if made is not None:
+                found[image] = made
+    ours, theirs = ([image for image in side if image in found] for side in (ours, theirs))
+    near = near_equal([found[image] for image in ours], [found[image] for image in theirs])
+    return {ours[mine]: theirs[other] for mine, other in near.items()}
+
+
+def _fingerprint(image: Path) -> Fingerprint | None:
+    try:
+        return fingerprint(decode(read_file(image), str(image), side=SMALLEST))
+    except (OSError, ValueError):
+        return None
 
 
 def _sizes(pairs: Sequence[Pair]) -> dict[Path, int]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oner_fast.data.sources.building import Build, default_workers, report, versions
-from oner_fast.data.sources.concepts import VALIDATION_PERCENT, concept, percentile
-from oner_fast.data.sources.pair_overlap import shared_images
+from oner_fast.data.sources.concepts import SPLIT_RULE, VALIDATION_PERCENT, concept, percentile
+from oner_fast.data.sources.pair_overlap import resembling_images, shared_images
 from oner_fast.data.sources.pair_shards import ShardJob, shard_jobs, write_shards
 from oner_fast.data.sources.pair_sources import Columns, read_source
 from oner_fast.data.sources.pair_types import LeftOut, Pair, digest, printable
@@ -21,6 +21,7 @@ NAMED = 1000
 SHOWN = 20
 UNREADABLE = "unreadable pictures"
 SHARED = "training captions of validation pictures"
+NEAR = "training captions of pictures nearly equal to a validation picture"
 
 
 def build_pairs(
@@ -43,8 +44,8 @@ def build_pairs(
 ) -> dict[str, Any]:
     """Pack the pairs of a CSV or TSV file, or of a folder with a `.txt` beside each image.
 
-    An image with captions in both splits goes to "val" only, whether its file has one name or several, or is copied.
-    Everything that gives no pair is counted by its rule in
+    An image with captions in both splits goes to "val" only, whether its file has one name or several, is copied, or is
+    nearly equal to one in "val", such as a smaller copy. Everything that gives no pair is counted by its rule in
     `dataset.json` and named in `left-out.txt`.
 
     Args:
@@ -79,6 +80,7 @@ def build_pairs(
     sources = _read(Path(source), None if val is None else Path(val), columns, Path(root) if root else None, limit)
     options = {
         "pairs": digest(sources.train),
+        "split_rule": SPLIT_RULE,
         "resize": resize,
         "validation_percent": percent,
         "split_by": split_by,
@@ -175,7 +177,7 @@ def _use(name: str, splits: dict[str, list[Pair]]) -> str:
 
 def _dropped(left_out: Sequence[LeftOut]) -> dict[str, Any]:
     """Count what was left out by its rule, and name the first of it."""
-    counts = Counter({UNREADABLE: 0, SHARED: 0})
+    counts = Counter({UNREADABLE: 0, SHARED: 0, NEAR: 0})
     counts.update(one.rule for one in left_out)
     return {**dict(sorted(counts.items())), "named": [one.line for one in left_out[:NAMED]]}
 
@@ -204,13 +206,24 @@ def _split(sources: _Sources, percent: int, by: str, workers: int) -> tuple[dict
     else:
         val, rest = list(sources.val), sources.train
     shared = {pair.image for pair in val} | shared_images(rest, val, workers)
-    splits = {"train": [pair for pair in rest if pair.image not in shared], "val": val}
+    others = [pair for pair in rest if pair.image not in shared]
+    near = resembling_images(others, val, workers)
+    splits = {"train": [pair for pair in others if pair.image not in near], "val": val}
+    names = {pair.image: pair.name for pair in reversed(val)}
     for members in splits.values():
         members.sort(key=lambda pair: (hashlib.sha1(f"{pair.name}\t{pair.caption}".encode()).digest(), pair.row))
     return splits, [
         LeftOut(SHARED, f"{pair.name}: {pair.caption[:60]!r} is not trained on, since its image is in val")
         for pair in rest
         if pair.image in shared
+    ] + [
+        LeftOut(
+            NEAR,
+            f"{pair.name}: {pair.caption[:60]!r} is not trained on, since its image resembles "
+            f"{names[near[pair.image]]} in val",
+        )
+        for pair in others
+        if pair.image in near
     ]
 
 

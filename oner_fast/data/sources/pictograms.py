@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from oner_fast.data.sources.building import Build, default_workers, report, versions
-from oner_fast.data.sources.concepts import caption_of_name
+from oner_fast.data.sources.concepts import SPLIT_RULE, caption_of_name
 from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings
 from oner_fast.data.sources.progress import say
 
@@ -52,7 +52,7 @@ def build_pictograms(
         raise ValueError(f"size is {size}; images need at least 8 pixels a side")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
-    options = {"image_size": size, "limit": limit, "packages": versions(*PACKAGES)}
+    options = {"image_size": size, "limit": limit, "split_rule": SPLIT_RULE, "packages": versions(*PACKAGES)}
     build = Build(output, "pictograms", options, overwrite)
     if build.finished:
         content = build.dataset()

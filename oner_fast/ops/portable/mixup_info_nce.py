@@ -16,6 +16,7 @@ from oner_fast.ops.unit_rows import inverse_norms as _inverse_norms
 from oner_fast.ops.unit_rows import through_normalisation, unit_rows
 
 _LEAST_ROWS = 16  # of a part, however many columns there are
+_IGNORED = -1e38  # the logit of an ignored pair: its exponential is 0, and no difference of two of these is NaN
 
 
 def inverse_norms(x: Tensor, other: Tensor | None, mix: Tensor | None) -> Tensor:
@@ -48,6 +49,12 @@ class _Operands:
         self.queries = unit_rows(x, other, 0.0 if mix is None else mix, factor)
         self.partner, self.first_pair = partner, first_pair
         self.rows, self.columns = self.queries.shape[0], self.keys.shape[0]
+
+    def marked(self, part: slice, query_code: Tensor, key_code: Tensor, *, own: bool) -> Tensor:
+        """Say which pairs [rows of the part, N] have equal codes; where `own`, own pairs too, else these never."""
+        diagonal = self.own(part).unsqueeze(1) == torch.arange(self.columns, device=self.keys.device)
+        equal = query_code[part].unsqueeze(1) == key_code
+        return equal | diagonal if own else equal & ~diagonal
 
     def parts(self) -> list[slice]:
         return list(parts(self.rows if self.columns else 0, self.columns, _LEAST_ROWS))
@@ -85,6 +92,10 @@ def statistics(
     partner: Tensor | None,
     first_pair: int,
     columns_too: bool,
+    query_code: Tensor | None = None,
+    key_code: Tensor | None = None,
+    row_share: Tensor | None = None,
+    column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute forward: the maximum and sum of each row and column, and the logits of own pairs and partners."""
     given = _Operands(
@@ -97,7 +108,15 @@ def statistics(
     own, shared = like.new_zeros(given.rows), like.new_zeros(0 if partner is None else given.rows)
     for part in given.parts():
         logits = given.logits(part)
-        own[part] = given.at(logits, given.own(part))
+        if query_code is None or key_code is None:
+            own[part] = given.at(logits, given.own(part))
+        elif row_share is None or column_share is None:
+            own[part] = given.at(logits, given.own(part))
+            logits.masked_fill_(given.marked(part, query_code, key_code, own=False), _IGNORED)
+        else:
+            share = row_share[part].unsqueeze(1) + column_share
+            targets = given.marked(part, query_code, key_code, own=True)
+            own[part] = torch.where(targets, share.mul_(logits), 0.0).sum(1)
         if partner is not None:
             shared[part] = given.at(logits, partner[part])
         row_max[part] = high = logits.amax(1)
@@ -130,6 +149,9 @@ def backward(
     partner_weight: Tensor | None,
     need_key: bool,
     key_sums: bool,
+    query_code: Tensor | None = None,
+    key_code: Tensor | None = None,
+    column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute backward: the gradients of x, other and mix of both sides, and that of logit_scale."""
     given = _Operands(
@@ -143,7 +165,13 @@ def backward(
         gradient = (logits - row_max[part].unsqueeze(1)).exp_().mul_(row_weight[part].unsqueeze(1))
         if column_max is not None and column_weight is not None:
             gradient.addcmul_(logits.sub_(column_max).exp_(), column_weight)
-        given.subtract(gradient, given.own(part), own_weight[part])
+        if query_code is not None and key_code is not None and column_share is not None:
+            share = own_weight[part].unsqueeze(1) + column_share
+            gradient -= torch.where(given.marked(part, query_code, key_code, own=True), share, 0.0)
+        else:
+            if query_code is not None and key_code is not None:
+                gradient.masked_fill_(given.marked(part, query_code, key_code, own=False), 0.0)
+            given.subtract(gradient, given.own(part), own_weight[part])
         if partner is not None and partner_weight is not None:
             given.subtract(gradient, partner[part], partner_weight[part])
         torch.mm(gradient, given.keys, out=to_queries[part])

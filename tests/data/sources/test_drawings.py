@@ -6,7 +6,9 @@ for package in ("resvg_py", "PIL", "webdataset", "rich"):
     pytest.importorskip(package, reason="needs the demo extra")
 
 from oner_fast.data.dataset import PairDataset  # noqa: E402
+from oner_fast.data.sources import drawings  # noqa: E402
 from oner_fast.data.sources.building import Build  # noqa: E402
+from oner_fast.data.sources.concepts import split_of  # noqa: E402
 from oner_fast.data.sources.drawings import Drawing, IconSet, build_drawings  # noqa: E402
 
 ONE = IconSet("one", "Set One", "Ann", "MIT", "https://example.org")
@@ -31,7 +33,8 @@ DRAWINGS = [
 
 def test_blank_equal_and_broken_drawings_are_dropped_and_counted(tmp_path: Path) -> None:
     content = build_drawings(Build(tmp_path, "test", {}), DRAWINGS, 16, 1)
-    assert content["dropped"] | {"failed": 0} == {"blank": 1, "equal pixels": 2, "not drawable": 1, "failed": 0}
+    dropped = {"blank": 1, "equal pixels": 2, "not drawable": 1, drawings.NEAR: 0}
+    assert content["dropped"] | {"failed": 0} == dropped | {"failed": 0}
     assert content["dropped"]["failed"][0].startswith("one broken: ")
     lines = (tmp_path / "left-out.txt").read_text().splitlines()
     assert lines[:3] == [
@@ -58,3 +61,26 @@ def test_a_style_set_is_a_split_of_its_own(tmp_path: Path) -> None:
 def test_nothing_drawable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none of 1 drawings gave an image: one broken"):
         build_drawings(Build(tmp_path, "test", {}), [DRAWINGS[4]], 16, 1)
+
+
+def test_a_drawing_nearly_equal_to_a_validation_drawing_is_not_trained_on(tmp_path: Path) -> None:
+    names = [f"thing {letter}{other}" for letter in "abcdefgh" for other in "xyz"]
+    val = next(name for name in names if split_of(name) == "val")
+    first, second, third = [name for name in names if split_of(name) == "train"][:3]
+    shown = {val: (4, "#000"), first: (4, "#010203"), second: (4, "#0a0"), third: (9, "#000")}
+    made = [Drawing(TWO if name == third else ONE, name, square(*look), name) for name, look in shown.items()]
+    content = build_drawings(Build(tmp_path / "a", "test", {}), made, 32, 1)
+    assert content["dropped"][drawings.NEAR] == 1  # another colour or place is another drawing
+    assert {PairDataset(tmp_path / "a", "train").caption(i) for i in range(2)} == {second, third}
+    assert (tmp_path / "a" / "left-out.txt").read_text() == f"{drawings.NEAR}: one {first}, as one {val}\n"
+    assert sum(entry["samples"] for entry in content["attribution"]) == 3
+    # A style set is held out too.
+    made.append(Drawing(TWO, "copy", square(9, "#030201"), "copy"))
+    styled = build_drawings(
+        Build(tmp_path / "b", "test", {}),
+        [*made[:3], Drawing(ONE, "t", square(9), third), made[4]],
+        32,
+        1,
+        frozenset({"two"}),
+    )
+    assert styled["dropped"][drawings.NEAR] == 2 and styled["splits"]["style"]["samples"] == 1

@@ -282,6 +282,7 @@ def test_bad_rows_are_named_and_cost_no_other(tmp_path: Path, capsys: pytest.Cap
         "pictures without a caption": 2,
         "rows with a quote that is not closed or not doubled": 1,
         "rows with more or fewer fields than the header": 1,
+        "training captions of pictures nearly equal to a validation picture": 0,
         "training captions of validation pictures": 0,
         "unreadable pictures": 1,
     }
@@ -484,6 +485,23 @@ def test_a_copy_or_link_of_a_validation_image_is_not_trained_on(tmp_path: Path) 
     content = build_pairs(tmp_path / "t.csv", tmp_path / "out", validation_percent=50, workers=1)
     assert [content["splits"][split]["samples"] for split in ("train", "val")] == [1, 1]
     assert content["dropped"]["training captions of validation pictures"] == 4
+
+
+def test_a_picture_nearly_equal_to_a_validation_picture_is_not_trained_on(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)
+    photo, other = (Image.fromarray(one).resize((90, 90), Image.Resampling.BICUBIC) for one in pixels)
+    photo.save(tmp_path / "photo.png")
+    photo.resize((180, 180), Image.Resampling.BICUBIC).save(tmp_path / "larger.jpg", quality=80)
+    other.save(tmp_path / "other.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "photo.png").read_bytes()[:900])
+    rows = [("larger.jpg", "a cat"), ("other.png", "a dog"), ("torn.png", "a cow")]
+    (tmp_path / "train.csv").write_text("filepath,title\n" + "".join(f"{path},{text}\n" for path, text in rows))
+    (tmp_path / "val.csv").write_text("filepath,title\nphoto.png,a horse\n")
+    content = build_pairs(tmp_path / "train.csv", tmp_path / "out", val=tmp_path / "val.csv", workers=1)
+    assert {pair.caption for pair in read(tmp_path / "out", content)["train"]} == {"a dog"}
+    assert content["dropped"]["training captions of pictures nearly equal to a validation picture"] == 1
+    why = "larger.jpg: 'a cat' is not trained on, since its image resembles photo.png in val"
+    assert why in (tmp_path / "out" / "left-out.txt").read_text()
 
 
 def test_sources_that_are_no_table_are_called_what_they_are(tmp_path: Path) -> None:

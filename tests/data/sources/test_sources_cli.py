@@ -33,7 +33,7 @@ def test_pairs_and_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_wrong_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pictogram"]) == 2
-    assert "unknown name 'pictogram'; known: pictograms, icons, pairs, index" in capsys.readouterr().err
+    assert "unknown name 'pictogram'; known: pictograms, icons, scenes, pairs, index" in capsys.readouterr().err
     assert main(["pictograms", "--size", "large"]) == 2
     assert main(["pairs", str(tmp_path)]) == 2
     assert main(["pairs", str(tmp_path / "absent"), "--output", str(tmp_path / "out")]) == 1

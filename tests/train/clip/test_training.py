@@ -81,6 +81,7 @@ def test_the_towers_learn_and_open_clip_loads_the_run(straight: tuple[Path, Path
     _, run = straight
     lines = figures(run)
     assert len(lines) == 8 and lines[-1]["loss"] < lines[0]["loss"]
+    assert all(0 <= line["repeated_captions"] <= 1 for line in lines)
     assert lines[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3) != lines[-1]["logit_scale"]
     model, config = load_clip(run)
     assert config == CLIPConfig(**SIZES)
@@ -124,14 +125,17 @@ def pairs() -> PairBatch:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, generator=draw)
     captions = [f"a {'very ' * (i % 4)}{name} thing" for i, name in enumerate([*COLOURS] * 2)]
+    captions[:4] = [each.upper() for each in captions[:4]]
     return PairBatch(images, no_text(8), torch.arange(8), captions, 0, 0)
 
 
-def gradients(batch: PairBatch, parts: int = 1, world: World = WORLD) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(
+    batch: PairBatch, parts: int = 1, world: World = WORLD, same_caption: Any = "ignore"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a step of the same towers each time, and the gradient of every parameter."""
     torch.manual_seed(0)
     towers = NewTowers(CLIPConfig(**SIZES), 0.07)
-    loss = ContrastStep(towers, parts, world, None)(batch)
+    loss = ContrastStep(towers, parts, world, None, same_caption)(batch)
     found = {name: parameter.grad for name, parameter in towers.named_parameters() if parameter.grad is not None}
     assert len(found) == len(list(towers.parameters()))
     return loss, found
@@ -143,10 +147,25 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_micro_batches_change_nothing() -> None:
-    (loss, wanted), (again, found) = gradients(pairs()), gradients(pairs(), parts=4)
+@pytest.mark.parametrize("same_caption", ["negative", "positive", "ignore"])
+def test_micro_batches_change_nothing(same_caption: str) -> None:
+    loss, wanted = gradients(pairs(), same_caption=same_caption)
+    again, found = gradients(pairs(), parts=4, same_caption=same_caption)
     torch.testing.assert_close(again, loss)
     assert_same(found, wanted)
+
+
+def test_same_captions_are_negatives_positives_or_left_out() -> None:
+    """Each of the four captions stands twice in the batch, once in capitals.
+
+    The text tower, which folds case, gives both the same embedding, and equal logits share their mass in vain.
+    """
+    batch = pairs()
+    assert len(batch.caption_ids.unique()) == 4
+    positive, negative, ignore = (
+        float(gradients(batch, same_caption=x)[0]) for x in ("positive", "negative", "ignore")
+    )
+    assert ignore < negative - 0.01 and positive == pytest.approx(negative, rel=1e-6)
 
 
 def rank_main(rank: int, size: int, folder: str) -> None:
@@ -200,6 +219,36 @@ def test_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], chan
 
 def test_a_dry_run_leaves_nothing(straight: tuple[Path, Path], tmp_path: Path, check_dry_run: Any) -> None:
     check_dry_run(clip.main, command(straight[0], tmp_path / "runs" / "new"), "8 steps of 8 samples")
+
+
+def test_a_clip_begins_with_the_weights_of_another_at_another_size(straight: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = straight
+    before, _ = load_clip(run)
+    still = {"steps": 1, "warmup": 0, "lr": 0.0, "min_lr": 0.0, "image_size": 24, "context_length": 9}
+    for name, source in (("run", run), ("checkpoint", run / "checkpoints" / "step-00000008.pt")):
+        assert clip.main(command(data, tmp_path / name, init_from=source, **still)) == 0
+        after, config = load_clip(tmp_path / name)
+        assert (config.image_size, config.context_length) == (24, 9)
+        there, here = before.state_dict(), after.state_dict()
+        resampled = {key for key in there if not torch.equal(there[key], here[key])}
+        assert resampled == {"visual.positional_embedding", "positional_embedding"}
+        assert here["visual.positional_embedding"].shape == (10, 16) and here["positional_embedding"].shape == (9, 16)
+        assert json.loads((tmp_path / name / "lineage.json").read_text())["lineage"][0]["kind"] == "weights"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"vision_width": 32}, "vision_width 16, and this training needs vision_width 32; give --vision-width 16"),
+        ({"init_image": "a", "init_text": "b", "lock_text": True}, "give either --init-from"),
+    ],
+)
+def test_weights_that_do_not_fit_a_clip_are_refused(
+    straight: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], why: str
+) -> None:
+    data, run = straight
+    assert clip.main(command(data, tmp_path / "new", init_from=run, **changes)) == 1
+    assert why in capsys.readouterr().err
 
 
 if __name__ == "__main__":

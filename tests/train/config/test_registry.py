@@ -27,7 +27,7 @@ def test_every_recipe_carries_its_name_and_belongs_to_a_command() -> None:
 
 
 @pytest.mark.parametrize(
-    ("system", "recipe", "owner"), [("oner", "clip_tiny_icons_cpu", "clip"), ("lit", "uta_b16_in21k_a100x8", "uta")]
+    ("system", "recipe", "owner"), [("oner", "clip_tiny_icons_cpu", "clip"), ("lit", "uta_b14_in21k_a100x8", "uta")]
 )
 def test_an_error_names_the_command_that_knows_a_recipe(system: str, recipe: str, owner: str) -> None:
     """In a process of its own, which has not imported the other system's recipes."""

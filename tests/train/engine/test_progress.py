@@ -15,7 +15,7 @@ METRICS = {
     "samples_per_second": 512.34,
     "data_wait": 0.034,
     "mfu": 0.41,
-    "batch_modality_gap": 0.8,
+    "gap/projection": 0.8,
     "seconds": 9.0,
 }
 

@@ -91,6 +91,19 @@ def test_the_heads_learn_alone_and_are_saved_alone(
     assert losses(again) == found[6:]
 
 
+def test_the_best_heads_are_kept(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
+    tiny_encoders(0)
+    run = tmp_path / "run"
+    assert lit.main(command(data, run, **SIZES | {"eval_every": 3})) == 0
+    best = json.loads((run / "best" / "best.json").read_text())
+    assert best["step"] in (3, 6, 8)
+    assert evaluate([str(run / "best")]) == 0
+    val = json.loads((run / "best" / "evaluation.json").read_text())["val"]
+    for way in ("image_to_text", "text_to_image"):
+        assert [best[f"eval/{way}/R@{k}"] for k in (1, 5, 10)] == [val[way][f"R@{k}"] for k in (1, 5, 10)]
+    assert best["eval/zero_shot/top1"] == val["zero_shot"]["top1"]
+
+
 def test_micro_batches_change_nothing(data: Path, tmp_path: Path, tiny_encoders: Callable[[int], Any]) -> None:
     tiny_encoders(0)
     for parts in (1, 4):
@@ -143,6 +156,11 @@ def test_a_temperature_too_low_is_refused(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         lit.main(command(tmp_path, tmp_path / "run", temperature=0.001))
     assert "temperature must be at least 0.01" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_weights_to_begin_with_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lit.main(command(tmp_path, tmp_path / "run", init_from=tmp_path, threads=1)) == 1
+    assert "takes no --init-from" in capsys.readouterr().err
 
 
 def test_a_dry_run_leaves_nothing(

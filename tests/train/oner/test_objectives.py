@@ -12,7 +12,7 @@ from torch import Tensor
 from oner_fast.models.oner import OneR
 from oner_fast.nn.heads import normalised_pixels
 from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
-from oner_fast.train.oner.objectives import contrastive_losses, modality_gap
+from oner_fast.train.oner.objectives import contrastive_losses
 from oner_fast.train.oner.settings import Objectives, OneRConfiguration
 from oner_fast.train.oner.student import Student
 
@@ -71,10 +71,16 @@ def test_contrasts_agree_with_the_papers_table(names: list[str], teacher: bool, 
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_the_modality_gap_is_between_centroids_of_unit_vectors() -> None:
-    image, text = torch.tensor([[2.0, 0.0], [0.0, 5.0]]), torch.tensor([[-1.0, 0.0], [-3.0, 0.0]])
-    assert modality_gap(image, text).item() == pytest.approx((1.5**2 + 0.5**2) ** 0.5)
-    assert modality_gap(image, 9 * image).item() < 1e-6
+@pytest.mark.parametrize("same_caption", ["positive", "ignore"])
+def test_every_contrast_knows_the_captions(same_caption: Any) -> None:
+    """With ids of which all differ, as without; with equal ids, another loss than that of negatives."""
+    weights: dict[str, Any] = dict.fromkeys(("itc", "xmc", "cic", "cmc"), 1.0)
+    key: dict[Any, Tensor] = {name: torch.randn(6, 4, dtype=torch.float64) for name in PASSES}
+    plain = contrastive_losses(key, key, 5.0, Objectives(**weights))
+    objectives = Objectives(**weights, same_caption=same_caption)
+    for ids, other in ((torch.arange(6), False), (torch.tensor([1, 2, 1, 3, 2, 1]), True)):
+        for name, loss in contrastive_losses(key, key, 5.0, objectives, ids=ids).items():
+            assert (abs(loss - plain[name]) > 1e-3) == other
 
 
 # The whole step: what a batch's passes, heads and losses come to, written out.
@@ -117,9 +123,11 @@ def plain_step(
     outputs = student.tower(inputs.passes)
     query: dict[Any, Tensor] = {name: student.tower.project(output.cls, name) for name, output in outputs.items()}
     key = query
-    if teacher is not None and student.predictor is not None:
+    if teacher is not None:
         key = {name: teacher.project(output.cls, name) for name, output in teacher(teacher_input(batch)).items()}
-        query = {name: student.predictor(each) for name, each in query.items()}
+    if student.predictor is not None:
+        text = student.text_predictor or student.predictor
+        query = {name: (text if name == "text" else student.predictor)(each) for name, each in query.items()}
     parts = {}
     if objectives.contrastive:
         parts = frame(query, key, student.log_logit_scale.exp(), objectives.symmetric)
@@ -130,7 +138,10 @@ def plain_step(
         patches = [hidden_patches(student, inputs, name, outputs[name].patches) for name in inputs.patches]
         parts["mim"] = torch.stack([one for each in patches for one in each]).mean()
     parts = {name: part for name, part in parts.items() if getattr(objectives, name)}
-    return {**parts, "loss": torch.stack([getattr(objectives, name) * part for name, part in parts.items()]).sum()}
+    weights = {name: getattr(objectives, name) for name in parts}
+    if objectives.temperature_factor:
+        weights |= {name: 2 * objectives.temperature * weights[name] for name in parts if name not in ("mlm", "mim")}
+    return {**parts, "loss": torch.stack([weights[name] * part for name, part in parts.items()]).sum()}
 
 
 SETS: dict[str, dict[str, Any]] = {
@@ -140,6 +151,9 @@ SETS: dict[str, dict[str, Any]] = {
     "no contrast": {"itc": 0, "cmc": 0},
     "masked words alone": {"itc": 0, "cmc": 0, "mim": 0},
     "learnable temperature": {"mlm": 0, "mim": 0, "learnable_temperature": True, "symmetric": True},
+    "no predictor": {"predictor": "none", "mlm": 0, "mim": 0},
+    "a predictor a head": {"predictor": "per_head", "model": {"shared_head": False}, "mlm": 0, "mim": 0},
+    "MoCo v3's factor": {"temperature_factor": True, "temperature": 0.3, "xmc": 1.0},
     "no teacher": {"momentum_teacher": False, "symmetric": True, "learnable_temperature": True},
 }
 
@@ -199,6 +213,11 @@ def test_normalised_pixels() -> None:
         ({"mask_patch_ratio": 0.1}, "mim is above 0 but mask_patch_ratio 0.1 of 9 patches masks none"),
         ({"mask_patch_ratio": 0.3, "force_patch_dropout": 0.7}, "mask_patch_ratio 0.3 of 3 patches masks none"),
         ({"model": {"shared_trunk": False}}, "two trunks .* have no joint pass: set xmc, cic and cmc to 0"),
+        ({"predictor": "per_head"}, "predictor per_head needs two heads: give --no-shared-head"),
+        ({"temperature_factor": True, "learnable_temperature": True}, "temperature_factor needs a fixed temperature"),
+        ({"teacher_view": "second", "momentum_teacher": False}, "teacher_view second needs a teacher"),
+        ({"equal_heads": True}, "equal_heads needs two heads: give --no-shared-head"),
+        ({"init_gap": -1.0}, "init_gap must not be negative, got -1.0"),
         ({"accum_freq": 3}, "batch_size must be a multiple of accum_freq, got 8 and 3"),
     ],
 )

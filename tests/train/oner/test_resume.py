@@ -75,7 +75,8 @@ def command(data: Path, run: Path, **changes: Any) -> list[str]:
         "train_data": data, "run_dir": run, "image_size": 12, "patch_size": 4, "width": 16, "depth": 1, "heads": 2,
         "embed_dim": 8, "projector_hidden": 16, "predictor_hidden": 16, "max_text_tokens": 8, "tokenizer_vocab": 80,
         "batch_size": 8, "steps": 10, "warmup": 2, "save_every": 3, "log_every_n_steps": 1, "snapshot_every": 0,
-        "workers": 2, "threads": 2, "precision": "fp32", "device": "cpu", "accum_freq": 2, "keep_checkpoints": 3,
+        "workers": 2, "threads": 2, "precision": "fp32", "device": "cpu", "accum_freq": 2,
+        "teacher_view": "second", "keep_checkpoints": 3,
     }  # fmt: skip
     words = []
     for name, value in {**settings, **changes}.items():
@@ -189,7 +190,7 @@ def test_the_metrics_are_the_same_lines(runs: Runs, name: str) -> None:
 
     expected = lines(runs.straight)
     assert [line["step"] for line in expected] == list(range(1, 11))
-    assert {"loss", "loss/itc", "loss/cmc", "loss/mlm", "loss/mim", "lr", "grad_norm", "momentum", "batch_modality_gap",
+    assert {"loss", "loss/itc", "loss/cmc", "loss/mlm", "loss/mim", "lr", "grad_norm", "momentum",
             "epoch", "skipped_steps", "corrupt_samples"} <= set(expected[0])  # fmt: skip
     assert [line["epoch"] for line in expected] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert len({line["loss"] for line in expected}) == 10 and expected[-1]["loss"] < expected[0]["loss"]
@@ -198,8 +199,13 @@ def test_the_metrics_are_the_same_lines(runs: Runs, name: str) -> None:
 
 def test_a_finished_run_is_left_as_it_is_and_loads(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None:
     before = (runs.straight / "model.safetensors").read_bytes()
+    contrast = (runs.straight / "contrast.safetensors").read_bytes()
+    for other in (runs.stopped, runs.killed):
+        assert (other / "contrast.safetensors").read_bytes() == contrast
+    (runs.straight / "contrast.safetensors").unlink()  # as in a run of an earlier version
     assert oner.main(command(runs.data, runs.straight)) == 0
     assert (runs.straight / "model.safetensors").read_bytes() == before
+    assert (runs.straight / "contrast.safetensors").read_bytes() == contrast
     assert len((runs.straight / "metrics.jsonl").read_text().splitlines()) == 10
     loaded = oner_fast.load(runs.straight)
     assert loaded.encode_text(["a red picture"]).shape == (1, 8)
@@ -211,7 +217,10 @@ def test_a_finished_run_is_left_as_it_is_and_loads(runs: Runs, capfd: pytest.Cap
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.5}, "was trained with other settings (lr 0.001 -> 0.5); give another --run-dir"),
+        (
+            {"lr": 0.5},
+            "was trained with other settings (lr 0.001 -> 0.5); to train on, begin a new phase with --resume",
+        ),
         ({"seed": 3, "itc": 0.5}, "(itc 1.0 -> 0.5; seed 0 -> 3)"),
         ({"steps": 20}, "(steps 10 -> 20)"),
         ({"width": 32}, "(width 16 -> 32)"),

@@ -18,6 +18,8 @@ from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
 from oner_fast.models.files import load_uta, read_metadata
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA, UTAConfig
+from oner_fast.nn.drop_path import branch_factors
+from oner_fast.nn.positions import resample_grid
 from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.config.common import Optimisation, Run
 from oner_fast.train.engine import checkpoint
@@ -29,6 +31,7 @@ from oner_fast.train.uta.teacher_features import TeacherFeatures
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 MODEL = UTAConfig(image_size=24, patch_size=4, width=16, depth=2, heads=2, mlp_hidden=24, embed_dim=8)
+REGULARISED: dict[str, Any] = {"drop_path": 0.5, "head_init": "teacher_mean"}
 TIMES = {"seconds", "samples_per_second", "data_wait", "mfu"}
 
 
@@ -57,7 +60,7 @@ def settings(teacher: Path, objective: str = "uta", accum_freq: int = 1, **align
     )
 
 
-def pictures(count: int = 8, step: int = 3) -> PairBatch:
+def pictures(count: int = 8, step: int = 0) -> PairBatch:
     draw = torch.Generator().manual_seed(step)
     images = torch.randint(256, (count, 3, 24, 24), dtype=torch.uint8, generator=draw)
     return PairBatch(images, no_text(count), torch.arange(count), [""] * count, step, 0)
@@ -87,7 +90,7 @@ def test_the_loss_equals_its_formula(teacher: Path, objective: str) -> None:
     config, batch = settings(teacher, objective, mask_ratio=0.4), pictures()
     step, student = step_of(config)
     found = step(batch)
-    masks = draw_masks(5, 3, batch.samples, (6, 6), 14, "reversed_block")
+    masks = draw_masks(5, 0, batch.samples, (6, 6), 14, "reversed_block")
     target = load_teacher(teacher, grid=6).tokens(batch.images)
     assert target.shape == (8, 37, 8)
     with torch.no_grad():
@@ -105,7 +108,7 @@ def test_the_loss_equals_its_formula(teacher: Path, objective: str) -> None:
 def test_identical_tokens_give_minus_one(teacher: Path) -> None:
     step, student = step_of(settings(teacher))
     batch = pictures()
-    kept = draw_masks(5, 3, batch.samples, (6, 6), 18, "reversed_block").kept
+    kept = draw_masks(5, 0, batch.samples, (6, 6), 18, "reversed_block").kept
     tokens = student(batch.images, kept).detach()
     target = torch.zeros(8, 37, 8).scatter(1, with_cls(kept).unsqueeze(2).expand(-1, -1, 8), tokens)
     loss = step.loss(batch, target)
@@ -119,7 +122,7 @@ def test_only_the_student_gets_gradients_and_hidden_pixels_none(teacher: Path) -
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in step.features.teacher.parameters())
     target = step.features.take(batch)
-    mask = draw_masks(5, 3, batch.samples, (6, 6), 18, "reversed_block").mask
+    mask = draw_masks(5, 0, batch.samples, (6, 6), 18, "reversed_block").mask
     pixels = mask.view(8, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     other = replace(batch, images=torch.where(pixels, 255 - batch.images, batch.images))
     assert torch.equal(step.loss(batch, target), step.loss(other, target))
@@ -129,7 +132,10 @@ def test_only_the_student_gets_gradients_and_hidden_pixels_none(teacher: Path) -
 
 @pytest.mark.parametrize("objective", ["uta", "distillation", "mask_token"])
 def test_micro_batches_change_nothing(teacher: Path, objective: str) -> None:
-    (first, student), (second, other) = (step_of(settings(teacher, objective, count)) for count in (1, 4))
+    # With stochastic depth, whose draws belong to places in the whole batch.
+    (first, student), (second, other) = (
+        step_of(settings(teacher, objective, count, drop_path=0.5)) for count in (1, 4)
+    )
     one, two = first(pictures()), second(pictures())
     torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
     wanted = gradients(student)
@@ -138,11 +144,57 @@ def test_micro_batches_change_nothing(teacher: Path, objective: str) -> None:
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_skipped_branch_leaves_its_image_alone(teacher: Path) -> None:
+    config = settings(teacher, drop_path=0.5)
+    student, batch = shaken(config), pictures()
+    kept = draw_masks(5, 0, batch.samples, (6, 6), 18, "reversed_block").kept
+    factors = branch_factors(0.5, 2, 5, 0, batch.samples)
+    assert (factors[2:] == 0).any() and (factors[2:] != 0).any()
+    outputs = student(batch.images, kept, branch_factors=factors)
+    target = load_teacher(teacher, grid=6).tokens(batch.images)
+    aligned = target.gather(1, with_cls(kept).unsqueeze(2).expand(-1, -1, 8))
+    found = step_of(config)[0](batch)
+    torch.testing.assert_close(found, -F.cosine_similarity(outputs, aligned, dim=-1).mean(), rtol=1e-5, atol=1e-6)
+    # Packed, the same; and an image without both branches of the last block ends as without that block.
+    flat, bounds = student(batch.images, kept.flatten(), torch.arange(9, dtype=torch.int32) * 18,
+                           branch_factors=factors)  # fmt: skip
+    torch.testing.assert_close(flat.view_as(outputs), outputs, rtol=1e-5, atol=1e-6)
+    assert bounds.tolist() == [19 * i for i in range(9)]
+    factors[2:] = 0
+    skipped = student(batch.images, kept, branch_factors=factors)
+    student.trunk.blocks = student.trunk.blocks[:1]
+    torch.testing.assert_close(skipped, student(batch.images, kept), rtol=1e-5, atol=1e-6)
+
+
+def test_the_head_may_start_towards_the_mean_of_the_teachers_tokens(teacher: Path) -> None:
+    config = settings(teacher, head_init="teacher_mean")
+    torch.manual_seed(1)
+    plain, turned = UTA(config.model), UTA(config.model)
+    turned.load_state_dict(plain.state_dict())
+    source = load_teacher(teacher, grid=6)
+    losses = []
+    for student, alignment in ((plain, Alignment(teacher=str(teacher))), (turned, config.alignment)):
+        step = AlignmentStep(replace(config, alignment=alignment), student, TeacherFeatures(source), WORLD, None)
+        losses.append(float(step(pictures())))
+    mean = F.normalize(source.tokens(pictures().images), dim=-1).mean(dim=(0, 1))
+    bias = turned.head.bias.detach()
+    torch.testing.assert_close(F.normalize(bias, dim=0), F.normalize(mean, dim=0))
+    assert bias.norm().item() == pytest.approx(turned.head.weight.norm().item(), rel=1e-5)
+    assert losses[1] < losses[0] - 0.1
+    # Only the first step of a new head turns it: what was learnt stays, also after a restart.
+    step(pictures(count=4))
+    assert torch.equal(turned.head.bias, bias)
+    with torch.no_grad():
+        turned.head.bias.zero_()
+    step(pictures(step=1))
+    assert not turned.head.bias.any()
+
+
 def rank_main(rank: int, size: int, folder: str, teacher: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     world = setup("cpu", init_method=f"file://{folder}/meet", timeout_seconds=60)
     try:
-        step, student = step_of(settings(Path(teacher)), world)
+        step, student = step_of(settings(Path(teacher), **REGULARISED), world)
         loss = step(pictures().split(size)[rank])
         torch.save((loss, gradients(student)), f"{folder}/{rank}.pt")
     finally:
@@ -150,7 +202,7 @@ def rank_main(rank: int, size: int, folder: str, teacher: str) -> None:
 
 
 def test_two_processes_train_like_one(teacher: Path, run_two_ranks: Any, tmp_path: Path) -> None:
-    step, student = step_of(settings(teacher))
+    step, student = step_of(settings(teacher, **REGULARISED))
     loss, wanted = step(pictures()), gradients(student)
     run_two_ranks(__file__, tmp_path, teacher)
     for rank in range(2):
@@ -293,6 +345,29 @@ def test_a_dry_run_leaves_nothing(
 ) -> None:
     words = command(straight[0], tmp_path / "run", teacher, teacher_cache=tmp_path / "cache")
     check_dry_run(uta.main, words, "6 steps of 8 samples")
+
+
+@pytest.mark.parametrize("source", ["", "model.safetensors", "checkpoints/step-00000006.pt"])
+def test_a_student_begins_with_the_weights_of_another_at_another_size(
+    straight: tuple[Path, Path], teacher: Path, tmp_path: Path, source: str
+) -> None:
+    data, run = straight
+    still = {"steps": 1, "warmup": 0, "lr": 0.0, "min_lr": 0.0, "image_size": 32, "init_from": run / source}
+    assert uta.main(command(data, tmp_path / "new", teacher, **still)) == 0
+    before = load_uta(run / "model.safetensors")
+    after = load_uta(tmp_path / "new" / "model.safetensors").state_dict()
+    name = "patch_embedding.positions"
+    assert after[name].shape == (64, 16)
+    assert torch.equal(after[name], resample_grid(before.patch_embedding.positions.detach(), 8))
+    assert all(torch.equal(after[each], value) for each, value in before.state_dict().items() if each != name)
+
+
+def test_weights_of_another_size_are_refused(
+    straight: tuple[Path, Path], teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = straight
+    assert uta.main(command(data, tmp_path / "new", teacher, init_from=run, heads=4)) == 1
+    assert "holds a model of heads 2, and this training needs heads 4; give --heads 2" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

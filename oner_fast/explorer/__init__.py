@@ -1,0 +1,1 @@
+"""`oner-fast explore`: one page in which a run's model searches its pictures, without a server."""
