@@ -335,6 +335,9 @@ def test_the_wheel_holds_the_package_alone(source: Path, tmp_path: Path) -> None
         "*/ablation/*.j2",
         "*/report/*.j2",
         "*/page/*.j2",
+        "*/explorer/*.j2",
+        "*/explorer/*.css",
+        "*/explorer/*.js",
     )
     assert [name for name in rest if not any(fnmatch(name, pattern) for pattern in patterns)] == []
     assert report["cuda"]["reason"].startswith("ONER_FAST_CUDA=0") and report["extension"]["built"]
