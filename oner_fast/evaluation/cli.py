@@ -213,10 +213,17 @@ def _data(options: Options) -> str | None:
 
 
 def _open_splits(options: Options, data: str) -> dict[str, PairDataset]:
-    """Open the splits that were asked for, or every held-out split; only "train" may hold pairs of the training."""
+    """Open the splits that were asked for, or every held-out split; only "train" may hold pairs of the training.
+
+    Data that --data names and that are the training's own are evaluated as "train", with a warning.
+    """
     unnamed = unnamed_split(options.run, data)
-    names = list(options.split) or held_out_splits(data, unnamed)
     known = splits_of(data, unnamed)
+    names = list(options.split)
+    if not names and options.data is not None and unnamed == "train" and list(known) == ["train"]:
+        logger.warning("%s was trained on %s: these are the figures of training pairs, none held out", options.run, data)
+        names = ["train"]
+    names = names or held_out_splits(data, unnamed)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{data} has no split {unknown[0]!r}; it has {', '.join(known)}")
     opened = {name: open_split(data, name, unnamed) for name in names}

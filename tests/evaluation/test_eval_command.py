@@ -313,7 +313,13 @@ def test_training_data_are_no_validation_data(run: Path, data: Path, capsys: pyt
 
 @pytest.mark.parametrize("way", ["path", "link", "hard link", "copy", "folder"])
 def test_training_tars_are_recognised_under_any_name(
-    run: Path, data: Path, tmp_path: Path, reader: Any, way: str, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    data: Path,
+    tmp_path: Path,
+    reader: Any,
+    way: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from oner_fast.report.cli import Options, _examples
 
@@ -336,9 +342,10 @@ def test_training_tars_are_recognised_under_any_name(
         with pytest.raises(ValueError, match="a copy with the same bytes"):
             _examples(Options(run, data=given))
         return
-    assert "only a train split" in fails([str(run), "--data", given], capsys)
-    assert main([str(run), "--data", given, "--split", "train"]) == 0
-    assert record(run)["train"]["pairs"] == 5
+    # Named by --data, they are evaluated for what they are; `val` is asked for in vain.
+    assert main([str(run), "--data", given]) == 0 and "the figures of training pairs, none held out" in caplog.text
+    assert record(run)["train"]["pairs"] == 5 and "val" not in record(run)
+    assert "has no split 'val'; it has train" in fails([str(run), "--data", given, "--split", "val"], capsys)
     # Held-out tars beside it do not help.
     mixed = f"{data / 'val-000000.tar'}::{given}"
     assert "so that it is no validation data; give held-out data" in fails([str(run), "--data", mixed], capsys)
