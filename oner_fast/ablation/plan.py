@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -32,27 +32,44 @@ SAMPLED = 512
 """Training captions, evenly spaced, whose lengths decide the operations of a pair."""
 _MULTIPLIED = ("depth", "batch_size")
 
+C = TypeVar("C")
 Configuration = OneRConfiguration | CLIPConfiguration
 Trained = Configuration | UTAConfiguration | LiTConfiguration
 
 
 @dataclass(frozen=True)
-class Settings:
+class StudySettings:
     """The settings that all runs of a study share.
 
     Attributes:
-        recipe: the recipe of OneR that every row changes.
+        recipe: the recipe that every row changes.
         data: the data; the recipe's own where empty.
         val_data: the data to evaluate on; `data` where empty.
         steps: the steps of a run at equal steps; the recipe's own where None.
-        quick: whether the model and the runs are tiny, to try the command out.
+        quick: whether the models and the runs are tiny, to try the command out.
     """
 
-    recipe: str = recipes.DEFAULT
+    recipe: str
     data: str = ""
     val_data: str = ""
     steps: int | None = None
     quick: bool = False
+
+    def _base(self, kind: type[C], shrunk: Callable[[C], C]) -> C:
+        config: Any = find_recipe(self.recipe, kind)()
+        train_data, val_data = self.data or config.data.train_data, self.val_data or config.data.val_data
+        config = replace(config, data=replace(config.data, train_data=train_data, val_data=val_data))
+        if self.quick:
+            config = shrunk(config)
+        made: C = config if self.steps is None else with_steps(config, self.steps)
+        return made
+
+
+@dataclass(frozen=True)
+class Settings(StudySettings):
+    """The settings of the study of OneR."""
+
+    recipe: str = recipes.DEFAULT
 
     def base(self) -> OneRConfiguration:
         """Build the configuration that every row changes.
@@ -60,12 +77,7 @@ class Settings:
         Raises:
             ValueError: there is no such recipe of OneR, or the steps do not fit it.
         """
-        config: OneRConfiguration = find_recipe(self.recipe, OneRConfiguration)()
-        train_data, val_data = self.data or config.data.train_data, self.val_data or config.data.val_data
-        config = replace(config, data=replace(config.data, train_data=train_data, val_data=val_data))
-        if self.quick:
-            config = _quick(config)
-        return config if self.steps is None else with_steps(config, self.steps)
+        return self._base(OneRConfiguration, _quick)
 
 
 @dataclass(frozen=True)

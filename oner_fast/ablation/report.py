@@ -64,20 +64,10 @@ def _content(
 ) -> dict[str, Any]:
     rows = [
         {
-            "row": each.row.name,
-            "title": each.row.title,
-            "group": each.row.group,
-            "equal": each.equal,
-            "steps": each.steps,
+            **row_content(each),
             "flops_a_pair": each.pair_flops,
-            "runs": {run.seed: run.folder.name for run in each.planned},
             "chance@10": each.chance,
             "paper": None if each.row.paper is None else asdict(each.row.paper),
-            "figures": each.measures,
-            "summary": {
-                space: {name: _summary(each, space, name) for name in next(iter(seeds.values()))}
-                for space, seeds in each.measures.items()
-            },
             "gap": {space: asdict(curve) for space, curve in each.gaps.items()},
         }
         for each in results
@@ -93,6 +83,23 @@ def _content(
     ]
     about = {"command": command, "versions": dict(versions()), "processor": processor()}
     return {FIELD: ABLATION, "about": about, "settings": asdict(settings), "rows": rows, "differences": differences}
+
+
+def row_content(each: RowResult) -> dict[str, Any]:
+    """Describe a row, its runs and its figures as values for JSON."""
+    return {
+        "row": each.row.name,
+        "title": each.row.title,
+        "group": each.row.group,
+        "equal": each.equal,
+        "steps": each.steps,
+        "runs": {run.seed: run.folder.name for run in each.planned},
+        "figures": each.measures,
+        "summary": {
+            part: {name: _summary(each, part, name) for name in next(iter(seeds.values()))}
+            for part, seeds in each.measures.items()
+        },
+    }
 
 
 def _summary(each: RowResult, space: str, measure: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -92,10 +92,15 @@ class Comparison:
 
 def gather(planned: Sequence[PlannedRun]) -> list[RowResult]:
     """Read the figures of all runs that are done, by row and comparison, in the order of the plan."""
+    return [_gather_row(runs) for runs in by_row(planned)]
+
+
+def by_row(planned: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
+    """Part runs by row and comparison, in the order of the plan."""
     groups: dict[tuple[str, Equal], list[PlannedRun]] = {}
     for run in planned:
         groups.setdefault((run.row.name, run.equal), []).append(run)
-    return [_gather_row(runs) for runs in groups.values()]
+    return list(groups.values())
 
 
 def _gather_row(runs: list[PlannedRun]) -> RowResult:
@@ -126,9 +131,14 @@ def spaces_of(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"projection": entry}
 
 
-def _measures(figures: dict[str, Any]) -> Measures:
+def retrieval_measures(figures: dict[str, Any]) -> Measures:
+    """Flatten R@k of both directions, and add their mean."""
     found = {f"{way}@{k}": float(figures[way][f"R@{k}"]) for way in DIRECTIONS for k in KS}
-    found |= {f"recall@{k}": fmean(found[f"{way}@{k}"] for way in DIRECTIONS) for k in KS}
+    return found | {f"recall@{k}": fmean(found[f"{way}@{k}"] for way in DIRECTIONS) for k in KS}
+
+
+def _measures(figures: dict[str, Any]) -> Measures:
+    found = retrieval_measures(figures)
     if "zero_shot" in figures:
         found["zero_shot"] = float(figures["zero_shot"]["top1"])
     if "modality_gap" in figures:
@@ -151,22 +161,27 @@ def _gaps(run: PlannedRun) -> dict[str, tuple[list[int], list[float]]]:
 
 def compare(results: Sequence[RowResult]) -> list[Comparison]:
     """Compare each row with those that it names, within each comparison and in each space that both have."""
-    places = {(each.row.name, each.equal): each for each in results}
     found = []
+    for each, other in compared_rows(results):
+        differences = {}
+        for space in SPACES:
+            difference = paired(each.by_seed(space, "recall@10"), other.by_seed(space, "recall@10"))
+            if difference is not None:
+                differences[space] = difference
+        if differences:
+            found.append(Comparison(each.row, other.row, each.equal, differences))
+    return found
+
+
+def compared_rows(results: Sequence[RowResult]) -> Iterator[tuple[RowResult, RowResult]]:
+    """Pair each row with those that it names, within each comparison."""
+    places = {(each.row.name, each.equal): each for each in results}
     for each in results:
         for name in each.row.against:
             # Rows of the factors are at equal steps, as their base is.
             other = places.get((name, each.equal))
-            if other is None or is_repeated(each, other, places):
-                continue
-            differences = {}
-            for space in SPACES:
-                difference = paired(each.by_seed(space, "recall@10"), other.by_seed(space, "recall@10"))
-                if difference is not None:
-                    differences[space] = difference
-            if differences:
-                found.append(Comparison(each.row, other.row, each.equal, differences))
-    return found
+            if other is not None and not is_repeated(each, other, places):
+                yield each, other
 
 
 def is_repeated(one: RowResult, other: RowResult, places: Mapping[tuple[str, Equal], RowResult]) -> bool:

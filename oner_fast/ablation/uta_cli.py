@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 import shlex
 import shutil
 import sys
@@ -16,9 +14,10 @@ from typing import Any, Literal
 import tyro
 
 from oner_fast.ablation import uta_pace
-from oner_fast.ablation.plan import Equal, PlannedRun
-from oner_fast.ablation.study import Interrupted, begin, check_runs, check_settings, distinct, is_done, run_all
-from oner_fast.ablation.tables import EQUAL, flops
+from oner_fast.ablation.command import PAGE_EVERY, every_seed, listing, say, show_warnings, with_earlier
+from oner_fast.ablation.plan import PlannedRun
+from oner_fast.ablation.study import Interrupted, begin, check_runs, check_settings, is_done, run_all
+from oner_fast.ablation.tables import EQUAL
 from oner_fast.ablation.uta_plan import TRAINED, Settings, TeacherSource, configured, plan, teacher_runs, teacher_source
 from oner_fast.ablation.uta_report import write
 from oner_fast.ablation.uta_rows import ROWS, UTARow, chosen_rows
@@ -26,8 +25,6 @@ from oner_fast.boundary import guarded
 from oner_fast.train.uta import recipes
 
 PROG = "oner-fast ablate uta"
-_SEED = re.compile(r".*-seed(\d{1,6})")
-_PAGE_EVERY = 300.0  # seconds between two pages while runs go on
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,7 @@ def _run(argv: Sequence[str]) -> int:
     if options.list:
         print("\n".join(_listing(study.planned(uta_pace.read(out)), "time" in options.equal)))
         return 0
-    logging.basicConfig(format="%(levelname)s %(message)s")
-    logging.getLogger("oner_fast").setLevel(logging.INFO)  # and not that of open_clip, which tells of every file
+    show_warnings()
     begin(out, settings)
     return study.run(shlex.join([*PROG.split(), *argv]))
 
@@ -130,19 +126,9 @@ class _Study:
             if word not in asked and (self.out / "runs" / f"{word}.teacher").is_dir()
         ]
         teachers = [*self.teachers, *others]
-        found = [int(match[1]) for path in self.out.glob("runs/*") if (match := _SEED.fullmatch(path.name))]
-        seeds = range(max([*(each.seed for each in planned), *found]) + 1)
-        every = [*teacher_runs(teachers), *plan(self.settings, ROWS, tuple(EQUAL), seeds, teachers, self.out, pace)]
-        wanted = {(each.row.name, each.equal, each.seed) for each in planned}
-        # A run that is the same in two comparisons does not make the second.
-        at_steps = {each.folder for each in every if each.equal == "steps"}
-        own = {each.equal for each in planned} | {"steps"}
-        own |= {each.equal for each in every if each.folder not in at_steps and is_done(each)}
-        return [
-            each
-            for each in every
-            if (each.row.name, each.equal, each.seed) in wanted or (each.equal in own and is_done(each))
-        ]
+        seeds = every_seed(planned, self.out)
+        students = plan(self.settings, ROWS, tuple(EQUAL), seeds, teachers, self.out, pace)
+        return with_earlier(planned, [*teacher_runs(teachers), *students])
 
     def _on(self, run: PlannedRun) -> PlannedRun:
         config: Any = run.config
@@ -158,7 +144,7 @@ class _Study:
         pace = uta_pace.read(self.out)
         planned, status = self.planned(pace), 0
         try:
-            for _ in run_all([each for each in planned if each.row.group == "teachers"], _say, knn=self.options.knn):
+            for _ in run_all([each for each in planned if each.row.group == "teachers"], say, knn=self.options.knn):
                 pass
             pace = self._pace()
             planned = self.planned(pace)
@@ -179,13 +165,13 @@ class _Study:
             for teacher in self.teachers
             for row in self.rows
         }
-        return uta_pace.measure(self.out, configs, _say)
+        return uta_pace.measure(self.out, configs, say)
 
     def _train(self, planned: Sequence[PlannedRun], pace: dict[str, float], command: str) -> None:
         written = time.monotonic()
-        for _ in run_all(planned, _say, knn=self.options.knn):
+        for _ in run_all(planned, say, knn=self.options.knn):
             self._drop_caches(planned)
-            if time.monotonic() - written > _PAGE_EVERY:
+            if time.monotonic() - written > PAGE_EVERY:
                 write(self.out, self.whole(planned, pace), self.settings, pace, command)
                 written = time.monotonic()
 
@@ -201,30 +187,9 @@ def _cache(run: PlannedRun) -> str | None:
     return (alignment.teacher_cache if alignment is not None else None) or None
 
 
-def _say(line: str) -> None:
-    print(f"\n=== {line}", flush=True)
-
-
 def _listing(planned: Sequence[PlannedRun], timed: bool) -> list[str]:
-    """Describe the plan in aligned lines, one for each row and comparison."""
-    groups: dict[tuple[str, Equal], list[PlannedRun]] = {}
-    for each in planned:
-        groups.setdefault((each.row.name, each.equal), []).append(each)
-    wide = max(len(name) for name, _ in groups) + 2
-    lines = [
-        f"{'row':<{wide}}{'compared at':<18}{'steps':>7}{'FLOPs an image':>16}{'FLOPs a run':>13}{'done':>8}  changes"
-    ]
-    for (name, equal), runs in groups.items():
-        first = runs[0]
-        done = f"{sum(is_done(each) for each in runs)}/{len(runs)}"
-        lines.append(
-            f"{name:<{wide}}{EQUAL[equal]:<18}{first.config.optim.steps:>7,}{flops(first.pair_flops):>16}"
-            f"{flops(first.flops):>13}{done:>8}  {first.row.title}"
-        )
-    every = distinct(planned)
-    left = [each for each in every if not is_done(each)]
-    cost = f"; the others take {flops(sum(each.flops for each in left))}FLOPs" if left else ""
-    lines.append(f"{len(every)} runs, {len(every) - len(left)} of them done{cost}")
+    """Describe the plan in lines; `timed` says whether rows at equal time were asked for."""
+    lines = listing(planned, "an image")
     main = {each.row.name for each in planned if each.row.group == "main"}
     if timed and main != {each.row.name for each in planned if each.equal == "time"}:
         lines.append("other rows at equal time are planned once the pace is measured, after the teachers' training")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from oner_fast.ablation.plan import Equal, PlannedRun, with_steps
+from oner_fast.ablation.plan import Equal, PlannedRun, StudySettings, with_steps
 from oner_fast.ablation.uta_rows import REFERENCE, TEACHER, UTARow
 from oner_fast.models import pretrained_encoders
 from oner_fast.models.clip import build_clip
@@ -17,7 +17,6 @@ from oner_fast.models.teacher_image_towers import TeacherImageTower, image_tower
 from oner_fast.train.clip import flops as clip_flops
 from oner_fast.train.clip import recipes as clip_recipes
 from oner_fast.train.clip.settings import CLIPConfiguration
-from oner_fast.train.config.registry import find_recipe
 from oner_fast.train.lit import recipes as lit_recipes
 from oner_fast.train.lit.settings import LiTConfiguration
 from oner_fast.train.uta import recipes
@@ -34,22 +33,10 @@ _CAPTION = 8
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings that all runs of a study share.
-
-    Attributes:
-        recipe: the recipe of UTA that every row changes.
-        data: the data; the recipe's own where empty.
-        val_data: the data to evaluate on; `data` where empty.
-        steps: the steps of a run at equal steps; the recipe's own where None.
-        quick: whether the models and the runs are tiny, to try the command out.
-    """
+class Settings(StudySettings):
+    """The settings of the study of UTA."""
 
     recipe: str = recipes.DEFAULT
-    data: str = ""
-    val_data: str = ""
-    steps: int | None = None
-    quick: bool = False
 
     def base(self) -> UTAConfiguration:
         """Build the configuration that every row changes.
@@ -57,17 +44,17 @@ class Settings:
         Raises:
             ValueError: there is no such recipe of UTA, or the steps do not fit it.
         """
-        config: UTAConfiguration = find_recipe(self.recipe, UTAConfiguration)()
-        train_data, val_data = self.data or config.data.train_data, self.val_data or config.data.val_data
-        config = replace(config, data=replace(config.data, train_data=train_data, val_data=val_data))
-        if self.quick:
-            config = replace(
-                config,
-                model=replace(config.model, width=48, depth=2, heads=2, mlp_hidden=64, embed_dim=32),
-                optim=replace(config.optim, steps=24, batch_size=32, warmup=4),
-                run=replace(config.run, save_every=12, log_every_n_steps=8),
-            )
-        return config if self.steps is None else with_steps(config, self.steps)
+        return self._base(UTAConfiguration, _quick)
+
+
+def _quick(config: UTAConfiguration) -> UTAConfiguration:
+    """Shrink a configuration so that a run takes seconds."""
+    return replace(
+        config,
+        model=replace(config.model, width=48, depth=2, heads=2, mlp_hidden=64, embed_dim=32),
+        optim=replace(config.optim, steps=24, batch_size=32, warmup=4),
+        run=replace(config.run, save_every=12, log_every_n_steps=8),
+    )
 
 
 @dataclass(frozen=True)

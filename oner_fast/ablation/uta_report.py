@@ -10,7 +10,7 @@ from typing import Any
 
 from oner_fast.ablation.charts import recall_chart
 from oner_fast.ablation.plan import PlannedRun
-from oner_fast.ablation.report import render, state_of, write_text
+from oner_fast.ablation.report import render, row_content, state_of, write_text
 from oner_fast.ablation.results import RowResult, is_repeated
 from oner_fast.ablation.tables import EQUAL, Table, flops, markdown, points, share, verdict
 from oner_fast.ablation.uta_plan import Settings
@@ -173,23 +173,10 @@ def _content(
 ) -> dict[str, Any]:
     rows = [
         {
-            "row": each.row.name,
-            "title": each.row.title,
-            "group": each.row.group,
-            "equal": each.equal,
-            "steps": each.steps,
+            **row_content(each),
             "flops_an_image": each.pair_flops,
             "flops_a_run": each.planned[0].flops,
             "seconds_a_step": pace.get(each.row.name),
-            "runs": {run.seed: run.folder.name for run in each.planned},
-            "figures": each.measures,
-            "summary": {
-                split: {
-                    name: None if (found := each.spread(split, name)) is None else asdict(found)
-                    for name in next(iter(seeds.values()))
-                }
-                for split, seeds in each.measures.items()
-            },
         }
         for each in results
     ]

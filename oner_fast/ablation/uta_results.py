@@ -9,7 +9,7 @@ from typing import Any
 
 from oner_fast.ablation.confidence import Difference, paired
 from oner_fast.ablation.plan import Equal, PlannedRun
-from oner_fast.ablation.results import DIRECTIONS, KS, Measures, RowResult, is_repeated
+from oner_fast.ablation.results import DIRECTIONS, Measures, RowResult, by_row, compared_rows, retrieval_measures
 from oner_fast.ablation.rows import AnyRow
 from oner_fast.ablation.study import is_done
 from oner_fast.evaluation.record import read_record
@@ -31,10 +31,7 @@ class Comparison:
 
 def gather(planned: Sequence[PlannedRun]) -> list[RowResult]:
     """Read the figures of all runs that are done, by row and comparison; `measures` is by held-out split and seed."""
-    groups: dict[tuple[str, Equal], list[PlannedRun]] = {}
-    for run in planned:
-        groups.setdefault((run.row.name, run.equal), []).append(run)
-    return [_gather_row(runs) for runs in groups.values()]
+    return [_gather_row(runs) for runs in by_row(planned)]
 
 
 def _gather_row(runs: list[PlannedRun]) -> RowResult:
@@ -61,8 +58,7 @@ def splits_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def measures_of(entry: dict[str, Any]) -> Measures:
     """Flatten the figures of a split: retrieval, zero-shot, and the labels that k-NN and the probe predict."""
-    found = {f"{way}@{k}": float(entry[way][f"R@{k}"]) for way in DIRECTIONS for k in KS}
-    found |= {f"recall@{k}": fmean(found[f"{way}@{k}"] for way in DIRECTIONS) for k in KS}
+    found = retrieval_measures(entry)
     found["chance@10"] = fmean(float(entry[way]["chance@10"]) for way in DIRECTIONS)
     if "zero_shot" in entry:
         found |= {f"zero_shot@{k}": float(entry["zero_shot"][f"top{k}"]) for k in (1, 5)}
@@ -74,19 +70,14 @@ def measures_of(entry: dict[str, Any]) -> Measures:
 
 def compare(results: Sequence[RowResult]) -> list[Comparison]:
     """Compare each row with those that it names, within each comparison."""
-    places = {(each.row.name, each.equal): each for each in results}
     found = []
-    for each in results:
-        for name in each.row.against:
-            other = places.get((name, each.equal))
-            if other is None or is_repeated(each, other, places):
-                continue
-            differences: dict[str, dict[str, Difference]] = {}
-            for split in each.measures:
-                for measure in COMPARED:
-                    difference = paired(each.by_seed(split, measure), other.by_seed(split, measure))
-                    if difference is not None:
-                        differences.setdefault(split, {})[measure] = difference
-            if differences:
-                found.append(Comparison(each.row, other.row, each.equal, differences))
+    for each, other in compared_rows(results):
+        differences: dict[str, dict[str, Difference]] = {}
+        for split in each.measures:
+            for measure in COMPARED:
+                difference = paired(each.by_seed(split, measure), other.by_seed(split, measure))
+                if difference is not None:
+                    differences.setdefault(split, {})[measure] = difference
+        if differences:
+            found.append(Comparison(each.row, other.row, each.equal, differences))
     return found

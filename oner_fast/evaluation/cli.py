@@ -221,7 +221,7 @@ def _open_splits(options: Options, data: str) -> dict[str, PairDataset]:
     known = splits_of(data, unnamed)
     names = list(options.split)
     if not names and options.data is not None and unnamed == "train" and list(known) == ["train"]:
-        logger.warning("%s was trained on %s: these are the figures of training pairs, none held out", options.run, data)
+        logger.warning("%s was trained on %s: the figures of training pairs, none held out", options.run, data)
         names = ["train"]
     names = names or held_out_splits(data, unnamed)
     if unknown := [name for name in names if name not in known]:
