@@ -14,6 +14,7 @@ import tyro
 
 from oner_fast.ablation import uta_cli
 from oner_fast.ablation.command import PAGE_EVERY, every_seed, listing, say, show_warnings, with_earlier
+from oner_fast.ablation.jobs import run_at_once
 from oner_fast.ablation.plan import PlannedRun, Settings, plan
 from oner_fast.ablation.report import write
 from oner_fast.ablation.rows import all_rows, chosen_rows
@@ -50,6 +51,8 @@ class Options:
     """Try the command out: tiny models and a few steps, whose figures mean nothing."""
     out: Path | None = None
     """The study's folder; runs/ablation by default, runs/ablation-quick with --quick."""
+    jobs: int = 1
+    """Runs that are trained at a time, each with its share of the cores; their output goes into OUT/logs."""
     threads: int | Literal["auto"] = "auto"
     """Threads of each training, as of `oner-fast train`."""
     device: str = "auto"
@@ -71,6 +74,8 @@ def _run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, args=[*argv], prog=PROG)
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     if not options.equal:
         raise ValueError("--equal needs steps, flops or both")
     out = options.out or Path("runs/ablation-quick" if options.quick else "runs/ablation")
@@ -87,7 +92,7 @@ def _run(argv: Sequence[str]) -> int:
     command = shlex.join([*PROG.split(), *argv])
     status, written = 0, time.monotonic()
     try:
-        for _ in run_all(planned, say):
+        for _ in run_all(planned, say) if options.jobs == 1 else run_at_once(planned, options.jobs, out, say):
             if time.monotonic() - written > PAGE_EVERY:
                 write(out, _with_earlier(planned, settings, out), settings, command)
                 written = time.monotonic()

@@ -104,6 +104,11 @@ class PlannedRun:
         return Path(self.config.run.run_dir)
 
     @property
+    def described(self) -> str:
+        """The run in words: its row, seed and steps."""
+        return f"{self.row.title}, seed {self.seed}, {self.config.optim.steps:,} steps"
+
+    @property
     def flops(self) -> float:
         """Operations of the whole run."""
         return self.pair_flops * self.config.optim.batch_size * self.config.optim.steps

@@ -120,6 +120,13 @@ class Interrupted(Exception):
         self.status = status
 
 
+def waiting_runs(planned: Sequence[PlannedRun]) -> list[tuple[int, int, PlannedRun]]:
+    """Return the runs that are not done, each with its number and the number of all runs."""
+    every = distinct(planned)
+    waiting = [each for each in every if not is_done(each)]
+    return [(number, len(every), each) for number, each in enumerate(waiting, start=1 + len(every) - len(waiting))]
+
+
 def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None], *, knn: bool = False) -> Iterator[PlannedRun]:
     """Train and evaluate the runs that are not done, one after another; yield each that becomes done.
 
@@ -131,18 +138,24 @@ def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None], *, knn: b
     Raises:
         Interrupted: a signal ended a run; its last step is saved.
     """
-    waiting = [each for each in distinct(planned) if not is_done(each)]
-    total, done, spent = len(distinct(planned)), 0.0, 0.0
-    for number, run in enumerate(waiting, start=total - len(waiting) + 1):
-        left = sum(each.flops for each in waiting[number - 1 - total + len(waiting) :])
-        ahead = f"; about {_duration(left * spent / done)} to go" if done else ""
-        say(f"run {number} of {total}: {run.row.title}, seed {run.seed}, {run.config.optim.steps:,} steps{ahead}")
+    waiting = waiting_runs(planned)
+    done, left, spent = 0.0, sum(run.flops for _, _, run in waiting), 0.0
+    for number, total, run in waiting:
+        ahead = f"; about {duration(left * spent / done)} to go" if done else ""
+        say(f"run {number} of {total}: {run.described}{ahead}")
         began = time.perf_counter()
-        if status := _train(run):
+        if status := train_and_evaluate(run, knn):
             raise Interrupted(status)
-        evaluation.evaluate(evaluation.Options(run=run.folder, device=_device(run), knn=knn))
-        spent, done = spent + time.perf_counter() - began, done + run.flops
+        spent, done, left = spent + time.perf_counter() - began, done + run.flops, left - run.flops
         yield run
+
+
+def train_and_evaluate(run: PlannedRun, knn: bool = False) -> int:
+    """Train a run from where it stands and evaluate it; returns 0, or the status of the signal that ended it."""
+    if status := _train(run):
+        return status
+    evaluation.evaluate(evaluation.Options(run=run.folder, device=_device(run), knn=knn))
+    return 0
 
 
 def _train(run: PlannedRun) -> int:
@@ -164,7 +177,8 @@ def _device(run: PlannedRun) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Say a time in minutes, or in hours from 100 minutes on."""
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
