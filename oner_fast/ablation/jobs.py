@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import multiprocessing
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from oner_fast.train.engine.signals import exit_status, stop_on_signals
 
 LOGS = "logs"
 """The folder, in the study's, of what each run printed."""
-_PATIENCE = 0.5
-"""Seconds between two looks at whether a signal came."""
+_PAUSE = 0.2
+"""Seconds between two looks at the processes."""
+
+Job = subprocess.Popen[bytes]
 
 
 def run_at_once(
@@ -49,7 +51,7 @@ def run_at_once(
     numbered = waiting_runs(planned)
     ahead = iter(numbered)
     (out / LOGS).mkdir(parents=True, exist_ok=True)
-    running: dict[BaseProcess, PlannedRun] = {}
+    running: dict[Job, PlannedRun] = {}
     began, done, left = time.perf_counter(), 0.0, sum(each.flops for _, _, each in numbered)
     with stop_on_signals() as stop:
         try:
@@ -61,13 +63,13 @@ def run_at_once(
                     running[_start(_with_share(run, jobs), out, knn)] = run
                 if not running:
                     return
-                for process in _ended(running):
-                    run = running.pop(process)
+                for job in _ended(running):
+                    run = running.pop(job)
                     if stop.requested:
                         continue
-                    if process.exitcode != 0:
+                    if job.returncode != 0:
                         raise RuntimeError(
-                            f"run {run.folder.name} ended with status {process.exitcode}; the end of "
+                            f"run {run.folder.name} ended with status {job.returncode}; the end of "
                             f"{_log_of(run, out)} says why"
                         )
                     done, left = done + run.flops, left - run.flops
@@ -90,44 +92,54 @@ def _log_of(run: PlannedRun, out: Path) -> Path:
     return out / LOGS / f"{run.folder.name}.log"
 
 
-def _start(run: PlannedRun, out: Path, knn: bool) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(run, str(_log_of(run, out)), knn))
-    process.start()
-    return process
+def _start(run: PlannedRun, out: Path, knn: bool) -> Job:
+    """Start the process of a run. Its standard input stays open for as long as this process lives."""
+    with _log_of(run, out).open("ab") as log:
+        job = subprocess.Popen(
+            [sys.executable, "-m", "oner_fast.ablation.jobs"],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C at the terminal reaches the study alone, which tells its runs once
+        )
+    assert job.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # its exit status says what became of it
+        job.stdin.write(pickle.dumps((run, knn)))
+        job.stdin.flush()
+    return job
 
 
-def _ended(running: dict[BaseProcess, PlannedRun]) -> list[BaseProcess]:
+def _ended(running: dict[Job, PlannedRun]) -> list[Job]:
     """Wait a moment and return the processes that have ended."""
-    wait([process.sentinel for process in running], timeout=_PATIENCE)
-    return [process for process in running if process.exitcode is not None]
+    time.sleep(_PAUSE)
+    return [job for job in running if job.poll() is not None]
 
 
-def _stop(running: dict[BaseProcess, PlannedRun]) -> None:
+def _stop(running: dict[Job, PlannedRun]) -> None:
     """Ask the runs to save and end, and wait until they have; a further Ctrl-C ends them without saving."""
-    for process in running:
-        process.terminate()
+    for job in running:
+        job.terminate()
     try:
-        for process in running:
-            process.join()
+        for job in running:
+            job.wait()
     except KeyboardInterrupt:
-        for process in running:
-            process.kill()
+        for job in running:
+            job.kill()
         raise
 
 
-def _work(run: PlannedRun, log: str, knn: bool) -> None:
-    """Be the process of one run; its exit status is the training's."""
-    os.setsid()  # Ctrl-C at the terminal reaches the study alone, which tells its runs once
+def _work() -> int:
+    """Be the process of one run, which standard input describes; returns the training's exit status."""
+    run, knn = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_study, daemon=True).start()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", force=True)
-    sys.exit(guarded(run.folder.name, lambda: train_and_evaluate(run, knn), extra="demo"))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    return guarded(run.folder.name, lambda: train_and_evaluate(run, knn), extra="demo")
 
 
 def _end_with_the_study() -> None:
-    study = multiprocessing.parent_process()
-    if study is not None:
-        study.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+    sys.stdin.buffer.read(1)  # returns when the study's process is gone
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(_work())
