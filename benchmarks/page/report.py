@@ -44,16 +44,16 @@ def _lead(rows: Sequence[Row]) -> list[str]:
     if peaks := [(figures.peak_ratio(row), row) for row in figures.weighed(rows)]:
         most, row = max(peaks, key=lambda one: one[0])
         least = min(ratio for ratio, _ in peaks)
-        worst = f"at worst {1 / least:.3g} times larger" if least < 1 else "nowhere larger"
+        worst = f"at worst {_factor(1 / least)} times larger" if least < 1 else "nowhere larger"
         said.append(
-            f"Its peak memory is at best {most:.3g} times smaller than the smallest of the others ({op_name(row)}, "
-            f"{dtype_name(row)}), and {worst}."
+            f"Its peak memory is at best {_factor(most)} times smaller than the smallest of the others "
+            f"({op_name(row)}, {dtype_name(row)}), and {worst}."
         )
     if found := figures.nearer(rows):
         loss, gradients = max(one.outputs for one in found), max(one.gradients for one in found)
         said.append(
-            f"In bfloat16 the error of open_clip's contrast is up to {loss:.3g} times ours in the loss and up to "
-            f"{gradients:.3g} times in the gradients."
+            f"In bfloat16 the error of open_clip's contrast is up to {_factor(loss)} times ours in the loss and up to "
+            f"{_factor(gradients)} times in the gradients."
         )
     if wrong := [row for row in rows if row.wrong]:
         said.append(f"{len(wrong)} of {len(rows)} rows have a refused result: see every candidate.")
@@ -93,6 +93,13 @@ def _speed_cells(row: Row) -> list[str]:
     ]
 
 
+def _factor(value: float) -> str:
+    """Write a factor with two or three digits that count: 1.24, 39.6, 2,980."""
+    if value < 100:
+        return f"{value:.3g}"
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
 def _ratio(ratio: Quantiles) -> str:
     spread = f" ({ratio.p20:.2f} to {ratio.p80:.2f})" if ratio.p20 < ratio.p80 else ""
     return times(ratio.p50) + spread
@@ -105,7 +112,8 @@ def _precision(rows: Sequence[Row]) -> Section | None:
     paragraphs = []
     if found := figures.nearer(rows):
         each = (
-            f"{one.outputs:.3g} times ours in the loss and {one.gradients:.3g} times in the gradients ({one.row.shape})"
+            f"{_factor(one.outputs)} times ours in the loss and {_factor(one.gradients)} times in the gradients "
+            f"({one.row.shape})"
             for one in found
         )
         paragraphs.append(f"In bfloat16 the error of open_clip's contrast is {'; '.join(each)}.")

@@ -137,7 +137,8 @@ def _work() -> int:
 
 
 def _end_with_the_study() -> None:
-    sys.stdin.buffer.read(1)  # returns when the study's process is gone
+    # It returns when the study's process is gone. `sys.stdin` would be locked in every process forked meanwhile.
+    os.read(sys.stdin.fileno(), 1)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

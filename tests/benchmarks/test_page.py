@@ -18,6 +18,7 @@ from oner_fast.benchmarks.charts.dots import Line, Point, Scale, dots
 from oner_fast.benchmarks.charts.speed import limit_ratio, speed
 from oner_fast.benchmarks.charts.stack import Stack, kinds, stacked
 from oner_fast.benchmarks.page.figures import nearer, style
+from oner_fast.benchmarks.page.report import _factor
 from oner_fast.benchmarks.record import Entry, LimitShare, Record, write
 from oner_fast.benchmarks.report import Report
 from oner_fast.benchmarks.rows import GRADIENTS, OUTPUTS, Quantiles, Row, Times
@@ -252,3 +253,8 @@ def test_the_committed_report_is_the_page_of_its_figures(problems: Problems) -> 
     rows = json.loads((root / "benchmarks" / "results" / "cpu" / "results.json").read_text())["rows"]
     assert problems(text) == [] and len(rows) >= 10
     assert text.count("<summary>") >= len(rows)
+
+
+@pytest.mark.parametrize(("value", "said"), [(1.2345, "1.23"), (39.62, "39.6"), (100.0, "100"), (2984.0, "2,980")])
+def test_a_factor_is_written_without_an_exponent(value: float, said: str) -> None:
+    assert _factor(value) == said
