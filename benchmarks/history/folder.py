@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from oner_fast.benchmarks.comparison import INTERLEAVED
 from oner_fast.benchmarks.record import MOST_BYTES, Entry, Record, parse
 from oner_fast.benchmarks.source import git, refusal
 from oner_fast.benchmarks.values import cleaned
@@ -50,6 +51,10 @@ class Measured:
     def machine(self) -> dict[str, str]:
         """The facts by which a ratio can differ, by name."""
         facts = {name: str(value) for name, value in self.record.facts.items() if name not in _PASSING}
+        if isinstance(turns := self.record.facts.get(INTERLEAVED), dict):
+            facts[INTERLEAVED] = (
+                f"by the {turns.get('clock')} clock"  # the comparison's own number is a new one each time
+            )
         return facts or {"machine": self.record.machine}
 
     def entry(self, key: str) -> Entry | None:

@@ -13,6 +13,7 @@ import pytest
 
 import oner_fast.cli
 from oner_fast.benchmarks.cases import OURS
+from oner_fast.benchmarks.comparison import INTERLEAVED
 from oner_fast.benchmarks.history.folder import BY_DATE, BY_GIT, read_folder
 from oner_fast.benchmarks.history.page import count_changes, history_page, machine_changes
 from oner_fast.benchmarks.page.render import render
@@ -101,6 +102,23 @@ def test_changes_of_the_machine_and_of_counts_are_told(tmp_path: Path) -> None:
     assert "cpu: a CPU -&gt; new" in text and "another machine from here on" in text and "from this commit on" in text
     (tmp_path / "c.json").unlink()
     assert "No exact count changed" in render(history_page(read_folder(tmp_path, tmp_path)))
+
+
+def test_builds_measured_in_turn_are_of_one_machine(tmp_path: Path) -> None:
+    for name, clock in (("a", "cpu"), ("b", "cpu"), ("c", "wall")):
+        facts = {"cpu": "a CPU", INTERLEAVED: {"id": name, "clock": clock, "rounds_in_a_visit": {"x": 2}}}
+        put(
+            tmp_path,
+            f"{name}.json",
+            [entry("gather tiny float32", 2.0)],
+            name * 40,
+            f"2026-01-0{ord(name) - 96}",
+            facts,
+        )
+    history = read_folder(tmp_path, tmp_path)
+    assert machine_changes(history, 1) == []
+    assert machine_changes(history, 2) == [f"{INTERLEAVED}: by the cpu clock -> by the wall clock"]
+    assert "share of the limit" not in render(history_page(history))
 
 
 def test_what_is_left_out_is_named_with_its_reason(
