@@ -13,7 +13,7 @@ from oner_fast.atomic import write_atomic
 from oner_fast.boundary import guarded
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.folder import check_run, find_data, unnamed_split
-from oner_fast.evaluation.record import read_record
+from oner_fast.evaluation.record import read_figures
 from oner_fast.evaluation.table import DIRECTIONS, percent, rows, split_title
 from oner_fast.export.cli import load_oner
 from oner_fast.export.convert import plain_config, plain_state
@@ -93,7 +93,7 @@ def explore(options: Options) -> tuple[Path, dict[str, float]]:
         "name": options.run.resolve().name,
         "data": f"{Path(data).name}, {split}",
         "millions": f"{parameters / 1e6:.1f}",
-        "figures": _figures(read_record(options.run)),
+        "figures": _figures(read_figures(options.run)),
         "credits": credits_of_data(data),
     }
     for precision in [options.precision] if options.precision else PRECISIONS:

@@ -7,7 +7,7 @@ from typing import Any
 
 from oner_fast import bounded_json
 from oner_fast.evaluation.folder import find_training_data, read_config, recipe_of
-from oner_fast.evaluation.record import read_record
+from oner_fast.evaluation.record import read_figures
 from oner_fast.evaluation.table import DIRECTIONS, KS, percent, rows, split_title
 from oner_fast.report.attribution import credits_of
 
@@ -24,7 +24,7 @@ def model_card(run: Path, config: dict[str, Any], parameters: int, loading: str)
     Raises:
         ValueError: `evaluation.json` or the listing of the data cannot be read.
     """
-    name, recipe = run.resolve().name, recipe_of(read_config(run))
+    name, recipe = _cell(run.resolve().name), recipe_of(read_config(run))
     towers = "One transformer reads" if config["shared_trunk"] else "Two transformers read"
     side = config["image_size"]
     together = ", and an image with a text," if config["shared_trunk"] else ""
@@ -55,7 +55,7 @@ pictures and captions; nothing filters what it finds.
 
 
 def _figures(run: Path) -> str:
-    record = read_record(run)
+    record = read_figures(run)
     lines = []
     for split, direction, figures in rows(record):
         try:
