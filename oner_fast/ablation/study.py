@@ -23,6 +23,7 @@ from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.training import CLIPTraining
 from oner_fast.train.config.serialization import to_dict
 from oner_fast.train.engine.launch import train
+from oner_fast.train.engine.run_lock import RunInUse
 from oner_fast.train.lit.settings import LiTConfiguration
 from oner_fast.train.lit.training import LiTTraining
 from oner_fast.train.oner.training import OneRTraining
@@ -46,7 +47,10 @@ def check_settings(out: Path, settings: DataclassInstance) -> None:
     path = out / FILE
     if not path.is_file() or not any(out.glob("runs/*/config.json")):
         return
-    found = load_object(path.read_bytes(), str(path))
+    try:
+        found = load_object(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and the same command writes it again") from error
     check_format_version(path, found.pop(FIELD, None), ABLATION)
     asked = asdict(settings)
     changed = [f"{name} {found.get(name)!r} -> {value!r}" for name, value in asked.items() if found.get(name) != value]
@@ -175,7 +179,11 @@ def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None], *, knn: b
 
 def train_and_evaluate(run: PlannedRun, knn: bool = False) -> int:
     """Train a run from where it stands and evaluate it; returns 0, or the status of the signal that ended it."""
-    if status := _train(run):
+    try:
+        status = _train(run)
+    except RunInUse as error:
+        raise RunInUse(f"{error}; of a study, another --out") from error
+    if status:
         return status
     evaluation.evaluate(evaluation.Options(run=run.folder, device=_device(run), knn=knn))
     return 0

@@ -20,6 +20,7 @@ from oner_fast.ablation.rows import chosen_rows
 from oner_fast.evaluation.record import add, model_digest
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.train.engine.loop import Training
+from oner_fast.train.engine.run_lock import run_lock
 
 FLAGS = ["--quick", "--steps", "4", "--threads", "1", "--device", "cpu"]
 ROWS = ["--rows", "clip", "itc", "cmc", "itc.no_predictor"]
@@ -154,6 +155,28 @@ def test_an_evaluation_without_the_studys_figures_is_named(pairs: Path, tmp_path
         add(run.folder, entries, {"model": model_digest(run.folder)})
         with pytest.raises(ValueError, match=f"{message}.*remove the file, and the same command evaluates"):
             gather([run])
+
+
+def test_settings_bind_a_study_once_a_run_has_begun(tmp_path: Path) -> None:
+    study.begin(tmp_path, Settings(steps=4))
+    study.check_settings(tmp_path, Settings(steps=5))
+    (tmp_path / "runs" / "itc-4-seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "itc-4-seed0" / "config.json").write_text("{}")
+    study.check_settings(tmp_path, Settings(steps=4))
+    with pytest.raises(ValueError, match="other settings .steps 4 -> 5.: give those of before, or another --out"):
+        study.check_settings(tmp_path, Settings(steps=5))
+    (tmp_path / study.FILE).write_text('{"steps": ')
+    with pytest.raises(ValueError, match=r"study\.json: its JSON cannot be read .*; remove it, and the same command"):
+        study.check_settings(tmp_path, Settings(steps=4))
+
+
+def test_a_run_that_another_study_trains_is_named(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with run_lock(tmp_path / "study" / "runs" / "itc-4-seed0"):
+        assert ablate(pairs, tmp_path / "study", "--rows", "itc", "--seeds", "1", "--equal", "steps") == 1
+    error = capsys.readouterr().err
+    assert "itc-4-seed0 is in use by process" in error and error.endswith("--run-dir; of a study, another --out\n")
 
 
 def test_bad_flags_are_named(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
