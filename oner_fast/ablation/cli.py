@@ -17,8 +17,8 @@ from oner_fast.ablation.command import PAGE_EVERY, every_seed, listing, say, sho
 from oner_fast.ablation.jobs import run_at_once
 from oner_fast.ablation.plan import PlannedRun, Settings, plan
 from oner_fast.ablation.report import write
-from oner_fast.ablation.rows import all_rows, chosen_rows
-from oner_fast.ablation.study import Interrupted, begin, check_runs, check_settings, run_all
+from oner_fast.ablation.rows import GROUPS, all_rows, chosen_rows
+from oner_fast.ablation.study import Interrupted, begin, check_held_out, check_runs, check_settings, run_all
 from oner_fast.boundary import guarded
 from oner_fast.train.oner import recipes
 
@@ -78,10 +78,20 @@ def _run(argv: Sequence[str]) -> int:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     if not options.equal:
         raise ValueError("--equal needs steps, flops or both")
+    if not options.rows:
+        raise ValueError(
+            f"--rows needs a row or a group; the groups are {', '.join(GROUPS)}, and --list names the rows"
+        )
     out = options.out or Path("runs/ablation-quick" if options.quick else "runs/ablation")
     settings = Settings(options.recipe, options.data, options.val_data, options.steps, options.quick)
     check_settings(out, settings)
     rows = chosen_rows(options.rows)
+    if "steps" not in options.equal and all(row.group != "main" for row in rows):
+        raise ValueError(
+            f"--rows {' '.join(options.rows)} names factors, which are compared at equal steps alone: "
+            "give --equal steps"
+        )
+    check_held_out(settings.base(), "val")
     planned = [_on(each, options) for each in plan(settings, rows, options.equal, range(options.seeds), out)]
     check_runs(_with_earlier(planned, settings, out))
     if options.list:

@@ -57,7 +57,7 @@ def listing(planned: Sequence[PlannedRun], sample: str) -> list[str]:
     groups: dict[tuple[str, Equal], list[PlannedRun]] = {}
     for each in planned:
         groups.setdefault((each.row.name, each.equal), []).append(each)
-    wide = max(len(name) for name, _ in groups) + 2
+    wide = max((len(name) for name, _ in groups), default=3) + 2
     head = f"FLOPs {sample}"
     cost = len(head) + 2
     lines = [f"{'row':<{wide}}{'compared at':<18}{'steps':>7}{head:>{cost}}{'FLOPs a run':>13}{'done':>8}  changes"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
+_NO_WIDTH = 1e-9  # far below one query of any gallery, far above the rounding of a difference
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ class Difference:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.half is not None and abs(self.mean) > self.half
+        """Whether the interval leaves out 0.
+
+        Seeds whose differences are all equal, as shares of few queries may be, say nothing of the variation: such an
+        interval of width 0 decides nothing.
+        """
+        return self.half is not None and _NO_WIDTH < self.half < abs(self.mean)
 
 
 def spread(values: Sequence[float]) -> Spread | None:

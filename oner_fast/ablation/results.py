@@ -10,7 +10,7 @@ from typing import Any
 from oner_fast.ablation.confidence import Difference, Spread, paired, spread
 from oner_fast.ablation.plan import Equal, PlannedRun
 from oner_fast.ablation.rows import AnyRow
-from oner_fast.ablation.study import figures_of
+from oner_fast.ablation.study import figures_of, missing_figure
 from oner_fast.evaluation.folder import read_metrics
 from oner_fast.evaluation.spaces import SPACES
 
@@ -91,7 +91,10 @@ class Comparison:
 
 
 def gather(planned: Sequence[PlannedRun]) -> list[RowResult]:
-    """Read the figures of all runs that are done, by row and comparison, in the order of the plan."""
+    """Read the figures of all runs that are done, by row and comparison, in the order of the plan.
+
+    Raises ValueError where the evaluation of a done run lacks a figure.
+    """
     return [_gather_row(runs) for runs in by_row(planned)]
 
 
@@ -110,9 +113,12 @@ def _gather_row(runs: list[PlannedRun]) -> RowResult:
         entry = figures_of(run)
         if entry is None:
             continue
-        for space, figures in spaces_of(entry).items():
-            measures.setdefault(space, {})[run.seed] = _measures(figures)
-        chances += [float(entry[direction]["chance@10"]) for direction in DIRECTIONS]
+        try:
+            for space, figures in spaces_of(entry).items():
+                measures.setdefault(space, {})[run.seed] = _measures(figures)
+            chances += [float(entry[direction]["chance@10"]) for direction in DIRECTIONS]
+        except (KeyError, TypeError, ValueError) as error:
+            raise missing_figure(run, f"{type(error).__name__}: {error}") from error
         for space, curve in _gaps(run).items():
             curves.setdefault(space, {})[run.seed] = curve
     gaps = {}

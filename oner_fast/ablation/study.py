@@ -10,17 +10,20 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oner_fast.ablation.plan import PlannedRun
+from oner_fast.ablation.plan import PlannedRun, Trained
 from oner_fast.atomic import write_atomic
 from oner_fast.bounded_json import load_object
+from oner_fast.data.splits import exists, splits_of
 from oner_fast.evaluation import cli as evaluation
 from oner_fast.evaluation.folder import read_config
 from oner_fast.evaluation.record import ABOUT, MODELS, model_digest, read_record
+from oner_fast.evaluation.record import FILE as EVALUATION
 from oner_fast.format_version import ABLATION, FIELD, check_format_version
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.training import CLIPTraining
 from oner_fast.train.config.serialization import to_dict
 from oner_fast.train.engine.launch import train
+from oner_fast.train.engine.run_lock import RunInUse
 from oner_fast.train.lit.settings import LiTConfiguration
 from oner_fast.train.lit.training import LiTTraining
 from oner_fast.train.oner.training import OneRTraining
@@ -36,15 +39,18 @@ _OPEN = {"model": ("vocab_size",), "data": ("workers", "verify_data"), "alignmen
 
 
 def check_settings(out: Path, settings: DataclassInstance) -> None:
-    """Compare the settings of a study with those in its folder.
+    """Compare the settings of a study with those in its folder; a study of which no run has begun may change them.
 
     Raises:
         ValueError: the folder holds a study with other settings, or the file is damaged.
     """
     path = out / FILE
-    if not path.is_file():
+    if not path.is_file() or not any(out.glob("runs/*/config.json")):
         return
-    found = load_object(path.read_bytes(), str(path))
+    try:
+        found = load_object(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and the same command writes it again") from error
     check_format_version(path, found.pop(FIELD, None), ABLATION)
     asked = asdict(settings)
     changed = [f"{name} {found.get(name)!r} -> {value!r}" for name, value in asked.items() if found.get(name) != value]
@@ -52,6 +58,27 @@ def check_settings(out: Path, settings: DataclassInstance) -> None:
         raise ValueError(
             f"{out} holds a study with other settings ({'; '.join(changed)}): give those of before, or another --out"
         )
+
+
+def check_held_out(config: Trained, split: str | None = None) -> None:
+    """Refuse data without a split to evaluate on, before anything is trained.
+
+    Args:
+        config: the configuration that every row changes.
+        split: the split whose figures the tables hold; any but `train` where None.
+
+    Raises:
+        FileNotFoundError: the data of --val-data are not there.
+        ValueError: the data have no such split.
+    """
+    data: Any = config.data
+    if data.val_data and not exists(data.val_data):
+        raise FileNotFoundError(f"no data at {data.val_data} (given with --val-data)")
+    found = data.val_data or data.train_data
+    known = splits_of(found, "val" if data.val_data else "train")
+    if not [name for name in known if (name == split if split else name != "train")]:
+        needed = f"split {split!r}, whose figures the tables hold" if split else "split that is held out"
+        raise ValueError(f"{found} has no {needed}; it has {', '.join(known)}: give --val-data")
 
 
 def begin(out: Path, settings: DataclassInstance) -> None:
@@ -152,7 +179,11 @@ def run_all(planned: Sequence[PlannedRun], say: Callable[[str], None], *, knn: b
 
 def train_and_evaluate(run: PlannedRun, knn: bool = False) -> int:
     """Train a run from where it stands and evaluate it; returns 0, or the status of the signal that ended it."""
-    if status := _train(run):
+    try:
+        status = _train(run)
+    except RunInUse as error:
+        raise RunInUse(f"{error}; of a study, another --out") from error
+    if status:
         return status
     evaluation.evaluate(evaluation.Options(run=run.folder, device=_device(run), knn=knn))
     return 0
@@ -184,9 +215,21 @@ def duration(seconds: float) -> str:
 
 
 def figures_of(run: PlannedRun) -> dict[str, Any] | None:
-    """Read the figures of a done run's validation split; None of a run that is not done."""
+    """Read the figures of a done run's validation split; None of a run that is not done.
+
+    Raises ValueError where the evaluation has no such figures.
+    """
     if not is_done(run):
         return None
-    record = read_record(run.folder)
-    entry = record.get("val")
-    return entry if isinstance(entry, dict) else None
+    entry = read_record(run.folder).get("val")
+    if not isinstance(entry, dict):
+        raise missing_figure(run, "no entry 'val'")
+    return entry
+
+
+def missing_figure(run: PlannedRun, what: object) -> ValueError:
+    """Say that the evaluation of a run lacks a figure, and what to do."""
+    return ValueError(
+        f"{run.folder / EVALUATION} lacks a figure of the study ({what}); remove the file, and the same command "
+        "evaluates the run again"
+    )

@@ -16,7 +16,7 @@ import tyro
 from oner_fast.ablation import uta_pace
 from oner_fast.ablation.command import PAGE_EVERY, every_seed, listing, say, show_warnings, with_earlier
 from oner_fast.ablation.plan import PlannedRun
-from oner_fast.ablation.study import Interrupted, begin, check_runs, check_settings, is_done, run_all
+from oner_fast.ablation.study import Interrupted, begin, check_held_out, check_runs, check_settings, is_done, run_all
 from oner_fast.ablation.tables import EQUAL
 from oner_fast.ablation.uta_plan import TRAINED, Settings, TeacherSource, configured, plan, teacher_runs, teacher_source
 from oner_fast.ablation.uta_report import write
@@ -86,6 +86,7 @@ def _run(argv: Sequence[str]) -> int:
     settings = Settings(options.recipe, options.data, options.val_data, options.steps, options.quick)
     check_settings(out, settings)
     rows = chosen_rows(options.rows)
+    check_held_out(settings.base())
     teachers = [teacher_source(word, settings, out) for word in options.teachers]
     study = _Study(options, settings, rows, teachers, out)
     if options.list:

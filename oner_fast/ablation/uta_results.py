@@ -11,7 +11,7 @@ from oner_fast.ablation.confidence import Difference, paired
 from oner_fast.ablation.plan import Equal, PlannedRun
 from oner_fast.ablation.results import DIRECTIONS, Measures, RowResult, by_row, compared_rows, retrieval_measures
 from oner_fast.ablation.rows import AnyRow
-from oner_fast.ablation.study import is_done
+from oner_fast.ablation.study import is_done, missing_figure
 from oner_fast.evaluation.record import read_record
 
 PROBES = ("knn", "linear_probe")
@@ -30,7 +30,10 @@ class Comparison:
 
 
 def gather(planned: Sequence[PlannedRun]) -> list[RowResult]:
-    """Read the figures of all runs that are done, by row and comparison; `measures` is by held-out split and seed."""
+    """Read the figures of all runs that are done, by row and comparison; `measures` is by held-out split and seed.
+
+    Raises ValueError where the evaluation of a done run lacks a figure.
+    """
     return [_gather_row(runs) for runs in by_row(planned)]
 
 
@@ -41,7 +44,10 @@ def _gather_row(runs: list[PlannedRun]) -> RowResult:
         if not is_done(run):
             continue
         for split, entry in splits_of(read_record(run.folder)).items():
-            found = measures_of(entry)
+            try:
+                found = measures_of(entry)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise missing_figure(run, f"{type(error).__name__}: {error}") from error
             measures.setdefault(split, {})[run.seed] = found
             chances.append(found["chance@10"])
     return RowResult(runs[0].row, runs[0].equal, runs, measures, fmean(chances) if chances else None, {})

@@ -223,7 +223,8 @@ def indexes_only_in_memory() -> Iterator[None]:
 def load_index(path: str | Path, samples: int | None = None) -> TarIndex:
     """Load the index beside a tar, or build it where it is missing, has another format, or the tar has changed.
 
-    A new index is saved; where the folder is not writable, it is only held in memory. A tar that was damaged since its
+    A new index is saved; where the folder is not writable, it is only held in memory. So is one without samples, as of
+    a file that is no tar, beside which nothing is to be left. A tar that was damaged since its
     index was made keeps the numbers of its samples. Takes `samples` and raises as `build_index` does.
     """
     path = Path(path)
@@ -234,7 +235,7 @@ def load_index(path: str | Path, samples: int | None = None) -> TarIndex:
     if index is not None and not current and not fresh.same_samples(index):
         number = f"; it had {len(index):,} samples and has {len(fresh):,}" if len(index) != len(fresh) else ""
         logger.warning("%s changed since its index was made, and is indexed again%s", path, number)
-    if _saving.get():
+    if _saving.get() and len(fresh):
         with suppress(OSError):
             fresh.save()
     return fresh

@@ -86,55 +86,76 @@ def read_boxes(annotations: Path, images: Path, *, split: str = "val") -> list[B
             f"{annotations} lacks `images` or `annotations`; need json in RefCOCO's or Flickr30k Entities' form"
         )
     try:
-        found = _refcoco(content, split, annotations) if "refs" in content else _entities(content)
+        found = _refcoco(content, split, annotations) if "refs" in content else _entities(content, annotations)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{annotations} has an image, box or reference without what is needed ({type(error).__name__}: {error}); "
             "need json in RefCOCO's or Flickr30k Entities' form"
         ) from error
-    return [
-        BoxedPicture(name, partial(read_file, _find(images, name)), tuple(phrases))
-        for name, phrases in found
-        if phrases
+    kept = [(name, [phrase for phrase in phrases if phrase.text]) for name, phrases in found]
+    pictures = [
+        BoxedPicture(name, partial(read_file, _find(images, name)), tuple(phrases)) for name, phrases in kept if phrases
     ]
+    if not pictures:
+        raise ValueError(f"{annotations} has no image with a phrase and its box, so that there is nothing to evaluate")
+    return pictures
 
 
 def _refcoco(content: dict[str, Any], split: str, source: Path) -> list[tuple[str, list[Phrase]]]:
-    boxes = {note["id"]: _box(note["bbox"], source) for note in content["annotations"]}
+    # COCO has boxes without a width; only those that a reference names have to be boxes.
+    boxes = {note["id"]: note["bbox"] for note in content["annotations"]}
     phrases: dict[Any, list[Phrase]] = {}
     for ref in content["refs"]:
         if ref["split"] == split:
-            box = boxes[ref["ann_id"]]
+            box = _box(boxes[ref["ann_id"]], f"{source}: annotation {bounded_json.shown(ref['ann_id'])}")
             texts = [_text(sentence.get("raw") or sentence["sent"]) for sentence in ref["sentences"]]
             phrases.setdefault(ref["image_id"], []).extend(Phrase(text, (box,)) for text in texts)
     if not phrases:
         known = ", ".join(sorted({str(ref["split"]) for ref in content["refs"]}))
-        raise ValueError(f"{source} has no split {split!r}; it has {known}")
+        raise ValueError(f"{source} has no reference of split {split!r}; it has {known or 'no reference at all'}")
     return [(_text(image["file_name"]), phrases.get(image["id"], [])) for image in content["images"]]
 
 
-def _entities(content: dict[str, Any]) -> list[tuple[str, list[Phrase]]]:
-    captions = {image["id"]: _text(image["caption"]) for image in content["images"]}
+def _entities(content: dict[str, Any], source: Path) -> list[tuple[str, list[Phrase]]]:
+    captions = {image["id"]: image["caption"] for image in content["images"]}
     boxes: dict[Any, dict[str, list[Box]]] = {}
     for note in content["annotations"]:
         caption = captions[note["image_id"]]
-        spans = note.get("tokens_positive") or [[0, len(caption)]]
-        text = " ".join(caption[first:end].strip() for first, end in spans)
-        boxes.setdefault(note["image_id"], {}).setdefault(text, []).append(_box(note["bbox"], f"the box of {text!r}"))
+        text = _phrase(caption, note.get("tokens_positive"), source)
+        box = _box(note["bbox"], f"{source}: the box of {bounded_json.shown(text)}")
+        boxes.setdefault(note["image_id"], {}).setdefault(text, []).append(box)
     return [
         (
             _text(image["file_name"]),
-            [Phrase(text, tuple(several)) for text, several in boxes.get(image["id"], {}).items() if text],
+            [Phrase(text, tuple(several)) for text, several in boxes.get(image["id"], {}).items()],
         )
         for image in content["images"]
     ]
 
 
+def _phrase(caption: Any, spans: Any, source: Path) -> str:
+    """Join the parts of a caption that `tokens_positive` names; without it, the phrase is the whole caption."""
+    whole_caption = _text(caption)
+    if not spans:
+        return whole_caption
+    for span in spans if isinstance(spans, list) else [spans]:
+        whole = isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
+        if not whole or not 0 <= span[0] < span[1] <= len(caption):
+            raise ValueError(
+                f"{source}: tokens_positive needs pairs of a first and a last place, the end excluded, in the "
+                f"{len(caption)} characters of {bounded_json.shown(caption)}, got {bounded_json.shown(span)}"
+            )
+    return " ".join(caption[first:end].strip() for first, end in spans).strip()
+
+
 def _object(one: Any, name: str) -> Phrase:
     try:
-        return Phrase(_text(one["phrase"]), (_box(one["box"], name),), str(one.get("concept", "")))
+        found = Phrase(_text(one["phrase"]), (_box(one["box"], name),), str(one.get("concept", "")))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} has an object without a phrase or a box ({type(error).__name__}: {error})") from error
+    if not found.text:
+        raise ValueError(f"{name} has an object whose phrase is empty; each needs the words that its box shows")
+    return found
 
 
 def _text(value: Any) -> str:

@@ -121,6 +121,15 @@ class Options:
     """Evaluate only this many samples of each split, evenly spaced."""
 
 
+_NEEDED = {
+    "boxes_split": "boxes",
+    "coco_split": "coco_json",
+    "coco_captions": "coco_json",
+    "classes": "image_folder",
+}
+"""Options that mean nothing without another one."""
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status, as `oner_fast.boundary` lists them."""
     return guarded("oner-fast eval", lambda: _run(argv), extra="train", interrupted="interrupted; nothing was written")
@@ -349,8 +358,17 @@ def _check_options(options: Options) -> None:
         raise ValueError("--boxes-images needs --boxes, the json that names its images")
     if options.boxes is not None and options.boxes_images is None and options.boxes.endswith(".json"):
         raise ValueError("--boxes takes a json with --boxes-images, the folder of the images that it names")
+    if options.boxes == "":
+        raise ValueError("--boxes is empty; give a data set of `oner-fast data scenes` or a json, or leave it out")
+    if options.boxes is not None and options.boxes_images is not None and Path(options.boxes).is_dir():
+        raise ValueError(
+            f"--boxes-images goes with a json in --boxes, and {options.boxes} is a folder; leave it out for scenes"
+        )
     if (options.coco_json is None) != (options.coco_images is None):
         raise ValueError("--coco-json and --coco-images go together")
+    for name, needed in _NEEDED.items():
+        if getattr(options, name) != getattr(Options, name) and getattr(options, needed) is None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}, which it is about")
 
 
 def _taught(loaded: Any, data: str, options: Options) -> dict[str, Any]:

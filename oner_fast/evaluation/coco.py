@@ -37,7 +37,7 @@ def read_captions(
 
     Raises:
         FileNotFoundError: a file or image is missing.
-        ValueError: the file has neither layout, the split is unknown, or `first` is negative.
+        ValueError: the file has neither layout or no caption, the split is unknown, or `first` is negative.
     """
     if first < 0:
         raise ValueError(f"the number of captions of an image must not be negative, got {first}; 0 takes all")
@@ -56,18 +56,25 @@ def read_captions(
             f"{annotations} has an image or caption without what is needed ({type(error).__name__}: {error}); need "
             "Karpathy's json or COCO's captions json"
         ) from error
-    return [
+    found = [
         CaptionedImage(
             _find(images, folder, name), several[: first or None], max(0, len(several) - first) * bool(first)
         )
         for folder, name, several in listed
         if several
     ]
+    if not found:
+        raise ValueError(f"{annotations} has no image with a caption, so that there is nothing to evaluate")
+    return found
 
 
 def _karpathy(entries: list[dict[str, Any]], split: str, source: Path) -> list[tuple[str, str, list[str]]]:
     found = [
-        (entry.get("filepath", ""), entry["filename"], [sentence["raw"].strip() for sentence in entry["sentences"]])
+        (
+            _text(entry.get("filepath", "")),
+            _text(entry["filename"]),
+            [caption for sentence in entry["sentences"] if (caption := _text(sentence["raw"]).strip())],
+        )
         for entry in entries
         if entry["split"] == split
     ]
@@ -82,9 +89,16 @@ def _coco(content: dict[str, Any], source: Path) -> list[tuple[str, str, list[st
         raise ValueError(f"{source} has neither `sentences` nor `annotations`; need Karpathy's or COCO's captions json")
     captions: dict[int, list[str]] = {}
     for note in content["annotations"]:
-        captions.setdefault(note["image_id"], []).append(note["caption"].strip())
+        if caption := _text(note["caption"]).strip():
+            captions.setdefault(note["image_id"], []).append(caption)
     entries = sorted(content["images"], key=lambda entry: entry["id"])
-    return [("", entry["file_name"], captions.get(entry["id"], [])) for entry in entries]
+    return [("", _text(entry["file_name"]), captions.get(entry["id"], [])) for entry in entries]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"need a text, got {bounded_json.shown(value)}")
+    return value
 
 
 def _find(images: Path, folder: str, name: str) -> Path:

@@ -52,8 +52,11 @@ def find_data(run: Path, given: str | None) -> str:
 
     Raises:
         FileNotFoundError: the data do not exist; the message says what to give.
+        ValueError: `given` is empty, as where a shell's variable is not set.
     """
     if given is not None:
+        if not given:
+            raise ValueError("--data is empty; name the data, or leave the flag out for the run's own")
         if not exists(given):
             raise FileNotFoundError(f"no data at {given} (given with --data)")
         return given

@@ -93,6 +93,7 @@ def _batch(
     for picture in pictures:
         try:
             image = decode(picture.read(), picture.name)
+            _check_shape(picture, image.size)
         except (OSError, ValueError) as error:
             damaged.append(str(error))
             continue
@@ -110,6 +111,21 @@ def _batch(
         boxes = [[_on_map(box, size) for box in phrase.boxes] for phrase in picture.phrases]
         scores += score_maps(heat_map(shares, (SIDE, SIDE)), boxes, _on_map((0, 0, *size), size), grid)
     return scores, damaged, grid
+
+
+def _check_shape(picture: BoxedPicture, size: tuple[int, int]) -> None:
+    """Raise ValueError where the picture is too narrow for the map, or a box shows no part of it."""
+    if max(size) > SIDE * min(size):
+        raise ValueError(
+            f"{picture.name} has {size[0]} x {size[1]} pixels; a side needs to be at most {SIDE} times the other one"
+        )
+    for phrase in picture.phrases:
+        for box in phrase.boxes:
+            if not _on_map(box, size).area:
+                raise ValueError(
+                    f"{picture.name} has {size[0]} x {size[1]} pixels, and the box {box} of {phrase.text!r} lies "
+                    "beside them; boxes are left, top, width and height in the picture's own pixels"
+                )
 
 
 def padded(image: Image.Image) -> Image.Image:

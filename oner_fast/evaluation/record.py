@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 from oner_fast.atomic import write_atomic
 from oner_fast.bounded_json import load_object
 from oner_fast.format_version import EVALUATION, FIELD, check_format_version
+
+logger = logging.getLogger("oner_fast.evaluation")
 
 FILE = "evaluation.json"
 ABOUT = "about"
@@ -31,6 +34,30 @@ def read_record(run: Path) -> dict[str, Any]:
     about = record.get(ABOUT)
     check_format_version(path, about.get(FIELD) if isinstance(about, dict) else None, EVALUATION)
     return record
+
+
+def read_figures(run: Path) -> dict[str, Any]:
+    """Read the evaluations of a run's present weights, for pages that show them as the run's own.
+
+    Figures of other weights, as of a run that was trained on since, are left out, and a warning says so.
+
+    Raises ValueError where the record cannot be read.
+    """
+    record = read_record(run)
+    if _is_of_others(record, model_digest(run)):
+        logger.warning(
+            "%s holds figures of other weights than the run has now, which are left out; run `oner-fast eval %s` again",
+            run / FILE,
+            run,
+        )
+        return {}
+    return record
+
+
+def _is_of_others(record: dict[str, Any], model: str | None) -> bool:
+    """Tell whether a record states the digest of other weights than `model`: None stands for those of a checkpoint."""
+    about = record.get(ABOUT)
+    return isinstance(about, dict) and "model" in about and about["model"] != model
 
 
 def model_digest(run: Path) -> str | None:
@@ -64,9 +91,8 @@ def add(run: Path, entries: dict[str, dict[str, Any]], about: dict[str, Any]) ->
     record = read_record(run)
     about = {FIELD: EVALUATION, **about}
     aside = None
-    before = record.get(ABOUT, {}).get("model") if isinstance(record.get(ABOUT), dict) else None
-    if before is not None and before != about.get("model"):
-        aside = _free_place(run, str(before))
+    if _is_of_others(record, about.get("model")):
+        aside = _free_place(run, str(record[ABOUT]["model"] or "earlier"))
         (run / FILE).replace(aside)
         record = {}
     named = {_key(record, name, str(entry["data"])): entry for name, entry in entries.items()}
@@ -79,7 +105,7 @@ def add(run: Path, entries: dict[str, dict[str, Any]], about: dict[str, Any]) ->
 
 def _free_place(run: Path, digest: str) -> Path:
     """Name the file that keeps the figures of an earlier model; no file that is there already is replaced."""
-    name = f"evaluation.{re.sub('[^0-9a-f]', '_', digest[:8])}"
+    name = f"evaluation.{re.sub('[^0-9a-z]', '_', digest[:8])}"
     places = (run / (f"{name}.json" if number == 1 else f"{name}.{number}.json") for number in itertools.count(1))
     return next(place for place in places if not os.path.lexists(place))
 

@@ -55,6 +55,12 @@ const explorer = {
     return this.texts.get(key);
   },
 
+  // Whether no word of a text is in the model's vocabulary, so that it embeds all such texts of a length alike.
+  knowsNothingOf(text) {
+    const { vocab, unk_token } = about.tokenizer.model;
+    return this.tokenize(text).every((id) => id === vocab[unk_token]);
+  },
+
   // Rank the pictures for a text.
   async search(text, count = 10) {
     return ranked(await this.embed(text), this.library, count);
@@ -145,8 +151,10 @@ const search = latest(async () => {
     const found = await explorer.search(text, state.shown);
     const took = performance.now() - begun;
     show(byId("results"), found);
-    byId("found").textContent = `Nearest to “${text}”`;
-    byId("status").textContent = `${found.length} of ${total.toLocaleString("en")} pictures in ${Math.max(1, Math.round(took))} ms`;
+    byId("found").textContent = `Nearest to “${brief(text)}”`;
+    const unknown = explorer.knowsNothingOf(text) ? "; the model knows no word of this text" : "";
+    byId("status").textContent =
+      `${found.length} of ${total.toLocaleString("en")} pictures in ${Math.max(1, Math.round(took))} ms${unknown}`;
   }
   showWords();
   remember();
@@ -157,7 +165,7 @@ const compose = latest(async () => {
   const text = byId("added").value.trim();
   const how = document.querySelector("input[name=how]:checked")?.value ?? "sum";
   show(byId("neighbours"), await explorer.compose(state.chosen, text, how, NEIGHBOURS));
-  byId("composed").textContent = text ? `Nearest to this picture with “${text}”` : "Nearest to this picture";
+  byId("composed").textContent = text ? `Nearest to this picture with “${brief(text)}”` : "Nearest to this picture";
   showWords();
   remember();
 });
@@ -179,9 +187,9 @@ const paint = latest(async () => {
   const best = shares.indexOf(Math.max(...shares));
   const third = (place) => Math.min(2, Math.floor((3 * (place + 0.5)) / side));
   const place = PLACES[third(Math.floor(best / side))][third(best % side)];
-  const share = Math.round(100 * shares[best]);
-  const even = Math.round(100 / shares.length);
-  byId("where").textContent = `“${word}” is strongest at the ${place}: ${share} % in one patch, where an even share is ${even} %.`;
+  const share = percent(shares[best]);
+  const even = percent(1 / shares.length);
+  byId("where").textContent = `“${brief(word)}” is strongest at the ${place}: ${share} % in one patch, where an even share is ${even} %.`;
 });
 
 function light(word) {
@@ -189,6 +197,16 @@ function light(word) {
   state.word = word;
   paint();
   remember();
+}
+
+// A text as a heading or a sentence shows it: what somebody pastes may be a book.
+function brief(text) {
+  const letters = Array.from(text.slice(0, 200));
+  return letters.length > 60 ? `${letters.slice(0, 59).join("")}…` : text;
+}
+
+function percent(share) {
+  return share < 0.095 ? (100 * share).toFixed(1) : String(Math.round(100 * share));
 }
 
 function wordsOf(text) {

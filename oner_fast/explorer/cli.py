@@ -11,13 +11,14 @@ import tyro
 
 from oner_fast.atomic import write_atomic
 from oner_fast.boundary import guarded
+from oner_fast.data.dataset import sources_of
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.folder import check_run, find_data, unnamed_split
-from oner_fast.evaluation.record import read_record
+from oner_fast.evaluation.record import read_figures
 from oner_fast.evaluation.table import DIRECTIONS, percent, rows, split_title
 from oner_fast.export.cli import load_oner
 from oner_fast.export.convert import plain_config, plain_state
-from oner_fast.export.model_card import credits_of_data
+from oner_fast.report.attribution import credits_of_data
 
 MOST_BYTES = 40_000_000
 """Greatest size of a page."""
@@ -91,9 +92,9 @@ def explore(options: Options) -> tuple[Path, dict[str, float]]:
     parameters = sum(tensor.numel() for tensor in state.values())
     about = {
         "name": options.run.resolve().name,
-        "data": f"{Path(data).name}, {split}",
+        "data": f"{' and '.join(dict.fromkeys(Path(source).name for source in sources_of(data)))}, {split}",
         "millions": f"{parameters / 1e6:.1f}",
-        "figures": _figures(read_record(options.run)),
+        "figures": _figures(read_figures(options.run)),
         "credits": credits_of_data(data),
     }
     for precision in [options.precision] if options.precision else PRECISIONS:

@@ -93,7 +93,8 @@ function makeTokenizer(settings, maxTokens) {
   }
 
   return (text) => {
-    const ids = splitWords(normalised(text, settings.normalizer)).flatMap(pieces);
+    // Each word has an id at least, so that no more words than ids are needed of a pasted book.
+    const ids = splitWords(normalised(text, settings.normalizer)).slice(0, maxTokens).flatMap(pieces);
     return ids.length ? ids.slice(0, maxTokens) : [unknown];
   };
 }

@@ -12,7 +12,7 @@ import tyro
 import oner_fast
 from oner_fast.boundary import guarded
 from oner_fast.evaluation.folder import check_run
-from oner_fast.export.folders import Source, write_onnx, write_plain, write_transformers
+from oner_fast.export.folders import Source, check_folder, write_onnx, write_plain, write_transformers
 from oner_fast.loading import Loaded
 
 
@@ -25,7 +25,7 @@ class Options:
     to: Literal["plain", "transformers", "onnx"]
     """plain: ten lines of PyTorch load it; transformers: AutoModel with trust_remote_code; onnx: four graphs."""
     out: Path | None = None
-    """The folder to write; RUN/export/FORM by default. Files of the same names are replaced."""
+    """The folder to write; RUN/export/FORM by default. Files of an earlier export there are replaced, others never."""
     precision: Literal["float32", "float16", "int8"] | None = None
     """Form in which ONNX stores the weights; float16 by default. plain and transformers are float32."""
 
@@ -53,7 +53,8 @@ def export(options: Options) -> tuple[Path, dict[str, float]]:
 
     Raises:
         FileNotFoundError: there is no such run.
-        ValueError: the run holds another model than OneR's tower, or a precision was given for another form than ONNX.
+        ValueError: the run holds another model than OneR's tower, a precision was given for another form than ONNX, or
+            the folder holds files that no export wrote.
         OSError: the folder cannot be written.
     """
     check_run(options.run)
@@ -63,6 +64,9 @@ def export(options: Options) -> tuple[Path, dict[str, float]]:
         )
     source = Source(options.run, load_oner(options.run))
     out = options.out or options.run / "export" / options.to
+    check_folder(
+        out, ("config.json", "README.md", "tokenizer.json", "model.safetensors")
+    )  # before anything is computed
     if options.to == "plain":
         write_plain(source, out)
         return out, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from oner_fast import bounded_json
 from oner_fast.atomic import write_atomic
 from oner_fast.data.tokenizer import PAD, UNK
 from oner_fast.export.convert import plain_config, plain_state
@@ -91,8 +93,35 @@ def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
+def check_folder(out: Path, names: Iterable[str]) -> None:
+    """Refuse to replace files that no export wrote, such as a run's own `config.json` or a project's README.md.
+
+    Args:
+        out: the folder to be written.
+        names: names of the files that would be written.
+
+    Raises:
+        ValueError: `out` holds one of them, and no `config.json` of an export.
+    """
+    taken = [name for name in names if (out / name).exists()]
+    if taken and not _is_export(out):
+        raise ValueError(
+            f"{out} holds {taken[0]}, which no export wrote and which would be replaced; give --out another folder"
+        )
+
+
+def _is_export(out: Path) -> bool:
+    try:
+        config = bounded_json.load_object((out / "config.json").read_bytes(), "config.json")
+    except (OSError, ValueError):
+        return False
+    return {"mlp_width", "head_width", "embed_dim"} <= config.keys()
+
+
 def _write_files(out: Path, files: dict[str, bytes]) -> None:
-    """Write files into `out`, each atomically; those of other names stay."""
+    """Write files into `out`, each atomically, config.json first; those of other names stay."""
+    check_folder(out, files)
     out.mkdir(parents=True, exist_ok=True)
+    files = {"config.json": files["config.json"], **files}  # a folder that a kill left half written is known by it
     for name, content in files.items():
         write_atomic(out / name, lambda file, content=content: file.write(content))  # type: ignore[misc]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from oner_fast import bounded_json
 from oner_fast.evaluation.folder import find_training_data, read_config, recipe_of
-from oner_fast.evaluation.record import read_record
+from oner_fast.evaluation.record import read_figures
 from oner_fast.evaluation.table import DIRECTIONS, KS, percent, rows, split_title
-from oner_fast.report.attribution import credits_of
+from oner_fast.report.attribution import credits_of_data
+from oner_fast.report.origins import described, origins, run_of
 
 
 def model_card(run: Path, config: dict[str, Any], parameters: int, loading: str) -> str:
@@ -24,11 +24,13 @@ def model_card(run: Path, config: dict[str, Any], parameters: int, loading: str)
     Raises:
         ValueError: `evaluation.json` or the listing of the data cannot be read.
     """
-    name, recipe = run.resolve().name, recipe_of(read_config(run))
+    name, recipe = _cell(run.resolve().name), recipe_of(read_config(run))
     towers = "One transformer reads" if config["shared_trunk"] else "Two transformers read"
     side = config["image_size"]
     together = ", and an image with a text," if config["shared_trunk"] else ""
-    begun = f" Its training began from the recipe `{recipe}`." if recipe else ""
+    begun = f" Its training followed the recipe `{recipe}`." if recipe else ""
+    if before := origins(run):
+        begun += f" It began with the weights of {', then '.join(_cell(described(one)) for one in before)}."
     return f"""---
 license: other
 tags: [oner, image-text-retrieval]
@@ -55,7 +57,7 @@ pictures and captions; nothing filters what it finds.
 
 
 def _figures(run: Path) -> str:
-    record = read_record(run)
+    record = read_figures(run)
     lines = []
     for split, direction, figures in rows(record):
         try:
@@ -76,10 +78,22 @@ def _figures(run: Path) -> str:
 
 
 def _data(run: Path) -> str:
-    try:
-        credits = credits_of_data(find_training_data(run))
-    except FileNotFoundError:
-        credits = []
+    """List the works that the weights were trained on, in this run and in those whose weights it began with."""
+    credits: list[dict[str, Any]] = []
+    unknown = []
+    for folder, name in [(run, ""), *((run_of(one), described(one)) for one in origins(run))]:
+        try:
+            found = credits_of_data(find_training_data(folder))
+        except FileNotFoundError:
+            found = []
+        credits += [credit for credit in found if credit not in credits]
+        if name and not found:
+            unknown.append(_cell(name))
+    more = f"\nThe data of {', '.join(unknown)}, with whose weights it began, are not listed here.\n" if unknown else ""
+    return _table(credits) + more
+
+
+def _table(credits: list[dict[str, Any]]) -> str:
     if not credits:
         return "The training data state no licence. Who passes the weights on needs to know where they came from.\n"
     lines = [
@@ -90,15 +104,6 @@ def _data(run: Path) -> str:
         "The weights were trained on these works; their licences ask for this credit.\n\n"
         "| Work | Author | Licence | Pictures |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
-
-
-def credits_of_data(data: str) -> list[dict[str, Any]]:
-    """List the credits of a data set, as `oner_fast.report.attribution.credits_of` does; empty where it states none.
-
-    Raises ValueError where its listing cannot be read.
-    """
-    listing = Path(data) / "dataset.json"
-    return credits_of(bounded_json.load_object(listing.read_bytes(), str(listing))) if listing.is_file() else []
 
 
 def _cell(text: str) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from oner_fast import bounded_json
+from oner_fast.data.dataset import sources_of
 
 LICENCE_PAGES = {
     "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
@@ -21,6 +25,20 @@ def credits_of(described: dict[str, Any]) -> list[dict[str, Any]]:
     """
     listed = described.get("attribution")
     return [_credit(entry) for entry in (listed if isinstance(listed, list) else []) if isinstance(entry, dict)]
+
+
+def credits_of_data(data: str) -> list[dict[str, Any]]:
+    """List the credits of data, each once; of several sources those of all, and of tars those of their folder.
+
+    Raises ValueError where a `dataset.json` cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    for source in map(Path, sources_of(data)):
+        listing = (source if source.is_dir() else source.parent) / "dataset.json"
+        if listing.is_file():
+            every = credits_of(bounded_json.load_object(listing.read_bytes(), str(listing)))
+            found += [credit for credit in every if credit not in found]
+    return found
 
 
 def web_address(text: Any) -> str | None:

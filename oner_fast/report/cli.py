@@ -14,7 +14,7 @@ from oner_fast.boundary import guarded
 from oner_fast.data.dataset import PairDataset
 from oner_fast.data.splits import open_split, splits_of
 from oner_fast.evaluation.folder import check_run, find_data, refuse_training_pairs, unnamed_split
-from oner_fast.evaluation.record import read_record
+from oner_fast.evaluation.record import read_figures
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def report(options: Options, loaded: Any = None) -> Path:
             "examples_held_out": split != "train",
             "seed": options.seed,
             **content.training_content(options.run, figures),
-            **content.evaluation_content(read_record(options.run)),
+            **content.evaluation_content(read_figures(options.run)),
             **examples,
             "made": about,
             "parameters": _parameters(loaded),

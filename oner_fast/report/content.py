@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from oner_fast.evaluation.record import part_of
 from oner_fast.evaluation.run import embed_composed, has_joint_pass
 from oner_fast.evaluation.score_lines import fused_shares, scores_of
 from oner_fast.evaluation.table import DIRECTIONS, KS, classifications, percent, rows, split_title, times
-from oner_fast.report.attribution import count, credits_of
+from oner_fast.report.attribution import count, credits_of_data
 from oner_fast.report.curves import (
     evaluation_charts,
     gap_chart,
@@ -35,10 +36,12 @@ from oner_fast.report.examples import composed_examples, image_examples, text_ex
 from oner_fast.report.gap_map import map_charts, shown_snapshots
 from oner_fast.report.heat import heat_rows
 from oner_fast.report.image_tiles import tile
+from oner_fast.report.origins import described, origins
 
 PACKAGES = ("oner-fast", "torch", "numpy", "tokenizers", "webdataset", "Pillow")
 EXAMPLE_PICTURES = 4096  # the examples of a larger split come from this many of its images
 BANNER = 40
+_DRAWN = ("pictograms", "icons")  # data sets of this library, whose held-out splits share no concept with training
 
 
 def training_content(run: Path, figures: Path) -> dict[str, Any]:
@@ -180,16 +183,18 @@ def example_content(loaded: Encoder, dataset: PairDataset, *, seed: int) -> dict
 
 def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
     """Configuration, commands, versions, machine, and the data's attribution."""
-    described = _described(data) if data else {}
-    config = read_config(run)
+    listed = _described(data) if data else {}
+    config, began = read_config(run), [described(one) for one in origins(run)]
     return {
         "config": list(flattened(config)),
         "recipe": recipe_of(config),
-        "from_scratch": _trainer(config) != "lit" and not _initialised(config),
-        "data_name": described.get("name"),
-        "splits": _sizes(described),
-        "attribution": credits_of(described),
-        "commands": _commands(described, config, shown_as),
+        "began_with": began,
+        "from_scratch": _trainer(config) != "lit" and not _initialised(config) and not began,
+        "data_name": listed.get("name"),
+        "concepts_apart": _section(listed, "build").get("source") in _DRAWN,
+        "splits": _sizes(listed),
+        "attribution": credits_of_data(data) if data else [],
+        "commands": _commands(listed, config, shown_as),
         "versions": versions(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -197,13 +202,10 @@ def about_content(run: Path, data: str | None, shown_as: str) -> dict[str, Any]:
 
 
 def _described(data: str) -> dict[str, Any]:
-    """Read `dataset.json` of the data; of several sources, that of the first, with the attribution of all."""
+    """Read `dataset.json` of the data; of several sources, the first one's."""
     listings = [Path(source) / "dataset.json" for source in sources_of(data)]
-    every = [bounded_json.load_object(one.read_bytes(), str(one)) for one in listings if one.is_file()]
-    if len(every) < 2:
-        return every[0] if every else {}
-    credited = [one["attribution"] for one in every if isinstance(one.get("attribution"), list)]
-    return every[0] | {"attribution": [credit for several in credited for credit in several]}
+    listing = next((one for one in listings if one.is_file()), None)
+    return bounded_json.load_object(listing.read_bytes(), str(listing)) if listing else {}
 
 
 def _sizes(described: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -238,8 +240,12 @@ def _initialised(config: dict[str, Any]) -> bool:
 
 def _commands(described: dict[str, Any], config: dict[str, Any], shown_as: str) -> list[str]:
     source, recipe = _section(described, "build").get("source"), recipe_of(config)
-    made = [f"oner-fast data {source}"] if source in ("pictograms", "icons") else []
+    made = [f"oner-fast data {source}"] if source in _DRAWN else []
     chosen = f" --recipe {recipe}" if recipe else ""
+    for flag, usual in (("init_from", ("",)), ("resume", ("latest", "none"))):
+        given = _section(config, "run").get(flag)
+        if isinstance(given, str) and given not in usual:
+            chosen += f" --{flag.replace('_', '-')} {shlex.quote(given)}"
     trained = [f"oner-fast train {_trainer(config)}{chosen} --run.run-dir {shown_as}"] if config else []
     return [*made, *trained, f"oner-fast eval {shown_as}", f"oner-fast report {shown_as}"]
 

@@ -14,8 +14,13 @@ import pytest
 import torch
 
 from oner_fast.ablation import cli, study
+from oner_fast.ablation.plan import Settings, plan
+from oner_fast.ablation.results import gather
+from oner_fast.ablation.rows import chosen_rows
+from oner_fast.evaluation.record import add, model_digest
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.train.engine.loop import Training
+from oner_fast.train.engine.run_lock import run_lock
 
 FLAGS = ["--quick", "--steps", "4", "--threads", "1", "--device", "cpu"]
 ROWS = ["--rows", "clip", "itc", "cmc", "itc.no_predictor"]
@@ -126,12 +131,63 @@ def test_a_study_from_its_first_signal_to_its_page(
     assert "objectives.temperature 0.3 -> 0.2): move it away to train it anew" in capsys.readouterr().err
 
 
+def test_data_without_held_out_pairs_are_refused_before_a_run(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar, out = pairs / "train-000000.tar", tmp_path / "study"
+    assert ablate(tar, out, *ROWS) == 1
+    assert f"{tar} has no split 'val', whose figures the tables hold; it has train: give --val-data" in (
+        capsys.readouterr().err
+    )
+    assert not out.exists()
+    # Training pairs given as validation data are refused by the run; the right command may follow in the same folder.
+    assert ablate(tar, out, *ROWS, "--val-data", str(tar)) == 1
+    assert "is no validation data" in capsys.readouterr().err
+    assert ablate(tar, out, *ROWS, "--val-data", str(pairs / "val-000000.tar"), "--list") == 0
+
+
+def test_an_evaluation_without_the_studys_figures_is_named(pairs: Path, tmp_path: Path) -> None:
+    settings = Settings(data=str(pairs), steps=4, quick=True)
+    (run,) = plan(settings, chosen_rows(["itc"]), ("steps",), [0], tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / "model.safetensors").write_bytes(b"weights")
+    for entries, message in (({}, "no entry 'val'"), ({"val": {"data": "d", "spaces": {"backbone": {}}}}, "KeyError")):
+        add(run.folder, entries, {"model": model_digest(run.folder)})
+        with pytest.raises(ValueError, match=f"{message}.*remove the file, and the same command evaluates"):
+            gather([run])
+
+
+def test_settings_bind_a_study_once_a_run_has_begun(tmp_path: Path) -> None:
+    study.begin(tmp_path, Settings(steps=4))
+    study.check_settings(tmp_path, Settings(steps=5))
+    (tmp_path / "runs" / "itc-4-seed0").mkdir(parents=True)
+    (tmp_path / "runs" / "itc-4-seed0" / "config.json").write_text("{}")
+    study.check_settings(tmp_path, Settings(steps=4))
+    with pytest.raises(ValueError, match="other settings .steps 4 -> 5.: give those of before, or another --out"):
+        study.check_settings(tmp_path, Settings(steps=5))
+    (tmp_path / study.FILE).write_text('{"steps": ')
+    with pytest.raises(ValueError, match=r"study\.json: its JSON cannot be read .*; remove it, and the same command"):
+        study.check_settings(tmp_path, Settings(steps=4))
+
+
+def test_a_run_that_another_study_trains_is_named(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with run_lock(tmp_path / "study" / "runs" / "itc-4-seed0"):
+        assert ablate(pairs, tmp_path / "study", "--rows", "itc", "--seeds", "1", "--equal", "steps") == 1
+    error = capsys.readouterr().err
+    assert "itc-4-seed0 is in use by process" in error and error.endswith("--run-dir; of a study, another --out\n")
+
+
 def test_bad_flags_are_named(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, message in (
         (["--rows", "nothing"], "no such row or group"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--recipe", "uta_tiny_icons_cpu"], "belongs to 'oner-fast train uta'"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--rows"], "--rows needs a row or a group"),
+        (["--rows", "itc.cold", "--equal", "flops"], "--rows itc.cold names factors"),
+        (["--val-data", str(tmp_path / "none")], "given with --val-data"),
     ):
         assert ablate(pairs, tmp_path / "study", *flags) == 1
         assert message in capsys.readouterr().err

@@ -99,3 +99,5 @@ def test_differences_are_paired_by_seed() -> None:
     assert one is not None and one.deviation is None
     wide = paired({0: 0.5, 1: 0.1}, {0: 0.1, 1: 0.3})
     assert wide is not None and not wide.decided
+    equal = paired({0: 0.3, 1: 0.7}, {0: 0.2, 1: 0.6})  # differences that are equal, but for rounding, in both seeds
+    assert equal is not None and equal.mean == pytest.approx(0.1) and not equal.decided

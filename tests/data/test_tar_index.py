@@ -196,5 +196,7 @@ def test_a_file_that_is_no_tar(tmp_path):
     assert len(index) == 0 and index.damage[0] == "a.tar: is not a tar: it begins with b'xxxxxxxxxxxxxxxx'"
     (tmp_path / "b.tar").write_bytes(b"")
     assert build_index(tmp_path / "b.tar").damage == ["b.tar: is empty (0 bytes), not a tar"]
+    assert [len(load_index(path)) for path in sorted(tmp_path.glob("*.tar"))] == [0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]  # no index beside a wrong file
     with pytest.raises(OSError):
         build_index(tmp_path / "c.tar")

@@ -11,7 +11,7 @@ from oner_fast.data.dataset import PairDataset
 from oner_fast.evaluation.cli import main
 from oner_fast.evaluation.embed import embed_split, name_left_out, spaced
 from oner_fast.evaluation.folder import find_data, read_metrics
-from oner_fast.evaluation.record import add, read_record
+from oner_fast.evaluation.record import add, model_digest, read_figures, read_record
 from oner_fast.evaluation.table import plain_lines, show
 
 TRAIN = ["red square", "blue square", "red circle", "arrow left", "arrow right"]  # the training captions of `data`
@@ -211,6 +211,39 @@ def test_figures_of_an_earlier_model_are_kept_aside(run: Path, reader: Any, caps
     aside = run / f"evaluation.{digest[:8]}.json"
     assert aside.read_bytes() == before
     assert str(aside) in capsys.readouterr().out
+
+
+def test_figures_of_other_weights_are_shown_on_no_page(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    add(tmp_path, {"coco": {"data": "d", "pairs": 1}}, {"model": None})  # of a checkpoint, during the training
+    assert set(read_figures(tmp_path)) == {"coco", "about"}
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert read_figures(tmp_path) == {}
+    assert f"run `oner-fast eval {tmp_path}` again" in caplog.text
+    _, aside = add(tmp_path, {"val": {"data": "d", "pairs": 2}}, {"model": model_digest(tmp_path)})
+    assert aside is not None and aside.name == "evaluation.earlier.json"
+    assert set(read_figures(tmp_path)) == {"val", "about"}
+    (tmp_path / "evaluation.json").write_text('{"val": {"pairs": 3}, "about": {"format_version": 1}}')
+    assert read_figures(tmp_path)["val"]["pairs"] == 3  # a record that states no weights
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", ""], "--data is empty"),
+        (["--boxes", ""], "--boxes is empty"),
+        (["--classes", "imagenet"], "--classes needs --image-folder"),
+        (["--boxes-split", "test"], "--boxes-split needs --boxes"),
+        (["--coco-captions", "0"], "--coco-captions needs --coco-json"),
+        (["--coco-split", "val"], "--coco-split needs --coco-json"),
+        (["--boxes", ".", "--boxes-images", "."], "--boxes-images goes with a json in --boxes, and . is a folder"),
+    ],
+)
+def test_options_that_would_mean_nothing_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    assert main([str(run), *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not (run / "evaluation.json").exists()
 
 
 def test_figures_kept_aside_are_not_replaced(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_references_of_refcoco_are_phrases(tmp_path: Path) -> None:
     assert found.phrases == (Phrase("Left man", ((1, 2, 3, 4),)), Phrase("him", ((1, 2, 3, 4),)))
     (found,) = read_boxes(path, tmp_path / "images", split="testA")
     assert found.phrases == (Phrase("it", ((0, 0, 5.5, 5),)),)
-    with pytest.raises(ValueError, match="no split 'test'; it has testA, val"):
+    with pytest.raises(ValueError, match="no reference of split 'test'; it has testA, val"):
         read_boxes(path, tmp_path / "images", split="test")
 
 
@@ -160,12 +160,48 @@ def test_parts_of_flickrs_captions_are_phrases(tmp_path: Path) -> None:
         ({"annotations": []}, "without what is needed"),
         ({"annotations": None}, "lacks `images` or `annotations`"),
         ({"refs": [{"image_id": 7}]}, "without what is needed"),
+        ({"refs": []}, "it has no reference at all"),
         ({"images": [{"id": 7, "file_name": 3}]}, "need a text, got 3"),
     ],
 )
 def test_malformed_boxes_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_boxes(write(tmp_path, REFCOCO | change), tmp_path / "images")
+
+
+@pytest.mark.parametrize("spans", [[[0]], [[0, 8, 9]], [0, 8], [[0, 24]], [[-8, -1]], [[8, 8]], [["0", "8"]], "all", 7])
+def test_parts_that_lie_outside_the_caption_are_refused(tmp_path: Path, spans: Any) -> None:
+    notes = [{"image_id": 1, "bbox": [0, 0, 4, 4], "tokens_positive": spans}]
+    with pytest.raises(ValueError, match=r"boxes\.json: tokens_positive needs pairs .* 23 characters"):
+        read_boxes(write(tmp_path, ENTITIES | {"annotations": notes}), tmp_path / "images")
+
+
+def test_parts_are_counted_from_the_captions_first_character(tmp_path: Path) -> None:
+    content = json.loads(json.dumps(ENTITIES))
+    content["images"][0]["caption"] = "  " + content["images"][0]["caption"]
+    content["annotations"][0]["tokens_positive"] = [[2, 10]]
+    assert read_boxes(write(tmp_path, content), tmp_path / "images")[0].phrases[0].text == "Two dogs"
+
+
+def test_only_what_a_reference_names_has_to_be_a_box(tmp_path: Path) -> None:
+    empty = {"id": 3, "image_id": 7, "bbox": [1, 2, 0, 4]}  # COCO has such ones
+    sentences = [{"raw": "him"}, {"raw": " ", "sent": ""}]
+    content = REFCOCO | {"annotations": [*REFCOCO["annotations"], empty]}
+    content["refs"] = [{"image_id": 7, "ann_id": 1, "split": "val", "sentences": sentences}]
+    (found,) = read_boxes(write(tmp_path, content), tmp_path / "images")
+    assert [phrase.text for phrase in found.phrases] == ["him"]  # an empty sentence asks for nothing
+    content["refs"][0]["sentences"] = sentences[1:]
+    with pytest.raises(ValueError, match=r"boxes\.json has no image with a phrase and its box"):
+        read_boxes(write(tmp_path, content), tmp_path / "images")
+
+
+def test_pictures_that_the_map_cannot_show_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    good, thin = picture((40, 40), {"red": (0, 0, 8, 8)}), picture((500, 2), {"red": (0, 0, 2, 2)}, "thin")
+    beside = picture((40, 40), {"red": (60, 0, 8, 8)}, "beside")
+    found = evaluate_localisation(Painter(), [good, thin, beside])
+    assert (found["pictures"], found["phrases"], found["damaged"]) == (1, 1, 2)
+    assert "thin has 500 x 2 pixels; a side needs to be at most 112 times the other one" in caplog.text
+    assert "the box (60.0, 0.0, 8.0, 8.0) of 'red' lies beside them" in caplog.text
 
 
 def test_missing_images_are_named(tmp_path: Path) -> None:

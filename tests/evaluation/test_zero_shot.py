@@ -169,6 +169,20 @@ def test_karpathy_and_coco_json_give_the_same_retrieval(tmp_path: Path, draw: Dr
         read_captions(tmp_path / "odd.json", images)
 
 
+def test_captions_and_names_have_to_be_texts(tmp_path: Path) -> None:
+    path = tmp_path / "coco.json"
+    sentence = {"raw": "a cat"}
+    for entry, message in (
+        ({"filename": 5, "sentences": [sentence]}, "need a text, got 5"),
+        ({"filename": "a.png", "filepath": 5, "sentences": [sentence]}, "need a text, got 5"),
+        ({"filename": "a.png", "sentences": [{"raw": ["a"]}]}, "need a text, got"),
+        ({"filename": "a.png", "sentences": [{"raw": " "}]}, "has no image with a caption"),
+    ):
+        path.write_text(json.dumps({"images": [{"split": "test"} | entry]}))
+        with pytest.raises(ValueError, match=message):
+            read_captions(path, tmp_path)
+
+
 def test_the_first_captions_of_an_image_are_taken(tmp_path: Path, draw: Draw, reader: Any) -> None:
     for number in (100, 101, 102):
         (tmp_path / f"{number}.png").write_bytes(draw(number))

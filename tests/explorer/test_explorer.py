@@ -12,6 +12,7 @@ import tarfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -221,6 +222,25 @@ def test_typing_choosing_and_pointing_by_keyboard_alone(opened: Any, page: Path)
     assert text_of(opened, "#caption") == first and opened.run("document.getElementById('query').value") == "red heart"
     opened.run("document.getElementById('leave').click()")
     assert opened.run("document.activeElement.id") == "query"
+
+
+def test_a_pasted_book_and_words_that_the_model_lacks(opened: Any, page: Path) -> None:
+    opened.resize(400, 800)
+    try:
+        opened.open(
+            page, "#" + urlencode({"q": "שלום " + "x" * 3000, "add": "y" * 3000, "word": "y" * 3000, "picture": 1})
+        )
+        wait(opened, "document.getElementById('where').textContent.includes('is strongest at')")
+        wait(opened, "document.getElementById('composed').textContent.endsWith('…”')")
+        for place in ("found", "composed", "where", "words", "chosen"):
+            fits = "(({ scrollWidth, clientWidth, clientHeight }) => scrollWidth <= clientWidth && clientHeight < 2000)"
+            assert opened.run(f"{fits}(document.getElementById('{place}'))"), place
+        assert "the model knows no word of this text" in text_of(opened, "#status")
+        assert opened.run("document.getElementById('query').matches(':dir(rtl)')")
+        assert len(opened.run("explorer.tokenize('cat '.repeat(20000))")) == 16
+        assert not opened.run("explorer.knowsNothingOf('cat')")
+    finally:
+        opened.resize(1200, 900)
 
 
 def noise(width: int, height: int) -> bytes:

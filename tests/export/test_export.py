@@ -21,6 +21,7 @@ from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.export.cli import Options, export, main
 from oner_fast.export.convert import plain_tower
 from oner_fast.export.hub.plain_tower import PlainTower
+from oner_fast.export.model_card import model_card
 from oner_fast.export.onnx_errors import padded
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR, OneRConfig
@@ -222,12 +223,57 @@ def test_the_card_holds_figures_and_licences(run: Path) -> None:
     assert f"{parameters - CONFIG.width:,} parameters" in card and "recipe `mine`" in card  # less the mask token
 
 
+def test_a_fine_tuned_model_credits_the_data_behind_the_weights_that_it_began_with(run: Path, tmp_path: Path) -> None:
+    first, data = tmp_path / "first", tmp_path / "earlier"
+    for folder in (first, data, tmp_path / "tuned"):
+        folder.mkdir()
+    (data / "dataset.json").write_text(
+        json.dumps({"attribution": [{"title": "Earlier", "author": "B", "licence": "CC-BY-SA-4.0", "samples": 7}]})
+    )
+    (first / "config.json").write_text(json.dumps({"data": {"train_data": str(data)}}))
+    gone = str(tmp_path / "gone" / "checkpoints" / "step-00000007.pt")
+    before = [
+        {"kind": "phase", "given": gone, "file": gone, "sha256": "0", "step": 7},
+        {"kind": "weights", "given": str(first), "file": str(first / "model.safetensors"), "sha256": "0", "step": None},
+        {"kind": "continuation", "given": "x", "file": "/x/checkpoints/step-00000001.pt", "sha256": "0", "step": 1},
+    ]
+    tuned = tmp_path / "tuned"
+    (tuned / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tuned / "lineage.json").write_text(json.dumps({"format_version": 1, "lineage": before}))
+    config = {"shared_trunk": True, "image_size": 24, "embed_dim": 16, "max_text_tokens": 12}
+    card = model_card(tuned, config, 5, "")
+    assert "began with the weights of gone/step-00000007.pt, after 7 steps, then first/model.safetensors." in card
+    assert "| Earlier | B | CC-BY-SA-4.0 | 7 |" in card and "| Drawn \\| here |" in card
+    assert "The data of gone/step-00000007.pt, after 7 steps, with whose weights it began, are not listed here." in card
+    (tuned / "lineage.json").write_text(json.dumps({"format_version": 1, "lineage": [before[0] | {"file": 5}]}))
+    with pytest.raises(ValueError, match="is no list of the runs before this one"):
+        model_card(tuned, config, 5, "")
+
+
 def test_a_run_without_figures_and_data_says_so(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "model.safetensors").write_bytes((run / "model.safetensors").read_bytes())
     card = (export(Options(bare, to="plain"))[0] / "README.md").read_text()
     assert "has not been evaluated" in card and "state no licence" in card
+
+
+def test_no_file_but_those_of_an_earlier_export_is_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    for out, name in ((run, "config.json"), (project, "README.md")):
+        for form in ("plain", "onnx"):
+            assert main([str(run), "--to", form, "--out", str(out)]) == 1
+            assert f"{out} holds {name}, which no export wrote" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert (project / "README.md").read_text() == "mine" and len(list(project.iterdir())) == 1
+    out = tmp_path / "new"
+    for _ in range(2):
+        assert main([str(run), "--to", "plain", "--out", str(out)]) == 0
 
 
 def test_what_cannot_be_exported_is_refused(

@@ -264,6 +264,47 @@ def check_json(data: bytes) -> None:
         assert os.path.normpath(shard.path).startswith(f"{FOLDER}/") and shard.samples >= 0
 
 
+def _captions_seeds() -> list[bytes]:
+    images = [{"id": 1, "file_name": "a.png", "caption": "two dogs"}, {"id": 2, "file_name": "b/a.png", "caption": "é"}]
+    notes = [
+        {"id": 4, "image_id": 1, "bbox": [0, 0, 4, 4.5], "tokens_positive": [[0, 3], [4, 8]], "caption": "a dog"},
+        {"id": 5, "image_id": 2, "bbox": [1, 2, 3, 4], "caption": "it"},
+    ]
+    refs = [{"image_id": 1, "ann_id": 4, "split": "val", "sentences": [{"raw": "left"}, {"sent": "him"}]}]
+    karpathy = [{"filename": "a.png", "filepath": "b", "split": "test", "sentences": [{"raw": "a dog"}, {"raw": "x"}]}]
+    forms: list[dict[str, object]] = [
+        {"images": images, "annotations": notes},
+        {"images": images, "annotations": notes, "refs": refs},
+        {"images": karpathy},
+    ]
+    return [json.dumps(form).encode() for form in forms]
+
+
+def check_captions(data: bytes) -> None:
+    """Read any bytes as json of pictures with boxes, and as json of pictures with captions."""
+    from oner_fast.evaluation.boxes import read_boxes
+    from oner_fast.evaluation.coco import read_captions
+
+    path, images = FOLDER / "captions.json", FOLDER / "captions"
+    images.mkdir(exist_ok=True)
+    (images / "a.png").touch()
+    path.write_bytes(data)
+    try:
+        for boxed in read_boxes(path, images):
+            assert boxed.phrases and boxed.read() == b""
+            for phrase in boxed.phrases:
+                assert phrase.text.strip() and phrase.boxes
+                assert all(len(box) == 4 and min(box[2:]) > 0 and max(map(abs, box)) < 1e9 for box in phrase.boxes)
+    except (ValueError, FileNotFoundError) as error:
+        assert "captions" in str(error), f"an error that does not name the file: {error}"
+    try:
+        for captioned in read_captions(path, images):
+            assert captioned.path.is_file() and captioned.left_out >= 0
+            assert captioned.captions and all(caption.strip() for caption in captioned.captions)
+    except (ValueError, FileNotFoundError) as error:
+        assert "captions" in str(error), f"an error that does not name the file: {error}"
+
+
 _CONFIGURATION = {"image_size": 8, "patch_size": 4, "width": 8, "depth": 1, "heads": 1, "embed_dim": 4}
 
 
@@ -336,6 +377,11 @@ READERS = {
     "index": Reader(_index_seeds, check_index, ("<i8", "|O", "'shape': (", "True")),
     "table": Reader(_table_seeds, check_table, ('\\"\\"', "filepath", "title", "\\xef\\xbb\\xbf", "\\x00")),
     "json": Reader(_json_seeds, check_json, ('\\"splits\\"', '\\"caption\\"', "\\\\ud800", "1e999", "NaN", "../")),
+    "captions": Reader(
+        _captions_seeds,
+        check_captions,
+        ('\\"bbox\\"', '\\"tokens_positive\\"', '\\"refs\\"', '\\"sentences\\"', "1e400", "[["),
+    ),
     "model": Reader(_model_seeds, check_model, ('\\"__metadata__\\"', '\\"config\\"', '\\"depth\\"', "1000000")),
     "picture": Reader(_picture_seeds, check_picture, ("IHDR", "iCCP", "eXIf", "Exif\\x00\\x00", "IDAT")),
 }

@@ -307,11 +307,12 @@ def test_a_block_of_a_larger_matrix(first_pair: int, dtype: torch.dtype, atomic:
 
 @pytest.mark.parametrize("dtype", [HALF, pytest.param(FULL, marks=SLOW)])
 @pytest.mark.parametrize("positive", [True, False])
-@pytest.mark.parametrize("first_pair", [-37, 70])
+@pytest.mark.parametrize("first_pair", [-37, 20, 70])
 def test_a_block_of_keys_with_codes(first_pair: int, positive: bool, dtype: torch.dtype, device: str) -> None:
     """As `dense` has them: own pairs that lie elsewhere, and a last tile whose logits overflow where they are ignored.
 
-    Rows 60 to 69 lie opposite to the only keys that are not ignored for them, and along those that are.
+    Rows 60 to 69 lie opposite to the only keys that are not ignored for them, and along those that are. With 20, a row
+    after the last would have one of these as its own pair.
     """
     generator = torch.Generator().manual_seed(first_pair + 100)
     query, key = torch.randn(70, 48, generator=generator), F.normalize(torch.randn(101, 48, generator=generator), dim=1)

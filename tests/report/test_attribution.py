@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from jinja2 import Environment
 from oner_fast.benchmarks.page.content import Page
 from oner_fast.benchmarks.page.render import render
 from oner_fast.report import page
-from oner_fast.report.attribution import credits_of, web_address
+from oner_fast.report.attribution import credits_of, credits_of_data, web_address
 
 HOSTILE = [
     "javascript:alert(1)", "JaVaScRiPt:alert(1)", "java\tscript:alert(1)", "java\nscript:alert(1)", "\x01javascript:a",
@@ -80,3 +81,19 @@ def test_the_policy_allows_no_script(kind: str) -> None:
         "default-src": "'none'", "style-src": "'unsafe-inline'", "base-uri": "'none'", "form-action": "'none'",
     }  # fmt: skip
     assert "<script" not in text
+
+
+def test_tars_and_several_sources_are_credited(tmp_path: Path) -> None:
+    for name, title in (("a", "One"), ("b", "Two"), ("c", "One")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "val-000000.tar").touch()
+        (tmp_path / name / "dataset.json").write_text(json.dumps({"attribution": [{"title": title}]}))
+    for data in (
+        f"{tmp_path}/a/val-000000.tar",
+        f"{tmp_path}/a/val-*.tar",
+        f"{tmp_path}/a",
+        f"{tmp_path}/a::{tmp_path}/c",
+    ):
+        assert [one["title"] for one in credits_of_data(data)] == ["One"]
+    assert [one["title"] for one in credits_of_data(f"{tmp_path}/b/val-{{0..3}}.tar::{tmp_path}/a")] == ["Two", "One"]
+    assert credits_of_data(f"{tmp_path}/none::x.tar") == []

@@ -257,6 +257,28 @@ def test_the_page_shows_the_command_of_the_training(
     assert about["from_scratch"] is from_scratch
 
 
+def test_a_run_that_began_with_weights_says_so(run: Path, tmp_path: Path) -> None:
+    settings = {"init_from": "runs/my demo", "resume": "latest", "recipe": "tuned_cpu"}
+    (tmp_path / "config.json").write_text(json.dumps({"objectives": {}, "run": settings}))
+    file = "/home/ann/demo/model.safetensors"
+    origin = {"kind": "weights", "given": "/home/ann/demo", "file": file, "sha256": "0", "step": None}
+    (tmp_path / "lineage.json").write_text(json.dumps({"format_version": 1, "lineage": [origin]}))
+    about = about_content(tmp_path, None, "runs/it")
+    assert about["commands"][0] == (
+        "oner-fast train oner --recipe tuned_cpu --init-from 'runs/my demo' --run.run-dir runs/it"
+    )
+    assert about["began_with"] == ["demo/model.safetensors"] and about["from_scratch"] is False
+    tuned = tmp_path / "tuned"
+    shutil.copytree(run, tuned)
+    shutil.copy(tmp_path / "lineage.json", tuned)
+    assert main([str(tuned)]) == 0
+    page = (tuned / "report.html").read_text(encoding="utf-8")
+    assert "steps from the weights of demo/model.safetensors" in page and "random weights" not in page
+    assert "Retrieval on what was held out" in page and "never seen" not in page
+    assert "images held out from this training" in page and "/home/ann" not in page
+    assert "Training saw no concept" not in page  # true of the library's own data sets alone
+
+
 def test_charts_follow_the_pages_colours(run: Path) -> None:
     html = (run / "report.html").read_text(encoding="utf-8")
     charts = re.findall(r'<svg class="chart".*?</svg>', html, flags=re.DOTALL)

@@ -81,6 +81,11 @@ def read(folder: Path) -> list[Origin]:
 
 def _origins(values: Any, name: str) -> list[Origin]:
     try:
-        return [Origin(**each) for each in values]
+        found = [Origin(**each) for each in values]
     except TypeError as error:
         raise ValueError(f"{name} is no list of the runs before this one: {error}") from error
+    for one in found:
+        texts = all(isinstance(each, str) for each in (one.kind, one.given, one.file, one.sha256))
+        if not texts or (one.step is not None and type(one.step) is not int):
+            raise ValueError(f"{name} is no list of the runs before this one: it holds {bounded_json.shown(one)}")
+    return found

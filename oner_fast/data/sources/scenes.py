@@ -57,12 +57,14 @@ def build_scenes(
         ValueError: an option is out of range, `source` is no dataset, or `output` holds another build.
     """
     source = Path(source)
-    if train < 0 or held_out < 1:
-        raise ValueError(f"train is {train} and held_out {held_out}; need at least 0 and at least 1 scenes")
-    if most < FEWEST:
-        raise ValueError(f"most is {most}; a scene has at least {FEWEST} pictures")
-    if size < 32:
-        raise ValueError(f"size is {size}; a scene needs at least 32 pixels a side")
+    for name, value, least, why in (
+        ("train", train, 0, "scenes"),
+        ("held-out", held_out, 1, "scene of each other split"),
+        ("most", most, FEWEST, "pictures in a scene"),
+        ("size", size, 32, "pixels a side"),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least} ({why}), got {value}")
     if Path(output).absolute() == source.absolute():
         raise ValueError(f"--source and --output are both {source}; give scenes a folder of their own")
     listed = read_listing(source)
@@ -145,6 +147,10 @@ def _pictures(source: Path, split: str) -> tuple[list[str], list[str], list[str]
     captions, concepts, sets = [], [], []
     for i in range(len(data)):
         caption, meta = data.caption(i), data.meta(i)
+        if meta.get("objects"):
+            raise ValueError(
+                f"{source} holds scenes already ({data.name(i)}); give --source a dataset of single pictures"
+            )
         captions.append(caption)
         concepts.append(str(meta.get("concept") or concept(caption)))
         sets.append(str(meta.get("set", "")))

@@ -103,9 +103,10 @@ def test_planned_pictures_do_not_overlap() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"most": 1}, "at least 2 pictures"),
-        ({"size": 16}, "at least 32 pixels"),
-        ({"held_out": 0}, "at least 1 scenes"),
+        ({"most": 1}, r"--most must be at least 2 \(pictures in a scene\), got 1"),
+        ({"size": 16}, r"--size must be at least 32 \(pixels a side\), got 16"),
+        ({"held_out": 0}, "--held-out must be at least 1 .*, got 0"),
+        ({"train": -1}, "--train must be at least 0 .*, got -1"),
     ],
 )
 def test_impossible_options_are_refused(source: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -118,5 +119,8 @@ def test_other_sources_are_refused(source: Path, tmp_path: Path) -> None:
         build_scenes(tmp_path, tmp_path / "new")
     with pytest.raises(ValueError, match="a folder of their own"):
         build_scenes(source, source)
+    build_scenes(source, tmp_path / "scenes", **(OPTIONS | {"train": 0, "held_out": 2}))
+    with pytest.raises(ValueError, match="holds scenes already .*; give --source a dataset of single pictures"):
+        build_scenes(tmp_path / "scenes", tmp_path / "again", **(OPTIONS | {"train": 0}))
     with pytest.raises(ValueError, match="without a common word"):
         plan_scene([("arrow left", [0]), ("arrow right", [1])], 4, 64, "0")
