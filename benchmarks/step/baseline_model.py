@@ -98,7 +98,8 @@ class Tower(nn.Module):
         hidden = int(width * config.mlp_ratio)
         self.blocks = nn.ModuleList(Block(width, config.heads, hidden) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
-        self.head = _head((width, config.projector_hidden, config.projector_hidden, config.embed_dim))
+        inner = (config.projector_hidden, config.projector_hidden) if config.projector_hidden else ()
+        self.head = _head((width, *inner, config.embed_dim))
         self.register_buffer("mean", torch.tensor(config.image_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(-1, 1, 1), persistent=False)
 

@@ -120,6 +120,7 @@ FACTORS = (
     Factor("no_predictor", "no predictor", _TRIO, {"predictor": "none"}),
     Factor("predictor_per_head", "a predictor a head", ("two_heads",), {"predictor": "per_head"}),
     Factor("equal_heads", "heads that begin equal", ("two_heads",), {"equal_heads": True}),
+    Factor("mlp_head", "MoCo v3's projection head", (*_TRIO, "two_towers"), model={"projector_hidden": 768}),
     Factor("second_view", "the teacher sees a second crop", _PAIR, _SECOND),
     Factor("second_view_colour", "a second crop, colours changed", _PAIR, _SECOND, data={"aug_colour": 0.4}),
     Factor("unmasked", "without MLM and MIM", _TRIO, UNMASKED),

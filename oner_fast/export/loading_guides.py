@@ -28,6 +28,8 @@ def plain_guide(config: dict[str, Any]) -> str:
     more = f"parts.update({{{copied}}})\n" if copies else ""
     of_text = "".join(f', {"run" if name == "trunk" else name}=parts["text_{name}"]' for name in copies)
     pair = "embed(torch.cat([image(pixels), text(ids)], 1))  # the image with the text, in one pass\n"
+    layers = "Linear(d, h), LayerNorm(h), GELU(), Linear(h, h), LayerNorm(h), GELU(), Linear(h, e)"
+    layers = layers if config["head_width"] else "Linear(d, e)"
     return f"""## Load it
 
 {"Eleven" if copies else "Ten"} lines of plain PyTorch after the imports, in this folder:
@@ -38,7 +40,7 @@ import json
 
 import torch
 from safetensors.torch import load_file
-from torch.nn import GELU, Conv2d, LayerNorm, Linear, ModuleDict, Sequential
+from torch.nn import {"GELU, " if config["head_width"] else ""}Conv2d, LayerNorm, Linear, ModuleDict, Sequential
 from torch.nn import TransformerEncoder, TransformerEncoderLayer
 from torch.nn.functional import normalize
 
@@ -46,7 +48,7 @@ c, w = json.loads(Path("config.json").read_text()), load_file("model.safetensors
 d, h, e, p = (c[name] for name in ("width", "head_width", "embed_dim", "patch_size"))
 layer = TransformerEncoderLayer(d, c["heads"], c["mlp_width"], 0, "gelu", batch_first=True, norm_first=True)
 trunk = TransformerEncoder(layer, c["depth"], LayerNorm(d), enable_nested_tensor=False)
-head = Sequential(Linear(d, h), LayerNorm(h), GELU(), Linear(h, h), LayerNorm(h), GELU(), Linear(h, e))
+head = Sequential({layers})
 parts = ModuleDict({{"patches": Conv2d(3, d, p, p), "trunk": trunk, "head": head}}).eval()
 {more}parts.load_state_dict({{name: each for name, each in w.items() if name.split(".")[0] in parts}})
 image = lambda pixels: parts["patches"]((pixels / 255 - w["mean"]) / w["std"]).flatten(2).mT + w["patch_positions"]

@@ -133,9 +133,10 @@ class _Tower:
 
     def _project(self, x: str, name: str) -> str:
         g = self.graph
-        for linear, norm in ((0, 1), (3, 4)):
+        hidden = ((0, 1), (3, 4)) if self.config["head_width"] else ()
+        for linear, norm in hidden:
             x = g.op("Gelu", self._norm(self._linear(x, f"{name}.{linear}."), f"{name}.{norm}"))
-        x = self._linear(x, f"{name}.6.")
+        x = self._linear(x, f"{name}.{3 * len(hidden)}.")
         length = g.op("ReduceL2", x, g.constant([-1]), keepdims=1)
         return g.op("Div", x, g.op("Max", length, g.constant(1e-12, np.float32)))
 

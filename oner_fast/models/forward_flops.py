@@ -40,7 +40,7 @@ def embedding_flops(config: OneRConfig, patches: int) -> float:
 def head_flops(config: OneRConfig, samples: int, predictor_hidden: int = 0) -> float:
     """Count the projector, and the predictor where `predictor_hidden` > 0, on `samples` rows."""
     hidden, embed = config.projector_hidden, config.embed_dim
-    projector = config.width * hidden + hidden * hidden + hidden * embed
+    projector = config.width * hidden + hidden * hidden + hidden * embed if hidden else config.width * embed
     return 2.0 * samples * (projector + 2 * embed * predictor_hidden)
 
 

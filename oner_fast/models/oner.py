@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,7 +31,8 @@ class OneRConfig:
     vocab_size: int = 30522
     max_text_tokens: int = 78
     embed_dim: int = 256
-    projector_hidden: int = 4096
+    projector_hidden: int = field(default=4096, metadata={"least": 0})
+    """Width of the two hidden layers of the projection head; 0 for a linear one."""
     shared_trunk: bool = True
     """False: one trunk for each modality, the two-tower row of the comparison (no image+text pass)."""
     shared_head: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
 from oner_fast.bounded_json import shown
@@ -18,14 +18,15 @@ C = TypeVar("C")
 def from_dict(config: type[C], values: dict[str, Any], name: str) -> C:
     """Make the dataclass `config` from JSON values.
 
-    Each field must have a default, which decides the kind of its value: a flag; a whole number from 1 to `MAX_INT`; a
-    finite number above 0; or a few finite numbers, read as a tuple. Fields that are not given keep their defaults.
+    Each field must have a default, which decides the kind of its value: a flag; a whole number from 1 to `MAX_INT`, or
+    from the field's `metadata["least"]`; a finite number above 0; or a few finite numbers, read as a tuple. Fields that
+    are not given keep their defaults.
 
     Raises:
         ValueError: an unknown key, a value of another kind, or values that do not fit each other; the message starts
             with `name`.
     """
-    known = {field.name: field.default for field in fields(config)}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(config)}  # type: ignore[arg-type]
     if unknown := values.keys() - known:
         raise ValueError(
             f"{name}: unknown model settings {', '.join(sorted(unknown))[:200]}; known: {', '.join(sorted(known))}"
@@ -37,14 +38,15 @@ def from_dict(config: type[C], values: dict[str, Any], name: str) -> C:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _value(value: Any, default: Any, name: str) -> Any:
+def _value(value: Any, field: Field[Any], name: str) -> Any:
+    default, least = field.default, field.metadata.get("least", 1)
     assert default is not MISSING
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, got {shown(value)}")
     elif isinstance(default, int):
-        if type(value) is not int or not 1 <= value <= MAX_INT:
-            raise ValueError(f"{name} must be a whole number from 1 to {MAX_INT:,}, got {shown(value)}")
+        if type(value) is not int or not least <= value <= MAX_INT:
+            raise ValueError(f"{name} must be a whole number from {least} to {MAX_INT:,}, got {shown(value)}")
     elif isinstance(default, float):
         if not _number(value) or value <= 0:
             raise ValueError(f"{name} must be a finite number above 0, got {shown(value)}")

@@ -20,13 +20,13 @@ def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:
 
 
 class Projector(nn.Sequential):
-    """Project width - hidden - hidden - embed_dim, with LayerNorm and GELU between.
+    """Project width - hidden - hidden - embed_dim, with LayerNorm and GELU between; linearly where `hidden` is 0.
 
     There are no batch statistics, so that packing, accumulation and the number of ranks do not change the result.
     """
 
     def __init__(self, width: int, hidden: int, embed_dim: int) -> None:
-        super().__init__(*_mlp((width, hidden, hidden, embed_dim)))
+        super().__init__(*_mlp((width, hidden, hidden, embed_dim) if hidden else (width, embed_dim)))
 
 
 class Predictor(nn.Sequential):

@@ -84,7 +84,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two_towers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("two"), shared_trunk=False, shared_head=False)
+    """A run whose every map exists twice, with linear heads."""
+    return make_run(tmp_path_factory.mktemp("two"), shared_trunk=False, shared_head=False, projector_hidden=0)
 
 
 def blocks(folder: Path) -> list[str]:

@@ -473,3 +473,20 @@ def test_bad_passes_are_named(passes: Any, message: str) -> None:
 def test_bad_sizes_are_named(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tower(**changes)
+
+
+def test_linear_maps_of_the_trunk_begin_by_their_fan_in() -> None:
+    torch.manual_seed(0)
+    model = OneR(OneRConfig(**{**vars(SMALL), "width": 64, "depth": 3}))
+    for name, module in model.trunk.named_modules():
+        if isinstance(module, nn.Linear):
+            gain = 1 / math.sqrt(6) if name.endswith(".out") else 1.0  # branches: 2 x depth of them are added
+            assert module.weight.std().item() * math.sqrt(module.in_features) == pytest.approx(gain, rel=0.05), name
+            assert not module.bias.any()
+
+
+def test_a_projector_without_hidden_layers_is_linear() -> None:
+    model = tower(projector_hidden=0)
+    assert [tuple(each.shape) for each in model.head.state_dict().values()] == [(5, 8), (5,)]
+    cls = torch.randn(4, 8, dtype=torch.float64)
+    assert torch.equal(model.head(cls), F.linear(cls, model.head[0].weight, model.head[0].bias))

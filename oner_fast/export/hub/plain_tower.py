@@ -80,6 +80,8 @@ def _trunk(config: dict[str, Any]) -> nn.TransformerEncoder:
 
 def _head(config: dict[str, Any]) -> nn.Sequential:
     width, hidden, out = config["width"], config["head_width"], config["embed_dim"]
+    if not hidden:
+        return nn.Sequential(nn.Linear(width, out))
     first, second = [nn.Linear(width, hidden), nn.LayerNorm(hidden)], [nn.Linear(hidden, hidden), nn.LayerNorm(hidden)]
     return nn.Sequential(*first, nn.GELU(), *second, nn.GELU(), nn.Linear(hidden, out))
 
