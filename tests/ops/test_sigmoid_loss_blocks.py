@@ -96,7 +96,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(
 
 
 def test_many_small_terms_add_up() -> None:
-    """Where training begins every wrong pair has a term of about exp(-10), which 1 + x would round to 2^-23."""
+    """Every wrong pair has a term of about exp(-10) where training begins, which 1 + x would round to 2^-23."""
     rows = 1500
     query, key = (F.normalize(torch.randn(rows, 64), dim=1) for _ in range(2))
     bias = torch.tensor(-10.0, requires_grad=True)
