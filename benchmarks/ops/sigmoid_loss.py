@@ -43,7 +43,7 @@ def softplus_and_diagonal(query: Tensor, key: Tensor, logit_scale: Tensor, logit
 @cache
 def siglip_loss() -> Any:
     """Make open_clip's loss as its training makes it for one process."""
-    return optional_package("open_clip").SigLipLoss()
+    return optional_package("open_clip").loss.SigLipLoss()
 
 
 def open_clip(query: Tensor, key: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
