@@ -112,7 +112,7 @@ def _more_attention() -> list[Workload]:
 
 def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str, op: str = "mixup_info_nce") -> Workload:
     """Make a contrastive loss with partners, or with mixing on both sides."""
-    loss = {"mixup_info_nce": contrast, "sigmoid_loss": sigmoid_contrast}[op]
+    losses: dict[str, Callable[..., Tensor]] = {"mixup_info_nce": contrast, "sigmoid_loss": sigmoid_contrast}
 
     def make(seed: int, device: str) -> Call:
         drawn = _drawn(seed, device, dtype, *[(rows, width)] * 4)
@@ -126,7 +126,7 @@ def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str, op: str = "m
     def forward(query: Tensor, key: Tensor, logit_scale: Tensor, *rest: Tensor) -> Tensor:
         names = ("partner", "partner_weight") if mark == "partner" else ("query_other", "key_other", "mix")
         more: dict[str, Any] = dict(zip(names, rest, strict=True))
-        return loss(query, key, logit_scale, **more)
+        return losses[op](query, key, logit_scale, **more)
 
     return Workload(f"{op} N {rows}, D {width} {mark} {name_of(dtype)}", op, dtype, make, forward)
 
