@@ -66,17 +66,14 @@ def forward_kernel(
 
     until = length_k
     last = length_k - 1
-    blind = rows < 0
     if CAUSAL:
         if PADDED:
             counts = tl.minimum(tl.load(seen + begin.to(tl.int64) + rows, mask=own, other=0), length_k)
             until = tl.max(counts, 0)
             last = (counts - 1)[:, None]
-            blind = counts <= 0
         else:
             until = tl.minimum(first + BLOCK_M + offset, length_k)
             last = tl.minimum(rows + offset, last)[:, None]
-            blind = rows + offset < 0
     for start in range(0, until, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = columns < length_k
@@ -104,14 +101,17 @@ def forward_kernel(
         v += BLOCK_N * VEC * value_row.to(tl.int64)
         maximum = larger
 
+    blind = (rows + offset < 0) if CAUSAL else (rows < 0)
+    if PADDED:
+        blind = (counts <= 0) if CAUSAL else (rows < 0)
     blind = blind | (length_k == 0)
     inverse = tl.where(blind, 0.0, 1.0 / total)
     at = (begin + rows).to(tl.int64) * heads + head
-    plane = queries.to(tl.int64) * heads
+    every = queries
     if PADDED:
-        plane = plane * sequences
+        every = queries * sequences
     tl.store(statistics + at, tl.where(blind, 0.0, maximum), mask=own)
-    tl.store(statistics + at + plane, inverse, mask=own)
+    tl.store(statistics + at + every.to(tl.int64) * heads, inverse, mask=own)
     if seed is not None:
         inverse = inverse * made_up
     row = heads * HEAD_DIM
@@ -136,8 +136,8 @@ def tiles(
     kernel: str, head_dim: int, dtype: torch.dtype, architecture: int, *, drops: bool = False
 ) -> Configuration:  # fmt: skip
     """Return the committed tile of a kernel for a head dimension and dtype; one that `drops` weights has its own."""
-    padded = sum(head_blocks(head_dim, dtype))
-    limit = next(size for size in (32, 64, 80, 96, 128, 256) if size >= padded)
+    numbers = sum(head_blocks(head_dim, dtype))
+    limit = next(size for size in ((64, 128, 256) if drops else (32, 64, 80, 96, 128, 256)) if size >= numbers)
     wide = "_fp32" if dtype == torch.float32 else ""
     return configuration(OP, f"{kernel}_dropout" if drops else kernel, f"head_dim_{limit}{wide}", architecture)
 
@@ -285,9 +285,8 @@ def specialisations() -> list[Specialisation]:
 
 def dropping() -> list[Specialisation]:
     """List every kernel with dropout that the report compiles: one for each tile, and one under a causal mask."""
-    half = [(size, torch.bfloat16, False) for size in (32, 64, 80, 96, 128, 256)]
-    wide = [(size, torch.float32, False) for size in (32, 64, 96, 128)]
-    return [*half, *wide, (64, torch.bfloat16, True)]
+    half = [(size, torch.bfloat16, False) for size in (64, 128, 256)]
+    return [*half, (64, torch.float32, False), (128, torch.float32, False), (64, torch.bfloat16, True)]
 
 
 def compilations() -> list[Compilation]:

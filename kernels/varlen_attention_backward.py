@@ -116,17 +116,14 @@ def query_kernel(
 
     until = length_k
     last = length_k - 1
-    blind = rows < 0
     if CAUSAL:
         if PADDED:
             counts = tl.minimum(tl.load(seen + begin.to(tl.int64) + rows, mask=own, other=0), length_k)
             until = tl.max(counts, 0)
             last = (counts - 1)[:, None]
-            blind = counts <= 0
         else:
             until = tl.minimum(first + BLOCK_M + offset, length_k)
             last = tl.minimum(rows + offset, last)[:, None]
-            blind = rows + offset < 0
     for start in range(0, until, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = columns < length_k
@@ -154,6 +151,9 @@ def query_kernel(
         k += BLOCK_N * VEC * key_row.to(tl.int64)
         v += BLOCK_N * VEC * value_row.to(tl.int64)
 
+    blind = (rows + offset < 0) if CAUSAL else (rows < 0)
+    if PADDED:
+        blind = (counts <= 0) if CAUSAL else (rows < 0)
     blind, row = (blind | (length_k == 0))[:, None], heads * HEAD_DIM
     factor = scale
     if FACTORED:
