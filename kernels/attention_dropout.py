@@ -1,4 +1,4 @@
-"""Which attention weights dropout keeps, drawn as `oner_fast.ops.attention_dropout` says."""
+"""Dropout of attention weights in Triton, drawn as `oner_fast.ops.attention_dropout` says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the tiles of attention lie: in sequences that are packed, or padded and dense.
+"""Places of the tiles of attention, in sequences that are packed or padded.
 
 Packed, sequence s owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all its tiles and at most one
 spare tile. The grid therefore depends only on T and on the number of sequences. The search is W-ary, one load for up to

@@ -1,4 +1,5 @@
-// Attention, packed or padded: the division into tasks, and their schedule; the kernels are in isa/varlen_attention.cpp.
+// Attention, packed or padded: the division into tasks, and their schedule. The kernels are in
+// isa/varlen_attention.cpp.
 #include <algorithm>
 #include <atomic>
 #include <cstring>

@@ -1,6 +1,7 @@
 // The checked arguments of an attention op, packed or padded, and where each sequence lies.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "common/ops.h"
@@ -24,7 +25,8 @@ struct AttentionRows {
   int64_t batch, size;  // elements from sequence to sequence; bytes of an element
 
   Operand of(const AttentionSequence& s, int64_t first, int64_t row, int64_t head) const {
-    using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(operand.data)>>, const char*, char*>;
+    constexpr bool is_input = std::is_const_v<std::remove_pointer_t<decltype(operand.data)>>;
+    using Bytes = std::conditional_t<is_input, const char*, char*>;
     Operand moved = operand;
     if (moved.data != nullptr)
       moved.data = static_cast<Bytes>(moved.data) +

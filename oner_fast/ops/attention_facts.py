@@ -1,4 +1,4 @@
-"""What the attention ops know of a call before it is computed, and why Triton's kernels cannot take one."""
+"""Facts of a call of the attention ops before it is computed, and reasons why Triton's kernels cannot take one."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_what_padding_holds_changes_nothing(device: str) -> None:
 
 
 def test_a_query_that_sees_no_key_gives_zero_whatever_it_holds(device: str) -> None:
-    """Of 90 queries and 70 keys, the first 20 see none."""
+    """With 90 queries and 70 keys, the first 20 see none."""
     leaves, upstream = inputs((2, 1), 90, 70, 64, torch.float16, device)
     query, key, value = (x.detach() for x in leaves)
     lengths = torch.tensor([70, 23, 0], device=device)

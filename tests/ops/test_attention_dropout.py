@@ -142,7 +142,7 @@ def test_weights_are_dropped_at_the_rate(rate: float) -> None:
 
 @pytest.mark.parametrize("other", ["head", "sequence", "query", "key", "block of keys", "half of a word", "seed"])
 def test_draws_are_independent(other: str) -> None:
-    """Of two draws that differ in one thing, as many are equal as of two coins."""
+    """Draws that differ in one thing are equal as often as two coins."""
 
     def draw(seed: int) -> Tensor:
         return attention_dropout.kept(

@@ -152,7 +152,7 @@ def test_what_padding_holds_changes_nothing(implementation: str, dtype: torch.dt
 
 @pytest.mark.parametrize("implementation", EVERY)
 def test_a_query_that_sees_no_key_gives_zero_and_takes_no_gradient(implementation: str) -> None:
-    """Of five queries and three keys, aligned at their ends, the first two see nothing; so do all of sample 1."""
+    """Five queries and three keys, aligned at their ends: the first two see nothing, nor do those of sample 1."""
     leaves = three(2, 1, 1, 5, 3, 4)
     out = padded_attention(
         *leaves, key_lengths=torch.tensor([3, 0]), causal=True, implementation=implementation

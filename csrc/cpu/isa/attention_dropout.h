@@ -1,5 +1,5 @@
-// Which weights dropout keeps: Philox4x32-10 with a query in each lane, counted as oner_fast/ops/attention_dropout.py
-// says.
+// The weights that dropout keeps: Philox4x32-10 with a query in each lane, counted as
+// oner_fast/ops/attention_dropout.py says.
 #pragma once
 
 #include "cpu/isa/varlen_attention.h"

@@ -19,7 +19,7 @@ from oner_fast.ops.portable import parts
 
 
 class Call(NamedTuple):
-    """What both passes are told besides rows.
+    """Arguments of both passes besides rows.
 
     `seen` is (S or 1, Lq or 1) int: how many keys each query sees, from the first on; None where it sees all.
     `sequences` (S,) int64 numbers the sequences, for dropout alone; `seed` is None where nothing is dropped.
