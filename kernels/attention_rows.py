@@ -46,7 +46,8 @@ def tile_of(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr, PADDED: tl.c
         each = (rows + BLOCK - 1) // BLOCK
         sequence = tile // each
         return sequence, sequence * rows, rows, (tile - sequence * each) * BLOCK
-    return own_tile(tile, cu_seqlens, sequences, rows, BLOCK)
+    else:
+        return own_tile(tile, cu_seqlens, sequences, rows, BLOCK)
 
 
 @triton.jit
@@ -58,7 +59,8 @@ def keys_of(cu_seqlens, seen, sequence, queries, keys, PADDED: tl.constexpr, CAU
             at = ((sequence + 1) * queries - 1) if CAUSAL else sequence  # the last query sees most
             length = tl.minimum(tl.maximum(tl.load(seen + at), 0), keys)
         return sequence * keys, length
-    return extent(cu_seqlens, sequence, keys)
+    else:
+        return extent(cu_seqlens, sequence, keys)
 
 
 @triton.jit

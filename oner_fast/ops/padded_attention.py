@@ -270,7 +270,7 @@ def _seen(
         return None if key_lengths is None else key_lengths.to(torch.int32)
     until = (torch.arange(rows, device=like.device) + (keys - rows + 1)).clamp(0, keys)  # in the padded batch
     if key_mask is not None:
-        return F.pad(key_mask.cumsum(1, dtype=torch.int32), (1, 0))[:, until]
+        return F.pad(key_mask.cumsum(1, dtype=torch.int32), (1, 0)).index_select(1, until)
     until = until.to(torch.int32)
     if key_lengths is not None:
         return torch.minimum(until, key_lengths.to(torch.int32).unsqueeze(1))
