@@ -77,7 +77,7 @@ def real_of(batch: int, keys: int, given: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("implementation", EVERY)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(case=padding(), heads=st.integers(1, 2), groups=st.integers(1, 2), causal=st.booleans())
 def test_any_padding(implementation: str, case: Any, heads: int, groups: int, causal: bool) -> None:
     """Against the loop, forward and backward, in float64."""
