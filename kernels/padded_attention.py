@@ -10,6 +10,8 @@ bytes for each query and head, and the counts of seen keys under a causal mask 4
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -120,7 +122,7 @@ def specialisations() -> list[Specialisation]:
 
 def compilations() -> list[Compilation]:
     """List forward and both kernels of backward, and those of heads of 64 with dropout under a causal mask."""
-    kernels = (
+    kernels: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         ("forward", forward_kernel, {"NEGATIVE": False}), ("query", query_kernel, {}), ("key", key_kernel, {}),
     )  # fmt: skip
     return [

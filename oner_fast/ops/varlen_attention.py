@@ -270,8 +270,8 @@ def varlen_attention(
     cu_seqlens_k = checks.as_int32("varlen_attention", "cu_seqlens_k", cu_seqlens_k)
     seed = attention_dropout.seed_of("varlen_attention", dropout_p, dropout_seed, query)
     # What cannot drop weights need not take the arguments: nothing is passed where nothing is dropped.
-    dropout = {} if seed is None else {"dropout_p": dropout_p, "dropout_seed": seed}
-    options = {
+    dropout: dict[str, Any] = {} if seed is None else {"dropout_p": dropout_p, "dropout_seed": seed}
+    options: dict[str, Any] = {
         "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "causal": causal, "scale": scale, **dropout,
     }  # fmt: skip
     known = facts(query, key, value, cu_seqlens_q, cu_seqlens_k, **options)
