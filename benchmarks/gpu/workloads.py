@@ -89,7 +89,9 @@ def _drawn(seed: int, device: str, dtype: torch.dtype, *shapes: Sequence[int]) -
     return [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def _attention(lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> Workload:
+def _attention(
+    lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype, dropout_p: float = 0.0
+) -> Workload:  # fmt: skip
     total, longest = sum(lengths), max(lengths)
 
     def make(seed: int, device: str) -> Call:
@@ -98,8 +100,11 @@ def _attention(lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.d
         boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
         return Call((*leaves, boundaries), leaves, (grad,))
 
-    forward = partial(varlen_attention, max_seqlen_q=longest, max_seqlen_k=longest)
+    forward = partial(
+        varlen_attention, max_seqlen_q=longest, max_seqlen_k=longest, dropout_p=dropout_p, dropout_seed=1
+    )  # fmt: skip
     name = f"varlen_attention {len(lengths)} sequences, {heads} heads of {head_dim} {name_of(dtype)}"
+    name += " with dropout" if dropout_p else ""
     return Workload(name, "varlen_attention", dtype, make, forward)
 
 
@@ -107,7 +112,11 @@ def _more_attention() -> list[Workload]:
     lengths, width = [197, 40, 237] * 40, 1536
     half = [(size, _HALF) for size in (32, 64, 80, 96, 128, 256)]
     wide = [(size, _WIDE) for size in (32, 64, 96, 128)]
-    return [_attention(lengths, max(width // size, 1), size, dtype) for size, dtype in (*half, *wide)]
+    dropping = [(64, _HALF), (128, _HALF), (256, _HALF), (64, _WIDE), (128, _WIDE)]
+    return [
+        *(_attention(lengths, max(width // size, 1), size, dtype) for size, dtype in (*half, *wide)),
+        *(_attention(lengths, max(width // size, 1), size, dtype, 0.1) for size, dtype in dropping),
+    ]
 
 
 def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str, op: str = "mixup_info_nce") -> Workload:
