@@ -10,6 +10,7 @@ from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
 from oner_fast.ops.mixup_info_nce import mixup_info_nce
 from oner_fast.ops.patch_masks import boundaries, draw_masks, patch_mask
+from oner_fast.ops.sigmoid_loss import sigmoid_loss
 from oner_fast.ops.token_alignment import token_alignment
 from oner_fast.ops.varlen_attention import varlen_attention
 
@@ -26,6 +27,7 @@ __all__ = [
     "masked_gather",
     "mixup_info_nce",
     "patch_mask",
+    "sigmoid_loss",
     "token_alignment",
     "varlen_attention",
 ]

@@ -276,7 +276,7 @@ def matrix(op: str, name: str, x: Tensor) -> None:
 def rows_of_one_dtype(
     query: Tensor, key: Tensor, query_other: Tensor | None, key_other: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Cast the rows of `oner_fast.ops.mixup_info_nce` to their common dtype; return what is none to be refused."""
+    """Cast the rows of a contrast to their common dtype; return what is no tensor as it is, to be refused."""
     dtype = common_dtype(query, key, query_other, key_other)
     if dtype is None:
         return query, key, query_other, key_other
@@ -284,7 +284,8 @@ def rows_of_one_dtype(
     return query.to(dtype), key.to(dtype), query_other, key_other
 
 
-def mixup_info_nce(
+def contrast(
+    op: str,
     query: Tensor,
     key: Tensor,
     logit_scale: Tensor | float,
@@ -298,11 +299,10 @@ def mixup_info_nce(
     key_ids: Tensor | None,
     total: int | None,
 ) -> None:
-    """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group).
+    """Check the arguments of `mixup_info_nce` or `sigmoid_loss`; `total` counts the rows of all ranks (None: no group).
 
     With a group, `matrix` comes first: the ranks tell each other their numbers of rows.
     """
-    op = "mixup_info_nce"
     matrix(op, "query", query)
     rows, width = query.shape
     if rows == 0 and total in (None, 0):
@@ -362,12 +362,10 @@ def _same_device_or_cpu(op: str, name: str, value: Tensor, query: Tensor) -> Non
 
 
 def contrast_options(
-    symmetric: bool, normalized: bool, partner: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None,
-    same: str, group: dist.ProcessGroup | None,
+    op: str, normalized: bool, partner: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, same: str,
+    group: dist.ProcessGroup | None,
 ) -> None:  # fmt: skip
-    """Check the options of `oner_fast.ops.mixup_info_nce` before any rank sends anything."""
-    op = "mixup_info_nce"
-    flag(op, "symmetric", symmetric)
+    """Check the options of `mixup_info_nce` or `sigmoid_loss` before any rank sends anything."""
     flag(op, "normalized", normalized)
     if not isinstance(same, str):
         raise TypeError(f"{op}: same must be 'positive' or 'ignore', got {type(same).__name__}")
@@ -396,11 +394,11 @@ def kind_of_ids(query_ids: Tensor | None, same: str) -> int:
     return 0 if query_ids is None else 1 if same == "ignore" else 2
 
 
-def ids_of_ranks(kinds: Sequence[int]) -> None:
+def ids_of_ranks(op: str, kinds: Sequence[int]) -> None:
     """Raise ValueError on every rank unless all were given ids for the same purpose, or none."""
     if len(set(kinds)) > 1:
         raise ValueError(
-            "mixup_info_nce: every rank must pass query_ids with the same `same`, or none of them; got "
+            f"{op}: every rank must pass query_ids with the same `same`, or none of them; got "
             + ", ".join(f"{_KINDS_OF_IDS[kind]} on rank {rank}" for rank, kind in enumerate(kinds))
         )
 

@@ -195,6 +195,14 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
     return [why] if why else []
 
 
+def why_not_triton_products(device: str, **facts: Any) -> list[str]:
+    """List every reason why Triton kernels with matrix products cannot run on `device`."""
+    found = why_not_triton(device, **facts)
+    if facts.get("dtype") == torch.float64:
+        found.append("the Triton kernels have float32 statistics and no float64 products")
+    return found
+
+
 @constant
 def _why_no_triton(on_the_cpu: bool) -> str:
     """Say why Triton kernels cannot run on the CPU or on a GPU; empty where they can.

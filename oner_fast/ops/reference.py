@@ -157,7 +157,8 @@ def mixup_info_nce(
     i != j and M[i, j] leaves the sum of exponentials of its row and that of its column. Without `symmetric` there is no
     column term, as without ids. Ids and `partner` cannot be given together: both define the targets.
     """
-    checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
+    checks.flag("mixup_info_nce", "symmetric", symmetric)
+    checks.contrast_options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
     query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     if group is not None:
         checks.matrix("mixup_info_nce", "query", query)
@@ -165,11 +166,11 @@ def mixup_info_nce(
     if group is not None:
         kind = checks.kind_of_ids(query_ids, same)
         sizes, kinds = exchanged((query.shape[0], kind), query.device, group)
-        checks.ids_of_ranks(kinds)
+        checks.ids_of_ranks("mixup_info_nce", kinds)
     total = None if sizes is None else sum(sizes)
-    checks.mixup_info_nce(
-        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids, key_ids,
-        total,
+    checks.contrast(
+        "mixup_info_nce", query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias,
+        query_ids, key_ids, total,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
@@ -242,6 +243,73 @@ def _column_entropy(transposed: Tensor, own: Tensor, start: int, partner: Tensor
     target = (own_share * target).index_add(0, column, torch.where(mine, share * chosen, 0.0))
     empty = mass == 0
     return torch.where(empty, 0.0, total - target / torch.where(empty, 1.0, mass))
+
+
+def sigmoid_loss(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    query_other: Tensor | None = None,
+    key_other: Tensor | None = None,
+    mix: Tensor | float = 0.5,
+    partner: Tensor | None = None,
+    partner_weight: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same: str = "positive",
+    normalized: bool = False,
+    group: dist.ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute -1/N sum_ij (T[i, j] log sigmoid(l[i, j]) + (1 - T[i, j]) log sigmoid(-l[i, j])); 0-d.
+
+    l = logit_scale * q @ k.T + logit_bias (N, N), with q and k as in `mixup_info_nce`. The targets are T[i, i] = 1 and
+    0 elsewhere. With partners, T[i, i] += -w_i and T[i, partner_i] += w_i. With ids and M[i, j] of `mixup_info_nce`,
+    `same="positive"` makes T = M, and `same="ignore"` leaves out the pairs with i != j and M[i, j]. With `group` the
+    batch is that of all ranks, concatenated in rank order.
+    """
+    op = "sigmoid_loss"
+    checks.contrast_options(op, normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    sizes = None
+    if group is not None:
+        checks.matrix(op, "query", query)
+        sizes, kinds = exchanged((query.shape[0], checks.kind_of_ids(query_ids, same)), query.device, group)
+        checks.ids_of_ranks(op, kinds)
+    total = None if sizes is None else sum(sizes)
+    checks.contrast(
+        op, query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids,
+        key_ids, total,
+    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
+        q, k = (q, k) if normalized else (unit(q), unit(k))
+        scale = logit_scale.to(q.device, q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
+        bias = logit_bias.to(q.device, q.dtype) if isinstance(logit_bias, Tensor) else float(logit_bias or 0)
+        rows, start, ids = q.shape[0], 0, query_ids if key_ids is None else key_ids
+        if group is not None and sizes is not None:
+            start, k = sum(sizes[: dist.get_rank(group)]), gather_rows(k, sizes, group)
+            ids = None if ids is None else gather_rows_without_gradient(ids, sizes, group)
+        logits = scale * (q @ k.T) + bias  # [n, N]
+        own = torch.arange(rows, device=q.device) + start
+        diagonal = own.unsqueeze(1) == torch.arange(k.shape[0], device=q.device)
+        target, ignored = diagonal.to(q.dtype), None
+        if partner is not None:
+            weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.detach().to(q.dtype)
+            shared = torch.zeros_like(target).scatter(1, partner.unsqueeze(1), weight.unsqueeze(1))
+            target = target * (1 - weight).unsqueeze(1) + shared
+        elif query_ids is not None and ids is not None:
+            equal = (query_ids.unsqueeze(1) == ids) & (query_ids != -1).unsqueeze(1)
+            if same == "positive":
+                target = (equal | diagonal).to(q.dtype)
+            else:
+                ignored = equal & ~diagonal
+        terms = -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits))
+        terms = terms if ignored is None else terms.masked_fill(ignored, 0.0)
+        loss = terms.sum() / (rows if total is None else total)
+        return loss if group is None else sum_loss(loss, group)
 
 
 def varlen_attention(
