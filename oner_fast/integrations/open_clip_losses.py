@@ -46,7 +46,7 @@ class _OfTheBatch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         to_image, to_text = (
-            x * ctx.factor if need else None for x, need in zip(grads, ctx.needs_input_grad, strict=False)
+            x * ctx.factor if need else None for x, need in zip(grads[:2], ctx.needs_input_grad, strict=False)
         )
         to_scale = None
         if ctx.needs_input_grad[2]:

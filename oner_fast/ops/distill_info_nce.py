@@ -185,7 +185,7 @@ def _unit(rows: Tensor) -> Tensor:
     return reference.unit(rows.to(statistics_dtype(rows)))
 
 
-_shapes = partial(_compiled, "cpp")
+_shapes = partial(_compiled, "portable")
 register("distill_info_nce", "reference", reference.distill_info_nce, preference=-10)
 register("distill_info_nce", "portable", partial(_compiled, "portable"))
 

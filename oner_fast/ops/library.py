@@ -59,8 +59,8 @@ def define(
         triton: "module.function" under `oner_fast.kernels`, which takes the schema's arguments and launches the Triton
             kernels. It is imported at the first call, since importing Triton takes a while.
         atomic: the same for kernels that add in no fixed order; `triton` where there are none.
-        portable: "module.function" under `oner_fast.ops.portable` computes it in plain PyTorch; True for the path that
-            `triton` has.
+        portable: the function of the same path under `oner_fast.ops.portable` computes it in plain PyTorch. Another
+            path, where there is no kernel at all: only the library `oner_fast_portable` then has the op.
         fold: computes the op under `torch.vmap` in one call, where it can; see `oner_fast.ops.batching`. Without it
             the op is called once for each element of the batch.
     """
@@ -68,8 +68,8 @@ def define(
     plain_path = triton if portable is True else portable or None
 
     def wrap(fake: Shape) -> Shape:
-        everywhere = (*((_TRITON, _ATOMIC) if triton else ()), *((_PORTABLE,) if plain_path else ()))
-        for library in (_COMPILED, *everywhere):
+        kernels = () if isinstance(portable, str) else (_COMPILED, *((_TRITON, _ATOMIC) if triton else ()))
+        for library in (*kernels, *((_PORTABLE,) if plain_path else ())):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             qualified = f"{library.ns}::{name}"
             torch.library.register_fake(qualified, fake, lib=library)

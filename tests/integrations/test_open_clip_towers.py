@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from oner_fast import _extension
 from oner_fast.models.optional_packages import optional_package
 
 if find_spec("open_clip") is None:
@@ -20,6 +21,7 @@ if find_spec("open_clip") is None:
 from oner_fast.integrations import open_clip as ours
 from oner_fast.integrations.open_clip_towers import exactly_causal
 
+pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 towers = optional_package("open_clip").transformer
 VISION = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 32, "heads": 2, "layers": 2}
@@ -66,7 +68,7 @@ def served(outputs: Tensor) -> set[str]:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            names.add(node.name().removesuffix("Backward"))
+            names.add(getattr(node, "_forward_cls", type(node)).__name__)
             waiting += [each for each, _ in node.next_functions]
     return names & {"varlen_attention", "masked_gather", "mixup_info_nce"}
 
@@ -188,12 +190,11 @@ def test_patch_dropout_of_other_shapes_goes_to_open_clip() -> None:
 
 def test_padded_text_goes_to_open_clip() -> None:
     """Masks of the batch's own padding are not served."""
-    model = tiny(no_causal_mask=True, use_pad_mask=True)
-    right = outcome(model)
+    tower = towers.TextTransformer(8, 50, 32, 2, 2, no_causal_mask=True, use_pad_mask=True).eval()
+    texts = torch.where(torch.arange(8) < 5, batch()[1], 0)
+    right = tower(texts)
     with ours.patch(), pytest.warns(UserWarning, match="attn_mask is 3-dimensional"):
-        found = outcome(model)
-    for one, two in zip(found, right, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+        assert torch.equal(tower(texts), right)
 
 
 def test_state_dicts_and_pickles_stay_open_clips() -> None:
@@ -249,7 +250,7 @@ def test_scripted_and_traced_models_hold_open_clips_own_code() -> None:
         right = model.visual(images)
         with ours.patch():
             scripted = torch.jit.script(model.visual)
-            traced = torch.jit.trace(model.visual, images)
+            traced = torch.jit.trace(model.visual, images, check_trace=False)
         for made in (scripted, traced):
             torch.testing.assert_close(made(images), right)
             assert "oner_fast" not in str(made.inlined_graph)
@@ -265,7 +266,7 @@ torch.manual_seed(0)
 vision = dict(layers=2, width=32, head_width=16, patch_size=8, image_size=32, patch_dropout=0.5)
 text = dict(context_length=8, vocab_size=50, width=32, heads=2, layers=2)
 model, loss = open_clip.CLIP(16, vision, text), ClipLoss(cache_labels=True)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 losses = []
 for step in range(6):
     images, texts = torch.randn(8, 3, 32, 32), torch.randint(1, 49, (8, 8))
@@ -288,4 +289,4 @@ def test_a_script_that_differs_by_one_line_trains_to_the_same_losses() -> None:
     assert patched["losses"] == pytest.approx(plain["losses"], rel=2e-5) and len(set(plain["losses"])) == 6
     assert list(patched["weights"]) == list(plain["weights"])
     for name, one in patched["weights"].items():
-        torch.testing.assert_close(one, plain["weights"][name], rtol=0, atol=2e-4)
+        torch.testing.assert_close(one, plain["weights"][name], rtol=1e-4, atol=1e-5)
