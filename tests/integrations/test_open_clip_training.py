@@ -45,12 +45,16 @@ def example(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> d
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
-    handlers, level = logging.root.handlers[:], logging.root.level
+    handlers = logging.root.handlers[:]
+    levels = {
+        logger: logger.level for logger in (logging.root, *map(logging.getLogger, logging.root.manager.loggerDict))
+    }
     try:
         return runpy.run_path(str(EXAMPLE), run_name="__main__")
     finally:  # open_clip's command sets up logging for the whole process
         logging.root.handlers[:] = handlers
-        logging.root.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def both(
