@@ -28,7 +28,7 @@ def arguments(name: str, pairs: int, width: int, dtype: torch.dtype) -> dict[str
         return torch.nn.functional.normalize(x, dim=1).bfloat16().to(dtype)
 
     image = rows()
-    found = {"image_features": image, "text_features": rows(image.double() * width**0.5 / 2)}
+    found = {"image_features": image, "text_features": rows(image.double() * width**0.5 / 8)}
     found = {key: x.requires_grad_() for key, x in found.items()}
     found["logit_scale"] = torch.tensor(10.0 if name == "SigLipLoss" else 50.0, dtype=dtype, requires_grad=True)
     if name == "SigLipLoss":
