@@ -4,8 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-integrations faults gates record ratios fuzz bench bench-results bench-against \
-	statistics gpu gpu-report sanitize mutations lint format support wheel docs clean
+.PHONY: help install demo test test-slow test-integrations faults gates record ratios fuzz bench bench-results \
+	bench-against statistics gpu gpu-report sanitize mutations lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3

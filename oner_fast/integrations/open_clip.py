@@ -1,9 +1,6 @@
 """open_clip with our ops: `patch()` swaps its losses, its patch dropout and its attention; `unpatch()` swaps back.
 
-```python
-import oner_fast.integrations.open_clip
-oner_fast.integrations.open_clip.patch()
-```
+`import oner_fast.integrations.open_clip; oner_fast.integrations.open_clip.patch()` is the one line.
 
 What is swapped are functions of open_clip's classes: modules, parameters, state dicts and pickles stay open_clip's, and
 models that exist already are served as well. A call that our ops cannot serve goes to open_clip's own code, with one

@@ -36,7 +36,7 @@ class Swap:
 
 
 class Swapped:
-    """What one call of `patch()` replaced. As a context manager it puts that back at the end."""
+    """The functions that one call of `patch()` replaced. As a context manager it puts them back at the end."""
 
     def __init__(self, swaps: Swaps, places: list[Place]) -> None:
         self._swaps, self._places = swaps, places

@@ -120,7 +120,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What open_clip and we find in three processes, for all cases."""
+    """The results of open_clip and ours in three processes, for all cases."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     # This file as a program, which imports once and forks: pytest has threads by now.
     done = subprocess.run(
