@@ -25,7 +25,7 @@ from oner_fast import bounded_json
 from oner_fast.remedies import build_command
 
 _FOLDER = Path(__file__).parent
-_OF_PYTORCH = {"mixup_partner_sums", "sigmoid_loss_sums", "sigmoid_loss_backward"}  # not computed by the extension
+_OF_PYTORCH = {"mixup_partner_sums"}  # the extension computes these raw ops with PyTorch's own
 _PARTS = ("extension", "native", "cuda")  # the entries of _build.json that are objects
 
 

@@ -20,6 +20,7 @@ PUBLIC = [
     "masked_gather",
     "mixup_info_nce",
     "patch_masks",
+    "sigmoid_loss",
     "token_alignment",
     "varlen_attention",
 ]
@@ -68,6 +69,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
         "gather_patches": (ops.gather_patches, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), kept, 4), {}),
         "masked_gather": (ops.masked_gather, (tokens.double(), kept), {}),
         "mixup_info_nce": (ops.mixup_info_nce, (tokens[0], tokens[0], 2.0), {}),
+        "sigmoid_loss": (ops.sigmoid_loss, (tokens[0], tokens[0], 2.0, -1.0), {}),
         "token_alignment": (ops.token_alignment, (tokens[:, :2], tokens, kept), {}),
         "varlen_attention": (ops.varlen_attention, (rows, rows, rows, boundaries), {"max_seqlen_q": 3, "scale": 0.5}),
     }

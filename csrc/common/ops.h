@@ -50,6 +50,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
     const OptionalTensor& partner_weight, bool need_key, bool key_sums, const OptionalTensor& query_code,
     const OptionalTensor& key_code, const OptionalTensor& column_share);
 
+// The sum of the terms log(1 + exp(l)) - t l of each row, (M,), over N keys, with targets t and codes as
+// oner_fast/ops/sigmoid_loss_raw.py says.
+Tensor sigmoid_loss_sums(const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+                         const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+                         const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm,
+                         const Tensor& logit_scale, const OptionalTensor& logit_bias, const OptionalTensor& partner,
+                         const OptionalTensor& partner_weight, int64_t first_pair, const OptionalTensor& query_code,
+                         const OptionalTensor& key_code, bool positive);
+
+// Gradients as those of mixup_info_nce, and that of logit_bias, from G[i, j] = each (sigmoid(l) - t).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss_backward(
+    const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& logit_bias, const OptionalTensor& partner, const OptionalTensor& partner_weight,
+    int64_t first_pair, const Tensor& each, bool need_key, bool key_sums, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, bool positive);
+
 // The loss, and for each row two factors that the gradient needs besides the inputs: (B * K, 2).
 std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept);
 

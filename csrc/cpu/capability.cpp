@@ -17,6 +17,7 @@
 #include "common/check.h"
 #include "cpu/isa/mixup_info_nce.h"
 #include "cpu/isa/rows.h"
+#include "cpu/isa/sigmoid_loss.h"
 #include "cpu/isa/streams.h"
 #include "cpu/isa/token_alignment.h"
 #include "cpu/isa/varlen_attention.h"
@@ -98,6 +99,7 @@ std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 
 ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
 ONER_FAST_CHOOSE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels)
+ONER_FAST_CHOOSE_KERNELS(SigmoidLossKernels, sigmoid_loss_kernels)
 ONER_FAST_CHOOSE_KERNELS(StreamKernels, stream_kernels)
 ONER_FAST_CHOOSE_KERNELS(TokenAlignmentKernels, token_alignment_kernels)
 ONER_FAST_CHOOSE_KERNELS(AttentionKernels, attention_kernels)

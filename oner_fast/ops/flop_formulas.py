@@ -89,6 +89,28 @@ def _mixup_info_nce_backward_in_triton(
     return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
 
+def _sigmoid_loss_backward(
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
+    *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    """Count the logits again, then the gradient of query and, where wanted, that of key."""
+    need_key = bool(rest[9])
+    return (2 + need_key) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
+
+
+def _sigmoid_loss_backward_in_triton(
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
+    key_other: Tensor | None, *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    """Count two products a side where each side recomputes the logits; wider rows recompute them once."""
+    from oner_fast.kernels.mixup_info_nce_backward import keeps_tiles
+
+    need_key = bool(rest[8])
+    mixed = query_other is not None or key_other is not None
+    again = need_key and keeps_tiles(query, mixed, atomic=False)
+    return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
+
+
 def register() -> None:
     """Register the formulas, now or when the module of FlopCounterMode is imported; call once, after the ops exist.
 
@@ -110,6 +132,9 @@ def _register_with(counter: ModuleType) -> None:
         # Gradients of keys that are added atomically need no second computation of the logits.
         ("mixup_info_nce_backward", _mixup_info_nce_backward, (compiled, atomic)),
         ("mixup_info_nce_backward", _mixup_info_nce_backward_in_triton, (triton,)),
+        ("sigmoid_loss_sums", _mixup_info_nce_statistics, (compiled, triton, atomic)),
+        ("sigmoid_loss_backward", _sigmoid_loss_backward, (compiled,)),
+        ("sigmoid_loss_backward", _sigmoid_loss_backward_in_triton, (triton, atomic)),
     ):
         raw_ops = [getattr(library, name) for library in libraries]
         counter.register_flop_formula(raw_ops, get_raw=True)(formula)

@@ -170,6 +170,7 @@ def _compiled(
 _shapes = partial(_compiled, "cpp")
 register(_OP, "reference", reference.sigmoid_loss, preference=-10)
 register(_OP, "portable", partial(_compiled, "portable"))
+register(_OP, "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 
 
 def facts(

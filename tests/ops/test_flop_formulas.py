@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner_fast import _extension
-from oner_fast.ops import masked_gather, mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.ops import masked_gather, mixup_info_nce, sigmoid_loss, token_alignment, varlen_attention
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
@@ -63,6 +63,19 @@ def test_flops_of_the_contrast_count_logits_twice_and_needed_gradients(symmetric
 
 
 @compiled
+def test_flops_of_the_sigmoid_loss_are_those_of_the_contrast() -> None:
+    query, key = leaves((7, 5), (7, 5))
+    product = 2 * 7 * 7 * 5
+
+    def loss(key: Tensor) -> Tensor:
+        return sigmoid_loss(query, key, 3.0, -1.0, implementation="cpp")
+
+    assert counted(lambda: loss(key)) == product
+    assert counted(lambda: loss(key).backward()) == 4 * product
+    assert counted(lambda: loss(key.detach()).backward()) == 3 * product
+
+
+@compiled
 def test_ops_that_move_memory_count_no_flops() -> None:
     tokens, student = leaves((2, 5, 8), (2, 3, 8))
     kept = torch.tensor([[0, 4, 1], [2, 2, 3]])
@@ -90,6 +103,8 @@ print([type(one).__name__ for one in sys.meta_path if "oner_fast" in type(one)._
     known = [
         "oner_fast.mixup_info_nce_backward",
         "oner_fast.mixup_info_nce_statistics",
+        "oner_fast.sigmoid_loss_backward",
+        "oner_fast.sigmoid_loss_sums",
         "oner_fast.varlen_attention",
         "oner_fast.varlen_attention_backward",
     ]
@@ -147,6 +162,12 @@ def test_flops_of_the_contrasts_backward_follow_each_library(
         assert counted(lambda: backward(False)) == 2 * product
         assert counted(lambda: backward(True, codes, codes[:6], column)) == both * product
         assert counted(lambda: backward(False, codes, codes[:6])) == 2 * product
+        if library == "oner_fast_triton_atomic":
+            return  # sigmoid_loss has no atomic kernels
+        side = (query, other, mix if mixed else None, row, key, None, None, column, scale, scale, None, None, 0)
+        assert counted(lambda: raw.sigmoid_loss_backward(*side, scale, True, False)) == both * product
+        assert counted(lambda: raw.sigmoid_loss_backward(*side, scale, False, False)) == 2 * product
+        assert counted(lambda: raw.sigmoid_loss_sums(*side)) == product
 
 
 def test_flops_of_fake_tensors_assume_sequences_of_equal_length() -> None:

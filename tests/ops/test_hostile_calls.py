@@ -20,6 +20,7 @@ from oner_fast.ops import (
     masked_gather,
     mixup_info_nce,
     patch_mask,
+    sigmoid_loss,
     token_alignment,
     varlen_attention,
 )
@@ -66,6 +67,21 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {
             "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor([5.0]),
             "query_other": torch.randn(4, 8), "normalized": True, "logit_bias": torch.tensor([-10.0]),
+        },
+    ),
+    "sigmoid_loss": (
+        sigmoid_loss,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": 5.0,
+            "logit_bias": torch.tensor([-10.0]), "query_other": torch.randn(4, 8), "key_other": torch.randn(4, 8),
+            "mix": torch.rand(4), "partner": torch.tensor([1, 0, 3, 2]), "partner_weight": torch.rand(4),
+        },
+    ),
+    "sigmoid_loss with ids": (
+        sigmoid_loss,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor([5.0]),
+            "query_ids": torch.tensor([1, 1, 3, -1]), "key_ids": torch.tensor([1, 1, -1, 3]), "normalized": True,
         },
     ),
     "varlen_attention": (

@@ -25,6 +25,7 @@ from oner_fast.ops import (
     masked_gather,
     mixup_info_nce,
     patch_mask,
+    sigmoid_loss,
     token_alignment,
     varlen_attention,
 )
@@ -116,6 +117,21 @@ CASES = {
     "mixup_info_nce with ids ignored": Case(
         lambda **given: mixup_info_nce(same="ignore", **given), "query key",
         query=_normal(4, 3), key=_normal(4, 3), logit_scale=lambda: torch.rand(()), query_ids=_below(3, 4),
+    ),
+    "sigmoid_loss": Case(
+        sigmoid_loss, "query key logit_scale logit_bias",
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=lambda: torch.rand(()), logit_bias=_normal(1),
+    ),
+    "sigmoid_loss mixed": Case(
+        lambda **given: sigmoid_loss(logit_scale=5.0, **given), "query key query_other key_other mix",
+        query=_normal(4, 3), key=_normal(4, 3), query_other=_normal(4, 3), key_other=_normal(4, 3),
+        mix=lambda: torch.rand(4, dtype=torch.float64), partner=_below(4, 4),
+        partner_weight=lambda: torch.rand(4, dtype=torch.float64),
+    ),
+    "sigmoid_loss with ids": Case(
+        lambda **given: sigmoid_loss(same="ignore", **given), "query key logit_scale",
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=_normal(), query_ids=_below(3, 4),
+        key_ids=lambda: torch.randint(-1, 2, (4,)),
     ),
     "varlen_attention": Case(
         varlen_attention, "query key value",

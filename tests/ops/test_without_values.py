@@ -20,6 +20,7 @@ from oner_fast.ops import (
     masked_gather,
     mixup_info_nce,
     patch_mask,
+    sigmoid_loss,
     token_alignment,
     varlen_attention,
 )
@@ -67,6 +68,13 @@ CALLS: dict[str, Callable[..., Any]] = {
         normalized=True,
         logit_bias=t["scale"],
         **o,
+    ),
+    "sigmoid_loss": lambda t, **o: sigmoid_loss(t["query"], t["key"], t["scale"], t["scale"].reshape(1), **o),
+    "sigmoid_loss mixed": lambda t, **o: sigmoid_loss(
+        t["query"], t["key"], 5.0, -1.0, key_other=t["query"], mix=t["mix"], partner=t["partner"], normalized=True, **o
+    ),
+    "sigmoid_loss with ids": lambda t, **o: sigmoid_loss(
+        t["query"], t["key"], t["scale"], query_ids=t["partner"], key_ids=t["partner"], **o
     ),
     "varlen_attention": lambda t, **o: varlen_attention(
         t["rows"], t["other"], t["other"], t["cu"], max_seqlen_q=3, causal=True, **o
@@ -169,7 +177,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, Tenso
 def _mixed(op: str) -> dict[str, Tensor]:
     """Inputs as autocast leaves them: activations in bfloat16, parameters in float32."""
     tensors = _inputs()
-    halves = {"mixup_info_nce": ["query"], "varlen_attention": ["rows"]}.get(op.split()[0], ["tokens", "student"])
+    halves = {"mixup_info_nce": ["query"], "sigmoid_loss": ["query"], "varlen_attention": ["rows"]}.get(
+        op.split()[0], ["tokens", "student"]
+    )
     return {**tensors, **{name: tensors[name].to(HALF) for name in halves}}
 
 
