@@ -242,7 +242,7 @@ def test_autocast_is_no_less_exact() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_scripted_and_traced_models_hold_open_clips_own_code() -> None:
+def test_scripted_traced_and_exported_models_hold_open_clips_own_code() -> None:
     """They are files for other machines, which may lack our package."""
     for custom in (False, True):
         model = tiny(0.5, custom, dtype=torch.float32).eval()
@@ -251,10 +251,12 @@ def test_scripted_and_traced_models_hold_open_clips_own_code() -> None:
         with ours.patch():
             scripted = torch.jit.script(model.visual)
             traced = torch.jit.trace(model.visual, images, check_trace=False)
+            exported = torch.export.export(model.visual, (images,))
         for made in (scripted, traced):
             torch.testing.assert_close(made(images), right)
             graph = str(made.inlined_graph)
             assert "oner_fast::" not in graph and "PythonOp" not in graph
+        assert "oner_fast" not in exported.graph_module.code
 
 
 SCRIPT = """
