@@ -36,11 +36,8 @@ def siglip_forward(original: Function) -> Function:
         if reason := why_not(self, _PARTS, *given):
             tell_once("open_clip.loss.SigLipLoss", reason)
             return original(self, *given, output_dict)
-        loss = (
-            local_sigmoid_loss(*given, dist.group.WORLD)
-            if self.world_size > 1
-            else sigmoid_loss(*given, normalized=True)
-        )
+        group = dist.group.WORLD if self.world_size > 1 else None
+        loss = sigmoid_loss(*given, normalized=True) if group is None else local_sigmoid_loss(*given, group)
         return {"contrastive_loss": loss} if output_dict else loss
 
     return stands_for(forward, original)
