@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Forward, Target, name_of, step
-from oner_fast.benchmarks.ops import cases, masked_gather, mixup_info_nce, token_alignment
+from oner_fast.benchmarks.ops import cases, masked_gather, mixup_info_nce, sigmoid_loss, token_alignment
 from oner_fast.benchmarks.ops.gather_patches import MEAN, STD
 from oner_fast.benchmarks.ops.masked_gather import random_kept
 from oner_fast.ops import gather_patches, varlen_attention
 from oner_fast.ops import masked_gather as gather_tokens
 from oner_fast.ops import mixup_info_nce as contrast
+from oner_fast.ops import sigmoid_loss as sigmoid_contrast
 
 _HALF, _WIDE = torch.bfloat16, torch.float32
 
@@ -109,8 +110,9 @@ def _more_attention() -> list[Workload]:
     return [_attention(lengths, max(width // size, 1), size, dtype) for size, dtype in (*half, *wide)]
 
 
-def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str) -> Workload:
+def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str, op: str = "mixup_info_nce") -> Workload:
     """Make a contrastive loss with partners, or with mixing on both sides."""
+    losses: dict[str, Callable[..., Tensor]] = {"mixup_info_nce": contrast, "sigmoid_loss": sigmoid_contrast}
 
     def make(seed: int, device: str) -> Call:
         drawn = _drawn(seed, device, dtype, *[(rows, width)] * 4)
@@ -124,11 +126,9 @@ def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str) -> Workload:
     def forward(query: Tensor, key: Tensor, logit_scale: Tensor, *rest: Tensor) -> Tensor:
         names = ("partner", "partner_weight") if mark == "partner" else ("query_other", "key_other", "mix")
         more: dict[str, Any] = dict(zip(names, rest, strict=True))
-        return contrast(query, key, logit_scale, **more)
+        return losses[op](query, key, logit_scale, **more)
 
-    return Workload(
-        f"mixup_info_nce N {rows}, D {width} {mark} {name_of(dtype)}", "mixup_info_nce", dtype, make, forward
-    )
+    return Workload(f"{op} N {rows}, D {width} {mark} {name_of(dtype)}", op, dtype, make, forward)
 
 
 def _more_contrasts() -> list[Workload]:
@@ -143,6 +143,14 @@ def _more_contrasts() -> list[Workload]:
     partner = [_contrast(8192, width, _HALF, "partner") for width in (64, 128, 256, 512)]
     mixed = [_contrast(8192, width, _HALF, "mixed") for width in (64, 128, 512)]
     return [*map(_of, plain), *atomic, *partner, *mixed]
+
+
+def _more_sigmoid_losses() -> list[Workload]:
+    halves = [(8192, width, _HALF) for width in (64, 128, 512, 1024)]
+    plain = [sigmoid_loss.case(rows, width, dtype) for rows, width, dtype in (*halves, (4096, 512, _WIDE))]
+    partner = [_contrast(8192, width, _HALF, "partner", "sigmoid_loss") for width in (64, 128, 256)]
+    mixed = [_contrast(8192, width, _HALF, "mixed", "sigmoid_loss") for width in (64, 128)]
+    return [*map(_of, plain), *partner, *mixed]
 
 
 def _more_token_gathers() -> list[Workload]:
@@ -186,6 +194,7 @@ def _more_alignments() -> list[Workload]:
 _MORE: dict[str, Callable[[], list[Workload]]] = {
     "masked_gather": _more_token_gathers,
     "mixup_info_nce": _more_contrasts,
+    "sigmoid_loss": _more_sigmoid_losses,
     "token_alignment": _more_alignments,
     "varlen_attention": _more_attention,
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from oner_fast.benchmarks.cases import Case
 
-OPS = ("masked_gather", "gather_patches", "mixup_info_nce", "varlen_attention", "token_alignment")
+OPS = ("masked_gather", "gather_patches", "mixup_info_nce", "sigmoid_loss", "varlen_attention", "token_alignment")
 
 
 def cases(quick: bool = False, ops: Sequence[str] = OPS) -> list[Case]:

@@ -253,8 +253,8 @@ struct Call {
 using SideGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Computes the gradients of both sides (x, other and mix of each) and that of the scale, all times `each`.
-// gradient(block, to_columns, scratch) turns the products of a block into G. add(block, scratch), called in the order of
-// the stripes, adds up what that found of the block's rows.
+// gradient(block, to_columns, scratch) turns the products of a block into G. add(block, scratch), called in the order
+// of the stripes, adds up what that found of the block's rows.
 template <typename Gradient, typename Add>
 SideGradients backward(const Call& call, double each, bool need_key, bool key_sums_wanted, const Gradient& gradient,
                        const Add& add) {

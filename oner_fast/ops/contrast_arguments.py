@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,7 +47,7 @@ def sent(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor | No
     return unit_rows(x, other, mix, inverse_norm).to(x.dtype).contiguous()
 
 
-def number(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fill a 0-d tensor on its device; a copy from the host would wait for the device."""
     given = value if isinstance(value, (float, torch.SymInt, torch.SymFloat)) else float(value)
     return torch.full((), given, dtype=dtype, device=device)

@@ -25,7 +25,7 @@ from oner_fast.ops.contrast_arguments import (
 )
 from oner_fast.ops.contrast_ring import Ring
 from oner_fast.ops.implementations import Facts, register
-from oner_fast.ops.library import raw_ops
+from oner_fast.ops.library import raw_ops, why_not_triton_products
 from oner_fast.ops.same_ids import same_pairs
 from oner_fast.ops.serve import serve
 from oner_fast.ops.sigmoid_ring import Rows
@@ -171,6 +171,10 @@ _shapes = partial(_compiled, "cpp")
 register(_OP, "reference", reference.sigmoid_loss, preference=-10)
 register(_OP, "portable", partial(_compiled, "portable"))
 register(_OP, "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
+register(
+    _OP, "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
+    reasons=why_not_triton_products,
+)  # fmt: skip
 
 
 def facts(

@@ -96,7 +96,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(
 
 
 def test_many_small_terms_add_up() -> None:
-    """Where training begins every wrong pair has a term of about exp(-10), which 1 + x would round to 2^-23."""
+    """Every wrong pair has a term of about exp(-10) where training begins, which 1 + x would round to 2^-23."""
     rows = 1500
     query, key = (F.normalize(torch.randn(rows, 64), dim=1) for _ in range(2))
     bias = torch.tensor(-10.0, requires_grad=True)
@@ -128,7 +128,7 @@ def test_any_size_agrees_with_the_reference(rows: int, width: int, scale: float,
     torch.testing.assert_close(ours, exact, rtol=tolerance, atol=tolerance)
     for one, other in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(exact, leaves), strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
-        largest = max(float(other.abs().max()), 0.1)
+        largest = max(float(other.abs().max()), 1.0 if width == 1 else 1e-2)  # one number has no direction
         torch.testing.assert_close(one, other, rtol=10 * tolerance, atol=tolerance * largest)
 
 

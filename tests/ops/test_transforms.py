@@ -120,7 +120,7 @@ CASES = {
     ),
     "sigmoid_loss": Case(
         sigmoid_loss, "query key logit_scale logit_bias",
-        query=_normal(4, 3), key=_normal(4, 3), logit_scale=lambda: torch.rand(()), logit_bias=_normal(1),
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=_normal(), logit_bias=_normal(1),
     ),
     "sigmoid_loss mixed": Case(
         lambda **given: sigmoid_loss(logit_scale=5.0, **given), "query key query_other key_other mix",

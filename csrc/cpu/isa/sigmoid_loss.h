@@ -1,5 +1,5 @@
-// The terms of sigmoid_loss: what becomes of one block of the logits. The block's operands and its products are those of
-// mixup_info_nce, whose kernels prepare the scratch and multiply.
+// The terms of sigmoid_loss: what becomes of one block of the logits. The block's operands and its products are those
+// of mixup_info_nce, whose kernels prepare the scratch and multiply.
 #pragma once
 
 #include "cpu/isa/mixup_info_nce.h"
