@@ -15,6 +15,7 @@ from oner_fast.ops import implementations, library
 from oner_fast.ops.implementations import choose, explain, register
 
 PUBLIC = [
+    "distill_info_nce",
     "gather_patches",
     "masked_gather",
     "mixup_info_nce",
@@ -65,6 +66,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
     tokens, kept = torch.randn(1, 4, 8), torch.zeros(1, 2, dtype=torch.int64)
     rows, boundaries = torch.randn(4, 2, 8, requires_grad=True), torch.tensor([0, 1, 4], dtype=torch.int32)
     return {
+        "distill_info_nce": (ops.distill_info_nce, (tokens[0], tokens[0], 2.0, tokens[0], tokens[0], 3.0), {}),
         "gather_patches": (ops.gather_patches, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), kept, 4), {}),
         "masked_gather": (ops.masked_gather, (tokens.double(), kept), {}),
         "mixup_info_nce": (ops.mixup_info_nce, (tokens[0], tokens[0], 2.0), {}),

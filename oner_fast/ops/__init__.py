@@ -5,6 +5,7 @@ The reference implementations of all of them stand together in `oner_fast.ops.re
 
 from oner_fast import _cuda_extension
 from oner_fast.ops import flop_formulas, library
+from oner_fast.ops.distill_info_nce import distill_info_nce
 from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
 from oner_fast.ops.mixup_info_nce import mixup_info_nce
@@ -21,6 +22,7 @@ flop_formulas.register()
 
 __all__ = [
     "boundaries",
+    "distill_info_nce",
     "draw_masks",
     "gather_patches",
     "masked_gather",

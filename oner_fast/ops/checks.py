@@ -312,9 +312,9 @@ def contrast(
             continue
         floating(op, name, is_tensor(op, name, tensor))
         shape(op, name, tensor, "(N, D)", (rows, width))  # type: ignore[arg-type]
-    _one_number(op, "logit_scale", logit_scale, query)
+    one_number(op, "logit_scale", logit_scale, query)
     if logit_bias is not None:
-        _one_number(op, "logit_bias", logit_bias, query)
+        one_number(op, "logit_bias", logit_bias, query)
     if isinstance(mix, Tensor):
         if is_tensor(op, "mix", mix).dtype not in FLOATING:
             raise TypeError(f"{op}: mix must be a number or a floating tensor, got {mix.dtype}")
@@ -343,7 +343,7 @@ def contrast(
     )  # fmt: skip
 
 
-def _one_number(op: str, name: str, value: Tensor | float, query: Tensor) -> None:
+def one_number(op: str, name: str, value: Tensor | float, query: Tensor) -> None:
     """Raise unless `value` is a finite number, or a floating tensor of shape () or (1,), whose value is not read."""
     if not isinstance(value, Tensor):
         number(op, name, value, "a number or a tensor of one number")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.ops import attention_dropout, checks
+from oner_fast.ops import attention_dropout, checks, distill_checks
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 
@@ -430,3 +430,53 @@ def token_alignment(
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         student, target = student.to(wide), target.to(wide)
         return -(unit(student) * unit(target)).sum(-1).mean()
+
+
+def distill_info_nce(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    symmetric: bool = True,
+    normalized: bool = False,
+    group: dist.ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of the student's logits (N, N) against the teacher's softmax; over columns too.
+
+    The student's logits are logit_scale * q @ k.T, where q and k are query and key, made `unit` rows unless
+    `normalized`. The teacher's likewise. The loss is the mean over rows of -sum_j softmax(teacher)_ij
+    log_softmax(student)_ij or, where `symmetric`, the mean of that and of the same over columns. The teacher takes no
+    gradient. With `group` the batch is that of all ranks, concatenated in rank order. The result is 0-d.
+    """
+    distill_checks.options(symmetric, normalized, group)
+    query, key = distill_checks.same_dtype(query, key)
+    teacher_query, teacher_key = distill_checks.same_dtype(teacher_query, teacher_key)
+    sizes = None
+    if group is not None:
+        checks.matrix("distill_info_nce", "query", query)
+        (sizes,) = exchanged((query.shape[0],), query.device, group)
+    total = None if sizes is None else sum(sizes)
+    distill_checks.arguments(query, key, logit_scale, teacher_query, teacher_key, teacher_logit_scale, total)
+    with torch.autocast(query.device.type, enabled=False):
+        student = [_wide(x) if normalized else unit(_wide(x)) for x in (query, key)]
+        teacher = [x.detach().to(student[0].dtype) for x in (teacher_query, teacher_key)]
+        teacher = teacher if normalized else [unit(x) for x in teacher]
+        scale, teacher_scale = (
+            x.to(query.device, student[0].dtype) if isinstance(x, Tensor) else float(x)
+            for x in (logit_scale, teacher_logit_scale)
+        )
+        losses = []
+        for one, other in ((0, 1), (1, 0)) if symmetric else ((0, 1),):
+            keys, teacher_keys = student[other], teacher[other]
+            if group is not None and sizes is not None:
+                keys = gather_rows(keys, sizes, group)
+                teacher_keys = gather_rows_without_gradient(teacher_keys, sizes, group)
+            wanted = (teacher_scale * (teacher[one] @ teacher_keys.T)).detach().softmax(dim=1)  # [n, N]
+            found = (scale * (student[one] @ keys.T)).log_softmax(dim=1)
+            losses.append(-(wanted * found).sum())
+        loss = sum(losses[1:], losses[0]) / (len(losses) * (query.shape[0] if total is None else total))
+        return loss if group is None else sum_loss(loss, group)

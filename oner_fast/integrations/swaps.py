@@ -1,0 +1,119 @@
+"""Replace functions of another package's classes, and put the same objects back.
+
+A replacement serves what it can. For everything else it calls the function that stood there before, and says why, once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from inspect import signature
+from types import TracebackType
+from typing import Any
+
+from oner_fast.ops.library import constant
+
+Function = Callable[..., Any]
+Place = tuple[type, str]  # a class, and the name of one of its functions
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A function of a class, and what makes its replacement.
+
+    Args:
+        owner: the class.
+        name: the name of its function.
+        make: takes the function that stands there and returns the one that replaces it.
+        title: how warnings name the function.
+    """
+
+    owner: type
+    name: str
+    make: Callable[[Function], Function]
+    title: str
+
+
+class Swapped:
+    """The functions that one call of `patch()` replaced. As a context manager it puts them back at the end."""
+
+    def __init__(self, swaps: Swaps, places: list[Place]) -> None:
+        self._swaps, self._places = swaps, places
+
+    def __enter__(self) -> Swapped:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._swaps.put_back(self._places)
+
+
+class Swaps:
+    """The functions of one project that are replaced at the moment."""
+
+    def __init__(self, project: str) -> None:
+        self.project = project
+        self._replaced: dict[Place, tuple[Function, Function]] = {}  # before, and now
+
+    def replace(self, wanted: Iterable[Swap]) -> Swapped:
+        """Replace the functions that are not replaced yet.
+
+        Raises RuntimeError, and replaces nothing, where a function takes other arguments than its replacement.
+        """
+        made: dict[Place, tuple[Function, Function]] = {}
+        for swap in wanted:
+            place = (swap.owner, swap.name)
+            if place in self._replaced:
+                continue
+            before = swap.owner.__dict__[swap.name]
+            now = swap.make(before)
+            found, known = (list(signature(x, follow_wrapped=x is before).parameters) for x in (before, now))
+            if found != known:
+                raise RuntimeError(
+                    f"{swap.title} of the installed {self.project} takes ({', '.join(found)}), and its replacement was "
+                    f"written for ({', '.join(known)}); install a version that oner_fast names, or leave this swap out"
+                )
+            made[place] = (before, now)
+        for (owner, name), (_, now) in made.items():
+            setattr(owner, name, now)
+        self._replaced.update(made)
+        return Swapped(self, list(made))
+
+    def put_back(self, places: Iterable[Place] | None = None) -> None:
+        """Put back what stood at these places, or at all; places that are not replaced any more are left alone.
+
+        Raises RuntimeError, and changes nothing, where someone else replaced a function after us.
+        """
+        chosen = [place for place in (list(self._replaced) if places is None else places) if place in self._replaced]
+        for owner, name in chosen:
+            if owner.__dict__.get(name) is not self._replaced[owner, name][1]:
+                raise RuntimeError(
+                    f"{owner.__module__}.{owner.__qualname__}.{name} was replaced again after patch(); undo that "
+                    "before unpatch()"
+                )
+        for owner, name in chosen:
+            setattr(owner, name, self._replaced.pop((owner, name))[0])
+        if not self._replaced:
+            _told.clear()
+
+
+_told: set[str] = set()
+
+
+@constant
+def tell_once(title: str, reason: str) -> None:
+    """Warn that the project's own code serves, and why; once for each function and reason."""
+    message = f"oner_fast leaves {title} to its own code: {reason}"
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def stands_for(replacement: Function, original: Function) -> Function:
+    """Give a replacement the name and the documentation of the original, whose source TorchScript compiles."""
+    replacement.__wrapped__ = original  # type: ignore[attr-defined]
+    for name in ("__name__", "__qualname__", "__doc__"):
+        setattr(replacement, name, getattr(original, name))
+    return replacement
