@@ -40,6 +40,7 @@ LIMITS: dict[str, dict[str, dict[str, tuple[int, int]]]] = {
     "token_alignment": {"forward": {"BLOCK_D": (64, 4096)}, "backward": {"BLOCK_D": (64, 4096)}},
     "varlen_attention": {
         "forward": _ATTENTION, "rows": {"BLOCK_M": (16, 128)}, "query": _ATTENTION, "key": _ATTENTION,
+        "forward_dropout": _ATTENTION, "query_dropout": _ATTENTION, "key_dropout": _ATTENTION,
     },
 }  # fmt: skip
 # In these classes rows are longer than any tile, so that BLOCK_K is a step along them.

@@ -58,16 +58,29 @@ Tensor token_alignment_backward(const Tensor& grad, const Tensor& student, const
 
 // The result, and statistics (2, T, H) of every query's scores in base 2: the maximum and 1 / sum of 2^(score -
 // maximum), in float32 (float64 for float64), 0 where no key is seen. From them backward computes exactly the weights
-// of forward.
+// of forward. `dropped` of 65536 weights are dropped, by draws of the seed (oner_fast/ops/attention_dropout.py).
 std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool causal,
-                                            double scale);
+                                            double scale, int64_t dropped, const OptionalTensor& dropout_seed);
 
 // Gradients of query, key and value; one that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
                                                              const Tensor& value, const Tensor& out,
                                                              const Tensor& statistics, const Tensor& cu_seqlens_q,
                                                              const OptionalTensor& cu_seqlens_k, bool causal,
-                                                             double scale, bool need_query, bool need_key);
+                                                             double scale, bool need_query, bool need_key,
+                                                             int64_t dropped, const OptionalTensor& dropout_seed);
+
+// The same for a padded batch (B, N, H, Dh), with statistics (2, B, N, H). `seen` says how many keys, from the first
+// on, the queries of a sample see: (B,), or (B, N) for each query, where no query sees fewer than the one before it.
+std::tuple<Tensor, Tensor> padded_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const OptionalTensor& seen, double scale, int64_t dropped,
+                                            const OptionalTensor& dropout_seed);
+
+std::tuple<Tensor, Tensor, Tensor> padded_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                             const Tensor& value, const Tensor& out,
+                                                             const Tensor& statistics, const OptionalTensor& seen,
+                                                             double scale, bool need_query, bool need_key,
+                                                             int64_t dropped, const OptionalTensor& dropout_seed);
 
 }  // namespace oner_fast

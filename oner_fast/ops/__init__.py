@@ -8,6 +8,7 @@ from oner_fast.ops import flop_formulas, library
 from oner_fast.ops.gather_patches import gather_patches
 from oner_fast.ops.masked_gather import masked_gather
 from oner_fast.ops.mixup_info_nce import mixup_info_nce
+from oner_fast.ops.padded_attention import padded_attention
 from oner_fast.ops.patch_masks import boundaries, draw_masks, patch_mask
 from oner_fast.ops.token_alignment import token_alignment
 from oner_fast.ops.varlen_attention import varlen_attention
@@ -23,6 +24,7 @@ __all__ = [
     "gather_patches",
     "masked_gather",
     "mixup_info_nce",
+    "padded_attention",
     "patch_mask",
     "token_alignment",
     "varlen_attention",

@@ -405,24 +405,30 @@ def ids_of_ranks(kinds: Sequence[int]) -> None:
         )
 
 
+def _heads(op: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, batched: bool) -> None:
+    """Check query, key and value, packed (T, H, Dh) or `batched` (B, H, N, Dh), and the scale of the scores."""
+    of_query, of_key = ("(B, H, N, Dh)", "(B, Hk, Nk, Dh)") if batched else ("(T, H, Dh)", "(Tk, Hk, Dh)")
+    floating(op, "query", is_tensor(op, "query", query))
+    shape(op, "query", query, of_query, (None,) * (4 if batched else 3))
+    heads, width = query.shape[1], query.shape[-1]
+    if width == 0:
+        raise ValueError(f"{op}: the heads of query must hold at least one number, got shape {tuple(query.shape)}")
+    floating(op, "key", is_tensor(op, "key", key), query.dtype)
+    shape(op, "key", key, of_key, (query.shape[0], None, None, width) if batched else (None, None, width))
+    floating(op, "value", is_tensor(op, "value", value), query.dtype)
+    shape(op, "value", value, of_key, tuple(key.shape))
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"{op}: the heads of key and value must divide the {heads} heads of query, got {key.shape[1]}")
+    if scale is not None:
+        number(op, "scale", scale)
+
+
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, scale: float | None
 ) -> None:
     """Check the tensors and the scale of `oner_fast.ops.varlen_attention`."""
     op = "varlen_attention"
-    floating(op, "query", is_tensor(op, "query", query))
-    shape(op, "query", query, "(T, H, Dh)", (None, None, None))
-    _, heads, width = query.shape
-    if width == 0:
-        raise ValueError(f"{op}: the heads of query must hold at least one number, got shape {tuple(query.shape)}")
-    floating(op, "key", is_tensor(op, "key", key), query.dtype)
-    shape(op, "key", key, "(Tk, Hk, Dh)", (None, None, width))
-    floating(op, "value", is_tensor(op, "value", value), query.dtype)
-    shape(op, "value", value, "(Tk, Hk, Dh)", tuple(key.shape))
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"{op}: the heads of key and value must divide the {heads} heads of query, got {key.shape[1]}")
-    if scale is not None:
-        number(op, "scale", scale)
+    _heads(op, query, key, value, scale, batched=False)
     same_device(op, "query", query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens(op, "cu_seqlens_q", is_tensor(op, "cu_seqlens_q", cu_seqlens_q), query.shape[0])
     if cu_seqlens_k is None:
@@ -433,15 +439,39 @@ def varlen_attention(
         cu_seqlens(op, "cu_seqlens_k", is_tensor(op, "cu_seqlens_k", cu_seqlens_k), key.shape[0], batch)
 
 
-def attention_options(causal: bool, scale: float | None, max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
-    """Check the options by which an implementation of `oner_fast.ops.varlen_attention` is chosen."""
-    op = "varlen_attention"
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, scale: float | None
+) -> None:
+    """Check the tensors and the scale of `oner_fast.ops.padded_attention`."""
+    op = "padded_attention"
+    _heads(op, query, key, value, scale, batched=True)
+    batch, keys = key.shape[0], key.shape[2]
+    if key_lengths is not None and key_mask is not None:
+        raise ValueError(f"{op}: key_lengths and key_mask both say which keys are padding; give one of them")
+    if key_lengths is not None:
+        if is_tensor(op, "key_lengths", key_lengths).dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: key_lengths must be int32 or int64, got {key_lengths.dtype}")
+        shape(op, "key_lengths", key_lengths, "(B,)", (batch,))
+    if key_mask is not None:
+        if is_tensor(op, "key_mask", key_mask).dtype != torch.bool:
+            raise TypeError(f"{op}: key_mask must be bool, True where a key is attended to, got {key_mask.dtype}")
+        shape(op, "key_mask", key_mask, "(B, Nk)", (batch, keys))
+    same_device(op, "query", query, key=key, value=value, key_lengths=key_lengths, key_mask=key_mask)
+    known = None if key_lengths is None else readable(key_lengths)
+    if known is not None and known.numel():
+        low, high = (int(value) for value in torch.aminmax(known))
+        if low < 0 or high > keys:
+            raise ValueError(f"{op}: key_lengths must be in [0, {keys}], found {low if low < 0 else high}")
+
+
+def attention_options(op: str, causal: bool, scale: float | None, **longest: int | None) -> None:
+    """Check the options by which an implementation of attention is chosen; `longest` bounds lengths."""
     flag(op, "causal", causal)
     if scale is not None:
         number(op, "scale", scale)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None:
-            whole(op, name, longest)
+    for name, most in longest.items():
+        if most is not None:
+            whole(op, name, most)
 
 
 def masks(op: str, samples: Tensor, step: int | Tensor, *numbers: tuple[str, int]) -> None:

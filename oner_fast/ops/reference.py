@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.ops import checks
+from oner_fast.ops import attention_dropout, checks
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 
@@ -255,30 +255,95 @@ def varlen_attention(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Compute softmax(scale Q K^T) V, where sequence i of the query attends to sequence i of the key: (T, H, Dh).
 
-    A causal mask aligns both sequences at their ends. A query that sees no key gives 0 and takes no gradient.
+    A causal mask aligns both sequences at their ends. A query that sees no key gives 0 and takes no gradient. Weights
+    are dropped after the softmax, as `oner_fast.ops.attention_dropout` says.
     """
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    seed = attention_dropout.seed_of("varlen_attention", dropout_p, dropout_seed, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    repeats = query.shape[1] // key.shape[1]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, sequences: tuple[int, ...]) -> Tensor:
         """Attend within n sequences of one length: q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh)."""
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        scores = (q * scale) @ k.transpose(-1, -2)  # [n, H, Lq, Lk]
-        if causal:
-            lq, lk = scores.shape[-2:]
-            seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
-            blind = ~seen.any(dim=-1, keepdim=True)
-            scores = scores.masked_fill(~(seen | blind), float("-inf"))
-            return (scores.softmax(dim=-1) @ v).masked_fill(blind, 0.0)
-        return scores.softmax(dim=-1) @ v
+        lq, lk = q.shape[2], k.shape[2]
+        seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq) if causal else None
+        kept = None
+        if seed is not None:
+            numbers = torch.tensor(sequences, device=q.device)
+            places = torch.arange(lq, device=q.device)
+            kept = attention_dropout.kept(
+                seed, attention_dropout.level(dropout_p), numbers, q.shape[1], places, lk
+            )  # fmt: skip
+        return _attend(q, k, v, seen, kept, scale, dropout_p)
 
     with torch.autocast(query.device.type, enabled=False):
         result = attend_by_length(attend, _wide(query), _wide(key), _wide(value), cu_seqlens_q, cu_seqlens_k)
+    return result.to(query.dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, kept: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """Attend with q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh); `seen` and `kept` broadcast to (n, H, Lq, Lk)."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = (q * scale) @ k.transpose(-1, -2)  # [n, H, Lq, Lk]
+    blind = None
+    if seen is not None:
+        blind = ~seen.any(dim=-1, keepdim=True)
+        scores = scores.masked_fill(~(seen | blind), float("-inf"))
+    weights = scores.softmax(dim=-1)
+    if kept is not None:
+        weights = (weights * attention_dropout.made_up(attention_dropout.level(dropout_p))).masked_fill(~kept, 0.0)
+    out = weights @ v
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute softmax(scale Q K^T) V for (B, H, N, Dh) over the keys (B, Hk, Nk, Dh) that are no padding.
+
+    A key is attended to where its place is below its sample's number of `key_lengths` (B,), or where `key_mask` (B, Nk)
+    is True. A causal mask aligns N queries and Nk keys at their ends, padding included. A query that sees no key gives
+    0 and takes no gradient; what padding holds changes nothing. Weights are dropped as in `varlen_attention`, where the
+    sample is the sequence and only keys that are no padding are counted.
+    """
+    checks.padded_attention(query, key, value, key_lengths, key_mask, scale)
+    seed = attention_dropout.seed_of("padded_attention", dropout_p, dropout_seed, query)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    (batch, heads, rows, _), keys = query.shape, key.shape[2]
+    if key_lengths is not None:
+        key_mask = torch.arange(keys, device=key.device) < key_lengths.unsqueeze(1)
+    real = torch.ones(batch, keys, dtype=torch.bool, device=key.device) if key_mask is None else key_mask
+    seen = real.view(batch, 1, 1, keys).expand(-1, 1, rows, -1)
+    if causal:
+        seen = seen & torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
+    kept = None
+    if seed is not None:
+        numbers, places = torch.arange(batch, device=key.device), torch.arange(rows, device=key.device)
+        kept = attention_dropout.kept(seed, attention_dropout.level(dropout_p), numbers, heads, places, keys)
+        place = (real.cumsum(1) - 1).clamp(min=0)  # among the sample's keys that are no padding
+        kept = kept.gather(3, place.view(batch, 1, 1, keys).expand(-1, heads, rows, -1))
+    with torch.autocast(query.device.type, enabled=False):
+        unreal = ~real.view(batch, 1, keys, 1)
+        k, v = _wide(key).masked_fill(unreal, 0.0), _wide(value).masked_fill(unreal, 0.0)
+        result = _attend(_wide(query), k, v, seen, kept, scale, dropout_p)
     return result.to(query.dtype)
 
 

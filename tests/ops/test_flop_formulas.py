@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner_fast import _extension
-from oner_fast.ops import masked_gather, mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.ops import masked_gather, mixup_info_nce, padded_attention, token_alignment, varlen_attention
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
@@ -46,6 +46,29 @@ def test_flops_of_attention_count_pairs_within_sequences() -> None:
     own = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = [one.detach() for one in leaves((9, 4, 8), (9, 2, 8), (9, 2, 8))]
     assert counted(lambda: varlen_attention(*given, own)) == 4 * (2 * 2 + 7 * 7) * 4 * 8
+
+
+@compiled
+def test_flops_of_padded_attention_count_no_padding() -> None:
+    query, key, value = leaves((3, 4, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8))
+    lengths, product = torch.tensor([7, 0, 2]), 2 * (5 * 7 + 5 * 0 + 5 * 2) * 4 * 8
+
+    def attend(**options: object) -> Tensor:
+        return padded_attention(query, key, value, implementation="cpp", **options)  # type: ignore[arg-type]
+
+    assert counted(attend) == 2 * 2 * 3 * 5 * 7 * 4 * 8
+    for options in ({}, {"causal": True}, {"dropout_p": 0.5}):
+        assert counted(lambda o=options: attend(key_lengths=lengths, **o)) == 2 * product  # type: ignore[misc]
+        assert counted(lambda o=options: attend(key_lengths=lengths, **o).sum().backward()) == 7 * product  # type: ignore[misc]
+    query.requires_grad_(False)
+    assert counted(lambda: attend(key_lengths=lengths).sum().backward()) == 6 * product
+    raw, wide = torch.ops.oner_fast_triton, 2 * 3 * 5 * 7 * 4 * 8
+    with FakeTensorMode():
+        q, k, seen = torch.empty(3, 5, 4, 8), torch.empty(3, 7, 2, 8), torch.empty(3, dtype=torch.int32)
+        given = q, q, k, k, q, torch.empty(2, 3, 5, 4), seen, 1.0
+        assert counted(lambda: raw.padded_attention(q, k, k, seen, 1.0)) == 2 * wide
+        assert counted(lambda: raw.padded_attention_backward(*given, True, True)) == 7 * wide
+        assert counted(lambda: raw.padded_attention_backward(*given, False, True)) == 4 * wide
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -90,6 +113,8 @@ print([type(one).__name__ for one in sys.meta_path if "oner_fast" in type(one)._
     known = [
         "oner_fast.mixup_info_nce_backward",
         "oner_fast.mixup_info_nce_statistics",
+        "oner_fast.padded_attention",
+        "oner_fast.padded_attention_backward",
         "oner_fast.varlen_attention",
         "oner_fast.varlen_attention_backward",
     ]

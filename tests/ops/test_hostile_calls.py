@@ -19,6 +19,7 @@ from oner_fast.ops import (
     gather_patches,
     masked_gather,
     mixup_info_nce,
+    padded_attention,
     patch_mask,
     token_alignment,
     varlen_attention,
@@ -70,6 +71,20 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "varlen_attention": (
         varlen_attention, {"query": ROWS, "key": ROWS, "value": ROWS, "cu_seqlens_q": CU, "cu_seqlens_k": CU},
+    ),
+    "padded_attention": (
+        padded_attention,
+        {
+            "query": torch.randn(2, 2, 3, 8), "key": torch.randn(2, 1, 4, 8), "value": torch.randn(2, 1, 4, 8),
+            "key_lengths": torch.tensor([4, 1]), "dropout_p": 0.5, "dropout_seed": torch.tensor(3),
+        },
+    ),
+    "padded_attention with a mask": (
+        padded_attention,
+        {
+            "query": torch.randn(2, 2, 3, 8), "key": torch.randn(2, 1, 4, 8), "value": torch.randn(2, 1, 4, 8),
+            "key_mask": torch.rand(2, 4) < 0.5,
+        },
     ),
     "token_alignment": (
         token_alignment, {"student": torch.randn(2, 2, 8), "teacher": torch.randn(2, 4, 8), "kept": KEPT},
@@ -142,7 +157,8 @@ def test_an_opaque_layout_is_refused_with_the_remedy() -> None:
 
 
 NUMBERS = {
-    "scale": "varlen_attention", "logit_scale": "mixup_info_nce", "mix": "mixup_info_nce", "mean": "gather_patches",
+    "scale": "varlen_attention", "dropout_p": "padded_attention", "logit_scale": "mixup_info_nce",
+    "mix": "mixup_info_nce", "mean": "gather_patches",
 }  # fmt: skip
 
 
@@ -207,8 +223,9 @@ def test_rows_of_no_numbers_are_gathered() -> None:
 
 def test_options_that_are_no_options() -> None:
     for bad in (1, "yes", None):
-        with pytest.raises(TypeError, match="causal must be True or False"):
-            _call("varlen_attention", causal=bad)
+        for op in ("varlen_attention", "padded_attention"):
+            with pytest.raises(TypeError, match="causal must be True or False"):
+                _call(op, causal=bad)
         with pytest.raises(TypeError, match="symmetric must be True or False"):
             _call("mixup_info_nce", symmetric=bad)
         with pytest.raises(TypeError, match="normalized must be True or False"):

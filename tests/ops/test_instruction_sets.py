@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extensio
 
 PROGRAM = """
 import torch
-from oner_fast.ops import mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.ops import mixup_info_nce, padded_attention, token_alignment, varlen_attention
 torch.manual_seed(0)
 
 def compare(op, given, dtype, tolerance, *arguments, **options):
@@ -39,6 +39,10 @@ for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.f
     for heads, groups, width, causal in ((2, 1, 24, False), (2, 2, 64, True)):
         given = [torch.randn(total, count, width, dtype=torch.float64) for count in (heads, groups, groups)]
         compare(varlen_attention, given, dtype, tolerance, cu_seqlens, causal=causal)
+    # Draws of many blocks, of parts of vectors, and of queries after the first that see no key.
+    given = [torch.randn(2, count, rows, 24, dtype=torch.float64) for count, rows in ((2, 301), (1, 290), (1, 290))]
+    options = {"key_lengths": torch.tensor([290, 37]), "causal": True, "dropout_p": 0.3, "dropout_seed": 2**63 + 1}
+    compare(padded_attention, given, dtype, tolerance, **options)
     student, teacher = torch.randn(3, 11, 70, dtype=torch.float64), torch.randn(3, 20, 70, dtype=torch.float64)
     compare(token_alignment, [student, teacher], dtype, tolerance, torch.randint(0, 20, (3, 11)))
 

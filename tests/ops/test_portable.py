@@ -22,7 +22,9 @@ from oner_fast.ops.implementations import choose, implementations
 from oner_fast.ops.portable import mixup_info_nce as contrast
 
 MIB = 2**20
-FLOATING = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
+FLOATING = [
+    "gather_patches", "masked_gather", "mixup_info_nce", "padded_attention", "token_alignment", "varlen_attention",
+]  # fmt: skip
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 
 
@@ -41,7 +43,8 @@ def test_the_definition_runs_only_when_asked_for(
 ) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         facts = {"dtype": dtype, "causal": causal, "head_dim": 64, "needs_grad": True}
-        assert choose(op, device, **facts).name == ("sdpa" if op == "varlen_attention" else "portable")
+        assert choose(op, device, **facts).name == ("sdpa" if op.endswith("attention") else "portable")
+        assert choose(op, device, **facts, dropout_p=0.1).name == "portable"
     assert list(implementations(op))[-1] == "reference"
     assert choose(op, device, "reference", dtype=torch.float32).function is getattr(reference, op)
 

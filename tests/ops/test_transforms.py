@@ -24,6 +24,7 @@ from oner_fast.ops import (
     gather_patches,
     masked_gather,
     mixup_info_nce,
+    padded_attention,
     patch_mask,
     token_alignment,
     varlen_attention,
@@ -125,6 +126,20 @@ CASES = {
         lambda **given: varlen_attention(causal=True, **given), "query key value",
         query=_normal(6, 2, 3), key=_normal(5, 2, 3), value=_normal(5, 2, 3),
         cu_seqlens_q=_ends(6, 3), cu_seqlens_k=_ends(5, 3),
+    ),
+    "padded_attention": Case(
+        padded_attention, "query key value",
+        query=_normal(2, 4, 3, 3), key=_normal(2, 2, 5, 3), value=_normal(2, 2, 5, 3), key_lengths=_below(6, 2),
+    ),
+    "padded_attention causal with a mask": Case(
+        lambda **given: padded_attention(causal=True, **given), "query key value",
+        query=_normal(2, 2, 3, 3), key=_normal(2, 2, 4, 3), value=_normal(2, 2, 4, 3),
+        key_mask=lambda: torch.rand(2, 4) < 0.6,
+    ),
+    "padded_attention with dropout": Case(
+        lambda **given: padded_attention(dropout_p=0.4, **given), "query key value",
+        query=_normal(2, 1, 3, 3), key=_normal(2, 1, 4, 3), value=_normal(2, 1, 4, 3),
+        dropout_seed=lambda: torch.randint(9, ()),
     ),
     "token_alignment": Case(
         token_alignment, "student", student=_normal(2, 3, 4), teacher=_normal(2, 5, 4), kept=_below(5, 2, 3)
