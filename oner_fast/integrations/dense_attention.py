@@ -1,12 +1,11 @@
-"""Attention of (B, H, N, Dh) tensors by `varlen_attention`, and the reasons for which PyTorch's must run."""
+"""Attention of (B, H, N, Dh) tensors by `padded_attention`, and the reasons for which PyTorch's must run."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.ops import varlen_attention
+from oner_fast.ops import padded_attention
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -40,11 +39,6 @@ def rows(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def even_boundaries(batch: int, length: int, device: torch.device) -> Tensor:
-    """Return the boundaries of `batch` sequences of `length` rows each: (batch + 1,) int32."""
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -53,37 +47,14 @@ def attend(
     key_mask: Tensor | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Compute attention of query (B, H, N, Dh) to key and value (B, Hk, Nk, Dh).
+    """Compute attention of query (B, H, N, Dh) to key and value (B, Hk, Nk, Dh), aligned at the ends where causal.
 
-    `key_mask` (B, Nk) bool is True where a key is seen. `causal` aligns queries and keys at their ends; then the
-    queries are the last N positions of the mask, and one that the mask hides gives 0.
+    `key_mask` (B, Nk) bool is True where a key is seen. A query that sees none gives 0.
 
     Returns:
         (B, N, H, Dh) in the dtype of the query.
     """
-    batch, heads, length, width = query.shape
-    of_query = even_boundaries(batch, length, query.device)
-    packed = [rows(x) for x in (query, key, value)]
-    if key_mask is None:
-        of_key = even_boundaries(batch, key.shape[2], query.device)
-        out = varlen_attention(
-            *packed, of_query, of_key, max_seqlen_q=length, max_seqlen_k=key.shape[2], causal=causal, scale=scale
-        )
-        return out.view(batch, length, heads, width)
-    kept = key_mask.flatten().nonzero().squeeze(1)
-    packed[1:] = [x.index_select(0, kept) for x in packed[1:]]
-    of_key = _ends(key_mask)
-    bounds = {"max_seqlen_q": length, "max_seqlen_k": key.shape[2]}
-    if not causal:
-        return varlen_attention(*packed, of_query, of_key, scale=scale, **bounds).view(batch, length, heads, width)
-    seen = key_mask[:, -length:]
-    asking = seen.flatten().nonzero().squeeze(1)
-    packed[0] = packed[0].index_select(0, asking)
-    out = varlen_attention(*packed, _ends(seen), of_key, causal=True, scale=scale, **bounds)
-    return out.new_zeros(batch * length, heads, width).index_copy(0, asking, out).view(batch, length, heads, width)
-
-
-def _ends(mask: Tensor) -> Tensor:
-    """Return the boundaries (B + 1,) int32 of the rows that `mask` (B, N) keeps."""
-    return F.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    out = padded_attention(query, key, value, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout)
+    return out.transpose(1, 2)

@@ -45,24 +45,23 @@ def _attend(
 ) -> Tensor:
     traced = not all(isinstance(x, Tensor) for x in (query, key, value))
     if not traced:
-        reason = _why_not(query, key, value, mask, dropout, causal, enable_gqa)
+        reason = _why_not(query, key, value, mask, causal, enable_gqa)
         if reason is None:
             if causal:  # PyTorch aligns at the starts
                 key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
             keys = None if mask is None else mask.expand(query.shape[0], 1, 1, key.shape[2])[:, 0, 0]
-            out = dense_attention.attend(query, key, value, key_mask=keys, causal=causal, scale=scale)
-            return out.transpose(1, 2)
+            return dense_attention.attend(
+                query, key, value, key_mask=keys, causal=causal, scale=scale, dropout=dropout
+            ).transpose(1, 2)
         tell(reason)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _why_not(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, enable_gqa: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, enable_gqa: bool
 ) -> str | None:
     if (reason := dense_attention.why_not(query, key, value)) is not None:
         return reason
-    if dropout > 0:
-        return "it drops attention weights"
     if key.shape[1] != query.shape[1] and not enable_gqa:
         return "query and key differ in heads without enable_gqa"
     if causal and (mask is not None or key.shape[2] < query.shape[2]):

@@ -43,7 +43,7 @@ def patch(patch_dropout: bool = True, attention: bool = True) -> Replaced:
         patch_dropout: gather the kept patches of `PatchDropout` and `PatchDropoutWithIndices` by `masked_gather`. The
             random numbers and the results are timm's, bit for bit.
         attention: compute the attention of `Attention`, `AttentionRope`, `EvaAttention`, `AttentionPoolLatent` and the
-            parallel blocks of the vision transformer by `varlen_attention`. A call that it does not serve goes to
+            parallel blocks of the vision transformer by `padded_attention`. A call that it does not serve goes to
             PyTorch's, with one warning for each reason.
 
     Returns:

@@ -90,11 +90,11 @@ def attention(
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     boundaries = _boundaries(module, query, key, attention_mask, others)
-    reason = dense_attention.why_not(query, key, value) or _why_not(attention_mask, boundaries, dropout, others)
+    reason = dense_attention.why_not(query, key, value) or _why_not(attention_mask, boundaries, others)
     if boundaries is not None:
         causal = is_causal or (attention_mask is not None and attention_mask.dtype == transformers_masks.SEQUENCES)
         if reason is None:
-            return _packed(query, key, value, boundaries, causal, scaling, others), None
+            return _packed(query, key, value, boundaries, causal, dropout, scaling, others), None
         tell(reason)
         return _packed_by_sdpa(module, query, key, value, boundaries, causal, dropout, scaling, others)
     mask, causal = attention_mask, is_causal and query.shape[2] > 1 and attention_mask is None
@@ -115,14 +115,11 @@ def attention(
         key, value = key[:, :, : keys.shape[1]], value[:, :, : keys.shape[1]]
     elif causal:  # an empty static cache: its later keys are unwritten
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    return dense_attention.attend(query, key, value, key_mask=keys, causal=causal, scale=scaling), None
+    out = dense_attention.attend(query, key, value, key_mask=keys, causal=causal, scale=scaling, dropout=dropout)
+    return out, None
 
 
-def _why_not(
-    mask: Tensor | None, boundaries: tuple[Tensor, Tensor] | None, dropout: float, others: dict[str, Any]
-) -> str | None:
-    if dropout > 0:
-        return "it drops attention weights"
+def _why_not(mask: Tensor | None, boundaries: tuple[Tensor, Tensor] | None, others: dict[str, Any]) -> str | None:
     if others.get("position_bias") is not None:
         return "it has an additive bias"
     if others.get("softcap") is not None:
@@ -186,6 +183,7 @@ def _packed(
     value: Tensor,
     boundaries: tuple[Tensor, Tensor],
     causal: bool,
+    dropout: float,
     scale: float | None,
     others: dict[str, Any],
 ) -> Tensor:
@@ -196,7 +194,15 @@ def _packed(
         longest = [x if isinstance(x, int) else None for x in given]
     q, k, v = (dense_attention.rows(x) for x in (query, key, value))
     out = varlen_attention(
-        q, k, v, *boundaries, max_seqlen_q=longest[0], max_seqlen_k=longest[1], causal=causal, scale=scale
+        q,
+        k,
+        v,
+        *boundaries,
+        max_seqlen_q=longest[0],
+        max_seqlen_k=longest[1],
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout,
     )
     return out.view(query.shape[0], query.shape[2], *out.shape[1:])
 

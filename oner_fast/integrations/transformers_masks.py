@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.integrations.transformers_packing import unreadable
 from oner_fast.models.optional_packages import optional_package
 
 optional_package("transformers")
@@ -58,6 +59,9 @@ def make_mask(
         allow_is_bidirectional_skip: None may stand for a pattern without hidden keys.
         device: where the mask is made.
         others: further arguments of transformers' own function.
+
+    Returns:
+        A mask as this module describes it, or None.
     """
     found: Tensor | None = None
     if q_length > 1 and kv_offset == 0 and not torch.jit.is_tracing():  # one query has one row of a mask anyway
@@ -87,7 +91,7 @@ def make_mask(
 def _last(q_offset: int | Tensor, q_length: int) -> int:
     """Return the number of positions up to the last query, or 0 where it cannot be read."""
     if isinstance(q_offset, Tensor):
-        if torch.compiler.is_compiling():
+        if unreadable(q_offset):
             return 0
         q_offset = int(q_offset)
     return q_offset + q_length
@@ -100,7 +104,7 @@ def _padding(attention_mask: Tensor | None, length: int, dtype: torch.dtype) -> 
     mask = attention_mask[:, :length]
     if mask.shape[1] < length:
         mask = F.pad(mask, (0, length - mask.shape[1]))
-    if not torch.compiler.is_compiling() and bool(mask.all()):
+    if not unreadable(mask) and bool(mask.all()):
         return None
     return mask[:, None, None].to(dtype)
 

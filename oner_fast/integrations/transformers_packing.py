@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oner_fast.ops.values import is_fake
+
 _NAME = "_oner_fast_boundaries"
+
+
+def unreadable(x: Tensor) -> bool:
+    """Return whether the values of `x` cannot be read now: a graph is traced or captured, or there are none."""
+    if torch.compiler.is_compiling() or x.device.type == "meta" or is_fake(x):
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def of_numbers(numbers: Tensor) -> Tensor:
@@ -20,7 +29,7 @@ def of_positions(position_ids: Tensor | None, batch: int, length: int) -> Tensor
     """Return the boundaries (S + 1,) int32 of the sequences packed into rows (B, N), or None where none is packed.
 
     A row is packed where its positions count up by one and restart, each time from the row's first position. Positions
-    that jump elsewhere say nothing of sequences. Inside torch.compile, where they cannot be read, the answer is never
+    that jump elsewhere say nothing of sequences. Where they cannot be read, as inside torch.compile, the answer is not
     None, and sequences may be empty.
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != length or length == 1:
@@ -34,7 +43,7 @@ def _of_positions(position_ids: Tensor, batch: int) -> Tensor | None:
     first, rest = position_ids[:, :1], position_ids[:, 1:]
     jumps = rest != position_ids[:, :-1] + 1
     restarts = jumps & ((rest == first) | ~jumps).all(1, keepdim=True)
-    if not torch.compiler.is_compiling() and not bool(restarts.any()):
+    if not unreadable(restarts) and not bool(restarts.any()):
         return None
     return _boundaries(_starts(restarts).expand(batch, -1))
 
@@ -47,7 +56,7 @@ def _starts(changes: Tensor) -> Tensor:
 def _boundaries(starts: Tensor) -> Tensor:
     flat = starts.flatten()
     total = flat.shape[0]
-    if torch.compiler.is_compiling():  # the shape cannot depend on values: empty sequences fill it
+    if unreadable(flat):  # the shape cannot depend on values: empty sequences fill it
         places = torch.arange(total, dtype=torch.int32, device=flat.device)
         return F.pad(torch.where(flat, places, total).sort().values, (0, 1), value=total).to(torch.int32)
     return F.pad(flat.nonzero().squeeze(1), (0, 1), value=total).to(torch.int32)
@@ -55,7 +64,7 @@ def _boundaries(starts: Tensor) -> Tensor:
 
 def _remembered(source: Tensor, make: Any, *key: int) -> Any:
     """Return `make()`, which the layers of a forward pass share: it is kept on `source` until that is written to."""
-    if torch.compiler.is_compiling() or source.is_inference():
+    if unreadable(source) or source.is_inference():
         return make()
     key = (source._version, *key)
     kept = getattr(source, _NAME, None)

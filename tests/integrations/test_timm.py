@@ -86,7 +86,10 @@ def run(model: str, line: str, side: int = 32) -> dict[str, Any]:
     return space
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.integrations] if name in ("no cls", "parallel") else []) for name in MODELS],
+)
 def test_one_line_trains_to_the_same_losses(name: str, served: list[Any]) -> None:
     side = 40 if name == "dynamic" else 32
     theirs = run(MODELS[name], "", side)
@@ -209,6 +212,21 @@ def test_masks_are_served_or_left_to_pytorch_by_name(
     )
     for our in ours:
         torch.testing.assert_close(our, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_dropped_weights_follow_the_seed(served: list[Any]) -> None:
+    layer = timm.layers.Attention(32, num_heads=4, attn_drop=0.5)
+    with patch():
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(layer(X))
+        assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+        torch.manual_seed(3)
+        mean = torch.stack([layer(X) for _ in range(400)]).mean(0)
+    assert len(served) == 403
+    exact = layer.eval()(X)
+    assert (mean - exact).abs().max() < 0.25 * (found[0] - exact).abs().max()
 
 
 def test_attention_without_fusion_keeps_its_softmax(layer: Any, served: list[Any]) -> None:
