@@ -119,7 +119,9 @@ def attention(
     return out, None
 
 
-def _why_not(mask: Tensor | None, boundaries: tuple[Tensor, Tensor] | None, others: dict[str, Any]) -> str | None:
+def _why_not(
+    mask: Tensor | None, boundaries: tuple[Tensor, Tensor | None] | None, others: dict[str, Any]
+) -> str | None:
     if others.get("position_bias") is not None:
         return "it has an additive bias"
     if others.get("softcap") is not None:
@@ -137,19 +139,22 @@ def _why_not(mask: Tensor | None, boundaries: tuple[Tensor, Tensor] | None, othe
 
 def _boundaries(
     module: torch.nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, others: dict[str, Any]
-) -> tuple[Tensor, Tensor] | None:
-    """Return the boundaries (S + 1,) of the packed sequences of queries and keys, or None where none is packed."""
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return the boundaries (S + 1,) of the packed sequences, or None where none is packed.
+
+    They are those of the queries and those of the keys, or None for the keys where they are the same.
+    """
     given = others.get("cu_seq_lens_q")
     if given is not None:
         _check_alone(module, mask, others)
         of_key = others.get("cu_seq_lens_k")
-        return given, given if of_key is None else of_key
+        return given, None if of_key is given else of_key
     found = None
     if mask is not None and transformers_masks.is_ours(mask) and mask.dtype == transformers_masks.SEQUENCES:
         found = transformers_packing.of_numbers(mask)
     elif mask is None and query.shape[2] == key.shape[2] and not _is_cross(module):
         found = transformers_packing.of_positions(others.get("position_ids"), query.shape[0], query.shape[2])
-    return None if found is None else (found, found)
+    return None if found is None else (found, None)
 
 
 def _is_cross(module: torch.nn.Module) -> bool:
@@ -181,7 +186,7 @@ def _packed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    boundaries: tuple[Tensor, Tensor],
+    boundaries: tuple[Tensor, Tensor | None],
     causal: bool,
     dropout: float,
     scale: float | None,
@@ -212,7 +217,7 @@ def _packed_by_sdpa(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    boundaries: tuple[Tensor, Tensor],
+    boundaries: tuple[Tensor, Tensor | None],
     causal: bool,
     dropout: float,
     scale: float | None,

@@ -74,11 +74,10 @@ def _remembered(source: Tensor, make: Any, *key: int) -> Any:
     return kept[1]
 
 
-def sequence_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int, causal: bool) -> Tensor:
+def sequence_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, queries: int, keys: int, causal: bool) -> Tensor:
     """Return which packed query sees which packed key: (1, 1, T, Tk) bool, as `varlen_attention` defines it."""
-    (own_q, left_q), (own_k, left_k) = (
-        _own(cu_seqlens, total) for cu_seqlens, total in ((cu_seqlens_q, queries), (cu_seqlens_k, keys))
-    )
+    own_q, left_q = _own(cu_seqlens_q, queries)
+    own_k, left_k = _own(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, keys)
     seen = own_q[:, None] == own_k
     if causal:
         seen = seen & (left_k >= left_q[:, None])

@@ -14,10 +14,10 @@ from oner_fast.remedies import install_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 NEEDS = {
-    "timm_finetuning": ("timm", 25),
-    "transformers_packed_bert": ("transformers", 30),
-    "lightning_contrast": ("lightning", 40),
-    "accelerate_contrast": ("accelerate", 40),
+    "timm_finetuning": ("timm", 12),
+    "transformers_packed_bert": ("transformers", 20),
+    "lightning_contrast": ("lightning", 30),
+    "accelerate_contrast": ("accelerate", 30),
 }
 
 
@@ -45,7 +45,7 @@ def test_an_example_trains(name: str, capsys: pytest.CaptureFixture[str]) -> Non
         pytest.skip(f"needs {package} ({install_command(package)})")
     losses = load(name).main(steps)
     assert len(losses) == steps
-    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
     assert f"in {steps} steps" in capsys.readouterr().out
 
 

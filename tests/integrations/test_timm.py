@@ -88,7 +88,10 @@ def run(model: str, line: str, side: int = 32) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.integrations] if name in ("no cls", "parallel") else []) for name in MODELS],
+    [
+        pytest.param(name, marks=[pytest.mark.integrations] if name not in ("cls", "registers", "pooled") else [])
+        for name in MODELS
+    ],
 )
 def test_one_line_trains_to_the_same_losses(name: str, served: list[Any]) -> None:
     side = 40 if name == "dynamic" else 32
@@ -223,10 +226,10 @@ def test_dropped_weights_follow_the_seed(served: list[Any]) -> None:
             found.append(layer(X))
         assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
         torch.manual_seed(3)
-        mean = torch.stack([layer(X) for _ in range(400)]).mean(0)
-    assert len(served) == 403
+        mean = torch.stack([layer(X) for _ in range(50)]).mean(0)
+    assert len(served) == 53
     exact = layer.eval()(X)
-    assert (mean - exact).abs().max() < 0.25 * (found[0] - exact).abs().max()
+    assert (mean - exact).abs().max() < 0.4 * (found[0] - exact).abs().max()
 
 
 def test_attention_without_fusion_keeps_its_softmax(layer: Any, served: list[Any]) -> None:
