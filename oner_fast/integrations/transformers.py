@@ -193,7 +193,7 @@ def _packed(
     others: dict[str, Any],
 ) -> Tensor:
     """Compute attention within the packed sequences of (B, H, N, Dh): (B, N, H, Dh)."""
-    longest = [query.shape[2], key.shape[2]]
+    longest: list[int | None] = [query.shape[2], key.shape[2]]
     if others.get("cu_seq_lens_q") is not None:
         given = others.get("max_length_q"), others.get("max_length_k")
         longest = [x if isinstance(x, int) else None for x in given]
@@ -228,7 +228,7 @@ def _packed_by_sdpa(
         raise ValueError(
             f"{query.shape[0]} rows of packed sequences come with an additive bias; oner_fast serves one row of them"
         )
-    one = [dense_attention.rows(x).transpose(0, 1)[None] for x in (query, key, value)]
-    mask = transformers_packing.sequence_pairs(*boundaries, one[0].shape[2], one[1].shape[2], causal)
-    out, _ = sdpa_attention_forward(module, *one, mask, dropout=dropout, scaling=scale, is_causal=False, **others)
+    q, k, v = (dense_attention.rows(x).transpose(0, 1)[None] for x in (query, key, value))
+    mask = transformers_packing.sequence_pairs(*boundaries, q.shape[2], k.shape[2], causal)
+    out, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scale, is_causal=False, **others)
     return out.view(query.shape[0], query.shape[2], *out.shape[2:]), None

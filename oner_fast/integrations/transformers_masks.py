@@ -81,7 +81,8 @@ def make_mask(
     if found is not None:
         return found
     full: Tensor | None = masking_utils.sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, kv_offset=kv_offset,
+        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor where the cache is static
         mask_function=mask_function, attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip,
         allow_is_bidirectional_skip=allow_is_bidirectional_skip, device=device, **others,
     )  # fmt: skip
