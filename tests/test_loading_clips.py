@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ import oner_fast
 from oner_fast.loaded_towers import LoadedTowers
 from oner_fast.models import hugging_face_clip
 from oner_fast.models.clip import CLIPConfig, build_clip, open_clip_config, save_clip
+from oner_fast.models.files import load_uta
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.models.teacher import is_fetched, is_teacher, load_teacher
+from oner_fast.models.uta import UTAConfig
 
 CLIP = CLIPConfig(
     image_size=16, patch_size=8, vision_width=32, vision_layers=2, vision_heads=2, text_width=16, text_layers=1,
     text_heads=2, context_length=12, embed_dim=12,
 )  # fmt: skip
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-NAME = "tiny-of-the-loading-tests"
+NAME, OTHER = "tiny-of-the-loading-tests", "other-of-the-loading-tests"
 WORDS = ["a house", "dog"]
 
 
@@ -39,7 +42,8 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     save_clip(folder, build_clip(CLIP), CLIP)
     configs = tmp_path_factory.mktemp("configs")
-    (configs / f"{NAME}.json").write_text(json.dumps(open_clip_config(CLIP)["model_cfg"]))
+    for name, config in ((NAME, CLIP), (OTHER, replace(CLIP, embed_dim=14))):
+        (configs / f"{name}.json").write_text(json.dumps(open_clip_config(config)["model_cfg"]))
     optional_package("open_clip").add_model_config(configs)
     return folder
 
@@ -62,8 +66,8 @@ def test_files_of_open_clip_load_by_the_name_of_their_model(clip: Path, tmp_path
         same(oner_fast.load(f"{tmp_path / file}:{NAME}"), expected)
         with pytest.raises(ValueError, match=rf"{file} holds the weights of a CLIP without .*{file}:MODEL; .*{NAME}"):
             oner_fast.load(tmp_path / file)
-    with pytest.raises(ValueError, match="does not fit ViT-B-32"):
-        oner_fast.load(f"{tmp_path}/plain.bin:ViT-B-32")
+    with pytest.raises(ValueError, match=rf"plain\.bin:{OTHER} cannot be loaded as a CLIP: .*text_projection"):
+        oner_fast.load(f"{tmp_path}/plain.bin:{OTHER}")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.pt"):
         oner_fast.load(f"{tmp_path}/nothing.pt:{NAME}")
 
@@ -134,6 +138,40 @@ def test_names_that_are_fetched_are_passed_to_open_clip(monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="hf-hub:someone/clip asks to run code of its tokenizer"):
         oner_fast.load("hf-hub:someone/clip")
     assert len(asked) == 2
+
+
+def test_an_eva02_clip_loads_whole_and_is_no_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_clip, timm = optional_package("open_clip"), optional_package("timm")
+
+    def build(pretrained: bool = False, **options: Any) -> Any:
+        trunk = timm.models.eva.Eva(
+            img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, qkv_fused=False, mlp_ratio=4 * 2 / 3,
+            swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, use_rot_pos_emb=True, ref_feat_shape=(16, 16),
+            num_classes=options["num_classes"], global_pool=options["global_pool"],
+        )  # fmt: skip
+        trunk.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+        return trunk
+
+    build.__name__ = name = "eva02_of_the_loading_tests"
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, name, build)
+    vision = {"image_size": 32, "timm_model_name": name, "timm_pool": "token", "timm_proj": None}
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": TEXT}
+    torch.manual_seed(0)
+    model = open_clip.CustomTextCLIP(**config).eval()
+    assert "visual.trunk.blocks.1.attn.norm.weight" in model.state_dict()
+    about = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    written = {"model_cfg": config | {"custom_text": True}, "preprocess_cfg": about}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(written))
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    loaded = oner_fast.load(tmp_path)
+    with torch.no_grad():
+        expected = model.encode_image((images(32) / 255 - 0.5) / 0.25)
+    torch.testing.assert_close(loaded.encode_image(images(32), normalize=False), expected)
+    assert loaded.encode_patches(images(32)).shape == (2, 16, 12)
+    assert load_teacher(tmp_path, grid=3).tokens(images(24)).shape == (2, 10, 12)
+    student = UTAConfig(32, 8, width=32, depth=2, heads=2, mlp_hidden=85, embed_dim=12)
+    with pytest.raises(ValueError, match="norm inside attention .*Load such a CLIP whole, by the name of its model"):
+        load_uta(tmp_path / "open_clip_model.safetensors", student)
 
 
 # Folders of transformers

@@ -10,14 +10,15 @@ from torchvision.datasets import ImageFolder
 import oner_fast
 
 
-def evaluate(run: str, folder: str, device: str = "cpu") -> dict[str, float]:
+def zero_shot(run: str, folder: str, device: str = "cpu") -> dict[str, float]:
     """Classify the images of a folder zero-shot."""
     model = oner_fast.load(run, device)
     images = ImageFolder(folder, transform=model.preprocess)
     loader = torch.utils.data.DataLoader(images, batch_size=64, num_workers=0)
     names = [name.replace("_", " ") for name in images.classes]
     templates = ["a picture of a {c}", "{c}"]  # clip_benchmark writes {c} for the class
-    scores = zeroshot_classification.evaluate(model, loader, model.tokenize, names, templates, device, amp=False)
+    evaluate = zeroshot_classification.evaluate
+    scores = evaluate(model, loader, model.tokenize, names, templates, device, amp=False)
 
     # The same classes as open_clip embeds them, by its own templates: (E, classes).
     classifier = open_clip.build_zero_shot_classifier(
@@ -30,5 +31,5 @@ def evaluate(run: str, folder: str, device: str = "cpu") -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for name, value in evaluate(*sys.argv[1:]).items():
+    for name, value in zero_shot(*sys.argv[1:]).items():
         print(f"{name}: {value:.4f}")

@@ -296,7 +296,7 @@ def test_the_example_of_the_documentation_runs(runs: Path, folder: Path) -> None
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    found = example.evaluate(str(runs / "oner"), str(folder))
+    found = example.zero_shot(str(runs / "oner"), str(folder))
     assert found.keys() == {"acc1", "acc5", "mean_per_class_recall", "open_clip_acc1"}
     assert all(0 <= value <= 1 for value in found.values())
     page = (path.parents[1] / "integrations" / "models.md").read_text()
