@@ -370,6 +370,9 @@ def test_a_tokenizer_that_does_not_fit_is_named(
     monkeypatch.undo()
     for file in [path for path in folder.iterdir() if "token" in path.name]:
         file.unlink()
+    with pytest.raises(ValueError, match=f"{folder} holds no tokenizer: tokenizer.json, vocab.json, spiece.model are"):
+        oner_fast.load(folder).tokenize(WORDS)
+    (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{folder} holds no tokenizer that transformers can load"):
         oner_fast.load(folder).tokenize(WORDS)
     tokenizer_files(folder)

@@ -14,7 +14,7 @@ from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.oner import ImageInput, OneR, OneRConfig, Pass, TextInput
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
-TOKENIZER = Tokenizer.train([f"a {colour} picture" for colour in COLOURS], 80)
+TOKENIZER = Tokenizer.train([f"a {colour} picture" for colour in COLOURS], 300)
 CONFIG = OneRConfig(
     image_size=32, patch_size=8, width=64, depth=2, heads=2, vocab_size=TOKENIZER.vocab_size, max_text_tokens=12,
     embed_dim=32, projector_hidden=64,

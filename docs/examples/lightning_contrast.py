@@ -15,7 +15,7 @@ from oner_fast.data.tokenizer import Tokenizer
 from oner_fast.models.oner import ImageInput, OneR, OneRConfig, Pass, TextInput
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
-TOKENIZER = Tokenizer.train([f"a {colour} picture" for colour in COLOURS], 80)
+TOKENIZER = Tokenizer.train([f"a {colour} picture" for colour in COLOURS], 300)
 CONFIG = OneRConfig(
     image_size=32, patch_size=8, width=64, depth=2, heads=2, vocab_size=TOKENIZER.vocab_size, max_text_tokens=12,
     embed_dim=32, projector_hidden=64,
@@ -44,6 +44,7 @@ class Contrast(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.tower = OneR(CONFIG)
+        self.tower.patch_embedding.mask_token.requires_grad_(False)  # no loss reaches it
         self.log_scale = nn.Parameter(torch.tensor(2.0))
 
     def training_step(self, batch: tuple[Tensor, TokenizedText], _: int) -> Tensor:
@@ -69,8 +70,6 @@ def main(steps: int = 20, **options: Any) -> float:
     """Train for some steps, and return the last loss."""
     lightning.seed_everything(0, verbose=False)
     model = Contrast()
-    # A picture's own mask token, and heads that no loss reaches, take no gradient.
-    model.tower.patch_embedding.mask_token.requires_grad_(False)
     loader = DataLoader(pairs(8 * steps), batch_size=8, collate_fn=collate)
     trainer = lightning.Trainer(
         max_steps=steps, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,

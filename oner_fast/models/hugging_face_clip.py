@@ -39,6 +39,8 @@ _TEXT = (
 )  # fmt: skip
 _VISION = (*_TOWER, "num_channels", "image_size", "patch_size", "vision_use_head")
 _MAX_CONTEXT = 4096
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+_BESIDE = ("merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -214,13 +216,15 @@ def tokenizer_of(folder: Path, model: HuggingFaceClip) -> FolderTokenizer:
         ValueError: the folder holds none that transformers can load, or a file of it is too large.
     """
     transformers = transformers_package()
-    for file in folder.iterdir():
-        known = file.name in ("merges.txt", "vocab.json", "vocab.txt") or "token" in file.name or "spiece" in file.name
-        if known and file.is_file() and file.stat().st_size > MAX_TOKENIZER:
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers makes up a vocabulary of its own
+        raise ValueError(f"{folder} holds no tokenizer: {', '.join(_VOCABULARIES)} are absent; copy one into it")
+    for name in (*_VOCABULARIES, *_BESIDE):
+        file = folder / name
+        if file.is_file() and file.stat().st_size > MAX_TOKENIZER:
             raise ValueError(f"{file} has {file.stat().st_size:,} bytes, and at most {MAX_TOKENIZER:,} are read")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), config=model.clip.config, local_files_only=True, trust_remote_code=False
         )
     except MemoryError:
         raise

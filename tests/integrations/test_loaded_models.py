@@ -38,7 +38,7 @@ linear_probe = pytest.importorskip("clip_benchmark.metrics.linear_probe")
 
 NAMES = ["red", "green", "blue", "white", "black", "pink", "grey"]
 CAPTIONS = [f"a {name} {shape}" for name in NAMES for shape in ("square", "field", "wall of paint that is very large")]
-TOKENIZER = Tokenizer.train([*CAPTIONS, "a picture of a thing", "the drawing"], 90)
+TOKENIZER = Tokenizer.train([*CAPTIONS, "a picture of a thing", "the drawing"], 400)
 ONER = OneRConfig(
     image_size=16, patch_size=8, width=16, depth=1, heads=2, vocab_size=TOKENIZER.vocab_size, max_text_tokens=10,
     embed_dim=12, projector_hidden=16,
@@ -135,8 +135,7 @@ def test_open_clips_training_script_evaluates(model: LoadedModel, folder: Path) 
     loader = DataLoader(Pictures(folder, model.preprocess), batch_size=8)
     args = Namespace(device="cpu", precision="fp32", batch_size=8)
     top1, top5 = zero_shot.run(model, classifier, loader, args)
-    classes = [name for name in sorted(NAMES)]
-    found = evaluate_zero_shot(model, folder, classes=classes, templates=["a {}"], ties="topk")
+    found = evaluate_zero_shot(model, folder, classes=sorted(NAMES), templates=["a {}"], ties="topk")
     assert (found["top1"], found["top5"]) == pytest.approx((top1, top5), abs=1e-6)
 
 
@@ -145,7 +144,7 @@ def test_clip_benchmark_classifies(model: LoadedModel, folder: Path, amp: bool) 
     loader = DataLoader(Pictures(folder, model.preprocess), batch_size=64)
     templates = ["a {c}", "the drawing of a {c}"]
     found = classification.evaluate(model, loader, model.tokenize, sorted(NAMES), templates, "cpu", amp=amp)
-    assert 0 < found["acc5"] < 1 or found["acc1"] > 0
+    assert 0 < found["acc5"] < 1
     if not amp:
         ours = evaluate_zero_shot(model, folder, templates=templates, ties="topk")
         assert (ours["top1"], ours["top5"]) == pytest.approx((found["acc1"], found["acc5"]), abs=1e-6)
@@ -178,9 +177,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
-def test_clip_benchmark_fits_a_linear_probe(
-    model: LoadedModel, folder: Path, without_gpu: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clip_benchmark_fits_a_linear_probe(model: LoadedModel, folder: Path, without_gpu: str, tmp_path: Path) -> None:
     data = Pictures(folder, model.preprocess)
     loaders = [DataLoader(data, batch_size=8) for _ in range(2)]
     found = linear_probe.evaluate(
@@ -189,7 +186,7 @@ def test_clip_benchmark_fits_a_linear_probe(
     kept = torch.load(tmp_path / "features" / "run" / "features_train.pt", weights_only=True)
     pixels = torch.stack([image for image, _ in data])
     torch.testing.assert_close(kept, model.encode_image(pixels), rtol=0, atol=1e-6)
-    assert found["lp_acc1"] > 2 / 7
+    assert found["lp_acc1"] >= 1 / 7 and found["normalized"]
 
 
 def test_a_clip_run_gives_what_open_clip_itself_gives(runs: Path, folder: Path) -> None:
