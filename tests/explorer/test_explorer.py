@@ -124,7 +124,10 @@ def test_the_page_finds_the_same_ten_pictures(opened: Any, library: Any) -> None
         "all.push([ten.map(({index}) => index), ten[0].score, performance.now() - begun]); } return all; })()"
     )
     expected = loaded.encode_text(texts)
-    assert [ten for ten, _, _ in found] == [best(query, gallery) for query in expected]
+    for query, (ten, _, _) in zip(expected, found, strict=True):
+        cosines = gallery @ query
+        # Two pictures may change places where their cosines are the same but for the stored weights' rounding.
+        assert len(set(ten)) == 10 and (cosines[ten] - cosines[best(query, gallery)]).abs().max() < 1e-5
     scores = torch.tensor([score for _, score, _ in found])
     assert (scores - (expected @ gallery.T).amax(1)).abs().max() < 1e-4
     assert statistics.median(took for _, _, took in found) < 100
