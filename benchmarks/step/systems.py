@@ -40,7 +40,7 @@ class System:
 
 
 def tiny_oner(pairs: int = PAIRS) -> OneRConfiguration:
-    """Make that of the tiny recipe with another batch size, MoCo v3's head and a vocabulary of 4,096 words.
+    """Make the tiny recipe's configuration with another batch size, MoCo v3's head and 4,096 words.
 
     The head is that of the GPU's recipes, so that records of commits before the tiny recipe's own compare.
     """
