@@ -62,7 +62,7 @@ def make_run(folder: Path, **changes: Any) -> Path:
     listing = {"name": "tiny", "format": 1, "splits": splits, "attribution": [credit]}
     (data / "dataset.json").write_text(json.dumps(listing))
     tokenizer = Tokenizer.train([*map(caption, range(400)), *(word + "s été" for word in WORDS)], 300)
-    torch.manual_seed(0)
+    torch.manual_seed(7)  # to the texts of the tests, no two of its nearest pictures are within 1e-5
     sizes = {"width": 64, "depth": 2, "heads": 4, "max_text_tokens": 16, "embed_dim": 32, "projector_hidden": 48}
     config = OneRConfig(image_size=32, patch_size=8, vocab_size=tokenizer.vocab_size, **sizes | changes)
     tower = OneR(config)
@@ -124,10 +124,7 @@ def test_the_page_finds_the_same_ten_pictures(opened: Any, library: Any) -> None
         "all.push([ten.map(({index}) => index), ten[0].score, performance.now() - begun]); } return all; })()"
     )
     expected = loaded.encode_text(texts)
-    for query, (ten, _, _) in zip(expected, found, strict=True):
-        cosines = gallery @ query
-        # Two pictures may change places where their cosines are the same but for the stored weights' rounding.
-        assert len(set(ten)) == 10 and (cosines[ten] - cosines[best(query, gallery)]).abs().max() < 1e-5
+    assert [ten for ten, _, _ in found] == [best(query, gallery) for query in expected]
     scores = torch.tensor([score for _, score, _ in found])
     assert (scores - (expected @ gallery.T).amax(1)).abs().max() < 1e-4
     assert statistics.median(took for _, _, took in found) < 100
