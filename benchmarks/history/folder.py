@@ -52,9 +52,8 @@ class Measured:
         """The facts by which a ratio can differ, by name."""
         facts = {name: str(value) for name, value in self.record.facts.items() if name not in _PASSING}
         if isinstance(turns := self.record.facts.get(INTERLEAVED), dict):
-            facts[INTERLEAVED] = (
-                f"by the {turns.get('clock')} clock"  # the comparison's own number is a new one each time
-            )
+            # The comparison's own number is a new one each time.
+            facts[INTERLEAVED] = f"by the {turns.get('clock')} clock"
         return facts or {"machine": self.record.machine}
 
     def entry(self, key: str) -> Entry | None:

@@ -49,15 +49,6 @@ def _figures_of(entry: Entry) -> str:
     return f"{times(middle)} ({low:.2f} to {high:.2f})"
 
 
-_SHARE = 4
-"""The column of the shares of the limit."""
-
-
-def _without_share(cells: list[str]) -> list[str]:
-    """Leave out the share of the limit."""
-    return [*cells[:_SHARE], *cells[_SHARE + 1 :]]
-
-
 def _standing(history: History) -> Section:
     cells = []
     for key in history.all_keys():
@@ -69,10 +60,9 @@ def _standing(history: History) -> Section:
         share = f"{limit.share:.0%}" if limit else ""
         cells.append([key, _figures_of(known[-1]), before, known[-1].best, share, str(len(known))])
     columns = ["measurement", "newest (p20 to p80)", "the one before", "fastest of the others", "share of the limit"]
-    columns.append("records")
-    if not any(row[_SHARE] for row in cells):  # records of builds measured in turn have none
-        columns, cells = _without_share(columns), [_without_share(row) for row in cells]
-    table = Table("The newest record of each measurement", columns, cells)
+    if not any(row[4] for row in cells):  # records of builds measured in turn have no share
+        columns, cells = columns[:4], [row[:4] + row[5:] for row in cells]
+    table = Table("The newest record of each measurement", [*columns, "records"], cells)
     said = "oner-fast bench compare A.json B.json says whether a change is more than noise."
     return Section("standing", "Where it stands", [said], tables=[table])
 

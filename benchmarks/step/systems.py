@@ -40,9 +40,13 @@ class System:
 
 
 def tiny_oner(pairs: int = PAIRS) -> OneRConfiguration:
-    """Make the configuration of the tiny recipe with another batch size and a vocabulary of 4,096 words."""
+    """Make the tiny recipe's configuration with another batch size, MoCo v3's head and 4,096 words.
+
+    The head is that of the GPU's recipes, so that records of commits before the tiny recipe's own compare.
+    """
     base = recipes.oner_tiny_pictograms_cpu()
-    return replace(base, model=replace(base.model, vocab_size=4096), optim=replace(base.optim, batch_size=pairs))
+    model = replace(base.model, vocab_size=4096, projector_hidden=768)
+    return replace(base, model=model, optim=replace(base.optim, batch_size=pairs))
 
 
 def _our_oner(dtype: torch.dtype | None) -> OurStep:

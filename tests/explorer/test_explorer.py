@@ -62,7 +62,7 @@ def make_run(folder: Path, **changes: Any) -> Path:
     listing = {"name": "tiny", "format": 1, "splits": splits, "attribution": [credit]}
     (data / "dataset.json").write_text(json.dumps(listing))
     tokenizer = Tokenizer.train([*map(caption, range(400)), *(word + "s été" for word in WORDS)], 300)
-    torch.manual_seed(0)
+    torch.manual_seed(7)  # to the texts of the tests, no two of its nearest pictures are within 1e-5
     sizes = {"width": 64, "depth": 2, "heads": 4, "max_text_tokens": 16, "embed_dim": 32, "projector_hidden": 48}
     config = OneRConfig(image_size=32, patch_size=8, vocab_size=tokenizer.vocab_size, **sizes | changes)
     tower = OneR(config)
