@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from oner_fast.integrations.fallback import tell
 from oner_fast.ops import padded_attention
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -32,6 +33,12 @@ def why_not(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if torch.jit.is_tracing() or (torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()):
         return "an exported model must not need oner_fast"
     return None
+
+
+def leave_to_pytorch(reason: str) -> None:
+    """Warn, once for each reason, that PyTorch's attention runs; stay silent inside torch.compile, whose sizes vary."""
+    if not torch.compiler.is_compiling():
+        tell("this attention", "PyTorch", reason)
 
 
 def rows(x: Tensor) -> Tensor:

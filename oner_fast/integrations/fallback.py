@@ -1,24 +1,25 @@
-"""Tell once, for each reason, that PyTorch's attention runs instead of ours."""
+"""Tell once, for each reason, that another project's code runs instead of ours."""
 
 from __future__ import annotations
 
 import warnings
 
-import torch
+from oner_fast.ops.library import constant
 
 _told: set[str] = set()
 
 
-class AttentionFallback(UserWarning):
-    """Warn that an attention is left to PyTorch, and why."""
+class Fallback(UserWarning):
+    """Warn that a call is left to the code of another project, and why."""
 
 
-def tell(reason: str) -> None:
-    """Warn of `reason`, once until `forget` is called; stay silent inside torch.compile, which traces no warning."""
-    if torch.compiler.is_compiling() or reason in _told:
-        return
-    _told.add(reason)
-    warnings.warn(f"oner_fast leaves this attention to PyTorch: {reason}", AttentionFallback, stacklevel=3)
+@constant
+def tell(what: str, to: str, reason: str) -> None:
+    """Warn that `what` is left to the code of another, and why; once for each reason until `forget` is called."""
+    message = f"oner_fast leaves {what} to {to}: {reason}"
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, Fallback, stacklevel=3)
 
 
 def forget() -> None:

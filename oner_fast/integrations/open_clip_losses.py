@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oner_fast.integrations.swaps import Function, stands_for, tell_once
+from oner_fast.integrations.fallback import tell
+from oner_fast.integrations.swaps import Function, stands_for
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.ops import checks, distill_info_nce, mixup_info_nce
 from oner_fast.ops.distill_checks import same_dtype
@@ -169,7 +170,7 @@ def clip_forward(original: Function) -> Function:
         output_dict: bool = False,
     ) -> Any:
         if reason := why_not(self, _PARTS, image_features, text_features, logit_scale, logit_bias):
-            tell_once("open_clip.loss.ClipLoss", reason)
+            tell("open_clip.loss.ClipLoss", "its own code", reason)
             return original(self, image_features, text_features, logit_scale, logit_bias, output_dict)
         total_loss = with_bias(contrast(self, image_features, text_features, logit_scale), logit_bias)
         return {"contrastive_loss": total_loss} if output_dict else total_loss
@@ -193,7 +194,7 @@ def distill_forward(original: Function) -> Function:
         student = (image_features, text_features, logit_scale)
         teacher = (dist_image_features, dist_text_features, dist_logit_scale)
         if reason := why_not(self, _PARTS, *student) or _why_not_teacher(self, student, teacher):
-            tell_once("open_clip.loss.DistillClipLoss", reason)
+            tell("open_clip.loss.DistillClipLoss", "its own code", reason)
             return original(self, *student, *teacher, output_dict)
         losses = contrast(self, *student), distillation(self, student, teacher)
         return {"contrastive_loss": losses[0], "distill_loss": losses[1]} if output_dict else losses

@@ -11,8 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from oner_fast.integrations.fallback import tell
 from oner_fast.integrations.open_clip_losses import why_not
-from oner_fast.integrations.swaps import Function, stands_for, tell_once
+from oner_fast.integrations.swaps import Function, stands_for
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.ops import sigmoid_loss
 from oner_fast.ops.local_sigmoid_loss import local_sigmoid_loss
@@ -34,7 +35,7 @@ def siglip_forward(original: Function) -> Function:
     ) -> Any:
         given = (image_features, text_features, logit_scale, logit_bias)
         if reason := why_not(self, _PARTS, *given):
-            tell_once("open_clip.loss.SigLipLoss", reason)
+            tell("open_clip.loss.SigLipLoss", "its own code", reason)
             return original(self, *given, output_dict)
         group = dist.group.WORLD if self.world_size > 1 else None
         loss = sigmoid_loss(*given, normalized=True) if group is None else local_sigmoid_loss(*given, group)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from oner_fast.integrations.swaps import Function, stands_for, tell_once
+from oner_fast.integrations.fallback import tell
+from oner_fast.integrations.swaps import Function, stands_for
 from oner_fast.ops import checks, masked_gather, varlen_attention
 from oner_fast.ops.library import constant
 from oner_fast.ops.values import is_fake
@@ -31,7 +32,11 @@ def patch_dropout_forward(original: Function) -> Function:
             kept: Tensor = original(self, x)
             return kept
         if x.ndim != 3 or x.dtype not in checks.FLOATING:
-            tell_once("open_clip.transformer.PatchDropout", f"x is {tuple(x.shape)} {x.dtype}, not floating (B, N, D)")
+            tell(
+                "open_clip.transformer.PatchDropout",
+                "its own code",
+                f"x is {tuple(x.shape)} {x.dtype}, not floating (B, N, D)",
+            )
             kept = original(self, x)
             return kept
         first = int(self.exclude_first_token)
@@ -55,7 +60,7 @@ def block_attention(original: Function) -> Function:
         reason = "" if leaves_the_process() else _why_not_block(own, q_x, k_x, v_x, attn_mask)
         if reason is not None:
             if reason:
-                tell_once("open_clip.transformer.ResidualAttentionBlock", reason)
+                tell("open_clip.transformer.ResidualAttentionBlock", "its own code", reason)
             found: Tensor = original(self, q_x, k_x, v_x, attn_mask)
             return found
         query, key, value = _projected(own, q_x, q_x if k_x is None else k_x, q_x if v_x is None else v_x)
@@ -74,7 +79,7 @@ def attention_forward(original: Function) -> Function:
         reason = "" if leaves_the_process() else _why_not_attention(self, x, attn_mask)
         if reason is not None:
             if reason:
-                tell_once("open_clip.transformer.Attention", reason)
+                tell("open_clip.transformer.Attention", "its own code", reason)
             found: Tensor = original(self, x, attn_mask)
             return found
         packed = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))

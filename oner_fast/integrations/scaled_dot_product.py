@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oner_fast.integrations import dense_attention
-from oner_fast.integrations.fallback import tell
 
 
 def scaled_dot_product_attention(
@@ -53,7 +52,7 @@ def _attend(
             return dense_attention.attend(
                 query, key, value, key_mask=keys, causal=causal, scale=scale, dropout=dropout
             ).transpose(1, 2)
-        tell(reason)
+        dense_attention.leave_to_pytorch(reason)
     return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -75,8 +74,8 @@ def _why_not(
     return None
 
 
-def functional() -> ModuleType:
+def with_our_attention(functional: ModuleType) -> ModuleType:
     """Return a copy of the module `torch.nn.functional` in which attention is ours."""
-    copy = ModuleType(F.__name__, F.__doc__)
-    copy.__dict__.update(vars(F), scaled_dot_product_attention=scaled_dot_product_attention)
+    copy = ModuleType(functional.__name__, functional.__doc__)
+    copy.__dict__.update(vars(functional), scaled_dot_product_attention=scaled_dot_product_attention)
     return copy

@@ -1,37 +1,37 @@
-"""Replace functions of another package's classes, and put the same objects back.
+"""Replace functions of another project's classes and modules, and put the same objects back.
 
 A replacement serves what it can. For everything else it calls the function that stood there before, and says why, once.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from inspect import signature
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
-from oner_fast.ops.library import constant
+from oner_fast.integrations.fallback import forget
 
 Function = Callable[..., Any]
-Place = tuple[type, str]  # a class, and the name of one of its functions
+Owner = type | ModuleType
+Place = tuple[Owner, str]  # a class or a module, and the name of what it holds
 
 
 @dataclass(frozen=True)
 class Swap:
-    """A function of a class, and what makes its replacement.
+    """A function of a class or a module, or a module that a module names, and what makes its replacement.
 
     Args:
-        owner: the class.
-        name: the name of its function.
-        make: takes the function that stands there and returns the one that replaces it.
-        title: how warnings name the function.
+        owner: the class or the module.
+        name: the name that it has there.
+        make: takes the object that stands there and returns the one that replaces it.
+        title: how messages name the object.
     """
 
-    owner: type
+    owner: Owner
     name: str
-    make: Callable[[Function], Function]
+    make: Callable[[Any], Any]
     title: str
 
 
@@ -55,21 +55,26 @@ class Swaps:
 
     def __init__(self, project: str) -> None:
         self.project = project
-        self._replaced: dict[Place, tuple[Function, Function]] = {}  # before, and now
+        self._replaced: dict[Place, tuple[Any, Any]] = {}  # before, and now
 
     def replace(self, wanted: Iterable[Swap]) -> Swapped:
         """Replace the functions that are not replaced yet.
 
-        Raises RuntimeError, and replaces nothing, where a function takes other arguments than its replacement.
+        Raises RuntimeError, and replaces nothing, where one is missing or takes other arguments than its replacement.
         """
-        made: dict[Place, tuple[Function, Function]] = {}
+        made: dict[Place, tuple[Any, Any]] = {}
         for swap in wanted:
             place = (swap.owner, swap.name)
             if place in self._replaced:
                 continue
-            before = swap.owner.__dict__[swap.name]
+            if swap.name not in vars(swap.owner):
+                raise RuntimeError(
+                    f"the installed {self.project} has no {swap.title}; install a version that oner_fast names, or "
+                    "leave this swap out"
+                )
+            before = vars(swap.owner)[swap.name]
             now = swap.make(before)
-            found, known = (list(signature(x, follow_wrapped=x is before).parameters) for x in (before, now))
+            found, known = (_parameters(x, follow_wrapped=x is before) for x in (before, now))
             if found != known:
                 raise RuntimeError(
                     f"{swap.title} of the installed {self.project} takes ({', '.join(found)}), and its replacement was "
@@ -88,27 +93,22 @@ class Swaps:
         """
         chosen = [place for place in (list(self._replaced) if places is None else places) if place in self._replaced]
         for owner, name in chosen:
-            if owner.__dict__.get(name) is not self._replaced[owner, name][1]:
+            if vars(owner).get(name) is not self._replaced[owner, name][1]:
                 raise RuntimeError(
-                    f"{owner.__module__}.{owner.__qualname__}.{name} was replaced again after patch(); undo that "
-                    "before unpatch()"
+                    f"{_path(owner)}.{name} was replaced again after patch(); undo that before unpatch()"
                 )
         for owner, name in chosen:
             setattr(owner, name, self._replaced.pop((owner, name))[0])
         if not self._replaced:
-            _told.clear()
+            forget()
 
 
-_told: set[str] = set()
+def _parameters(x: Any, follow_wrapped: bool) -> list[str]:
+    return list(signature(x, follow_wrapped=follow_wrapped).parameters) if callable(x) else []
 
 
-@constant
-def tell_once(title: str, reason: str) -> None:
-    """Warn that the project's own code serves, and why; once for each function and reason."""
-    message = f"oner_fast leaves {title} to its own code: {reason}"
-    if message not in _told:
-        _told.add(message)
-        warnings.warn(message, UserWarning, stacklevel=2)
+def _path(owner: Owner) -> str:
+    return f"{owner.__module__}.{owner.__qualname__}" if isinstance(owner, type) else owner.__name__
 
 
 def stands_for(replacement: Function, original: Function) -> Function:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oner_fast.integrations.fallback import forget
-from oner_fast.integrations.replaced import Replaced
-from oner_fast.integrations.scaled_dot_product import functional
+from oner_fast.integrations.scaled_dot_product import with_our_attention
+from oner_fast.integrations.swaps import Swap, Swapped, Swaps
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.ops import masked_gather
 
@@ -30,14 +30,14 @@ _ATTENTION = (
 _PATCH_DROPOUT = ("timm.layers.patch_dropout", "timm.layers")
 
 optional_package("timm")
-_replaced = Replaced()
+_swaps = Swaps("timm")
 
 
-def patch(patch_dropout: bool = True, attention: bool = True) -> Replaced:
+def patch(patch_dropout: bool = True, attention: bool = True) -> Swapped:
     """Let timm's layers compute with the fused ops, in models that exist already and in those made later.
 
-    A second call replaces the first. Layers whose `fused_attn` is False keep timm's own softmax, since that is how its
-    attention weights are read.
+    Calling it again swaps what is not swapped yet. A `with` block puts back at its end what its own call swapped.
+    Layers whose `fused_attn` is False keep timm's own softmax, since that is how its attention weights are read.
 
     Args:
         patch_dropout: gather the kept patches of `PatchDropout` and `PatchDropoutWithIndices` by `masked_gather`. The
@@ -47,30 +47,30 @@ def patch(patch_dropout: bool = True, attention: bool = True) -> Replaced:
             PyTorch's, with one warning for each reason.
 
     Returns:
-        A context manager, which ends with `unpatch()`.
+        A context manager that puts back what this call swapped.
 
     Raises:
-        ImportError: timm is too old.
+        RuntimeError: the installed timm has no such function, or one of other arguments; nothing is swapped.
     """
-    unpatch()
-    forget()
+    swaps: list[Swap] = []
     if patch_dropout:
-        layers = importlib.import_module("timm.layers.patch_dropout")
-        if not hasattr(layers, "patch_dropout_forward"):
-            raise ImportError("this timm has no patch_dropout_forward to replace; install timm 1.0.20 or newer")
-        forward = _patch_dropout(layers.patch_dropout_forward)
-        for name in _PATCH_DROPOUT:
-            _replaced.put(importlib.import_module(name), "patch_dropout_forward", forward)
+        swaps += _swaps_of(_PATCH_DROPOUT, "patch_dropout_forward", _patch_dropout)
     if attention:
-        replacement = functional()
-        for name in _ATTENTION:
-            _replaced.put(importlib.import_module(name), "F", replacement)
-    return _replaced
+        swaps += _swaps_of(_ATTENTION, "F", with_our_attention)
+    return _swaps.replace(swaps)
 
 
 def unpatch() -> None:
-    """Put back what `patch` replaced: the same objects."""
-    _replaced.undo()
+    """Put all of timm's own objects back, the same ones; nothing happens where nothing is swapped.
+
+    Raises:
+        RuntimeError: someone else replaced one of them after `patch()`; nothing is put back.
+    """
+    _swaps.put_back()
+
+
+def _swaps_of(modules: tuple[str, ...], name: str, make: Callable[[Any], Any]) -> list[Swap]:
+    return [Swap(importlib.import_module(module), name, make, f"{module}.{name}") for module in modules]
 
 
 def _patch_dropout(original: PatchDropoutForward) -> PatchDropoutForward:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from oner_fast.integrations import dense_attention, transformers_masks, transformers_packing
-from oner_fast.integrations.fallback import forget, tell
+from oner_fast.integrations.fallback import forget
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.ops import varlen_attention
 
@@ -95,11 +95,11 @@ def attention(
         causal = is_causal or (attention_mask is not None and attention_mask.dtype == transformers_masks.SEQUENCES)
         if reason is None:
             return _packed(query, key, value, boundaries, causal, dropout, scaling, others), None
-        tell(reason)
+        dense_attention.leave_to_pytorch(reason)
         return _packed_by_sdpa(module, query, key, value, boundaries, causal, dropout, scaling, others)
     mask, causal = attention_mask, is_causal and query.shape[2] > 1 and attention_mask is None
     if reason is not None:
-        tell(reason)
+        dense_attention.leave_to_pytorch(reason)
         if mask is not None and transformers_masks.is_ours(mask):
             width = mask.shape[3]
             key, value = key[:, :, :width], value[:, :, :width]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from oner_fast.integrations import swaps as module
-from oner_fast.integrations.swaps import Swap, Swaps, stands_for, tell_once
+from oner_fast.integrations import fallback
+from oner_fast.integrations.fallback import tell
+from oner_fast.integrations.swaps import Swap, Swaps, stands_for
 
 
 class Owner:
@@ -104,6 +105,12 @@ def test_other_arguments_are_refused_before_anything_is_replaced(swaps: Swaps) -
     assert untouched()
 
 
+def test_a_function_that_is_missing_is_named(swaps: Swaps) -> None:
+    with pytest.raises(RuntimeError, match=r"the installed toy has no Owner.third"):
+        swaps.replace([FIRST, Swap(Owner, "third", negated, "Owner.third")])
+    assert untouched()
+
+
 def test_a_function_that_someone_wrapped_before_is_wrapped_once_more(swaps: Swaps) -> None:
     original = ORIGINALS["first"]
 
@@ -126,13 +133,13 @@ def test_a_replacement_has_the_originals_name_documentation_and_source(swaps: Sw
 def test_a_reason_is_told_once_and_again_after_everything_is_put_back(
     swaps: Swaps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_told", set())
+    monkeypatch.setattr(fallback, "_told", set())
     with swaps.replace([FIRST]):
-        with pytest.warns(UserWarning, match="leaves Owner.first to its own code: too short") as told:
+        with pytest.warns(fallback.Fallback, match="leaves Owner.first to its own code: too short") as told:
             for _ in range(3):
-                tell_once("Owner.first", "too short")
+                tell("Owner.first", "its own code", "too short")
         assert len(told) == 1
-        with pytest.warns(UserWarning, match="too long"):
-            tell_once("Owner.first", "too long")
-    with pytest.warns(UserWarning, match="too short"):
-        tell_once("Owner.first", "too short")
+        with pytest.warns(fallback.Fallback, match="too long"):
+            tell("Owner.first", "its own code", "too long")
+    with pytest.warns(fallback.Fallback, match="too short"):
+        tell("Owner.first", "its own code", "too short")

@@ -98,7 +98,7 @@ def test_one_line_trains_to_the_same_losses(name: str, served: list[Any]) -> Non
     theirs = run(MODELS[name], "", side)
     assert not served
     with warnings.catch_warnings():
-        warnings.simplefilter("error", fallback.AttentionFallback)
+        warnings.simplefilter("error", fallback.Fallback)
         ours = run(MODELS[name], LINE, side)
     assert len(served) == 2 * (3 if name == "pooled" else 2)  # steps and layers
     torch.testing.assert_close(ours["losses"], theirs["losses"], rtol=1e-5, atol=1e-6)
@@ -161,7 +161,7 @@ def test_unpatch_puts_the_same_objects_back() -> None:
     before = _objects()
     with patch():
         assert not any(now is old for now, old in zip(_objects(), before, strict=True))
-        patch()  # a second call replaces the first
+        patch()  # swaps nothing more
     assert all(now is old for now, old in zip(_objects(), before, strict=True))
     patch(attention=False)
     assert [now is old for now, old in zip(_objects(), before, strict=True)] == [False] * 2 + [True] * 4
@@ -176,9 +176,11 @@ def test_an_unpatch_leaves_what_somebody_else_has_put_there(monkeypatch: pytest.
 
     def theirs() -> None: ...
 
-    monkeypatch.setattr(timm.layers, "patch_dropout_forward", theirs)
-    unpatch()
-    assert timm.layers.patch_dropout_forward is theirs
+    with monkeypatch.context() as later:
+        later.setattr(timm.layers, "patch_dropout_forward", theirs)
+        with pytest.raises(RuntimeError, match="timm.layers.patch_dropout_forward was replaced again after patch"):
+            unpatch()
+        assert timm.layers.patch_dropout_forward is theirs
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _told() -> Iterator[None]:
     """No test leaves attention to PyTorch unless it says so."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", fallback.AttentionFallback)
+        warnings.simplefilter("error", fallback.Fallback)
         yield
 
 
@@ -300,7 +300,7 @@ def told(call: Any) -> list[str]:
         call()
         call()
     start = "oner_fast leaves this attention to PyTorch: "
-    messages = [str(each.message) for each in found if issubclass(each.category, fallback.AttentionFallback)]
+    messages = [str(each.message) for each in found if issubclass(each.category, fallback.Fallback)]
     assert all(message.startswith(start) for message in messages)
     return [message.removeprefix(start) for message in messages]
 

@@ -191,7 +191,8 @@ def _mixed(op: str) -> dict[str, Tensor]:
     """Inputs as autocast leaves them: activations in bfloat16, parameters in float32."""
     tensors = _inputs()
     halves = {
-        "mixup_info_nce": ["query"], "sigmoid_loss": ["query"], "varlen_attention": ["rows"], "padded_attention": ["heads"],
+        "mixup_info_nce": ["query"], "sigmoid_loss": ["query"],
+        "varlen_attention": ["rows"], "padded_attention": ["heads"],
     }.get(op.split()[0], ["tokens", "student"])  # fmt: skip
     return {**tensors, **{name: tensors[name].to(HALF) for name in halves}}
 
