@@ -333,7 +333,8 @@ def _sdpa(
     if query.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     if keys == 0:
-        return query.masked_fill(torch.ones_like(query, dtype=torch.bool), 0).to(dtype)
+        nothing = key.sum() + value.sum()  # so that keys and values have their empty gradients
+        return (query.masked_fill(torch.ones_like(query, dtype=torch.bool), 0) + nothing).to(dtype)
     with torch.autocast(query.device.type, enabled=False):
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask=seen, scale=scale, enable_gqa=heads != key.shape[1]
