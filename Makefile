@@ -74,8 +74,8 @@ EXTRA_triton := train
 WITH_clip := clip
 WITH_lit := lit
 WITH_triton := triton
-WITH_test := clip
-WITH_dev := clip
+WITH_test := integrations
+WITH_dev := integrations
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
 	$(PIP) install --quiet --no-build-isolation -e '.[$(or $(EXTRA_$*),$*)]'

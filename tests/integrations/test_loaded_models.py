@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ classification = pytest.importorskip("clip_benchmark.metrics.zeroshot_classifica
 retrieval = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval")
 linear_probe = pytest.importorskip("clip_benchmark.metrics.linear_probe")
 
+counts_hits = pytest.mark.skipif(
+    tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4),
+    reason="NumPy 2.4 ended a conversion with which open_clip 3.3 and clip_benchmark 1.6 count hits; needs numpy<2.4",
+)
 NAMES = ["red", "green", "blue", "white", "black", "pink", "grey"]
 CAPTIONS = [f"a {name} {shape}" for name in NAMES for shape in ("square", "field", "wall of paint that is very large")]
 TOKENIZER = Tokenizer.train([*CAPTIONS, "a picture of a thing", "the drawing"], 400)
@@ -128,6 +133,7 @@ def test_open_clip_builds_the_classifier(model: LoadedModel) -> None:
     assert not found.is_inference()  # a probe on top can save it for its gradient
 
 
+@counts_hits
 def test_open_clips_training_script_evaluates(model: LoadedModel, folder: Path) -> None:
     zero_shot = pytest.importorskip("open_clip_train.zero_shot")
     open_clip = optional_package("open_clip")
@@ -139,6 +145,7 @@ def test_open_clips_training_script_evaluates(model: LoadedModel, folder: Path) 
     assert (found["top1"], found["top5"]) == pytest.approx((top1, top5), abs=1e-6)
 
 
+@counts_hits
 @pytest.mark.parametrize("amp", [False, True])
 def test_clip_benchmark_classifies(model: LoadedModel, folder: Path, amp: bool) -> None:
     loader = DataLoader(Pictures(folder, model.preprocess), batch_size=64)
@@ -176,6 +183,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield NamedCuda("cpu")
 
 
+@counts_hits
 @pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_clip_benchmark_fits_a_linear_probe(model: LoadedModel, folder: Path, without_gpu: str, tmp_path: Path) -> None:
     data = Pictures(folder, model.preprocess)
@@ -287,6 +295,7 @@ def test_bad_ids_of_a_clip_are_named(runs: Path) -> None:
         clip.encode_text(torch.tensor([[1] * 11 + [70000]]))
 
 
+@counts_hits
 def test_the_example_of_the_documentation_runs(runs: Path, folder: Path) -> None:
     path = Path(__file__).parents[2] / "docs" / "examples" / "evaluate_run.py"
     spec = importlib.util.spec_from_file_location("evaluate_run", path)

@@ -218,14 +218,15 @@ def test_any_strides(implementation: str, dtype: torch.dtype) -> None:
 
 
 class Names(TorchDispatchMode):
-    """The names of the ops that are called."""
+    """The names of the ops that are called with rows, which have three or more dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func.overloadpacket.__name__)
+        if any(isinstance(x, Tensor) and x.ndim > 2 for x in args):
+            self.seen.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -238,7 +239,7 @@ def test_rows_are_read_where_they_lie(layout: str) -> None:
     with Names() as names:
         padded_attention(*leaves, key_mask=mask, causal=True, implementation="cpp")
     copying = {"clone", "contiguous", "copy_", "_to_copy", "gather", "masked_gather", "index", "index_select"}
-    assert "padded_attention" in names.seen and not copying & {*names.seen} - {"_to_copy", "index"}
+    assert "padded_attention" in names.seen and not copying & {*names.seen}
     with Names() as names:
         padded_attention(*leaves, key_mask=mask.flip(1), implementation="cpp")
     assert names.seen.count("masked_gather") == 2  # keys and values, where the attended ones are not in front
