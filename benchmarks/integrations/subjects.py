@@ -6,6 +6,7 @@ Weights and inputs are random. Both sides have the same weights, and a subject's
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,9 @@ def _open_clip_model(name: str, pairs: int) -> Subject:
     def make(dtype: torch.dtype) -> Pair:
         open_clip = optional_package("open_clip")
         torch.manual_seed(0)
+        logging.disable(logging.WARNING)  # open_clip warns that the weights are random
         model = open_clip.create_model(name).to(dtype).train()
+        logging.disable(logging.NOTSET)
         images = torch.randn(pairs, 3, 224, 224, dtype=torch.float64).to(dtype)
         texts = torch.randint(1, 49407, (pairs, 77))
         texts[:, 40:] = 0  # open_clip's own masks hide no padding
@@ -162,17 +165,17 @@ def _bert(count: int, packed: bool) -> Subject:
         model = transformers.BertModel(config, add_pooling_layer=False).to(dtype).train()
         lengths, words = _sentences(count)
         ids = torch.randint(1, config.vocab_size, words.shape) * words
-        upstream = torch.randn(sum(lengths), config.hidden_size, dtype=torch.float64).to(dtype)
+        target = torch.randn(sum(lengths), config.hidden_size, dtype=torch.float64).to(dtype)
         row, places = ids[words].unsqueeze(0), torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
 
         def in_a_row() -> Tensor:
-            return (model(row, position_ids=places).last_hidden_state[0] * upstream).sum()
+            return F.mse_loss(model(row, position_ids=places).last_hidden_state[0], target)
 
         def with_padding() -> Tensor:
-            return (model(ids, attention_mask=words).last_hidden_state[words] * upstream).sum()
+            return F.mse_loss(model(ids, attention_mask=words).last_hidden_state[words], target)
 
         ours = _attention_of(model, "oner_fast", in_a_row if packed else with_padding)
-        return _pair(model, _attention_of(model, "sdpa", with_padding), ours, [ids, words, upstream, row, places])
+        return _pair(model, _attention_of(model, "sdpa", with_padding), ours, [ids, words, target, row, places])
 
     how = "packed into a row, instead of padded" if packed else "padded"
     line = 'attn_implementation="oner_fast"'
@@ -192,13 +195,13 @@ def _llama(count: int) -> Subject:
         lengths, words = _sentences(count)
         row = torch.randint(1, config.vocab_size, (1, int(words.sum())))
         places = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)
-        upstream = torch.randn(row.shape[1], config.hidden_size, dtype=torch.float64).to(dtype)
+        target = torch.randn(row.shape[1], config.hidden_size, dtype=torch.float64).to(dtype)
 
         def run() -> Tensor:
-            return (model(row, position_ids=places).last_hidden_state[0] * upstream).sum()
+            return F.mse_loss(model(row, position_ids=places).last_hidden_state[0], target)
 
         ours, theirs = (_attention_of(model, name, run) for name in ("oner_fast", "sdpa"))
-        return _pair(model, theirs, ours, [row, places, upstream])
+        return _pair(model, theirs, ours, [row, places, target])
 
     line = 'attn_implementation="oner_fast"'
     return Subject("transformers", f"Llama of 6 layers, {count} sentences packed into a row", line, make)
