@@ -279,16 +279,18 @@ constexpr ContrastKernels kernels_of() {
 }
 
 MixupInfoNceKernels make_table() {
+#if defined(__AVX512BF16__)
+  MixupInfoNceKernels table = mixup_info_nce_kernels_avx512();
+  table.contrast[kContrastBF16] = kernels_of<Pairs>();
+#else
   MixupInfoNceKernels table{};
   table.contrast[kContrastF32] = kernels_of<Plain<float>>();
   table.contrast[kContrastF64] = kernels_of<Plain<double>>();
-#if defined(__AVX512BF16__)
-  table.contrast[kContrastBF16] = kernels_of<Pairs>();
-#endif
   table.inverse_norms[0] = inverse_norms<float>;
   table.inverse_norms[1] = inverse_norms<double>;
   table.finish[0] = finish<float>;
   table.finish[1] = finish<double>;
+#endif
   return table;
 }
 

@@ -192,11 +192,13 @@ constexpr SigmoidKernels kernels_of() {
 }
 
 SigmoidLossKernels make_table() {
+#if defined(__AVX512BF16__)
+  SigmoidLossKernels table = sigmoid_loss_kernels_avx512();
+  table.kinds[kContrastBF16] = kernels_of<Pairs>();
+#else
   SigmoidLossKernels table{};
   table.kinds[kContrastF32] = kernels_of<Plain<float>>();
   table.kinds[kContrastF64] = kernels_of<Plain<double>>();
-#if defined(__AVX512BF16__)
-  table.kinds[kContrastBF16] = kernels_of<Pairs>();
 #endif
   return table;
 }
