@@ -139,7 +139,7 @@ def attention(
             if others.get("position_bias") is not None:
                 others["position_bias"] = others["position_bias"][..., :width]
             mask = transformers_masks.pairs(mask, query.shape[2])
-        if numbers is not None:
+        if mask is not None and numbers is not None:
             mask = mask & (numbers[:, None, :, None] == numbers[:, None, None])
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
