@@ -112,7 +112,7 @@ def why_not(loss: Any, parts: dict[str, Any], image: Any, text: Any, scale: Any,
     `parts` are the functions of the loss that our ops pass over, by name; a subclass may have its own.
     """
     for name, own in parts.items():
-        if getattr(type(loss), name) is not own:
+        if name in vars(loss) or getattr(type(loss), name) is not own:
             return f"{type(loss).__name__} has a {name} of its own"
     if loss.world_size > 1 and getattr(loss, "use_horovod", False):
         return "use_horovod=True exchanges features by Horovod, and our ops use torch.distributed alone"
@@ -203,7 +203,7 @@ def distill_forward(original: Function) -> Function:
 
 
 def _why_not_teacher(loss: Any, student: tuple[Any, ...], teacher: tuple[Any, ...]) -> str | None:
-    if type(loss).dist_loss is not _DISTILL.dist_loss:
+    if "dist_loss" in vars(loss) or type(loss).dist_loss is not _DISTILL.dist_loss:
         return f"{type(loss).__name__} has a dist_loss of its own"
     if reason := _why_not_features(*teacher):
         return f"of the teacher, {reason}"

@@ -89,11 +89,12 @@ class Swaps:
     def put_back(self, places: Iterable[Place] | None = None) -> None:
         """Put back what stood at these places, or at all; places that are not replaced any more are left alone.
 
-        Raises RuntimeError, and changes nothing, where someone else replaced a function after us.
+        A module that was loaded again holds its own functions already. Raises RuntimeError, and changes nothing, where
+        someone else replaced a function after us.
         """
         chosen = [place for place in (list(self._replaced) if places is None else places) if place in self._replaced]
         for owner, name in chosen:
-            if vars(owner).get(name) is not self._replaced[owner, name][1]:
+            if not any(vars(owner).get(name) is own for own in self._replaced[owner, name]):
                 raise RuntimeError(
                     f"{_path(owner)}.{name} was replaced again after patch(); undo that before unpatch()"
                 )

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from oner_fast.integrations import dense_attention, transformers_masks, transformers_packing
-from oner_fast.integrations.fallback import forget
+from oner_fast.integrations.fallback import forget, tell
+from oner_fast.integrations.swaps import Function, Swap, Swaps, stands_for
 from oner_fast.models.optional_packages import optional_package
 from oner_fast.ops import varlen_attention
 
@@ -23,10 +24,13 @@ for _name in ("transformers", "transformers.modeling_utils"):  # the second impo
     optional_package(_name)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 from transformers.masking_utils import AttentionMaskInterface  # noqa: E402
-from transformers.modeling_utils import AttentionInterface  # noqa: E402
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel  # noqa: E402
 
 NAME = "oner_fast"
-_SINKS = ("s_aux", "sinks")  # arguments that SDPA would pass over in silence
+# Arguments that change the result, and that SDPA would pass over in silence.
+_SINKS = ("s_aux", "sinks")
+_CHOSEN = ("indices", "block_indices")  # of keys, by an indexer: its model makes a mask of them for "sdpa" alone
+_project = Swaps("transformers")
 
 
 class Registered:
@@ -42,8 +46,17 @@ class Registered:
 
 
 def register() -> Registered:
-    """Make `attn_implementation="oner_fast"` known to transformers; return a context manager that ends with it."""
+    """Make `attn_implementation="oner_fast"` known to transformers; return a context manager that ends with it.
+
+    A model that computes attention by itself, or that transformers does not run by SDPA, keeps its default
+    implementation, with one warning that names the model: it could not read our masks.
+
+    Raises:
+        RuntimeError: the installed transformers chooses implementations in another way.
+    """
     forget()
+    name = "get_correct_attn_implementation"
+    _project.replace([Swap(PreTrainedModel, name, _choice, f"transformers.PreTrainedModel.{name}")])
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, transformers_masks.make_mask)
     return Registered()
@@ -53,6 +66,21 @@ def unregister() -> None:
     """Make the name unknown again; a model that still asks for it raises transformers' KeyError."""
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop(NAME, None)
+    _project.put_back()
+
+
+def _choice(original: Function) -> Function:
+    """Make the function by which a model checks its implementation: ours needs a model that SDPA serves."""
+
+    def get_correct_attn_implementation(self: Any, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention == NAME and not (self._supports_sdpa and self._can_set_attn_implementation()):
+            reason = "it does not run by SDPA through AttentionInterface, for which our masks are made"
+            tell(f"the attention of {type(self).__name__}", "its own code", reason)
+            requested_attention = None
+        chosen: str = original(self, requested_attention, is_init_check)
+        return chosen
+
+    return stands_for(get_correct_attn_implementation, original)
 
 
 def attention(
@@ -83,14 +111,19 @@ def attention(
         (B, N, H, Dh), and None in place of the attention weights.
 
     Raises:
-        ValueError: boundaries come with a mask that hides keys, or the layer has attention sinks.
+        ValueError: boundaries come with a mask that hides keys, or the layer has attention sinks, or keys that an
+            indexer chose.
     """
-    if any(others.get(name) is not None for name in _SINKS):
-        raise ValueError('oner_fast serves no attention sinks; load this model with attn_implementation="eager"')
+    for names, what, other in ((_SINKS, "attention sinks", "eager"), (_CHOSEN, "keys that an indexer chose", "sdpa")):
+        if any(others.get(name) is not None for name in names):
+            raise ValueError(f'oner_fast serves no {what}; load this model with attn_implementation="{other}"')
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
     boundaries = _boundaries(module, query, key, attention_mask, others)
+    numbers = None if boundaries is not None else _numbers(module, query, attention_mask, others)
     reason = dense_attention.why_not(query, key, value) or _why_not(attention_mask, boundaries, others)
+    if reason is None and numbers is not None:
+        reason = "its packed rows have hidden positions"
     if boundaries is not None:
         causal = is_causal or (attention_mask is not None and attention_mask.dtype == transformers_masks.SEQUENCES)
         if reason is None:
@@ -106,6 +139,8 @@ def attention(
             if others.get("position_bias") is not None:
                 others["position_bias"] = others["position_bias"][..., :width]
             mask = transformers_masks.pairs(mask, query.shape[2])
+        if mask is not None and numbers is not None:
+            mask = mask & (numbers[:, None, :, None] == numbers[:, None, None])
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
         )
@@ -155,6 +190,26 @@ def _boundaries(
     elif mask is None and query.shape[2] == key.shape[2] and not _is_cross(module):
         found = transformers_packing.of_positions(others.get("position_ids"), query.shape[0], query.shape[2])
     return None if found is None else (found, None)
+
+
+def _numbers(module: torch.nn.Module, query: Tensor, mask: Tensor | None, others: dict[str, Any]) -> Tensor | None:
+    """Return the number of each position's sequence (B, N) where positions restart beside a mask, or None.
+
+    transformers' own masks know nothing of the sequences where keys are hidden, or where there is a cache. A mask of
+    pairs counts as its own where the layer has a window; another is the caller's, and stands as it is. So does one
+    number a key inside torch.compile, where nobody can read whether rows are packed.
+    """
+    if mask is None or mask.ndim != 4 or mask.shape[3] != query.shape[2] or _is_cross(module):
+        return None
+    if transformers_masks.is_ours(mask) and mask.dtype != transformers_masks.SEQUENCES:
+        seen = mask[:, 0, 0].bool()
+        if transformers_packing.unreadable(mask):
+            return None
+    elif mask.dtype == torch.bool and mask.shape[2] == query.shape[2] and others.get("sliding_window") is not None:
+        seen = mask[:, 0].diagonal(dim1=1, dim2=2)
+    else:
+        return None
+    return transformers_packing.numbers_beside(mask, seen, others.get("position_ids"), query.shape[0])
 
 
 def _is_cross(module: torch.nn.Module) -> bool:

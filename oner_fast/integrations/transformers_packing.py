@@ -32,9 +32,7 @@ def of_positions(position_ids: Tensor | None, batch: int, length: int) -> Tensor
     that jump elsewhere say nothing of sequences. Where they cannot be read, as inside torch.compile, the answer is not
     None, and sequences may be empty.
     """
-    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] != length or length == 1:
-        return None
-    if position_ids.shape[0] not in (1, batch):
+    if position_ids is None or not _are_of(position_ids, batch, length):
         return None
     return _remembered(position_ids, lambda: _of_positions(position_ids, batch), batch)
 
@@ -46,6 +44,39 @@ def _of_positions(position_ids: Tensor, batch: int) -> Tensor | None:
     if not unreadable(restarts) and not bool(restarts.any()):
         return None
     return _boundaries(_starts(restarts).expand(batch, -1))
+
+
+def _are_of(position_ids: Tensor, batch: int, length: int) -> bool:
+    return position_ids.ndim == 2 and position_ids.shape[1] == length > 1 and position_ids.shape[0] in (1, batch)
+
+
+def numbers_beside(mask: Tensor, seen: Tensor, position_ids: Tensor | None, batch: int) -> Tensor | None:
+    """Return the number of each position's sequence (B, N) where rows are packed beside a mask, or None.
+
+    `seen` (B, N) bool is False where a position is hidden. The positions of hidden ones say nothing: those of a batch
+    padded on the left (0, 0, 0, 1, 2) restart, and hold one sequence. The answer is kept on `mask`.
+    """
+    length = mask.shape[3]
+    if position_ids is None or not _are_of(position_ids, batch, length):
+        return None
+    given: Tensor = position_ids
+
+    def make() -> Tensor | None:
+        positions = given.expand(batch, -1)
+        there = seen.expand(batch, -1)
+        places = torch.arange(length, device=positions.device)
+        latest = torch.where(there, places, -1).cummax(1).values
+        before = F.pad(latest[:, :-1], (1, 0), value=-1)  # the place of the seen position before each
+        step = positions - positions.gather(1, before.clamp_min(0))
+        jumps = there & (before >= 0) & (step != 1) & (step != places - before)
+        first = positions.gather(1, there.int().argmax(1, keepdim=True))
+        restarts = jumps & ((positions == first) | ~jumps).all(1, keepdim=True)
+        if not unreadable(restarts) and not bool(restarts.any()):
+            return None
+        return restarts.cumsum(1)
+
+    found: Tensor | None = _remembered(mask, make, id(given), given._version if not given.is_inference() else 0)
+    return found
 
 
 def _starts(changes: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from oner_fast.models.optional_packages import optional_package
 if find_spec("open_clip") is None:
     pytest.skip("needs open_clip (pip install $(oner-fast requirements clip))", allow_module_level=True)
 
+from oner_fast.integrations import fallback as ours_fallback
 from oner_fast.integrations import open_clip as ours
 
 theirs = optional_package("open_clip").loss
@@ -267,3 +268,17 @@ def test_only_what_is_asked_for_is_patched_and_unpatch_puts_back_the_same_object
         ours.patch()
         assert all(getattr(*place) is not one for place, one in before.items())
     assert all(getattr(*place) is one for place, one in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("ClipLoss", "get_logits"), ("SigLipLoss", "_loss"), ("DistillClipLoss", "dist_loss")]
+)
+def test_a_part_replaced_in_one_loss_is_called(name: str, part: str) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyError(part)
+
+    options, given = call(name)
+    loss = getattr(ours, name)(**options)
+    setattr(loss, part, stop)
+    with pytest.raises(KeyError, match=part), pytest.warns(ours_fallback.Fallback, match=f"has a {part} of its own"):
+        loss(**given)

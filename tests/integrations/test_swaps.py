@@ -143,3 +143,11 @@ def test_a_reason_is_told_once_and_again_after_everything_is_put_back(
             tell("Owner.first", "its own code", "too long")
     with pytest.warns(fallback.Fallback, match="too short"):
         tell("Owner.first", "its own code", "too short")
+
+
+def test_what_was_loaded_again_counts_as_put_back() -> None:
+    swaps = Swaps("project")
+    swaps.replace([Swap(Owner, name, negated, f"Owner.{name}") for name in ORIGINALS])
+    Owner.first = ORIGINALS["first"]  # type: ignore[method-assign]  # as importlib.reload does
+    swaps.put_back()
+    assert {name: vars(Owner)[name] for name in ORIGINALS} == ORIGINALS

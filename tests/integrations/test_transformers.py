@@ -51,6 +51,10 @@ def bert(attention: str, kind: str = "BertForMaskedLM", **options: Any) -> Any:
     return make(kind, config("Bert", **{**TEXT, **NO_DROPOUT, **options}), attention)
 
 
+def mistral(attention: str) -> Any:
+    return make("MistralForCausalLM", config("Mistral", **LLAMA, sliding_window=3), attention)
+
+
 def two_towers(kind: str, attention: str) -> Any:
     text = {**TEXT, "max_position_embeddings": 8, "projection_dim": 32, "bos_token_id": 1, "eos_token_id": 59}
     return make(f"{kind}Model", config(kind, text_config=text, vision_config=IMAGE), attention)
@@ -215,6 +219,48 @@ def test_positions_that_restart_are_packed_and_others_are_not(
     assert found is not None and found.tolist()[:4] == [0, 1, 2, 4]
 
 
+@pytest.mark.parametrize("given", ["mask", "mask without cache", "cache"])
+@pytest.mark.parametrize("build", [bert, llama, mistral])
+def test_packed_rows_stay_apart_beside_padding_and_windows(build: Any, given: str) -> None:
+    rows, ends = IDS[:2], ((3, 2), (5, 3))
+    seen = torch.tensor([[1] * 5 + [0] * 3, [1] * 8])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 0, 1, 2]])
+    plain = build("sdpa").eval()
+    expected = torch.cat([one_by_one(plain, row[None, : sum(n)], n)[0] for row, n in zip(rows, ends, strict=True)])
+    options: dict[str, Any] = {"use_cache": "without" not in given, "attention_mask": seen if "mask" in given else None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fallback.Fallback)
+        out = build("oner_fast").eval()(input_ids=rows, position_ids=positions, **options).logits
+    torch.testing.assert_close(out[seen.bool()], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [0, 1], ids=["0 0 0 1", "1 1 0 1"])  # positions of padding in various versions
+def test_positions_of_padding_are_not_taken_for_packing(hidden: int, served: list[str]) -> None:
+    positions = (BEFORE.cumsum(1) - 1).masked_fill(BEFORE == 0, hidden)
+    for build in (bert, llama):
+        theirs, found = (
+            build(name).eval()(input_ids=IDS, attention_mask=BEFORE, position_ids=positions).logits[BEFORE.bool()]
+            for name in ("sdpa", "oner_fast")
+        )
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
+    assert served == ["dense"] * 4
+
+
+@pytest.mark.parametrize("kind", ["BloomForCausalLM", "GptOssForCausalLM"])
+def test_models_that_sdpa_does_not_serve_keep_their_own_attention(kind: str) -> None:
+    if kind == "BloomForCausalLM":  # its layers add the mask to the scores, positions included
+        configuration = config("Bloom", vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
+    else:
+        experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8}
+        configuration = config("GptOss", **{**LLAMA, **experts}, layer_types=["full_attention"] * 2)
+    expected = make(kind, configuration, "eager").eval()(input_ids=IDS, attention_mask=PADDED).logits
+    found: list[Any] = []
+    reason = f"the attention of {kind} to its own code"
+    with pytest.warns(fallback.Fallback, match=reason):
+        found.append(make(kind, configuration, "oner_fast").eval())
+    assert torch.equal(found[0](input_ids=IDS, attention_mask=PADDED).logits, expected)
+
+
 @pytest.mark.parametrize("mask", [None, PADDED, BEFORE], ids=["whole", "right", "left"])
 def test_padding_hides_keys_from_every_token_that_sees_any(mask: Tensor | None, served: list[str]) -> None:
     for build in (bert, llama):
@@ -305,7 +351,6 @@ def told(call: Any) -> list[str]:
     return [message.removeprefix(start) for message in messages]
 
 
-MISTRAL = {**LLAMA, "sliding_window": 3}
 BIAS = torch.linspace(-2, 2, 64).view(1, 1, 8, 8)
 
 
@@ -315,7 +360,7 @@ BIAS = torch.linspace(-2, 2, 64).view(1, 1, 8, 8)
         (lambda a: llama(a), {"attention_mask": BIAS}, "its mask is an additive bias"),
         (lambda a: llama(a), {"attention_mask": 0.1 * BIAS.mT < BIAS}, "its mask differs between queries or heads"),
         (
-            lambda a: make("MistralForCausalLM", config("Mistral", **MISTRAL), a),
+            mistral,
             {"attention_mask": PADDED},
             "it has a sliding window",
         ),
@@ -373,6 +418,8 @@ def test_what_nobody_serves_is_refused_by_name() -> None:
     q = heads()
     with pytest.raises(ValueError, match="no attention sinks"):
         ours.attention(Layer(), q, q, q, None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="no keys that an indexer chose"):
+        ours.attention(Layer(), q, q, q, None, indices=torch.zeros(3, 8, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="does not support `softcap`"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours.attention(Layer(), q, q, q, None, softcap=30.0)
