@@ -337,8 +337,8 @@ def _deep(query: Side, key: Side, terms: Terms, to_query: Gradients, to_key: Gra
         grid = (triton.cdiv(last - first, chosen.blocks["BLOCK_M"]), triton.cdiv(columns, chosen.blocks["BLOCK_N"]))
         sums.append(torch.empty(grid, dtype=torch.float32, device=q.device))
         _tiles[grid](
-            q, q.stride(0), given(q_rest), k, k.stride(0), given(k_rest), *terms.pairs, given(ranges), gradient, sums[-1],
-            first, last, columns, width, terms.first_pair,
+            q, q.stride(0), given(q_rest), k, k.stride(0), given(k_rest), *terms.pairs, given(ranges), gradient,
+            sums[-1], first, last, columns, width, terms.first_pair,
             QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, **terms.flags, RANGED=ranges is not None,
             RANGES=RANGES, WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q),
             **chosen.launch,

@@ -168,7 +168,7 @@ def test_dropout_draws_the_same_weights_as_the_reference(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_distilling_and_one_direction_take_a_scale_on_the_host(dtype: torch.dtype) -> None:
-    """distill_info_nce in plain PyTorch, and one direction of mixup_info_nce; the scale's gradient stays on the host."""
+    """The scale's gradient is on the host too, and right."""
     rows = torch.nn.functional.normalize(torch.randn(4, 700, 96, device="cuda"), dim=-1).to(dtype)
     leaves = [rows[0].requires_grad_(), rows[1].requires_grad_(), torch.tensor(20.0, requires_grad=True)]
     wide = [x.detach().cpu().double().requires_grad_() for x in leaves]
