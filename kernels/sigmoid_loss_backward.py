@@ -16,8 +16,9 @@ Rows of more than 256 elements, mixed rows of more than 128, and all float32 row
 tile. `_tiles` stores G for them, for a chunk of rows at a time, as mixup_info_nce_deep.py describes; its products are
 that module's.
 
-Numbers of G are at most 1. The range of float16 is too small only for their products with the inverse norms of rows
-that were not normalised; these are scaled to at most 2^14.
+Numbers of G are at most 1, and small where most pairs are told apart. In float16 they are scaled to at most 2^14, or
+those of a trained model would lose their digits below 2^-14. So are their products with the inverse norms of rows that
+were not normalised.
 """
 
 from __future__ import annotations
@@ -169,10 +170,10 @@ def _gradient(
 @triton.jit(do_not_specialize=["first_row", "last_row", "columns", "first_pair"])
 def _tiles(
     query, query_stride, query_rest, key, key_stride, key_rest, partner, partner_weight, query_code, key_code,
-    logit_scale, logit_bias, out, tile_sums, first_row, last_row, columns, width, first_pair,
+    logit_scale, logit_bias, ranges, out, tile_sums, first_row, last_row, columns, width, first_pair,
     QUERY_REST: tl.constexpr, KEY_REST: tl.constexpr, BIAS: tl.constexpr, PARTNER: tl.constexpr, SAME: tl.constexpr,
-    WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    RANGED: tl.constexpr, RANGES: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write one tile [BLOCK_M, BLOCK_N] of G for the rows from first_row to last_row, and its sum."""
     row_tile, column_tile = first_row + tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
@@ -210,6 +211,8 @@ def _tiles(
     tl.store(
         tile_sums + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.where(here, gradient, 0.0))
     )
+    if RANGED:
+        gradient *= range_factor(ranges, 2, RANGES)
     at = out + (row - first_row).to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(at, gradient.to(out.dtype.element_ty), mask=here)
 
@@ -324,6 +327,7 @@ def _deep(query: Side, key: Side, terms: Terms, to_query: Gradients, to_key: Gra
     kind = kind_of(q.dtype)
     size = size_class(width, WIDEST[kind])
     chosen = configuration(OP, "sums", f"{kind} {size}", architecture_of(q))
+    ranges = _ranges(q, None, None) if q.dtype == torch.float16 else None
     sums: list[Tensor] = []
 
     def given(x: Tensor | None) -> Tensor:
@@ -333,14 +337,15 @@ def _deep(query: Side, key: Side, terms: Terms, to_query: Gradients, to_key: Gra
         grid = (triton.cdiv(last - first, chosen.blocks["BLOCK_M"]), triton.cdiv(columns, chosen.blocks["BLOCK_N"]))
         sums.append(torch.empty(grid, dtype=torch.float32, device=q.device))
         _tiles[grid](
-            q, q.stride(0), given(q_rest), k, k.stride(0), given(k_rest), *terms.pairs, gradient, sums[-1], first, last,
-            columns, width, terms.first_pair,
-            QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, **terms.flags, WHOLE=size != "deep",
-            EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q), **chosen.launch,
+            q, q.stride(0), given(q_rest), k, k.stride(0), given(k_rest), *terms.pairs, given(ranges), gradient,
+            sums[-1], first, last, columns, width, terms.first_pair,
+            QUERY_REST=q_rest is not None, KEY_REST=k_rest is not None, **terms.flags, RANGED=ranges is not None,
+            RANGES=RANGES, WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q),
+            **chosen.launch,
         )  # fmt: skip
 
     scale = terms.logit_scale.float() * terms.each
-    multiply_chunks((query, q, q_rest), (key, k, k_rest), scale, None, to_query, to_key, dot, tiles)
+    multiply_chunks((query, q, q_rest), (key, k, k_rest), scale, ranges, to_query, to_key, dot, tiles)
     return torch.cat([x.flatten() for x in sums])
 
 
@@ -372,7 +377,8 @@ def compilations() -> list[Compilation]:
         for mark, same_pair in SAME_MARKS.items():
             flags = {
                 "QUERY_REST": True, "KEY_REST": True, "BIAS": True, "PARTNER": not same_pair, "SAME": same_pair,
-                "WHOLE": False, "EVEN": True, "PRECISION": precision,
+                "RANGED": dtype == torch.float16, "RANGES": RANGES, "WHOLE": False, "EVEN": True,
+                "PRECISION": precision,
             }  # fmt: skip
             chosen = configuration(OP, "sums", f"{kind} deep", 80)
             name = f"tiles_{element}{'_' if mark else ''}{mark}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import checks, distill_checks, reference
 from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
+from oner_fast.ops.contrast_arguments import one_number
 from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import define, raw_ops
 from oner_fast.ops.serve import serve
@@ -132,11 +132,7 @@ def sum_of_rows(
     Returns:
         The sum, 0-d: float32, or float64 where the query is.
     """
-    dtype = widest_dtype(query.device)
-    scale, teacher_scale = (
-        x.reshape(()) if isinstance(x, Tensor) else torch.full((), float(x), dtype=dtype, device=query.device)
-        for x in (logit_scale, teacher_logit_scale)
-    )
+    scale, teacher_scale = (one_number(x, query.device) for x in (logit_scale, teacher_logit_scale))
     total: Tensor = _distill_info_nce(
         query, key, scale, teacher_query.detach(), teacher_key.detach(), teacher_scale.detach(), columns_too, backend
     )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from oner_fast.dtypes import widest_dtype
 from oner_fast.ops import checks
+from oner_fast.ops.contrast_arguments import one_number
 from oner_fast.ops.implementations import REFERENCE, choose
 from oner_fast.ops.library import raw_ops
 from oner_fast.ops.mixup_info_nce import facts
@@ -74,10 +74,6 @@ def row_info_nce(query: Tensor, keys: Tensor, logit_scale: Tensor | float, first
     query, keys, _, _ = checks.rows_of_one_dtype(query, keys, None, None)
     op, device, known = facts(query, keys)
     chosen = choose(op, device, **known).name
-    if isinstance(logit_scale, Tensor):
-        scale = logit_scale.reshape(())
-    else:
-        scale = torch.full((), float(logit_scale), dtype=widest_dtype(query.device), device=query.device)
     backend = "portable" if chosen == REFERENCE else chosen
-    loss: Tensor = _row_info_nce(query, keys, scale, first_pair, backend)
+    loss: Tensor = _row_info_nce(query, keys, one_number(logit_scale, query.device), first_pair, backend)
     return loss

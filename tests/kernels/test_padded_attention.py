@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oner_fast.ops import attention_dropout, padded_attention, varlen_attention
@@ -31,7 +32,9 @@ def with_gradients(attend: Callable[..., Tensor], leaves: list[Tensor], upstream
     return [result.detach(), *torch.autograd.grad(result, leaves, upstream.to(result.dtype), materialize_grads=True)]
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, real: Tensor, causal: bool, kept: Tensor | None) -> Tensor:
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, real: Tensor, causal: bool, kept: Tensor | None, scale: float | None
+) -> Tensor:  # fmt: skip
     """Plain PyTorch in the dtype of the inputs."""
     groups, rows, keys = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -39,7 +42,9 @@ def eager(query: Tensor, key: Tensor, value: Tensor, real: Tensor, causal: bool,
     if causal:
         seen = seen & torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
     blind = ~seen.any(-1, keepdim=True)
-    scores = ((query * query.shape[-1] ** -0.5) @ key.mT).masked_fill(~(seen | blind), -math.inf)
+    scores = ((query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT).masked_fill(
+        ~(seen | blind), -math.inf
+    )
     weights = scores.softmax(-1)
     if kept is not None:
         weights = (weights * attention_dropout.made_up(1 << 14)).masked_fill(~kept, 0.0)
@@ -48,17 +53,22 @@ def eager(query: Tensor, key: Tensor, value: Tensor, real: Tensor, causal: bool,
 
 def check(
     heads: tuple[int, int], sizes: tuple[int, int], head_dim: int, dtype: torch.dtype, device: str, *,
-    causal: bool = False, masked: bool = False, dropout: bool = False,
-    change: Callable[[Tensor], Tensor] = lambda x: x,
+    causal: bool = False, masked: bool = False, dropout: bool = False, whole: bool = False,
+    scale: float | None = None, change: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> None:  # fmt: skip
-    """At most twice (gradients three times) the error of plain PyTorch, plus a unit in the last place."""
+    """At most twice (gradients three times) the error of plain PyTorch, plus a unit in the last place.
+
+    `whole`: nothing is padding, and nothing is said about it.
+    """
     rows, keys = sizes
     leaves, upstream = inputs(heads, rows, keys, head_dim, dtype, device)
-    lengths = torch.tensor([keys, keys // 3, 0], device=device)
+    lengths = torch.tensor([keys] * 3 if whole else [keys, keys // 3, 0], device=device)
     real = torch.arange(keys, device=device) < lengths.unsqueeze(1)
     if masked:
         real[0] = torch.rand(keys, device=device) < 0.6
-    options: dict[str, Any] = {"key_mask": real} if masked else {"key_lengths": lengths}
+    options: dict[str, Any] = {"scale": scale}
+    if not whole:
+        options |= {"key_mask": real} if masked else {"key_lengths": lengths}
     kept = None
     if dropout:
         options |= {"dropout_p": 0.25, "dropout_seed": SEED}
@@ -72,9 +82,9 @@ def check(
         return padded_attention(*(change(one) for one in x), causal=causal, implementation="triton", **options)
 
     mine = with_gradients(ours, leaves, change(upstream))
-    plainly = with_gradients(lambda *x: eager(*x, real, causal, kept), leaves, upstream)
+    plainly = with_gradients(lambda *x: eager(*x, real, causal, kept, scale), leaves, upstream)
     wide = [x.detach().double().requires_grad_() for x in leaves]
-    exact = with_gradients(lambda *x: eager(*x, real, causal, kept), wide, upstream)
+    exact = with_gradients(lambda *x: eager(*x, real, causal, kept, scale), wide, upstream)
     for index, (one, other, truth) in enumerate(zip(mine, plainly, exact, strict=True)):
         assert one.dtype == dtype and one.shape == truth.shape
         unit = torch.finfo(dtype).eps * truth.abs().max()
@@ -91,11 +101,14 @@ def check(
         ((2, 2), (37, 150), 64, torch.bfloat16, {}),
         ((2, 1), (90, 70), 64, torch.float16, {"causal": True, "masked": True, "dropout": True}),
         ((1, 1), (40, 40), 88, torch.bfloat16, {"dropout": True}),
+        ((2, 1), (70, 90), 64, torch.float16, {"causal": True, "whole": True}),
+        ((2, 1), (70, 90), 64, torch.float16, {"causal": True, "scale": 0.0}),
+        pytest.param((2, 2), (37, 50), 64, torch.bfloat16, {"scale": -0.3}, marks=pytest.mark.slow_emulated),
         pytest.param((2, 2), (20, 33), 16, torch.float32, {"masked": True}, marks=pytest.mark.slow_emulated),
     ],
 )
 def test_error_against_float64(
-    heads: tuple[int, int], sizes: tuple[int, int], head_dim: int, dtype: torch.dtype, options: dict[str, bool],
+    heads: tuple[int, int], sizes: tuple[int, int], head_dim: int, dtype: torch.dtype, options: dict[str, Any],
     device: str,
 ) -> None:  # fmt: skip
     check(heads, sizes, head_dim, dtype, device, **options)
@@ -116,6 +129,7 @@ def test_every_head_dimension(head_dim: int, dtype: torch.dtype, dropout: bool, 
     [
         Tensor.contiguous,  # heads before rows
         lambda x: torch.stack([x, torch.full_like(x, math.nan)], 1)[:, 0],  # samples far apart
+        pytest.param(lambda x: F.pad(x, (1, 0))[..., 1:], marks=pytest.mark.slow_emulated),  # nothing is aligned
         pytest.param(lambda x: x.mT.contiguous().mT, marks=pytest.mark.slow_emulated),  # numbers apart
     ],
 )
@@ -203,6 +217,7 @@ def test_a_gradient_that_is_not_needed_is_not_computed(device: str, executor: An
 
 
 def test_empty_inputs_are_legal(device: str) -> None:
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
     for batch, rows, keys, heads in ((0, 3, 4, 2), (2, 0, 5, 2), (2, 5, 0, 2), (2, 5, 5, 0)):
         query = torch.zeros(batch, rows, heads, 8, device=device)
         key = torch.ones(batch, keys, max(heads, 1), 8, device=device)
@@ -210,6 +225,33 @@ def test_empty_inputs_are_legal(device: str) -> None:
         assert out.shape == query.shape and statistics.shape == (2, batch, rows, heads) and not statistics.any()
         grads = BACKWARD(out, query, key, key, out, statistics, None, 1.0, True, True)
         assert [x.shape for x in grads] == [query.shape, key.shape, key.shape] and not any(x.any() for x in grads)
+
+
+@pytest.mark.parametrize("executor", [{"shuffle": 1}, {"shuffle": 2}], indirect=True, ids=["one", "another"])
+def test_programs_may_run_in_any_order(executor: Any, device: str) -> None:
+    check((2, 1), (70, 90), 64, torch.float16, device, causal=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow_emulated)])
+def test_large_scores_and_numbers_that_are_not_finite(dtype: torch.dtype, device: str) -> None:
+    """A softmax of one key, however large its score; a NaN in one sample stays there."""
+    query = torch.zeros(2, 1, 5, 64, dtype=dtype, device=device)
+    key, value = (
+        torch.zeros(2, 1, 7, 64, dtype=dtype, device=device),
+        torch.zeros_like(query)[:, :, :1].repeat(1, 1, 7, 1),
+    )
+    query[..., 0], key[:, :, 3, 0] = 100.0, 100.0
+    value[:, :, 3] = 2.0
+    key[1, 0, 6, 0] = math.nan
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    lengths = torch.tensor([7, 7], device=device)
+    out, *found = with_gradients(
+        lambda *x: padded_attention(*x, key_lengths=lengths, scale=100.0, implementation="triton"),
+        leaves, torch.ones_like(query),
+    )  # fmt: skip
+    assert (out[0] == 2).all() and out[1].isnan().all()
+    assert all(x[0].isfinite().all() for x in found)
+    assert (found[2][0, 0, 3] == 5).all() and not found[2][0, 0, :3].any() and not found[0][0].any()
 
 
 def test_wrong_counts_stay_inside_the_tensors(device: str) -> None:

@@ -180,6 +180,20 @@ def test_scale_100_and_bias_minus_10_overflow_nothing(dtype: torch.dtype, device
     assert to_query.isfinite().all() and to_bias.item() == pytest.approx(1.0, rel=1e-6)
 
 
+@pytest.mark.parametrize("width", [64, 264])
+def test_small_gradients_of_float16_keep_their_digits(width: int, device: str) -> None:
+    """A trained model tells pairs apart: G is about 1e-6 everywhere, where float16 has one or two digits."""
+    generator = torch.Generator().manual_seed(4)
+    query = torch.eye(40, width)
+    key = F.normalize(query + 0.02 * torch.randn(40, width, generator=generator), dim=1)
+    leaves = [x.to(device, HALF).requires_grad_() for x in (query, key)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    loss = 2**12 * sigmoid_loss(*leaves, 30.0, -16.0, implementation="triton")
+    exact = 2**12 * reference.sigmoid_loss(*wide, 30.0, -16.0)
+    for mine, right in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, wide), strict=True):
+        assert (mine.double() - right).abs().max() <= 2.0**-10 * right.abs().max()
+
+
 def test_norms_of_float16_may_lie_far_apart(device: str) -> None:
     """Rows of 1e-4 and of 1e3, and one of zeros: no product with an inverse norm leaves float16."""
     generator = torch.Generator().manual_seed(3)

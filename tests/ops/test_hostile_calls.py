@@ -15,6 +15,7 @@ from torch import Tensor
 
 from oner_fast.ops import (
     boundaries,
+    distill_info_nce,
     draw_masks,
     gather_patches,
     masked_gather,
@@ -83,6 +84,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {
             "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor([5.0]),
             "query_ids": torch.tensor([1, 1, 3, -1]), "key_ids": torch.tensor([1, 1, -1, 3]), "normalized": True,
+        },
+    ),
+    "distill_info_nce": (
+        distill_info_nce,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor(5.0),
+            "teacher_query": torch.randn(4, 6), "teacher_key": torch.randn(4, 6),
+            "teacher_logit_scale": torch.tensor([5.0]),
         },
     ),
     "varlen_attention": (

@@ -217,6 +217,47 @@ def test_any_strides(implementation: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(one, first, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_that_begin_anywhere_in_memory(implementation: str, dtype: torch.dtype) -> None:
+    """No row, head or sample begins at a multiple of more than one number."""
+    leaves = three(2, 2, 1, 19, 23, 11, dtype)
+    apart = [torch.nn.functional.pad(x.detach(), (1, 1))[..., 1:-1].requires_grad_() for x in leaves]
+    options = {"key_lengths": torch.tensor([23, 6]), "causal": True, "implementation": implementation}
+    found, expected = (with_gradients(padded_attention(*x, **options), x) for x in (apart, leaves))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("keys", [0, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_key_at_all_leaves_no_gradient_missing(implementation: str, keys: int, dtype: torch.dtype) -> None:
+    """Without keys, and with padding alone: every input takes a gradient of its shape, and it is 0."""
+    for causal, autocast in ((False, False), (True, False), (False, True)):
+        leaves = three(2, 2, 1, 4, keys, 3, dtype)
+        lengths = torch.zeros(2, dtype=torch.int64)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = padded_attention(*leaves, key_lengths=lengths, causal=causal, implementation=implementation)
+        assert out.dtype == (torch.bfloat16 if autocast else dtype) and not out.any()
+        for x, gradient in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+            assert gradient.shape == x.shape and gradient.dtype == dtype and not gradient.any()
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_large_scores_and_numbers_that_are_not_finite(implementation: str, dtype: torch.dtype) -> None:
+    """A softmax of one key, however large its score; and a NaN in one sample stays there."""
+    query, key, value = torch.zeros(2, 1, 5, 8), torch.zeros(2, 1, 7, 8), torch.ones(2, 1, 7, 8)
+    query[..., 0], key[:, :, 3, 0], value[:, :, 3], key[1, 0, 6, 0] = 100.0, 100.0, 2.0, math.nan
+    leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+    out = padded_attention(*leaves, scale=100.0, implementation=implementation)
+    to_query, to_key, to_value = torch.autograd.grad(out.sum(), leaves)
+    assert (out[0] == 2).all() and out[1].isnan().all()
+    assert not to_query[0].any() and not to_key[0].any()
+    assert (to_value[0, 0, 3] == 5).all() and to_value[0].sum() == 5 * 8
+
+
 class Names(TorchDispatchMode):
     """The names of the ops that are called with rows, which have three or more dimensions."""
 
