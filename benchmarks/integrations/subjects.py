@@ -85,8 +85,8 @@ def _open_clip_loss(name: str, pairs: int, width: int) -> Subject:
         loss = getattr(optional_package("open_clip").loss, name)()
 
         def run() -> Tensor:
-            found = loss(*given)
-            return sum(found[1:], found[0]) if isinstance(found, tuple) else found
+            found: Tensor = torch.stack(loss(*given)).sum() if name == "DistillClipLoss" else loss(*given)
+            return found
 
         return Pair(run, _patched("open_clip", run, loss=True), leaves, given)
 
@@ -135,7 +135,7 @@ def _timm(name: str, images: int, patch_dropout: float, **parts: bool) -> Subjec
 
 
 def _pair(model: nn.Module, theirs: Loss, ours: Loss, inputs: list[Tensor]) -> Pair:
-    weights = list(model.parameters())
+    weights: list[Tensor] = [*model.parameters()]
     return Pair(theirs, ours, weights, [*weights, *model.buffers(), *inputs])
 
 
