@@ -30,9 +30,9 @@ inline WideWords product(WideWords words, uint32_t by) {
 inline void philox(WideWords (&w)[4], uint32_t low, uint32_t high) {
   for (int round = 0; round < 10; ++round) {
     const WideWords first = product(w[0], 0xD2511F53), second = product(w[2], 0xCD9E8D57);
-    w[0] = (second >> 32) ^ w[1] ^ uint64_t{low};
+    w[0] = (second >> 32) ^ w[1] ^ uint64_t { low };
     w[1] = second;
-    w[2] = (first >> 32) ^ w[3] ^ uint64_t{high};
+    w[2] = (first >> 32) ^ w[3] ^ uint64_t { high };
     w[3] = first;
     low += 0x9E3779B9, high += 0xBB67AE85;
   }
