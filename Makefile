@@ -4,8 +4,8 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow faults gates record ratios fuzz bench bench-results bench-against \
-	statistics gpu gpu-report sanitize mutations lint format support wheel docs clean
+.PHONY: help install demo test test-slow test-integrations faults gates record ratios fuzz bench bench-results \
+	bench-against statistics gpu gpu-report sanitize mutations lint format support wheel docs clean
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
@@ -74,8 +74,8 @@ EXTRA_triton := train
 WITH_clip := clip
 WITH_lit := lit
 WITH_triton := triton
-WITH_test := clip
-WITH_dev := clip
+WITH_test := integrations
+WITH_dev := integrations
 
 $(STAMP)-%: $(SOURCES) | $(STAMP)-tools
 	$(PIP) install --quiet --no-build-isolation -e '.[$(or $(EXTRA_$*),$*)]'
@@ -99,6 +99,9 @@ test: $(STAMP)-test ## run the tests (PYTEST='-k name' for some of them)
 test-slow: $(STAMP)-test ## run the exhaustive tests of the GPU kernels, emulated and interpreted
 	$(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST)
 	TRITON_INTERPRET=1 $(BIN)/pytest $(PARALLEL) -rfE -m slow $(PYTEST) $(INTERPRETED) || (($$? == 5))
+
+test-integrations: $(STAMP)-test ## train and evaluate other projects' models at length, with our ops and without
+	$(BIN)/pytest $(PARALLEL) -rfE -m integrations tests/integrations $(PYTEST)
 
 faults: $(STAMP)-test ## let every access to a file fail once, for a tiny run of each command, and print the counts
 	$(BIN)/pytest -q -m slow tests/faults $(PYTEST)

@@ -35,6 +35,7 @@ OTHERS = {
     "noise": "oner_fast.benchmarks.noise",
     "step": "oner_fast.benchmarks.step",
     "uta": "oner_fast.benchmarks.student",
+    "integrations": "oner_fast.benchmarks.integrations.command",
     "gpu-resources": "oner_fast.benchmarks.gpu.resources",
     "gpu-peers": "oner_fast.benchmarks.gpu.rivals",
     "gpu-tune": "oner_fast.benchmarks.gpu.tune",

@@ -14,7 +14,7 @@ CRITERIA: dict[str, Callable[[float], str]] = {
     "memory_share": lambda value: f"memory at most 1/{1 / value:.3g} of compiled",
     "memory_bytes": lambda value: f"memory at most {value / 1e6:.0f} MB",
 }
-LOSSES = ("mixup_info_nce", "token_alignment")
+LOSSES = ("mixup_info_nce", "sigmoid_loss", "token_alignment")
 
 
 def milliseconds(seconds: float) -> str:

@@ -186,7 +186,7 @@ def _partner_sums(partner, values, out, rows, columns, BLOCK_M: tl.constexpr, BL
     tl.store(out + column, tl.sum(sums, 0), mask=column < columns)
 
 
-def _parts(tiles: int, wanted: int) -> tuple[int, int]:
+def parts_of(tiles: int, wanted: int) -> tuple[int, int]:
     """Return the number of parts, and the number of tiles in every part except the last; no part is empty."""
     each = triton.cdiv(tiles, max(1, min(tiles, wanted, _LARGEST_PARTS)))
     return triton.cdiv(tiles, each), each
@@ -238,8 +238,8 @@ def statistics(
     size = size_class(q.shape[1], WIDEST[kind_of(q.dtype)])
     same = same_of(query_code, column_share)
     chosen = _configuration(kind_of(q.dtype), size, partner is not None, same, architecture_of(q))
-    stripes, stripe_tiles = _parts(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
-    parts, part_tiles = _parts(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))
+    stripes, stripe_tiles = parts_of(triton.cdiv(rows, chosen.blocks["BLOCK_M"]), _LARGEST_PARTS)
+    parts, part_tiles = parts_of(triton.cdiv(columns, chosen.blocks["BLOCK_N"]), triton.cdiv(_PROGRAMS, stripes))
     row_max, row_sum = numbers(parts, rows), numbers(parts, rows)
     column_max, column_sum = (numbers(stripes, columns if columns_too else 0) for _ in range(2))
     own, shared = numbers(parts if same == POSITIVE else 1, rows), numbers(0 if partner is None else rows)

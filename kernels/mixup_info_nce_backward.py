@@ -59,7 +59,7 @@ from oner_fast.kernels.mixup_info_nce_tiles import (
     same_pairs,
 )  # fmt: skip
 
-_PART = 64  # columns of the sums that go through the normalisation at once
+PART_OF_SUMS = 64  # columns of the sums that go through the normalisation at once
 
 
 @triton.jit
@@ -80,6 +80,36 @@ def _parts(x, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):
         c, d = _halves(right, BLOCK_M, BLOCK // 2)
         parts = (a, b, c, d)  # type: ignore[assignment]
     return parts
+
+
+@triton.jit
+def store_tile(
+    u, scale, x, x_stride, x_other, x_other_stride, mix, inverse_norm, to_x, to_other, to_mix, dot, first, rows, width,
+    DOT: tl.constexpr, UNIT: tl.constexpr, MIXED: tl.constexpr, MIX_EACH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Backpropagate from scale * u, the gradient of the tile of rows of the logits from `first` on, and store it."""
+    row = first + tl.arange(0, BLOCK_M)
+    row_here = row < rows
+    parts = _parts(u, BLOCK_M, BLOCK_K, PART)
+    along = tl.zeros([BLOCK_M], tl.float32)
+    if DOT or not UNIT:
+        for i in tl.static_range(BLOCK_K // PART):
+            along += along_rows(
+                parts[i], x, x_stride, x_other, x_other_stride, mix, row, row_here, i * PART, width, MIXED, MIX_EACH,
+                PART,
+            )  # fmt: skip
+            tl.debug_barrier()  # x is loaded part by part, and again below, because registers cannot hold it
+    along, to_unit = norm_factors(along, scale, inverse_norm, dot, row, row_here, UNIT, DOT)
+    mixes = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(BLOCK_K // PART):
+        mixes += store_gradient(
+            parts[i], along, to_unit, x, x_stride, x_other, x_other_stride, mix, to_x, to_other, row, row_here,
+            i * PART, width, UNIT, MIXED, MIX_EACH, PART,
+        )  # fmt: skip
+        tl.debug_barrier()
+    if MIXED:
+        tl.store(to_mix + row, mixes, mask=row_here)
 
 
 @triton.jit
@@ -179,26 +209,10 @@ def _gradient_of(
         weighted = (gradient * met_rest[None, :]).to(owner.dtype.element_ty)
         u = tl.dot(weighted, b, u)
 
-    parts = _parts(u / factor, BLOCK_M, BLOCK_K, PART)
-    row = owner_first + tl.arange(0, BLOCK_M)
-    along = tl.zeros([BLOCK_M], tl.float32)
-    if OWNER_IS_QUERY or not UNIT:
-        for i in tl.static_range(BLOCK_K // PART):
-            along += along_rows(
-                parts[i], x, x_stride, x_other, x_other_stride, mix, row, row_here, i * PART, width, MIXED, MIX_EACH,
-                PART,
-            )  # fmt: skip
-            tl.debug_barrier()  # x is loaded part by part, and again below, because registers cannot hold it
-    along, to_unit = norm_factors(along, scale, inverse_norm, dot, row, row_here, UNIT, OWNER_IS_QUERY)
-    mixes = tl.zeros([BLOCK_M], tl.float32)
-    for i in tl.static_range(BLOCK_K // PART):
-        mixes += store_gradient(
-            parts[i], along, to_unit, x, x_stride, x_other, x_other_stride, mix, to_x, to_other, row, row_here,
-            i * PART, width, UNIT, MIXED, MIX_EACH, PART,
-        )  # fmt: skip
-        tl.debug_barrier()
-    if MIXED:
-        tl.store(to_mix + row, mixes, mask=row_here)
+    store_tile(
+        u / factor, scale, x, x_stride, x_other, x_other_stride, mix, inverse_norm, to_x, to_other, to_mix, dot,
+        owner_first, owners, width, OWNER_IS_QUERY, UNIT, MIXED, MIX_EACH, BLOCK_M, BLOCK_K, PART,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "first_pair", "query_tiles"])
@@ -323,7 +337,7 @@ def _whole(
         QUERY_UNIT=query.inverse_norm is None, KEY_UNIT=key_unit, COLUMNS=weights.column_max is not None,
         PARTNER=weights.partner is not None, SAME=weights.same, RANGED=ranges is not None, RANGES=RANGES,
         BOTH_SIDES=key_tiles > 0,
-        ATOMIC=atomic, EVEN=width % chosen.blocks["BLOCK_K"] == 0, PART=_PART, **chosen.exact,
+        ATOMIC=atomic, EVEN=width % chosen.blocks["BLOCK_K"] == 0, PART=PART_OF_SUMS, **chosen.exact,
     )  # fmt: skip
     if atomic:
         to_key.finish(key, key_sums, logit_scale, ranges, None)
@@ -367,7 +381,7 @@ def _compilation(dtype: torch.dtype, size: int, mark: str, same: str) -> Compila
         "QUERY_REST": rest, "KEY_REST": rest, "QUERY_MIXED": mixed, "KEY_MIXED": mixed, "MIX_EACH": mixed,
         "QUERY_UNIT": unit, "KEY_UNIT": unit, "COLUMNS": True, "PARTNER": mark == "partner",
         "SAME": SAME_MARKS[same], "RANGED": dtype == torch.float16, "RANGES": RANGES, "BOTH_SIDES": not atomic,
-        "ATOMIC": atomic, "EVEN": True, "PART": _PART,
+        "ATOMIC": atomic, "EVEN": True, "PART": PART_OF_SUMS,
     }  # fmt: skip
     elements = "query key query_x query_other to_query to_query_other key_x key_other to_key to_key_other"
     chosen = _tiles(str(size), mixed, mark == "partner", SAME_MARKS[same], atomic, 80)

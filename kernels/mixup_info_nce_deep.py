@@ -13,6 +13,8 @@ products of 2 M N D, forward included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -141,13 +143,7 @@ def launch(
 ) -> None:
     """Compute the gradients of both sides, and the dot product of each query row with its sums."""
     (q, q_rest), (k, k_rest) = query.operand(), key.operand()
-    (rows, width), columns, device = q.shape, k.shape[0], q.device
-    q_unit = q.contiguous() if q_rest is None else query.unit_rows()
-    k_unit = k.contiguous() if k_rest is None else key.unit_rows()
-    chunk = min(rows, max(_CHUNK, 2 * width))
-    gradient = torch.empty(chunk, columns, dtype=q.dtype, device=device)
-    query_sums = torch.empty(rows, width, dtype=torch.float32, device=device)
-    key_sums = torch.empty((columns, width) if to_key.x.numel() else (0, width), dtype=torch.float32, device=device)
+    width, columns = q.shape[1], k.shape[0]
     ranges = weights.ranges(None, None, columns) if q.dtype == torch.float16 else None
     kind = kind_of(q.dtype)
     size = size_class(width, WIDEST[kind])
@@ -156,8 +152,7 @@ def launch(
     def given(x: Tensor | None) -> Tensor:
         return dot if x is None else x
 
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
+    def tiles(first: int, last: int, gradient: Tensor) -> None:
         grid = (triton.cdiv(last - first, chosen.blocks["BLOCK_M"]), triton.cdiv(columns, chosen.blocks["BLOCK_N"]))
         _tiles[grid](
             q, q.stride(0), given(q_rest), weights.row_max, weights.row_weight, k, k.stride(0), given(k_rest),
@@ -170,12 +165,39 @@ def launch(
             WHOLE=size != "deep", EVEN=width % chosen.blocks["BLOCK_K"] == 0, PRECISION=precision_of(q),
             **chosen.exact,
         )  # fmt: skip
+
+    multiply_chunks((query, q, q_rest), (key, k, k_rest), logit_scale, ranges, to_query, to_key, dot, tiles)
+
+
+Operand = tuple[Side, Tensor, Tensor | None]  # a side, and what its `operand` returned
+
+
+def multiply_chunks(
+    query: Operand, key: Operand, scale: Tensor, ranges: Tensor | None, to_query: Gradients, to_key: Gradients,
+    dot: Tensor, tiles: Callable[[int, int, Tensor], None],
+) -> None:  # fmt: skip
+    """Compute the gradients of both sides from G, which exists for a chunk of query rows at a time.
+
+    `tiles(first, last, out)` writes G for these rows (last - first, N); `scale` times its products with the other side
+    is the gradient of a side's rows of the logits.
+    """
+    (query_side, q, q_rest), (key_side, k, k_rest) = query, key
+    (rows, width), columns, device = q.shape, k.shape[0], q.device
+    q_unit = q.contiguous() if q_rest is None else query_side.unit_rows()
+    k_unit = k.contiguous() if k_rest is None else key_side.unit_rows()
+    chunk = min(rows, max(_CHUNK, 2 * width))
+    gradient = torch.empty(chunk, columns, dtype=q.dtype, device=device)
+    query_sums = torch.empty(rows, width, dtype=torch.float32, device=device)
+    key_sums = torch.empty((columns, width) if to_key.x.numel() else (0, width), dtype=torch.float32, device=device)
+    for first in range(0, rows, chunk):
+        last = min(first + chunk, rows)
+        tiles(first, last, gradient)
         multiply(gradient, k_unit, query_sums[first:last], transposed=False, add=False)
         if to_key.x.numel():
             multiply(gradient, q_unit[first:last], key_sums, transposed=True, add=first > 0)
-    to_query.finish(query, query_sums, logit_scale, ranges, dot)
+    to_query.finish(query_side, query_sums, scale, ranges, dot)
     if to_key.x.numel():
-        to_key.finish(key, key_sums, logit_scale, ranges, None)
+        to_key.finish(key_side, key_sums, scale, ranges, None)
 
 
 def compilations() -> list[Compilation]:

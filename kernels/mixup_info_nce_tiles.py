@@ -1,4 +1,4 @@
-"""A tile of the logits of mixup_info_nce, which forward and backward compute to the same bits."""
+"""A tile of the logits of a contrast, which forward and backward compute to the same bits."""
 
 from __future__ import annotations
 
@@ -207,11 +207,12 @@ _INTEGERS = {
 
 def compilation(
     name: str, kernel: Any, constexprs: dict[str, Any], chosen: Configuration, elements: str = "",
-    element: str = "fp32", *, products: bool = False, exact: bool = False,
+    element: str = "fp32", *, products: bool = False, exact: bool | None = None, op: str = OP,
 ) -> Compilation:  # fmt: skip
     """Return the kernel as a launch specialises it for dense rows whose width is a multiple of 16.
 
-    `elements` names the pointers to elements of the inputs' dtype. All others except partners are float32.
+    `elements` names the pointers to elements of the inputs' dtype. All others except partners and codes are float32.
+    Kernels with products round each multiplication and each addition, unless `exact` says otherwise.
     """
     known = {**constexprs, **chosen.blocks}
     signature, divisible = {}, {}
@@ -223,8 +224,8 @@ def compilation(
         elif argument not in known:
             other = "*i64" if argument == "partner" else "*i32" if argument.endswith("_code") else "*fp32"
             signature[argument] = f"*{element}" if argument in elements.split() else other
-    options = {**chosen.options, **EXACT} if products or exact else chosen.options
-    return Compilation(f"{OP} {name}", kernel, signature, known, divisible, options, tensor_cores=products)
+    options = {**chosen.options, **EXACT} if (products if exact is None else exact) else chosen.options
+    return Compilation(f"{op} {name}", kernel, signature, known, divisible, options, tensor_cores=products)
 
 
 def compilations() -> list[Compilation]:

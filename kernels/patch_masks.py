@@ -14,26 +14,13 @@ from torch import Tensor
 
 from oner_fast import block_masks
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration
+from oner_fast.kernels.philox import philox4x32
 
 _ASPECTS = tl.constexpr(block_masks.ASPECTS)
 _PARTS = tl.constexpr(len(block_masks.ASPECTS))
 _MIN_AREA = tl.constexpr(block_masks.MIN_AREA)
 _ATTEMPTS = tl.constexpr(block_masks.ATTEMPTS)
 _PADDING = tl.constexpr(block_masks.PADDING)
-
-
-@triton.jit
-def philox4x32(block, sample, step, stream, key_low, key_high):
-    """Compute Philox4x32-10, four uint32 words from uint32 counters, as `oner_fast.philox` does."""
-    zero = block * 0
-    w0, w1, w2, w3 = block, zero + sample, zero + step, zero + stream
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(w0, zero + 0xD2511F53), w0 * 0xD2511F53
-        high1, low1 = tl.umulhi(w2, zero + 0xCD9E8D57), w2 * 0xCD9E8D57
-        w0, w1, w2, w3 = high1 ^ w1 ^ key_low, low1, high0 ^ w3 ^ key_high, low0
-        key_low += 0x9E3779B9
-        key_high += 0xBB67AE85
-    return w0, w1, w2, w3
 
 
 @triton.jit

@@ -1,8 +1,7 @@
 """varlen_attention: flash attention forward over packed sequences, and the functions that backward shares.
 
-A program owns one tile of BLOCK_M queries of one sequence and head, and finds its sequence on the device. Sequence s
-owns the tiles from cu_seqlens[s] // BLOCK + s on. That leaves room for all its tiles and at most one spare tile. The
-grid therefore depends only on T and on the number of sequences. The search is W-ary, one load for up to W sequences.
+A program owns one tile of BLOCK_M queries of one sequence and head, and finds its sequence on the device (see
+`attention_rows`). `padded_attention` launches the same kernels for sequences that are padded.
 
 FLOPs for each head: 4 Lq Lk Dh, about half of it under a causal mask, which skips whole tiles. Bytes from DRAM: Q, K, V
 and the result once, and 8 bytes of statistics for each query and head. Each tile of queries reads K and V of its
@@ -20,91 +19,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from oner_fast.kernels.attention_dropout import kept
+from oner_fast.kernels.attention_rows import head_of, input_of, keys_of, load_tile, offsets_of, store_tile, tile_of
 from oner_fast.kernels.launch import Compilation, Configuration, architecture_of, configuration, triton_type
 
 OP = "varlen_attention"
 _SMALLEST = 2.0**-126
 _LARGEST_TILE = 128
+_LEVELS = 1 << 16
 # Sizes differ from batch to batch, so no kernel is specialised for one that is 1 or a multiple of 16.
-SIZES = ["sequences", "queries", "keys", "heads"]
-STRIDES = [f"{x}_{axis}" for x in ("grad", "out", "query", "key", "value") for axis in ("row", "head")]
-
-
-@triton.jit
-def own_tile(tile, cu_seqlens, sequences, rows, BLOCK: tl.constexpr):
-    """Return the sequence of a tile, its first packed row, its length, and the tile's first row in the sequence."""
-    WIDTH: tl.constexpr = 256
-    sequence = tile * 0
-    span = sequences
-    while span > 1:
-        step = (span + WIDTH - 1) // WIDTH
-        at = sequence + tl.arange(0, WIDTH) * step
-        inside = at < sequence + span
-        starts = tl.load(cu_seqlens + at, mask=inside, other=0)
-        before = inside & (starts // BLOCK + at <= tile)
-        skipped = tl.maximum(tl.sum(before.to(tl.int32), 0) - 1, 0) * step
-        sequence += skipped
-        span = tl.minimum(step, span - skipped)
-    begin, length = extent(cu_seqlens, sequence, rows)
-    return sequence, begin, length, (tile - begin // BLOCK - sequence) * BLOCK
-
-
-@triton.jit
-def extent(cu_seqlens, sequence, rows):
-    """Return the first row and the length of a sequence, clamped to the tensor in case the boundaries are corrupt."""
-    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), rows)
-    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1), begin), rows)
-    return begin, end - begin
-
-
-@triton.jit
-def head_of(pointer, row, row_stride, head, head_stride, VEC: tl.constexpr):
-    """Return a pointer to one head of packed row `row`; strides are counted in vectors of VEC numbers."""
-    return pointer + (row.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride) * VEC
-
-
-@triton.jit
-def offsets_of(row_stride, ROWS: tl.constexpr, D: tl.constexpr, VEC: tl.constexpr):
-    """Return offsets [ROWS, D] from the first number of a tile; `dense` keeps them under 2^31."""
-    return (tl.arange(0, ROWS) * row_stride * VEC)[:, None] + tl.arange(0, D)[None, :]
-
-
-@triton.jit
-def load_tile(pointers, inside, FIRST: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Load [ROWS, D] from column FIRST on, with zeros outside."""
-    mask = inside[:, None]
-    if FIRST + D > HEAD_DIM:
-        mask = mask & (FIRST + tl.arange(0, D) < HEAD_DIM)[None, :]
-    return tl.load(pointers + FIRST, mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile(pointers, values, inside, FIRST: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    mask = inside[:, None]
-    if FIRST + D > HEAD_DIM:
-        mask = mask & (FIRST + tl.arange(0, D) < HEAD_DIM)[None, :]
-    tl.store(pointers + FIRST, values.to(pointers.dtype.element_ty), mask=mask)
+SIZES = ["sequences", "queries", "keys", "heads", "dropped"]
+STRIDES = [f"{x}_{axis}" for x in ("grad", "out", "query", "key", "value") for axis in ("row", "head", "batch")]
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
-def _forward_kernel(
-    query, key, value, out, statistics, cu_seqlens_q, cu_seqlens_k, sequences, queries, keys, heads, scale_log2,
-    query_row, query_head, key_row, key_head, value_row, value_head,
+def forward_kernel(
+    query, key, value, out, statistics, cu_seqlens_q, cu_seqlens_k, seen, seed, sequences, queries, keys, heads,
+    scale_log2, dropped, made_up,
+    query_row, query_head, query_batch, key_row, key_head, key_batch, value_row, value_head, value_batch,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, VEC: tl.constexpr, CAUSAL: tl.constexpr,
-    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sequence, begin, length, first = own_tile(tl.program_id(0), cu_seqlens_q, sequences, queries, BLOCK_M)
+    """Attend. `seen` counts the keys of padded sequences, and of each of their queries under a causal mask."""
+    sequence, begin, length, first = tile_of(tl.program_id(0), cu_seqlens_q, sequences, queries, BLOCK_M, PADDED)
     if (first < 0) | (first >= length):
         return
     head = tl.program_id(1)
-    begin_k, length_k = extent(cu_seqlens_k, sequence, keys)
+    begin_k, length_k = keys_of(cu_seqlens_k, seen, sequence, queries, keys, PADDED, CAUSAL)
     rows = first + tl.arange(0, BLOCK_M)
     own = rows < length
     offset = length_k - length  # under a causal mask, query i sees the keys up to i + offset
 
-    q = head_of(query, begin + first, query_row, head, query_head, VEC)
-    k = head_of(key, begin_k, key_row, head // GROUP, key_head, VEC)
-    v = head_of(value, begin_k, value_row, head // GROUP, value_head, VEC)
+    q = input_of(query, sequence, begin, first, query_row, head, query_head, query_batch, VEC, PADDED)
+    k = input_of(key, sequence, begin_k, 0, key_row, head // GROUP, key_head, key_batch, VEC, PADDED)
+    v = input_of(value, sequence, begin_k, 0, value_row, head // GROUP, value_head, value_batch, VEC, PADDED)
     q0 = load_tile(q + offsets_of(query_row, BLOCK_M, D0, VEC), own, 0, D0, HEAD_DIM)
     k0_at, v0_at = offsets_of(key_row, BLOCK_N, D0, VEC), offsets_of(value_row, BLOCK_N, D0, VEC)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -115,12 +64,17 @@ def _forward_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    seen = length_k
+    until = length_k
     last = length_k - 1
     if CAUSAL:
-        seen = tl.minimum(first + BLOCK_M + offset, length_k)
-        last = tl.minimum(rows + offset, last)[:, None]
-    for start in range(0, seen, BLOCK_N):
+        if PADDED:
+            counts = tl.minimum(tl.load(seen + begin.to(tl.int64) + rows, mask=own, other=0), length_k)
+            until = tl.max(counts, 0)
+            last = (counts - 1)[:, None]
+        else:
+            until = tl.minimum(first + BLOCK_M + offset, length_k)
+            last = tl.minimum(rows + offset, last)[:, None]
+    for start in range(0, until, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         real = columns < length_k
         k0 = load_tile(k + k0_at, real, 0, D0, HEAD_DIM)
@@ -136,6 +90,8 @@ def _forward_kernel(
         weights = tl.math.exp2(scores * scale_log2 - base[:, None])
         shrink = tl.math.exp2(maximum - base)
         total = total * shrink + tl.sum(weights, 1)
+        if seed is not None:
+            weights = tl.where(kept(seed, sequence, head, rows, start, dropped, BLOCK_N), weights, 0.0)
         narrow = weights.to(v0.dtype)
         acc0 = tl.dot(narrow, v0, acc0 * shrink[:, None], input_precision=PRECISION)
         if D1 > 0:
@@ -146,11 +102,18 @@ def _forward_kernel(
         maximum = larger
 
     blind = (rows + offset < 0) if CAUSAL else (rows < 0)
+    if PADDED:
+        blind = (counts <= 0) if CAUSAL else (rows < 0)
     blind = blind | (length_k == 0)
     inverse = tl.where(blind, 0.0, 1.0 / total)
     at = (begin + rows).to(tl.int64) * heads + head
+    every = queries
+    if PADDED:
+        every = queries * sequences
     tl.store(statistics + at, tl.where(blind, 0.0, maximum), mask=own)
-    tl.store(statistics + at + queries.to(tl.int64) * heads, inverse, mask=own)
+    tl.store(statistics + at + every.to(tl.int64) * heads, inverse, mask=own)
+    if seed is not None:
+        inverse = inverse * made_up
     row = heads * HEAD_DIM
     o = head_of(out, begin + first, row, head, HEAD_DIM, 1)
     blind, inverse = blind[:, None], inverse[:, None]
@@ -169,12 +132,14 @@ def head_blocks(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
 
 
-def tiles(kernel: str, head_dim: int, dtype: torch.dtype, architecture: int) -> Configuration:
-    """Return the committed tile of a kernel for a head dimension and dtype."""
-    padded = sum(head_blocks(head_dim, dtype))
-    limit = next(size for size in (32, 64, 80, 96, 128, 256) if size >= padded)
+def tiles(
+    kernel: str, head_dim: int, dtype: torch.dtype, architecture: int, *, drops: bool = False
+) -> Configuration:  # fmt: skip
+    """Return the committed tile of a kernel for a head dimension and dtype; one that `drops` weights has its own."""
+    numbers = sum(head_blocks(head_dim, dtype))
+    limit = next(size for size in ((64, 128, 256) if drops else (32, 64, 80, 96, 128, 256)) if size >= numbers)
     wide = "_fp32" if dtype == torch.float32 else ""
-    return configuration(OP, kernel, f"head_dim_{limit}{wide}", architecture)
+    return configuration(OP, f"{kernel}_dropout" if drops else kernel, f"head_dim_{limit}{wide}", architecture)
 
 
 def constants(head_dim: int, dtype: torch.dtype, causal: bool, vector: int, group: int) -> dict[str, Any]:
@@ -195,19 +160,28 @@ def dense(x: Tensor) -> Tensor:
 
     The kernels load a row as vectors, so its numbers must be adjacent. Offsets within a tile have 32 bits.
     """
-    apart = x.stride(2) != 1 and x.shape[2] > 1
-    return x.contiguous() if apart or x.stride(0) * _LARGEST_TILE >= 2**31 else x
+    apart = x.stride(-1) != 1 and x.shape[-1] > 1
+    return x.contiguous() if apart or x.stride(-3) * _LARGEST_TILE >= 2**31 else x
 
 
 def vector_of(*tensors: Tensor) -> int:
-    """Return how many numbers 16 bytes hold if every row and head starts at a multiple of 16 bytes, else 1."""
+    """Return how many numbers 16 bytes hold if all rows, heads and sequences start at multiples of 16 bytes, else 1."""
     size = 16 // tensors[0].element_size()
-    return size if all(stride % size == 0 for x in tensors for stride in x.stride()[:2]) else 1
+    return size if all(stride % size == 0 for x in tensors for stride in x.stride()[:-1]) else 1
 
 
-def strides(x: Tensor, vector: int) -> tuple[int, int]:
-    """Return the strides of rows and of heads, counted in vectors of `vector` numbers."""
-    return x.stride(0) // vector, x.stride(1) // vector
+def strides(x: Tensor, vector: int, *, padded: bool = False) -> tuple[int, int, int]:
+    """Return the strides of rows, of heads and, of `padded` (B, N, H, Dh), of sequences, in vectors of `vector`."""
+    first = 1 if padded else 0
+    return x.stride(first) // vector, x.stride(first + 1) // vector, x.stride(0) // vector if padded else 0
+
+
+def draws(dropped: int, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
+    """Return the arguments of kernels that drop weights: the seed, None without, the level, and the factor of others.
+
+    As in `oner_fast.ops.attention_dropout`, `dropped` of 65536 draws drop a weight.
+    """
+    return (seed, dropped, _LEVELS / (_LEVELS - dropped)) if dropped else (None, 0, 1.0)
 
 
 def boundaries(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -232,6 +206,8 @@ def forward(
     cu_seqlens_k: Tensor | None,
     causal: bool,
     scale: float,
+    dropped: int = 0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the result (T, H, Dh) and float32 statistics (2, T, H): the largest score in base 2 and 1 / sum."""
     rows, heads, head_dim = query.shape
@@ -242,12 +218,14 @@ def forward(
     query, key, value = dense(query), dense(key), dense(value)
     cu_q, cu_k = boundaries(cu_seqlens_q, cu_seqlens_k)
     vector = vector_of(query, key, value)
-    tile = tiles("forward", head_dim, query.dtype, architecture_of(query))
+    tile = tiles("forward", head_dim, query.dtype, architecture_of(query), drops=dropped > 0)
     sequences = cu_q.shape[0] - 1
-    _forward_kernel[(rows // tile.blocks["BLOCK_M"] + sequences, heads)](
-        query, key, value, out, statistics, cu_q, cu_k, sequences, rows, key.shape[0], heads,
-        log2_scale(scale), *strides(query, vector), *strides(key, vector), *strides(value, vector),
-        NEGATIVE=scale < 0, **constants(head_dim, query.dtype, causal, vector, heads // key.shape[1]), **tile.launch,
+    seed, *rate = draws(dropped, dropout_seed)
+    forward_kernel[(rows // tile.blocks["BLOCK_M"] + sequences, heads)](
+        query, key, value, out, statistics, cu_q, cu_k, None, seed, sequences, rows, key.shape[0], heads,
+        log2_scale(scale), *rate, *strides(query, vector), *strides(key, vector), *strides(value, vector),
+        NEGATIVE=scale < 0, PADDED=False, **constants(head_dim, query.dtype, causal, vector, heads // key.shape[1]),
+        **tile.launch,
     )  # fmt: skip
     return out, statistics
 
@@ -258,9 +236,11 @@ def argument_types(names: list[str], dtype: torch.dtype) -> dict[str, str]:
     for name in names:
         if name in ("statistics", "numbers"):
             types[name] = "*fp32"
-        elif name.startswith("cu_seqlens"):
+        elif name.startswith("cu_seqlens") or name == "seen":
             types[name] = "*i32"
-        elif name.startswith("scale"):
+        elif name == "seed":
+            types[name] = "*i64"
+        elif name.startswith("scale") or name == "made_up":
             types[name] = "fp32"
         elif name in SIZES or name in STRIDES:
             types[name] = "i32"
@@ -269,28 +249,49 @@ def argument_types(names: list[str], dtype: torch.dtype) -> dict[str, str]:
     return types
 
 
-def compilation(kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causal: bool, **more: Any) -> Compilation:
-    """Return the kernel as a launch specialises it for rows that start at multiples of 16 bytes."""
-    tile = tiles(name, head_dim, dtype, 80)
-    constexprs = {**constants(head_dim, dtype, causal, 16 // dtype.itemsize, 1), **more, **tile.blocks}
+def compilation(
+    kernel: Any, name: str, head_dim: int, dtype: torch.dtype, causal: bool, *, drops: bool = False,
+    padded: bool = False, **more: Any,
+) -> Compilation:  # fmt: skip
+    """Return the kernel as a launch specialises it for rows that start at multiples of 16 bytes.
+
+    A kernel that is not `padded` has no `seen`, one that is has no boundaries, and one that does not drop has no seed.
+    """
+    tile = tiles(name, head_dim, dtype, 80, drops=drops)
+    absent = dict.fromkeys(["cu_seqlens_q", "cu_seqlens_k"] if padded else ["seen"])
+    absent |= {} if drops else {"seed": None}
+    constexprs = {**constants(head_dim, dtype, causal, 16 // dtype.itemsize, 1), "PADDED": padded, **more}
     names = list(kernel.arg_names)
+    marks = [triton_type(dtype), *["causal"] * causal, *["dropout"] * drops]
     return Compilation(
-        name=f"varlen_attention_{name}_{head_dim}_{triton_type(dtype)}{'_causal' if causal else ''}",
+        name=f"{'padded' if padded else 'varlen'}_attention_{name}_{head_dim}_{'_'.join(marks)}",
         kernel=kernel,
-        signature=argument_types(names, dtype),
-        constexprs={name: value for name, value in constexprs.items() if name in names},
+        signature={one: kind for one, kind in argument_types(names, dtype).items() if one not in absent},
+        constexprs={one: value for one, value in {**absent, **constexprs, **tile.blocks}.items() if one in names},
         options=tile.options,
         tensor_cores=name != "rows",
     )
 
 
-def specialisations() -> list[tuple[int, torch.dtype, bool]]:
-    """List (head dimension, dtype, whether causal) of every kernel that the report compiles."""
+Specialisation = tuple[int, torch.dtype, bool]  # head dimension, dtype, whether causal
+
+
+def specialisations() -> list[Specialisation]:
+    """List every kernel that the report compiles."""
     half = [(size, torch.bfloat16, False) for size in (32, 64, 80, 88, 96, 128, 256)]
     wide = [(size, torch.float32, False) for size in (32, 64, 80, 96, 128)]
     return [*half, *wide, (64, torch.float16, False), *((size, torch.bfloat16, True) for size in (64, 96, 128, 256))]
 
 
+def dropping() -> list[Specialisation]:
+    """List every kernel with dropout that the report compiles: one for each tile."""
+    half = [(size, torch.bfloat16, False) for size in (64, 128, 256)]
+    return [*half, (64, torch.float32, False), (128, torch.float32, False)]
+
+
 def compilations() -> list[Compilation]:
     """List forward for every specialisation."""
-    return [compilation(_forward_kernel, "forward", *each, NEGATIVE=False) for each in specialisations()]
+    plain = [compilation(forward_kernel, "forward", *each, NEGATIVE=False) for each in specialisations()]
+    return [
+        *plain, *(compilation(forward_kernel, "forward", *each, NEGATIVE=False, drops=True) for each in dropping())
+    ]  # fmt: skip

@@ -84,6 +84,7 @@ COMMANDS = {
             "step": "one training step against plain PyTorch, and each op's share of it",
             "uta": "one step of UTA's student for each mask ratio, against mask tokens and a later gather",
             "gpu-resources": "registers, spills and shared memory of the GPU kernels, compiled without a GPU",
+            "integrations": "open_clip, timm and transformers with one line of ours and without",
             "gpu-peers": "the GPU kernels against other libraries', counted on an emulated A100",
             "gpu-tune": "time other tiles of the GPU kernels on this GPU, and commit those that are faster",
             "page": "write the report of a results.json, or of a commit's record, as one HTML page",

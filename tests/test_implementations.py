@@ -14,7 +14,17 @@ from oner_fast import _extension, ops
 from oner_fast.ops import implementations, library
 from oner_fast.ops.implementations import choose, explain, register
 
-PUBLIC = ["gather_patches", "masked_gather", "mixup_info_nce", "patch_masks", "token_alignment", "varlen_attention"]
+PUBLIC = [
+    "distill_info_nce",
+    "gather_patches",
+    "masked_gather",
+    "mixup_info_nce",
+    "padded_attention",
+    "patch_masks",
+    "sigmoid_loss",
+    "token_alignment",
+    "varlen_attention",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +66,12 @@ def calls() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, An
     tokens, kept = torch.randn(1, 4, 8), torch.zeros(1, 2, dtype=torch.int64)
     rows, boundaries = torch.randn(4, 2, 8, requires_grad=True), torch.tensor([0, 1, 4], dtype=torch.int32)
     return {
+        "distill_info_nce": (ops.distill_info_nce, (tokens[0], tokens[0], 2.0, tokens[0], tokens[0], 3.0), {}),
         "gather_patches": (ops.gather_patches, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), kept, 4), {}),
         "masked_gather": (ops.masked_gather, (tokens.double(), kept), {}),
         "mixup_info_nce": (ops.mixup_info_nce, (tokens[0], tokens[0], 2.0), {}),
+        "sigmoid_loss": (ops.sigmoid_loss, (tokens[0], tokens[0], 2.0, -1.0), {}),
+        "padded_attention": (ops.padded_attention, (rows[None],) * 3, {"causal": True, "dropout_p": 0.25}),
         "token_alignment": (ops.token_alignment, (tokens[:, :2], tokens, kept), {}),
         "varlen_attention": (ops.varlen_attention, (rows, rows, rows, boundaries), {"max_seqlen_q": 3, "scale": 0.5}),
     }
@@ -90,7 +103,7 @@ def test_the_facts_of_attention_tell_lengths_head_dimension_and_gradient() -> No
     known = facts(*arguments, **options)[2]
     assert known == {
         "dtype": torch.float32, "causal": False, "scale": 0.5, "max_seqlen_q": 3, "max_seqlen_k": 3,
-        "needs_grad": True, "head_dim": 8,
+        "needs_grad": True, "head_dim": 8, "dropout_p": 0.0,
     }  # fmt: skip
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         known = facts(*arguments, arguments[3], causal=True)[2]

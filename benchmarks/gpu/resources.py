@@ -24,6 +24,8 @@ from oner_fast.kernels.tile_overrides import tiles_of
 
 DEFAULT_FILE = Path("benchmarks/results/gpu_resources.md")
 COMMAND = "oner-fast bench gpu-resources"
+CUDA = "\n## CUDA C++\n"
+Kept = dict[tuple[str, str], str]  # lines of the table by name and target
 HEAD = "| kernel | target | registers | spills | shared KiB | warps | occupancy | tensor-core | async copies |"
 
 
@@ -32,19 +34,41 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     made.add_argument("--out", type=Path, default=DEFAULT_FILE, help=f"the Markdown file ({DEFAULT_FILE})")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
+    made.add_argument(
+        "--kernels",
+        nargs="+",
+        metavar="PREFIX",
+        default=None,
+        help="compile only the Triton kernels whose names begin so, and keep the file's other lines",
+    )
     return made
 
 
 def main(argv: Sequence[str]) -> int:
     """Compile all and write the report; returns 1 where a kernel has a problem on a gated GPU."""
-    options = parser().parse_args(argv)
+    made = parser()
+    options = made.parse_args(argv)
     listed = compilations()
+    kept: Kept = {}
+    if options.kernels is not None:
+        try:
+            kept = kept_rows(options.out, tuple(options.kernels))
+        except (OSError, ValueError) as error:
+            made.error(f"--kernels: {error}; run the command without it")
+    todo = [one for one in tasks() if one not in kept]
+    if not todo:
+        made.error(f"--kernels: no kernel's name begins with {' or '.join(options.kernels)}")
     with _compilers(options.jobs) as pool:
-        triton = list(pool.map(compile_named, *zip(*tasks(), strict=True), chunksize=4))
-        sources = _cuda_tasks()
+        triton = list(pool.map(compile_named, *zip(*todo, strict=True), chunksize=4))
+        sources = _cuda_tasks() if options.kernels is None else []
         cuda = [one for each in pool.map(compile_cuda, *zip(*sources, strict=True)) for one in each] if sources else []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(markdown(triton, cuda), encoding="utf-8")
+    if options.kernels is None:
+        text = markdown(triton, cuda)
+    else:
+        of_cuda = options.out.read_text(encoding="utf-8").partition(CUDA)[2]
+        text = markdown(triton, [], kept).partition(CUDA)[0] + CUDA + of_cuda
+    options.out.write_text(text, encoding="utf-8")
     print(f"wrote {options.out}")
     needed = {one.name: one.tensor_cores for one in listed}
     wrong = [
@@ -56,6 +80,24 @@ def main(argv: Sequence[str]) -> int:
     for line in wrong:
         print(f"{COMMAND}: {line}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def kept_rows(path: Path, compiled: tuple[str, ...]) -> Kept:
+    """Read the lines of the Triton kernels whose names do not begin with one of `compiled`.
+
+    Lines of kernels that are no more are left out.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it was made by other compilers.
+    """
+    text = path.read_text(encoding="utf-8").partition(CUDA)[0]
+    if f"{versions()}." not in text:
+        raise ValueError(f"{path} was not made by {versions()}")
+    known = set(tasks())
+    lines = (line for line in text.splitlines() if line.startswith("| ") and line != HEAD)
+    found = {(cells[1].strip(), cells[2].strip()): line for line in lines if (cells := line.split("|"))}
+    return {key: line for key, line in found.items() if key in known and not key[0].startswith(compiled)}
 
 
 def tasks() -> list[tuple[str, str]]:
@@ -95,8 +137,8 @@ def _cuda_tasks() -> list[tuple[Path, str]]:
     return [(source, target) for source in cuda_sources() for target in TARGETS if target.startswith("sm_")]
 
 
-def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
-    """Format the whole report."""
+def markdown(triton: Sequence[Figures], cuda: Sequence[Figures], kept: Kept | None = None) -> str:
+    """Format the whole report; `kept` are lines of further Triton kernels."""
     lines = [
         "# What the GPU kernels compile to",
         "",
@@ -112,7 +154,7 @@ def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
         "",
         f"{versions()}.",
         "",
-        *table(triton),
+        *table(triton, kept),
     ]
     lines += ["", "## CUDA C++", ""]
     if cuda:
@@ -122,10 +164,11 @@ def markdown(triton: Sequence[Figures], cuda: Sequence[Figures]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table(figures: Sequence[Figures]) -> list[str]:
+def table(figures: Sequence[Figures], kept: Kept | None = None) -> list[str]:
     """Format a table, sorted by name and then by the order of the targets."""
-    ordered = sorted(figures, key=lambda one: (one.name, TARGETS.index(one.target)))
-    return [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(row(one) for one in ordered)]
+    rows = {**(kept or {}), **{(one.name, one.target): row(one) for one in figures}}
+    ordered = sorted(rows, key=lambda key: (key[0], TARGETS.index(key[1])))
+    return [HEAD, "|---" * (HEAD.count("|") - 1) + "|", *(rows[key] for key in ordered)]
 
 
 def row(one: Figures) -> str:

@@ -37,9 +37,11 @@ LIMITS: dict[str, dict[str, dict[str, tuple[int, int]]]] = {
         "multiply": {**_PRODUCTS, "BLOCK_K": (16, 128)},
         "finish": {"BLOCK_M": (1, 128)},
     },
+    "sigmoid_loss": {"sums": _PRODUCTS, "gradient": _PRODUCTS},
     "token_alignment": {"forward": {"BLOCK_D": (64, 4096)}, "backward": {"BLOCK_D": (64, 4096)}},
     "varlen_attention": {
         "forward": _ATTENTION, "rows": {"BLOCK_M": (16, 128)}, "query": _ATTENTION, "key": _ATTENTION,
+        "forward_dropout": _ATTENTION, "query_dropout": _ATTENTION, "key_dropout": _ATTENTION,
     },
 }  # fmt: skip
 # In these classes rows are longer than any tile, so that BLOCK_K is a step along them.
@@ -50,7 +52,7 @@ WARPS, STAGES = (1, 8), (1, 5)
 def limits(key: Key) -> dict[str, tuple[int, int]]:
     """Return the least and greatest size of each block that tuning may change; KeyError for an unknown kernel."""
     op, kernel, shape_class = key
-    deep = kernel == "statistics" and "deep" in shape_class.split()
+    deep = kernel in ("statistics", "sums") and "deep" in shape_class.split()
     return {**LIMITS[op][kernel], **(DEEP if deep else {})}
 
 

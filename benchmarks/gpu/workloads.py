@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Forward, Target, name_of, step
-from oner_fast.benchmarks.ops import cases, masked_gather, mixup_info_nce, token_alignment
+from oner_fast.benchmarks.ops import cases, masked_gather, mixup_info_nce, sigmoid_loss, token_alignment
 from oner_fast.benchmarks.ops.gather_patches import MEAN, STD
 from oner_fast.benchmarks.ops.masked_gather import random_kept
 from oner_fast.ops import gather_patches, varlen_attention
 from oner_fast.ops import masked_gather as gather_tokens
 from oner_fast.ops import mixup_info_nce as contrast
+from oner_fast.ops import sigmoid_loss as sigmoid_contrast
 
 _HALF, _WIDE = torch.bfloat16, torch.float32
 
@@ -88,7 +89,9 @@ def _drawn(seed: int, device: str, dtype: torch.dtype, *shapes: Sequence[int]) -
     return [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
-def _attention(lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype) -> Workload:
+def _attention(
+    lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.dtype, dropout_p: float = 0.0
+) -> Workload:  # fmt: skip
     total, longest = sum(lengths), max(lengths)
 
     def make(seed: int, device: str) -> Call:
@@ -97,8 +100,11 @@ def _attention(lengths: Sequence[int], heads: int, head_dim: int, dtype: torch.d
         boundaries = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
         return Call((*leaves, boundaries), leaves, (grad,))
 
-    forward = partial(varlen_attention, max_seqlen_q=longest, max_seqlen_k=longest)
+    forward = partial(
+        varlen_attention, max_seqlen_q=longest, max_seqlen_k=longest, dropout_p=dropout_p, dropout_seed=1
+    )  # fmt: skip
     name = f"varlen_attention {len(lengths)} sequences, {heads} heads of {head_dim} {name_of(dtype)}"
+    name += " with dropout" if dropout_p else ""
     return Workload(name, "varlen_attention", dtype, make, forward)
 
 
@@ -106,11 +112,16 @@ def _more_attention() -> list[Workload]:
     lengths, width = [197, 40, 237] * 40, 1536
     half = [(size, _HALF) for size in (32, 64, 80, 96, 128, 256)]
     wide = [(size, _WIDE) for size in (32, 64, 96, 128)]
-    return [_attention(lengths, max(width // size, 1), size, dtype) for size, dtype in (*half, *wide)]
+    dropping = [(64, _HALF), (128, _HALF), (256, _HALF), (64, _WIDE), (128, _WIDE)]
+    return [
+        *(_attention(lengths, max(width // size, 1), size, dtype) for size, dtype in (*half, *wide)),
+        *(_attention(lengths, max(width // size, 1), size, dtype, 0.1) for size, dtype in dropping),
+    ]
 
 
-def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str) -> Workload:
+def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str, op: str = "mixup_info_nce") -> Workload:
     """Make a contrastive loss with partners, or with mixing on both sides."""
+    losses: dict[str, Callable[..., Tensor]] = {"mixup_info_nce": contrast, "sigmoid_loss": sigmoid_contrast}
 
     def make(seed: int, device: str) -> Call:
         drawn = _drawn(seed, device, dtype, *[(rows, width)] * 4)
@@ -124,11 +135,9 @@ def _contrast(rows: int, width: int, dtype: torch.dtype, mark: str) -> Workload:
     def forward(query: Tensor, key: Tensor, logit_scale: Tensor, *rest: Tensor) -> Tensor:
         names = ("partner", "partner_weight") if mark == "partner" else ("query_other", "key_other", "mix")
         more: dict[str, Any] = dict(zip(names, rest, strict=True))
-        return contrast(query, key, logit_scale, **more)
+        return losses[op](query, key, logit_scale, **more)
 
-    return Workload(
-        f"mixup_info_nce N {rows}, D {width} {mark} {name_of(dtype)}", "mixup_info_nce", dtype, make, forward
-    )
+    return Workload(f"{op} N {rows}, D {width} {mark} {name_of(dtype)}", op, dtype, make, forward)
 
 
 def _more_contrasts() -> list[Workload]:
@@ -143,6 +152,14 @@ def _more_contrasts() -> list[Workload]:
     partner = [_contrast(8192, width, _HALF, "partner") for width in (64, 128, 256, 512)]
     mixed = [_contrast(8192, width, _HALF, "mixed") for width in (64, 128, 512)]
     return [*map(_of, plain), *atomic, *partner, *mixed]
+
+
+def _more_sigmoid_losses() -> list[Workload]:
+    halves = [(8192, width, _HALF) for width in (64, 128, 512, 1024)]
+    plain = [sigmoid_loss.case(rows, width, dtype) for rows, width, dtype in (*halves, (4096, 512, _WIDE))]
+    partner = [_contrast(8192, width, _HALF, "partner", "sigmoid_loss") for width in (64, 128, 256)]
+    mixed = [_contrast(8192, width, _HALF, "mixed", "sigmoid_loss") for width in (64, 128)]
+    return [*map(_of, plain), *partner, *mixed]
 
 
 def _more_token_gathers() -> list[Workload]:
@@ -186,6 +203,7 @@ def _more_alignments() -> list[Workload]:
 _MORE: dict[str, Callable[[], list[Workload]]] = {
     "masked_gather": _more_token_gathers,
     "mixup_info_nce": _more_contrasts,
+    "sigmoid_loss": _more_sigmoid_losses,
     "token_alignment": _more_alignments,
     "varlen_attention": _more_attention,
 }

@@ -8,7 +8,10 @@ from dataclasses import replace
 
 from oner_fast.benchmarks.cases import Case
 
-OPS = ("masked_gather", "gather_patches", "mixup_info_nce", "varlen_attention", "token_alignment")
+OPS = (
+    "masked_gather", "gather_patches", "mixup_info_nce", "sigmoid_loss", "varlen_attention", "padded_attention",
+    "token_alignment",
+)  # fmt: skip
 
 
 def cases(quick: bool = False, ops: Sequence[str] = OPS) -> list[Case]:

@@ -15,7 +15,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
         ("attention", r"scaled_dot_product|varlen_attention"),
-        ("contrast", r"oner_fast::mixup"),
+        ("contrast", r"oner_fast::(mixup|sigmoid)"),
         ("optimizer and clipping", r"adamw|vector_norm|aten::mul_$|_foreach_(norm|mul)"),
         ("teacher's average", r"lerp"),
         ("fused by torch.compile", r"[Cc]ompiled"),

@@ -50,6 +50,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nc
     const OptionalTensor& partner_weight, bool need_key, bool key_sums, const OptionalTensor& query_code,
     const OptionalTensor& key_code, const OptionalTensor& column_share);
 
+// The sum of the terms log(1 + exp(l)) - t l of each row, (M,), over N keys, with targets t and codes as
+// oner_fast/ops/sigmoid_loss_raw.py says.
+Tensor sigmoid_loss_sums(const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+                         const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+                         const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm,
+                         const Tensor& logit_scale, const OptionalTensor& logit_bias, const OptionalTensor& partner,
+                         const OptionalTensor& partner_weight, int64_t first_pair, const OptionalTensor& query_code,
+                         const OptionalTensor& key_code, bool positive);
+
+// Gradients as those of mixup_info_nce, and that of logit_bias, from G[i, j] = each (sigmoid(l) - t).
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid_loss_backward(
+    const Tensor& query, const OptionalTensor& query_other, const OptionalTensor& query_mix,
+    const OptionalTensor& query_inverse_norm, const Tensor& key, const OptionalTensor& key_other,
+    const OptionalTensor& key_mix, const OptionalTensor& key_inverse_norm, const Tensor& logit_scale,
+    const OptionalTensor& logit_bias, const OptionalTensor& partner, const OptionalTensor& partner_weight,
+    int64_t first_pair, const Tensor& each, bool need_key, bool key_sums, const OptionalTensor& query_code,
+    const OptionalTensor& key_code, bool positive);
+
 // The loss, and for each row two factors that the gradient needs besides the inputs: (B * K, 2).
 std::tuple<Tensor, Tensor> token_alignment(const Tensor& student, const Tensor& teacher, const OptionalTensor& kept);
 
@@ -58,16 +76,29 @@ Tensor token_alignment_backward(const Tensor& grad, const Tensor& student, const
 
 // The result, and statistics (2, T, H) of every query's scores in base 2: the maximum and 1 / sum of 2^(score -
 // maximum), in float32 (float64 for float64), 0 where no key is seen. From them backward computes exactly the weights
-// of forward.
+// of forward. `dropped` of 65536 weights are dropped, by draws of the seed (oner_fast/ops/attention_dropout.py).
 std::tuple<Tensor, Tensor> varlen_attention(const Tensor& query, const Tensor& key, const Tensor& value,
                                             const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, bool causal,
-                                            double scale);
+                                            double scale, int64_t dropped, const OptionalTensor& dropout_seed);
 
 // Gradients of query, key and value; one that is not needed is empty.
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
                                                              const Tensor& value, const Tensor& out,
                                                              const Tensor& statistics, const Tensor& cu_seqlens_q,
                                                              const OptionalTensor& cu_seqlens_k, bool causal,
-                                                             double scale, bool need_query, bool need_key);
+                                                             double scale, bool need_query, bool need_key,
+                                                             int64_t dropped, const OptionalTensor& dropout_seed);
+
+// The same for a padded batch (B, N, H, Dh), with statistics (2, B, N, H). `seen` says how many keys, from the first
+// on, the queries of a sample see: (B,), or (B, N) for each query, where no query sees fewer than the one before it.
+std::tuple<Tensor, Tensor> padded_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const OptionalTensor& seen, double scale, int64_t dropped,
+                                            const OptionalTensor& dropout_seed);
+
+std::tuple<Tensor, Tensor, Tensor> padded_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                             const Tensor& value, const Tensor& out,
+                                                             const Tensor& statistics, const OptionalTensor& seen,
+                                                             double scale, bool need_query, bool need_key,
+                                                             int64_t dropped, const OptionalTensor& dropout_seed);
 
 }  // namespace oner_fast

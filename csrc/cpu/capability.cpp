@@ -17,6 +17,7 @@
 #include "common/check.h"
 #include "cpu/isa/mixup_info_nce.h"
 #include "cpu/isa/rows.h"
+#include "cpu/isa/sigmoid_loss.h"
 #include "cpu/isa/streams.h"
 #include "cpu/isa/token_alignment.h"
 #include "cpu/isa/varlen_attention.h"
@@ -82,24 +83,27 @@ int level() {
 std::string cpu_capability() { return kNames[static_cast<size_t>(level())]; }
 
 #ifdef ONER_FAST_X86
-#define ONER_FAST_CHOOSE_KERNELS(Table, name)                         \
-  const Table& name() {                                               \
-    static const Table& table = level() == 4   ? name##_amx()         \
-                                : level() == 3 ? name##_avx512_bf16() \
-                                : level() == 2 ? name##_avx512()      \
-                                : level() == 1 ? name##_avx2()        \
-                                               : name##_portable();   \
-    return table;                                                     \
+#define ONER_FAST_CHOOSE(Table, name, of_amx, of_bf16)              \
+  const Table& name() {                                             \
+    static const Table& table = level() == 4   ? of_amx()           \
+                                : level() == 3 ? of_bf16()          \
+                                : level() == 2 ? name##_avx512()    \
+                                : level() == 1 ? name##_avx2()      \
+                                               : name##_portable(); \
+    return table;                                                   \
   }
 #else
-#define ONER_FAST_CHOOSE_KERNELS(Table, name) \
+#define ONER_FAST_CHOOSE(Table, name, of_amx, of_bf16) \
   const Table& name() { return name##_portable(); }
 #endif
+#define ONER_FAST_CHOOSE_PRODUCTS(Table, name) ONER_FAST_CHOOSE(Table, name, name##_amx, name##_avx512_bf16)
+#define ONER_FAST_CHOOSE_OTHERS(Table, name) ONER_FAST_CHOOSE(Table, name, name##_avx512, name##_avx512)
 
-ONER_FAST_CHOOSE_KERNELS(RowKernels, row_kernels)
-ONER_FAST_CHOOSE_KERNELS(MixupInfoNceKernels, mixup_info_nce_kernels)
-ONER_FAST_CHOOSE_KERNELS(StreamKernels, stream_kernels)
-ONER_FAST_CHOOSE_KERNELS(TokenAlignmentKernels, token_alignment_kernels)
-ONER_FAST_CHOOSE_KERNELS(AttentionKernels, attention_kernels)
+ONER_FAST_CHOOSE_PRODUCTS(MixupInfoNceKernels, mixup_info_nce_kernels)
+ONER_FAST_CHOOSE_PRODUCTS(SigmoidLossKernels, sigmoid_loss_kernels)
+ONER_FAST_CHOOSE_PRODUCTS(AttentionKernels, attention_kernels)
+ONER_FAST_CHOOSE_OTHERS(RowKernels, row_kernels)
+ONER_FAST_CHOOSE_OTHERS(StreamKernels, stream_kernels)
+ONER_FAST_CHOOSE_OTHERS(TokenAlignmentKernels, token_alignment_kernels)
 
 }  // namespace oner_fast

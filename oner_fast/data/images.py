@@ -115,12 +115,25 @@ class ImageTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize the shorter side to `size` pixels (bicubic), then cut out the centre square."""
+    """Resize the shorter side to `size` pixels, then cut out the centre square.
+
+    Attributes:
+        size: side of the result in pixels.
+        squash: resize the whole image to the square instead, so that nothing is cut off.
+        bilinear: interpolate bilinearly instead of bicubically.
+    """
 
     size: int
+    squash: bool = False
+    bilinear: bool = False
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+
+    def __repr__(self) -> str:
+        """Name the values that are not the default, since a cache of features has this text in its key."""
+        others = "".join(f", {name}=True" for name in ("squash", "bilinear") if getattr(self, name))
+        return f"EvalTransform(size={self.size}{others})"
 
     @property
     def randoms(self) -> int:
@@ -136,16 +149,19 @@ class EvalTransform:
         """Convert an RGB image to uint8 (3, size, size); `randoms` are ignored."""
         if image.size == (self.size, self.size):
             return to_tensor(image)
+        method = Image.Resampling.BILINEAR if self.bilinear else Image.Resampling.BICUBIC
+        if self.squash:
+            return to_tensor(image.resize((self.size, self.size), method))
         shorter, longer = min(image.size), max(image.size)
         width, height = (round(side * self.size / shorter) for side in image.size)
         x, y = (width - self.size) // 2, (height - self.size) // 2
         square = (x, y, x + self.size, y + self.size)
         if longer <= _LONGEST * shorter:
-            return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC).crop(square))
+            return to_tensor(image.resize((width, height), method).crop(square))
         # Resized whole, the image would take its ratio of sides times the memory of the square.
         across, down = image.width / width, image.height / height
         box = (square[0] * across, square[1] * down, square[2] * across, square[3] * down)
-        return to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box))
+        return to_tensor(image.resize((self.size, self.size), method, box=box))
 
 
 def eval_transform(size: int) -> EvalTransform:

@@ -1,19 +1,23 @@
 """Compute classification accuracy from scores, beside that of chance and of always choosing the most frequent class."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from oner_fast.evaluation.retrieval import chance
+from oner_fast.evaluation.retrieval import Ties, chance, topk_ranks
 
 
-def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
+def score_accuracy(scores: Tensor, labels: Tensor, *, ties: Ties = "miss") -> dict[str, Any]:
     """Compute the top-1 and top-5 accuracy of (N, C) scores for (N,) int64 labels.
 
-    A wrong class with the same score as the right class ranks ahead of it. `majority` is the accuracy of always
-    predicting the most frequent label.
+    A wrong class with the same score as the right class ranks ahead of it, unless `ties` is "topk": then one
+    `torch.topk` orders them, as in `clip_benchmark`. `majority` is the accuracy of always predicting the most frequent
+    label.
 
     Returns:
-        {"top1", "top5", "chance@1", "chance@5", "majority", "images", "classes"}; shares, not per cent.
+        {"top1", "top5", "chance@1", "chance@5", "majority", "images", "classes"}; shares, not per cent. With "topk",
+        "ties" too.
 
     Raises:
         ValueError: shapes or labels do not fit, there is no image, or scores are NaN.
@@ -25,8 +29,10 @@ def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
     check_labels(labels, scores.shape[1])
     if bool(scores.isnan().any()):
         raise ValueError("the scores hold NaN")
-    own = scores.gather(1, labels[:, None])
-    ranks = (scores >= own).sum(1) - 1
+    if ties == "topk":
+        ranks = topk_ranks(scores, torch.arange(len(labels)), labels.cpu(), 5)
+    else:
+        ranks = (scores >= scores.gather(1, labels[:, None])).sum(1) - 1
     one = torch.ones(1, dtype=torch.int64)
     return {
         "top1": int((ranks < 1).sum()) / len(ranks),
@@ -36,6 +42,7 @@ def score_accuracy(scores: Tensor, labels: Tensor) -> dict[str, float | int]:
         "majority": int(labels.bincount().max()) / len(labels),
         "images": len(scores),
         "classes": scores.shape[1],
+        **({"ties": ties} if ties != "miss" else {}),
     }
 
 

@@ -79,8 +79,8 @@ class Options:
     coco_captions: int = CAPTIONS
     """Captions of each image in --coco-json that are evaluated, the first ones; 0: all."""
     ties: Ties = "miss"
-    """Rule for equal scores in retrieval: `miss`, a wrong item comes first; `topk`, as torch.topk orders them in
-    clip_benchmark."""
+    """Rule for equal scores in retrieval, zero-shot and probes: `miss`, a wrong item comes first; `topk`, as torch.topk
+    orders them in clip_benchmark and open_clip."""
     boxes: str | None = None
     """Pictures whose phrases have boxes, for localisation: a data set of `oner-fast data scenes`, which is evaluated by
     guided answers and composed queries too, or json in RefCOCO's or Flickr30k Entities' form; needs --boxes-images."""
@@ -302,10 +302,16 @@ def _image_folder(
             templates=templates,
             batch_size=options.batch_size,
             spaces=spaces,
+            ties=options.ties,
         )
     if options.image_folder_train is not None:
         entries |= evaluate_folders(
-            loaded, options.image_folder_train, folder, _probes(options), batch_size=options.batch_size
+            loaded,
+            options.image_folder_train,
+            folder,
+            _probes(options),
+            batch_size=options.batch_size,
+            ties=options.ties,
         )
     return entries
 

@@ -19,6 +19,7 @@ from oner_fast.evaluation.classifier import score_accuracy
 from oner_fast.evaluation.embed import Encoder, SplitEmbeddings, embed_pairs, name_left_out, spaced
 from oner_fast.evaluation.knn import TEMPERATURE, K, knn_scores
 from oner_fast.evaluation.linear_probe import LinearProbe, fit_linear_probe
+from oner_fast.evaluation.retrieval import Ties
 
 CONCEPT = "concept"
 LABELS = (CONCEPT, "set")  # the default; `oner-fast data` calls a sample's source `set`
@@ -51,16 +52,16 @@ class Taught:
         """The linear probe, fitted at its first use."""
         return fit_linear_probe(self.features, self.labels, len(self.classes))
 
-    def knn(self, image: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Accuracy of the weighted k-NN on (N, E) images with (N,) labels."""
+    def knn(self, image: Tensor, labels: Tensor, ties: Ties = "miss") -> dict[str, Any]:
+        """Accuracy of the weighted k-NN on (N, E) images with (N,) labels; `ties` as for `score_accuracy`."""
         scores = knn_scores(self.features, self.labels, image, len(self.classes))
         about = {"k": min(K, len(self.features)), "temperature": TEMPERATURE, "train_images": len(self.features)}
-        return score_accuracy(scores, labels) | about
+        return score_accuracy(scores, labels, ties=ties) | about
 
-    def linear_probe(self, image: Tensor, labels: Tensor) -> dict[str, Any]:
-        """Accuracy of the linear probe on (N, E) images with (N,) labels."""
+    def linear_probe(self, image: Tensor, labels: Tensor, ties: Ties = "miss") -> dict[str, Any]:
+        """Accuracy of the linear probe on (N, E) images with (N,) labels; `ties` as for `score_accuracy`."""
         about = {"l2": self.probe.l2, "train_images": len(self.features)}
-        return score_accuracy(self.probe.scores(image), labels) | about
+        return score_accuracy(self.probe.scores(image), labels, ties=ties) | about
 
 
 def teach(

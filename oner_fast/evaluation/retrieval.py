@@ -21,6 +21,7 @@ TIE = 1e-9  # scores this close are equal: far above float64 rounding, far below
 CHUNK_SCORES = 1 << 22  # number of scores held at once (32 MiB of float64)
 KS = (1, 5, 10)
 Ties = Literal["miss", "topk"]
+"""Rule for equal scores: a wrong item ranks ahead of a right one, or as `torch.topk` orders them."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,24 @@ def topk_hits(scores: Tensor, query_row: Tensor, gallery_row: Tensor, k: int) ->
         query_row, gallery_row: (P,) int64, the matching pairs.
         k: the number of best items; one more than G counts as G.
     """
+    return _right(scores, query_row, gallery_row, k).any(1)
+
+
+def topk_ranks(scores: Tensor, query_row: Tensor, gallery_row: Tensor, k: int) -> Tensor:
+    """Rank each query's first match among the k items that one `torch.topk` puts first: (Q,) int64, k for none.
+
+    For the arguments see `topk_hits`.
+    """
+    right = _right(scores, query_row, gallery_row, k)
+    return torch.where(right.any(1), right.int().argmax(1), k).cpu()
+
+
+def _right(scores: Tensor, query_row: Tensor, gallery_row: Tensor, k: int) -> Tensor:
+    """Tell which of the k items that `torch.topk` puts first are matches: (Q, min(k, G)) bool."""
     queries, gallery = scores.shape
     best = torch.topk(scores, min(k, gallery), dim=1).indices
     first = torch.arange(queries, device=scores.device)[:, None] * gallery
-    return torch.isin(best + first, (query_row * gallery + gallery_row).to(scores.device)).any(1)
+    return torch.isin(best + first, (query_row * gallery + gallery_row).to(scores.device))
 
 
 def recall(

@@ -35,6 +35,7 @@ from oner_fast.evaluation.spaces import SpacesEncoder, class_figures, space_figu
 from oner_fast.evaluation.splits import split_by_words, vocabulary
 from oner_fast.evaluation.zero_shot import (
     TEMPLATES,
+    Template,
     accuracy,
     class_embeddings,
     concept_accuracy,
@@ -104,7 +105,7 @@ def evaluate_split(
         probes: the classifiers to fit to these features: `knn`, `linear_probe`.
         batch_size: images embedded at once.
         limit: evaluate only this many samples, evenly spaced.
-        ties: how equal scores count in retrieval, as for `retrieval.retrieval`.
+        ties: how equal scores count, as for `retrieval.retrieval` and `zero_shot.accuracy`.
         probes_of_words: training captions, by which the shift of a word is known (`fusion.word_shifts`).
         spaces: the spaces to report besides, under `spaces` of each entry.
     """
@@ -121,13 +122,15 @@ def evaluate_split(
     if reads and has_joint_pass(loaded):
         entry |= _composed(cast(JointEncoder, loaded), dataset, embedded, probes_of_words)
     if reads and templates:
-        entry["zero_shot"], others = evaluate_concepts(loaded, wide, templates, batch_size=batch_size, spaces=spaces)
+        entry["zero_shot"], others = evaluate_concepts(
+            loaded, wide, templates, batch_size=batch_size, spaces=spaces, ties=ties
+        )
         for space, figures in others.items():
             entry["spaces"][space]["zero_shot"] = figures
     asked = {label: ask(learnt, label, embedded) for label, learnt in (taught or {}).items()}
     for probe in probes:
         entry[probe] = {
-            label: getattr(learnt, probe)(*asked[label])
+            label: getattr(learnt, probe)(*asked[label], ties)
             for label, learnt in (taught or {}).items()
             if len(asked[label][0])
         }
@@ -175,10 +178,11 @@ def evaluate_retrieval(
 def evaluate_concepts(
     loaded: Encoder,
     embedded: SplitEmbeddings,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[Template] = TEMPLATES,
     *,
     batch_size: int = 64,
     spaces: SpacesEncoder | None = None,
+    ties: Ties = "miss",
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Compute zero-shot accuracy among the concepts of a split's captions; captions of equal images count as right.
 
@@ -194,7 +198,7 @@ def evaluate_concepts(
         embedded.image,
         described,
         spaces,
-        lambda image, classes: concept_accuracy(image, classes, shown) | {"templates": len(templates)},
+        lambda image, classes: concept_accuracy(image, classes, shown, ties=ties) | {"templates": len(templates)},
     )
 
 
@@ -212,7 +216,7 @@ def _classified(
 
 
 def evaluate_folders(
-    loaded: Encoder, train: Path, test: Path, probes: Sequence[str], *, batch_size: int = 64
+    loaded: Encoder, train: Path, test: Path, probes: Sequence[str], *, batch_size: int = 64, ties: Ties = "miss"
 ) -> dict[str, dict[str, Any]]:
     """Let `probes` (`knn`, `linear_probe`) learn from one ImageFolder and predict another; returns an entry for each.
 
@@ -228,10 +232,10 @@ def evaluate_folders(
     image, kept, damaged = embed_files(loaded, asked_files, batch_size=batch_size)
     numbers = torch.tensor([names.index(name) for name in asked_names])[asked_labels[kept]]
     left_out = {"damaged": len(damaged), "damaged_training": len(lost)}
-    return {probe: getattr(taught, probe)(image, numbers) | left_out for probe in probes}
+    return {probe: getattr(taught, probe)(image, numbers, ties) | left_out for probe in probes}
 
 
-def _describe(loaded: Encoder, names: Sequence[str], templates: Sequence[str], batch_size: int) -> torch.Tensor:
+def _describe(loaded: Encoder, names: Sequence[str], templates: Sequence[Template], batch_size: int) -> torch.Tensor:
     """Embed classes: (C, E). The prompts are embedded in batches of their own, with progress shown."""
     return class_embeddings(
         lambda prompts: embed_texts(loaded, prompts, batch_size=batch_size), names, templates, batch_size=1 << 20
@@ -244,9 +248,10 @@ def evaluate_zero_shot(
     *,
     classes: Sequence[str] | None = None,
     places: Sequence[int] | None = None,
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[Template] = TEMPLATES,
     batch_size: int = 64,
     spaces: SpacesEncoder | None = None,
+    ties: Ties = "miss",
 ) -> dict[str, Any]:
     """Compute zero-shot accuracy on an ImageFolder.
 
@@ -256,9 +261,10 @@ def evaluate_zero_shot(
         classes: a name for each sub-folder, in their sorted order; the sub-folders' own names by default.
         places: places of the classes among all of a larger set, from whose folder the other classes are then left out,
             such as those of ImageNet-A from ImageNet's validation images.
-        templates: prompts in which {} stands for the class.
+        templates: prompts, in any form of `zero_shot.Template`.
         batch_size: images embedded at once.
         spaces: the spaces to report besides, under `spaces`.
+        ties: how equal scores count, as for `zero_shot.accuracy`.
     """
     files, labels, folders = read_image_folder(folder)
     if places is not None and len(folders) > max(len(places), *places):
@@ -270,7 +276,7 @@ def evaluate_zero_shot(
     image, kept, damaged = embed_files(spaces or loaded, files, batch_size=batch_size)
     beside = {"templates": len(templates), "damaged": len(damaged)}
     main, others = _classified(
-        image, described, spaces, lambda rows, classes: accuracy(rows, labels[kept], classes) | beside
+        image, described, spaces, lambda rows, classes: accuracy(rows, labels[kept], classes, ties=ties) | beside
     )
     return main | ({"spaces": others} if others else {})
 

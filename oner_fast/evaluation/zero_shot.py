@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from oner_fast.data.picture_formats import SUFFIXES
 from oner_fast.data.sources.concepts import concept
 from oner_fast.evaluation.classifier import check_labels
 from oner_fast.evaluation.imagenet import SLIP_TEMPLATES, SUBSETS
-from oner_fast.evaluation.retrieval import recall
+from oner_fast.evaluation.retrieval import Ties, recall, topk_ranks
 from oner_fast.models.optional_packages import optional_package
 
+Template = str | Callable[[str], str]
+"""Prompt with `{}`, or clip_benchmark's `{c}`, where the class goes; or a function of the class, as in open_clip."""
 TEMPLATES = (
     "{}",
     "a picture of a {}",
@@ -34,7 +37,7 @@ TEMPLATES = (
 def class_embeddings(
     encode_text: Callable[[list[str]], Tensor],
     classes: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    templates: Sequence[Template] = TEMPLATES,
     *,
     batch_size: int = 256,
 ) -> Tensor:
@@ -42,39 +45,55 @@ def class_embeddings(
 
     Args:
         encode_text: list of T prompts -> (T, E) embeddings.
-        classes: names that replace `{}` in each template.
-        templates: prompts.
+        classes: names that go into each template.
+        templates: prompts, in any form of `Template`.
         batch_size: prompts embedded at once.
 
     Raises:
-        ValueError: there is no class or no template, or a template lacks `{}`.
+        ValueError: there is no class or no template, or a template has no place for the class.
     """
     if not classes or not templates:
         raise ValueError(f"need at least one class and one template, got {len(classes)} and {len(templates)}")
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"a prompt template needs {{}} where the class goes, got {template!r}")
-    prompts = [template.replace("{}", name) for name in classes for template in templates]
+    prompts = [prompt(template, name) for name in classes for template in templates]
     parts = [encode_text(prompts[i : i + batch_size]).float().cpu() for i in range(0, len(prompts), batch_size)]
     each = F.normalize(torch.cat(parts), dim=-1)
     return F.normalize(each.reshape(len(classes), len(templates), -1).mean(1), dim=-1)
 
 
-def accuracy(image: Tensor, labels: Tensor, classes: Tensor) -> dict[str, float | int]:
+def prompt(template: Template, name: str) -> str:
+    """Put the name of a class into a template. Raises ValueError where the template has no place for it."""
+    if callable(template):
+        return template(name)
+    if "{}" not in template and "{c}" not in template:
+        raise ValueError(f"a prompt template needs {{}} where the class goes, got {template!r}")
+    return template.replace("{}", name).replace("{c}", name)
+
+
+def accuracy(image: Tensor, labels: Tensor, classes: Tensor, *, ties: Ties = "miss") -> dict[str, Any]:
     """Compute the top-1 and top-5 accuracy of (N, E) images with (N,) int64 labels against (C, E) class embeddings.
 
-    A tie counts as a miss.
+    Args:
+        image: L2-normalised embeddings.
+        labels: places in `classes`.
+        classes: L2-normalised embeddings.
+        ties: "miss" counts a tie as a miss. "topk" decides as `clip_benchmark` and open_clip do: one `torch.topk` of
+            the scaled cosines in the embeddings' own dtype.
 
     Returns:
-        {"top1", "top5", "chance@1", "chance@5", "images", "classes"}; shares, not per cent.
+        {"top1", "top5", "chance@1", "chance@5", "images", "classes"}; shares, not per cent. With "topk", "ties" too.
     """
     if labels.shape != image.shape[:1]:
         raise ValueError(f"labels need shape ({len(image)},), got {tuple(labels.shape)}")
     check_labels(labels, len(classes))
-    return _top(recall(image, classes, torch.arange(len(image)), labels, ks=(1, 5)))
+    return _top(image, classes, torch.arange(len(image)), labels, ties)
 
 
-def _top(scores: dict[str, float | int]) -> dict[str, float | int]:
+def _top(image: Tensor, classes: Tensor, row: Tensor, label: Tensor, ties: Ties) -> dict[str, Any]:
+    """Compute the figures of images whose row `row[p]` shows the class `label[p]`."""
+    scores = recall(image, classes, row, label, ks=(1, 5))
+    if ties == "topk":
+        ranks = topk_ranks(100.0 * image @ classes.T, row, label, 5)
+        scores |= {f"R@{k}": int((ranks < k).sum()) / len(ranks) for k in (1, 5)}
     return {
         "top1": scores["R@1"],
         "top5": scores["R@5"],
@@ -82,6 +101,7 @@ def _top(scores: dict[str, float | int]) -> dict[str, float | int]:
         "chance@5": scores["chance@5"],
         "images": scores["queries"],
         "classes": scores["gallery"],
+        **({"ties": ties} if ties != "miss" else {}),
     }
 
 
@@ -131,12 +151,12 @@ def concept_classes(captions: Sequence[Sequence[str]], known: Sequence[str | Non
     return ConceptClasses(concepts, described, table[:, 0].clone(), table[:, 1].clone())
 
 
-def concept_accuracy(image: Tensor, classes: Tensor, shown: ConceptClasses) -> dict[str, float | int]:
+def concept_accuracy(image: Tensor, classes: Tensor, shown: ConceptClasses, *, ties: Ties = "miss") -> dict[str, Any]:
     """Compute the top-1 and top-5 accuracy of (N, E) images among (C, E) class embeddings, in the form of `accuracy`.
 
     Any class that an image shows is right.
     """
-    return _top(recall(image, classes, shown.image, shown.label, ks=(1, 5)))
+    return _top(image, classes, shown.image, shown.label, ties)
 
 
 def read_templates(source: str) -> list[str]:

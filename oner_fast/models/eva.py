@@ -138,7 +138,11 @@ def _revert(state: Mapping[str, Tensor], config: UTAConfig, layout: Layout) -> S
     missing = sorted(wanted - given.keys())
     unknown = sorted(name for name in given.keys() - wanted if "rope" not in name and name != "mask_token")
     if any("attn.inner_attn_ln" in name or "attn.norm" in name for name in unknown):
-        raise ValueError("these weights have a norm inside attention, as EVA-02-CLIP's do; UTA's student has none")
+        raise ValueError(
+            "these weights have a norm inside attention (attn.norm or attn.inner_attn_ln), as EVA-02-CLIP's do; UTA's "
+            "student has none. Load such a CLIP whole, by the name of its model in open_clip: "
+            "oner_fast.load('FILE:EVA02-B-16')"
+        )
     if missing or unknown:
         raise ValueError(
             f"these weights ({layout} layout) are not those of the given configuration: "

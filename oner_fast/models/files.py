@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from oner_fast import bounded_json, format_version
 from oner_fast.atomic import write_atomic
-from oner_fast.models import eva
+from oner_fast.models import eva, timm_eva
 from oner_fast.models.file_kinds import file_kind
 from oner_fast.models.fitting import Found, check_fit, filled
 from oner_fast.models.oner import OneR, OneRConfig
@@ -27,24 +27,26 @@ from oner_fast.models.uta import UTA, UTAConfig
 
 FORMAT = "oner_fast.oner"
 UTA_FORMAT = "oner_fast.uta"
+SCALE = "log_logit_scale"
+"""Entry of the metadata with the logarithm of 1 / temperature that the model was trained with or learnt."""
 
 
-def save_model(path: Path | str, tower: OneR, tokenizer_json: str) -> None:
-    """Write `tower` and its tokenizer to `path`, which is replaced at once."""
-    _write(Path(path), model_bytes(tower, tokenizer_json))
+def save_model(path: Path | str, tower: OneR, tokenizer_json: str, log_logit_scale: float | None = None) -> None:
+    """Write `tower`, its tokenizer and the logarithm of its scale to `path`, which is replaced at once."""
+    _write(Path(path), model_bytes(tower, tokenizer_json, log_logit_scale))
 
 
-def model_bytes(tower: OneR, tokenizer_json: str) -> bytes:
+def model_bytes(tower: OneR, tokenizer_json: str, log_logit_scale: float | None = None) -> bytes:
     """Return the content of the file that `save_model` writes."""
-    return serialised(
-        tower,
-        {
-            "format": FORMAT,
-            format_version.FIELD: str(format_version.MODEL),
-            "config": json.dumps(asdict(tower.config)),
-            "tokenizer": tokenizer_json,
-        },
-    )
+    metadata = {
+        "format": FORMAT,
+        format_version.FIELD: str(format_version.MODEL),
+        "config": json.dumps(asdict(tower.config)),
+        "tokenizer": tokenizer_json,
+    }
+    if log_logit_scale is not None:
+        metadata[SCALE] = repr(log_logit_scale)
+    return serialised(tower, metadata)
 
 
 def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | None = None) -> None:
@@ -107,22 +109,29 @@ def load_model(path: Path | str) -> tuple[OneR, str]:
     return filled(OneR(config), unwrapped(read_safetensors(path), str(path)), problem), tokenizer
 
 
-def load_uta(source: Path | str | Mapping[str, Any], config: UTAConfig | None = None) -> UTA:
+def load_uta(source: Path | str | Mapping[str, Any] | nn.Module, config: UTAConfig | None = None) -> UTA:
     """Load a student (float32, evaluation mode) from weights in any layout of `oner_fast.models.eva`.
 
     Args:
         source: a file of `save_uta`; a safetensors file or a PyTorch checkpoint (only the weights are read) in EVA's or
-            timm's layout, alone or as the vision tower of a CLIP; or such a state dict. A file is recognised by its
-            content, so that its suffix does not matter. For the names that it may use see
+            timm's layout, alone or as the vision tower of a CLIP; such a state dict; or an `Eva` of timm itself. A file
+            is recognised by its content, so that its suffix does not matter. For the names that it may use see
             `oner_fast.models.state_files.unwrapped`.
-        config: the sizes. By default they come from the file of `save_uta`. If given, positions of another grid are
-            resampled to its grid, and in our own layout a patch embedding of another patch size too.
+        config: the sizes. By default they come from the file of `save_uta`, or from the `Eva`. If given, positions of
+            another grid are resampled to its grid, and in our own layout a patch embedding of another patch size too.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the weights are in no known layout or do not fit, or `config` is needed.
+        ValueError: the weights are in no known layout or do not fit, `config` is needed, or an `Eva` computes what no
+            student of its configuration does.
     """
     name, header = "the state dict", None
+    if isinstance(source, nn.Module):
+        if config is None:
+            config = timm_eva.config_of(source)
+        else:
+            timm_eva.check_timm(source, config)
+        source = source.state_dict()
     if isinstance(source, Mapping):
         state = unwrapped(source)
     else:

@@ -68,6 +68,48 @@ def has_part_of_hub(model: str) -> bool:
     return bool(text.get("hf_model_name") or text.get("hf_tokenizer_name"))
 
 
+def refuse_without_model(found: Found, path: Path) -> None:
+    """Raise ValueError where a file's weights are those of a CLIP, which needs the name of its model beside it."""
+    shapes = {name.removeprefix("text."): shape for name, shape in found.shapes.items()}
+    if "logit_scale" not in shapes or not any(name.startswith("visual.") for name in shapes):
+        return
+    fitting = _models_of(shapes)
+    known = f"; of its sizes are {', '.join(fitting[:6])}" if fitting else ""
+    choice = ", and a name with quickgelu is another activation, which the weights do not tell" if fitting else ""
+    raise ValueError(
+        f"{path} holds the weights of a CLIP without its configuration; name the model of open_clip: "
+        f"{path}:MODEL{known}{choice}"
+    )
+
+
+def _models_of(shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """List the models of open_clip with plain towers of these sizes."""
+    try:
+        open_clip = optional_package("open_clip")
+    except ModuleNotFoundError:
+        return []
+    words, places = shapes.get("token_embedding.weight", ()), shapes.get("positional_embedding", ())
+    patches, cells = shapes.get("visual.conv1.weight", ()), shapes.get("visual.positional_embedding", ())
+    if (len(words), len(places), len(patches), len(cells)) != (2, 2, 4, 2):
+        return []
+    depths = [
+        len({name.split(".")[place] for name in shapes if name.startswith(f"{trunk}.resblocks.")})
+        for trunk, place in (("visual.transformer", 3), ("transformer", 2))
+    ]
+    there = (patches[0], patches[-1], cells[0], depths[0], words[0], places[0], words[1], depths[1])
+
+    def sizes(config: dict[str, Any]) -> tuple[Any, ...]:
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        side, patch = vision.get("image_size", 224), vision.get("patch_size", 16)
+        grid = 1 + (side // patch) ** 2 if isinstance(side, int) and isinstance(patch, int) else 0
+        return (
+            vision.get("width", 768), patch, grid, vision.get("layers", 12), text.get("vocab_size", 49408),
+            text.get("context_length", 77), text.get("width", 512), text.get("layers", 12),
+        )  # fmt: skip
+
+    return [name for name in open_clip.list_models() if sizes(open_clip.get_model_config(name)) == there]
+
+
 @contextlib.contextmanager
 def plain_file(path: Path) -> Iterator[Path]:
     """Give a file with the weights of `path` under plain names, which open_clip and timm load: mostly `path` itself.
@@ -107,9 +149,15 @@ def _check_local(model: dict[str, Any], path: Path) -> None:
             f"{path} names {str(fetched)[:80]!r}, which would be fetched from a hub, and a file makes this library "
             "fetch nothing; ask for the whole model by its own name: hf-hub:OWNER/NAME, or MODEL:TAG of open_clip"
         )
-    options = text.get("tokenizer_kwargs")
+    check_no_code(model, str(path))
+
+
+def check_no_code(model: Any, name: str) -> None:
+    """Raise ValueError, which starts with `name`, where an open_clip configuration asks to run code of a tokenizer."""
+    text = model.get("text_cfg") if isinstance(model, dict) else None
+    options = text.get("tokenizer_kwargs") if isinstance(text, dict) else None
     if isinstance(options, dict) and "trust_remote_code" in options:
-        raise ValueError(f"{path} asks to run code of its tokenizer (trust_remote_code), and no code of a file is run")
+        raise ValueError(f"{name} asks to run code of its tokenizer (trust_remote_code), and no code of a file is run")
 
 
 def _weights(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Import open_clip and timm, which are optional, when they are needed."""
+"""Import open_clip, timm and transformers, which are optional, when they are needed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _libraries: list[Any] = []  # a library's declarations last as long as the objec
 
 @cache
 def optional_package(name: str) -> ModuleType:
-    """Import `open_clip` or `timm`.
+    """Import `open_clip`, `timm` or `transformers`.
 
-    Both import torchvision, whose compiled ops are missing where its build does not fit torch's (PyPI's wheel beside a
-    CPU build of torch). Neither package calls these ops, so declaring them is enough.
+    They import torchvision, whose compiled ops are missing where its build does not fit torch's (PyPI's wheel beside a
+    CPU build of torch). None of them calls these ops, so declaring them is enough.
 
     Raises:
         ModuleNotFoundError: the package is not installed; the message says how to install it.

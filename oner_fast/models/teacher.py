@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oner_fast.models import lit, open_clip_files
+from oner_fast.models import hugging_face_clip, lit, open_clip_files
 from oner_fast.models.optional_packages import optional_package
-from oner_fast.models.pretrained_encoders import Encoders
-from oner_fast.models.teacher_image_towers import TeacherImageTower, TimmViT, image_tower_of
+from oner_fast.models.pretrained_encoders import MAX_TOKENS, Encoders
+from oner_fast.models.teacher_image_towers import OpenClipPooled, TeacherImageTower, TimmViT, image_tower_of
+from oner_fast.text_ids import TextTokenizer, check_ids
 
 DTYPES = (torch.float32, torch.bfloat16)
 TEXTS = 256  # number of texts that pass the text tower at once
@@ -42,7 +43,10 @@ class Teacher(nn.Module):
         embed_dim: size of an embedding.
         grid: number of cells along a side.
         image_size: pixels a side of the tower's input.
+        interpolation, squash: how images are brought to that size, see `TeacherImageTower`.
         logit_scale: 1 / temperature that the CLIP was trained to (1.0 for an image tower alone).
+        logit_bias: number added to the scaled cosines (SigLIP), or None.
+        has_text: whether there is a text tower.
     """
 
     def __init__(
@@ -70,10 +74,13 @@ class Teacher(nn.Module):
         self._text: Any = model
         scale = getattr(model, "logit_scale", None)
         self.logit_scale = 1.0 if scale is None else float(scale.detach().float().exp())
+        bias = getattr(model, "logit_bias", None)
+        self.logit_bias = None if bias is None else float(bias.detach().float())
+        self.has_text = model is not None and tokenize is not None
         if grid is not None and grid * tower.patch_size != tower.image_size:
             tower.resize(grid * tower.patch_size)
         self.to(device=device, dtype=dtype).requires_grad_(False).eval()
-        self.image_size = tower.image_size
+        self.image_size, self.interpolation, self.squash = tower.image_size, tower.interpolation, tower.squash
         self.grid = tower.image_size // tower.patch_size
         self.embed_dim = self._check()
 
@@ -105,22 +112,24 @@ class Teacher(nn.Module):
             embeddings = self._tower.pooled(self._pixels(images))
         return _ordinary(embeddings)
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts: (B, embed_dim) in the teacher's dtype, not normalised.
+    def encode_text(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Embed texts, or their ids (B, L) from the tokenizer: (B, embed_dim) in the teacher's dtype, not normalised.
 
         Raises:
-            ValueError: the teacher is an image tower alone.
+            ValueError: the teacher is an image tower alone, or the ids are none of its tokenizer.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, got one string")
         if self._text is None or self._make_tokenizer is None:
             raise ValueError(f"{self.name} is an image tower without a text tower; name a whole CLIP to encode texts")
         device = next(self.model.parameters()).device
+        ids = self._checked(texts) if isinstance(texts, Tensor) else None
         parts = []
         with torch.inference_mode():
             for start in range(0, len(texts), TEXTS):
-                ids = self.tokenizer(list(texts[start : start + TEXTS]))
-                parts.append(self._text.encode_text(ids.to(device)))
+                some = slice(start, start + TEXTS)
+                tokens = self.tokenizer(list(texts[some])) if ids is None else ids[some]
+                parts.append(self._text.encode_text(tokens.to(device)))
         return _ordinary(torch.cat(parts)) if parts else torch.empty((0, self.embed_dim), device=device)
 
     @cached_property
@@ -129,6 +138,31 @@ class Teacher(nn.Module):
         if self._make_tokenizer is None:
             raise ValueError(f"{self.name} is an image tower without a text tower, so it has no tokenizer")
         return self._make_tokenizer()
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """Tokenizer that checks its texts, and knows its `context_length`."""
+        tokenizer = self.tokenizer
+        length = self._context_length()
+        return TextTokenizer(lambda texts, _: tokenizer(texts), length, least=length)
+
+    def _context_length(self) -> int:
+        return getattr(self.tokenizer, "context_length", MAX_TOKENS)
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        """Return ids that were given; ValueError unless the text tower reads texts of their length."""
+        ids, length = check_ids(ids), self._context_length()
+        fixed = hasattr(self.tokenizer, "context_length")
+        if ids.shape[1] > length or (fixed and ids.shape[1] != length):
+            needed = f"(B, {length})" if fixed else f"(B, 1 to {length})"
+            raise ValueError(f"tokens need shape {needed} for {self.name}, got {tuple(ids.shape)}; use its tokenize")
+        words = getattr(self._text, "vocab_size", None)
+        if isinstance(words, int) and (int(ids.min()) < 0 or int(ids.max()) >= words):
+            raise ValueError(
+                f"tokens hold ids from {int(ids.min())} to {int(ids.max())}, and {self.name} embeds 0 to {words - 1}; "
+                "use its tokenize"
+            )
+        return ids
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,10 +198,13 @@ class Teacher(nn.Module):
         return self._tower.pixels(images, device).to(self.dtype)
 
     def _check(self) -> int:
-        """Check on an image of noise that token 0 is the image's embedding; return the size of an embedding."""
+        """Check on an image of noise that token 0 is the image's embedding, and return the embedding's size."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(256, (1, 3, self.image_size, self.image_size), dtype=torch.uint8, generator=generator)
-        tokens, pooled = self.tokens(noise), self.encode_image(noise)
+        pooled = self.encode_image(noise)
+        if not self._tower.has_tokens:
+            return pooled.shape[1]
+        tokens = self.tokens(noise)
         count = 1 + self.grid**2
         if tokens.shape[1] != count:
             raise ValueError(f"{self.name}: a grid of {self.grid} must give {count} tokens, got {tokens.shape[1]}")
@@ -186,6 +223,7 @@ def load_teacher(
     grid: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    tokens: bool = True,
 ) -> Teacher:
     """Load a CLIP as a teacher.
 
@@ -195,6 +233,7 @@ def load_teacher(
             * a folder with `open_clip_config.json` and the weights (a run of `oner-fast train clip`);
             * a folder with `lit_config.json` and the heads (a run of `oner-fast train lit`: not a CLIP, but two
                 pretrained encoders with a common space);
+            * a folder with `config.json` and safetensors of a CLIP or SigLIP of transformers;
             * `MODEL:TAG` of open_clip, such as `ViT-B-16:openai` or `EVA01-g-14-plus:merged2b_s11b_b114k`;
             * `hf-hub:OWNER/NAME`, a CLIP in open_clip's layout;
             * `FILE:MODEL`: a file with weights of open_clip's MODEL, or of `timm:MODEL`: safetensors or PyTorch, with
@@ -204,6 +243,8 @@ def load_teacher(
             and its positions are resampled. By default the teacher keeps its own grid.
         device: where the teacher computes.
         dtype: dtype of the weights and outputs: torch.float32 or torch.bfloat16.
+        tokens: whether a grid of tokens in the joint space is needed, as UTA does. Where False, any CLIP is taken, and
+            `Teacher.tokens` of one without such a grid raises ValueError.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -212,7 +253,7 @@ def load_teacher(
         ModuleNotFoundError: open_clip, timm or an encoder's package is not installed.
     """
     text = str(source)
-    common: dict[str, Any] = {"grid": grid, "device": device, "dtype": dtype}
+    common: dict[str, Any] = {"grid": grid, "device": device, "dtype": dtype, "needed": tokens}
     if text.startswith("timm:"):
         return _timm(text, text.removeprefix("timm:"), {"pretrained": True}, common)
     if text.startswith("hf-hub:"):
@@ -229,8 +270,8 @@ def load_teacher(
 
 
 def is_teacher(folder: Path) -> bool:
-    """Whether a folder holds a teacher that this library or open_clip saved."""
-    return any((folder / name).is_file() for name in (CONFIG, lit.CONFIG))
+    """Whether a folder holds a teacher that this library, open_clip or transformers saved."""
+    return any((folder / name).is_file() for name in (CONFIG, lit.CONFIG)) or hugging_face_clip.is_folder(folder)
 
 
 def is_fetched(source: str) -> bool:
@@ -248,8 +289,14 @@ def is_fetched(source: str) -> bool:
     return not Path(found["file"]).is_file() or open_clip_files.has_part_of_hub(found["model"])
 
 
+def is_named(source: str) -> bool:
+    """Whether `source`, which is no path on this machine, names a model in one of `load_teacher`'s other forms."""
+    return source.startswith(("timm:", "hf-hub:", "local-dir:")) or _ANY_FILE.fullmatch(source) is not None
+
+
 def lit_teacher(name: str, model: lit.LiT, encoders: Encoders, config: lit.LiTConfig, **common: Any) -> Teacher:
     """Wrap a LiT as a teacher; `common` holds grid, device and dtype, as in `load_teacher`."""
+    common.pop("needed", None)
     tower = lit.LiTTower(model.visual, encoders, config.grid)
     return Teacher(tower, name=name, model=model, tokenize=lambda: encoders.tokenize, **common)
 
@@ -259,9 +306,11 @@ def _from_folder(folder: Path, common: dict[str, Any]) -> Teacher:
     if (folder / lit.CONFIG).is_file():
         return lit_teacher(str(folder), *lit.load_lit(folder), **common)
     if not (folder / CONFIG).is_file():
+        if hugging_face_clip.is_folder(folder):
+            return _hugging_face(folder, common)
         raise FileNotFoundError(
             f"{folder} holds neither {CONFIG} nor {lit.CONFIG}; a teacher's folder is a finished run of 'oner-fast "
-            "train clip' or 'oner-fast train lit', or a CLIP that open_clip saved"
+            "train clip' or 'oner-fast train lit', or a CLIP that open_clip or transformers saved"
         )
     open_clip_files.check_folder(folder)
     return _open_clip(str(folder), f"local-dir:{folder}", {}, common)
@@ -309,18 +358,53 @@ def _quick_gelu(model: str, tag: str) -> bool:
 def _open_clip(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
     open_clip = optional_package("open_clip")
     try:
+        if model_name.startswith("hf-hub:"):
+            open_clip_files.check_no_code(open_clip.get_model_config(model_name), name)
         model = open_clip.create_model(model_name, require_pretrained=True, pretrained_text=False, **options)
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} cannot be loaded as a CLIP: {' '.join(str(error).split())[:600]}") from error
-    tower = image_tower_of(model, name)
-    return Teacher(tower, name=name, model=model, tokenize=lambda: open_clip.get_tokenizer(model_name), **common)
+
+    def pooled(reason: str) -> TeacherImageTower:
+        return OpenClipPooled(model, reason, name)
+
+    texts = {"model": model, "tokenize": lambda: open_clip.get_tokenizer(model_name)}
+    return _wrapped(lambda: image_tower_of(model, name), pooled, name, texts, common)
+
+
+def _hugging_face(folder: Path, common: dict[str, Any]) -> Teacher:
+    """Load the CLIP or SigLIP that transformers saved in `folder`."""
+    model = hugging_face_clip.load_folder(folder)
+    texts = {"model": model, "tokenize": lambda: hugging_face_clip.tokenizer_of(folder, model)}
+
+    def pooled(reason: str) -> TeacherImageTower:
+        return hugging_face_clip.HuggingFacePooled(model, reason, str(folder))
+
+    return _wrapped(lambda: hugging_face_clip.HuggingFaceViT(model, str(folder)), pooled, str(folder), texts, common)
+
+
+def _wrapped(
+    tower: Callable[[], TeacherImageTower],
+    pooled: Callable[[str], TeacherImageTower],
+    name: str,
+    texts: dict[str, Any],
+    common: dict[str, Any],
+) -> Teacher:
+    """Make the teacher of a tower with tokens; where it has none and none is needed, that of its pooled embedding."""
+    options = {key: value for key, value in common.items() if key != "needed"}
+    try:
+        return Teacher(tower(), name=name, **texts, **options)
+    except ValueError as error:
+        if common["needed"]:
+            raise
+        return Teacher(pooled(str(error)), name=name, **texts, **options)
 
 
 def _timm(name: str, model_name: str, options: dict[str, Any], common: dict[str, Any]) -> Teacher:
     timm = optional_package("timm")
     if not timm.is_model(model_name):
         raise ValueError(f"timm has no model {model_name!r} (timm.list_models() names them)")
-    return Teacher(TimmViT(timm.create_model(model_name, **options), None, name), name=name, **common)
+    tower = TimmViT(timm.create_model(model_name, **options), None, name)
+    return Teacher(tower, name=name, **{key: value for key, value in common.items() if key != "needed"})
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ class TeacherImageTower(ABC):
     Attributes:
         patch_size, image_size: sides of a patch and of the image, in pixels.
         mean, std: normalisation of pixel values in [0, 1].
+        interpolation: method by which images are resized, `bicubic` or `bilinear`.
+        squash: whether images are resized to a square as a whole, instead of cut to their centre.
+        has_tokens: whether there are such tokens; a `PooledTower` has none.
     """
 
     patch_size: int
@@ -28,6 +31,8 @@ class TeacherImageTower(ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    squash: bool = False
+    has_tokens: bool = True
     module: nn.Module
     """The module that holds the weights."""
 
@@ -71,12 +76,12 @@ class OpenClipViT(TeacherImageTower):
         self.module, self._model, self._visual = visual, model, visual
         if visual.attn_pool is not None or visual.pool_type != "tok":
             pool = "attention" if visual.attn_pool is not None else visual.pool_type
-            raise ValueError(_other_pooling(name, pool))
+            raise ValueError(other_pooling(name, pool))
         if visual.proj is None:
             raise ValueError(f"{name}: the image tower has no projection, so that its tokens are in no joint space")
-        self.patch_size = _square(visual.patch_size, name, "patches")
-        self.image_size = _square(visual.image_size, name, "images")
-        self.mean, self.std, self.interpolation = _preprocessing(visual)
+        self.patch_size = square(visual.patch_size, name, "patches")
+        self.image_size = square(visual.image_size, name, "images")
+        self.mean, self.std, self.interpolation, self.squash = _preprocessing(visual, name)
 
     def resize(self, image_size: int) -> None:
         grid = image_size // self.patch_size
@@ -116,14 +121,15 @@ class TimmViT(TeacherImageTower):
         if embedding is None or not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "set_input_size"):
             raise ValueError(_no_grid(name, trunk))
         if known.global_pool != "token" or known.num_prefix_tokens < 1:
-            raise ValueError(_other_pooling(name, known.global_pool or "none"))
+            raise ValueError(other_pooling(name, known.global_pool or "none"))
         if hasattr(trunk, "head_dist"):
-            raise ValueError(_other_pooling(name, "distillation token"))
-        self.patch_size = _square(embedding.patch_size, name, "patches")
-        self.image_size = _square(embedding.img_size, name, "images")
+            raise ValueError(other_pooling(name, "distillation token"))
+        self.patch_size = square(embedding.patch_size, name, "patches")
+        self.image_size = square(embedding.img_size, name, "images")
         cfg: dict[str, Any] = known.pretrained_cfg
         cfg = cfg if visual is None else {**cfg, **getattr(visual, "preprocess_cfg", {})}
         self.mean, self.std, self.interpolation = tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"]
+        self.squash = _squashes(cfg, name)
 
     def resize(self, image_size: int) -> None:
         (self._trunk if self._visual is None else self._visual).set_input_size(image_size)
@@ -142,6 +148,39 @@ class TimmViT(TeacherImageTower):
 
     def pooled(self, pixels: Tensor) -> Tensor:
         return self.module(pixels)
+
+
+class PooledTower(TeacherImageTower):
+    """An image tower whose tokens are in no joint space; it embeds images as wholes alone."""
+
+    has_tokens = False
+
+    def __init__(self, reason: str) -> None:
+        """Take the sentence that says why no token of it is in the joint space."""
+        self._reason = reason
+
+    def resize(self, image_size: int) -> None:
+        raise ValueError(self._reason)
+
+    def hidden(self, pixels: Tensor) -> Tensor:
+        raise ValueError(self._reason)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        raise ValueError(self._reason)
+
+
+class OpenClipPooled(PooledTower):
+    """The image side of any model of open_clip."""
+
+    def __init__(self, model: nn.Module, reason: str, name: str) -> None:
+        super().__init__(reason)
+        whole: Any = model
+        self._model, self.module = whole, whole.visual
+        self.image_size = self.patch_size = square(whole.visual.image_size, name, "images")
+        self.mean, self.std, self.interpolation, self.squash = _preprocessing(whole.visual, name)
+
+    def pooled(self, pixels: Tensor) -> Tensor:
+        return self._model.encode_image(pixels, normalize=False)
 
 
 def image_tower_of(model: nn.Module, name: str) -> TeacherImageTower:
@@ -166,23 +205,35 @@ def _no_grid(name: str, tower: nn.Module) -> str:
     )
 
 
-def _other_pooling(name: str, pool: str) -> str:
+def other_pooling(name: str, pool: str) -> str:
+    """Say why a tower that pools by `pool` is no teacher."""
     return (
         f"{name}: its image tower pools by {pool!r}, so that no token of it is in the joint space; "
         "a teacher's embedding must be its [CLS] token ('tok', 'token')"
     )
 
 
-def _square(size: int | tuple[int, ...], name: str, what: str) -> int:
+def square(size: int | list[int] | tuple[int, ...], name: str, what: str) -> int:
+    """Return the one side of a size; ValueError, which starts with `name`, where it has two."""
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
         raise ValueError(f"{name}: its {what} must be square, got {size}")
     return sides.pop()
 
 
-def _preprocessing(visual: Any) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """Mean, standard deviation and interpolation; CLIP's where the model states none."""
+def _preprocessing(visual: Any, name: str) -> tuple[tuple[float, ...], tuple[float, ...], str, bool]:
+    """Mean, standard deviation, interpolation and `squash`; CLIP's where the model states none."""
     constants = optional_package("open_clip").constants
     found = {"mean": constants.OPENAI_DATASET_MEAN, "std": constants.OPENAI_DATASET_STD, "interpolation": "bicubic"}
     found |= getattr(visual, "preprocess_cfg", {})
-    return tuple(found["mean"]), tuple(found["std"]), found["interpolation"]
+    return tuple(found["mean"]), tuple(found["std"]), found["interpolation"], _squashes(found, name)
+
+
+def _squashes(preprocess: dict[str, Any], name: str) -> bool:
+    """Whether images are squashed; ValueError where they would be padded."""
+    mode = preprocess.get("resize_mode") or "shortest"
+    if mode not in ("shortest", "squash"):
+        raise ValueError(
+            f"{name}: its images are resized by the mode {str(mode)[:40]!r}, and 'shortest' or 'squash' is needed"
+        )
+    return bool(mode == "squash")

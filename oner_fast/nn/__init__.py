@@ -1,1 +1,1 @@
-"""Modules built from the ops: embeddings of visible patches, the packed transformer, the heads."""
+"""Modules built from the ops: embeddings of visible patches, the packed transformer, the heads, losses."""

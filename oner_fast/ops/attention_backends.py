@@ -70,9 +70,16 @@ def _why_no_gpu(device: str, least: tuple[int, int], most: tuple[int, int] = (99
     return []
 
 
+def why_no_dropout(device: str = "", **facts: Any) -> list[str]:
+    """List why a package cannot take a call that drops weights: it draws them in a way of its own."""
+    if not facts.get("dropout_p"):
+        return []
+    return [f"drops other weights than oner_fast does: dropout_p must be 0, got {facts['dropout_p']}"]
+
+
 def _why_not_these_tensors(facts: dict[str, Any]) -> list[str]:
-    """List why the flash kernels cannot take this dtype, head dimension, scale or call without lengths."""
-    found = []
+    """List why the flash kernels cannot take this dtype, head dimension, scale, dropout or call without lengths."""
+    found = why_no_dropout(**facts)
     if facts.get("dtype") not in (None, *HALF):
         found.append(f"takes float16 and bfloat16, not {facts['dtype']}")
     head_dim = facts.get("head_dim")
@@ -123,7 +130,7 @@ def why_not_xformers(device: str, **facts: Any) -> list[str]:
     found += _why_no_gpu(device, (7, 0))
     if torch.compiler.is_compiling() or (device == "cuda" and _capturing()):
         found.append("its masks are made of lengths on the host, which no graph can wait for")
-    found += _why_not_the_same_bits(facts)
+    found += [*_why_not_the_same_bits(facts), *why_no_dropout(**facts)]
     dtype, head_dim = facts.get("dtype"), facts.get("head_dim")
     if dtype not in (None, torch.float32, *HALF):
         found.append(f"takes float32, float16 and bfloat16, not {dtype}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oner_fast.ops.values import is_batched
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 
 
 class _Rows(NamedTuple):
@@ -23,8 +23,10 @@ class _Rows(NamedTuple):
     sizes: tuple[int, ...]
 
 
-class _Group(NamedTuple):
-    samples: int
+class Group(NamedTuple):
+    """The numbers of the sequences of one pair of lengths."""
+
+    sequences: tuple[int, ...]
     length_q: int
     length_k: int
 
@@ -37,7 +39,8 @@ def attend_by_length(
     The lengths are read on the host, so a call on CUDA waits for the device.
 
     Args:
-        attend: takes q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh), and returns (n, H, Lq, Dh).
+        attend: takes q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh), and the numbers of these n sequences; it returns
+            (n, H, Lq, Dh).
         query: (T, H, Dh).
         key: (Tk, Hk, Dh).
         value: (Tk, Hk, Dh).
@@ -67,9 +70,10 @@ def attend_by_length(
             outputs.append(q.masked_fill(q.new_ones((), dtype=torch.bool), 0.0))
             continue
         result = attend(
-            q.unflatten(0, (group.samples, group.length_q)).transpose(1, 2),
-            k.unflatten(0, (group.samples, group.length_k)).transpose(1, 2),
-            v.unflatten(0, (group.samples, group.length_k)).transpose(1, 2),
+            q.unflatten(0, (len(group.sequences), group.length_q)).transpose(1, 2),
+            k.unflatten(0, (len(group.sequences), group.length_k)).transpose(1, 2),
+            v.unflatten(0, (len(group.sequences), group.length_k)).transpose(1, 2),
+            group.sequences,
         )
         outputs.append(result.transpose(1, 2).flatten(0, 1))
     if not any(group.length_q and group.length_k for group in groups):
@@ -85,15 +89,20 @@ def _parts(packed: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
     return ordered.split(list(rows.sizes)) if rows.sizes else ()
 
 
-@lru_cache(maxsize=32)
-def _plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> tuple[tuple[_Group, ...], _Rows, _Rows]:
+def groups_of(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> tuple[Group, ...]:
+    """Group sequences by their pair of lengths, in the order in which the pairs occur first."""
     members: dict[tuple[int, int], list[int]] = {}
-    for sample, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
-        members.setdefault(lengths, []).append(sample)
-    groups = tuple(_Group(len(samples), *lengths) for lengths, samples in members.items())
-    samples_in_order = [sample for samples in members.values() for sample in samples]
-    rows_q = _rows(lengths_q, samples_in_order, tuple(group.samples * group.length_q for group in groups))
-    rows_k = _rows(lengths_k, samples_in_order, tuple(group.samples * group.length_k for group in groups))
+    for sequence, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        members.setdefault(lengths, []).append(sequence)
+    return tuple(Group(tuple(sequences), *lengths) for lengths, sequences in members.items())
+
+
+@lru_cache(maxsize=32)
+def _plan(lengths_q: tuple[int, ...], lengths_k: tuple[int, ...]) -> tuple[tuple[Group, ...], _Rows, _Rows]:
+    groups = groups_of(lengths_q, lengths_k)
+    in_order = [sequence for group in groups for sequence in group.sequences]
+    rows_q = _rows(lengths_q, in_order, tuple(len(group.sequences) * group.length_q for group in groups))
+    rows_k = _rows(lengths_k, in_order, tuple(len(group.sequences) * group.length_k for group in groups))
     return groups, rows_q, rows_k
 
 

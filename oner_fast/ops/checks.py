@@ -276,7 +276,7 @@ def matrix(op: str, name: str, x: Tensor) -> None:
 def rows_of_one_dtype(
     query: Tensor, key: Tensor, query_other: Tensor | None, key_other: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Cast the rows of `oner_fast.ops.mixup_info_nce` to their common dtype; return what is none to be refused."""
+    """Cast the rows of a contrast to their common dtype; return what is no tensor as it is, to be refused."""
     dtype = common_dtype(query, key, query_other, key_other)
     if dtype is None:
         return query, key, query_other, key_other
@@ -284,7 +284,8 @@ def rows_of_one_dtype(
     return query.to(dtype), key.to(dtype), query_other, key_other
 
 
-def mixup_info_nce(
+def contrast(
+    op: str,
     query: Tensor,
     key: Tensor,
     logit_scale: Tensor | float,
@@ -298,11 +299,10 @@ def mixup_info_nce(
     key_ids: Tensor | None,
     total: int | None,
 ) -> None:
-    """Check the arguments of `oner_fast.ops.mixup_info_nce`; `total` counts the rows of all ranks (None: no group).
+    """Check the arguments of `mixup_info_nce` or `sigmoid_loss`; `total` counts the rows of all ranks (None: no group).
 
     With a group, `matrix` comes first: the ranks tell each other their numbers of rows.
     """
-    op = "mixup_info_nce"
     matrix(op, "query", query)
     rows, width = query.shape
     if rows == 0 and total in (None, 0):
@@ -312,9 +312,9 @@ def mixup_info_nce(
             continue
         floating(op, name, is_tensor(op, name, tensor))
         shape(op, name, tensor, "(N, D)", (rows, width))  # type: ignore[arg-type]
-    _one_number(op, "logit_scale", logit_scale, query)
+    one_number(op, "logit_scale", logit_scale, query)
     if logit_bias is not None:
-        _one_number(op, "logit_bias", logit_bias, query)
+        one_number(op, "logit_bias", logit_bias, query)
     if isinstance(mix, Tensor):
         if is_tensor(op, "mix", mix).dtype not in FLOATING:
             raise TypeError(f"{op}: mix must be a number or a floating tensor, got {mix.dtype}")
@@ -343,7 +343,7 @@ def mixup_info_nce(
     )  # fmt: skip
 
 
-def _one_number(op: str, name: str, value: Tensor | float, query: Tensor) -> None:
+def one_number(op: str, name: str, value: Tensor | float, query: Tensor) -> None:
     """Raise unless `value` is a finite number, or a floating tensor of shape () or (1,), whose value is not read."""
     if not isinstance(value, Tensor):
         number(op, name, value, "a number or a tensor of one number")
@@ -362,12 +362,10 @@ def _same_device_or_cpu(op: str, name: str, value: Tensor, query: Tensor) -> Non
 
 
 def contrast_options(
-    symmetric: bool, normalized: bool, partner: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None,
-    same: str, group: dist.ProcessGroup | None,
+    op: str, normalized: bool, partner: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, same: str,
+    group: dist.ProcessGroup | None,
 ) -> None:  # fmt: skip
-    """Check the options of `oner_fast.ops.mixup_info_nce` before any rank sends anything."""
-    op = "mixup_info_nce"
-    flag(op, "symmetric", symmetric)
+    """Check the options of `mixup_info_nce` or `sigmoid_loss` before any rank sends anything."""
     flag(op, "normalized", normalized)
     if not isinstance(same, str):
         raise TypeError(f"{op}: same must be 'positive' or 'ignore', got {type(same).__name__}")
@@ -396,13 +394,31 @@ def kind_of_ids(query_ids: Tensor | None, same: str) -> int:
     return 0 if query_ids is None else 1 if same == "ignore" else 2
 
 
-def ids_of_ranks(kinds: Sequence[int]) -> None:
+def ids_of_ranks(op: str, kinds: Sequence[int]) -> None:
     """Raise ValueError on every rank unless all were given ids for the same purpose, or none."""
     if len(set(kinds)) > 1:
         raise ValueError(
-            "mixup_info_nce: every rank must pass query_ids with the same `same`, or none of them; got "
+            f"{op}: every rank must pass query_ids with the same `same`, or none of them; got "
             + ", ".join(f"{_KINDS_OF_IDS[kind]} on rank {rank}" for rank, kind in enumerate(kinds))
         )
+
+
+def _heads(op: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None, *, batched: bool) -> None:
+    """Check query, key and value, packed (T, H, Dh) or `batched` (B, H, N, Dh), and the scale of the scores."""
+    of_query, of_key = ("(B, H, N, Dh)", "(B, Hk, Nk, Dh)") if batched else ("(T, H, Dh)", "(Tk, Hk, Dh)")
+    floating(op, "query", is_tensor(op, "query", query))
+    shape(op, "query", query, of_query, (None,) * (4 if batched else 3))
+    heads, width = query.shape[1], query.shape[-1]
+    if width == 0:
+        raise ValueError(f"{op}: the heads of query must hold at least one number, got shape {tuple(query.shape)}")
+    floating(op, "key", is_tensor(op, "key", key), query.dtype)
+    shape(op, "key", key, of_key, (query.shape[0], None, None, width) if batched else (None, None, width))
+    floating(op, "value", is_tensor(op, "value", value), query.dtype)
+    shape(op, "value", value, of_key, tuple(key.shape))
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"{op}: the heads of key and value must divide the {heads} heads of query, got {key.shape[1]}")
+    if scale is not None:
+        number(op, "scale", scale)
 
 
 def varlen_attention(
@@ -410,19 +426,7 @@ def varlen_attention(
 ) -> None:
     """Check the tensors and the scale of `oner_fast.ops.varlen_attention`."""
     op = "varlen_attention"
-    floating(op, "query", is_tensor(op, "query", query))
-    shape(op, "query", query, "(T, H, Dh)", (None, None, None))
-    _, heads, width = query.shape
-    if width == 0:
-        raise ValueError(f"{op}: the heads of query must hold at least one number, got shape {tuple(query.shape)}")
-    floating(op, "key", is_tensor(op, "key", key), query.dtype)
-    shape(op, "key", key, "(Tk, Hk, Dh)", (None, None, width))
-    floating(op, "value", is_tensor(op, "value", value), query.dtype)
-    shape(op, "value", value, "(Tk, Hk, Dh)", tuple(key.shape))
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"{op}: the heads of key and value must divide the {heads} heads of query, got {key.shape[1]}")
-    if scale is not None:
-        number(op, "scale", scale)
+    _heads(op, query, key, value, scale, batched=False)
     same_device(op, "query", query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     cu_seqlens(op, "cu_seqlens_q", is_tensor(op, "cu_seqlens_q", cu_seqlens_q), query.shape[0])
     if cu_seqlens_k is None:
@@ -433,15 +437,39 @@ def varlen_attention(
         cu_seqlens(op, "cu_seqlens_k", is_tensor(op, "cu_seqlens_k", cu_seqlens_k), key.shape[0], batch)
 
 
-def attention_options(causal: bool, scale: float | None, max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
-    """Check the options by which an implementation of `oner_fast.ops.varlen_attention` is chosen."""
-    op = "varlen_attention"
+def padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, scale: float | None
+) -> None:
+    """Check the tensors and the scale of `oner_fast.ops.padded_attention`."""
+    op = "padded_attention"
+    _heads(op, query, key, value, scale, batched=True)
+    batch, keys = key.shape[0], key.shape[2]
+    if key_lengths is not None and key_mask is not None:
+        raise ValueError(f"{op}: key_lengths and key_mask both say which keys are padding; give one of them")
+    if key_lengths is not None:
+        if is_tensor(op, "key_lengths", key_lengths).dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{op}: key_lengths must be int32 or int64, got {key_lengths.dtype}")
+        shape(op, "key_lengths", key_lengths, "(B,)", (batch,))
+    if key_mask is not None:
+        if is_tensor(op, "key_mask", key_mask).dtype != torch.bool:
+            raise TypeError(f"{op}: key_mask must be bool, True where a key is attended to, got {key_mask.dtype}")
+        shape(op, "key_mask", key_mask, "(B, Nk)", (batch, keys))
+    same_device(op, "query", query, key=key, value=value, key_lengths=key_lengths, key_mask=key_mask)
+    known = None if key_lengths is None else readable(key_lengths)
+    if known is not None and known.numel():
+        low, high = (int(value) for value in torch.aminmax(known))
+        if low < 0 or high > keys:
+            raise ValueError(f"{op}: key_lengths must be in [0, {keys}], found {low if low < 0 else high}")
+
+
+def attention_options(op: str, causal: bool, scale: float | None, **longest: int | None) -> None:
+    """Check the options by which an implementation of attention is chosen; `longest` bounds lengths."""
     flag(op, "causal", causal)
     if scale is not None:
         number(op, "scale", scale)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None:
-            whole(op, name, longest)
+    for name, most in longest.items():
+        if most is not None:
+            whole(op, name, most)
 
 
 def masks(op: str, samples: Tensor, step: int | Tensor, *numbers: tuple[str, int]) -> None:

@@ -42,7 +42,8 @@ def _varlen_attention(
 
 def _varlen_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, *rest: Any,
+    **results: Any,
 ) -> int:  # fmt: skip
     """Count the scores again, then the gradients of scores, query, key and value."""
     return (2 + need_query + 2 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
@@ -50,13 +51,46 @@ def _varlen_attention_backward(
 
 def _varlen_attention_backward_in_triton(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, **results: Any,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, need_query: bool, need_key: bool, *rest: Any,
+    **results: Any,
 ) -> int:  # fmt: skip
     """Count both kernels, each of which computes the scores and their gradient.
 
     That makes three products for query, and four for key and value.
     """
     return (3 * need_query + 4 * need_key) * _score_flops(query, key, cu_seqlens_q, cu_seqlens_k)
+
+
+def _padded_score_flops(query: Tensor, key: Tensor, seen: Tensor | None) -> int:
+    """Count Q K^T over the keys that are no padding; fake and meta tensors count all keys."""
+    batch, rows, heads, width = query.shape
+    pairs = batch * rows * key.shape[1]
+    if seen is not None and not isinstance(seen, FakeTensor) and seen.device.type != "meta" and rows:
+        pairs = rows * int((seen if seen.ndim == 1 else seen[:, -1]).sum())
+    return 2 * pairs * heads * width
+
+
+def _padded_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, *rest: Any, **out: Any
+) -> int:  # fmt: skip
+    """Count the scores and the weighted sum of values."""
+    return 2 * _padded_score_flops(query, key, seen)
+
+
+def _padded_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, seen: Tensor | None,
+    scale: float, need_query: bool, need_key: bool, *rest: Any, **results: Any,
+) -> int:  # fmt: skip
+    """Count as for packed sequences."""
+    return (2 + need_query + 2 * need_key) * _padded_score_flops(query, key, seen)
+
+
+def _padded_attention_backward_in_triton(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, statistics: Tensor, seen: Tensor | None,
+    scale: float, need_query: bool, need_key: bool, *rest: Any, **results: Any,
+) -> int:  # fmt: skip
+    """Count as for packed sequences."""
+    return (3 * need_query + 4 * need_key) * _padded_score_flops(query, key, seen)
 
 
 def _mixup_info_nce_statistics(
@@ -89,6 +123,28 @@ def _mixup_info_nce_backward_in_triton(
     return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
 
 
+def _sigmoid_loss_backward(
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
+    *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    """Count the logits again, then the gradient of query and, where wanted, that of key."""
+    need_key = bool(rest[9])
+    return (2 + need_key) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
+
+
+def _sigmoid_loss_backward_in_triton(
+    query: Tensor, query_other: Tensor | None, query_mix: Tensor | None, query_norm: Tensor | None, key: Tensor,
+    key_other: Tensor | None, *rest: Any, **out: Any,
+) -> int:  # fmt: skip
+    """Count two products a side where each side recomputes the logits; wider rows recompute them once."""
+    from oner_fast.kernels.mixup_info_nce_backward import keeps_tiles
+
+    need_key = bool(rest[8])
+    mixed = query_other is not None or key_other is not None
+    again = need_key and keeps_tiles(query, mixed, atomic=False)
+    return (2 + need_key + again) * 2 * query.shape[0] * key.shape[0] * query.shape[1]
+
+
 def register() -> None:
     """Register the formulas, now or when the module of FlopCounterMode is imported; call once, after the ops exist.
 
@@ -106,10 +162,16 @@ def _register_with(counter: ModuleType) -> None:
         ("varlen_attention", _varlen_attention, (compiled, triton, atomic)),
         ("varlen_attention_backward", _varlen_attention_backward, (compiled,)),
         ("varlen_attention_backward", _varlen_attention_backward_in_triton, (triton, atomic)),
+        ("padded_attention", _padded_attention, (compiled, triton, atomic)),
+        ("padded_attention_backward", _padded_attention_backward, (compiled,)),
+        ("padded_attention_backward", _padded_attention_backward_in_triton, (triton, atomic)),
         ("mixup_info_nce_statistics", _mixup_info_nce_statistics, (compiled, triton, atomic)),
         # Gradients of keys that are added atomically need no second computation of the logits.
         ("mixup_info_nce_backward", _mixup_info_nce_backward, (compiled, atomic)),
         ("mixup_info_nce_backward", _mixup_info_nce_backward_in_triton, (triton,)),
+        ("sigmoid_loss_sums", _mixup_info_nce_statistics, (compiled, triton, atomic)),
+        ("sigmoid_loss_backward", _sigmoid_loss_backward, (compiled,)),
+        ("sigmoid_loss_backward", _sigmoid_loss_backward_in_triton, (triton, atomic)),
     ):
         raw_ops = [getattr(library, name) for library in libraries]
         counter.register_flop_formula(raw_ops, get_raw=True)(formula)

@@ -45,7 +45,7 @@ def define(
     *,
     triton: str | None = None,
     atomic: str | None = None,
-    portable: bool = False,
+    portable: bool | str = False,
     fold: batching.Fold | None = None,
 ) -> Callable[[Shape], Shape]:
     """Define the raw op `schema`; the decorated function is its fake implementation.
@@ -59,15 +59,17 @@ def define(
         triton: "module.function" under `oner_fast.kernels`, which takes the schema's arguments and launches the Triton
             kernels. It is imported at the first call, since importing Triton takes a while.
         atomic: the same for kernels that add in no fixed order; `triton` where there are none.
-        portable: the function of the same path under `oner_fast.ops.portable` computes it in plain PyTorch.
+        portable: the function of the same path under `oner_fast.ops.portable` computes it in plain PyTorch. Another
+            path, where there is no kernel at all: only the library `oner_fast_portable` then has the op.
         fold: computes the op under `torch.vmap` in one call, where it can; see `oner_fast.ops.batching`. Without it
             the op is called once for each element of the batch.
     """
     name = schema.split("(", 1)[0]
+    plain_path = triton if portable is True else portable or None
 
     def wrap(fake: Shape) -> Shape:
-        everywhere = (_TRITON, _ATOMIC, *((_PORTABLE,) if portable else ())) if triton else ()
-        for library in (_COMPILED, *everywhere):
+        kernels = () if isinstance(portable, str) else (_COMPILED, *((_TRITON, _ATOMIC) if triton else ()))
+        for library in (*kernels, *((_PORTABLE,) if plain_path else ())):
             library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             qualified = f"{library.ns}::{name}"
             torch.library.register_fake(qualified, fake, lib=library)
@@ -80,8 +82,8 @@ def define(
                 launcher = _Launcher(f"oner_fast.kernels.{module}", function)
                 for key in ("CPU", "CUDA"):
                     library.impl(name, launcher, key)
-        if triton and portable:
-            module, function = triton.rsplit(".", 1)
+        if plain_path:
+            module, function = plain_path.rsplit(".", 1)
             plain = _PlainPyTorch(f"oner_fast.ops.portable.{module}", function)
             _PORTABLE.impl(name, plain, "CompositeExplicitAutograd")
         return fake
@@ -191,6 +193,14 @@ def why_not_triton(device: str, **facts: Any) -> list[str]:
     """
     why = _why_no_triton(device == "cpu")
     return [why] if why else []
+
+
+def why_not_triton_products(device: str, **facts: Any) -> list[str]:
+    """List every reason why Triton kernels with matrix products cannot run on `device`."""
+    found = why_not_triton(device, **facts)
+    if facts.get("dtype") == torch.float64:
+        found.append("the Triton kernels have float32 statistics and no float64 products")
+    return found
 
 
 @constant

@@ -12,15 +12,22 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import checks, contrast_ring, reference
-from oner_fast.ops.collectives import exchanged
+from oner_fast.ops.contrast_arguments import (
+    gradient_of_mix,
+    one_number,
+    ring_of,
+    sent,
+    share_of_other,
+    weight_of_partner,
+)
 from oner_fast.ops.contrast_ring import Ring, Rows
 from oner_fast.ops.implementations import Facts, register
-from oner_fast.ops.library import raw_ops, why_not_cuda, why_not_triton
+from oner_fast.ops.library import raw_ops, why_not_cuda, why_not_triton_products
 from oner_fast.ops.mixup_info_nce_raw import partner_sums
 from oner_fast.ops.same_ids import SamePairs, same_pairs
 from oner_fast.ops.serve import serve
 from oner_fast.ops.transforms import Values, differentiable
-from oner_fast.ops.unit_rows import through_normalisation, unit_rows
+from oner_fast.ops.unit_rows import through_normalisation
 
 
 def _column_targets(
@@ -34,14 +41,6 @@ def _column_targets(
         return own, None
     target, mass = (partner_sums(backend, partner, x, own.shape[0]) for x in (weight * shared, weight))
     return target + (1 - weight) * own, mass + (1 - weight)
-
-
-def _weight(partner: Tensor | None, partner_weight: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return the weight of each row's partner (n,), in the dtype of the statistics; None without partners."""
-    if partner is None:
-        return None
-    dtype = statistics_dtype(query)
-    return query.new_full(partner.shape, 0.5, dtype=dtype) if partner_weight is None else partner_weight.to(dtype)
 
 
 def _reciprocal(mass: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class _MixupInfoNce:
         dtype = statistics_dtype(query)
         query_norm = None if normalized else raw.mixup_inverse_norms(query, query_other, mix)
         key_norm = None if normalized else raw.mixup_inverse_norms(key, key_other, mix)
-        weight = _weight(partner, partner_weight, query)
+        weight = weight_of_partner(partner, partner_weight, query)
         query_side = (query, query_other, mix, query_norm)
         same = _same_pairs(query_code, key_code, row_share, column_share)
         column_max = column_sum = column_target = mass = None
@@ -92,7 +91,7 @@ class _MixupInfoNce:
                 column_target, mass = _column_targets(backend, partner, weight, own, shared)
         else:
             rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, backend), same)
-            of_rows, of_columns = contrast_ring.statistics(ring, rows, _sent(key, key_other, mix, key_norm), symmetric)
+            of_rows, of_columns = contrast_ring.statistics(ring, rows, sent(key, key_other, mix, key_norm), symmetric)
             row_max, row_sum, own, shared = of_rows.maximum, of_rows.total, of_rows.own, of_rows.shared
             if of_columns is not None:
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
@@ -130,7 +129,7 @@ class _MixupInfoNce:
             query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, query_code, key_code,
             row_share, column_share, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass,
         ) = ctx.saved_tensors  # fmt: skip
-        weight = _weight(partner, partner_weight, query)
+        weight = weight_of_partner(partner, partner_weight, query)
         ring, need = ctx.ring, ctx.needs_input_grad
         need_key = need[1] or need[4] or (need[5] and key_other is not None)
         world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
@@ -160,7 +159,7 @@ class _MixupInfoNce:
             rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, ctx.backend), same)
             columns = [x for x in (column_max, column_sum, share) if x is not None]
             found = contrast_ring.gradients(
-                ring, rows, _sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
+                ring, rows, sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
                 each, row_max, each / row_sum, own_weight, ctx.keys_wanted,
             )  # fmt: skip
             to_query, to_query_other = (x.to(query.dtype) for x in (found.query, found.query_other))
@@ -168,18 +167,14 @@ class _MixupInfoNce:
             to_key = to_key_other = to_key_mix = None
             if need_key and found.keys is not None:
                 to_key, to_key_other, to_key_mix = through_normalisation(found.keys, key, key_other, mix, key_norm)
-        gradient_of_mix = None
-        if need[5]:
-            parts = [x for x, other in ((to_mix, query_other), (to_key_mix, key_other)) if other is not None]
-            each_row = torch.stack(parts).sum(0) if parts else torch.zeros_like(row_max)
-            gradient_of_mix = (each_row if mix.ndim else each_row.sum()).to(mix.dtype)
+        to_each = (to_mix if query_other is not None else None, to_key_mix if key_other is not None else None)
         return (
             to_query if need[0] else None,
             to_key if need[1] else None,
             to_scale.to(logit_scale.dtype) if need[2] else None,
             to_query_other if need[3] else None,
             to_key_other if need[4] else None,
-            gradient_of_mix,
+            gradient_of_mix(mix, row_max, *to_each) if need[5] else None,
             *(None,) * 11,
         )
 
@@ -191,13 +186,6 @@ def _same_pairs(
 
 
 _mixup_info_nce = differentiable("mixup_info_nce", _MixupInfoNce)
-
-
-def _sent(x: Tensor, other: Tensor | None, mix: Tensor, inverse_norm: Tensor | None) -> Tensor:
-    """Return the rows (n, D) of the logits as they are sent: contiguous, in the dtype of x."""
-    if other is None and inverse_norm is None:
-        return x.contiguous()
-    return unit_rows(x, other, mix, inverse_norm).to(x.dtype).contiguous()
 
 
 def _compiled(
@@ -219,26 +207,14 @@ def _compiled(
     same: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    ring, keys_wanted = None, False
-    if group is not None:
-        checks.matrix("mixup_info_nce", "query", query)
-        own = (key, *(() if key_other is None else (key_other, mix)))
-        wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
-        kind = checks.kind_of_ids(query_ids, same)
-        sizes, wanting, kinds = exchanged((query.shape[0], wanted, kind), query.device, group)
-        checks.ids_of_ranks(kinds)
-        keys_wanted, ring = any(wanting), Ring(sizes, group)
+    kind = checks.kind_of_ids(query_ids, same)
+    ring, keys_wanted = ring_of("mixup_info_nce", query, key, key_other, mix, kind, group)
     total = None if ring is None else ring.total
-    checks.mixup_info_nce(
-        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids, key_ids,
-        total,
+    checks.contrast(
+        "mixup_info_nce", query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias,
+        query_ids, key_ids, total,
     )  # fmt: skip
-    dtype = statistics_dtype(query)
-    if isinstance(logit_scale, Tensor):
-        scale = logit_scale.reshape(()) if logit_scale.ndim else logit_scale
-    else:
-        scale = _number(logit_scale, widest_dtype(query.device), query.device)
-    share = mix.to(dtype) if isinstance(mix, Tensor) else _number(mix, dtype, query.device)
+    scale, share = one_number(logit_scale, query.device), share_of_other(mix, query)
     pairs: tuple[Tensor | None, ...] = (None,) * 4
     if query_ids is not None:
         gather, first = (None, 0) if ring is None else (ring.gather, ring.first(ring.rank))
@@ -253,14 +229,8 @@ def _compiled(
         # A finite bias makes this factor exactly 1, and takes a gradient of 0. One that is not finite makes the loss
         # and its gradients NaN. Inductor would drop a product with the integer 0, and the NaN with it.
         one = 1 + 0.0 * logit_bias.reshape(1)
-        loss = (loss.reshape(1) * one.to(query.device, dtype)).squeeze(0)
+        loss = (loss.reshape(1) * one.to(query.device, loss.dtype)).squeeze(0)
     return loss
-
-
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Fill a 0-d tensor on its device; a copy from the host would wait for the device."""
-    given = value if isinstance(value, (float, torch.SymInt, torch.SymFloat)) else float(value)
-    return torch.full((), given, dtype=dtype, device=device)
 
 
 _shapes = partial(_compiled, "cpp")
@@ -274,15 +244,8 @@ register(
 )  # fmt: skip
 
 
-def _why_not_triton(device: str, **facts: Any) -> list[str]:
-    found = why_not_triton(device, **facts)
-    if facts.get("dtype") == torch.float64:
-        found.append("the Triton kernels have float32 statistics and no float64 products")
-    return found
-
-
 def _why_not_atomic(device: str, **facts: Any) -> list[str]:
-    found = _why_not_triton(device, **facts)
+    found = why_not_triton_products(device, **facts)
     if torch.are_deterministic_algorithms_enabled():
         found.append("it adds atomically, in no fixed order, and torch.use_deterministic_algorithms(True) is set")
     return found
@@ -290,7 +253,7 @@ def _why_not_atomic(device: str, **facts: Any) -> list[str]:
 
 register(
     "mixup_info_nce", "triton", partial(_compiled, "triton"), devices=("cuda",), on_request=("cpu",), preference=50,
-    reasons=_why_not_triton,
+    reasons=why_not_triton_products,
 )  # fmt: skip
 register(
     "mixup_info_nce", "triton_atomic", partial(_compiled, "triton_atomic"), devices=("cuda",), on_request=("cpu",),
@@ -381,7 +344,8 @@ def mixup_info_nce(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("mixup_info_nce", "query", query)
-    checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
+    checks.flag("mixup_info_nce", "symmetric", symmetric)
+    checks.contrast_options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
     query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.ops import checks
+from oner_fast.ops import attention_dropout, checks, distill_checks
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 
@@ -157,7 +157,8 @@ def mixup_info_nce(
     i != j and M[i, j] leaves the sum of exponentials of its row and that of its column. Without `symmetric` there is no
     column term, as without ids. Ids and `partner` cannot be given together: both define the targets.
     """
-    checks.contrast_options(symmetric, normalized, partner, query_ids, key_ids, same, group)
+    checks.flag("mixup_info_nce", "symmetric", symmetric)
+    checks.contrast_options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
     query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
     if group is not None:
         checks.matrix("mixup_info_nce", "query", query)
@@ -165,11 +166,11 @@ def mixup_info_nce(
     if group is not None:
         kind = checks.kind_of_ids(query_ids, same)
         sizes, kinds = exchanged((query.shape[0], kind), query.device, group)
-        checks.ids_of_ranks(kinds)
+        checks.ids_of_ranks("mixup_info_nce", kinds)
     total = None if sizes is None else sum(sizes)
-    checks.mixup_info_nce(
-        query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids, key_ids,
-        total,
+    checks.contrast(
+        "mixup_info_nce", query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias,
+        query_ids, key_ids, total,
     )  # fmt: skip
     with torch.autocast(query.device.type, enabled=False):
         q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
@@ -244,6 +245,73 @@ def _column_entropy(transposed: Tensor, own: Tensor, start: int, partner: Tensor
     return torch.where(empty, 0.0, total - target / torch.where(empty, 1.0, mass))
 
 
+def sigmoid_loss(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    query_other: Tensor | None = None,
+    key_other: Tensor | None = None,
+    mix: Tensor | float = 0.5,
+    partner: Tensor | None = None,
+    partner_weight: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    same: str = "positive",
+    normalized: bool = False,
+    group: dist.ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute -1/N sum_ij (T[i, j] log sigmoid(l[i, j]) + (1 - T[i, j]) log sigmoid(-l[i, j])); 0-d.
+
+    l = logit_scale * q @ k.T + logit_bias (N, N), with q and k as in `mixup_info_nce`. The targets are T[i, i] = 1 and
+    0 elsewhere. With partners, T[i, i] += -w_i and T[i, partner_i] += w_i. With ids and M[i, j] of `mixup_info_nce`,
+    `same="positive"` makes T = M, and `same="ignore"` leaves out the pairs with i != j and M[i, j]. With `group` the
+    batch is that of all ranks, concatenated in rank order.
+    """
+    op = "sigmoid_loss"
+    checks.contrast_options(op, normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    sizes = None
+    if group is not None:
+        checks.matrix(op, "query", query)
+        sizes, kinds = exchanged((query.shape[0], checks.kind_of_ids(query_ids, same)), query.device, group)
+        checks.ids_of_ranks(op, kinds)
+    total = None if sizes is None else sum(sizes)
+    checks.contrast(
+        op, query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids,
+        key_ids, total,
+    )  # fmt: skip
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = mixed(query, query_other, mix), mixed(key, key_other, mix)
+        q, k = (q, k) if normalized else (unit(q), unit(k))
+        scale = logit_scale.to(q.device, q.dtype) if isinstance(logit_scale, Tensor) else float(logit_scale)
+        bias = logit_bias.to(q.device, q.dtype) if isinstance(logit_bias, Tensor) else float(logit_bias or 0)
+        rows, start, ids = q.shape[0], 0, query_ids if key_ids is None else key_ids
+        if group is not None and sizes is not None:
+            start, k = sum(sizes[: dist.get_rank(group)]), gather_rows(k, sizes, group)
+            ids = None if ids is None else gather_rows_without_gradient(ids, sizes, group)
+        logits = scale * (q @ k.T) + bias  # [n, N]
+        own = torch.arange(rows, device=q.device) + start
+        diagonal = own.unsqueeze(1) == torch.arange(k.shape[0], device=q.device)
+        target, ignored = diagonal.to(q.dtype), None
+        if partner is not None:
+            weight = q.new_full((rows,), 0.5) if partner_weight is None else partner_weight.detach().to(q.dtype)
+            shared = torch.zeros_like(target).scatter(1, partner.unsqueeze(1), weight.unsqueeze(1))
+            target = target * (1 - weight).unsqueeze(1) + shared
+        elif query_ids is not None and ids is not None:
+            equal = (query_ids.unsqueeze(1) == ids) & (query_ids != -1).unsqueeze(1)
+            if same == "positive":
+                target = (equal | diagonal).to(q.dtype)
+            else:
+                ignored = equal & ~diagonal
+        terms = -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits))
+        terms = terms if ignored is None else terms.masked_fill(ignored, 0.0)
+        loss = terms.sum() / (rows if total is None else total)
+        return loss if group is None else sum_loss(loss, group)
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -255,30 +323,95 @@ def varlen_attention(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Compute softmax(scale Q K^T) V, where sequence i of the query attends to sequence i of the key: (T, H, Dh).
 
-    A causal mask aligns both sequences at their ends. A query that sees no key gives 0 and takes no gradient.
+    A causal mask aligns both sequences at their ends. A query that sees no key gives 0 and takes no gradient. Weights
+    are dropped after the softmax, as `oner_fast.ops.attention_dropout` says.
     """
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    seed = attention_dropout.seed_of("varlen_attention", dropout_p, dropout_seed, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    repeats = query.shape[1] // key.shape[1]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, sequences: tuple[int, ...]) -> Tensor:
         """Attend within n sequences of one length: q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh)."""
-        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-        scores = (q * scale) @ k.transpose(-1, -2)  # [n, H, Lq, Lk]
-        if causal:
-            lq, lk = scores.shape[-2:]
-            seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq)
-            blind = ~seen.any(dim=-1, keepdim=True)
-            scores = scores.masked_fill(~(seen | blind), float("-inf"))
-            return (scores.softmax(dim=-1) @ v).masked_fill(blind, 0.0)
-        return scores.softmax(dim=-1) @ v
+        lq, lk = q.shape[2], k.shape[2]
+        seen = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq) if causal else None
+        kept = None
+        if seed is not None:
+            numbers = torch.tensor(sequences, device=q.device)
+            places = torch.arange(lq, device=q.device)
+            kept = attention_dropout.kept(
+                seed, attention_dropout.level(dropout_p), numbers, q.shape[1], places, lk
+            )  # fmt: skip
+        return _attend(q, k, v, seen, kept, scale, dropout_p)
 
     with torch.autocast(query.device.type, enabled=False):
         result = attend_by_length(attend, _wide(query), _wide(key), _wide(value), cu_seqlens_q, cu_seqlens_k)
+    return result.to(query.dtype)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, kept: Tensor | None, scale: float, dropout_p: float
+) -> Tensor:
+    """Attend with q (n, H, Lq, Dh), k and v (n, Hk, Lk, Dh); `seen` and `kept` broadcast to (n, H, Lq, Lk)."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = (q * scale) @ k.transpose(-1, -2)  # [n, H, Lq, Lk]
+    blind = None
+    if seen is not None:
+        blind = ~seen.any(dim=-1, keepdim=True)
+        scores = scores.masked_fill(~(seen | blind), float("-inf"))
+    weights = scores.softmax(dim=-1)
+    if kept is not None:
+        weights = (weights * attention_dropout.made_up(attention_dropout.level(dropout_p))).masked_fill(~kept, 0.0)
+    out = weights @ v
+    return out if blind is None else out.masked_fill(blind, 0.0)
+
+
+def padded_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute softmax(scale Q K^T) V for (B, H, N, Dh) over the keys (B, Hk, Nk, Dh) that are no padding.
+
+    A key is attended to where its place is below its sample's number of `key_lengths` (B,), or where `key_mask` (B, Nk)
+    is True. A causal mask aligns N queries and Nk keys at their ends, padding included. A query that sees no key gives
+    0 and takes no gradient; what padding holds changes nothing. Weights are dropped as in `varlen_attention`, where the
+    sample is the sequence and only keys that are no padding are counted.
+    """
+    checks.padded_attention(query, key, value, key_lengths, key_mask, scale)
+    seed = attention_dropout.seed_of("padded_attention", dropout_p, dropout_seed, query)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    (batch, heads, rows, _), keys = query.shape, key.shape[2]
+    if key_lengths is not None:
+        key_mask = torch.arange(keys, device=key.device) < key_lengths.unsqueeze(1)
+    real = torch.ones(batch, keys, dtype=torch.bool, device=key.device) if key_mask is None else key_mask
+    seen = real.view(batch, 1, 1, keys).expand(-1, 1, rows, -1)
+    if causal:
+        seen = seen & torch.ones(rows, keys, dtype=torch.bool, device=key.device).tril(keys - rows)
+    kept = None
+    if seed is not None:
+        numbers, places = torch.arange(batch, device=key.device), torch.arange(rows, device=key.device)
+        kept = attention_dropout.kept(seed, attention_dropout.level(dropout_p), numbers, heads, places, keys)
+        place = (real.cumsum(1) - 1).clamp(min=0)  # among the sample's keys that are no padding
+        kept = kept.gather(3, place.view(batch, 1, 1, keys).expand(-1, heads, rows, -1))
+    with torch.autocast(query.device.type, enabled=False):
+        unreal = ~real.view(batch, 1, keys, 1)
+        k, v = _wide(key).masked_fill(unreal, 0.0), _wide(value).masked_fill(unreal, 0.0)
+        result = _attend(_wide(query), k, v, seen, kept, scale, dropout_p)
     return result.to(query.dtype)
 
 
@@ -297,3 +430,53 @@ def token_alignment(
         wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         student, target = student.to(wide), target.to(wide)
         return -(unit(student) * unit(target)).sum(-1).mean()
+
+
+def distill_info_nce(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    teacher_logit_scale: Tensor | float,
+    *,
+    symmetric: bool = True,
+    normalized: bool = False,
+    group: dist.ProcessGroup | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Compute the cross-entropy of the student's logits (N, N) against the teacher's softmax; over columns too.
+
+    The student's logits are logit_scale * q @ k.T, where q and k are query and key, made `unit` rows unless
+    `normalized`. The teacher's likewise. The loss is the mean over rows of -sum_j softmax(teacher)_ij
+    log_softmax(student)_ij or, where `symmetric`, the mean of that and of the same over columns. The teacher takes no
+    gradient. With `group` the batch is that of all ranks, concatenated in rank order. The result is 0-d.
+    """
+    distill_checks.options(symmetric, normalized, group)
+    query, key = distill_checks.same_dtype(query, key)
+    teacher_query, teacher_key = distill_checks.same_dtype(teacher_query, teacher_key)
+    sizes = None
+    if group is not None:
+        checks.matrix("distill_info_nce", "query", query)
+        (sizes,) = exchanged((query.shape[0],), query.device, group)
+    total = None if sizes is None else sum(sizes)
+    distill_checks.arguments(query, key, logit_scale, teacher_query, teacher_key, teacher_logit_scale, total)
+    with torch.autocast(query.device.type, enabled=False):
+        student = [_wide(x) if normalized else unit(_wide(x)) for x in (query, key)]
+        teacher = [x.detach().to(student[0].dtype) for x in (teacher_query, teacher_key)]
+        teacher = teacher if normalized else [unit(x) for x in teacher]
+        scale, teacher_scale = (
+            x.to(query.device, student[0].dtype) if isinstance(x, Tensor) else float(x)
+            for x in (logit_scale, teacher_logit_scale)
+        )
+        losses = []
+        for one, other in ((0, 1), (1, 0)) if symmetric else ((0, 1),):
+            keys, teacher_keys = student[other], teacher[other]
+            if group is not None and sizes is not None:
+                keys = gather_rows(keys, sizes, group)
+                teacher_keys = gather_rows_without_gradient(teacher_keys, sizes, group)
+            wanted = (teacher_scale * (teacher[one] @ teacher_keys.T)).detach().softmax(dim=1)  # [n, N]
+            found = (scale * (student[one] @ keys.T)).log_softmax(dim=1)
+            losses.append(-(wanted * found).sum())
+        loss = sum(losses[1:], losses[0]) / (len(losses) * (query.shape[0] if total is None else total))
+        return loss if group is None else sum_loss(loss, group)

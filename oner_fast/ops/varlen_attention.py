@@ -12,13 +12,14 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import attention_backends as backends
-from oner_fast.ops import batching, checks, reference
+from oner_fast.ops import attention_dropout, batching, checks, reference
+from oner_fast.ops.attention_backends import why_no_dropout
+from oner_fast.ops.attention_facts import autocast_dtype, why_not_triton
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.implementations import Facts, register
-from oner_fast.ops.library import define, raw_ops, why_not_triton
+from oner_fast.ops.library import define, raw_ops
 from oner_fast.ops.serve import serve
 from oner_fast.ops.transforms import Values, differentiable
-from oner_fast.ops.values import under_autocast
 
 
 def _fold(
@@ -32,8 +33,12 @@ def _fold(
     cu_seqlens_k: Tensor | None,
     causal: bool,
     scale: float,
-) -> batching.Results:
-    """Take the batch as further sequences."""
+    dropped: int = 0,
+    dropout_seed: Tensor | None = None,
+) -> batching.Results | None:
+    """Take the batch as further sequences; dropout counts the sequences of each element from 0, in a loop."""
+    if dropped:
+        return None
     query, key, value = (batching.rows(x, own, size) for x, own in zip((query, key, value), batched[:3], strict=True))
     ends = _joined(size, batched[3:5], cu_seqlens_q, cu_seqlens_k, query, key)
     out, statistics = op(query, key, value, *ends, causal, scale)
@@ -56,7 +61,11 @@ def _fold_backward(
     scale: float,
     need_query: bool,
     need_key: bool,
-) -> batching.Results:
+    dropped: int = 0,
+    dropout_seed: Tensor | None = None,
+) -> batching.Results | None:
+    if dropped:
+        return None
     tensors = zip((grad, query, key, value, out), batched[:5], strict=True)
     grad, query, key, value, out = (batching.rows(x, own, size) for x, own in tensors)
     every = statistics if batched[5] else statistics.expand(size, *statistics.shape)
@@ -81,8 +90,9 @@ _LARGEST_MASK = 1 << 20  # numbers of a mask of unequal lengths; beyond, the que
 
 @define(
     "varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, "
-    "float scale) -> (Tensor, Tensor)",
+    "float scale, int dropped=0, Tensor? dropout_seed=None) -> (Tensor, Tensor)",
     triton="varlen_attention.forward",
+    portable=True,
     fold=_fold,
 )
 def _forward_shape(
@@ -93,6 +103,8 @@ def _forward_shape(
     cu_seqlens_k: Tensor | None,
     causal: bool,
     scale: float,
+    dropped: int = 0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = statistics_dtype(query)
     return query.new_empty(query.shape), query.new_empty((2, *query.shape[:2]), dtype=dtype)
@@ -101,8 +113,9 @@ def _forward_shape(
 @define(
     "varlen_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor statistics, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, bool need_query, "
-    "bool need_key) -> (Tensor, Tensor, Tensor)",
+    "bool need_key, int dropped=0, Tensor? dropout_seed=None) -> (Tensor, Tensor, Tensor)",
     triton="varlen_attention_backward.backward",
+    portable=True,
     fold=_fold_backward,
 )
 def _backward_shape(
@@ -118,6 +131,8 @@ def _backward_shape(
     scale: float,
     need_query: bool,
     need_key: bool,
+    dropped: int = 0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         query.new_empty(query.shape if need_query else (0,)),
@@ -129,7 +144,8 @@ def _backward_shape(
 class _VarlenAttention:
     """The result and its gradients.
 
-    Saved are the inputs, the result and, for each query and head, its largest score and 1 / the sum of its weights.
+    Saved are the inputs, the result, for each query and head its largest score and 1 / the sum of its weights, and the
+    seed of dropout.
     """
 
     @staticmethod
@@ -141,40 +157,36 @@ class _VarlenAttention:
         cu_seqlens_k: Tensor | None,
         causal: bool,
         scale: float,
+        dropped: int,
+        dropout_seed: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         out, statistics = raw_ops(backend).varlen_attention(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale
+            query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, dropped, dropout_seed
         )
         return out, statistics
 
     @staticmethod
     def remember(ctx: Any, arguments: Values, results: Values) -> None:
-        query, key, value, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale, ctx.backend = arguments
-        ctx.save_for_backward(query, key, value, *results, cu_seqlens_q, cu_seqlens_k)
+        query, key, value, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale, ctx.dropped, seed, ctx.backend = arguments
+        ctx.save_for_backward(query, key, value, *results, cu_seqlens_q, cu_seqlens_k, seed)
 
     @staticmethod
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_query, need_key, need_value = ctx.needs_input_grad[:3]
+        *saved, seed = ctx.saved_tensors
         to_query, to_key, to_value = raw_ops(ctx.backend).varlen_attention_backward(
-            grad, *ctx.saved_tensors, ctx.causal, ctx.scale, need_query, need_key or need_value
+            grad, *saved, ctx.causal, ctx.scale, need_query, need_key or need_value, ctx.dropped, seed
         )
         return (
             to_query if need_query else None,
             to_key if need_key else None,
             to_value if need_value else None,
-            *(None,) * 5,
+            *(None,) * 7,
         )
 
 
 _varlen_attention = differentiable("varlen_attention", _VarlenAttention)
-
-
-def _autocast_dtype(query: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast asks for, or None where it leaves the query as it is."""
-    if not under_autocast(query) or query.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(query.device.type)
 
 
 def facts(
@@ -188,13 +200,15 @@ def facts(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
 ) -> Facts:
     """Return the facts of a call with these arguments, by which its implementation is chosen; nothing is computed."""
     leaves = [x for x in (query, key, value) if isinstance(x, Tensor)]
     known = {
-        "dtype": _autocast_dtype(query) or query.dtype, "causal": causal, "scale": scale, "max_seqlen_q": max_seqlen_q,
+        "dtype": autocast_dtype(query) or query.dtype, "causal": causal, "scale": scale, "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_q if cu_seqlens_k is None else max_seqlen_k,
-        "needs_grad": torch.is_grad_enabled() and any(x.requires_grad for x in leaves),
+        "needs_grad": torch.is_grad_enabled() and any(x.requires_grad for x in leaves), "dropout_p": dropout_p,
     }  # fmt: skip
     if query.ndim == 3:
         known["head_dim"] = query.shape[2]
@@ -212,6 +226,8 @@ def varlen_attention(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Compute softmax(scale Q K^T) V, where sequence i of the query attends to sequence i of the key.
@@ -229,6 +245,10 @@ def varlen_attention(
         max_seqlen_k: an upper bound of the key's lengths. The default, without `cu_seqlens_k`, is `max_seqlen_q`.
         causal: mask the keys behind each query, with both sequences aligned at their ends.
         scale: the factor of the scores, Dh**-0.5 by default.
+        dropout_p: the share of weights that are dropped after the softmax, in [0, 1), rounded to a multiple of 2^-16.
+            The others are divided by the share that is kept.
+        dropout_seed: an int in [0, 2^64) or a 0-d int64 tensor. Every implementation drops the same weights for a seed.
+            By default, each call draws a seed from the device's generator, which `torch.manual_seed` sets.
         implementation: force one by name; see `oner_fast.ops.implementations`.
 
     Returns:
@@ -241,21 +261,22 @@ def varlen_attention(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("varlen_attention", "query", query)
-    checks.attention_options(causal, scale, max_seqlen_q, max_seqlen_k)
-    if (dtype := _autocast_dtype(query)) is not None:
+    checks.attention_options("varlen_attention", causal, scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    if (dtype := autocast_dtype(query)) is not None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     cu_seqlens_q = checks.as_int32("varlen_attention", "cu_seqlens_q", cu_seqlens_q)
     cu_seqlens_k = checks.as_int32("varlen_attention", "cu_seqlens_k", cu_seqlens_k)
-    known = facts(
-        query, key, value, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
-    )  # fmt: skip
-    out: Tensor = serve(known, implementation, query, _shapes, _READING)(
-        query, key, value, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
-    )  # fmt: skip
+    seed = attention_dropout.seed_of("varlen_attention", dropout_p, dropout_seed, query)
+    # What cannot drop weights need not take the arguments: nothing is passed where nothing is dropped.
+    dropout: dict[str, Any] = {} if seed is None else {"dropout_p": dropout_p, "dropout_seed": seed}
+    options: dict[str, Any] = {
+        "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "causal": causal, "scale": scale, **dropout,
+    }  # fmt: skip
+    known = facts(query, key, value, cu_seqlens_q, cu_seqlens_k, **options)
+    serving = serve(known, implementation, query, _shapes, _READING)
+    out: Tensor = serving(query, key, value, cu_seqlens_q, cu_seqlens_k, **options)
     return out
 
 
@@ -274,7 +295,7 @@ def _sdpa(
     """Call PyTorch's fused attention once for each pair of lengths."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, sequences: tuple[int, ...]) -> Tensor:
         return _aligned_at_the_end(call, q, k, v) if causal else call(q, k, v)
 
     if causal and scale is not None and scale <= 0:  # PyTorch's kernels mask scores before they scale them
@@ -315,24 +336,17 @@ def _compiled(
     max_seqlen_k: int | None = None,
     causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """Call the flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton")."""
+    """Call the flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton"), or plain PyTorch in parts ("portable")."""
     checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = _varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, backend)
+    dropped = 0 if dropout_seed is None else attention_dropout.level(dropout_p)
+    out: Tensor = _varlen_attention(
+        query, key, value, cu_seqlens_q, cu_seqlens_k, causal, scale, dropped, dropout_seed, backend
+    )
     return out
-
-
-def _why_not_triton(device: str, **facts: Any) -> list[str]:
-    found = why_not_triton(device)
-    if facts.get("dtype") == torch.float64:
-        found.append("takes float32, float16 and bfloat16: no float64 enters its tensor cores")
-    head_dim = facts.get("head_dim") or 0
-    if head_dim > 256:
-        found.append(f"takes head dimensions up to 256, not {head_dim}: a tile must fit on the chip")
-    elif head_dim > 128 and facts.get("dtype") == torch.float32:
-        found.append(f"takes head dimensions of float32 up to 128, not {head_dim}: a tile must fit in registers")
-    return found
 
 
 def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, **more: Any) -> None:
@@ -342,11 +356,12 @@ def _register_on_gpus(name: str, function: Any, preference: int, reasons: Any, *
 _shapes = partial(_compiled, "cpp")
 _READING = ("reference", "sdpa", "xformers")  # they read the lengths
 register("varlen_attention", "reference", reference.varlen_attention, preference=-10)
-register("varlen_attention", "sdpa", _sdpa, preference=10)
+register("varlen_attention", "portable", partial(_compiled, "portable"))
+register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=why_no_dropout)
 register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # docs/implementations.md gives the reasons for this order.
 _register_on_gpus("flash_attn_3", backends.flash_attn_3, 60, backends.why_not_flash_attn_3)
-_register_on_gpus("triton", partial(_compiled, "triton"), 50, _why_not_triton, on_request=("cpu",))
+_register_on_gpus("triton", partial(_compiled, "triton"), 50, why_not_triton, on_request=("cpu",))
 _register_on_gpus("flash_attn", backends.flash_attn, 40, backends.why_not_flash_attn)
 _register_on_gpus("torch_varlen", backends.torch_varlen, 30, backends.why_not_torch_varlen)
 _register_on_gpus("xformers", backends.xformers, 20, backends.why_not_xformers)

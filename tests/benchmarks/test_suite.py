@@ -29,7 +29,8 @@ def test_the_suite_has_every_op_a_step_of_each_system_and_the_loader() -> None:
         keys = [one.key for one in found]
         assert len(set(keys)) == len(keys)
         assert {one.op for one in found if one.kind == "op"} == {
-            "masked_gather", "gather_patches", "mixup_info_nce", "varlen_attention", "token_alignment",
+            "masked_gather", "gather_patches", "mixup_info_nce", "sigmoid_loss", "varlen_attention",
+            "padded_attention", "token_alignment",
         }  # fmt: skip
         assert {one.op for one in found if one.kind == "step"} == {"oner step", "uta step", "clip step"}
         assert [one.op for one in found if one.kind == "loader"] == ["loader"]

@@ -12,12 +12,22 @@ from torch import Tensor
 
 from oner_fast.benchmarks.cases import OURS, Call, Case, Result, Target, name_of, step
 from oner_fast.benchmarks.measure import check
-from oner_fast.benchmarks.ops import gather_patches, masked_gather, mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.benchmarks.ops import (
+    gather_patches,
+    masked_gather,
+    mixup_info_nce,
+    padded_attention,
+    sigmoid_loss,
+    token_alignment,
+    varlen_attention,
+)
 from oner_fast.benchmarks.rows import Row
+from oner_fast.ops import distill_info_nce, reference
 from oner_fast.ops import masked_gather as masked_gather_op
 from oner_fast.ops import mixup_info_nce as mixup_info_nce_op
-from oner_fast.ops import reference
+from oner_fast.ops import padded_attention as padded_attention_op
 from oner_fast.ops import token_alignment as token_alignment_op
+from oner_fast.ops.row_info_nce import row_info_nce
 
 NOTHING = Target()
 LENGTHS = [197, 40, 237] * 11
@@ -27,6 +37,8 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "token_alignment": lambda dtype: token_alignment.case(64, 196, 1024, 98, dtype, NOTHING),
     "mixup_info_nce": lambda dtype: mixup_info_nce.case(4096, 256, dtype, NOTHING),
     "varlen_attention": lambda dtype: varlen_attention.case(LENGTHS, "packed", dtype, NOTHING),
+    "padded_attention": lambda dtype: padded_attention.case("captions", 237, LENGTHS, dtype, causal=True),
+    "sigmoid_loss": lambda dtype: sigmoid_loss.case(4096, 256, dtype, NOTHING),
 }
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The result of gather_patches is float32 there: its inputs are bytes.
@@ -140,6 +152,35 @@ def test_memory_of_the_contrast_grows_with_its_rows(implementation: str | None) 
     small, large = peak(8192), peak(16384)
     assert large < 16384**2 * 4 / 8
     assert large <= 2.2 * small + 2**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_draws_the_same_weights_as_the_reference(dtype: torch.dtype) -> None:
+    """Zero scores and unit vectors as values show the weights themselves, of a mask with holes too."""
+    query, value = torch.zeros(2, 3, 64, 64, device="cuda", dtype=dtype), torch.eye(64, device="cuda", dtype=dtype)
+    mask = torch.rand(2, 64, generator=torch.Generator().manual_seed(5)).cuda() < 0.7
+    options: dict[str, Any] = {"key_mask": mask, "causal": True, "dropout_p": 0.3, "dropout_seed": 2**64 - 1}
+    arguments = (query, query, value.expand(2, 3, 64, 64))
+    found, right = padded_attention_op(*arguments, **options), reference.padded_attention(*arguments, **options)
+    assert torch.equal(found != 0, right != 0)
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_distilling_and_one_direction_take_a_scale_on_the_host(dtype: torch.dtype) -> None:
+    """The scale's gradient is on the host too, and right."""
+    rows = torch.nn.functional.normalize(torch.randn(4, 700, 96, device="cuda"), dim=-1).to(dtype)
+    leaves = [rows[0].requires_grad_(), rows[1].requires_grad_(), torch.tensor(20.0, requires_grad=True)]
+    wide = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    distilled = distill_info_nce(*leaves, rows[2], rows[3], torch.tensor(5.0), normalized=True)
+    teacher = rows[2:].detach().cpu().double()
+    exact = reference.distill_info_nce(*wide, *teacher, 5.0, normalized=True)
+    entropy = torch.nn.functional.cross_entropy(wide[2] * wide[0] @ wide[1].T, torch.arange(700))
+    for ours, right in ((distilled, exact), (row_info_nce(*leaves, 0), entropy)):
+        found = torch.autograd.grad(ours, leaves)
+        assert [x.device.type for x in found] == ["cuda", "cuda", "cpu"]
+        for mine, one in zip(found, torch.autograd.grad(right, wide), strict=True):
+            assert (mine.cpu().double() - one).abs().max() <= (4 * torch.finfo(dtype).eps + 1e-5) * one.abs().max()
 
 
 def need(gigabytes: float) -> None:

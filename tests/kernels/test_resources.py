@@ -77,6 +77,25 @@ def test_the_report_has_every_kernel_on_every_target() -> None:
     assert rows == resources.tasks(), f"run `{resources.COMMAND}` again"
 
 
+def test_lines_are_kept_by_the_names_of_their_kernels(tmp_path: Path) -> None:
+    committed()  # skips where other compilers made it
+    kept = resources.kept_rows(COMMITTED, ("mixup_info_nce", "boundaries"))
+    assert kept and not any(name.startswith(("mixup_info_nce", "boundaries")) for name, _ in kept)
+    left = [one for one in resources.tasks() if one not in kept]
+    assert {name for name, _ in left} == {
+        one.name for one in EVERY if one.name.startswith(("mixup_info_nce", "boundaries"))
+    }
+    figures = [Figures(*one) for one in left]
+    lines = resources.table(figures, kept)[2:]
+    assert len(lines) == len(resources.tasks()) and all(line in lines for line in kept.values())
+    old = tmp_path / "resources.md"
+    old.write_text(COMMITTED.read_text(encoding="utf-8").replace(versions(), "Triton 1.0"), encoding="utf-8")
+    with pytest.raises(ValueError, match="was not made by Triton"):
+        resources.kept_rows(old, ("boundaries",))
+    with pytest.raises(SystemExit):
+        resources.main(["--kernels", "boundaries", "--out", str(old)])
+
+
 def test_every_launch_states_whether_multiplications_and_additions_fuse() -> None:
     """Triton 3.9 warns where a launch does not, and later versions will no longer fuse by themselves."""
     assert all("enable_fp_fusion" in one.options and "enable_fp_fusion" not in one.constexprs for one in EVERY)

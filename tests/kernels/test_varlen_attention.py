@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from oner_fast.kernels.varlen_attention import head_blocks, head_of, own_tile, vector_of
+from oner_fast.kernels.attention_rows import head_of, own_tile
+from oner_fast.kernels.varlen_attention import head_blocks, vector_of
 from oner_fast.ops import varlen_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -283,13 +284,13 @@ def test_a_gradient_that_is_not_needed_is_not_computed(device: str, executor: An
     leaves = [x.detach() for x in leaves]
     out, statistics = FORWARD(*leaves, cu_q, cu_k, True, 0.125)
     every = BACKWARD(upstream, *leaves, out, statistics, cu_q, cu_k, True, 0.125, True, True)
-    for need_query, need_key, kernel in ((True, False, "_query_kernel"), (False, True, "_key_kernel")):
+    for need_query, need_key, kernel in ((True, False, "query_kernel"), (False, True, "key_kernel")):
         before = 0 if executor is None else len(executor)
         some = BACKWARD(upstream, *leaves, out, statistics, cu_q, cu_k, True, 0.125, need_query, need_key)
         for one, other, needed in zip(some, every, (need_query, need_key, need_key), strict=True):
             assert torch.equal(one, other) if needed else one.numel() == 0
         if executor is not None:
-            assert [launch.name for launch in executor[before:]] == ["_rows_kernel", kernel]
+            assert [launch.name for launch in executor[before:]] == ["rows_kernel", kernel]
 
 
 def test_empty_inputs_are_legal(device: str) -> None:

@@ -13,7 +13,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from oner_fast import _extension
-from oner_fast.ops import masked_gather, mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.ops import (
+    masked_gather,
+    mixup_info_nce,
+    padded_attention,
+    sigmoid_loss,
+    token_alignment,
+    varlen_attention,
+)
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
@@ -48,6 +55,29 @@ def test_flops_of_attention_count_pairs_within_sequences() -> None:
     assert counted(lambda: varlen_attention(*given, own)) == 4 * (2 * 2 + 7 * 7) * 4 * 8
 
 
+@compiled
+def test_flops_of_padded_attention_count_no_padding() -> None:
+    query, key, value = leaves((3, 4, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8))
+    lengths, product = torch.tensor([7, 0, 2]), 2 * (5 * 7 + 5 * 0 + 5 * 2) * 4 * 8
+
+    def attend(**options: object) -> Tensor:
+        return padded_attention(query, key, value, implementation="cpp", **options)  # type: ignore[arg-type]
+
+    assert counted(attend) == 2 * 2 * 3 * 5 * 7 * 4 * 8
+    for options in ({}, {"causal": True}, {"dropout_p": 0.5}):
+        assert counted(lambda o=options: attend(key_lengths=lengths, **o)) == 2 * product  # type: ignore[misc]
+        assert counted(lambda o=options: attend(key_lengths=lengths, **o).sum().backward()) == 7 * product  # type: ignore[misc]
+    query.requires_grad_(False)
+    assert counted(lambda: attend(key_lengths=lengths).sum().backward()) == 6 * product
+    raw, wide = torch.ops.oner_fast_triton, 2 * 3 * 5 * 7 * 4 * 8
+    with FakeTensorMode():
+        q, k, seen = torch.empty(3, 5, 4, 8), torch.empty(3, 7, 2, 8), torch.empty(3, dtype=torch.int32)
+        given = q, q, k, k, q, torch.empty(2, 3, 5, 4), seen, 1.0
+        assert counted(lambda: raw.padded_attention(q, k, k, seen, 1.0)) == 2 * wide
+        assert counted(lambda: raw.padded_attention_backward(*given, True, True)) == 7 * wide
+        assert counted(lambda: raw.padded_attention_backward(*given, False, True)) == 4 * wide
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @compiled
 def test_flops_of_the_contrast_count_logits_twice_and_needed_gradients(symmetric: bool) -> None:
@@ -56,6 +86,19 @@ def test_flops_of_the_contrast_count_logits_twice_and_needed_gradients(symmetric
 
     def loss(key: Tensor) -> Tensor:
         return mixup_info_nce(query, key, 3.0, symmetric=symmetric, implementation="cpp")
+
+    assert counted(lambda: loss(key)) == product
+    assert counted(lambda: loss(key).backward()) == 4 * product
+    assert counted(lambda: loss(key.detach()).backward()) == 3 * product
+
+
+@compiled
+def test_flops_of_the_sigmoid_loss_are_those_of_the_contrast() -> None:
+    query, key = leaves((7, 5), (7, 5))
+    product = 2 * 7 * 7 * 5
+
+    def loss(key: Tensor) -> Tensor:
+        return sigmoid_loss(query, key, 3.0, -1.0, implementation="cpp")
 
     assert counted(lambda: loss(key)) == product
     assert counted(lambda: loss(key).backward()) == 4 * product
@@ -90,6 +133,10 @@ print([type(one).__name__ for one in sys.meta_path if "oner_fast" in type(one)._
     known = [
         "oner_fast.mixup_info_nce_backward",
         "oner_fast.mixup_info_nce_statistics",
+        "oner_fast.padded_attention",
+        "oner_fast.padded_attention_backward",
+        "oner_fast.sigmoid_loss_backward",
+        "oner_fast.sigmoid_loss_sums",
         "oner_fast.varlen_attention",
         "oner_fast.varlen_attention_backward",
     ]
@@ -147,6 +194,12 @@ def test_flops_of_the_contrasts_backward_follow_each_library(
         assert counted(lambda: backward(False)) == 2 * product
         assert counted(lambda: backward(True, codes, codes[:6], column)) == both * product
         assert counted(lambda: backward(False, codes, codes[:6])) == 2 * product
+        if library == "oner_fast_triton_atomic":
+            return  # sigmoid_loss has no atomic kernels
+        side = (query, other, mix if mixed else None, row, key, None, None, column, scale, scale, None, None, 0)
+        assert counted(lambda: raw.sigmoid_loss_backward(*side, scale, True, False)) == both * product
+        assert counted(lambda: raw.sigmoid_loss_backward(*side, scale, False, False)) == 2 * product
+        assert counted(lambda: raw.sigmoid_loss_sums(*side)) == product
 
 
 def test_flops_of_fake_tensors_assume_sequences_of_equal_length() -> None:

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from oner_fast.ops import (
     boundaries,
+    distill_info_nce,
     draw_masks,
     gather_patches,
     masked_gather,
     mixup_info_nce,
+    padded_attention,
     patch_mask,
+    sigmoid_loss,
     token_alignment,
     varlen_attention,
 )
@@ -68,8 +71,45 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "query_other": torch.randn(4, 8), "normalized": True, "logit_bias": torch.tensor([-10.0]),
         },
     ),
+    "sigmoid_loss": (
+        sigmoid_loss,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": 5.0,
+            "logit_bias": torch.tensor([-10.0]), "query_other": torch.randn(4, 8), "key_other": torch.randn(4, 8),
+            "mix": torch.rand(4), "partner": torch.tensor([1, 0, 3, 2]), "partner_weight": torch.rand(4),
+        },
+    ),
+    "sigmoid_loss with ids": (
+        sigmoid_loss,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor([5.0]),
+            "query_ids": torch.tensor([1, 1, 3, -1]), "key_ids": torch.tensor([1, 1, -1, 3]), "normalized": True,
+        },
+    ),
+    "distill_info_nce": (
+        distill_info_nce,
+        {
+            "query": torch.randn(4, 8), "key": torch.randn(4, 8), "logit_scale": torch.tensor(5.0),
+            "teacher_query": torch.randn(4, 6), "teacher_key": torch.randn(4, 6),
+            "teacher_logit_scale": torch.tensor([5.0]),
+        },
+    ),
     "varlen_attention": (
         varlen_attention, {"query": ROWS, "key": ROWS, "value": ROWS, "cu_seqlens_q": CU, "cu_seqlens_k": CU},
+    ),
+    "padded_attention": (
+        padded_attention,
+        {
+            "query": torch.randn(2, 2, 3, 8), "key": torch.randn(2, 1, 4, 8), "value": torch.randn(2, 1, 4, 8),
+            "key_lengths": torch.tensor([4, 1]), "dropout_p": 0.5, "dropout_seed": torch.tensor(3),
+        },
+    ),
+    "padded_attention with a mask": (
+        padded_attention,
+        {
+            "query": torch.randn(2, 2, 3, 8), "key": torch.randn(2, 1, 4, 8), "value": torch.randn(2, 1, 4, 8),
+            "key_mask": torch.rand(2, 4) < 0.5,
+        },
     ),
     "token_alignment": (
         token_alignment, {"student": torch.randn(2, 2, 8), "teacher": torch.randn(2, 4, 8), "kept": KEPT},
@@ -127,6 +167,8 @@ def test_a_tensor_of_the_wrong_kind_is_refused_by_its_name(op: str, name: str, k
     if (name, kind) in {("std", "list"), ("std", "numpy"), ("std", "one dimension more")}:
         assert _call(op, **{name: NOT_TENSORS[kind](good)}) is not None  # sequences of numbers are as good
         return
+    if (name, kind) == ("key_mask", "bool"):
+        return  # it is one
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bad = NOT_TENSORS[kind](good)
@@ -142,7 +184,8 @@ def test_an_opaque_layout_is_refused_with_the_remedy() -> None:
 
 
 NUMBERS = {
-    "scale": "varlen_attention", "logit_scale": "mixup_info_nce", "mix": "mixup_info_nce", "mean": "gather_patches",
+    "scale": "varlen_attention", "dropout_p": "padded_attention", "logit_scale": "mixup_info_nce",
+    "mix": "mixup_info_nce", "mean": "gather_patches",
 }  # fmt: skip
 
 
@@ -207,8 +250,9 @@ def test_rows_of_no_numbers_are_gathered() -> None:
 
 def test_options_that_are_no_options() -> None:
     for bad in (1, "yes", None):
-        with pytest.raises(TypeError, match="causal must be True or False"):
-            _call("varlen_attention", causal=bad)
+        for op in ("varlen_attention", "padded_attention"):
+            with pytest.raises(TypeError, match="causal must be True or False"):
+                _call(op, causal=bad)
         with pytest.raises(TypeError, match="symmetric must be True or False"):
             _call("mixup_info_nce", symmetric=bad)
         with pytest.raises(TypeError, match="normalized must be True or False"):

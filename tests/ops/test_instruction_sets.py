@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extensio
 
 PROGRAM = """
 import torch
-from oner_fast.ops import mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.ops import mixup_info_nce, padded_attention, sigmoid_loss, token_alignment, varlen_attention
 torch.manual_seed(0)
 
 def compare(op, given, dtype, tolerance, *arguments, **options):
@@ -39,6 +39,10 @@ for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.f
     for heads, groups, width, causal in ((2, 1, 24, False), (2, 2, 64, True)):
         given = [torch.randn(total, count, width, dtype=torch.float64) for count in (heads, groups, groups)]
         compare(varlen_attention, given, dtype, tolerance, cu_seqlens, causal=causal)
+    # Draws of many blocks, of parts of vectors, and of queries after the first that see no key.
+    given = [torch.randn(2, count, rows, 24, dtype=torch.float64) for count, rows in ((2, 301), (1, 290), (1, 290))]
+    options = {"key_lengths": torch.tensor([290, 37]), "causal": True, "dropout_p": 0.3, "dropout_seed": 2**63 + 1}
+    compare(padded_attention, given, dtype, tolerance, **options)
     student, teacher = torch.randn(3, 11, 70, dtype=torch.float64), torch.randn(3, 20, 70, dtype=torch.float64)
     compare(token_alignment, [student, teacher], dtype, tolerance, torch.randint(0, 20, (3, 11)))
 
@@ -94,6 +98,21 @@ for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5), (torch.b
     for at, target in ((4, torch.arange(50) + 20), (5, partner)):
         assert (blocks[2][at].bool() == (target >= 31)).all()
         assert (sum(one[at] for one in blocks) - whole[at]).abs().max() < tolerance
+
+for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 3e-2)):
+    for rows, width in ((9, 5), (300, 72)):
+        ids = torch.randint(-1, rows // 3, (2, rows))
+        partner, weight = torch.randint(rows, (rows,)), torch.rand(rows)
+        for options in ({}, {"partner": partner, "partner_weight": weight}, {"query_ids": ids[0], "key_ids": ids[1]},
+                        {"query_ids": ids[0], "same": "ignore"}):
+            given = [torch.randn(rows, width, dtype=torch.float64) for _ in range(2)]
+            compare(sigmoid_loss, given, dtype, tolerance, 12.0, -4.0, **options)
+# Every number of log(1 + x) and of the exponential: terms of one pair, from the largest to those that vanish.
+for logit in (-110.0, -87.0, -40.0, -10.0, -1.0, -1e-3, 0.0, 0.5, 3.0, 17.0, 60.0, 86.0):
+    one = torch.ones(1, 1)
+    found = sigmoid_loss(one, one, 0.0, logit, normalized=True, implementation="cpp")
+    exact = -torch.nn.functional.logsigmoid(torch.tensor(logit, dtype=torch.float64))
+    assert abs(found.double() - exact) <= 4e-7 * exact, (logit, found, exact)
 print(torch.ops.oner_fast.cpu_capability())
 """
 

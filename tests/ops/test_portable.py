@@ -20,9 +20,18 @@ from oner_fast.benchmarks.cases import Call
 from oner_fast.ops import library, portable, reference
 from oner_fast.ops.implementations import choose, implementations
 from oner_fast.ops.portable import mixup_info_nce as contrast
+from oner_fast.ops.portable import sigmoid_loss as sigmoid
 
 MIB = 2**20
-FLOATING = ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment", "varlen_attention"]
+FLOATING = [
+    "gather_patches",
+    "masked_gather",
+    "mixup_info_nce",
+    "padded_attention",
+    "sigmoid_loss",
+    "token_alignment",
+    "varlen_attention",
+]
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 
 
@@ -41,7 +50,8 @@ def test_the_definition_runs_only_when_asked_for(
 ) -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         facts = {"dtype": dtype, "causal": causal, "head_dim": 64, "needs_grad": True}
-        assert choose(op, device, **facts).name == ("sdpa" if op == "varlen_attention" else "portable")
+        assert choose(op, device, **facts).name == ("sdpa" if op.endswith("attention") else "portable")
+        assert choose(op, device, **facts, dropout_p=0.1).name == "portable"
     assert list(implementations(op))[-1] == "reference"
     assert choose(op, device, "reference", dtype=torch.float32).function is getattr(reference, op)
 
@@ -73,6 +83,9 @@ def test_no_buffer_of_the_contrast_has_more_numbers_than_stated(
         sides = (query, other, mix, norms[0], key, None, None, norms[1], scale, partner, 0)
         row_max, _, column_max, *_ = contrast.statistics(*sides, True)
         contrast.backward(*sides, row_max, each, column_max, each, each, each, True, False)
+        targets = (partner, each, 0)
+        sigmoid.sums(*sides[:9], scale, *targets)
+        sigmoid.backward(*sides[:9], scale, *targets, each[:1], True, False)
     # A part has at least 16 rows.
     assert seen.largest <= 16 * 500
 
@@ -110,6 +123,7 @@ def test_the_size_of_the_parts_changes_no_more_than_rounding(numbers: int, monke
     found = {}
     for name in ("portable", "reference"):
         loss = ops.mixup_info_nce(query, key, 9.0, key_other=query, partner=partner, implementation=name)
+        loss = loss + ops.sigmoid_loss(query, key, 9.0, -2.0, key_other=query, partner=partner, implementation=name)
         loss = loss + ops.token_alignment(student, teacher.double(), kept, implementation=name)
         found[name] = [loss.detach(), *torch.autograd.grad(loss, (query, key, student))]
     for one, other in zip(found["portable"], found["reference"], strict=True):

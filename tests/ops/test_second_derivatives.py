@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from oner_fast import _extension
-from oner_fast.ops import gather_patches, masked_gather, mixup_info_nce, token_alignment, varlen_attention
+from oner_fast.ops import (
+    gather_patches,
+    masked_gather,
+    mixup_info_nce,
+    padded_attention,
+    sigmoid_loss,
+    token_alignment,
+    varlen_attention,
+)
 
 pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
@@ -18,7 +26,9 @@ CALLS = {
     "masked_gather": lambda: masked_gather(X, KEPT, implementation="cpp"),
     "gather_patches": lambda: gather_patches(IMAGES, KEPT, 2, implementation="cpp"),
     "mixup_info_nce": lambda: mixup_info_nce(X[0], Y[0], 5.0, implementation="cpp"),
+    "sigmoid_loss": lambda: sigmoid_loss(X[0], Y[0], 5.0, -1.0, implementation="cpp"),
     "varlen_attention": lambda: varlen_attention(X, Y, Y, CU_SEQLENS, implementation="cpp"),
+    "padded_attention": lambda: padded_attention(X[None], Y[None], Y[None], implementation="cpp"),
     "token_alignment": lambda: token_alignment(X, Y, implementation="cpp"),
 }
 

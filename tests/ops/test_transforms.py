@@ -24,7 +24,9 @@ from oner_fast.ops import (
     gather_patches,
     masked_gather,
     mixup_info_nce,
+    padded_attention,
     patch_mask,
+    sigmoid_loss,
     token_alignment,
     varlen_attention,
 )
@@ -117,6 +119,21 @@ CASES = {
         lambda **given: mixup_info_nce(same="ignore", **given), "query key",
         query=_normal(4, 3), key=_normal(4, 3), logit_scale=lambda: torch.rand(()), query_ids=_below(3, 4),
     ),
+    "sigmoid_loss": Case(
+        sigmoid_loss, "query key logit_scale logit_bias",
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=_normal(), logit_bias=_normal(1),
+    ),
+    "sigmoid_loss mixed": Case(
+        lambda **given: sigmoid_loss(logit_scale=5.0, **given), "query key query_other key_other mix",
+        query=_normal(4, 3), key=_normal(4, 3), query_other=_normal(4, 3), key_other=_normal(4, 3),
+        mix=lambda: torch.rand(4, dtype=torch.float64), partner=_below(4, 4),
+        partner_weight=lambda: torch.rand(4, dtype=torch.float64),
+    ),
+    "sigmoid_loss with ids": Case(
+        lambda **given: sigmoid_loss(same="ignore", **given), "query key logit_scale",
+        query=_normal(4, 3), key=_normal(4, 3), logit_scale=_normal(), query_ids=_below(3, 4),
+        key_ids=lambda: torch.randint(-1, 2, (4,)),
+    ),
     "varlen_attention": Case(
         varlen_attention, "query key value",
         query=_normal(6, 4, 3), key=_normal(6, 2, 3), value=_normal(6, 2, 3), cu_seqlens_q=_ends(6, 3),
@@ -125,6 +142,20 @@ CASES = {
         lambda **given: varlen_attention(causal=True, **given), "query key value",
         query=_normal(6, 2, 3), key=_normal(5, 2, 3), value=_normal(5, 2, 3),
         cu_seqlens_q=_ends(6, 3), cu_seqlens_k=_ends(5, 3),
+    ),
+    "padded_attention": Case(
+        padded_attention, "query key value",
+        query=_normal(2, 4, 3, 3), key=_normal(2, 2, 5, 3), value=_normal(2, 2, 5, 3), key_lengths=_below(6, 2),
+    ),
+    "padded_attention causal with a mask": Case(
+        lambda **given: padded_attention(causal=True, **given), "query key value",
+        query=_normal(2, 2, 3, 3), key=_normal(2, 2, 4, 3), value=_normal(2, 2, 4, 3),
+        key_mask=lambda: torch.rand(2, 4) < 0.6,
+    ),
+    "padded_attention with dropout": Case(
+        lambda **given: padded_attention(dropout_p=0.4, **given), "query key value",
+        query=_normal(2, 1, 3, 3), key=_normal(2, 1, 4, 3), value=_normal(2, 1, 4, 3),
+        dropout_seed=lambda: torch.randint(9, ()),
     ),
     "token_alignment": Case(
         token_alignment, "student", student=_normal(2, 3, 4), teacher=_normal(2, 5, 4), kept=_below(5, 2, 3)

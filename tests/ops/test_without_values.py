@@ -19,7 +19,9 @@ from oner_fast.ops import (
     gather_patches,
     masked_gather,
     mixup_info_nce,
+    padded_attention,
     patch_mask,
+    sigmoid_loss,
     token_alignment,
     varlen_attention,
 )
@@ -35,6 +37,8 @@ def _inputs() -> dict[str, Tensor]:
         "images": torch.rand(2, 3, 4, 4), "bytes": torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
         "query": torch.randn(4, 8), "key": torch.randn(4, 8), "scale": torch.tensor(5.0), "mix": torch.rand(4),
         "partner": torch.tensor([1, 0, 3, 2]), "rows": torch.randn(4, 2, 8), "other": torch.randn(4, 1, 8),
+        "heads": torch.randn(2, 2, 3, 8), "shared": torch.randn(2, 1, 3, 8), "lengths": torch.tensor([3, 1]),
+        "seen": torch.tensor([[True, False, True], [False, True, True]]), "seed": torch.tensor(7),
         "student": torch.randn(2, 2, 8), "samples": torch.arange(3), "counts": torch.tensor([1, 3]),
     }  # fmt: skip
 
@@ -68,11 +72,28 @@ CALLS: dict[str, Callable[..., Any]] = {
         logit_bias=t["scale"],
         **o,
     ),
+    "sigmoid_loss": lambda t, **o: sigmoid_loss(t["query"], t["key"], t["scale"], t["scale"].reshape(1), **o),
+    "sigmoid_loss mixed": lambda t, **o: sigmoid_loss(
+        t["query"], t["key"], 5.0, -1.0, key_other=t["query"], mix=t["mix"], partner=t["partner"], normalized=True, **o
+    ),
+    "sigmoid_loss with ids": lambda t, **o: sigmoid_loss(
+        t["query"], t["key"], t["scale"], query_ids=t["partner"], key_ids=t["partner"], **o
+    ),
     "varlen_attention": lambda t, **o: varlen_attention(
         t["rows"], t["other"], t["other"], t["cu"], max_seqlen_q=3, causal=True, **o
     ),
     "varlen_attention of int64": lambda t, **o: varlen_attention(
         t["rows"], t["rows"], t["rows"], t["cu"].long(), t["cu"], scale=0.5, **o
+    ),
+    "varlen_attention with dropout": lambda t, **o: varlen_attention(
+        t["rows"], t["rows"], t["rows"], t["cu"], dropout_p=0.5, dropout_seed=t["seed"], **o
+    ),
+    "padded_attention": lambda t, **o: padded_attention(t["heads"], t["shared"], t["shared"], **o),
+    "padded_attention with lengths": lambda t, **o: padded_attention(
+        t["heads"], t["shared"], t["shared"], key_lengths=t["lengths"], causal=True, **o
+    ),
+    "padded_attention with a mask": lambda t, **o: padded_attention(
+        t["heads"], t["heads"], t["heads"], key_mask=t["seen"], causal=True, dropout_p=0.5, dropout_seed=3, **o
     ),
     "token_alignment": lambda t, **o: token_alignment(t["student"], t["tokens"], t["kept"], **o),
     "patch_mask": lambda t, **o: patch_mask(1, 2, t["samples"], 16, 5, **o),
@@ -169,7 +190,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, Tenso
 def _mixed(op: str) -> dict[str, Tensor]:
     """Inputs as autocast leaves them: activations in bfloat16, parameters in float32."""
     tensors = _inputs()
-    halves = {"mixup_info_nce": ["query"], "varlen_attention": ["rows"]}.get(op.split()[0], ["tokens", "student"])
+    halves = {
+        "mixup_info_nce": ["query"], "sigmoid_loss": ["query"],
+        "varlen_attention": ["rows"], "padded_attention": ["heads"],
+    }.get(op.split()[0], ["tokens", "student"])  # fmt: skip
     return {**tensors, **{name: tensors[name].to(HALF) for name in halves}}
 
 

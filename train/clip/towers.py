@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from oner_fast.data.batch import TokenizedText
 from oner_fast.models.clip import MAX_LOGIT_SCALE, CLIPConfig, build_clip, clip_tokenizer, save_clip
 from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
-from oner_fast.models.files import load_uta, save_uta
+from oner_fast.models.files import SCALE, load_uta, save_uta
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
 from oner_fast.train.clip.settings import CLIPConfiguration
@@ -146,7 +146,8 @@ class AlignedTowers(TwoTowers):
 
     def save(self, folder: Path) -> None:
         """Write the student in the form in which its first stage writes it."""
-        save_uta(folder / "model.safetensors", self.student, self._about)
+        scale = {SCALE: repr(float(self.log_logit_scale))}
+        save_uta(folder / "model.safetensors", self.student, self._about | scale)
 
 
 def build_towers(config: CLIPConfiguration, device: torch.device, weights: Path | None = None) -> TwoTowers:

@@ -142,7 +142,8 @@ class OneRTraining(Training[OneRConfiguration]):
         return TrainedEncoder(self.config.model.image_size, self.world.device, self.exported.encode_image, texts)
 
     def _export(self, folder: Path) -> Path:
-        path, model = folder / "model.safetensors", model_bytes(self.exported, self.tokenizer.to_json())
+        scale = float(self.student.log_logit_scale)
+        path, model = folder / "model.safetensors", model_bytes(self.exported, self.tokenizer.to_json(), scale)
         # First, so that a model is never without it.
         save_contrast(folder / CONTRAST_FILE, self.contrast, hashlib.sha256(model).hexdigest())
         write_atomic(path, lambda file: file.write(model))

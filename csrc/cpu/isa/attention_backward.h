@@ -6,6 +6,7 @@
 // a sequence was divided into tasks.
 #pragma once
 
+#include "cpu/isa/attention_dropout.h"
 #include "cpu/isa/attention_tile.h"
 
 namespace oner_fast {
@@ -48,6 +49,8 @@ class Backward {
     inverse_ = scratch_.template take<T>(columns);
     delta_ = scratch_.template take<T>(columns);
     factor_ = scratch_.template take<T>(kPanel<P>);
+    const int64_t words = drops() ? Draws<T>::words(keys_, kPanel<P>) : 0;
+    draws_ = Draws<T>(&t_.dropout, scratch_.template take<typename Draws<T>::Word>(words));
   }
   int64_t bytes() const { return scratch_.bytes(); }
 
@@ -68,6 +71,7 @@ class Backward {
 
  private:
   bool one_block() const { return t_.last_key - t_.first_key <= kKeys<P>; }
+  bool drops() const { return t_.dropout.dropped > 0; }
   static const In* row(const AttentionInput& x, int64_t head, int64_t i) {
     return static_cast<const In*>(x.data) + i * x.row + head * x.head;
   }
@@ -108,7 +112,8 @@ class Backward {
   void store_keys(int64_t key, int64_t count) {
     const int64_t width = t_.sizes.width;
     write_rows(row(t_.to_key, 0, key), t_.to_key.row, to_key_, sum_row_, count, width, factor_[0]);
-    write_rows(row(t_.to_value, 0, key), t_.to_value.row, to_value_, sum_row_, count, width, T{1});
+    const T made_up = drops() ? static_cast<T>(t_.dropout.factor) : T{1};
+    write_rows(row(t_.to_value, 0, key), t_.to_value.row, to_value_, sum_row_, count, width, made_up);
   }
 
   void load_queries(int64_t head, int64_t query, int64_t count) {
@@ -160,12 +165,15 @@ class Backward {
         multiply_ahead<P, false>(ahead_, seen, n, depth, value_, width_row_, 1, grad_transposed_ + p * depth, products_,
                                  columns);
         const bool masked = n < columns || some_unseen(t_.sizes, query + p, key, seen);
+        if (drops()) draws_.draw(t_.dropout.head + head, t_.dropout.place + query + p, key, seen, columns);
         with_vectors<P>(columns / W, [&](auto v) {
           constexpr int V = decltype(v)::value;
-          if (masked)
-            gradient<V, true>(query + p, n, key, seen, p, weights, slopes);
+          if (drops())
+            gradient<V, true, true>(query + p, n, key, seen, p, weights, slopes);
+          else if (masked)
+            gradient<V, true, false>(query + p, n, key, seen, p, weights, slopes);
           else
-            gradient<V, false>(query + p, n, key, seen, p, weights, slopes);
+            gradient<V, false, false>(query + p, n, key, seen, p, weights, slopes);
         });
         if (t_.need_query) multiply_query(key > 0, n, seen, to_query, columns);
       }
@@ -201,8 +209,9 @@ class Backward {
   }
 
   // weights = exp(scale * scores - maximum) / sum and slopes = weights * (products - delta), as rows of A; slopes as a
-  // panel of B. The panel begins at query `place` of its block.
-  template <int V, bool kMasked>
+  // panel of B. The panel begins at query `place` of its block. Dropout makes zeros of weights and of products, but the
+  // slopes are those of all weights.
+  template <int V, bool kMasked, bool kDropped>
   void gradient(int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t place, E* weights, E* slopes) {
     constexpr int64_t columns = V * W;
     const Seen<T, V> seen(t_.sizes, query, queries);
@@ -224,7 +233,10 @@ class Backward {
           }
           const int64_t at = (j + r) * columns + v * W;
           Vec<T> w = power_of_two<P::kDepth == 2>(rounded<T>(load(scores_ + at) * scale) - shift[v]) * share[v];
-          Vec<T> s = w * (load(products_ + at) - less[v]);
+          Vec<T> product = load(products_ + at);
+          if constexpr (kDropped) product = draws_.kept(j + r, v) ? product * draws_.factor() : Vec<T>{};
+          Vec<T> s = w * (product - less[v]);
+          if constexpr (kDropped) w = draws_.kept(j + r, v) ? w : Vec<T>{};
           if constexpr (kMasked) {
             w = seen(v, key + j + r) ? w : Vec<T>{};
             s = seen(v, key + j + r) ? s : Vec<T>{};
@@ -252,6 +264,7 @@ class Backward {
   E *key_, *value_, *key_transposed_, *query_transposed_, *grad_transposed_, *query_, *grad_, *weights_, *slopes_,
       *panel_;
   T *scores_, *products_, *to_key_, *to_value_, *to_query_, *maximum_, *inverse_, *delta_, *factor_;
+  Draws<T> draws_{nullptr, nullptr};
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Forward: flash attention of a range of queries. Keys come in blocks; a sequence of one block needs no rescaling.
 #pragma once
 
+#include "cpu/isa/attention_dropout.h"
 #include "cpu/isa/attention_tile.h"
 
 namespace oner_fast {
@@ -27,6 +28,8 @@ class Forward {
     maximum_ = scratch_.template take<T>(queries);
     total_ = scratch_.template take<T>(queries);
     factor_ = scratch_.template take<T>(kPanel<P>);
+    const int64_t words = drops() ? Draws<T>::words(keys_, kPanel<P>) : 0;
+    draws_ = Draws<T>(&t_.dropout, scratch_.template take<typename Draws<T>::Word>(words));
   }
   int64_t bytes() const { return scratch_.bytes(); }
 
@@ -50,6 +53,7 @@ class Forward {
 
  private:
   bool one_block() const { return t_.sizes.keys <= kKeys<P>; }
+  bool drops() const { return t_.dropout.dropped > 0; }
   const In* row(const AttentionInput& x, int64_t i) const { return static_cast<const In*>(x.data) + i * x.row; }
 
   void load_block(int64_t key, int64_t count) {
@@ -70,12 +74,15 @@ class Forward {
       pack_b_transposed<P>(query_, row(t_.query, query), t_.query.row, queries, width);
       multiply_ahead<P, false>(ahead_, seen, queries, steps<P>(width), key_, key_row_, 1, query_, scores_, columns);
       const bool masked = some_unseen(t_.sizes, query, key, seen);
+      if (drops()) draws_.draw(t_.dropout.head, t_.dropout.place + query, key, seen, columns);
       with_vectors<P>(columns / W, [&](auto v) {
         constexpr int V = decltype(v)::value;
-        if (masked)
-          softmax<V, true>(query, queries, key, seen, sums);
+        if (drops())
+          softmax<V, true, true>(query, queries, key, seen, sums);
+        else if (masked)
+          softmax<V, true, false>(query, queries, key, seen, sums);
         else
-          softmax<V, false>(query, queries, key, seen, sums);
+          softmax<V, false, false>(query, queries, key, seen, sums);
       });
       if constexpr (P::kDepth == 1)
         multiply_panel<P>(ahead_, key > 0, width, queries, seen, value_, 1, value_row_, scores_, sums, columns);
@@ -86,8 +93,9 @@ class Forward {
     if (key + count == t_.sizes.keys) finish(query, queries, columns, sums);
   }
 
-  // Turns scores into weights exp(scale * score - maximum), and rescales earlier sums to the new maximum. Base 2.
-  template <int V, bool kMasked>
+  // Turns scores into weights exp(scale * score - maximum), and rescales earlier sums to the new maximum. Base 2. The
+  // sum is that of all weights, also of those that are dropped.
+  template <int V, bool kMasked, bool kDropped>
   void softmax(int64_t query, int64_t queries, int64_t key, int64_t keys, T* sums) {
     constexpr int64_t columns = V * W;
     T *maximum = maximum_ + (query - t_.first), *total = total_ + (query - t_.first);
@@ -117,6 +125,7 @@ class Forward {
           Vec<T> w = power_of_two<P::kDepth == 2>(score - shift[v]);
           if constexpr (kMasked) w = seen(v, key + j + r) ? w : Vec<T>{};
           sum[v] += w;
+          if constexpr (kDropped) w = draws_.kept(j + r, v) ? w : Vec<T>{};
           weight[r][v] = w;
         }
       if constexpr (P::kDepth == 1)
@@ -147,6 +156,8 @@ class Forward {
       factor_[i] = T{1} / total_[place + i];
       if (i < queries) maximum[i * t_.maximum.row] = maximum_[place + i], inverse[i * t_.inverse.row] = factor_[i];
     }
+    if (drops())
+      for (int64_t i = 0; i < columns; ++i) factor_[i] *= static_cast<T>(t_.dropout.factor);
     In* out = static_cast<In*>(t_.out.data) + query * t_.out.row;
     write_transposed<In>(out, t_.out.row, sums, columns, queries, t_.sizes.width, factor_);
   }
@@ -157,6 +168,7 @@ class Forward {
   int64_t keys_, key_row_, value_row_;
   E *key_, *value_, *query_, *weights_;
   T *scores_, *sums_, *maximum_, *total_, *factor_;
+  Draws<T> draws_{nullptr, nullptr};
 };
 
 }  // namespace

@@ -103,6 +103,11 @@ void multiply_ahead(Ahead& ahead, int64_t m, int64_t n, int64_t k, const typenam
   }
 }
 
+// How many keys query q sees under a causal mask.
+inline int64_t seen_by(const AttentionSizes& sizes, int64_t query) {
+  return sizes.seen != nullptr ? sizes.seen[query] : query + sizes.keys - sizes.queries + 1;
+}
+
 // The last key that each lane of a panel sees; lanes beyond the last query see none.
 template <typename T, int V>
 struct Seen {
@@ -113,8 +118,9 @@ struct Seen {
     for (int v = 0; v < V; ++v)
       for (int i = 0; i < kLanes<T>; ++i) {
         const int64_t lane = v * kLanes<T> + i;
-        const int64_t key = sizes.causal ? first_query + lane + sizes.keys - sizes.queries : sizes.keys;
-        last[v][i] = static_cast<typename IntegerOf<T>::type>(lane < queries ? key : -1);
+        int64_t key = -1;
+        if (lane < queries) key = sizes.causal ? seen_by(sizes, first_query + lane) - 1 : sizes.keys;
+        last[v][i] = static_cast<typename IntegerOf<T>::type>(key);
       }
   }
   I operator()(int v, int64_t key) const { return last[v] >= static_cast<typename IntegerOf<T>::type>(key); }
@@ -123,11 +129,11 @@ struct Seen {
 // How many keys of the block [key, key + keys) any query of a panel sees, and whether every query sees all of these.
 inline int64_t keys_seen(const AttentionSizes& sizes, int64_t last_query, int64_t key, int64_t keys) {
   if (!sizes.causal) return keys;
-  const int64_t seen = last_query + sizes.keys - sizes.queries + 1 - key;
+  const int64_t seen = seen_by(sizes, last_query) - key;
   return seen < 0 ? 0 : seen < keys ? seen : keys;
 }
 inline bool some_unseen(const AttentionSizes& sizes, int64_t first_query, int64_t key, int64_t keys) {
-  return sizes.causal && first_query + sizes.keys - sizes.queries < key + keys - 1;
+  return sizes.causal && seen_by(sizes, first_query) < key + keys;
 }
 
 // Calls f(Count<V>) for a panel of V vectors.

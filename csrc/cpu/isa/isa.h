@@ -1,6 +1,8 @@
 // Rules for the sources of this folder: each is compiled once for every instruction set, which ONER_FAST_ISA names, and
 // its kernels are reached through a table. It includes no library header that contains code, because an inline function
 // compiled for a newer instruction set could be linked in for all. Everything except the table has internal linkage.
+// avx512_bf16 and amx add products of bfloat16 numbers to avx512 and change nothing else: their tables begin as copies
+// of avx512's, and sources without such products are not compiled for them.
 #pragma once
 
 #define ONER_FAST_JOIN_(a, b) a##b

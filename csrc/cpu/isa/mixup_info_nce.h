@@ -56,7 +56,10 @@ struct ContrastStatistics {
 // column shares, own_weight is the share of the row.
 struct ContrastGradient {
   const void *row_max, *row_weight, *column_max, *column_weight, *own_weight, *partner_weight;
-  // Sums of G times the rows of the other side, from row 0 and from the stripe's first column on.
+};
+
+// Sums of G times the rows of the other side, from row 0 and from the stripe's first column on.
+struct ContrastSums {
   void *to_rows, *to_columns;  // the columns' are null where not needed
   int64_t to_rows_stride, to_columns_stride;
 };
@@ -76,9 +79,9 @@ struct ContrastKernels {
   void (*take_columns)(const ContrastBlock& block, bool backward, void* scratch);
   void (*forward)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);
   void (*forward_rows)(const ContrastBlock& block, const ContrastStatistics& statistics, void* scratch);
-  void (*gradient)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
-  void (*to_rows)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
-  void (*to_columns)(const ContrastBlock& block, const ContrastGradient& gradient, void* scratch);
+  void (*gradient)(const ContrastBlock& block, const ContrastGradient& gradient, bool to_columns, void* scratch);
+  void (*to_rows)(const ContrastBlock& block, const ContrastSums& sums, void* scratch);
+  void (*to_columns)(const ContrastBlock& block, const ContrastSums& sums, void* scratch);
 };
 
 enum ContrastKind { kContrastF32 = 0, kContrastF64, kContrastBF16, kContrastKinds };

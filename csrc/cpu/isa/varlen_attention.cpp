@@ -20,13 +20,14 @@ void fill(AttentionKernels& table, Kind kind) {
 }
 
 AttentionKernels make_table() {
+#if defined(__AVX512BF16__)
+  AttentionKernels table = attention_kernels_avx512();
+  fill<BFloat, Pairs>(table, kBF16);
+#else
   AttentionKernels table{};
   fill<float, Plain<float>>(table, kF32);
   fill<double, Plain<double>>(table, kF64);
   fill<Half, Plain<float>>(table, kF16);
-#if defined(__AVX512BF16__)
-  fill<BFloat, Pairs>(table, kBF16);
-#else
   fill<BFloat, Plain<float>>(table, kBF16);
 #endif
   return table;

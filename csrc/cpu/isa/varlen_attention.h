@@ -1,7 +1,6 @@
 // Attention of one sequence and head (or of the heads that share a key head), forward and backward.
 //
-// A sequence has at least one query and one key, and every query sees a key: causal calls have no more queries than
-// keys.
+// A sequence has at least one query and one key, and every query sees a key.
 #pragma once
 
 #include "cpu/isa/rows.h"
@@ -20,8 +19,17 @@ struct AttentionOutput {
 
 struct AttentionSizes {
   int64_t queries, keys, width;  // of the whole sequence
-  bool causal;                   // query q sees the keys up to q + keys - queries
+  bool causal;                   // query q sees the first seen[q] keys or, without `seen`, q + keys - queries + 1
   double scale;
+  const int32_t* seen;  // never decreases, and ends with `keys`; nullptr without
+};
+
+// Weights whose 16 bits are below `dropped` are dropped, and the others multiplied by `factor`; 0 drops none.
+struct AttentionDropout {
+  uint32_t low, high;  // the seed
+  int32_t dropped;
+  double factor;
+  int64_t sequence, head, place;  // of the task's first head; of the sequence's first query that sees a key
 };
 
 struct AttentionForward {
@@ -29,6 +37,7 @@ struct AttentionForward {
   int64_t first, last;  // the queries to compute
   AttentionInput query, key, value;
   AttentionOutput out, maximum, inverse;  // of a query's scores in base 2, and of their sum: float, double for kF64
+  AttentionDropout dropout;
 };
 
 // A range of query blocks against a range of key blocks; all pointers are to the sequence's first row.
@@ -39,6 +48,7 @@ struct AttentionBackward {
   bool need_query, need_key;  // of the ranges: needs all keys, needs all queries
   AttentionInput query, key, value, out, maximum, inverse, grad;
   AttentionOutput to_query, to_key, to_value;
+  AttentionDropout dropout;
 };
 
 struct AttentionKernels {

@@ -31,7 +31,7 @@ def partner_sums(partner: Tensor, values: Tensor, columns: int) -> Tensor:
     return sums
 
 
-class _Operands:
+class Operands:
     """Both sides as `unit_rows` in float32 or float64, the queries times logit_scale."""
 
     def __init__(
@@ -43,6 +43,7 @@ class _Operands:
         first_pair: int,
     ) -> None:
         x, other, mix, inverse_norm = query
+        self.query, self.key = query, key
         self.keys = unit_rows(key[0], key[1], 0.0 if key[2] is None else key[2], key[3])
         self.scale = logit_scale.to(self.keys.dtype)
         factor = self.scale.expand(x.shape[0]) if inverse_norm is None else inverse_norm * self.scale
@@ -72,11 +73,30 @@ class _Operands:
         found = logits.gather(1, column.clamp(0, self.columns - 1).unsqueeze(1)).squeeze(1)
         return torch.where(inside, found, 0.0)
 
-    def subtract(self, gradient: Tensor, column: Tensor, weight: Tensor) -> None:
-        """Subtract the weight of each row at its column, in place; nothing where the column lies outside."""
+    def add(self, matrix: Tensor, column: Tensor, weight: Tensor) -> None:
+        """Add the weight of each row at its column, in place; nothing where the column lies outside."""
         inside = (column >= 0) & (column < self.columns)
-        share = torch.where(inside, -weight, 0.0).unsqueeze(1)
-        gradient.scatter_add_(1, column.clamp(0, self.columns - 1).unsqueeze(1), share)
+        share = torch.where(inside, weight, 0.0).unsqueeze(1)
+        matrix.scatter_add_(1, column.clamp(0, self.columns - 1).unsqueeze(1), share)
+
+    def results(self, to_queries: Tensor, to_keys: Tensor, need_key: bool, key_sums: bool) -> tuple[Tensor, ...]:
+        """Return the gradients of both sides and of logit_scale from the sums of G times the rows of the other side.
+
+        The sums and the queries are overwritten.
+        """
+        x, other, mix, inverse_norm = self.query
+        unit = unit_rows(x, other, 0.0 if mix is None else mix, inverse_norm)
+        products = torch.mul(unit, to_queries, out=self.queries)  # `unit` may be the input itself
+        to_scale = products.sum(dtype=widest_dtype(unit.device)).to(unit.dtype)
+        # The queries of the products carry the scale already, and so do the sums of the keys.
+        queries = _finished(to_queries.mul_(self.scale), *self.query)
+        if not need_key:
+            keys = [to_keys, to_keys.clone(), to_keys.clone()]
+        elif key_sums:
+            keys = [to_keys, to_keys.new_empty(0), to_keys.new_empty(0)]
+        else:
+            keys = _finished(to_keys, *self.key)
+        return (*queries, *keys, to_scale)
 
 
 def statistics(
@@ -98,7 +118,7 @@ def statistics(
     column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute forward: the maximum and sum of each row and column, and the logits of own pairs and partners."""
-    given = _Operands(
+    given = Operands(
         (query, query_other, query_mix, query_inverse_norm), (key, key_other, key_mix, key_inverse_norm), logit_scale,
         partner, first_pair,
     )  # fmt: skip
@@ -154,7 +174,7 @@ def backward(
     column_share: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute backward: the gradients of x, other and mix of both sides, and that of logit_scale."""
-    given = _Operands(
+    given = Operands(
         (query, query_other, query_mix, query_inverse_norm), (key, key_other, key_mix, key_inverse_norm), logit_scale,
         partner, first_pair,
     )  # fmt: skip
@@ -171,24 +191,13 @@ def backward(
         else:
             if query_code is not None and key_code is not None:
                 gradient.masked_fill_(given.marked(part, query_code, key_code, own=False), 0.0)
-            given.subtract(gradient, given.own(part), own_weight[part])
+            given.add(gradient, given.own(part), -own_weight[part])
         if partner is not None and partner_weight is not None:
-            given.subtract(gradient, partner[part], partner_weight[part])
+            given.add(gradient, partner[part], -partner_weight[part])
         torch.mm(gradient, given.keys, out=to_queries[part])
         if need_key:
             to_keys.addmm_(gradient.T, given.queries[part])
-    unit = unit_rows(query, query_other, 0.0 if query_mix is None else query_mix, query_inverse_norm)
-    products = torch.mul(unit, to_queries, out=given.queries)  # `unit` may be the input itself
-    to_scale = products.sum(dtype=widest_dtype(unit.device)).to(unit.dtype)
-    # The queries of the products carry the scale already, and so do the sums of the keys.
-    queries = _finished(to_queries.mul_(given.scale), query, query_other, query_mix, query_inverse_norm)
-    if not need_key:
-        keys = [to_keys, to_keys.clone(), to_keys.clone()]
-    elif key_sums:
-        keys = [to_keys, to_keys.new_empty(0), to_keys.new_empty(0)]
-    else:
-        keys = _finished(to_keys, key, key_other, key_mix, key_inverse_norm)
-    return (*queries, *keys, to_scale)
+    return given.results(to_queries, to_keys, need_key, key_sums)
 
 
 def _finished(

@@ -1,0 +1,1 @@
+"""One line in other people's code: each module serves one project, and imports that project alone."""
