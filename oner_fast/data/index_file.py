@@ -52,7 +52,8 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: str, dimensions: int) -> 
     start = io.BytesIO(data[: _LARGEST_HEADER + 16])
     if np.lib.format.read_magic(start) != (1, 0):
         raise ValueError(f"{name} has another version of the array format")
-    shape, fortran, found = np.lib.format.read_array_header_1_0(start, max_header_size=_LARGEST_HEADER)
+    read: Any = np.lib.format.read_array_header_1_0  # stubs before NumPy 2.4 lack the limit, which every version takes
+    shape, fortran, found = read(start, max_header_size=_LARGEST_HEADER)
     if found != np.dtype(dtype) or len(shape) != dimensions or (fortran and dimensions > 1):
         raise ValueError(f"{name} is {found} of shape {shape}")
     content = memoryview(data)[start.tell() :]
