@@ -25,7 +25,8 @@ class LoadedModel(nn.Module, ABC):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        self.requires_grad_(False)
         super().train(False)
 
     def train(self, mode: bool = True) -> LoadedModel:

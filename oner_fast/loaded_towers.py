@@ -37,12 +37,13 @@ class LoadedTowers(LoadedModel):
         image_size: int,
         text_source: str,
         beside: Path,
-        *,
+        device: torch.device | None = None,
         may_fetch: bool = False,
+        *,
         log_logit_scale: float | None = None,
     ) -> None:
-        """Wrap the towers; `log_logit_scale` is a student's own, where it learnt one."""
-        super().__init__(model)
+        """Wrap the towers, moved to `device` where one is given; `log_logit_scale` is a student's own, if any."""
+        super().__init__(model if device is None else model.to(device))
         self.image_size, self.text_source, self.beside, self.may_fetch = image_size, text_source, beside, may_fetch
         self._own_scale = log_logit_scale
         self._text_tower: Teacher | None = None

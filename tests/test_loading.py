@@ -12,8 +12,10 @@ from PIL import Image
 
 import oner_fast
 from oner_fast.data.tokenizer import Tokenizer
+from oner_fast.loaded_towers import LoadedTowers
 from oner_fast.models.files import save_model
 from oner_fast.models.oner import OneR, OneRConfig
+from oner_fast.models.uta import UTA, UTAConfig
 from oner_fast.nn.positions import resample_grid
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.oner.settings import Objectives
@@ -179,3 +181,10 @@ def test_texts_of_other_kinds_are_named(texts: Any, error: type[Exception], name
 def test_a_tensor_that_is_no_batch_of_images_is_named(images: torch.Tensor, file: Path) -> None:
     with pytest.raises(ValueError, match=r"images: got .* tensor, need \(B, 3, S, S\).*as a list of tensors"):
         oner_fast.load(file).encode_image(images)
+
+
+def test_towers_are_frozen_and_moved_to_the_device_that_is_given(tmp_path: Path) -> None:
+    student = UTA(UTAConfig(24, 8, width=32, depth=1, heads=2, mlp_hidden=40, embed_dim=12))
+    towers = LoadedTowers(student, 24, "", tmp_path, torch.device("meta"), True)
+    assert towers.device.type == "meta" and towers.may_fetch and not towers.model.training
+    assert not any(weight.requires_grad for weight in student.parameters())
