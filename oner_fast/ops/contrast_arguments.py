@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks
+from oner_fast.ops import contrast_checks
 from oner_fast.ops.collectives import exchanged
 from oner_fast.ops.contrast_ring import Ring
 from oner_fast.ops.unit_rows import unit_rows
@@ -24,11 +24,11 @@ def ring_of(
     """
     if group is None:
         return None, False
-    checks.matrix(op, "query", query)
+    contrast_checks.matrix(op, "query", query)
     own = (key, *(() if key_other is None else (key_other, mix)))
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
     sizes, wanting, kinds = exchanged((query.shape[0], wanted, kind_of_ids), query.device, group)
-    checks.ids_of_ranks(op, kinds)
+    contrast_checks.ids_of_ranks(op, kinds)
     return Ring(sizes, group), any(wanting)
 
 

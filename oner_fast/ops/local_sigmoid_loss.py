@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks, sigmoid_ring
+from oner_fast.ops import contrast_checks, sigmoid_ring
 from oner_fast.ops.contrast_arguments import number, one_number, ring_of
 from oner_fast.ops.contrast_ring import Ring
 from oner_fast.ops.implementations import REFERENCE, choose
@@ -59,7 +59,7 @@ def local_sigmoid_loss(
     Raises:
         ValueError: ranks hold different numbers of rows.
     """
-    query, key, _, _ = checks.rows_of_one_dtype(query, key, None, None)
+    query, key, _, _ = contrast_checks.rows_of_one_dtype(query, key, None, None)
     op, device, known = facts(query, key)
     chosen = choose(op, device, **known).name
     ring, keys_wanted = ring_of(op, query, key, None, 0.0, 0, group)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks, contrast_ring, reference
+from oner_fast.ops import checks, contrast_checks, contrast_ring, reference
 from oner_fast.ops.contrast_arguments import (
     gradient_of_mix,
     one_number,
@@ -207,10 +207,10 @@ def _compiled(
     same: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    kind = checks.kind_of_ids(query_ids, same)
+    kind = contrast_checks.kind_of_ids(query_ids, same)
     ring, keys_wanted = ring_of("mixup_info_nce", query, key, key_other, mix, kind, group)
     total = None if ring is None else ring.total
-    checks.contrast(
+    contrast_checks.arguments(
         "mixup_info_nce", query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias,
         query_ids, key_ids, total,
     )  # fmt: skip
@@ -345,8 +345,8 @@ def mixup_info_nce(
     """
     checks.is_tensor("mixup_info_nce", "query", query)
     checks.flag("mixup_info_nce", "symmetric", symmetric)
-    checks.contrast_options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
-    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    contrast_checks.options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = contrast_checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, symmetric=symmetric, normalized=normalized, logit_bias=logit_bias,

@@ -11,6 +11,7 @@ from torch import Tensor
 from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import (
     checks,
+    contrast_checks,
     reference,
     sigmoid_loss_raw,  # noqa: F401  # defines the raw ops
     sigmoid_ring,
@@ -148,9 +149,9 @@ def _compiled(
     normalized: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    ring, keys_wanted = ring_of(_OP, query, key, key_other, mix, checks.kind_of_ids(query_ids, same), group)
+    ring, keys_wanted = ring_of(_OP, query, key, key_other, mix, contrast_checks.kind_of_ids(query_ids, same), group)
     total = None if ring is None else ring.total
-    checks.contrast(
+    contrast_checks.arguments(
         _OP, query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids,
         key_ids, total,
     )  # fmt: skip
@@ -258,8 +259,8 @@ def sigmoid_loss(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor(_OP, "query", query)
-    checks.contrast_options(_OP, normalized, partner, query_ids, key_ids, same, group)
-    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    contrast_checks.options(_OP, normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = contrast_checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, logit_bias, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, query_ids=query_ids, key_ids=key_ids, same=same, normalized=normalized,
