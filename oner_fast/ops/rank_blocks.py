@@ -45,7 +45,7 @@ Work = Callable[[Block, Parts], Parts]
 
 
 class Merge(Protocol):
-    """How the parts that the ranks computed for the same keys become one."""
+    """A way to make one part of those that the ranks computed for the same keys."""
 
     def take(self, total: Tensor, share: Tensor) -> object:
         """Add a rank's part (n, ...) to the total (n, ...), in place."""
