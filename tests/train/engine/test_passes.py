@@ -73,7 +73,10 @@ def test_the_number_of_operations_does_not_grow_with_the_parameters(device: str)
 
 
 def test_adamw_reads_and_writes_each_number_once() -> None:
-    """Parameter, gradient and two moments; plain AdamW on the CPU takes an operation and a pass for each term."""
+    """Parameter, gradient and two moments; plain AdamW on the CPU takes an operation and a pass for each term.
+
+    A tensor that is changed in place counts once for the fused operation, which returns nothing, and twice for others.
+    """
     numbers, results = {}, []
     for fused in (True, False):
         torch.manual_seed(0)
