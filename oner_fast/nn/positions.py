@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from oner_fast.dtypes import statistics_dtype
 
 
 def resample_grid(positions: Tensor, grid: int) -> Tensor:
@@ -20,10 +24,46 @@ def resample_grid(positions: Tensor, grid: int) -> Tensor:
         raise ValueError(f"positions must have shape (N, D) of a square grid, got {tuple(positions.shape)}")
     if old == grid:
         return positions
-    exact = positions if positions.dtype == torch.float64 else positions.float()
+    if positions.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        resampled: Tensor = _Resample.apply(positions, old, grid)
+        return resampled
+    return _resample(positions, old, grid)
+
+
+def _resample(positions: Tensor, old: int, grid: int) -> Tensor:
+    exact = positions.to(statistics_dtype(positions))
     image = exact.unflatten(0, (old, old)).permute(2, 0, 1).unsqueeze(0)
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)
     return image.squeeze(0).permute(1, 2, 0).flatten(0, 1).to(positions.dtype)
+
+
+class _Resample(torch.autograd.Function):
+    """Resample as `_resample`, with products of matrices for the gradient.
+
+    The gradient of PyTorch's interpolation adds atomically on CUDA, which deterministic algorithms refuse.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(positions: Tensor, old: int, grid: int) -> Tensor:
+        return _resample(positions, old, grid)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        _, ctx.old, ctx.grid = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grads
+        wide = grad.to(statistics_dtype(grad)).unflatten(0, (ctx.grid, ctx.grid))
+        # [old, grid]: the weight of each old row in each new one. Channel i is a picture whose row i alone is 1.
+        rows = torch.eye(ctx.old, dtype=wide.dtype, device=wide.device).unsqueeze(-1).repeat(1, 1, ctx.old)
+        size = (ctx.grid, ctx.old)
+        weights = F.interpolate(rows.unsqueeze(0), size=size, mode="bicubic", antialias=True)[0, :, :, 0]
+        with torch.autocast(wide.device.type, enabled=False):
+            found = torch.einsum("ig,jh,ghd->ijd", weights, weights, wide)
+        return found.flatten(0, 1).to(grad.dtype), None, None
 
 
 def lengthen(positions: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from oner_fast.nn.positions import ResampledGrids, lengthen, resample_grid
@@ -61,3 +62,20 @@ def test_what_is_kept_follows_the_table() -> None:
 def test_gradients_reach_the_table() -> None:
     table = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda given: resample_grid(given, 5), table)
+
+
+@pytest.mark.parametrize("grid", [2, 3, 5, 9])
+def test_the_gradient_is_that_of_the_interpolation(grid: int) -> None:
+    """It is computed by products of matrices, as PyTorch's has no fixed order on CUDA."""
+    positions = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
+    image = positions.unflatten(0, (4, 4)).permute(2, 0, 1).unsqueeze(0)
+    theirs = F.interpolate(image, size=(grid, grid), mode="bicubic", antialias=True)[0].permute(1, 2, 0).flatten(0, 1)
+    ours, grad = resample_grid(positions, grid), torch.randn(grid**2, 3, dtype=torch.float64)
+    assert torch.equal(ours, theirs)
+    found, right = (torch.autograd.grad(x, positions, grad)[0] for x in (ours, theirs))
+    torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-13)
+    assert torch.autograd.gradgradcheck(lambda x: resample_grid(x, grid), positions)
+    half = positions.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(resample_grid(half, grid), half, grad.bfloat16())
+    assert found.dtype == torch.bfloat16 and (found - right).abs().max() < 0.02 * right.abs().max() + 0.02

@@ -71,6 +71,9 @@ def train(config: C, build: type[Training[C]], dry: bool = False) -> int:
     torch.use_deterministic_algorithms(config.run.deterministic)
     # Filling every fresh tensor with NaN costs time, and no op of a step reads memory that it has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # A long product in several slices, as a weight's gradient is, adds the slices in float32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cudnn.allow_tf32 = False  # as PyTorch's matrix products have it
     world = distributed.setup(config.run.device, timeout_seconds=config.run.collective_timeout)
     try:
         with (

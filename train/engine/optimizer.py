@@ -12,7 +12,7 @@ from torch import nn
 # A table of positions anywhere in the name, or a [CLS] or mask token at its end.
 _POSITION = re.compile(r"(^|[._])(pos|position|positions|positional)([._]|$)")
 _TOKEN = re.compile(r"(^|[._])(cls|mask)(_(token|embed|embedding))?(\.weight)?$")
-_FUSED = ("cpu", "cuda")
+_TOGETHER = ("cpu", "cuda")  # devices on which one operation takes a list of tensors
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
@@ -60,7 +60,7 @@ def build_adamw(
     if not parameters:
         raise ValueError(f"{type(module).__name__} has no parameter that requires a gradient")
     devices = {parameter.device.type for parameter in parameters}
-    fused = len(devices) == 1 and devices <= set(_FUSED) and all(p.is_floating_point() for p in parameters)
+    fused = len(devices) == 1 and devices <= set(_TOGETHER) and all(p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused or None)
 
 
@@ -85,6 +85,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
     """Scale the gradients in place so that their joint L2 norm is at most `max_norm`.
 
+    On a CPU and on CUDA the number of operations does not depend on that of the parameters.
+
     Args:
         parameters: the parameters; those without a gradient are skipped.
         max_norm: positive; None only measures.
@@ -99,7 +101,9 @@ def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float | None) -
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be positive or None, got {max_norm}")
     kept = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in kept if parameter.grad is not None])
+    # Asked for, as PyTorch by itself takes tensors without values (those of a fake mode) one by one.
+    foreach = all(parameter.device.type in _TOGETHER for parameter in kept) or None
+    norm = nn.utils.get_total_norm([p.grad for p in kept if p.grad is not None], foreach=foreach)
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(kept, max_norm, norm)
+        nn.utils.clip_grads_with_norm_(kept, max_norm, norm, foreach=foreach)
     return norm

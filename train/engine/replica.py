@@ -40,9 +40,14 @@ class Replica:
             return self.module(*args, **kwargs)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which matrix products have the run's dtype."""
-        device = self.world.device.type
-        return torch.autocast(device, dtype=self.autocast_dtype) if self.autocast_dtype else nullcontext()
+        """Return the context in which matrix products have the run's dtype.
+
+        A weight of two products is cast for each. With autocast's cache both would share one copy, and their gradients
+        would be added in the copy's dtype.
+        """
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=self.autocast_dtype, cache_enabled=False)
 
     def without_sync(self) -> AbstractContextManager[object]:
         """Return the context in which backward passes only add to this rank's gradients."""

@@ -37,6 +37,8 @@ class TeacherFeatures:
         """Number of batches that the teacher computed, and number that came from the cache."""
         self._device = next(teacher.parameters()).device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        if self._stream is not None:  # the teacher's weights may still be on their way there
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._pending: deque[_Pending] = deque()
 
     @property

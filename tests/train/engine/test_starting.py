@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from oner_fast.cli import main
@@ -120,6 +121,8 @@ def test_a_short_training_names_its_model_and_the_next_command(
     run = tmp_path / "run"
     assert train(pairs, run, "--steps", "6", "--learnable-temperature") == 0
     printed = capsys.readouterr().out
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cudnn.allow_tf32
     assert "--warmup 50 becomes 0" in printed  # 6 of the recipe's 600 steps
     assert f"the model is {run / 'model.safetensors'}; next: oner-fast eval {run}" in printed
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

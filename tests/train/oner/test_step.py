@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from oner_fast.train.config.serialization import from_dict, to_dict
 from oner_fast.train.engine.distributed import World, setup, shutdown
@@ -263,3 +264,28 @@ def test_two_processes_give_the_gradients_of_one(small: Any, run_two_ranks: Any,
 
 if __name__ == "__main__":
     run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+
+
+class HalfSums(TorchDispatchMode):
+    """The shapes of tensors that are added in a half type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_) and out.dtype == torch.bfloat16:
+            self.shapes.add(out.shape)
+        return out
+
+
+def test_gradients_of_a_weight_of_two_products_are_added_in_float32(small: Any) -> None:
+    """The masked images of F(I) and F(I,T) share the patch embedding and its head."""
+    step, student = small.step(small.config(mim=1.0, mlm=1.0), torch.float32)
+    step.replica.autocast_dtype = torch.bfloat16
+    with HalfSums() as seen:
+        step(small.batch())
+    head = student.patch_head
+    assert head is not None and seen.shapes
+    assert not seen.shapes & {head.weight.shape, student.tower.patch_embedding.project.weight.shape}
