@@ -22,6 +22,8 @@ RUN ?= runs/demo
 BASE ?=
 AGAINST ?=
 RECORD ?= runs/record.json
+# Options of `oner-fast gpu`.
+GPU ?=
 FULL ?=
 PYTEST ?=
 # Seconds for each reader of files; 1800 before a release.
@@ -133,10 +135,9 @@ bench-against: $(STAMP)-bench ## compare this commit with BASE=<ref>, in turn on
 statistics: $(STAMP)-test ## compare this commit with itself 100 times, for 1 to 2 hours, into runs/noise
 	$(BIN)/pytest -rfE -s -m statistics tests/benchmarks/test_noise.py $(PYTEST)
 
-gpu: $(STAMP)-test ## on a machine with a GPU: finish the proof of the kernels and measure them, into runs/gpu
-	$(BIN)/oner-fast doctor
-	ONER_FAST_GPU=1 $(BIN)/pytest -rfE tests/gpu tests/kernels $(PYTEST)
-	$(BIN)/oner-fast bench ops --device cuda --out runs/gpu
+# It installs nothing and needs no network: the environment of `make install` serves if it is there, or else $(PYTHON).
+gpu: ## check and measure on a GPU, in nine minutes, into runs/gpu (GPU=--rehearse rehearses it on a CPU)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m oner_fast gpu $(GPU)
 
 gpu-report: $(STAMP)-test ## without a GPU: write gpu_resources.md and gpu_peers.md in benchmarks/results again
 	$(BIN)/oner-fast bench gpu-resources

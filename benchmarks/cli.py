@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
             for row in _rows(options, settings):
                 report.rows.append(row)
                 report.write(options.out)
-                print(_line(row), flush=True)
+                print(line_of(row), flush=True)
         report.finished = True
     except KeyboardInterrupt:
         interrupted = True
@@ -147,7 +147,8 @@ def _rows(options: argparse.Namespace, settings: Settings) -> Iterable[Row]:
         yield from importlib.import_module("oner_fast.benchmarks.step").rows(settings, status)
 
 
-def _line(row: Row) -> str:
+def line_of(row: Row) -> str:
+    """Describe a row in one line."""
     parts = [f"{row.op} {row.shape} {row.dtype} by {row.served}:"]
     if OURS in row.times:
         parts.append(f"{milliseconds(row.times[OURS].p50)} ms,")

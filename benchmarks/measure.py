@@ -73,7 +73,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     torch._dynamo.reset()
     case = replace(case, contenders=[one for one in case.contenders if settings.device in one.devices])
     if settings.device != "cpu" and not case.served:
-        case = replace(case, contenders=[*case.contenders, *_ours_by_name(case, settings.device)])
+        case = replace(case, contenders=[*case.contenders, *ours_by_name(case, settings.device)])
     # Targets hold for the CPU.
     promised = asdict(case.target) if settings.device == "cpu" else {}
     target = {name: value for name, value in promised.items() if value is not None}
@@ -101,7 +101,7 @@ def _measure(case: Case, settings: Settings, progress: Callable[[str], None]) ->
     return row
 
 
-def _ours_by_name(case: Case, device: str) -> list[Contender]:
+def ours_by_name(case: Case, device: str) -> list[Contender]:
     """Make a contender for each of our other implementations that can compute the call."""
     ours, variable = case.contender(OURS), f"ONER_FAST_{case.op.upper()}_IMPLEMENTATION"
 

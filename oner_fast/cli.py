@@ -92,6 +92,16 @@ COMMANDS = {
             "ratios": "commit the ratios of several records, by which the gates judge later ones",
         },
     ),
+    "budget": Command(
+        "oner_fast.budget.command",
+        "estimate a recipe's training step on GPUs, part by part, from counts and named assumptions",
+        None,
+    ),
+    "gpu": Command(
+        "oner_fast.benchmarks.first_gpu.command",
+        "check and measure on a GPU what only a GPU can show, in nine minutes; --rehearse needs none",
+        None,
+    ),
     "requirements": Command(
         "oner_fast.remedies",
         "print what clip, lit or triton need, with torch held, for `pip install $(oner-fast requirements clip)`",

@@ -25,18 +25,21 @@ class OurStep(Step):
         config: the configuration; its batch size is that of `batch`.
         batch: the batch of every step.
         dtype: dtype of autocast; None computes in float32.
+        device: where it runs; the batch stays on the CPU, as a loader leaves it.
     """
 
     name = "ours"
 
-    def __init__(self, config: OneRConfiguration, batch: PairBatch, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, config: OneRConfiguration, batch: PairBatch, dtype: torch.dtype | None, device: str = "cpu"
+    ) -> None:
         self.config, self.batch = config, batch
         torch.manual_seed(0)
-        self.student = Student(config.model, config.objectives).train()
-        self.teacher = build_teacher(OneR(config.model))
+        self.student = Student(config.model, config.objectives).train().to(device)
+        self.teacher = build_teacher(OneR(config.model).to(device))
         o = config.optim
         self.optimizer = build_adamw(self.student, LEARNING_RATE, (o.beta1, o.beta2), o.eps, o.wd)
-        words, world = Words(config.model.vocab_size), World(0, 1, 0, torch.device("cpu"))
+        words, world = Words(config.model.vocab_size), World(0, 1, 0, torch.device(device))
         self.step = TrainingStep(config, self.student, self.teacher, words, world, dtype)
 
     def gradient(self) -> dict[str, Tensor]:

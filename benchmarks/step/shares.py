@@ -6,10 +6,12 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
-REST = "rest"
+REST, OTHER_KERNELS = "rest", "other kernels"
 # The first pattern that matches an operation's name decides; the rest is calls, views and Python.
 _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
@@ -44,20 +46,36 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, pattern in _KINDS if pattern.search(operation)), REST)
 
 
-def shares(step: Callable[[], object]) -> list[Share]:
+def shares(step: Callable[[], object], device: str = "cpu", trace: Path | None = None) -> list[Share]:
     """Profile one call of `step`, which has been warmed up: the time of each kind, largest first.
 
-    The rest of the wall-clock time comes last, so that the times add up to the whole.
+    On a GPU an operation's time is that of the kernels that it launches. The rest of the wall-clock time comes last, so
+    that the times add up to the whole.
+
+    Args:
+        step: the call.
+        device: the device type of its work, "cpu" or "cuda".
+        trace: file for the chrome trace of the call; None writes none.
     """
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    on_gpu = device != "cpu"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         start = time.perf_counter()
         step()
+        if on_gpu:
+            torch.cuda.synchronize()
         wall = time.perf_counter() - start
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
     seconds: dict[str, float] = {}
     for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time its operation has
         kind = kind_of(event.key)
-        seconds[kind] = seconds.get(kind, 0.0) + event.self_cpu_time_total / 1e6
-    seconds.pop(REST, None)
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        seconds[kind] = seconds.get(kind, 0.0) + own / 1e6
+    if not on_gpu:
+        seconds.pop(REST, None)  # calls, views and Python belong to the rest
+    seconds[OTHER_KERNELS] = seconds.pop(REST, 0.0)
     found = [Share(kind, value, value / wall) for kind, value in sorted(seconds.items(), key=lambda item: -item[1])]
     rest = wall - sum(share.seconds for share in found)
     return [share for share in found if share.seconds > 0] + [Share(REST, rest, rest / wall)]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from oner_fast import bounded_json
@@ -138,6 +137,8 @@ def save_clip(folder: Path | str, model: nn.Module, config: CLIPConfig) -> None:
 
     open_clip loads them as `open_clip.create_model_and_transforms("local-dir:FOLDER")`. Each file is replaced at once.
     """
+    from safetensors.torch import save  # here, so that a model runs where torch alone is installed
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from oner_fast import bounded_json, format_version
@@ -68,6 +67,8 @@ def save_uta(path: Path | str, model: UTA, extra_metadata: Mapping[str, str] | N
 
 def serialised(model: nn.Module, metadata: dict[str, str]) -> bytes:
     """Return the weights of a module with some metadata as the content of a safetensors file, always the same bytes."""
+    from safetensors.torch import save  # here, so that a model runs where torch alone is installed
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     return _ordered(save(tensors, metadata))
 

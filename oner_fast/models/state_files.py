@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from oner_fast.models.file_kinds import file_kind
@@ -43,6 +41,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file. Raises as `read_state`."""
+    from safetensors import SafetensorError  # here, so that a model runs where torch alone is installed
+    from safetensors.torch import load_file
+
     read_header(path)
     try:
         return load_file(path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tyro.conf import Fixed, Suppress
+with suppress(ModuleNotFoundError):  # marks for the command line, which alone needs them
+    from tyro.conf import Fixed, Suppress
 
 from oner_fast.models.oner import OneRConfig
 from oner_fast.train.config.common import Data, Optimisation, Run, SameCaption, check_temperature
