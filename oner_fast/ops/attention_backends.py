@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oner_fast.ops import checks
+from oner_fast.ops import attention_checks
 from oner_fast.ops.library import constant
 
 HALF = (torch.float16, torch.bfloat16)
@@ -203,7 +203,7 @@ def _check_and_call(
     scale: float | None,
 ) -> Tensor:
     """Check the arguments and call `attend(query, key, value, cu_q, cu_k, max_q, max_k, scale)`."""
-    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    attention_checks.varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     longest_q = query.shape[0] if max_seqlen_q is None else max_seqlen_q
     longest_k = longest_q if cu_seqlens_k is None else key.shape[0] if max_seqlen_k is None else max_seqlen_k
@@ -276,7 +276,7 @@ def xformers(
     Only sequences and queries that have a key are passed on, as xFormers' causal mask allows no query before the first
     key.
     """
-    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    attention_checks.varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     package = importlib.import_module("xformers.ops")
     masks = importlib.import_module("xformers.ops.fmha.attn_bias")
     cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k

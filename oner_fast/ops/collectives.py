@@ -51,6 +51,10 @@ def exchanged(numbers: Sequence[int], device: torch.device, group: dist.ProcessG
 def gather_rows_without_gradient(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:
     """Concatenate the ranks' (n_r, ...) tensors in rank order; local sizes may differ."""
     largest = max(sizes)
+    if min(sizes) == largest:
+        found = rows.new_empty((sum(sizes), *rows.shape[1:]))
+        dist.all_gather_into_tensor(found, rows.contiguous(), group=group)
+        return found
     padded = rows.new_zeros((largest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     parts = [torch.empty_like(padded) for _ in sizes]

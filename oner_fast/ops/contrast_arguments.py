@@ -7,29 +7,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks
+from oner_fast.ops import contrast_checks
 from oner_fast.ops.collectives import exchanged
-from oner_fast.ops.contrast_ring import Ring
+from oner_fast.ops.rank_blocks import Ranks, ranks_of
 from oner_fast.ops.unit_rows import unit_rows
 
 
-def ring_of(
+def ranks_that_call(
     op: str, query: Tensor, key: Tensor, key_other: Tensor | None, mix: Tensor | float, kind_of_ids: int,
     group: dist.ProcessGroup | None,
-) -> tuple[Ring | None, bool]:  # fmt: skip
-    """Return the ring of the ranks (None without a group), and whether any rank wants the gradient of its keys.
+) -> tuple[Ranks | None, bool]:  # fmt: skip
+    """Return the ranks (None without a group), and whether any rank wants the gradient of its keys.
 
     The ranks tell each other their numbers of rows and their kinds of ids. Every rank raises ValueError where those
     kinds differ.
     """
     if group is None:
         return None, False
-    checks.matrix(op, "query", query)
+    contrast_checks.matrix(op, "query", query)
     own = (key, *(() if key_other is None else (key_other, mix)))
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in own)
     sizes, wanting, kinds = exchanged((query.shape[0], wanted, kind_of_ids), query.device, group)
-    checks.ids_of_ranks(op, kinds)
-    return Ring(sizes, group), any(wanting)
+    contrast_checks.ids_of_ranks(op, kinds)
+    return ranks_of(sizes, group, query.shape[1] * query.element_size()), any(wanting)
 
 
 def weight_of_partner(partner: Tensor | None, partner_weight: Tensor | None, query: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks, distill_checks, reference
+from oner_fast.ops import checks, contrast_checks, distill_checks, reference
 from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 from oner_fast.ops.contrast_arguments import one_number
 from oner_fast.ops.implementations import Facts, register
@@ -154,7 +154,7 @@ def _compiled(
 ) -> Tensor:
     sizes = None
     if group is not None:
-        checks.matrix("distill_info_nce", "query", query)
+        contrast_checks.matrix("distill_info_nce", "query", query)
         (sizes,) = exchanged((query.shape[0],), query.device, group)
     total = None if sizes is None else sum(sizes)
     distill_checks.arguments(query, key, logit_scale, teacher_query, teacher_key, teacher_logit_scale, total)

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks, sigmoid_ring
-from oner_fast.ops.contrast_arguments import number, one_number, ring_of
-from oner_fast.ops.contrast_ring import Ring
+from oner_fast.ops import contrast_checks, sigmoid_over_ranks
+from oner_fast.ops.contrast_arguments import number, one_number, ranks_that_call
 from oner_fast.ops.implementations import REFERENCE, choose
 from oner_fast.ops.library import raw_ops
+from oner_fast.ops.rank_blocks import Ranks
 from oner_fast.ops.sigmoid_loss import _SigmoidLoss, facts
-from oner_fast.ops.sigmoid_ring import Rows
+from oner_fast.ops.sigmoid_over_ranks import Rows
 from oner_fast.ops.transforms import Values, differentiable
 
 
@@ -26,10 +26,10 @@ class _LocalSigmoidLoss(_SigmoidLoss):
 
     @staticmethod
     def compute(query: Tensor, key: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, *rest: Any) -> Values:
-        mix, ring, backend = rest[2], rest[-3], rest[-1]
-        assert isinstance(ring, Ring)
+        mix, ranks, backend = rest[2], rest[-3], rest[-1]
+        assert isinstance(ranks, Ranks)
         rows = Rows(raw_ops(backend), (query, None, mix, None), logit_scale, logit_bias, None, None, None, None, True)
-        sums = sigmoid_ring.sums(ring, rows, key.contiguous())
+        sums = sigmoid_over_ranks.sums(ranks, rows, key.contiguous())
         loss = sums.sum(dtype=widest_dtype(query.device)) / query.shape[0]
         return loss.to(statistics_dtype(query)), None, None
 
@@ -59,17 +59,17 @@ def local_sigmoid_loss(
     Raises:
         ValueError: ranks hold different numbers of rows.
     """
-    query, key, _, _ = checks.rows_of_one_dtype(query, key, None, None)
+    query, key, _, _ = contrast_checks.rows_of_one_dtype(query, key, None, None)
     op, device, known = facts(query, key)
     chosen = choose(op, device, **known).name
-    ring, keys_wanted = ring_of(op, query, key, None, 0.0, 0, group)
-    assert ring is not None
-    if len(set(ring.sizes)) > 1:
-        raise ValueError(f"open_clip's SigLipLoss needs as many rows on every rank, got {list(ring.sizes)}")
+    ranks, keys_wanted = ranks_that_call(op, query, key, None, 0.0, 0, group)
+    assert ranks is not None
+    if len(set(ranks.sizes)) > 1:
+        raise ValueError(f"open_clip's SigLipLoss needs as many rows on every rank, got {list(ranks.sizes)}")
     bias = None if logit_bias is None else one_number(logit_bias, query.device)
     loss: Tensor = _local_sigmoid_loss(
         query, key, one_number(logit_scale, query.device), bias, None, None,
-        number(0.0, statistics_dtype(query), query.device), None, None, None, None, True, True, ring, keys_wanted,
+        number(0.0, statistics_dtype(query), query.device), None, None, None, None, True, True, ranks, keys_wanted,
         "portable" if chosen == REFERENCE else chosen,
     )  # fmt: skip
     return loss

@@ -11,19 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype, widest_dtype
-from oner_fast.ops import checks, contrast_ring, reference
+from oner_fast.ops import checks, contrast_checks, contrast_over_ranks, reference
 from oner_fast.ops.contrast_arguments import (
     gradient_of_mix,
     one_number,
-    ring_of,
+    ranks_that_call,
     sent,
     share_of_other,
     weight_of_partner,
 )
-from oner_fast.ops.contrast_ring import Ring, Rows
+from oner_fast.ops.contrast_over_ranks import Rows
 from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import raw_ops, why_not_cuda, why_not_triton_products
 from oner_fast.ops.mixup_info_nce_raw import partner_sums
+from oner_fast.ops.rank_blocks import Ranks
 from oner_fast.ops.same_ids import SamePairs, same_pairs
 from oner_fast.ops.serve import serve
 from oner_fast.ops.transforms import Values, differentiable
@@ -70,7 +71,7 @@ class _MixupInfoNce:
         column_share: Tensor | None,
         symmetric: bool,
         normalized: bool,
-        ring: Ring | None,
+        ranks: Ranks | None,
         keys_wanted: bool,
         backend: str,
     ) -> Values:
@@ -82,7 +83,7 @@ class _MixupInfoNce:
         query_side = (query, query_other, mix, query_norm)
         same = _same_pairs(query_code, key_code, row_share, column_share)
         column_max = column_sum = column_target = mass = None
-        if ring is None:
+        if ranks is None:
             row_max, row_sum, *columns, own, shared = raw.mixup_info_nce_statistics(
                 *query_side, key, key_other, mix, key_norm, logit_scale, partner, 0, symmetric, *(same or ())
             )
@@ -91,7 +92,9 @@ class _MixupInfoNce:
                 column_target, mass = _column_targets(backend, partner, weight, own, shared)
         else:
             rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, backend), same)
-            of_rows, of_columns = contrast_ring.statistics(ring, rows, sent(key, key_other, mix, key_norm), symmetric)
+            of_rows, of_columns = contrast_over_ranks.statistics(
+                ranks, rows, sent(key, key_other, mix, key_norm), symmetric
+            )
             row_max, row_sum, own, shared = of_rows.maximum, of_rows.total, of_rows.own, of_rows.shared
             if of_columns is not None:
                 column_max, column_sum, mass = of_columns.maximum, of_columns.total, of_columns.mass
@@ -113,14 +116,14 @@ class _MixupInfoNce:
             if mass is not None:
                 entropy = torch.where(mass == 0, 0.0, entropy)
             loss = (loss + entropy.sum(0, keepdim=True, dtype=widest)) / 2
-        if ring is not None:
-            dist.all_reduce(loss, group=ring.group)
-        loss = (loss / (query.shape[0] if ring is None else ring.total)).to(dtype).squeeze(0)
+        if ranks is not None:
+            dist.all_reduce(loss, group=ranks.group)
+        loss = (loss / (query.shape[0] if ranks is None else ranks.total)).to(dtype).squeeze(0)
         return loss, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass
 
     @staticmethod
     def remember(ctx: Any, arguments: Values, results: Values) -> None:
-        *tensors, _, _, ctx.ring, ctx.keys_wanted, ctx.backend = arguments
+        *tensors, _, _, ctx.ranks, ctx.keys_wanted, ctx.backend = arguments
         ctx.save_for_backward(*tensors, *results[1:])
 
     @staticmethod
@@ -130,9 +133,9 @@ class _MixupInfoNce:
             row_share, column_share, query_norm, key_norm, row_max, row_sum, column_max, column_sum, mass,
         ) = ctx.saved_tensors  # fmt: skip
         weight = weight_of_partner(partner, partner_weight, query)
-        ring, need = ctx.ring, ctx.needs_input_grad
+        ranks, need = ctx.ranks, ctx.needs_input_grad
         need_key = need[1] or need[4] or (need[5] and key_other is not None)
-        world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
+        world, total = (1, query.shape[0]) if ranks is None else (ranks.world, ranks.total)
         terms = 1 if column_sum is None else 2
         each = grad.to(row_sum.dtype).unsqueeze(0) * world / (terms * total)
         own_weight, share = (each * terms).expand(query.shape[0]).contiguous(), None
@@ -146,7 +149,7 @@ class _MixupInfoNce:
         if row_share is not None:
             own_weight = each * row_share
         raw, query_side = raw_ops(ctx.backend), (query, query_other, mix, query_norm)
-        if ring is None:
+        if ranks is None:
             partner_weight = None if weight is None else each * weight
             if partner_weight is not None and share is not None:
                 partner_weight = partner_weight * (1 + share.index_select(0, partner))
@@ -158,8 +161,8 @@ class _MixupInfoNce:
         else:
             rows = Rows(raw, query_side, logit_scale, partner, weight, partial(partner_sums, ctx.backend), same)
             columns = [x for x in (column_max, column_sum, share) if x is not None]
-            found = contrast_ring.gradients(
-                ring, rows, sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
+            found = contrast_over_ranks.gradients(
+                ranks, rows, sent(key, key_other, mix, key_norm), torch.stack(columns, dim=1) if columns else None,
                 each, row_max, each / row_sum, own_weight, ctx.keys_wanted,
             )  # fmt: skip
             to_query, to_query_other = (x.to(query.dtype) for x in (found.query, found.query_other))
@@ -207,22 +210,22 @@ def _compiled(
     same: str,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    kind = checks.kind_of_ids(query_ids, same)
-    ring, keys_wanted = ring_of("mixup_info_nce", query, key, key_other, mix, kind, group)
-    total = None if ring is None else ring.total
-    checks.contrast(
+    kind = contrast_checks.kind_of_ids(query_ids, same)
+    ranks, keys_wanted = ranks_that_call("mixup_info_nce", query, key, key_other, mix, kind, group)
+    total = None if ranks is None else ranks.total
+    contrast_checks.arguments(
         "mixup_info_nce", query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias,
         query_ids, key_ids, total,
     )  # fmt: skip
     scale, share = one_number(logit_scale, query.device), share_of_other(mix, query)
     pairs: tuple[Tensor | None, ...] = (None,) * 4
     if query_ids is not None:
-        gather, first = (None, 0) if ring is None else (ring.gather, ring.first(ring.rank))
+        gather, first = (None, 0) if ranks is None else (ranks.gather, ranks.first(ranks.rank))
         pairs = same_pairs(
             query, query_ids, key_ids, positive=same == "positive", symmetric=symmetric, gather=gather, first=first
         )
     loss: Tensor = _mixup_info_nce(
-        query, key, scale, query_other, key_other, share, partner, partner_weight, *pairs, symmetric, normalized, ring,
+        query, key, scale, query_other, key_other, share, partner, partner_weight, *pairs, symmetric, normalized, ranks,
         keys_wanted, backend,
     )  # fmt: skip
     if isinstance(logit_bias, Tensor):
@@ -345,8 +348,8 @@ def mixup_info_nce(
     """
     checks.is_tensor("mixup_info_nce", "query", query)
     checks.flag("mixup_info_nce", "symmetric", symmetric)
-    checks.contrast_options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
-    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    contrast_checks.options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = contrast_checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, symmetric=symmetric, normalized=normalized, logit_bias=logit_bias,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
-from oner_fast.ops import attention_dropout, batching, checks, reference
+from oner_fast.ops import attention_checks, attention_dropout, batching, checks, reference
 from oner_fast.ops.attention_backends import why_no_dropout
 from oner_fast.ops.attention_facts import autocast_dtype, why_not_triton
 from oner_fast.ops.implementations import Facts, register
@@ -233,7 +233,7 @@ def padded_attention(
     """
     op = "padded_attention"
     checks.is_tensor(op, "query", query)
-    checks.attention_options(op, causal, scale)
+    attention_checks.options(op, causal, scale)
     if (dtype := autocast_dtype(query)) is not None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating(op, name, checks.is_tensor(op, name, x))
@@ -291,7 +291,7 @@ def _compiled(
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Call the flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton"), or plain PyTorch in parts ("portable")."""
-    checks.padded_attention(query, key, value, key_lengths, key_mask, scale)
+    attention_checks.padded(query, key, value, key_lengths, key_mask, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     seen = _seen(query.shape[2], key.shape[2], key_lengths, key_mask, causal, query)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -313,7 +313,7 @@ def _sdpa(
     scale: float | None = None,
 ) -> Tensor:
     """Call PyTorch's fused attention with a mask. Padding is computed, with zeros in its place."""
-    checks.padded_attention(query, key, value, key_lengths, key_mask, scale)
+    attention_checks.padded(query, key, value, key_lengths, key_mask, scale)
     (batch, heads, rows, _), keys, dtype = query.shape, key.shape[2], query.dtype
     if key_lengths is not None:
         key_mask = torch.arange(keys, device=key.device) < key_lengths.unsqueeze(1)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.ops import attention_dropout, checks, distill_checks
+from oner_fast.ops import attention_checks, attention_dropout, checks, contrast_checks, distill_checks
 from oner_fast.ops.by_length import attend_by_length
 from oner_fast.ops.collectives import exchanged, gather_rows, gather_rows_without_gradient, sum_loss
 
@@ -158,17 +158,17 @@ def mixup_info_nce(
     column term, as without ids. Ids and `partner` cannot be given together: both define the targets.
     """
     checks.flag("mixup_info_nce", "symmetric", symmetric)
-    checks.contrast_options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
-    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    contrast_checks.options("mixup_info_nce", normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = contrast_checks.rows_of_one_dtype(query, key, query_other, key_other)
     if group is not None:
-        checks.matrix("mixup_info_nce", "query", query)
+        contrast_checks.matrix("mixup_info_nce", "query", query)
     sizes = None
     if group is not None:
-        kind = checks.kind_of_ids(query_ids, same)
+        kind = contrast_checks.kind_of_ids(query_ids, same)
         sizes, kinds = exchanged((query.shape[0], kind), query.device, group)
-        checks.ids_of_ranks("mixup_info_nce", kinds)
+        contrast_checks.ids_of_ranks("mixup_info_nce", kinds)
     total = None if sizes is None else sum(sizes)
-    checks.contrast(
+    contrast_checks.arguments(
         "mixup_info_nce", query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias,
         query_ids, key_ids, total,
     )  # fmt: skip
@@ -271,15 +271,15 @@ def sigmoid_loss(
     batch is that of all ranks, concatenated in rank order.
     """
     op = "sigmoid_loss"
-    checks.contrast_options(op, normalized, partner, query_ids, key_ids, same, group)
-    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    contrast_checks.options(op, normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = contrast_checks.rows_of_one_dtype(query, key, query_other, key_other)
     sizes = None
     if group is not None:
-        checks.matrix(op, "query", query)
-        sizes, kinds = exchanged((query.shape[0], checks.kind_of_ids(query_ids, same)), query.device, group)
-        checks.ids_of_ranks(op, kinds)
+        contrast_checks.matrix(op, "query", query)
+        sizes, kinds = exchanged((query.shape[0], contrast_checks.kind_of_ids(query_ids, same)), query.device, group)
+        contrast_checks.ids_of_ranks(op, kinds)
     total = None if sizes is None else sum(sizes)
-    checks.contrast(
+    contrast_checks.arguments(
         op, query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids,
         key_ids, total,
     )  # fmt: skip
@@ -332,7 +332,7 @@ def varlen_attention(
     A causal mask aligns both sequences at their ends. A query that sees no key gives 0 and takes no gradient. Weights
     are dropped after the softmax, as `oner_fast.ops.attention_dropout` says.
     """
-    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    attention_checks.varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     seed = attention_dropout.seed_of("varlen_attention", dropout_p, dropout_seed, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
@@ -392,7 +392,7 @@ def padded_attention(
     0 and takes no gradient; what padding holds changes nothing. Weights are dropped as in `varlen_attention`, where the
     sample is the sequence and only keys that are no padding are counted.
     """
-    checks.padded_attention(query, key, value, key_lengths, key_mask, scale)
+    attention_checks.padded(query, key, value, key_lengths, key_mask, scale)
     seed = attention_dropout.seed_of("padded_attention", dropout_p, dropout_seed, query)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     (batch, heads, rows, _), keys = query.shape, key.shape[2]
@@ -457,7 +457,7 @@ def distill_info_nce(
     teacher_query, teacher_key = distill_checks.same_dtype(teacher_query, teacher_key)
     sizes = None
     if group is not None:
-        checks.matrix("distill_info_nce", "query", query)
+        contrast_checks.matrix("distill_info_nce", "query", query)
         (sizes,) = exchanged((query.shape[0],), query.device, group)
     total = None if sizes is None else sum(sizes)
     distill_checks.arguments(query, key, logit_scale, teacher_query, teacher_key, teacher_logit_scale, total)

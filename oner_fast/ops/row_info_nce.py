@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from oner_fast.dtypes import widest_dtype
-from oner_fast.ops import checks
+from oner_fast.ops import contrast_checks
 from oner_fast.ops.contrast_arguments import one_number
 from oner_fast.ops.implementations import REFERENCE, choose
 from oner_fast.ops.library import raw_ops
@@ -71,7 +71,7 @@ def row_info_nce(query: Tensor, keys: Tensor, logit_scale: Tensor | float, first
     Returns:
         The loss, 0-d: float32, or float64 where a row is float64.
     """
-    query, keys, _, _ = checks.rows_of_one_dtype(query, keys, None, None)
+    query, keys, _, _ = contrast_checks.rows_of_one_dtype(query, keys, None, None)
     op, device, known = facts(query, keys)
     chosen = choose(op, device, **known).name
     backend = "portable" if chosen == REFERENCE else chosen

@@ -11,24 +11,25 @@ from torch import Tensor
 from oner_fast.dtypes import statistics_dtype, widest_dtype
 from oner_fast.ops import (
     checks,
+    contrast_checks,
     reference,
     sigmoid_loss_raw,  # noqa: F401  # defines the raw ops
-    sigmoid_ring,
+    sigmoid_over_ranks,
 )
 from oner_fast.ops.contrast_arguments import (
     gradient_of_mix,
     one_number,
-    ring_of,
+    ranks_that_call,
     sent,
     share_of_other,
     weight_of_partner,
 )
-from oner_fast.ops.contrast_ring import Ring
 from oner_fast.ops.implementations import Facts, register
 from oner_fast.ops.library import raw_ops, why_not_triton_products
+from oner_fast.ops.rank_blocks import Ranks
 from oner_fast.ops.same_ids import same_pairs
 from oner_fast.ops.serve import serve
-from oner_fast.ops.sigmoid_ring import Rows
+from oner_fast.ops.sigmoid_over_ranks import Rows
 from oner_fast.ops.transforms import Values, differentiable
 from oner_fast.ops.unit_rows import through_normalisation
 
@@ -56,7 +57,7 @@ class _SigmoidLoss:
         key_code: Tensor | None,
         positive: bool,
         normalized: bool,
-        ring: Ring | None,
+        ranks: Ranks | None,
         keys_wanted: bool,
         backend: str,
     ) -> Values:
@@ -65,25 +66,25 @@ class _SigmoidLoss:
         key_norm = None if normalized else raw.mixup_inverse_norms(key, key_other, mix)
         weight = weight_of_partner(partner, partner_weight, query)
         query_side = (query, query_other, mix, query_norm)
-        if ring is None:
+        if ranks is None:
             sums = raw.sigmoid_loss_sums(
                 *query_side, key, key_other, mix, key_norm, logit_scale, logit_bias, partner, weight, 0, query_code,
                 key_code, positive,
             )  # fmt: skip
         else:
             rows = Rows(raw, query_side, logit_scale, logit_bias, partner, weight, query_code, key_code, positive)
-            sums = sigmoid_ring.sums(ring, rows, sent(key, key_other, mix, key_norm))
+            sums = sigmoid_over_ranks.sums(ranks, rows, sent(key, key_other, mix, key_norm))
         # Summed in float64, so that the float32 result does not depend on the order of the sum. The sum is (1,) until
         # the end, since PyTorch's arithmetic fails on the 0-d tensors of an empty batch of torch.vmap.
         loss = sums.sum(0, keepdim=True, dtype=widest_dtype(query.device))
-        if ring is not None:
-            dist.all_reduce(loss, group=ring.group)
-        loss = (loss / (query.shape[0] if ring is None else ring.total)).to(statistics_dtype(query)).squeeze(0)
+        if ranks is not None:
+            dist.all_reduce(loss, group=ranks.group)
+        loss = (loss / (query.shape[0] if ranks is None else ranks.total)).to(statistics_dtype(query)).squeeze(0)
         return loss, query_norm, key_norm
 
     @staticmethod
     def remember(ctx: Any, arguments: Values, results: Values) -> None:
-        *tensors, ctx.positive, _, ctx.ring, ctx.keys_wanted, ctx.backend = arguments
+        *tensors, ctx.positive, _, ctx.ranks, ctx.keys_wanted, ctx.backend = arguments
         ctx.save_for_backward(*tensors, *results[1:])
 
     @staticmethod
@@ -93,12 +94,12 @@ class _SigmoidLoss:
             key_code, query_norm, key_norm,
         ) = ctx.saved_tensors  # fmt: skip
         weight = weight_of_partner(partner, partner_weight, query)
-        ring, need = ctx.ring, ctx.needs_input_grad
+        ranks, need = ctx.ranks, ctx.needs_input_grad
         need_key = need[1] or need[5] or (need[6] and key_other is not None)
-        world, total = (1, query.shape[0]) if ring is None else (ring.world, ring.total)
+        world, total = (1, query.shape[0]) if ranks is None else (ranks.world, ranks.total)
         each = grad.to(statistics_dtype(query)).unsqueeze(0) * world / total
         raw, query_side = raw_ops(ctx.backend), (query, query_other, mix, query_norm)
-        if ring is None:
+        if ranks is None:
             to_query, to_query_other, to_mix, to_key, to_key_other, to_key_mix, to_scale, to_bias = (
                 raw.sigmoid_loss_backward(
                     *query_side, key, key_other, mix, key_norm, logit_scale, logit_bias, partner, weight, 0, each,
@@ -107,7 +108,9 @@ class _SigmoidLoss:
             )  # fmt: skip
         else:
             rows = Rows(raw, query_side, logit_scale, logit_bias, partner, weight, query_code, key_code, ctx.positive)
-            found = sigmoid_ring.gradients(ring, rows, sent(key, key_other, mix, key_norm), each, ctx.keys_wanted)
+            found = sigmoid_over_ranks.gradients(
+                ranks, rows, sent(key, key_other, mix, key_norm), each, ctx.keys_wanted
+            )
             to_query, to_query_other = (x.to(query.dtype) for x in (found.query, found.query_other))
             to_mix, to_scale, to_bias = found.mix, found.logit_scale, found.logit_bias
             to_key = to_key_other = to_key_mix = None
@@ -148,21 +151,23 @@ def _compiled(
     normalized: bool,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    ring, keys_wanted = ring_of(_OP, query, key, key_other, mix, checks.kind_of_ids(query_ids, same), group)
-    total = None if ring is None else ring.total
-    checks.contrast(
+    ranks, keys_wanted = ranks_that_call(
+        _OP, query, key, key_other, mix, contrast_checks.kind_of_ids(query_ids, same), group
+    )
+    total = None if ranks is None else ranks.total
+    contrast_checks.arguments(
         _OP, query, key, logit_scale, query_other, key_other, mix, partner, partner_weight, logit_bias, query_ids,
         key_ids, total,
     )  # fmt: skip
     codes: tuple[Tensor | None, ...] = (None, None)
     if query_ids is not None:
-        gather, first = (None, 0) if ring is None else (ring.gather, ring.first(ring.rank))
+        gather, first = (None, 0) if ranks is None else (ranks.gather, ranks.first(ranks.rank))
         found = same_pairs(query, query_ids, key_ids, positive=False, symmetric=False, gather=gather, first=first)
         codes = (found.query_code, found.key_code)
     bias = None if logit_bias is None else one_number(logit_bias, query.device)
     loss: Tensor = _sigmoid_loss(
         query, key, one_number(logit_scale, query.device), bias, query_other, key_other, share_of_other(mix, query),
-        partner, partner_weight, *codes, same == "positive", normalized, ring, keys_wanted, backend,
+        partner, partner_weight, *codes, same == "positive", normalized, ranks, keys_wanted, backend,
     )  # fmt: skip
     return loss
 
@@ -258,8 +263,8 @@ def sigmoid_loss(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor(_OP, "query", query)
-    checks.contrast_options(_OP, normalized, partner, query_ids, key_ids, same, group)
-    query, key, query_other, key_other = checks.rows_of_one_dtype(query, key, query_other, key_other)
+    contrast_checks.options(_OP, normalized, partner, query_ids, key_ids, same, group)
+    query, key, query_other, key_other = contrast_checks.rows_of_one_dtype(query, key, query_other, key_other)
     loss: Tensor = serve(facts(query, key), implementation, query, _shapes)(
         query, key, logit_scale, logit_bias, query_other=query_other, key_other=key_other, mix=mix, partner=partner,
         partner_weight=partner_weight, query_ids=query_ids, key_ids=key_ids, same=same, normalized=normalized,

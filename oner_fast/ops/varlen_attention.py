@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import attention_backends as backends
-from oner_fast.ops import attention_dropout, batching, checks, reference
+from oner_fast.ops import attention_checks, attention_dropout, batching, checks, reference
 from oner_fast.ops.attention_backends import why_no_dropout
 from oner_fast.ops.attention_facts import autocast_dtype, why_not_triton
 from oner_fast.ops.by_length import attend_by_length
@@ -261,7 +261,7 @@ def varlen_attention(
         RuntimeError: the forced implementation cannot run this call.
     """
     checks.is_tensor("varlen_attention", "query", query)
-    checks.attention_options("varlen_attention", causal, scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    attention_checks.options("varlen_attention", causal, scale, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     if (dtype := autocast_dtype(query)) is not None:
         for name, x in (("query", query), ("key", key), ("value", value)):
             checks.floating("varlen_attention", name, checks.is_tensor("varlen_attention", name, x))
@@ -293,7 +293,7 @@ def _sdpa(
     scale: float | None = None,
 ) -> Tensor:
     """Call PyTorch's fused attention once for each pair of lengths."""
-    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    attention_checks.varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, sequences: tuple[int, ...]) -> Tensor:
         return _aligned_at_the_end(call, q, k, v) if causal else call(q, k, v)
@@ -340,7 +340,7 @@ def _compiled(
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
     """Call the flash kernels of csrc/cpu ("cpp") or of kernels/ ("triton"), or plain PyTorch in parts ("portable")."""
-    checks.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
+    attention_checks.varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     dropped = 0 if dropout_seed is None else attention_dropout.level(dropout_p)
     out: Tensor = _varlen_attention(

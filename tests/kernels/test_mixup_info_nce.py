@@ -186,6 +186,27 @@ def test_scale_100_is_exact_where_every_pair_is_wrong(dtype: torch.dtype, device
     assert torch.autograd.grad(loss, query)[0].isfinite().all()
 
 
+def test_mixed_rows_in_bfloat16_at_a_high_scale_err_no_more_than_plain_pytorch(device: str) -> None:
+    """By the error of the loss, the root of its mean square over draws: a single draw of PyTorch's may be lucky."""
+
+    def plain(query: Tensor, key: Tensor, query_other: Tensor, key_other: Tensor) -> Tensor:
+        q, k = (F.normalize((x + other) / 2, dim=-1) for x, other in ((query, query_other), (key, key_other)))
+        logits, own = 300.0 * (q @ k.T), torch.arange(len(q), device=q.device)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    ours, theirs = [], []
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        query, key, *others = (torch.randn(64, 64, generator=generator) for _ in range(4))
+        rows = [x.to(device, WIDE) for x in (query, 0.2 * query + key, *others)]
+        exact = plain(*(x.double() for x in rows))
+        loss = mixup_info_nce(rows[0], rows[1], 300.0, query_other=rows[2], key_other=rows[3], implementation="triton")
+        ours.append(loss.double() - exact)
+        theirs.append(plain(*rows).double() - exact)
+    assert torch.stack(ours).square().mean().sqrt() <= torch.stack(theirs).square().mean().sqrt()
+
+
 def test_one_pair_has_no_loss(device: str) -> None:
     query, key = (torch.randn(1, 8, dtype=WIDE, device=device, requires_grad=True) for _ in range(2))
     loss = mixup_info_nce(query, key, 7.0, implementation="triton")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -212,6 +213,34 @@ def test_scale_100_is_exact_where_every_pair_is_wrong(implementation: str, dtype
     assert torch.autograd.grad(loss, query)[0].isfinite().all()
     right = mixup_info_nce(torch.eye(4, dtype=dtype), torch.eye(4, dtype=dtype), 1e4, implementation=implementation)
     assert right.item() == 0.0
+
+
+@pytest.mark.parametrize("implementation", [name for name in EVERY if name != "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mixed_rows_in_bfloat16_at_a_high_scale_err_no_more_than_plain_pytorch(
+    implementation: str, autocast: bool
+) -> None:
+    """By the error of the loss, the root of its mean square over draws: a single draw of PyTorch's may be lucky."""
+
+    def plain(query: Tensor, key: Tensor, query_other: Tensor, key_other: Tensor) -> Tensor:
+        q, k = (F.normalize((x + other) / 2, dim=-1) for x, other in ((query, query_other), (key, key_other)))
+        logits, own = 300.0 * (q @ k.T), torch.arange(len(q))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+    ours, theirs = [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        query, key, *others = (torch.randn(192, 96, generator=generator) for _ in range(4))
+        rows = [query, 0.2 * query + key, *others]
+        rows = rows if autocast else [x.bfloat16() for x in rows]
+        exact = plain(*(x.double() for x in rows))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            options: dict[str, Any] = {"query_other": rows[2], "key_other": rows[3], "implementation": implementation}
+            loss = mixup_info_nce(rows[0], rows[1], 300.0, **options)
+            ours.append(loss.double() - exact)
+            theirs.append(plain(*rows).double() - exact)
+    assert torch.stack(ours).square().mean().sqrt() <= torch.stack(theirs).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("implementation", EVERY)

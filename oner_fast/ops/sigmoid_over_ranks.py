@@ -1,7 +1,7 @@
-"""sigmoid_loss over ranks as a ring: each rank's rows meet the keys of all ranks, one block after the other.
+"""sigmoid_loss over ranks: each rank's rows meet the keys of all ranks, in one block or in several.
 
-The ring is that of `contrast_ring`. A term of this loss depends on one logit alone, so that forward sends nothing but
-keys. Backward sends them again, and their gradients follow one step behind.
+`rank_blocks` says how keys travel. A term of this loss depends on one logit alone, so that forward sends nothing but
+keys. Backward sends them again, and their gradients return to the owners of the keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
-from oner_fast.ops.contrast_ring import Part, Parts, Ring
+from oner_fast.ops.rank_blocks import Block, Part, Parts, Ranks, Sum
 
 
 @dataclass(frozen=True)
@@ -33,34 +33,32 @@ class Rows:
     def count(self) -> int:
         return self.query[0].shape[0]
 
-    def against(self, ring: Ring, owner: int, keys: Tensor) -> tuple[Any, ...]:
-        """Return the arguments that both raw ops begin with, for the keys of the rank `owner`."""
-        first = ring.first(owner)
-        partner = None if self.partner is None else self.partner - first
-        own = ring.first(ring.rank) - first
+    def against(self, ranks: Ranks, block: Block, keys: Tensor) -> tuple[Any, ...]:
+        """Return the arguments that both raw ops begin with, for a block of keys."""
+        partner = self.partner if self.partner is None or block.first == 0 else self.partner - block.first
+        own = ranks.first(ranks.rank) - block.first
         return (*self.query, keys, None, None, None, self.logit_scale, self.logit_bias, partner, self.weight, own)
 
-    def pairs(self, ring: Ring, owner: int) -> tuple[Tensor | None, Tensor | None, bool]:
-        """Return the arguments that both raw ops end with, for the keys of the rank `owner`."""
+    def pairs(self, block: Block) -> tuple[Tensor | None, Tensor | None, bool]:
+        """Return the arguments that both raw ops end with, for a block of keys."""
         code = self.key_code
-        code = None if code is None else code.narrow(0, ring.first(owner), ring.sizes[owner])
+        code = None if code is None else code.narrow(0, block.first, block.count)
         return self.query_code, code, self.positive
 
 
-def sums(ring: Ring, rows: Rows, keys: Tensor) -> Tensor:
+def sums(ranks: Ranks, rows: Rows, keys: Tensor) -> Tensor:
     """Compute forward: the sum of the terms of each of this rank's rows, over the keys of all ranks: (n,).
 
     `keys` (n, D) are this rank's, as they enter the logits.
     """
     total = keys.new_zeros(rows.count, dtype=statistics_dtype(keys))
 
-    def work(owner: int, block: Parts) -> Parts:
-        if rows.count and block[Part.KEYS].shape[0]:
-            pairs = rows.pairs(ring, owner)
-            total.add_(rows.raw.sigmoid_loss_sums(*rows.against(ring, owner, block[Part.KEYS]), *pairs))
+    def work(block: Block, given: Parts) -> Parts:
+        if rows.count and block.count:
+            total.add_(rows.raw.sigmoid_loss_sums(*rows.against(ranks, block, given[Part.KEYS]), *rows.pairs(block)))
         return {}
 
-    ring.pass_around({Part.KEYS: keys}, {}, work, Tensor.add_)
+    ranks.pass_around({Part.KEYS: keys}, {}, work, Sum())
     return total
 
 
@@ -76,11 +74,11 @@ class Gradients:
     keys: Tensor | None  # (n, D), None where no rank wants it
 
 
-def gradients(ring: Ring, rows: Rows, keys: Tensor, each: Tensor, keys_wanted: bool) -> Gradients:
-    """Compute backward: the keys pass around the ring once more, and their gradients return to their owners.
+def gradients(ranks: Ranks, rows: Rows, keys: Tensor, each: Tensor, keys_wanted: bool) -> Gradients:
+    """Compute backward: the keys meet the rows once more, and their gradients return to their owners.
 
     Args:
-        ring: the ranks.
+        ranks: the ranks.
         rows: this rank's rows.
         keys: (n, D), this rank's keys as they enter the logits.
         each: (1,), the gradient with respect to every term.
@@ -96,16 +94,16 @@ def gradients(ring: Ring, rows: Rows, keys: Tensor, each: Tensor, keys_wanted: b
         each.new_zeros(()),
     )
 
-    def work(owner: int, block: Parts) -> Parts:
-        if rows.count == 0 or block[Part.KEYS].shape[0] == 0:
+    def work(block: Block, given: Parts) -> Parts:
+        if rows.count == 0 or block.count == 0:
             return {}
         *of_rows, to_keys, _, _, to_scale, to_bias = rows.raw.sigmoid_loss_backward(
-            *rows.against(ring, owner, block[Part.KEYS]), each, keys_wanted, True, *rows.pairs(ring, owner)
+            *rows.against(ranks, block, given[Part.KEYS]), each, keys_wanted, True, *rows.pairs(block)
         )
         for so_far, one in zip(found, (*of_rows, to_scale, to_bias), strict=True):
             so_far += one
         return {Part.GRADIENTS: to_keys} if keys_wanted else {}
 
     behind = {Part.GRADIENTS: each.new_empty((0, keys.shape[1]))} if keys_wanted else {}
-    home = ring.pass_around({Part.KEYS: keys}, behind, work, Tensor.add_)
+    home = ranks.pass_around({Part.KEYS: keys}, behind, work, Sum())
     return Gradients(*found, home.get(Part.GRADIENTS))

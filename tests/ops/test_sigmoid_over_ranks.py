@@ -1,8 +1,12 @@
-"""sigmoid_loss over ranks: one process with N rows equals k processes with N/k, in loss and gradients."""
+"""sigmoid_loss over ranks: one process with N rows equals k processes with N/k, in loss and gradients.
+
+Both by gathered keys and by the ring of key blocks.
+"""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -17,13 +21,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from oner_fast.ops import reference, sigmoid_loss
-from oner_fast.ops.contrast_ring import Part
+from oner_fast.ops import rank_blocks, reference, sigmoid_loss
 from oner_fast.ops.implementations import implementations
+from oner_fast.ops.rank_blocks import GATHER_BELOW, Part
 
 EVERY = [name for name, one in implementations("sigmoid_loss").items() if not one.reasons_against("cpu")]
 COMPUTED = [name for name in EVERY if name != "reference"]
 WORLD = 4
+FORMS = {"gathered": GATHER_BELOW, "ring": 0}  # bytes of keys up to which they are gathered
 # Unequal parts of 9 rows: one rank, a rank with few rows, with none.
 SHARES = {1: (9,), 2: (7, 2), 3: (4, 0, 5), 4: (1, 5, 0, 3)}
 CASES: dict[str, dict[str, Any]] = {
@@ -112,19 +117,20 @@ def run_rank(rank: int, folder: str) -> None:
     for size, sizes in SHARES.items():
         if rank >= size:
             continue
-        for implementation in EVERY:
-            for name in CASES:
-                given = {argument: part_of(x, sizes, rank) for argument, x in inputs(name).items()}
-                results[f"{implementation} {size} {name}"] = run(given, groups[size], implementation)
+        for implementation, name, form in itertools.product(EVERY, CASES, FORMS):
+            rank_blocks.GATHER_BELOW = FORMS[form]
+            given = {argument: part_of(x, sizes, rank) for argument, x in inputs(name).items()}
+            results[f"{form} {implementation} {size} {name}"] = run(given, groups[size], implementation)
     if rank < 2:
         ids = torch.zeros(2, dtype=torch.int64)
         options = ({"query_ids": ids}, {})[rank]
         with pytest.raises(ValueError, match=r"sigmoid_loss: every rank must pass query_ids.*'\w+' on rank 0.*no ids"):
             sigmoid_loss(torch.ones(2, 3), torch.ones(2, 3), 1.0, **options, group=groups[2])
-    for implementation in COMPUTED:
-        for name, dtype in DTYPES.items():
-            given = {argument: part_of(x, SIZES, rank, dtype) for argument, x in large().items()}
-            results[f"{implementation} {name}"] = run(given, groups[WORLD], implementation)
+    for implementation, (name, dtype), form in itertools.product(COMPUTED, DTYPES.items(), FORMS):
+        rank_blocks.GATHER_BELOW = FORMS[form]
+        given = {argument: part_of(x, SIZES, rank, dtype) for argument, x in large().items()}
+        results[f"{form} {implementation} {name}"] = run(given, groups[WORLD], implementation)
+    rank_blocks.GATHER_BELOW = FORMS["ring"]
     given = {argument: part_of(x, (8,) * 4, rank) for argument, x in inputs("plain", 32, 16).items()}
     loss: list[Tensor] = []
     results["sent forward"] = messages_of(lambda: loss.append(sigmoid_loss(**given, group=groups[4])))
@@ -155,15 +161,16 @@ def mean_over_ranks(found: list[list[Tensor]]) -> list[Tensor]:
     return [(torch.cat(parts) if parts[0].ndim else torch.stack(parts).sum()) / len(found) for parts in together]
 
 
+@pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("implementation", EVERY)
 @pytest.mark.parametrize("size", list(SHARES))
 @pytest.mark.parametrize("name", list(CASES))
 def test_several_processes_agree_with_one(
-    ranks: list[dict[str, Any]], implementation: str, size: int, name: str
+    ranks: list[dict[str, Any]], form: str, implementation: str, size: int, name: str
 ) -> None:
     given = inputs(name)
     exact = reference.sigmoid_loss(**given)
-    found = [each[f"{implementation} {size} {name}"] for each in ranks[:size]]
+    found = [each[f"{form} {implementation} {size} {name}"] for each in ranks[:size]]
     for loss, *_ in found:
         torch.testing.assert_close(loss, exact.detach(), rtol=1e-12, atol=0)
     for one, other in zip(mean_over_ranks(found), torch.autograd.grad(exact, leaves(given)), strict=True):
@@ -176,16 +183,17 @@ def plain(query: Tensor, key: Tensor, logit_scale: Tensor, logit_bias: Tensor) -
     return -F.logsigmoid((2 * torch.eye(len(query), dtype=logits.dtype) - 1) * logits).sum() / len(query)
 
 
+@pytest.mark.parametrize("form", list(FORMS))
 @pytest.mark.parametrize("implementation", COMPUTED)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_error_against_float64_is_near_that_of_plain_pytorch(
-    ranks: list[dict[str, Any]], implementation: str, dtype: str
+    ranks: list[dict[str, Any]], form: str, implementation: str, dtype: str
 ) -> None:
     """The parts of a gradient are rounded to the inputs' dtype by blocks, and their sum is float32."""
     narrow = {name: x.detach().to(DTYPES[dtype]).requires_grad_() for name, x in large().items()}
     wide = {name: x.detach().double().requires_grad_() for name, x in narrow.items()}
     exact, theirs = plain(**wide), plain(**narrow)
-    found = [each[f"{implementation} {dtype}"] for each in ranks]
+    found = [each[f"{form} {implementation} {dtype}"] for each in ranks]
     bound = 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps * (1 + abs(exact))
     assert all(abs(loss.double() - exact) <= bound for loss, *_ in found)
     rights, plains = torch.autograd.grad(exact, leaves(wide)), torch.autograd.grad(theirs, leaves(narrow))
@@ -194,7 +202,7 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(
         assert (one.double() - right).abs().max() <= 3 * (other.double() - right).abs().max() + unit
 
 
-def test_forward_sends_keys_alone_and_backward_their_gradients_where_wanted(ranks: list[dict[str, Any]]) -> None:
+def test_a_ring_sends_keys_alone_forward_and_their_gradients_back_where_wanted(ranks: list[dict[str, Any]]) -> None:
     block = 8 * 16 * 8  # float64
     for each in ranks:
         assert each["sent forward"] == [("KEYS", block)] * 3

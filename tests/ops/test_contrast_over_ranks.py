@@ -1,9 +1,13 @@
-"""mixup_info_nce over ranks: that the ring of key blocks computes what one process does, overlaps, and stays small."""
+"""mixup_info_nce over ranks, by gathered keys and by the ring of key blocks: both compute what one process does.
+
+The ring overlaps its messages with work, and stays small. Gathered keys take few exchanges.
+"""
 
 from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -11,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,13 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from oner_fast import _extension
-from oner_fast.ops import contrast_ring, mixup_info_nce, reference
-from oner_fast.ops.contrast_ring import Part, Ring
+from oner_fast.ops import mixup_info_nce, rank_blocks, reference
+from oner_fast.ops.rank_blocks import GATHER_BELOW, Block, Gathered, Part, Ring, ranks_of
 
 pytestmark = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
 
 WORLD = 4
+FORMS = {"gathered": GATHER_BELOW, "ring": 0}  # bytes of keys up to which they are gathered
 # Unequal parts of 9 rows: one rank, a rank with few rows, with none.
 SHARES = {1: (9,), 2: (7, 2), 3: (4, 0, 5), 4: (1, 5, 0, 3)}
 CASES: dict[str, dict[str, Any]] = {
@@ -134,9 +139,9 @@ def noted(events: list[Any]) -> Iterator[None]:
 
     def work(old: Any) -> Any:
         def replacement(ring: Ring, ahead: Any, behind: Any, work: Any, merge: Any) -> Any:
-            def noting(owner: int, block: Any) -> Any:
-                events.append(("work", owner))
-                return work(owner, block)
+            def noting(block: Block, given: Any) -> Any:
+                events.append(("work", block.first))
+                return work(block, given)
 
             return old(ring, ahead, behind, noting, merge)
 
@@ -148,9 +153,30 @@ def noted(events: list[Any]) -> Iterator[None]:
     with (
         replaced(dist, "batch_isend_irecv", post),
         replaced(Ring, "pass_around", work),
-        replaced(contrast_ring, "_wait", wait),
+        replaced(rank_blocks, "_wait", wait),
     ):
         yield
+
+
+EXCHANGES = ("all_gather", "all_gather_into_tensor", "all_to_all_single", "all_reduce", "batch_isend_irecv")
+
+
+@contextmanager
+def exchanges(found: list[str]) -> Iterator[None]:
+    """Note the name of each exchange of this rank with the others."""
+
+    def noting(name: str) -> Callable[[Any], Any]:
+        return lambda old: lambda *given, **options: (found.append(name), old(*given, **options))[1]
+
+    with ExitStack() as stack:
+        for name in EXCHANGES:
+            stack.enter_context(replaced(dist, name, noting(name)))
+        yield
+
+
+def form(name: str) -> Any:
+    """Let every call take one form."""
+    return replaced(rank_blocks, "GATHER_BELOW", lambda _: FORMS[name])
 
 
 def late(rank: int, seed: int) -> Any:
@@ -186,9 +212,10 @@ def run_rank(rank: int, folder: str) -> None:
     for size, sizes in SHARES.items():
         if rank >= size:
             continue
-        for name in CASES:
+        for name, chosen in itertools.product(CASES, FORMS):
             given = {argument: part_of(x, sizes, rank) for argument, x in inputs(name).items()}
-            results[f"{size} {name}"] = run(given, groups[size])
+            with form(chosen):
+                results[f"{chosen} {size} {name}"] = run(given, groups[size])
     ids = torch.zeros(2, dtype=torch.int64)
     for options in (
         ({"query_ids": ids}, {}),
@@ -198,10 +225,27 @@ def run_rank(rank: int, folder: str) -> None:
             with pytest.raises(ValueError, match=r"every rank must pass query_ids.*'\w+' on rank 0.* on rank 1"):
                 mixup_info_nce(torch.ones(2, 3), torch.ones(2, 3), 1.0, **options[rank], group=groups[2])
     for spread in (0.1, 1.0):
-        for name, dtype in DTYPES.items():
+        for (name, dtype), chosen in itertools.product(DTYPES.items(), FORMS):
             whole = close_keys(sum(SIZES), 40, spread)
             given = {argument: part_of(x, SIZES, rank, dtype) for argument, x in whole.items()}
-            results[f"{spread} {name}"] = run(given, groups[WORLD])
+            with form(chosen):
+                results[f"{chosen} {spread} {name}"] = run(given, groups[WORLD])
+    for size in (2, 3, 4):
+        if rank < size:
+            given = {argument: part_of(x, (3,) * size, rank) for argument, x in inputs("plain", 12).items()}
+            seen: list[str] = []
+            with exchanges(seen):
+                run(given, groups[size])
+            results[f"exchanges {size}"] = seen
+    with form("ring"):
+        run_ring(rank, groups, results)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ring(rank: int, groups: dict[int, Any], results: dict[str, Any]) -> None:
+    """Add what is asked of the ring alone."""
     for size in (2, 3, 4):
         if rank < size:
             given = {argument: part_of(x, (256,) * size, rank) for argument, x in inputs("partner", 1024, 64).items()}
@@ -223,9 +267,6 @@ def run_rank(rank: int, folder: str) -> None:
         given = {argument: part_of(x, SHARES[WORLD], rank, torch.float32) for argument, x in whole.items()}
         with late(rank, seed):
             results[f"late {seed}"] = run(given, groups[WORLD])
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -247,12 +288,13 @@ def mean_over_ranks(found: list[list[Tensor]]) -> list[Tensor]:
     return [(torch.cat(parts) if parts[0].ndim else torch.stack(parts).sum()) / len(found) for parts in together]
 
 
+@pytest.mark.parametrize("chosen", list(FORMS))
 @pytest.mark.parametrize("size", list(SHARES))
 @pytest.mark.parametrize("name", list(CASES))
-def test_several_processes_agree_with_one(ranks: list[dict[str, Any]], size: int, name: str) -> None:
+def test_several_processes_agree_with_one(ranks: list[dict[str, Any]], chosen: str, size: int, name: str) -> None:
     given = inputs(name)
     exact = reference.mixup_info_nce(**given)
-    found = [each[f"{size} {name}"] for each in ranks[:size]]
+    found = [each[f"{chosen} {size} {name}"] for each in ranks[:size]]
     for loss, *_ in found:
         torch.testing.assert_close(loss, exact.detach(), rtol=1e-10, atol=0)
     for one, other in zip(mean_over_ranks(found), torch.autograd.grad(exact, leaves(given)), strict=True):
@@ -266,17 +308,18 @@ def plain(query: Tensor, key: Tensor, logit_scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+@pytest.mark.parametrize("chosen", list(FORMS))
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("spread", [0.1, 1.0])
 def test_error_against_float64_is_near_that_of_plain_pytorch(
-    ranks: list[dict[str, Any]], spread: float, dtype: str
+    ranks: list[dict[str, Any]], chosen: str, spread: float, dtype: str
 ) -> None:
     """Blocks whose gradients nearly cancel included: each is rounded to the inputs' dtype, and their sum is float32."""
     wide = close_keys(sum(SIZES), 40, spread)
     narrow = {name: x.detach().to(DTYPES[dtype]).requires_grad_(x.requires_grad) for name, x in wide.items()}
     wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in narrow.items()}
     exact, theirs = plain(**wide), plain(**narrow)
-    found = [each[f"{spread} {dtype}"] for each in ranks]
+    found = [each[f"{chosen} {spread} {dtype}"] for each in ranks]
     bound = 2 * abs(theirs.double() - exact) + torch.finfo(torch.float32).eps * (1 + abs(exact))
     assert all(abs(loss.double() - exact) <= bound for loss, *_ in found)
     rights, plains = torch.autograd.grad(exact, leaves(wide)), torch.autograd.grad(theirs, leaves(narrow))
@@ -285,8 +328,24 @@ def test_error_against_float64_is_near_that_of_plain_pytorch(
         assert (one.double() - right).abs().max() <= 3 * (other.double() - right).abs().max() + unit
 
 
+def test_keys_are_gathered_up_to_a_number_of_bytes() -> None:
+    group: Any = None
+    rows = GATHER_BELOW // 1024 // 2
+    assert isinstance(ranks_of((rows, rows), group, 1024), Gathered)
+    assert isinstance(ranks_of((rows, rows + 1), group, 1024), Ring)
+    assert isinstance(ranks_of((rows,), group, 1024), Ring)  # alone, a rank sends nothing
+
+
+def test_gathered_keys_take_as_few_exchanges_for_any_number_of_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Sizes; keys and statistics of columns; the loss; keys and numbers of columns, and gradients of keys."""
+    forward = ["all_gather", "all_gather_into_tensor", "all_to_all_single", "all_reduce"]
+    backward = ["all_gather_into_tensor", "all_gather_into_tensor", "all_to_all_single"]
+    for size in (2, 3, 4):
+        assert all(each[f"exchanges {size}"] == forward + backward for each in ranks[:size])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_does_not_grow_with_the_ranks(ranks: list[dict[str, Any]], dtype: torch.dtype) -> None:
+def test_memory_of_the_ring_does_not_grow_with_the_ranks(ranks: list[dict[str, Any]], dtype: torch.dtype) -> None:
     """With as many rows each: two ranks have not all of it in flight, three do, four need no more; nor is any tensor
     larger than a block in float32, or else than the scratch of the op."""
     two, three, four = ([each.get(f"memory {size} {dtype}") for each in ranks[:size]] for size in (2, 3, 4))
@@ -315,7 +374,7 @@ def test_the_next_block_is_sent_while_this_one_is_computed(
                 sent = [(part, block(step)) for part in following] + [(part, block(step - 1)) for part in found]
                 received = [(part, block(step + 1)) for part in following] + [(part, block(step)) for part in found]
                 expected += [("post", sent, received)] if sent else []
-                expected += [("work", (rank - step) % 3), ("wait",)]
+                expected += [("work", sum(sizes[: (rank - step) % 3])), ("wait",)]
             if behind:
                 expected.append(("post", [(part, block(2)) for part in behind], [(part, block(0)) for part in behind]))
             expected.append(("wait",))
