@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.data.batch import PairBatch
+from oner_fast.ops.collectives import ranks_alike
 from oner_fast.train.clip.inputs import ContrastInput, ContrastInputs, Texts
 from oner_fast.train.clip.towers import Embeddings, TwoTowers
 from oner_fast.train.config.common import SameCaption
@@ -71,13 +72,14 @@ class ContrastStep:
         return tuple(self.towers.read(part).to(self.world.device) for part in parts)
 
     def _loss(self, features: Features, ids: Tensor) -> Tensor:
-        return ops.mixup_info_nce(
-            features.embeddings["image"],
-            features.embeddings["text"],
-            features.logit_scale,
-            **ids_of_captions(ids, self.same_caption),
-            group=self.replica.group,
-        )
+        with ranks_alike():
+            return ops.mixup_info_nce(
+                features.embeddings["image"],
+                features.embeddings["text"],
+                features.logit_scale,
+                **ids_of_captions(ids, self.same_caption),
+                group=self.replica.group,
+            )
 
     def _forward(self, inputs: tuple[Tensor, Texts]) -> Features:
         output: Embeddings = self.replica(*inputs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.word_masks import Vocabulary
 from oner_fast.models.oner import OneR, Pass, PassName
+from oner_fast.ops.collectives import ranks_alike
 from oner_fast.train.engine.distributed import World, sum_over_ranks
 from oner_fast.train.engine.repeated_captions import repeated_share
 from oner_fast.train.engine.replica import Replica
@@ -134,11 +135,13 @@ class TrainingStep:
         if not objectives.contrastive:
             return {}, torch.zeros((), device=self.world.device)
         keys = keys or query
-        losses = contrastive_losses(query, keys, scale, objectives, self.replica.group, ids)
+        with ranks_alike():
+            losses = contrastive_losses(query, keys, scale, objectives, self.replica.group, ids)
         factor = 2 * objectives.temperature if objectives.temperature_factor else 1.0
         weights = {name: factor * getattr(objectives, name) for name in losses}
         for each in self.custom:
-            losses[each.name] = each(query, keys, scale, self.replica.group)
+            with ranks_alike():
+                losses[each.name] = each(query, keys, scale, self.replica.group)
             weights[each.name] = each.weight
         return losses, torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 

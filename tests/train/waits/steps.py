@@ -6,7 +6,8 @@ steps did.
 The step is `Training.step_once` of the training's own class: forward, backward, clipping, AdamW, the teacher's average
 and the guard. Two kinds of thing do not exist without a GPU, and are replaced: CUDA's streams and events
 (`torch.cuda.Stream` and its relatives, which here only note what was waited for), and the copy of the guard's numbers
-to the host (`LateNumbers(to_host)`), whose numbers would have no values.
+to the host (`LateNumbers(to_host)`), whose numbers would have no values. With two ranks, `DistributedDataParallel` is
+left out: its reducer is compiled for tensors with memory. All else that the ranks tell each other is there.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +40,7 @@ from oner_fast.train.clip.step import ContrastStep
 from oner_fast.train.clip.towers import NewTowers
 from oner_fast.train.clip.training import CLIPTraining
 from oner_fast.train.config.common import Optimisation, Run
+from oner_fast.train.engine import replica
 from oner_fast.train.engine.distributed import World
 from oner_fast.train.engine.late_numbers import LateNumbers
 from oner_fast.train.engine.loop import Training
@@ -54,8 +58,10 @@ from oner_fast.train.uta.training import UTATraining
 
 NO_MEMORY = FakeTensorMode(allow_non_fake_inputs=True)
 GPU = World(0, 1, 0, torch.device("cuda", 0))
+RANKS = World(0, 2, 0, torch.device("cuda", 0))
+"""The first of two ranks; the other one is PyTorch's fake process group, whose collectives change nothing."""
 PAIRS = 8
-STEPS = 3
+STEPS = 2
 """The steps of each training; the last one is reported, by which all caches are filled."""
 
 
@@ -200,7 +206,7 @@ def batch_of(side: int, step: int, words: bool, second: bool = False) -> PairBat
     return PairBatch(*given, second=images[1] if second else None)
 
 
-def oner(accum_freq: int, **objectives: Any) -> tuple[Training[Any], Callable[[int], PairBatch]]:
+def oner(accum_freq: int, world: World = GPU, **objectives: Any) -> tuple[Training[Any], Callable[[int], PairBatch]]:
     """Make a OneR of four patches, and its batches."""
     model = OneRConfig(12, 4, 8, 2, 2, vocab_size=29, max_text_tokens=9, embed_dim=5, projector_hidden=7)
     config = OneRConfiguration(
@@ -208,9 +214,9 @@ def oner(accum_freq: int, **objectives: Any) -> tuple[Training[Any], Callable[[i
         objectives=Objectives(**{"predictor_hidden": 6, "mask_word_ratio": 0.4, **objectives}),
         optim=Optimisation(batch_size=PAIRS, accum_freq=accum_freq),
     )
-    training, student = trained(OneRTraining, config, lambda: Student(model, config.objectives))
+    training, student = trained(OneRTraining, config, lambda: Student(model, config.objectives), world)
     training.teacher = build_teacher(student.tower) if config.objectives.momentum_teacher else None
-    training.step = TrainingStep(config, student, training.teacher, _Words(), GPU, torch.bfloat16)
+    training.step = TrainingStep(config, student, training.teacher, _Words(), world, torch.bfloat16)
     second = config.objectives.teacher_view == "second"
     return training, lambda step: batch_of(12, step, True, second)
 
@@ -250,7 +256,7 @@ class _Teacher(torch.nn.Module):
         return torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1).to(self.dtype)
 
 
-def clip(accum_freq: int, same_caption: Any) -> tuple[Training[Any], Callable[[int], PairBatch]]:
+def clip(accum_freq: int, same_caption: Any, world: World = GPU) -> tuple[Training[Any], Callable[[int], PairBatch]]:
     """Make a CLIP of four patches, and its batches."""
     model = CLIPConfig(
         image_size=16, patch_size=8, vision_width=16, vision_layers=2, vision_heads=2, text_width=16, text_layers=2,
@@ -259,22 +265,36 @@ def clip(accum_freq: int, same_caption: Any) -> tuple[Training[Any], Callable[[i
     config = CLIPConfiguration(
         model=model, contrast=Contrast(same_caption=same_caption), optim=Optimisation(batch_size=PAIRS)
     )
-    training, towers = trained(CLIPTraining, config, lambda: NewTowers(model, 0.07))
-    training.step = ContrastStep(towers, accum_freq, GPU, torch.bfloat16, same_caption)
+    training, towers = trained(CLIPTraining, config, lambda: NewTowers(model, 0.07), world)
+    training.step = ContrastStep(towers, accum_freq, world, torch.bfloat16, same_caption)
     return training, lambda step: batch_of(16, step, False)
 
 
-def trained(kind: type[Any], config: Any, build: Callable[[], Any]) -> tuple[Any, Any]:
+def trained(kind: type[Any], config: Any, build: Callable[[], Any], world: World = GPU) -> tuple[Any, Any]:
     """Make a training around a module on the GPU, as its constructor would, without data and a folder."""
     training: Any = object.__new__(kind)
     training.config = replace(config, run=replace(config.run or Run(), precision="amp_bf16"))
-    training.world, training.dtype, training.steps_done = GPU, torch.bfloat16, 1
+    training.world, training.dtype, training.steps_done = world, torch.bfloat16, 1
     training.student = onto_gpu(build()).train()
     o = config.optim
     training.optimizer = build_adamw(training.student, o.lr, (o.beta1, o.beta2), o.eps, o.wd)
     training.numbers = NoNumbers()
     training.guard = NonFiniteGuard(late=LateNumbers(training.numbers))
     return training, training.student
+
+
+class NoReducer:
+    """Stand for `DistributedDataParallel`: the module itself."""
+
+    def __new__(cls, module: Any, **_: Any) -> Any:
+        """Return the module."""
+        return module
+
+
+def join_ranks() -> None:
+    """Become the first rank of `RANKS`."""
+    dist.init_process_group("fake", store=FakeStore(), rank=RANKS.rank, world_size=RANKS.size)
+    replica.DistributedDataParallel = NoReducer  # type: ignore[misc, assignment]
 
 
 def onto_gpu(module: Any) -> Any:
@@ -297,16 +317,18 @@ def _onto_gpu(module: Any) -> None:
 
 CASES: dict[str, Callable[[], tuple[Training[Any], Callable[[int], PairBatch]]]] = {
     "OneR": lambda: oner(1),
-    "OneR, every objective, micro-batches": lambda: oner(
-        2, xmc=1.0, cic=0.5, learnable_temperature=True, force_patch_dropout=0.25, symmetric=True,
+    "OneR, every objective": lambda: oner(
+        1, xmc=1.0, cic=0.5, learnable_temperature=True, force_patch_dropout=0.25, symmetric=True,
         same_caption="positive", teacher_view="second",
     ),
-    "OneR without a teacher": lambda: oner(1, momentum_teacher=False, symmetric=True),
+    "OneR without a teacher, micro-batches": lambda: oner(2, momentum_teacher=False, symmetric=True),
     "UTA": lambda: uta("uta", 1),
     "UTA's distillation": lambda: uta("distillation", 1),
     "UTA with mask tokens, micro-batches": lambda: uta("mask_token", 2),
     "CLIP": lambda: clip(1, "negative"),
     "CLIP, equal captions, micro-batches": lambda: clip(2, "ignore"),
+    "OneR, two ranks": lambda: oner(1, RANKS, same_caption="positive"),
+    "CLIP, two ranks": lambda: clip(1, "positive", RANKS),
 }  # fmt: skip
 
 
@@ -335,6 +357,8 @@ def report(case: str) -> dict[str, Any]:
     """Take the steps of a training, and return what the last one did, or the error that ended them."""
     torch.manual_seed(0)
     case, spoil = SPOILT.get(case, (case, lambda batch: batch))
+    if "ranks" in case and not dist.is_initialized():
+        join_ranks()
     training, batches = CASES[case]()
     found: dict[str, Any] = {}
     for step in range(1, STEPS + 1):
@@ -364,7 +388,8 @@ def main() -> None:
     """Report the cases that the arguments name, or all, into the file that the first argument names."""
     without_a_gpu()
     note_lengths()
-    cases = sys.argv[2:] or [*CASES, *SPOILT]
+    # A process group stays for the rest of the process, so the cases of two ranks come last.
+    cases = sorted(sys.argv[2:] or [*CASES, *SPOILT], key=lambda case: "ranks" in case)
     Path(sys.argv[1]).write_text(json.dumps({case: report(case) for case in cases}, indent=1))
 
 
