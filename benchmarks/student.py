@@ -33,7 +33,7 @@ from oner_fast.models.uta import UTA, UTA_SIZES, UTAConfig
 from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.engine.allocator import freed_memory_kept
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
-from oner_fast.train.uta.step import with_cls
+from oner_fast.train.uta.inputs import with_cls
 from oner_fast.train.uta.teacher_cache import FeatureCache
 
 VISIBLE, MASK_TOKENS, GATHERED = "visible tokens alone (ours)", "mask tokens", "embed all, then gather"
@@ -46,8 +46,10 @@ Tell = Callable[[str], None]
 class _EmbedsAll(UTA):
     """The student that embeds all patches before it drops the hidden ones."""
 
-    def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
-        tokens, places = super()._embed(images, None, masked)
+    def _embed(
+        self, images: Tensor, kept: Tensor | None, masked: Tensor | None, masked_count: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        tokens, places = super()._embed(images, None, masked, masked_count)
         if kept is None:
             return tokens, places
         rows = with_cls(kept)

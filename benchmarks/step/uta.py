@@ -20,8 +20,9 @@ from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.engine.distributed import World
 from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm
 from oner_fast.train.uta import recipes
+from oner_fast.train.uta.inputs import with_cls
 from oner_fast.train.uta.settings import UTAConfiguration
-from oner_fast.train.uta.step import AlignmentStep, with_cls
+from oner_fast.train.uta.step import AlignmentStep
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
 
@@ -37,9 +38,9 @@ class GivenFeatures:
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
 
-    def take(self, batch: PairBatch) -> Tensor:
-        """Return the tokens (B, 1 + N, E) of the batch."""
-        return self.tokens
+    def take(self, batch: PairBatch) -> tuple[PairBatch, Tensor]:
+        """Return the batch and its tokens (B, 1 + N, E)."""
+        return batch, self.tokens
 
 
 class OurUTAStep(Step):

@@ -1,12 +1,14 @@
 """The inputs of a training step: packed captions and a batch of image-text pairs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from oner_fast.data.caption_ids import caption_ids
+from oner_fast.data.one_buffer import moved, packed
 
 SameBy = Literal["caption", "image"]
 """Things that make two pairs of a batch the same: an equal caption, or the same image file."""
@@ -20,11 +22,14 @@ class TokenizedText:
         input_ids: (T,) int64 token ids.
         cu_seqlens: (B + 1,) int32, the start of each caption and the end of the last one.
         word_ids: (T,) int32, the number of each token's word within its caption.
+        longest: the tokens of the longest caption, or an upper bound, for code that must not wait for a GPU; None where
+            nobody has looked (see `measured`).
     """
 
     input_ids: Tensor
     cu_seqlens: Tensor
     word_ids: Tensor
+    longest: int | None = None
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -33,6 +38,12 @@ class TokenizedText:
     def lengths(self) -> Tensor:
         """Number of tokens of each caption: (B,) int32."""
         return self.cu_seqlens.diff()
+
+    def measured(self) -> "TokenizedText":
+        """Return the text with the length of its longest caption. On a GPU this waits, so measure before moving."""
+        if self.longest is not None:
+            return self
+        return replace(self, longest=int(self.lengths.max()) if len(self) else 0)
 
     def slice(self, start: int, stop: int) -> "TokenizedText":
         """Captions `start` to `stop - 1`, contiguous. On a GPU this waits for the device, so split before moving."""
@@ -57,11 +68,8 @@ class TokenizedText:
             self.input_ids.to(device, non_blocking=non_blocking),
             self.cu_seqlens.to(device, non_blocking=non_blocking),
             self.word_ids.to(device, non_blocking=non_blocking),
+            self.longest,
         )
-
-    def pin_memory(self) -> "TokenizedText":
-        """Copy the text to page-locked memory."""
-        return TokenizedText(self.input_ids.pin_memory(), self.cu_seqlens.pin_memory(), self.word_ids.pin_memory())
 
 
 def no_text(count: int) -> TokenizedText:
@@ -83,6 +91,9 @@ class PairBatch:
         second: (B, 3, S, S) uint8, another crop of each image; None where nobody asked for one.
         caption_ids: (B,) int64, of `oner_fast.data.caption_ids`: the ids of the images where the loader was asked for
             those, otherwise of the captions, from which they are made where none are given.
+        inputs: what the training made of the batch where it was loaded (see `Prepare`): a nest of dataclasses, tuples
+            and dicts of tensors and of plain numbers. None where nobody asked for it.
+        buffer: (bytes,) uint8, of which all tensors of the batch are views; None where they have memory of their own.
     """
 
     images: Tensor
@@ -95,6 +106,8 @@ class PairBatch:
     corrupt_names: list[str] = field(default_factory=list)
     second: Tensor | None = None
     caption_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    inputs: Any = None
+    buffer: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.caption_ids) != len(self.captions):
@@ -104,7 +117,7 @@ class PairBatch:
         return self.images.shape[0]
 
     def split(self, parts: int) -> "list[PairBatch]":
-        """Split into contiguous micro-batches of equal size; the first keeps the count of corrupt samples.
+        """Split into contiguous micro-batches, without `inputs`; the first keeps the count of corrupt samples.
 
         Raises ValueError where the pairs do not divide into `parts`.
         """
@@ -130,26 +143,30 @@ class PairBatch:
         return chunks
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairBatch":
-        """Copy the batch's tensors to another device."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            text=self.text.to(device, non_blocking),
-            samples=self.samples.to(device, non_blocking=non_blocking),
-            second=None if self.second is None else self.second.to(device, non_blocking=non_blocking),
-            caption_ids=self.caption_ids.to(device, non_blocking=non_blocking),
-        )
+        """Copy the batch's tensors, its inputs included, to another device by one copy; a batch that is there stays.
+
+        With `non_blocking` the host does not wait for a copy from page-locked memory (see `pin_memory`).
+        """
+        here, there = self.images.device, torch.device(device)
+        if here.type == there.type and there.index in (None, here.index):
+            return self
+        whole = self if self.buffer is not None else self._packed(pin=False)
+        assert whole.buffer is not None
+        buffer, batch = moved(whole.buffer, replace(whole, buffer=None), device, non_blocking=non_blocking)
+        return replace(batch, buffer=buffer)
 
     def pin_memory(self) -> "PairBatch":
-        """Copy the batch's tensors to page-locked memory, so that copies to a GPU overlap with the step."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            text=self.text.pin_memory(),
-            samples=self.samples.pin_memory(),
-            second=None if self.second is None else self.second.pin_memory(),
-            caption_ids=self.caption_ids.pin_memory(),
-        )
+        """Copy the batch's tensors into one page-locked buffer, so that its copy to a GPU overlaps with the step."""
+        return self._packed(pin=True)
+
+    def _packed(self, pin: bool) -> "PairBatch":
+        buffer, batch = packed(replace(self, buffer=None), pin=pin)
+        return replace(batch, buffer=buffer)
+
+
+Prepare = Callable[[PairBatch], Any]
+"""A function that makes a training's inputs of a batch where it is loaded: masks, token ids, numbers that the host must
+know. It is called in the loader's workers, so it can be pickled, and it draws from no generator."""
 
 
 def _part_size(items: int, parts: int) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from oner_fast.data.batch import PairBatch, SameBy, no_text
+from oner_fast.data.batch import PairBatch, Prepare, SameBy, no_text
 from oner_fast.data.caption_ids import image_id
 from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import EvalTransform, ImageTransform, decode
@@ -38,8 +38,10 @@ class PairSource(Dataset[PairBatch]):
         captions: bool,
         second_view: bool = False,
         same_by: SameBy = "caption",
+        prepare: Prepare | None = None,
     ) -> None:
         self.dataset = dataset
+        self.prepare = prepare
         self.same_by = same_by
         self.captions = captions
         self.views = 2 if second_view else 1
@@ -76,7 +78,9 @@ class PairSource(Dataset[PairBatch]):
         text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(len(slots))
         second = images[1] if self.views > 1 else None
         batch = PairBatch(images[0], text, samples, captions, step, epoch, len(corrupt), corrupt, second)
-        return replace(batch, caption_ids=torch.tensor(ids)) if self.same_by == "image" else batch
+        if self.same_by == "image":
+            batch = replace(batch, caption_ids=torch.tensor(ids))
+        return batch if self.prepare is None else replace(batch, inputs=self.prepare(batch))
 
     def _fill(
         self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int
@@ -145,6 +149,7 @@ class PairLoader(Batches):
         captions: False reads no captions; then samples may lack them.
         second_view: make `second` too, another crop of each image, whose draws are keyed as those of the first.
         same_by: what `caption_ids` are ids of, the captions or the image files.
+        prepare: makes the `inputs` of each batch, in the process that loads it.
 
     Raises:
         ValueError: the batch does not divide among the ranks or exceeds the dataset, or `image_size` is not the
@@ -170,6 +175,7 @@ class PairLoader(Batches):
         captions: bool = True,
         second_view: bool = False,
         same_by: SameBy = "caption",
+        prepare: Prepare | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -198,6 +204,7 @@ class PairLoader(Batches):
             captions=captions,
             second_view=second_view,
             same_by=same_by,
+            prepare=prepare,
         )
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 

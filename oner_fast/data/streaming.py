@@ -17,7 +17,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from oner_fast.data.batch import PairBatch, SameBy, no_text
+from oner_fast.data.batch import PairBatch, Prepare, SameBy, no_text
 from oner_fast.data.budget import excess
 from oner_fast.data.caption_ids import image_id
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
@@ -51,8 +51,10 @@ class _StreamSource(IterableDataset[PairBatch]):
         captions: bool,
         second_view: bool,
         same_by: SameBy,
+        prepare: Prepare | None,
     ) -> None:
         self.same_by = same_by
+        self.prepare = prepare
         self.urls = urls
         self.views = 2 if second_view else 1
         self.tokenizer = tokenizer
@@ -96,7 +98,9 @@ class _StreamSource(IterableDataset[PairBatch]):
             text = self.tokenizer(captions, self.max_tokens) if self.tokenizer else no_text(self.size)
             second = images[1] if self.views > 1 else None
             batch = PairBatch(images[0], text, samples, captions, step, epoch, len(failures), failures, second)
-            yield replace(batch, caption_ids=torch.tensor(ids)) if self.same_by == "image" else batch
+            if self.same_by == "image":
+                batch = replace(batch, caption_ids=torch.tensor(ids))
+            yield batch if self.prepare is None else replace(batch, inputs=self.prepare(batch))
 
     def _pairs(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield samples with the number of their pass.
@@ -172,6 +176,7 @@ class StreamedPairs(Batches):
         urls: one address or several, with braces expanded: `pipe:COMMAND` (the command writes a tar; an object store is
             read by its own client in this way), `http(s)://...`, or a path.
         shuffle: size of the shuffle buffer, in samples.
+        prepare: makes the `inputs` of each batch, in the process that loads it.
 
     Raises:
         ValueError: as for PairLoader, or there is no address.
@@ -198,6 +203,7 @@ class StreamedPairs(Batches):
         captions: bool = True,
         second_view: bool = False,
         same_by: SameBy = "caption",
+        prepare: Prepare | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -218,6 +224,7 @@ class StreamedPairs(Batches):
         self._part = {"rank": rank, "world_size": world_size, "max_tokens": max_tokens, "shuffle": shuffle}
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
         self._captions, self._second_view, self._same_by, self._said = captions, second_view, same_by, False
+        self._prepare = prepare
 
     def _start(self) -> Iterator[PairBatch]:
         if not self._said:
@@ -234,6 +241,7 @@ class StreamedPairs(Batches):
             captions=self._captions,
             second_view=self._second_view,
             same_by=self._same_by,
+            prepare=self._prepare,
             **self._part,
         )
         if self._workers == 0:

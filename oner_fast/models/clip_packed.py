@@ -29,7 +29,7 @@ def pack_tokens(ids: Tensor) -> TokenizedText:
     shown = torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     packed = ids[shown]
-    return TokenizedText(packed, cu_seqlens, torch.zeros_like(packed, dtype=torch.int32))
+    return TokenizedText(packed, cu_seqlens, torch.zeros_like(packed, dtype=torch.int32)).measured()
 
 
 def encode_image(model: nn.Module, images: Tensor, config: CLIPConfig) -> Tensor:
@@ -49,7 +49,8 @@ def encode_image(model: nn.Module, images: Tensor, config: CLIPConfig) -> Tensor
     cls = visual.class_embedding.to(tokens.dtype).expand(batch, 1, width)
     x = torch.cat([cls, tokens], dim=1) + visual.positional_embedding
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * (1 + cells)
-    pooled = _run(visual.transformer, visual.ln_pre(x.flatten(0, 1)), starts, starts[:-1].long(), causal=False)
+    first, tokens = starts[:-1].long(), visual.ln_pre(x.flatten(0, 1))
+    pooled = _run(visual.transformer, tokens, starts, first, longest=1 + cells, causal=False)
     return visual.ln_post(pooled) @ visual.proj
 
 
@@ -59,19 +60,23 @@ def encode_text(model: nn.Module, text: TokenizedText) -> Tensor:
     starts = text.cu_seqlens
     places = place_in_caption(starts, text.input_ids.shape[0])
     x = clip.token_embedding(text.input_ids) + select_rows(clip.positional_embedding, places)
-    pooled = _run(clip.transformer, x, starts, starts[1:].long() - 1, causal=True)
+    longest = clip.positional_embedding.shape[0] if text.longest is None else text.longest
+    pooled = _run(clip.transformer, x, starts, starts[1:].long() - 1, longest=longest, causal=True)
     return clip.ln_final(pooled) @ clip.text_projection
 
 
-def _run(transformer: Any, x: Tensor, cu_seqlens: Tensor, pooled: Tensor, *, causal: bool) -> Tensor:
-    """Run the blocks on packed tokens (T, D); the last computes only the rows `pooled` (B,), one a sequence: (B, D)."""
+def _run(transformer: Any, x: Tensor, cu_seqlens: Tensor, pooled: Tensor, *, longest: int, causal: bool) -> Tensor:
+    """Run the blocks on packed tokens (T, D); the last computes only the rows `pooled` (B,), one a sequence: (B, D).
+
+    `longest` is an upper bound of the sequences' lengths.
+    """
     one_each = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=x.device)
     for block in transformer.resblocks[:-1]:
-        x = _block(block, x, cu_seqlens, None, causal)
-    return _block(transformer.resblocks[-1], x, cu_seqlens, Kept(pooled, one_each), causal)
+        x = _block(block, x, cu_seqlens, None, longest, causal)
+    return _block(transformer.resblocks[-1], x, cu_seqlens, Kept(pooled, one_each), longest, causal)
 
 
-def _block(block: Any, x: Tensor, cu_seqlens: Tensor, kept: Kept | None, causal: bool) -> Tensor:
+def _block(block: Any, x: Tensor, cu_seqlens: Tensor, kept: Kept | None, longest: int, causal: bool) -> Tensor:
     attention, width = block.attn, x.shape[1]
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     hidden = block.ln_1(x)
@@ -85,7 +90,9 @@ def _block(block: Any, x: Tensor, cu_seqlens: Tensor, kept: Kept | None, causal:
         key, value = pair.unbind(1)
         boundaries, x = kept.cu_seqlens, x.index_select(0, kept.rows)
     # Queries are aligned at the end, so that the one query of an end token sees its whole caption.
-    mixed = ops.varlen_attention(query, key, value, boundaries, cu_seqlens, causal=causal)
+    mixed = ops.varlen_attention(
+        query, key, value, boundaries, cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest, causal=causal
+    )
     x = x + packed_linear(mixed.flatten(1), attention.out_proj.weight, attention.out_proj.bias)
     up, down = block.mlp.c_fc, block.mlp.c_proj
     wide = block.mlp.gelu(packed_linear(block.ln_2(x), up.weight, up.bias))

@@ -50,19 +50,28 @@ class ImageInput:
         images: (B, 3, S, S) uint8 or floating.
         cells: (B, M) int64, the patches to embed; all where None.
         masked: (B, M) bool, the patches shown as the mask token, the same number in each image; none where None.
+        masked_count: that number, where the host knows it. Where None, it is read from `masked`: a GPU is waited for.
     """
 
     images: Tensor
     cells: Tensor | None = None
     masked: Tensor | None = None
+    masked_count: int | None = None
 
 
 @dataclass(frozen=True)
 class TextInput:
-    """Texts of a pass: input_ids (T,) int64 of packed captions without special tokens, cu_seqlens (B + 1,) int32."""
+    """Texts of a pass.
+
+    Attributes:
+        input_ids: (T,) int64 of packed captions without special tokens.
+        cu_seqlens: (B + 1,) int32, their boundaries.
+        longest: an upper bound of their lengths, where the host knows one better than the number of positions.
+    """
 
     input_ids: Tensor
     cu_seqlens: Tensor
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,8 @@ class OneR(nn.Module):
         cu_seqlens = packed_rows.cumulative(lengths)
         rows = torch.cat([each.rows for each in packed])
         tokens = packed_rows.select_rows(table.rows(), rows)
-        sequences = _sequences(passes, packed, cu_seqlens, rows.shape[0])
+        longest = max(self._longest(each) for each in passes)
+        sequences = _sequences(passes, packed, cu_seqlens, rows.shape[0], longest)
         sizes = [each.rows.shape[0] for each in packed]
         places = [_places(each, size) for each, size in zip(passes, sizes, strict=True)]
         if wanted is None:
@@ -180,6 +190,17 @@ class OneR(nn.Module):
             each.name: place.moved(kept, start).take(hidden)
             for each, place, start in zip(passes, chosen, starts, strict=True)
         }
+
+    def _longest(self, each: Pass) -> int:
+        """Bound the length of a pass's sequences, on the host."""
+        image, text = each.shown()
+        count = 1
+        if image is not None:
+            grid = image.images.shape[-1] // self.config.patch_size
+            count += grid**2 if image.cells is None else image.cells.shape[1]
+        if text is not None:
+            count += self.config.max_text_tokens if text.longest is None else text.longest
+        return count
 
     def project(self, cls: Tensor, name: PassName) -> Tensor:
         """Project outputs (..., D) of the named pass by its head: (..., embed_dim), not normalised."""
@@ -252,7 +273,7 @@ class _RowTable:
 
     def _image(self, image: ImageInput) -> tuple[int, tuple[int, ...]]:
         if id(image) not in self.first:
-            tokens = self.tower.patch_embedding(image.images, image.cells, image.masked)
+            tokens = self.tower.patch_embedding(image.images, image.cells, image.masked, image.masked_count)
             self._add(id(image), tokens.flatten(0, 1), (tokens.shape[0], tokens.shape[1]))
         return self.first[id(image)]
 
@@ -269,12 +290,12 @@ class _RowTable:
 
 
 def _sequences(
-    passes: Sequence[Pass], packed: Sequence[packed_rows.Packed], cu_seqlens: Tensor, total: int
+    passes: Sequence[Pass], packed: Sequence[packed_rows.Packed], cu_seqlens: Tensor, total: int, longest: int
 ) -> Sequences:
     """Let context passes take their keys from each other's sequences, and all other passes from their own."""
     names = [each.name for each in passes]
     if not any(name in _CONTEXT for name in names):
-        return Sequences(cu_seqlens)
+        return Sequences(cu_seqlens, longest=longest)
     counts = [each.lengths.shape[0] for each in packed]
     starts = [sum(counts[:index]) for index in range(len(counts))]
     device = cu_seqlens.device
@@ -283,7 +304,7 @@ def _sequences(
         [torch.arange(starts[source], starts[source] + counts[source], device=device) for source in sources]
     )
     cu_seqlens_k = packed_rows.cumulative(cu_seqlens.diff().long().index_select(0, order))
-    return Sequences(cu_seqlens, packed_rows.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k)
+    return Sequences(cu_seqlens, packed_rows.rows_of_sequences(cu_seqlens, order, total), cu_seqlens_k, longest)
 
 
 class _Places(NamedTuple):

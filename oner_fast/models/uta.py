@@ -88,6 +88,7 @@ class UTA(nn.Module):
         cu_seqlens: Tensor | None = None,
         *,
         masked: Tensor | None = None,
+        masked_count: int | None = None,
         branch_factors: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the outputs of [CLS] and of the kept patches in the joint space, not normalised.
@@ -101,6 +102,7 @@ class UTA(nn.Module):
             masked: (B, N) bool, the same number in each image: these cells enter as the mask token with their position.
                 Only without `kept` and where `config.mask_token`, for the comparison "the same student, fed mask
                 tokens".
+            masked_count: how many those are in each image. Where None, it is read from `masked`: a GPU is waited for.
             branch_factors: (2 * depth, B), the factors of each image's residual branches, from
                 `oner_fast.nn.drop_path.branch_factors`; none where None.
 
@@ -111,7 +113,7 @@ class UTA(nn.Module):
             ValueError, IndexError: a shape, dtype or cell does not fit, or `masked` is given with `kept`.
         """
         if cu_seqlens is None:
-            x, places = self._embed(images, kept, masked)
+            x, places = self._embed(images, kept, masked, masked_count)
             tokens = x.shape[1]
             factors = None if branch_factors is None else branch_factors.repeat_interleave(tokens, 1)
             outputs = self.head(self._run(images, x.flatten(0, 1), places.flatten(), _even(x), tokens, factors=factors))
@@ -166,14 +168,16 @@ class UTA(nn.Module):
         rotation = self.rope(places, self.cls_token.dtype, self._grid(images))
         return self.trunk(x, rotation, cu_seqlens, longest, kept, factors)
 
-    def _embed(self, images: Tensor, kept: Tensor | None, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed(
+        self, images: Tensor, kept: Tensor | None, masked: Tensor | None, masked_count: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Embed the trunk's input (B, 1 + K, D), and return the place of each of its tokens (B, 1 + K).
 
         The place is 0 for [CLS], else 1 + cell.
         """
         if masked is not None and kept is not None:
             raise ValueError("masked cells stay among all patches: pass either kept or masked")
-        tokens = self.patch_embedding(images, kept, masked)
+        tokens = self.patch_embedding(images, kept, masked, masked_count)
         batch, count, width = tokens.shape
         prefix = (self.cls_token + self.cls_position).to(tokens.dtype).expand(batch, 1, width)
         cells = torch.arange(count, device=tokens.device).expand(batch, count) if kept is None else kept

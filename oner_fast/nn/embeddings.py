@@ -46,13 +46,20 @@ class PatchEmbedding(nn.Module):
         if self.mask_token is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, images: Tensor, cells: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        cells: Tensor | None = None,
+        masked: Tensor | None = None,
+        masked_count: int | None = None,
+    ) -> Tensor:
         """Embed images (B, C, S, S), uint8 or floating: (B, M, D).
 
         Args:
             images: (B, C, S, S) uint8 or floating.
             cells: (B, M) int64; all cells by default.
             masked: (B, M) bool, with the same number of True in each row.
+            masked_count: that number. Where None, it is read from `masked`, for which the host waits for a GPU.
 
         Raises:
             ValueError: the rows of `masked` differ in number, or the patches do not divide the images.
@@ -66,7 +73,7 @@ class PatchEmbedding(nn.Module):
         if self.mask_token is None:
             raise ValueError("masked needs a mask token, and this embedding was built with mask_token=False")
         order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)  # visible cells first, in order
-        visible = order[:, : masked.shape[1] - self.masked_count(masked)]
+        visible = order[:, : masked.shape[1] - (self.masked_count(masked) if masked_count is None else masked_count)]
         tokens = self._embed(images, cells.gather(1, visible))  # [B, V, D]
         placed = _PlaceTokens.apply(tokens, self.mask_token, order) + select_rows(positions, cells.flatten())
         return placed.view(batch, -1, self.width)

@@ -17,12 +17,14 @@ class Sequences(NamedTuple):
     """Sequences of a packed (T, D) tensor, and the keys that each attends to.
 
     Sequence i attends to the rows `key_rows[cu_seqlens_k[i]:cu_seqlens_k[i + 1]]` of the same layer's input, with
-    `key_rows` (T,) int64 and `cu_seqlens_k` (S + 1,). Where both are None, each sequence attends to itself.
+    `key_rows` (T,) int64 and `cu_seqlens_k` (S + 1,). Where both are None, each sequence attends to itself. `longest`
+    is an upper bound of all lengths, known to the host; without it, implementations that need one are not chosen.
     """
 
     cu_seqlens: Tensor
     key_rows: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
+    longest: int | None = None
 
 
 class Kept(NamedTuple):
@@ -59,7 +61,10 @@ class Attention(nn.Module):
             cu_seqlens_q, cu_seqlens_k = kept.cu_seqlens, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         if sequences.key_rows is not None:
             key, value = key.index_select(0, sequences.key_rows), value.index_select(0, sequences.key_rows)
-        mixed = ops.varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k)
+        longest = sequences.longest
+        mixed = ops.varlen_attention(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=longest, max_seqlen_k=longest
+        )
         return self.out(mixed.flatten(1))
 
 

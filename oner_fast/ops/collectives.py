@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -41,11 +44,38 @@ class _SumLoss(torch.autograd.Function):
         return grads[0] * ctx.world, None
 
 
+_alike: ContextVar[bool] = ContextVar("ranks_alike", default=False)
+
+
+@contextmanager
+def ranks_alike() -> Iterator[None]:
+    """Inside, take the ranks of a group to call each op alike: as many rows, ids or none, gradients or none.
+
+    That holds for the ranks of a training, whose batches are of one size. Ops with `group` then tell each other nothing
+    beforehand, for which the host would wait for the device. Ranks that do differ wait for each other, or fail in a
+    collective; with `ONER_FAST_DEBUG=1` they are compared, and the error says what differs.
+    """
+    before = _alike.set(True)
+    try:
+        yield
+    finally:
+        _alike.reset(before)
+
+
 def exchanged(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[tuple[int, ...]]:
-    """Exchange a few integers that every rank of `group` has, and return for each of them its value on every rank."""
+    """Exchange a few integers that every rank of `group` has, and return for each of them its value on every rank.
+
+    The host waits for the device, except within `ranks_alike`.
+    """
+    debugging = os.environ.get("ONER_FAST_DEBUG", "0") == "1"
+    if _alike.get() and not debugging:
+        return [(number,) * dist.get_world_size(group) for number in numbers]
     found = [torch.zeros(len(numbers), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, torch.tensor(numbers, dtype=torch.int64, device=device), group=group)
-    return list(zip(*(each.tolist() for each in found), strict=True))
+    by_rank = [tuple(each.tolist()) for each in found]
+    if _alike.get() and len(set(by_rank)) > 1:
+        raise ValueError(f"the ranks must call alike within ranks_alike, got (rows, ...) of {by_rank} by rank")
+    return list(zip(*by_rank, strict=True))
 
 
 def gather_rows_without_gradient(rows: Tensor, sizes: tuple[int, ...], group: dist.ProcessGroup) -> Tensor:

@@ -1,5 +1,6 @@
 import hashlib
 import logging
+import os
 from dataclasses import replace
 
 import pytest
@@ -173,6 +174,23 @@ def test_ahead_gets_each_batch_one_step_early(make, expected, workers):
     seen.clear()
     loader.load_state_dict(state)
     assert digest([next(loader)]) == expected[3] == seen[0]
+
+
+class Prepared:
+    """Stand for a training's inputs, with the process that made them."""
+
+    def __init__(self, batch):
+        self.rows, self.process = batch.samples + batch.step, os.getpid()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inputs_are_made_where_the_batch_is_loaded(make, expected, workers):
+    with make(prepare=Prepared, workers=workers) as loader:
+        batches = [next(loader) for _ in range(2)]
+    assert [digest([batch]) for batch in batches] == expected[:2]
+    for batch in batches:
+        assert torch.equal(batch.inputs.rows, batch.samples + batch.step)
+        assert (batch.inputs.process == os.getpid()) == (workers == 0)
 
 
 def test_a_state_of_another_order_is_refused(make):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,9 @@ from oner_fast.models.clip_packed import encode_image, encode_text, pack_tokens
 from oner_fast.models.files import SCALE, load_uta, save_uta
 from oner_fast.models.teacher import load_teacher
 from oner_fast.models.uta import UTA
+from oner_fast.train.clip.inputs import Reader, Texts
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.starting_weights import starting_clip
-
-Texts = Tensor | TokenizedText
 
 
 class Embeddings(NamedTuple):
@@ -41,6 +40,10 @@ class TwoTowers(nn.Module, ABC):
     @abstractmethod
     def read(self, captions: list[str]) -> Texts:
         """Prepare captions for the text tower; the result is on the CPU or on that tower's device."""
+
+    def reader(self) -> Reader | None:
+        """Return a form of `read` that needs no tower, for the loader's workers; None where there is none."""
+        return None
 
     @property
     @abstractmethod
@@ -65,6 +68,18 @@ class TwoTowers(nn.Module, ABC):
         self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
+@dataclass(frozen=True)
+class PackedCaptions:
+    """Tokenise captions as CLIP does, and pack them without padding."""
+
+    tokenizer: Any
+    """list of strings -> (B, context_length) int64"""
+
+    def __call__(self, captions: list[str]) -> TokenizedText:
+        """Return packed token ids."""
+        return pack_tokens(self.tokenizer(captions))
+
+
 class NewTowers(TwoTowers):
     """A CLIP of open_clip, from scratch or with given weights, which hold a temperature too."""
 
@@ -79,7 +94,7 @@ class NewTowers(TwoTowers):
                 self.log_logit_scale.fill_(math.log(1 / temperature))
         else:
             self.clip = starting_clip(weights, config)
-        self._tokenizer: Any = clip_tokenizer(config)
+        self._reader = PackedCaptions(clip_tokenizer(config))
 
     @property
     def log_logit_scale(self) -> nn.Parameter:
@@ -88,7 +103,11 @@ class NewTowers(TwoTowers):
 
     def read(self, captions: list[str]) -> TokenizedText:
         """Return packed token ids."""
-        return pack_tokens(self._tokenizer(captions))
+        return self._reader(captions)
+
+    def reader(self) -> Reader:
+        """Return the tokenizer alone."""
+        return self._reader
 
     def forward(self, images: Tensor, texts: TokenizedText) -> Embeddings:
         """Embed uint8 images (B, 3, S, S) and packed token ids."""

@@ -14,13 +14,13 @@ from oner_fast.data.workers import Batches
 from oner_fast.evaluation.modality_gap import modality_gap
 from oner_fast.models.clip import WEIGHTS
 from oner_fast.train.clip.flops import step_flops
+from oner_fast.train.clip.inputs import ContrastInputs
 from oner_fast.train.clip.settings import CLIPConfiguration
 from oner_fast.train.clip.step import ContrastStep
 from oner_fast.train.clip.towers import NewTowers, TwoTowers, build_towers
 from oner_fast.train.config.common import SameCaption
 from oner_fast.train.engine.batches import BatchConfiguration, open_batches
 from oner_fast.train.engine.loop import Configuration, Gradient, Training
-from oner_fast.train.engine.repeated_captions import repeated_share
 from oner_fast.train.engine.snapshots import Embedded, Snapshots
 from oner_fast.train.engine.throughput import FORWARD_AND_BACKWARD
 from oner_fast.train.periodic_evaluation import PeriodicEvaluation, TrainedEncoder
@@ -40,7 +40,8 @@ class TwoTowerTraining(Training[C]):
     _snapshots: Snapshots | None = None
 
     def _open_batches(self) -> Batches:
-        return open_batches(self.config, None, self.world)
+        prepare = ContrastInputs(self.config.optim.accum_freq, self.student.reader())
+        return open_batches(self.config, None, self.world, prepare=prepare)
 
     def _ready(self) -> None:
         self.step = ContrastStep(
@@ -58,11 +59,10 @@ class TwoTowerTraining(Training[C]):
 
     def _gradient(self, batch: PairBatch) -> Gradient:
         loss = self.step(batch)
-        repeated = repeated_share(batch.caption_ids.to(self.world.device, non_blocking=True))
         scale = self.student.log_logit_scale.detach().exp()
-        return Gradient(loss, {"logit_scale": scale, "repeated_captions": repeated})
+        return Gradient(loss, {"logit_scale": scale, "repeated_captions": self.step.repeated_captions})
 
-    def _updated(self) -> dict[str, Tensor | float]:
+    def _updated(self, skip: Tensor) -> dict[str, Tensor | float]:
         self.student.clamp_temperature()
         return {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, Protocol
 
+from oner_fast.data.batch import Prepare
 from oner_fast.data.checksums import check_shards
 from oner_fast.data.dataset import PairDataset, sources_of
 from oner_fast.data.identity import shared_tars
@@ -64,6 +65,7 @@ def open_batches(
     max_tokens: int = 0,
     captions: bool = True,
     second_view: bool = False,
+    prepare: Prepare | None = None,
 ) -> Batches:
     """Open this rank's batches from step 0 on; `load_state_dict` continues elsewhere.
 
@@ -72,6 +74,7 @@ def open_batches(
         max_tokens: the longest caption, in tokens.
         captions: False reads images only; samples may then lack a caption.
         second_view: make another crop of each image too.
+        prepare: makes the `inputs` of each batch, in the process that loads it.
 
     Raises:
         ValueError: there is no such data, or fewer samples than a batch needs; or `data.verify_data` is set, and a
@@ -98,6 +101,7 @@ def open_batches(
         "captions": captions,
         "second_view": second_view,
         "same_by": data.same_by,
+        "prepare": prepare,
     }
     if is_stream(data.train_data):
         if data.verify_data:

@@ -23,7 +23,7 @@ from oner_fast.train.engine.best import SCORE, Best, write_best
 from oner_fast.train.engine.distributed import World, on_main, require_same, sum_over_ranks
 from oner_fast.train.engine.metrics import MetricLog
 from oner_fast.train.engine.nonfinite import NonFiniteGuard
-from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, load_moments, set_lr
+from oner_fast.train.engine.optimizer import build_adamw, clip_grad_norm, load_moments, set_lr, step_unless
 from oner_fast.train.engine.pace_watch import PaceWatch
 from oner_fast.train.engine.precision import autocast_dtype
 from oner_fast.train.engine.progress import Progress
@@ -190,8 +190,8 @@ class Training(ABC, Generic[C]):
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `_extra_state` returned."""
 
-    def _updated(self) -> dict[str, Tensor | float]:
-        """Do what follows each optimiser step; return further metrics."""
+    def _updated(self, skip: Tensor) -> dict[str, Tensor | float]:
+        """Do what follows each optimiser step, unless `skip` (0-d, on the device) is 1.0; return further metrics."""
         return {}
 
     def _evaluate(self) -> dict[str, float]:
@@ -315,26 +315,32 @@ class Training(ABC, Generic[C]):
         return every > 0 and (self.steps_done % every == 0 or self.steps_done == self.config.optim.steps)
 
     def step_once(self, batch: PairBatch) -> dict[str, Tensor | float]:
-        """Take one optimisation step and return its metrics, still on the device."""
+        """Take one optimisation step and return its metrics, still on the device.
+
+        The host waits for nothing but the end of the step before (see `oner_fast.train.engine.nonfinite`).
+        """
         o = self.config.optim
         lr = cosine_lr(self.steps_done, peak=o.lr, total_steps=o.steps, warmup_steps=o.warmup, floor=o.min_lr)
         set_lr(self.optimizer, lr)
         result = self._gradient(batch)
         norm = clip_grad_norm(self.student.parameters(), o.grad_clip_norm)
         metrics: dict[str, Tensor | float] = {"loss": result.loss, **result.metrics, "lr": lr, "grad_norm": norm}
-        if self.guard.check(result.loss, norm):
-            self.optimizer.step()
-            metrics |= self._updated()
+        skip = self.guard.vote(result.loss, norm)
+        step_unless(skip, self.optimizer)
+        metrics |= self._updated(skip)
         self.optimizer.zero_grad(set_to_none=True)
+        self.guard.settle()
         return metrics
 
     def _counts(self, batch: PairBatch) -> dict[str, float]:
         """Count epochs, steps skipped so far, and corrupt samples of all ranks since the run was started."""
+        self.guard.settle(everything=True)  # the metrics beside these counts have waited for the step already
         corrupt = sum_over_ranks(torch.tensor(self.batches.corrupt))
         return {"epoch": batch.epoch, "skipped_steps": self.guard.skipped, "corrupt_samples": int(corrupt)}
 
     def _save(self) -> None:
         """Write a checkpoint from rank 0: whatever differs between ranks is a pure function of the step."""
+        self.guard.settle(everything=True)
         on_main(self.world, self._write_checkpoint)
 
     def _refuse_a_lost_folder(self) -> None:

@@ -82,6 +82,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def step_unless(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take the step of a fused optimiser unless `skip` says that it has no finite gradient; the host reads nothing.
+
+    Args:
+        skip: 1.0 to leave parameters, moments and counts of steps as they are, else 0.0; 0-d float32, on the device of
+            the parameters.
+        optimizer: an optimiser of `build_adamw`, whose kernels take `skip` as `torch.amp.GradScaler` gives it.
+    """
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def clip_grad_norm(parameters: Iterable[torch.Tensor], max_norm: float | None) -> torch.Tensor:
     """Scale the gradients in place so that their joint L2 norm is at most `max_norm`.
 

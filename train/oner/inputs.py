@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from oner_fast.data.batch import PairBatch
+from oner_fast.data.batch import PairBatch, TokenizedText
+from oner_fast.data.one_buffer import with_tensors
 from oner_fast.data.word_masks import Vocabulary, mask_words
 from oner_fast.models.oner import ImageInput, OneRConfig, Pass, PassName, TextInput, Wanted
 from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.ops.patch_masks import patch_mask
-from oner_fast.train.oner.settings import Objectives
-
-Input = TypeVar("Input", ImageInput, TextInput)
+from oner_fast.train.oner.settings import Objectives, OneRConfiguration
 
 # Streams of the masks: the image pass, the image+text pass, and patch dropout in each.
 _IMAGE, _JOINT, _DROP_IMAGE, _DROP_JOINT = 0, 1, 2, 3
@@ -30,6 +28,14 @@ class WordTargets:
 
 
 @dataclass(frozen=True)
+class PatchTargets:
+    """Rows (B H,) int64 of a pass's B M patches that are masked, H an image, and their cells of the image (B, H)."""
+
+    rows: Tensor
+    cells: Tensor
+
+
+@dataclass(frozen=True)
 class StudentInput:
     """The student's passes of a micro-batch.
 
@@ -37,11 +43,13 @@ class StudentInput:
         passes: the forward passes to run.
         words: for each pass that predicts words, the masked words.
         patches: for each pass that predicts patches, (B, M) bool that marks the masked patches.
+        targets: for each pass that predicts patches, where the masked ones are.
     """
 
     passes: tuple[Pass, ...]
     words: dict[PassName, WordTargets]
     patches: dict[PassName, Tensor]
+    targets: dict[PassName, PatchTargets]
 
     @property
     def word_count(self) -> int:
@@ -51,35 +59,58 @@ class StudentInput:
     @property
     def patch_count(self) -> int:
         """The number of masked patches in all passes."""
-        return sum(int(masked.sum()) for masked in self.patches.values())
+        return sum(targets.rows.shape[0] for targets in self.targets.values())
 
     def wanted(self) -> dict[PassName, Wanted]:
         """Return the outputs that a loss reads besides [CLS]: the masked words and patches."""
-        found: dict[PassName, Wanted] = {}
-        for name in self.words.keys() | self.patches.keys():
-            rows, masked = None, self.patches.get(name)
-            if masked is not None:
-                places = PatchEmbedding.masked_places(masked)
-                rows = (
-                    places + torch.arange(len(masked), device=masked.device).unsqueeze(1) * masked.shape[1]
-                ).flatten()
-            found[name] = Wanted(rows, self.words[name].rows if name in self.words else None)
-        return found
+        return {
+            name: Wanted(
+                self.targets[name].rows if name in self.targets else None,
+                self.words[name].rows if name in self.words else None,
+            )
+            for name in self.words.keys() | self.targets.keys()
+        }
 
     def to(self, device: torch.device) -> StudentInput:
-        """Move the input to another device; inputs shared by passes stay shared."""
-        moved: dict[int, Any] = {}
+        """Move the input to another device, tensor by tensor; inputs shared by passes stay shared."""
+        return with_tensors(self, lambda tensor: tensor.to(device))
 
-        def move(value: Input | None) -> Input | None:
-            if value is not None and id(value) not in moved:
-                tensors = {name: item.to(device) for name, item in vars(value).items() if item is not None}
-                moved[id(value)] = replace(value, **tensors)
-            return None if value is None else moved[id(value)]
 
-        passes = tuple(Pass(each.name, move(each.image), move(each.text)) for each in self.passes)
-        words = {name: WordTargets(each.rows.to(device), each.ids.to(device)) for name, each in self.words.items()}
-        patches = {name: masked.to(device) for name, masked in self.patches.items()}
-        return StudentInput(passes, words, patches)
+@dataclass(frozen=True)
+class StepInput:
+    """All that a step computes on.
+
+    Attributes:
+        student: the micro-batches, masked.
+        teacher: the micro-batches as the teacher sees them, unmasked; empty where there is none.
+        counts: (2,) int64, how many words and how many patches of this rank are masked, in all passes.
+    """
+
+    student: tuple[StudentInput, ...]
+    teacher: tuple[tuple[Pass, ...], ...]
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """Make the `StepInput` of a batch on the CPU, in the loader's workers: a step then draws and counts nothing.
+
+    Every draw is keyed by (seed, step, place in the global batch), so that it makes no difference where it is drawn.
+    """
+
+    config: OneRConfiguration
+    vocabulary: Vocabulary
+
+    def __call__(self, batch: PairBatch) -> StepInput:
+        """Split the batch into micro-batches and mask them."""
+        c = self.config
+        parts = batch.split(c.optim.accum_freq)
+        student = tuple(student_input(part, c.objectives, c.model, c.run.seed, self.vocabulary) for part in parts)
+        with_teacher = c.objectives.momentum_teacher and c.objectives.contrastive
+        counts = [sum(part.word_count for part in student), sum(part.patch_count for part in student)]
+        return StepInput(
+            student, tuple(teacher_input(part) for part in parts) if with_teacher else (), torch.tensor(counts)
+        )
 
 
 def student_passes(objectives: Objectives, shared_trunk: bool) -> tuple[PassName, ...]:
@@ -108,6 +139,7 @@ def student_input(
     passes: list[Pass] = []
     words: dict[PassName, WordTargets] = {}
     patches: dict[PassName, Tensor] = {}
+    hidden: dict[PassName, PatchTargets] = {}
     images: dict[int, ImageInput] = {}
     texts: dict[int, TextInput] = {}
     for name in student_passes(objectives, model.shared_trunk):
@@ -120,15 +152,16 @@ def student_input(
                 words["image_text" if stream == _JOINT else "text"] = targets
             masked = images[stream].masked
             if masked is not None:
-                patches["image_text" if stream == _JOINT else "image"] = masked
+                pass_name: PassName = "image_text" if stream == _JOINT else "image"
+                patches[pass_name], hidden[pass_name] = masked, _hidden(images[stream], masked)
         passes.append(Pass(name, *Pass(name, images[stream], texts[stream]).shown()))
-    return StudentInput(tuple(passes), words, patches)
+    return StudentInput(tuple(passes), words, patches, hidden)
 
 
 def teacher_input(batch: PairBatch) -> tuple[Pass, ...]:
     """Return the inputs of F(I) and F(T) without any mask, of the second view where the batch has one."""
     image = ImageInput(batch.images if batch.second is None else batch.second)
-    return Pass("image", image=image), Pass("text", text=TextInput(batch.text.input_ids, batch.text.cu_seqlens))
+    return Pass("image", image=image), Pass("text", text=_text_input(batch.text, batch.text.input_ids))
 
 
 def _masked_image(batch: PairBatch, objectives: Objectives, model: OneRConfig, seed: int, stream: int) -> ImageInput:
@@ -140,10 +173,20 @@ def _masked_image(batch: PairBatch, objectives: Objectives, model: OneRConfig, s
         drop = patch_mask(seed, batch.step, batch.samples, count, dropped, drop_stream)
         remaining = count - dropped
         cells = torch.argsort(drop.to(torch.uint8), dim=1, stable=True)[:, :remaining].contiguous()
-    masked = None
-    if objectives.mim and (hidden := int(objectives.mask_patch_ratio * remaining)):
+    masked, hidden = None, int(objectives.mask_patch_ratio * remaining)
+    if objectives.mim and hidden:
         masked = patch_mask(seed, batch.step, batch.samples, remaining, hidden, stream)
-    return ImageInput(batch.images, cells, masked)
+    return ImageInput(batch.images, cells, masked, None if masked is None else hidden)
+
+
+def _hidden(image: ImageInput, masked: Tensor) -> PatchTargets:
+    places = PatchEmbedding.masked_places(masked)  # [B, H]
+    rows = (places + torch.arange(len(masked)).unsqueeze(1) * masked.shape[1]).flatten()
+    return PatchTargets(rows, places if image.cells is None else image.cells.gather(1, places))
+
+
+def _text_input(text: TokenizedText, input_ids: Tensor) -> TextInput:
+    return TextInput(input_ids, text.cu_seqlens, text.measured().longest)
 
 
 def _masked_text(
@@ -151,7 +194,7 @@ def _masked_text(
 ) -> tuple[TextInput, WordTargets | None]:
     text = batch.text
     if not objectives.mlm:
-        return TextInput(text.input_ids, text.cu_seqlens), None
+        return _text_input(text, text.input_ids), None
     hidden = mask_words(text, seed, batch.step, batch.samples, stream, vocabulary, objectives.mask_word_ratio)
     rows = hidden.target.nonzero().squeeze(1)
-    return TextInput(hidden.input_ids, text.cu_seqlens), WordTargets(rows, text.input_ids.index_select(0, rows))
+    return _text_input(text, hidden.input_ids), WordTargets(rows, text.input_ids.index_select(0, rows))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from oner_fast.data.batch import PairBatch
 from oner_fast.data.word_masks import Vocabulary
-from oner_fast.models.oner import OneR, PassName
+from oner_fast.models.oner import OneR, Pass, PassName
+from oner_fast.ops.collectives import ranks_alike
 from oner_fast.train.engine.distributed import World, sum_over_ranks
 from oner_fast.train.engine.repeated_captions import repeated_share
 from oner_fast.train.engine.replica import Replica
 from oner_fast.train.engine.two_pass import first_pass, second_pass
 from oner_fast.train.oner.custom_objectives import load_objectives
-from oner_fast.train.oner.inputs import StudentInput, student_input, teacher_input
+from oner_fast.train.oner.inputs import StepInput, StepInputs, StudentInput
 from oner_fast.train.oner.objectives import contrastive_losses
 from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.student import Student, StudentOutput
@@ -51,6 +52,8 @@ class TrainingStep:
 
     With `accum_freq` > 1 the contrast still sees all pairs, by two-pass accumulation
     (`oner_fast.train.engine.two_pass`). Masks are part of the input, so both passes are the same computation.
+
+    A batch brings its inputs from the loader's workers. Where it does not, they are made here by `prepare`.
     """
 
     def __init__(
@@ -62,19 +65,20 @@ class TrainingStep:
         world: World,
         autocast_dtype: torch.dtype | None,
     ) -> None:
-        self.config, self.teacher, self.vocabulary, self.world = config, teacher, vocabulary, world
+        self.config, self.teacher, self.world = config, teacher, world
+        self.prepare = StepInputs(config, vocabulary)
         self.custom = load_objectives(config.objectives.custom)
         self.replica = Replica(student, world, autocast_dtype)
 
     def __call__(self, batch: PairBatch) -> StepResult:
-        c, device = self.config, self.world.device
-        parts = batch.split(c.optim.accum_freq)
-        masked = [student_input(part, c.objectives, c.model, c.run.seed, self.vocabulary) for part in parts]
-        counts = torch.tensor([sum(m.word_count for m in masked), sum(m.patch_count for m in masked)], device=device)
-        words, patches = sum_over_ranks(counts).clamp(min=1).unbind()
-        inputs = [each.to(device) for each in masked]
-        keys = self._keys([part.to(device) for part in parts])
-        ids = batch.caption_ids.to(device, non_blocking=True)
+        c = self.config
+        if batch.inputs is None:
+            batch = replace(batch, inputs=self.prepare(batch))
+        batch = batch.to(self.world.device, non_blocking=True)
+        given: StepInput = batch.inputs
+        words, patches = sum_over_ranks(given.counts).clamp(min=1).unbind()
+        inputs, ids = given.student, batch.caption_ids
+        keys = self._keys(given.teacher)
         if len(inputs) == 1:
             output: StudentOutput = self.replica(inputs[0])
             losses, contrast = self._contrast(output.embeddings, keys, output.logit_scale, ids)
@@ -95,7 +99,7 @@ class TrainingStep:
         return StepResult(loss, detached, repeated_share(ids))
 
     def _accumulate(
-        self, inputs: list[StudentInput], keys: dict[PassName, Tensor], ids: Tensor, words: Tensor, patches: Tensor
+        self, inputs: Sequence[StudentInput], keys: dict[PassName, Tensor], ids: Tensor, words: Tensor, patches: Tensor
     ) -> tuple[dict[str, Tensor], Tensor, _MaskedSums]:
         leaves = first_pass(self.replica, self.replica, inputs)
         losses, contrast = self._contrast(leaves.embeddings, keys, leaves.logit_scale, ids)
@@ -113,14 +117,14 @@ class TrainingStep:
         second_pass(self.replica, self.replica, inputs, leaves, masked_loss)
         return losses, contrast, total
 
-    def _keys(self, parts: list[PairBatch]) -> dict[PassName, Tensor]:
+    def _keys(self, parts: Sequence[tuple[Pass, ...]]) -> dict[PassName, Tensor]:
         """Embed the whole local batch with the teacher; empty where the student gives the keys."""
         if self.teacher is None or not self.config.objectives.contrastive:
             return {}
         found: dict[PassName, list[Tensor]] = {"image": [], "text": []}
         with torch.no_grad(), self.replica.autocast():
             for part in parts:
-                for name, projected in self.teacher.project_cls(self.teacher(teacher_input(part), {})).items():
+                for name, projected in self.teacher.project_cls(self.teacher(part, {})).items():
                     found[name].append(projected)
         return {name: torch.cat(each) for name, each in found.items()}
 
@@ -131,11 +135,13 @@ class TrainingStep:
         if not objectives.contrastive:
             return {}, torch.zeros((), device=self.world.device)
         keys = keys or query
-        losses = contrastive_losses(query, keys, scale, objectives, self.replica.group, ids)
+        with ranks_alike():
+            losses = contrastive_losses(query, keys, scale, objectives, self.replica.group, ids)
         factor = 2 * objectives.temperature if objectives.temperature_factor else 1.0
         weights = {name: factor * getattr(objectives, name) for name in losses}
         for each in self.custom:
-            losses[each.name] = each(query, keys, scale, self.replica.group)
+            with ranks_alike():
+                losses[each.name] = each(query, keys, scale, self.replica.group)
             weights[each.name] = each.weight
         return losses, torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from oner_fast import ops
 from oner_fast.models.contrast import Contrast
 from oner_fast.models.oner import OneR, OneRConfig, PassName, PassOutput
-from oner_fast.nn.embeddings import PatchEmbedding
 from oner_fast.nn.heads import MaskedPatchHead, MaskedWordHead, Predictor, normalised_pixels
 from oner_fast.train.config.common import MIN_TEMPERATURE
 from oner_fast.train.oner.initial_gap import open_gap
@@ -102,13 +101,11 @@ class Student(nn.Module):
             return torch.zeros((), device=self.log_logit_scale.device)
         sums = []
         images = {each.name: each.image for each in inputs.passes}
-        for name, masked in inputs.patches.items():
+        for name, targets in inputs.targets.items():
             image = images[name]
             if image is None:
                 raise ValueError(f"pass {name} has masked patches but no image")
-            places = PatchEmbedding.masked_places(masked)  # [B, masked]
-            cells = places if image.cells is None else image.cells.gather(1, places)
-            patches = ops.gather_patches(image.images, cells, self.tower.config.patch_size, dtype=torch.float32)
+            patches = ops.gather_patches(image.images, targets.cells, self.tower.config.patch_size, dtype=torch.float32)
             target = normalised_pixels(patches).flatten(0, 1)
             sums.append((self.patch_head(_chosen(outputs[name].patches)).float() - target).abs().mean(dim=1).sum())
         return torch.stack(sums).sum()

@@ -29,6 +29,7 @@ from oner_fast.train.engine.schedule import teacher_momentum
 from oner_fast.train.engine.snapshots import Embedded, Snapshots
 from oner_fast.train.oner.ema import build_teacher, update_teacher
 from oner_fast.train.oner.flops import step_flops
+from oner_fast.train.oner.inputs import StepInputs
 from oner_fast.train.oner.settings import OneRConfiguration
 from oner_fast.train.oner.starting_weights import StartingWeights, read_starting_weights
 from oner_fast.train.oner.step import TrainingStep
@@ -79,6 +80,7 @@ class OneRTraining(Training[OneRConfiguration]):
             self.world,
             max_tokens=self.config.model.max_text_tokens,
             second_view=self.config.objectives.teacher_view == "second",
+            prepare=StepInputs(self.config, self.tokenizer),
         )
 
     def _ready(self) -> None:
@@ -97,14 +99,14 @@ class OneRTraining(Training[OneRConfiguration]):
             metrics["logit_scale"] = self.student.log_logit_scale.detach().exp()
         return Gradient(result.loss, metrics)
 
-    def _updated(self) -> dict[str, Tensor | float]:
+    def _updated(self, skip: Tensor) -> dict[str, Tensor | float]:
         self.student.clamp_temperature()
         if self.teacher is None:
             return {}
         momentum = teacher_momentum(
             self.steps_done, total_steps=self.config.optim.steps, start=self.config.objectives.momentum
         )
-        update_teacher(self.teacher, self.student.tower, momentum)
+        update_teacher(self.teacher, self.student.tower, momentum, skip)
         return {"momentum": momentum}
 
     def _flops(self, batch: PairBatch) -> float:

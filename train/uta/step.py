@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from oner_fast import ops
 from oner_fast.data.batch import PairBatch
 from oner_fast.models.uta import UTA
-from oner_fast.nn.drop_path import branch_factors
-from oner_fast.ops.patch_masks import draw_masks
 from oner_fast.train.engine.distributed import World, sum_over_ranks
 from oner_fast.train.engine.replica import Replica
+from oner_fast.train.uta.inputs import AlignmentInput, AlignmentInputs
 from oner_fast.train.uta.settings import UTAConfiguration
 from oner_fast.train.uta.teacher_features import TeacherFeatures
-
-_STREAM = 0  # the stream of the masks' random numbers
 
 
 class AlignmentStep:
     """`step(batch)` leaves the gradient of the whole batch in the student's parameters and returns the loss (0-d).
 
     Every sample has the same number of tokens, so the mean over micro-batches and ranks is the mean over the batch.
+
+    A batch brings its inputs from the loader's workers. Where it does not, they are made here by `prepare`.
     """
 
     def __init__(
@@ -33,70 +34,53 @@ class AlignmentStep:
         autocast_dtype: torch.dtype | None,
     ) -> None:
         self.config, self.student, self.features, self.world = config, student, features, world
+        self.prepare = AlignmentInputs(config)
         self.replica = Replica(student, world, autocast_dtype)
 
     def __call__(self, batch: PairBatch) -> Tensor:
-        count = self.config.optim.accum_freq
-        parts = [part.to(self.world.device, non_blocking=True) for part in batch.split(count)]
-        tokens = self.features.take(batch)
-        # A bias that is not 0 belongs to weights that the run began with.
-        new = batch.step == 0 and self.config.alignment.head_init == "teacher_mean"
-        if new and not self.student.head.bias.any():
+        if batch.inputs is None:
+            batch = replace(batch, inputs=self.prepare(batch))
+        moved, tokens = self.features.take(batch)
+        parts: tuple[AlignmentInput, ...] = moved.inputs
+        if batch.step == 0 and self.config.alignment.head_init == "teacher_mean":
             turn_head_to(self.student, tokens, self.world)
-        targets = tokens.chunk(count)
+        targets = tokens.chunk(len(parts))
         total = torch.zeros((), device=self.world.device)
         for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
-            with self.replica.synced_at(index, count):
-                loss = self.loss(part, target) / count
+            with self.replica.synced_at(index, len(parts)):
+                loss = self.loss(part, target) / len(parts)
                 loss.backward()
             total += loss.detach()
         return sum_over_ranks(total) / self.world.size
 
-    def loss(self, batch: PairBatch, target: Tensor) -> Tensor:
+    def loss(self, part: AlignmentInput, target: Tensor) -> Tensor:
         """Return the mean of -cosine (0-d) over the tokens of a micro-batch.
 
         Args:
-            batch: the micro-batch.
+            part: the micro-batch.
             target: the teacher's tokens (B, 1 + N, E), [CLS] first.
         """
-        alignment, model = self.config.alignment, self.config.model
-        hidden = alignment.hidden(model.cells)
-        factors = None
-        if alignment.drop_path:
-            factors = branch_factors(alignment.drop_path, model.depth, self.config.run.seed, batch.step, batch.samples)
-        if alignment.objective == "distillation":
-            return ops.token_alignment(self.replica(batch.images, branch_factors=factors), target)
-        masks = draw_masks(
-            self.config.run.seed,
-            batch.step,
-            batch.samples,
-            (model.grid, model.grid),
-            hidden,
-            alignment.mask,
-            _STREAM,
-        )
-        if alignment.objective == "uta":
+        if part.masked is None:
             return ops.token_alignment(
-                self.replica(batch.images, masks.kept, branch_factors=factors), target, with_cls(masks.kept)
+                self.replica(part.images, part.kept, branch_factors=part.factors), target, part.rows
             )
-        rows = with_cls(masks.mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :hidden])
-        tokens = self.replica(batch.images, masked=masks.mask, branch_factors=factors)
-        return ops.token_alignment(ops.masked_gather(tokens, rows), target, rows)
+        assert part.rows is not None
+        tokens = self.replica(
+            part.images, masked=part.masked, masked_count=part.masked_count, branch_factors=part.factors
+        )
+        return ops.token_alignment(ops.masked_gather(tokens, part.rows), target, part.rows)
 
 
 @torch.no_grad()
 def turn_head_to(student: UTA, tokens: Tensor, world: World) -> None:
     """Set the bias of the head to the mean direction of the teacher's tokens (B, T, E), over all ranks.
 
-    Its length is that of the rest of an output at the start: each of the E outputs is a sum over normalised numbers
-    with weights of the head, so that the expected square of their length is that of the weights.
+    A bias that is not 0 belongs to weights that the run began with, and stays. The length of the bias is that of the
+    rest of an output at the start: each of the E outputs is a sum over normalised numbers with weights of the head, so
+    that the expected square of their length is that of the weights.
     """
     mean = torch.nn.functional.normalize(tokens.float(), dim=-1).mean(dim=(0, 1))
     mean = sum_over_ranks(mean) / world.size
-    length = student.head.weight.float().norm()
-    student.head.bias.copy_(torch.nn.functional.normalize(mean, dim=0) * length)
-
-
-def with_cls(cells: Tensor) -> Tensor:
-    """Turn patch indices (B, K) into token indices (B, 1 + K) of a sequence that begins with [CLS]."""
-    return torch.nn.functional.pad(cells + 1, (1, 0))
+    head = student.head
+    turned = torch.nn.functional.normalize(mean, dim=0) * head.weight.float().norm()
+    head.bias.copy_(torch.where(head.bias.any(), head.bias, turned))

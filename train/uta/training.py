@@ -19,6 +19,7 @@ from oner_fast.models.uta import UTA
 from oner_fast.train.engine.batches import open_batches
 from oner_fast.train.engine.loop import Gradient, Training
 from oner_fast.train.uta.flops import student_flops, teacher_flops
+from oner_fast.train.uta.inputs import AlignmentInputs
 from oner_fast.train.uta.settings import UTAConfiguration
 from oner_fast.train.uta.starting_weights import starting_student
 from oner_fast.train.uta.step import AlignmentStep
@@ -62,7 +63,7 @@ class UTATraining(Training[UTAConfiguration]):
         return UTA(model) if self.weights is None else starting_student(self.weights.path, model)
 
     def _open_batches(self) -> Batches:
-        return open_batches(self.config, None, self.world, captions=False)
+        return open_batches(self.config, None, self.world, captions=False, prepare=AlignmentInputs(self.config))
 
     def _ready(self) -> None:
         features = self._features = TeacherFeatures(self.teacher, self._cache())

@@ -99,11 +99,13 @@ def rank_main(rank: int, size: int, folder: str) -> None:
 
         guard = NonFiniteGuard(limit=2)
         good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
-        assert guard.check(good, good)
-        assert not guard.check(bad if rank == 1 else good, good)
+        votes = [guard.vote(good, good), guard.vote(bad if rank == 1 else good, good)]
+        assert [float(vote) for vote in votes] == [0.0, 1.0]  # the same on both ranks
+        guard.settle()
         assert (guard.skipped, guard.consecutive) == (1, 1)
+        assert float(guard.vote(good, bad if rank == 0 else good)) == 1.0
         try:
-            guard.check(good, bad if rank == 0 else good)
+            guard.settle()
         except NonFiniteError as error:
             assert "loss bad on 0 ranks, gradient on 1" in str(error)
         else:

@@ -136,5 +136,7 @@ def test_moving_keeps_what_passes_share(small: Any) -> None:
     assert images["image_given_text"] is images["image"] and texts["text_given_image"] is texts["text"]
     assert images["image_text"] is not images["image"]
     meta = inputs.to(torch.device("meta"))
-    tensors = [*vars(images_of(meta)["image"]).values(), texts_of(meta)["text"].input_ids, meta.words["text"].rows]
+    image, hidden = images_of(meta)["image"], meta.targets["image"]
+    tensors = [image.images, image.cells, image.masked, hidden.rows, hidden.cells]
+    tensors += [texts_of(meta)["text"].input_ids, meta.words["text"].rows]
     assert {tensor.device.type for tensor in [*tensors, *meta.patches.values()]} == {"meta"}

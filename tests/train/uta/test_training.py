@@ -25,8 +25,9 @@ from oner_fast.train.config.common import Optimisation, Run
 from oner_fast.train.engine import checkpoint
 from oner_fast.train.engine.distributed import World, setup, shutdown
 from oner_fast.train.uta import __main__ as uta
+from oner_fast.train.uta.inputs import with_cls
 from oner_fast.train.uta.settings import Alignment, UTAConfiguration
-from oner_fast.train.uta.step import AlignmentStep, with_cls
+from oner_fast.train.uta.step import AlignmentStep
 from oner_fast.train.uta.teacher_features import TeacherFeatures
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -111,7 +112,7 @@ def test_identical_tokens_give_minus_one(teacher: Path) -> None:
     kept = draw_masks(5, 0, batch.samples, (6, 6), 18, "reversed_block").kept
     tokens = student(batch.images, kept).detach()
     target = torch.zeros(8, 37, 8).scatter(1, with_cls(kept).unsqueeze(2).expand(-1, -1, 8), tokens)
-    loss = step.loss(batch, target)
+    loss = step.loss(step.prepare(batch)[0], target)
     torch.testing.assert_close(loss, torch.tensor(-1.0), rtol=0, atol=1e-6)
 
 
@@ -121,13 +122,14 @@ def test_only_the_student_gets_gradients_and_hidden_pixels_none(teacher: Path) -
     step(batch)
     assert all(parameter.grad is not None for parameter in student.parameters())
     assert all(p.grad is None and not p.requires_grad for p in step.features.teacher.parameters())
-    target = step.features.take(batch)
+    _, target = step.features.take(batch)
     mask = draw_masks(5, 0, batch.samples, (6, 6), 18, "reversed_block").mask
     pixels = mask.view(8, 1, 6, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     other = replace(batch, images=torch.where(pixels, 255 - batch.images, batch.images))
-    assert torch.equal(step.loss(batch, target), step.loss(other, target))
+    parts = [step.prepare(each)[0] for each in (batch, other)]
+    assert torch.equal(step.loss(parts[0], target), step.loss(parts[1], target))
     seen = replace(batch, images=torch.where(pixels, batch.images, 255 - batch.images))
-    assert not torch.equal(step.loss(batch, target), step.loss(seen, target))
+    assert not torch.equal(step.loss(parts[0], target), step.loss(step.prepare(seen)[0], target))
 
 
 @pytest.mark.parametrize("objective", ["uta", "distillation", "mask_token"])
