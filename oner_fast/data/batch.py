@@ -169,6 +169,20 @@ Prepare = Callable[[PairBatch], Any]
 know. It is called in the loader's workers, so it can be pickled, and it draws from no generator."""
 
 
+_SMALL = 2**20
+
+
+def prepared(batch: PairBatch, prepare: Prepare | None) -> PairBatch:
+    """Return the batch with its inputs.
+
+    All tensors but the images share one buffer then: a worker hands over each piece of memory by a file descriptor of
+    its own, and a process may open only so many.
+    """
+    if prepare is None:
+        return batch
+    return packed(replace(batch, inputs=prepare(batch)), at_most=_SMALL)[1]
+
+
 def _part_size(items: int, parts: int) -> int:
     if parts < 1 or items % parts:
         raise ValueError(f"{items} pairs do not divide into {parts} equal parts")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from oner_fast.data.batch import PairBatch, Prepare, SameBy, no_text
+from oner_fast.data.batch import PairBatch, Prepare, SameBy, no_text, prepared
 from oner_fast.data.caption_ids import image_id
 from oner_fast.data.dataset import CorruptSample, PairDataset
 from oner_fast.data.images import EvalTransform, ImageTransform, decode
@@ -80,7 +80,7 @@ class PairSource(Dataset[PairBatch]):
         batch = PairBatch(images[0], text, samples, captions, step, epoch, len(corrupt), corrupt, second)
         if self.same_by == "image":
             batch = replace(batch, caption_ids=torch.tensor(ids))
-        return batch if self.prepare is None else replace(batch, inputs=self.prepare(batch))
+        return prepared(batch, self.prepare)
 
     def _fill(
         self, place: Tensor, randoms: NDArray[np.int64], epoch: int, slot: int, first: int

@@ -29,12 +29,13 @@ def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
     return cast(T, _Rebuilding(change).of(value))
 
 
-def packed(value: T, *, pin: bool = False) -> tuple[Tensor, T]:
+def packed(value: T, *, pin: bool = False, at_most: int | None = None) -> tuple[Tensor, T]:
     """Copy the tensors of a nest, all of them on the CPU, into one buffer.
 
     Args:
         value: the nest.
         pin: take page-locked memory, from which a copy to a GPU does not wait.
+        at_most: leave storages of more bytes as they are; None copies all.
 
     Returns:
         The buffer, (bytes,) uint8, and the nest of its views.
@@ -46,7 +47,7 @@ def packed(value: T, *, pin: bool = False) -> tuple[Tensor, T]:
     def reserve(tensor: Tensor) -> Tensor:
         nonlocal size
         storage = tensor.untyped_storage()
-        if storage._cdata not in places:
+        if storage._cdata not in places and (at_most is None or storage.nbytes() <= at_most):
             places[storage._cdata] = size
             sources.append((size, torch.empty(0, dtype=torch.uint8).set_(storage)))
             size += -(-storage.nbytes() // _ALIGNED) * _ALIGNED
@@ -59,7 +60,10 @@ def packed(value: T, *, pin: bool = False) -> tuple[Tensor, T]:
     view = _Views(buffer)
 
     def place(tensor: Tensor) -> Tensor:
-        return view(tensor, places[tensor.untyped_storage()._cdata] // tensor.itemsize + int(tensor.storage_offset()))
+        begin = places.get(tensor.untyped_storage()._cdata)
+        if begin is None:
+            return tensor
+        return view(tensor, begin // tensor.itemsize + int(tensor.storage_offset()))
 
     return buffer, with_tensors(value, place)
 

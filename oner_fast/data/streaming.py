@@ -17,7 +17,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from oner_fast.data.batch import PairBatch, Prepare, SameBy, no_text
+from oner_fast.data.batch import PairBatch, Prepare, SameBy, no_text, prepared
 from oner_fast.data.budget import excess
 from oner_fast.data.caption_ids import image_id
 from oner_fast.data.dataset import CorruptSample, caption_of, fields_of
@@ -100,7 +100,7 @@ class _StreamSource(IterableDataset[PairBatch]):
             batch = PairBatch(images[0], text, samples, captions, step, epoch, len(failures), failures, second)
             if self.same_by == "image":
                 batch = replace(batch, caption_ids=torch.tensor(ids))
-            yield batch if self.prepare is None else replace(batch, inputs=self.prepare(batch))
+            yield prepared(batch, self.prepare)
 
     def _pairs(self, worker: int, workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield samples with the number of their pass.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oner_fast.data import one_buffer
-from oner_fast.data.batch import PairBatch, no_text
+from oner_fast.data.batch import PairBatch, no_text, prepared
 from oner_fast.data.one_buffer import moved, packed, with_tensors
 
 
@@ -62,6 +62,22 @@ def test_views_of_the_same_memory_take_it_once() -> None:
     assert buffer.numel() < 8_500 and parts[0] is parts[3]
     parts[0][5] = 7
     assert (parts[2][1] == 7).all()
+
+
+def test_large_memory_may_stay_where_it_is() -> None:
+    images, few = torch.zeros(5000, dtype=torch.uint8), [torch.arange(3), torch.ones(2)]
+    buffer, (same, *small) = packed([images, *few], at_most=4096)
+    assert same is images and buffer.numel() <= 1024
+    assert all(each.untyped_storage().data_ptr() == buffer.data_ptr() for each in small)
+    assert all(torch.equal(one, other) for one, other in zip(few, small, strict=True))
+
+
+def test_inputs_take_one_more_piece_of_memory_through_a_worker() -> None:
+    """Each piece is a file descriptor there."""
+    batch = PairBatch(torch.zeros(2, 3, 1024, 512, dtype=torch.uint8), no_text(2), torch.arange(2), ["a", "b"], 3, 1)
+    batch = prepared(batch, lambda given: {"rows": [given.samples + i for i in range(20)], "seen": given.images})
+    found = {each.untyped_storage().data_ptr() for each in tensors(batch) if each.numel()}
+    assert len(found) == 2 and batch.inputs["rows"][7].tolist() == [7, 8]
 
 
 def test_a_part_without_tensors_stays_the_same_object() -> None:
