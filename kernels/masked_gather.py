@@ -18,12 +18,12 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.kernels import kept as kept_lists
-from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
+from oner_fast.kernels.kept import STEP, sample_of_row, search_steps, step_of_members
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 
-_SAMPLES_A_GROUP = 64  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
+PIECE = 32  # members whose sum is made before, where a cell has many
+_SAMPLES_A_GROUP = 32  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
 _GROUPS = 16
-_GRID_LIMIT = 65535  # the most programs along every axis but the first
 
 
 @triton.jit(do_not_specialize=["rows", "entries", "samples", "cells", "per_sample", "prefix_rows", "steps"])
@@ -68,55 +68,169 @@ def forward_kernel(
     tl.store(out + row[:, None] * width + place, x, (row < rows)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows", "rows", "group_size"])
-def backward_kernel(
-    grad, head, following, cu_seqlens, to_tokens, to_positions, to_prefix,
-    samples, cells, entries, width, per_sample, prefix_rows, rows, group_size, group_stride,
-    stride_gb, stride_gr, stride_gd,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _sum_of_repeats(
+    rows, members, pieces, place, length, places, entries, stride_gr, width, offset, column, inside,
+    WIDE: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sum gradients; programs: (block of cells, then of prefix rows; group of samples; block of columns)."""
-    cell = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    is_cell = (cell < cells)[None, :]
-    is_prefix = ((cell >= cells) & (cell < rows))[None, :]
-    inside = (column < width)[None, None, :]
-    place = column.to(tl.int64)[None, None, :]
+    """Sum the gradients of a cell's members, `length` from `place` on; those of whole pieces are already added."""
+    until = tl.minimum(place + length, places)
+    place, inner, outer = place.to(until.dtype), until, until
+    if pieces is not None:
+        if length >= 2 * PIECE:
+            inner, outer = tl.cdiv(place, PIECE) * PIECE, until // PIECE * PIECE
+    sums = tl.zeros(column.shape, WIDE)
+    for part in tl.static_range(2):  # before the pieces, and behind them
+        first = place if part == 0 else outer
+        last = inner if part == 0 else until
+        for start in range(first, last, STEP):
+            entry, there = step_of_members(members, start, last, STEP)
+            there &= (entry >= 0) & (entry < entries)
+            source = rows + (entry.to(tl.int64) * stride_gr)[:, None] + offset[None, :]
+            sums += tl.sum(tl.load(source, there[:, None] & inside[None, :], 0.0).to(WIDE), 0)
+    if pieces is not None:
+        for start in range(inner // PIECE, outer // PIECE, STEP):
+            piece = start + tl.arange(0, STEP)
+            source = pieces + (piece.to(tl.int64) * width)[:, None] + column[None, :]
+            sums += tl.sum(tl.load(source, (piece < outer // PIECE)[:, None] & inside[None, :], 0.0), 0)
+    return sums
+
+
+@triton.jit
+def _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr):
+    """Return the first entry of a sample, held inside `kept`, and the offset of its first token's gradient."""
+    if cu_seqlens is None:
+        begin, above = sample * per_sample, sample * stride_gb + prefix_rows * stride_gr
+    else:
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0), entries).to(tl.int64)
+        above = (begin + (sample + 1) * prefix_rows) * stride_gr
+    return begin, above
+
+
+@triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows", "group_size"])
+def backward_kernel(
+    grad, table, lengths, members, pieces, cu_seqlens, to_tokens, to_positions, to_prefix,
+    samples, cells, entries, width, per_sample, prefix_rows, group_size, group_stride,
+    stride_gb, stride_gr, stride_gd,
+    SORTED: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Sum gradients. `TOGETHER` rows are under way at a time; a row of a cell that nobody chose is zeros, and not read.
+
+    Programs with sums: (cell, then prefix row; group of samples; block of columns). A program goes through the samples
+    of its group. Programs without: (`TOGETHER` pairs of sample and cell; 1; block of columns).
+    """
+    SUMMED: tl.constexpr = to_positions is not None or to_prefix is not None
     wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
-    sums = tl.zeros([BLOCK_N, BLOCK_D], wide)
-    group = tl.program_id(1)
-    until = tl.minimum((group + 1) * group_size, samples)
-    for start in range(group * group_size, until, BLOCK_S):
-        sample = (start + tl.arange(0, BLOCK_S))[:, None]  # [BLOCK_S, 1]
-        real = sample < until
-        sample = sample.to(tl.int64)
-        if cu_seqlens is None:
-            begin, above = sample * per_sample, sample * stride_gb
-        else:
-            begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0), entries).to(tl.int64)
-            above = (begin + sample * prefix_rows) * stride_gr
-        entry = tl.load(head + sample * cells + cell[None, :], real & is_cell, -1)  # [BLOCK_S, BLOCK_N]
-        there = (entry >= 0) | (real & is_prefix)
-        row = tl.where(is_cell, prefix_rows + entry, cell[None, :] - cells).to(tl.int64)
-        source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
-        x = tl.load(source, there[:, :, None] & inside, 0.0).to(wide)  # [BLOCK_S, BLOCK_N, BLOCK_D]
-        entry = next_entry(following, begin, entry, entries)
-        while tl.max(tl.max(entry, 1), 0) >= 0:  # a token that was kept more than once
-            row = (prefix_rows + entry).to(tl.int64)
-            source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
-            x += tl.load(source, (entry >= 0)[:, :, None] & inside, 0.0).to(wide)
-            entry = next_entry(following, begin, entry, entries)
-        if to_tokens is not None:
-            target = to_tokens + ((sample * cells + cell[None, :]) * width)[:, :, None] + place
-            tl.store(target, x, (real & is_cell)[:, :, None] & inside)
-        sums += tl.sum(x, 0)
-    cell, inside = cell[:, None], (column < width)[None, :]
-    target = group.to(tl.int64) * group_stride + column[None, :]
-    if to_positions is not None:
-        tl.store(to_positions + target + cell.to(tl.int64) * width, sums, (cell < cells) & inside)
-    if to_prefix is not None:
-        front = (cell - cells).to(tl.int64)
-        tl.store(to_prefix + target + front * width, sums, (cell >= cells) & (cell < rows) & inside)
+    column = tl.program_id(2).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    limit = tl.num_programs(2) * BLOCK_D if EVEN else width
+    inside = column < limit
+    place = column * stride_gd
+    sums = tl.zeros([BLOCK_D], wide)
+    if SUMMED:
+        cell, group = tl.program_id(0), tl.program_id(1)
+        begin_at, until = group.to(tl.int64) * group_size, tl.minimum((group + 1) * group_size, samples).to(tl.int64)
+        first_sample = begin_at
+    else:
+        begin_at = tl.program_id(0).to(tl.int64) * TOGETHER
+        until = samples.to(tl.int64) * cells
+        first_sample = begin_at // cells
+        cell = (begin_at - first_sample * cells).to(tl.int32)
+        group = 0
+    if cell < cells:
+        for start in range(begin_at, until if SUMMED else begin_at + TOGETHER, TOGETHER):
+            sample = start if SUMMED else first_sample
+            own = cell
+            chosen, rows, targets, reals = (), (), (), ()
+            for j in tl.static_range(TOGETHER):
+                real = start + j < until
+                pair = sample * cells + own
+                chosen += (tl.load(table + pair, real, -1),)
+                _, above = _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                rows += (above,)
+                targets += (pair * width,)
+                reals += (real,)
+                if SUMMED:
+                    sample += 1
+                else:
+                    own += 1
+                    sample += (own == cells).to(tl.int64)
+                    own = tl.where(own == cells, 0, own)
+            x = ()
+            least = chosen[0]
+            for j in tl.static_range(TOGETHER):
+                source = grad + (rows[j] + chosen[j].to(tl.int64) * stride_gr + place)
+                x += (tl.load(source, column < tl.where(chosen[j] >= 0, limit, 0), 0.0),)
+                least = tl.minimum(least, chosen[j])
+            for j in tl.static_range(TOGETHER):
+                if to_tokens is not None:
+                    written = column < tl.where(reals[j] & (chosen[j] >= -1), limit, 0)
+                    tl.store(to_tokens + (targets[j] + column), x[j], written)
+                if to_positions is not None:
+                    if chosen[j] >= 0:
+                        sums += x[j].to(wide)
+            if least < -1:  # a token that was kept more than once
+                sample = start if SUMMED else first_sample
+                own = cell
+                for step in range(TOGETHER):
+                    real = start + step < until
+                    pair = sample * cells + own
+                    found = tl.load(table + pair, real, -1)
+                    if found < -1:
+                        begin, above = _above(
+                            cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr
+                        )
+                        listed = members if SORTED else members + begin
+                        several = _sum_of_repeats(
+                            grad + above, listed, pieces, -2 - found, tl.load(lengths + pair),
+                            entries if SORTED else entries - begin, entries - begin,
+                            stride_gr, width, place, column, inside, wide, PIECE, STEP,
+                        )  # fmt: skip
+                        if to_tokens is not None:
+                            tl.store(to_tokens + (pair * width + column), several, inside)
+                        sums += several
+                    if SUMMED:
+                        sample += 1
+                    else:
+                        own += 1
+                        sample += (own == cells).to(tl.int64)
+                        own = tl.where(own == cells, 0, own)
+        if to_positions is not None:
+            target = to_positions + (group.to(tl.int64) * group_stride + cell.to(tl.int64) * width + column)
+            tl.store(target, sums, inside)
+    elif to_prefix is not None:
+        row = cell - cells
+        for start in range(begin_at, until, STEP):
+            sample = start + tl.arange(0, STEP)
+            real = sample < until
+            _, above = _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+            source = grad + (above + (row - prefix_rows) * stride_gr)[:, None] + place[None, :]
+            sums += tl.sum(tl.load(source, real[:, None] & inside[None, :], 0.0).to(wide), 0)
+        target = to_prefix + (group.to(tl.int64) * group_stride + row.to(tl.int64) * width + column)
+        tl.store(target, sums, inside)
+
+
+@triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows"])
+def pieces_kernel(
+    grad, members, pairs, cu_seqlens, pieces,
+    cells, pair_count, entries, width, per_sample, prefix_rows, stride_gb, stride_gr, stride_gd,
+    PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum the gradients of PIECE members that lie side by side, where all are one cell's; programs: the pieces."""
+    at = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+    pair = tl.load(pairs + at, at < entries, -1)
+    first = tl.min(pair, 0)
+    if (first >= 0) & (first < pair_count) & (tl.max(pair, 0) == first):
+        sample = (first // cells).to(tl.int64)
+        begin, above = _above(cu_seqlens, sample, True, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+        entry = tl.load(members + at)
+        there = (entry >= 0) & (begin + entry < entries)
+        source = grad + (above + entry.to(tl.int64) * stride_gr)[:, None]
+        for start in range(0, width, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            x = tl.load(source + column[None, :] * stride_gd, there[:, None] & (column < width)[None, :], 0.0)
+            target = pieces + tl.program_id(0).to(tl.int64) * width + column
+            tl.store(target, tl.sum(x.to(pieces.dtype.element_ty), 0), column < width)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -179,27 +293,34 @@ def backward(
         return tuple(x.zero_() for x in results)  # type: ignore[return-value]
     kept, cu_seqlens = kept.contiguous(), _dense(cu_seqlens)
     cells = tokens if need_tokens or need_positions else 0
-    head, following = kept_lists.lists(kept, cu_seqlens, samples, cells)
+    found = kept_lists.lists(kept, cu_seqlens, samples, cells)
+    per_sample = 0 if cu_seqlens is not None else kept.shape[1]
+    strides = grad.stride() if cu_seqlens is None else (0, *grad.stride())
+    pieces = None
+    if found.pairs is not None:
+        chosen = configuration("masked_gather", "pieces", _size_class(grad.dtype), architecture_of(grad))
+        count = triton.cdiv(kept.numel(), PIECE)
+        pieces = grad.new_empty(count, width, dtype=statistics_dtype(grad))
+        if count:
+            pieces_kernel[(count,)](
+                grad, found.members, found.pairs, cu_seqlens, pieces,
+                cells, samples * cells, kept.numel(), width, per_sample, prefix, *strides, PIECE=PIECE, **chosen.launch,
+            )  # fmt: skip
 
     summed = (tokens if need_positions else 0) + (prefix if need_prefix else 0)
-    groups = min(max(samples // _SAMPLES_A_GROUP, 1), _GROUPS) if summed else 0
-    chosen = configuration("masked_gather", "backward_sums" if summed else "backward", _size_class(grad.dtype),
-                           architecture_of(grad))  # fmt: skip
-    group_size = triton.cdiv(samples, groups or min(samples, _GRID_LIMIT))
+    groups = min(triton.cdiv(samples, _SAMPLES_A_GROUP), _GROUPS) if summed else 1
+    chosen = configuration("masked_gather", "backward", _size_class(grad.dtype), architecture_of(grad))
+    block_d, together = chosen.blocks["BLOCK_D"], chosen.blocks["TOGETHER"]
+    group_size = triton.cdiv(samples, groups)
     split = tokens * width if need_positions else 0
     partial = grad.new_empty(groups, summed * width, dtype=statistics_dtype(grad)) if groups > 1 else None
     sums_positions, sums_prefix = (to_positions, to_prefix) if partial is None else (partial, partial.view(-1)[split:])
-    grid = (
-        triton.cdiv(rows, chosen.blocks["BLOCK_N"]),
-        triton.cdiv(samples, group_size),
-        triton.cdiv(width, chosen.blocks["BLOCK_D"]),
-    )
-    strides = grad.stride() if cu_seqlens is None else (0, *grad.stride())
-    backward_kernel[grid](
-        grad, head, following, cu_seqlens, to_tokens if need_tokens else None,
+    programs = cells + prefix * need_prefix if summed else triton.cdiv(samples * cells, together)
+    backward_kernel[(programs, groups, triton.cdiv(width, block_d))](
+        grad, *found[:3], pieces, cu_seqlens, to_tokens if need_tokens else None,
         sums_positions if need_positions else None, sums_prefix if need_prefix else None,
-        samples, cells, kept.numel(), width, 0 if cu_seqlens is not None else kept.shape[1], prefix, rows, group_size,
-        summed * width, *strides, **chosen.launch,
+        samples, cells, kept.numel(), width, per_sample, prefix, group_size, summed * width, *strides,
+        SORTED=found.pairs is not None, EVEN=width % block_d == 0, PIECE=PIECE, STEP=STEP, **chosen.launch,
     )  # fmt: skip
     if partial is not None:
         adding = configuration("masked_gather", "sum_groups", "any", architecture_of(grad))
