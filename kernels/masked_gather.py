@@ -2,11 +2,15 @@
 
 Bytes, for B samples of N tokens of D numbers of e bytes, K kept tokens and P prefix rows. Forward reads B K D e, writes
 B (P + K) D e, and reads N D e of positions and 8 B K of indices. Backward reads B (P + K) D e once for all three
-gradients, and writes B N D e once, zeros included. It moves 16 B K + 8 B N of indices and lists (`kernels.kept`).
+gradients, and writes B N D e once, zeros included. It moves 24 B K + 12 B N of indices and their table
+(`kernels.kept`).
 
-The programs that write the tokens' gradient also make the sums over samples for positions and prefix: each owns some
-cells of a group of samples. A single group writes the sums to their place. Several groups (for many samples) write
+A program that writes the tokens' gradient also makes the sums over samples for positions: it owns a cell, and goes
+through a group of samples. A single group writes the sums to their place. Several groups (for many samples) write
 partial sums, 8 (N + P) D bytes for each group written and read again, which a second kernel adds.
+
+A cell that was kept by many entries of a long sample has pieces: `pieces_kernel` adds each 32 of them in a program of
+its own, so that no program reads hundreds of rows one after another.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ def forward_kernel(
 
 @triton.jit
 def _sum_of_repeats(
-    rows, members, pieces, place, length, places, entries, stride_gr, width, offset, column, inside,
+    rows, members, pieces, place, length, places, entries, stride_gr, width, column, inside,
     WIDE: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Sum the gradients of a cell's members, `length` from `place` on; those of whole pieces are already added."""
@@ -86,7 +90,7 @@ def _sum_of_repeats(
         for start in range(first, last, STEP):
             entry, there = step_of_members(members, start, last, STEP)
             there &= (entry >= 0) & (entry < entries)
-            source = rows + (entry.to(tl.int64) * stride_gr)[:, None] + offset[None, :]
+            source = rows[None, :] + (entry.to(tl.int64) * stride_gr)[:, None]
             sums += tl.sum(tl.load(source, there[:, None] & inside[None, :], 0.0).to(WIDE), 0)
     if pieces is not None:
         for start in range(inner // PIECE, outer // PIECE, STEP):
@@ -97,14 +101,44 @@ def _sum_of_repeats(
 
 
 @triton.jit
-def _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr):
-    """Return the first entry of a sample, held inside `kept`, and the offset of its first token's gradient."""
+def _begin(cu_seqlens, sample, real, per_sample, entries):
+    """Return the first entry of a sample, held inside `kept`."""
     if cu_seqlens is None:
-        begin, above = sample * per_sample, sample * stride_gb + prefix_rows * stride_gr
+        begin = sample * per_sample
     else:
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0), entries).to(tl.int64)
+    return begin
+
+
+@triton.jit
+def _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr):
+    """Return the offset of the gradient of a sample's first token."""
+    if cu_seqlens is None:
+        above = sample * stride_gb + prefix_rows * stride_gr
+    else:
+        begin = _begin(cu_seqlens, sample, real, per_sample, entries)
         above = (begin + (sample + 1) * prefix_rows) * stride_gr
-    return begin, above
+    return above
+
+
+@triton.jit
+def _zeros(PARTS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    made = ()
+    for _ in tl.static_range(PARTS):
+        made += (tl.zeros([BLOCK_D], WIDE),)
+    return made
+
+
+@triton.jit
+def _next(sample, cell, cells, SUMMED: tl.constexpr):
+    """Return the next sample with the same cell, or else the next (sample, cell)."""
+    if SUMMED:
+        sample += 1
+    else:
+        cell += 1
+        sample += (cell == cells).to(tl.int64)
+        cell = tl.where(cell == cells, 0, cell)
+    return sample, cell
 
 
 @triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows", "group_size"])
@@ -112,105 +146,112 @@ def backward_kernel(
     grad, table, lengths, members, pieces, cu_seqlens, to_tokens, to_positions, to_prefix,
     samples, cells, entries, width, per_sample, prefix_rows, group_size, group_stride,
     stride_gb, stride_gr, stride_gd,
-    SORTED: tl.constexpr, EVEN: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr, PIECE: tl.constexpr,
-    STEP: tl.constexpr,
+    SORTED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Sum gradients. `TOGETHER` rows are under way at a time; a row of a cell that nobody chose is zeros, and not read.
 
-    Programs with sums: (cell, then prefix row; group of samples; block of columns). A program goes through the samples
-    of its group. Programs without: (`TOGETHER` pairs of sample and cell; 1; block of columns).
+    Programs with sums: (cell, then prefix row; group of samples; `PARTS` blocks of columns). A program goes through the
+    samples of its group. Programs without: (`TOGETHER` pairs of sample and cell; 1; `PARTS` blocks of columns).
     """
     SUMMED: tl.constexpr = to_positions is not None or to_prefix is not None
     wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
-    column = tl.program_id(2).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    limit = tl.num_programs(2) * BLOCK_D if EVEN else width
-    inside = column < limit
-    place = column * stride_gd
-    sums = tl.zeros([BLOCK_D], wide)
+    column = tl.program_id(2).to(tl.int64) * (PARTS * BLOCK_D) + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    limit = tl.num_programs(2) * (PARTS * BLOCK_D) if EVEN else width
+    grad += column * stride_gd
+    part_stride = BLOCK_D * stride_gd
     if SUMMED:
         cell, group = tl.program_id(0), tl.program_id(1)
-        begin_at, until = group.to(tl.int64) * group_size, tl.minimum((group + 1) * group_size, samples).to(tl.int64)
-        first_sample = begin_at
+        first = group.to(tl.int64) * group_size
+        sample, until = first, tl.minimum((group + 1) * group_size, samples).to(tl.int64)
+        last = until
     else:
-        begin_at = tl.program_id(0).to(tl.int64) * TOGETHER
-        until = samples.to(tl.int64) * cells
-        first_sample = begin_at // cells
-        cell = (begin_at - first_sample * cells).to(tl.int32)
-        group = 0
+        first = tl.program_id(0).to(tl.int64) * TOGETHER
+        last, until = first + TOGETHER, samples.to(tl.int64) * cells
+        sample = first // cells
+        cell, group = (first - sample * cells).to(tl.int32), 0
+    sums = _zeros(PARTS, BLOCK_D, wide)
     if cell < cells:
-        for start in range(begin_at, until if SUMMED else begin_at + TOGETHER, TOGETHER):
-            sample = start if SUMMED else first_sample
-            own = cell
-            chosen, rows, targets, reals = (), (), (), ()
+        pair = sample * cells + cell
+        advance = cells if SUMMED else 1
+        for start in range(first, last, TOGETHER):
+            chosen, x = (), ()
+            least = -1
+            for j in tl.static_range(TOGETHER):
+                found = tl.load(table + pair + j * advance, start + j < until, -1)
+                chosen += (found,)
+                least = tl.minimum(least, found)
+            own, its = sample, cell
             for j in tl.static_range(TOGETHER):
                 real = start + j < until
-                pair = sample * cells + own
-                chosen += (tl.load(table + pair, real, -1),)
-                _, above = _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
-                rows += (above,)
-                targets += (pair * width,)
-                reals += (real,)
-                if SUMMED:
-                    sample += 1
-                else:
-                    own += 1
-                    sample += (own == cells).to(tl.int64)
-                    own = tl.where(own == cells, 0, own)
-            x = ()
-            least = chosen[0]
-            for j in tl.static_range(TOGETHER):
-                source = grad + (rows[j] + chosen[j].to(tl.int64) * stride_gr + place)
-                x += (tl.load(source, column < tl.where(chosen[j] >= 0, limit, 0), 0.0),)
-                least = tl.minimum(least, chosen[j])
-            for j in tl.static_range(TOGETHER):
-                if to_tokens is not None:
-                    written = column < tl.where(reals[j] & (chosen[j] >= -1), limit, 0)
-                    tl.store(to_tokens + (targets[j] + column), x[j], written)
-                if to_positions is not None:
+                above = _above(cu_seqlens, own, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                source = grad + (above + chosen[j].to(tl.int64) * stride_gr)
+                read = tl.where(chosen[j] >= 0, limit, 0)
+                for part in tl.static_range(PARTS):
+                    x += (tl.load(source + part * part_stride, column + part * BLOCK_D < read, 0.0),)
+                own, its = _next(own, its, cells, SUMMED)
+            if to_tokens is not None:
+                target = to_tokens + (pair * width + column)
+                for j in tl.static_range(TOGETHER):
+                    written = tl.where((start + j < until) & (chosen[j] >= -1), limit, 0)
+                    for part in tl.static_range(PARTS):
+                        there = column + part * BLOCK_D < written
+                        tl.store(target + part * BLOCK_D, x[j * PARTS + part], there)
+                    target += advance * width
+            if to_positions is not None:
+                for j in tl.static_range(TOGETHER):
                     if chosen[j] >= 0:
-                        sums += x[j].to(wide)
+                        more = ()
+                        for part in tl.static_range(PARTS):
+                            more += (sums[part] + x[j * PARTS + part].to(wide),)
+                        sums = more
             if least < -1:  # a token that was kept more than once
-                sample = start if SUMMED else first_sample
-                own = cell
+                own, its = sample, cell
                 for step in range(TOGETHER):
                     real = start + step < until
-                    pair = sample * cells + own
-                    found = tl.load(table + pair, real, -1)
-                    if found < -1:
-                        begin, above = _above(
-                            cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr
-                        )
-                        listed = members if SORTED else members + begin
-                        several = _sum_of_repeats(
-                            grad + above, listed, pieces, -2 - found, tl.load(lengths + pair),
-                            entries if SORTED else entries - begin, entries - begin,
-                            stride_gr, width, place, column, inside, wide, PIECE, STEP,
-                        )  # fmt: skip
-                        if to_tokens is not None:
-                            tl.store(to_tokens + (pair * width + column), several, inside)
-                        sums += several
-                    if SUMMED:
-                        sample += 1
-                    else:
-                        own += 1
-                        sample += (own == cells).to(tl.int64)
-                        own = tl.where(own == cells, 0, own)
+                    several = tl.load(table + pair + step * advance, real, -1)
+                    if several < -1:
+                        begin = _begin(cu_seqlens, own, real, per_sample, entries)
+                        above = _above(cu_seqlens, own, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                        its_pair = pair + step * advance
+                        more = ()
+                        for part in tl.static_range(PARTS):
+                            offset = part * BLOCK_D
+                            inside = column + offset < limit
+                            total = _sum_of_repeats(
+                                grad + (above + part * part_stride), members if SORTED else members + begin, pieces,
+                                -2 - several, tl.load(lengths + its_pair), entries if SORTED else entries - begin,
+                                entries - begin, stride_gr, width, column + offset, inside, wide, PIECE, STEP,
+                            )  # fmt: skip
+                            if to_tokens is not None:
+                                tl.store(to_tokens + (its_pair * width + column + offset), total, inside)
+                            more += (sums[part] + total,)
+                        sums = more
+                    own, its = _next(own, its, cells, SUMMED)
+            pair += TOGETHER * advance
+            if SUMMED:
+                sample += TOGETHER
         if to_positions is not None:
             target = to_positions + (group.to(tl.int64) * group_stride + cell.to(tl.int64) * width + column)
-            tl.store(target, sums, inside)
+            for part in tl.static_range(PARTS):
+                tl.store(target + part * BLOCK_D, sums[part], column + part * BLOCK_D < limit)
     elif to_prefix is not None:
         row = cell - cells
-        for start in range(begin_at, until, STEP):
-            sample = start + tl.arange(0, STEP)
-            real = sample < until
-            _, above = _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
-            source = grad + (above + (row - prefix_rows) * stride_gr)[:, None] + place[None, :]
-            sums += tl.sum(tl.load(source, real[:, None] & inside[None, :], 0.0).to(wide), 0)
         target = to_prefix + (group.to(tl.int64) * group_stride + row.to(tl.int64) * width + column)
-        tl.store(target, sums, inside)
+        for part in tl.static_range(PARTS):
+            inside = column + part * BLOCK_D < limit
+            total = tl.zeros([BLOCK_D], wide)
+            for start in range(first, until, STEP):
+                one = start + tl.arange(0, STEP)
+                real = one < until
+                above = _above(cu_seqlens, one, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                offset = above + (row - prefix_rows) * stride_gr + part * part_stride
+                source = grad[None, :] + offset[:, None]
+                total += tl.sum(tl.load(source, real[:, None] & inside[None, :], 0.0).to(wide), 0)
+            tl.store(target + part * BLOCK_D, total, inside)
 
 
-@triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows"])
+@triton.jit(do_not_specialize=["cells", "pair_count", "entries", "per_sample", "prefix_rows"])
 def pieces_kernel(
     grad, members, pairs, cu_seqlens, pieces,
     cells, pair_count, entries, width, per_sample, prefix_rows, stride_gb, stride_gr, stride_gd,
@@ -222,7 +263,8 @@ def pieces_kernel(
     first = tl.min(pair, 0)
     if (first >= 0) & (first < pair_count) & (tl.max(pair, 0) == first):
         sample = (first // cells).to(tl.int64)
-        begin, above = _above(cu_seqlens, sample, True, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+        begin = _begin(cu_seqlens, sample, True, per_sample, entries)
+        above = _above(cu_seqlens, sample, True, per_sample, prefix_rows, entries, stride_gb, stride_gr)
         entry = tl.load(members + at)
         there = (entry >= 0) & (begin + entry < entries)
         source = grad + (above + entry.to(tl.int64) * stride_gr)[:, None]
@@ -310,17 +352,19 @@ def backward(
     summed = (tokens if need_positions else 0) + (prefix if need_prefix else 0)
     groups = min(triton.cdiv(samples, _SAMPLES_A_GROUP), _GROUPS) if summed else 1
     chosen = configuration("masked_gather", "backward", _size_class(grad.dtype), architecture_of(grad))
-    block_d, together = chosen.blocks["BLOCK_D"], chosen.blocks["TOGETHER"]
+    together, blocks = chosen.blocks["TOGETHER"], triton.cdiv(width, chosen.blocks["BLOCK_D"])
+    parts = next(parts for parts in (3, 2, 1) if blocks % parts == 0)
     group_size = triton.cdiv(samples, groups)
     split = tokens * width if need_positions else 0
     partial = grad.new_empty(groups, summed * width, dtype=statistics_dtype(grad)) if groups > 1 else None
     sums_positions, sums_prefix = (to_positions, to_prefix) if partial is None else (partial, partial.view(-1)[split:])
     programs = cells + prefix * need_prefix if summed else triton.cdiv(samples * cells, together)
-    backward_kernel[(programs, groups, triton.cdiv(width, block_d))](
+    backward_kernel[(programs, groups, blocks // parts)](
         grad, *found[:3], pieces, cu_seqlens, to_tokens if need_tokens else None,
         sums_positions if need_positions else None, sums_prefix if need_prefix else None,
         samples, cells, kept.numel(), width, per_sample, prefix, group_size, summed * width, *strides,
-        SORTED=found.pairs is not None, EVEN=width % block_d == 0, PIECE=PIECE, STEP=STEP, **chosen.launch,
+        SORTED=found.pairs is not None, EVEN=width % chosen.blocks["BLOCK_D"] == 0, PARTS=parts,
+        PIECE=PIECE, STEP=STEP, **chosen.launch,
     )  # fmt: skip
     if partial is not None:
         adding = configuration("masked_gather", "sum_groups", "any", architecture_of(grad))
@@ -387,24 +431,42 @@ def _compilations(dtype: torch.dtype, ragged: bool) -> list[Compilation]:
         )
     ]  # fmt: skip
     wide = "*fp64" if dtype == torch.float64 else "*fp32"
-    for kernel, sums in (("backward", None), ("backward_sums", kind), ("backward_sums", wide)):
-        chosen = configuration("masked_gather", kernel, size, 80)
+    lists = dict.fromkeys(("table", "lengths", "members"), "*i32")
+    chosen = configuration("masked_gather", "backward", size, 80)
+    for sums, is_sorted in ((None, True), (kind, False), (wide, False)):
         targets = {} if sums is None else {"to_positions": sums, "to_prefix": sums}
+        pieces = {"pieces": wide} if is_sorted else {}
         made.append(
             Compilation(
-                f"masked_gather_{kernel}_{'' if sums is None else 'to_' + sums[1:] + '_'}{name}",
+                f"masked_gather_backward_{'' if sums is None else 'sums_to_' + sums[1:] + '_'}{name}",
                 backward_kernel,
                 {
-                    "grad": kind, "head": "*i32", "following": "*i32", **boundaries, "to_tokens": kind, **targets,
-                    **integers("samples cells entries width per_sample prefix_rows rows group_size group_stride"),
+                    "grad": kind, **lists, **pieces, **boundaries, "to_tokens": kind, **targets,
+                    **integers("samples cells entries width per_sample prefix_rows group_size group_stride"),
                     **integers("stride_gb stride_gr"),
                 },
                 {
                     **absent, **({} if targets else {"to_positions": None, "to_prefix": None}), "stride_gd": 1,
-                    **chosen.blocks,
+                    **({} if pieces else {"pieces": None}), "SORTED": is_sorted, "EVEN": True, "PARTS": 3,
+                    "PIECE": PIECE, "STEP": STEP, **chosen.blocks,
                 },
                 dict.fromkeys(("width", "group_stride", "stride_gb", "stride_gr"), 16),
                 chosen.options,
             )
         )  # fmt: skip
-    return made[:3] if kind == wide else made
+    if kind == wide:
+        made.pop()
+    chosen = configuration("masked_gather", "pieces", size, 80)
+    made.append(
+        Compilation(
+            f"masked_gather_pieces_{name}", pieces_kernel,
+            {
+                "grad": kind, "members": "*i32", "pairs": "*i32", **boundaries, "pieces": wide,
+                **integers("cells pair_count entries width per_sample prefix_rows stride_gb stride_gr"),
+            },
+            {**absent, "stride_gd": 1, "PIECE": PIECE, **chosen.blocks},
+            dict.fromkeys(("width", "stride_gb", "stride_gr"), 16),
+            chosen.options,
+        )
+    )  # fmt: skip
+    return made
