@@ -260,7 +260,7 @@ def _sorted(
 ) -> Lists:  # fmt: skip
     """Make the lists of long samples: entries are counted, moved to bins, and each bin is ordered."""
     total, count = kept.numel(), samples * cells
-    shift = max((count - 1).bit_length() - (BINS - 1).bit_length(), 0)
+    shift = _shift(count, total)
     bins, chunks = triton.cdiv(count, 1 << shift), max(triton.cdiv(total, CHUNK), 1)
     width = triton.next_power_of_2(bins)
     counts, totals, starts = (_integers(size, kept) for size in (chunks * bins, bins, bins))
@@ -285,6 +285,15 @@ def _sorted(
         0, total, count, shift, BINS=min(1 << shift, BINS), **chosen.launch,
     )  # fmt: skip
     return made._replace(pairs=ordered)
+
+
+def _shift(pairs: int, total: int) -> int:
+    """Choose the pairs of a bin, 1 << shift: one, where these are few; else a bin has work for a program or two."""
+    if pairs <= BINS:
+        return 0
+    bits, most = (pairs - 1).bit_length(), (BINS - 1).bit_length()
+    wanted = bits - (triton.cdiv(total, CHUNK // 4)).bit_length()
+    return max(bits - most, min(wanted, most))
 
 
 def _integers(size: int, like: Tensor) -> Tensor:
