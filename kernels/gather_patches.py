@@ -4,7 +4,7 @@ The kernels work on lines of patches: `patch_size` numbers that lie side by side
 for T kept patches of C P^2 numbers: forward reads the numbers once in the images' type, writes them once in the
 result's, and reads 8 T bytes of indices. (A line of 16 uint8 is half a 32-byte sector; where its neighbour is not kept,
 the other half is read for nothing.) Backward reads the T C P^2 numbers of the gradient. It writes the whole gradient of
-the images once, zeros included. It moves 16 T + 8 B N bytes of indices and lists (`kernels.kept`).
+the images once, zeros included. It moves 16 T + 8 B N bytes of indices and their table (`kernels.kept`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oner_fast.kernels import kept as kept_lists
-from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
+from oner_fast.kernels.kept import sample_of_row, search_steps
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 
 
@@ -67,9 +67,9 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["samples", "entries", "per_sample", "cells", "across", "lines_each"])
 def backward_kernel(
-    grad, head, following, std, cu_seqlens, to_images,
+    grad, table, lengths, members, std, cu_seqlens, to_images,
     samples, entries, per_sample, cells, across, lines_each, stride_gb, stride_gk, stride_gd,
-    PATCH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr,
+    SORTED: tl.constexpr, PATCH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the images; lines are in image order: a row of pixels patch by patch, then the next row."""
     channel = tl.program_id(1)
@@ -92,14 +92,17 @@ def backward_kernel(
     wide: tl.constexpr = (
         tl.float64 if grad.dtype.element_ty == tl.float64 or to_images.dtype.element_ty == tl.float64 else tl.float32
     )
-    entry = tl.load(head + sample * cells + cell, real, -1)
-    source = grad + (above + entry.to(tl.int64) * stride_gk)[:, None] + place
-    sums = tl.load(source, (entry >= 0)[:, None] & inside, 0.0).to(wide)
-    entry = next_entry(following, begin, entry, entries)
-    while tl.max(entry, 0) >= 0:  # a patch that was kept more than once
+    pair = sample * cells + cell
+    found = tl.load(table + pair, real, -1)
+    source = grad + (above + found.to(tl.int64) * stride_gk)[:, None] + place
+    sums = tl.load(source, (found >= 0)[:, None] & inside, 0.0).to(wide)
+    length = tl.load(lengths + pair, found < -1, 0)  # of patches that were kept more than once
+    first = (-2 - found).to(tl.int64) if SORTED else begin - 2 - found
+    for step in range(tl.max(length, 0)):
+        entry = tl.load(members + first + step, (step < length) & (first + step < entries), -1)
+        there = (entry >= 0) & (begin + entry < entries)
         source = grad + (above + entry.to(tl.int64) * stride_gk)[:, None] + place
-        sums += tl.load(source, (entry >= 0)[:, None] & inside, 0.0).to(wide)
-        entry = next_entry(following, begin, entry, entries)
+        sums += tl.load(source, there[:, None] & inside, 0.0).to(wide)
     if std is not None:
         sums /= tl.load(std + channel).to(wide)
     target = ((sample * tl.num_programs(1) + channel) * lines_each + line) * PATCH  # [BLOCK_L]
@@ -149,15 +152,15 @@ def backward(
     across = width // patch_size
     cells = (height // patch_size) * across
     kept, cu_seqlens = kept.contiguous(), _dense(cu_seqlens)
-    head, following = kept_lists.lists(kept, cu_seqlens, samples, cells)
+    found = kept_lists.lists(kept, cu_seqlens, samples, cells)
     grid, tile = _tiles(
         "backward", samples * height * across, channels, patch_size, (grad.dtype, dtype), architecture_of(grad)
     )
     strides = grad.stride() if cu_seqlens is None else (0, *grad.stride())
     backward_kernel[grid](
-        grad, head, following, _dense(std), cu_seqlens, to_images,
+        grad, *found[:3], _dense(std), cu_seqlens, to_images,
         samples, kept.numel(), 0 if cu_seqlens is not None else kept.shape[1], cells, across, height * across,
-        *strides, **tile,
+        *strides, SORTED=found.pairs is not None, **tile,
     )  # fmt: skip
     return to_images
 
@@ -229,11 +232,11 @@ def _compilations(ragged: bool, patch: int, pixels: torch.dtype, result: torch.d
                 f"gather_patches_backward_{name}",
                 backward_kernel,
                 {
-                    "grad": rows, "head": "*i32", "following": "*i32", "std": "*fp64", **boundaries,
+                    "grad": rows, **dict.fromkeys(("table", "lengths", "members"), "*i32"), "std": "*fp64", **boundaries,
                     "to_images": images,
                     **integers("samples entries per_sample cells across lines_each stride_gb stride_gk"),
                 },
-                {**constexprs, "stride_gd": 1},
+                {**constexprs, "stride_gd": 1, "SORTED": False},
                 dict.fromkeys(("stride_gb", "stride_gk"), 16 if patch == 16 else 1),
                 options,
             )

@@ -2,11 +2,15 @@
 
 Bytes, for B samples of N tokens of D numbers of e bytes, K kept tokens and P prefix rows. Forward reads B K D e, writes
 B (P + K) D e, and reads N D e of positions and 8 B K of indices. Backward reads B (P + K) D e once for all three
-gradients, and writes B N D e once, zeros included. It moves 16 B K + 8 B N of indices and lists (`kernels.kept`).
+gradients, and writes B N D e once, zeros included. It moves 24 B K + 12 B N of indices and their table
+(`kernels.kept`).
 
-The programs that write the tokens' gradient also make the sums over samples for positions and prefix: each owns some
-cells of a group of samples. A single group writes the sums to their place. Several groups (for many samples) write
+A program that writes the tokens' gradient also makes the sums over samples for positions: it owns a cell, and goes
+through a group of samples. A single group writes the sums to their place. Several groups (for many samples) write
 partial sums, 8 (N + P) D bytes for each group written and read again, which a second kernel adds.
+
+A cell that was kept by many entries of a long sample has pieces: `pieces_kernel` adds each 32 of them in a program of
+its own, so that no program reads hundreds of rows one after another.
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.kernels import kept as kept_lists
-from oner_fast.kernels.kept import next_entry, sample_of_row, search_steps
+from oner_fast.kernels.kept import STEP, sample_of_row, search_steps, step_of_members
 from oner_fast.kernels.launch import Compilation, architecture_of, configuration, triton_type
 
-_SAMPLES_A_GROUP = 64  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
+PIECE = 32  # members whose sum is made before, where a cell has many
+_SAMPLES_A_GROUP = 32  # groups depend on shapes alone, so that the bits of a gradient do not depend on the GPU
 _GROUPS = 16
-_GRID_LIMIT = 65535  # the most programs along every axis but the first
 
 
 @triton.jit(do_not_specialize=["rows", "entries", "samples", "cells", "per_sample", "prefix_rows", "steps"])
@@ -68,55 +72,207 @@ def forward_kernel(
     tl.store(out + row[:, None] * width + place, x, (row < rows)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows", "rows", "group_size"])
-def backward_kernel(
-    grad, head, following, cu_seqlens, to_tokens, to_positions, to_prefix,
-    samples, cells, entries, width, per_sample, prefix_rows, rows, group_size, group_stride,
-    stride_gb, stride_gr, stride_gd,
-    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit
+def _sum_of_repeats(
+    rows, members, pieces, place, length, places, entries, stride_gr, width, column, inside,
+    WIDE: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Sum gradients; programs: (block of cells, then of prefix rows; group of samples; block of columns)."""
-    cell = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    column = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    is_cell = (cell < cells)[None, :]
-    is_prefix = ((cell >= cells) & (cell < rows))[None, :]
-    inside = (column < width)[None, None, :]
-    place = column.to(tl.int64)[None, None, :]
+    """Sum the gradients of a cell's members, `length` from `place` on; those of whole pieces are already added."""
+    until = tl.minimum(place + length, places)
+    place, inner, outer = place.to(until.dtype), until, until
+    if pieces is not None:
+        if length >= 2 * PIECE:
+            inner, outer = tl.cdiv(place, PIECE) * PIECE, until // PIECE * PIECE
+    sums = tl.zeros(column.shape, WIDE)
+    for part in tl.static_range(2):  # before the pieces, and behind them
+        first = place if part == 0 else outer
+        last = inner if part == 0 else until
+        for start in range(first, last, STEP):
+            entry, there = step_of_members(members, start, last, STEP)
+            there &= (entry >= 0) & (entry < entries)
+            source = rows[None, :] + (entry.to(tl.int64) * stride_gr)[:, None]
+            sums += tl.sum(tl.load(source, there[:, None] & inside[None, :], 0.0).to(WIDE), 0)
+    if pieces is not None:
+        for start in range(inner // PIECE, outer // PIECE, STEP):
+            piece = start + tl.arange(0, STEP)
+            source = pieces + (piece.to(tl.int64) * width)[:, None] + column[None, :]
+            sums += tl.sum(tl.load(source, (piece < outer // PIECE)[:, None] & inside[None, :], 0.0), 0)
+    return sums
+
+
+@triton.jit
+def _begin(cu_seqlens, sample, real, per_sample, entries):
+    """Return the first entry of a sample, held inside `kept`."""
+    if cu_seqlens is None:
+        begin = sample * per_sample
+    else:
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0), entries).to(tl.int64)
+    return begin
+
+
+@triton.jit
+def _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb, stride_gr):
+    """Return the offset of the gradient of a sample's first token."""
+    if cu_seqlens is None:
+        above = sample * stride_gb + prefix_rows * stride_gr
+    else:
+        begin = _begin(cu_seqlens, sample, real, per_sample, entries)
+        above = (begin + (sample + 1) * prefix_rows) * stride_gr
+    return above
+
+
+@triton.jit
+def _zeros(PARTS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    made = ()
+    for _ in tl.static_range(PARTS):
+        made += (tl.zeros([BLOCK_D], WIDE),)
+    return made
+
+
+@triton.jit
+def _next(sample, cell, cells, SUMMED: tl.constexpr):
+    """Return the next sample with the same cell, or else the next (sample, cell)."""
+    if SUMMED:
+        sample += 1
+    else:
+        cell += 1
+        sample += (cell == cells).to(tl.int64)
+        cell = tl.where(cell == cells, 0, cell)
+    return sample, cell
+
+
+@triton.jit(do_not_specialize=["samples", "cells", "entries", "per_sample", "prefix_rows", "group_size"])
+def backward_kernel(
+    grad, table, lengths, members, pieces, cu_seqlens, to_tokens, to_positions, to_prefix,
+    samples, cells, entries, width, per_sample, prefix_rows, group_size, group_stride,
+    stride_gb, stride_gr, stride_gd,
+    SORTED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_D: tl.constexpr,
+    PIECE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Sum gradients. `TOGETHER` rows are under way at a time; a row of a cell that nobody chose is zeros, and not read.
+
+    Programs with sums: (cell, then prefix row; group of samples; `PARTS` blocks of columns). A program goes through the
+    samples of its group. Programs without: (`TOGETHER` pairs of sample and cell; 1; `PARTS` blocks of columns).
+    """
+    SUMMED: tl.constexpr = to_positions is not None or to_prefix is not None
     wide: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
-    sums = tl.zeros([BLOCK_N, BLOCK_D], wide)
-    group = tl.program_id(1)
-    until = tl.minimum((group + 1) * group_size, samples)
-    for start in range(group * group_size, until, BLOCK_S):
-        sample = (start + tl.arange(0, BLOCK_S))[:, None]  # [BLOCK_S, 1]
-        real = sample < until
-        sample = sample.to(tl.int64)
-        if cu_seqlens is None:
-            begin, above = sample * per_sample, sample * stride_gb
-        else:
-            begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + sample, real, 0), 0), entries).to(tl.int64)
-            above = (begin + sample * prefix_rows) * stride_gr
-        entry = tl.load(head + sample * cells + cell[None, :], real & is_cell, -1)  # [BLOCK_S, BLOCK_N]
-        there = (entry >= 0) | (real & is_prefix)
-        row = tl.where(is_cell, prefix_rows + entry, cell[None, :] - cells).to(tl.int64)
-        source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
-        x = tl.load(source, there[:, :, None] & inside, 0.0).to(wide)  # [BLOCK_S, BLOCK_N, BLOCK_D]
-        entry = next_entry(following, begin, entry, entries)
-        while tl.max(tl.max(entry, 1), 0) >= 0:  # a token that was kept more than once
-            row = (prefix_rows + entry).to(tl.int64)
-            source = grad + (above + row * stride_gr)[:, :, None] + place * stride_gd
-            x += tl.load(source, (entry >= 0)[:, :, None] & inside, 0.0).to(wide)
-            entry = next_entry(following, begin, entry, entries)
-        if to_tokens is not None:
-            target = to_tokens + ((sample * cells + cell[None, :]) * width)[:, :, None] + place
-            tl.store(target, x, (real & is_cell)[:, :, None] & inside)
-        sums += tl.sum(x, 0)
-    cell, inside = cell[:, None], (column < width)[None, :]
-    target = group.to(tl.int64) * group_stride + column[None, :]
-    if to_positions is not None:
-        tl.store(to_positions + target + cell.to(tl.int64) * width, sums, (cell < cells) & inside)
-    if to_prefix is not None:
-        front = (cell - cells).to(tl.int64)
-        tl.store(to_prefix + target + front * width, sums, (cell >= cells) & (cell < rows) & inside)
+    column = tl.program_id(2).to(tl.int64) * (PARTS * BLOCK_D) + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    limit = tl.num_programs(2) * (PARTS * BLOCK_D) if EVEN else width
+    grad += column * stride_gd
+    part_stride = BLOCK_D * stride_gd
+    if SUMMED:
+        cell, group = tl.program_id(0), tl.program_id(1)
+        first = group.to(tl.int64) * group_size
+        sample, until = first, tl.minimum((group + 1) * group_size, samples).to(tl.int64)
+        last = until
+    else:
+        first = tl.program_id(0).to(tl.int64) * TOGETHER
+        last, until = first + TOGETHER, samples.to(tl.int64) * cells
+        sample = first // cells
+        cell, group = (first - sample * cells).to(tl.int32), 0
+    sums = _zeros(PARTS, BLOCK_D, wide)
+    if cell < cells:
+        pair = sample * cells + cell
+        advance = cells if SUMMED else 1
+        for start in range(first, last, TOGETHER):
+            chosen, x = (), ()
+            least = -1
+            for j in tl.static_range(TOGETHER):
+                found = tl.load(table + pair + j * advance, start + j < until, -1)
+                chosen += (found,)
+                least = tl.minimum(least, found)
+            own, its = sample, cell
+            for j in tl.static_range(TOGETHER):
+                real = start + j < until
+                above = _above(cu_seqlens, own, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                source = grad + (above + chosen[j].to(tl.int64) * stride_gr)
+                read = tl.where(chosen[j] >= 0, limit, 0)
+                for part in tl.static_range(PARTS):
+                    x += (tl.load(source + part * part_stride, column + part * BLOCK_D < read, 0.0),)
+                own, its = _next(own, its, cells, SUMMED)
+            if to_tokens is not None:
+                target = to_tokens + (pair * width + column)
+                for j in tl.static_range(TOGETHER):
+                    written = tl.where((start + j < until) & (chosen[j] >= -1), limit, 0)
+                    for part in tl.static_range(PARTS):
+                        there = column + part * BLOCK_D < written
+                        tl.store(target + part * BLOCK_D, x[j * PARTS + part], there)
+                    target += advance * width
+            if to_positions is not None:
+                for j in tl.static_range(TOGETHER):
+                    if chosen[j] >= 0:
+                        more = ()
+                        for part in tl.static_range(PARTS):
+                            more += (sums[part] + x[j * PARTS + part].to(wide),)
+                        sums = more
+            if least < -1:  # a token that was kept more than once
+                own, its = sample, cell
+                for step in range(TOGETHER):
+                    real = start + step < until
+                    several = tl.load(table + pair + step * advance, real, -1)
+                    if several < -1:
+                        begin = _begin(cu_seqlens, own, real, per_sample, entries)
+                        above = _above(cu_seqlens, own, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                        its_pair = pair + step * advance
+                        more = ()
+                        for part in tl.static_range(PARTS):
+                            offset = part * BLOCK_D
+                            inside = column + offset < limit
+                            total = _sum_of_repeats(
+                                grad + (above + part * part_stride), members if SORTED else members + begin, pieces,
+                                -2 - several, tl.load(lengths + its_pair), entries if SORTED else entries - begin,
+                                entries - begin, stride_gr, width, column + offset, inside, wide, PIECE, STEP,
+                            )  # fmt: skip
+                            if to_tokens is not None:
+                                tl.store(to_tokens + (its_pair * width + column + offset), total, inside)
+                            more += (sums[part] + total,)
+                        sums = more
+                    own, its = _next(own, its, cells, SUMMED)
+            pair += TOGETHER * advance
+            if SUMMED:
+                sample += TOGETHER
+        if to_positions is not None:
+            target = to_positions + (group.to(tl.int64) * group_stride + cell.to(tl.int64) * width + column)
+            for part in tl.static_range(PARTS):
+                tl.store(target + part * BLOCK_D, sums[part], column + part * BLOCK_D < limit)
+    elif to_prefix is not None:
+        row = cell - cells
+        target = to_prefix + (group.to(tl.int64) * group_stride + row.to(tl.int64) * width + column)
+        for part in tl.static_range(PARTS):
+            inside = column + part * BLOCK_D < limit
+            total = tl.zeros([BLOCK_D], wide)
+            for start in range(first, until, STEP):
+                one = start + tl.arange(0, STEP)
+                real = one < until
+                above = _above(cu_seqlens, one, real, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+                offset = above + (row - prefix_rows) * stride_gr + part * part_stride
+                source = grad[None, :] + offset[:, None]
+                total += tl.sum(tl.load(source, real[:, None] & inside[None, :], 0.0).to(wide), 0)
+            tl.store(target + part * BLOCK_D, total, inside)
+
+
+@triton.jit(do_not_specialize=["cells", "pair_count", "entries", "per_sample", "prefix_rows"])
+def pieces_kernel(
+    grad, members, pairs, cu_seqlens, pieces,
+    cells, pair_count, entries, width, per_sample, prefix_rows, stride_gb, stride_gr, stride_gd,
+    PIECE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Sum the gradients of PIECE members that lie side by side, where all are one cell's; programs: the pieces."""
+    at = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+    pair = tl.load(pairs + at, at < entries, -1)
+    first = tl.min(pair, 0)
+    if (first >= 0) & (first < pair_count) & (tl.max(pair, 0) == first):
+        sample = (first // cells).to(tl.int64)
+        begin = _begin(cu_seqlens, sample, True, per_sample, entries)
+        above = _above(cu_seqlens, sample, True, per_sample, prefix_rows, entries, stride_gb, stride_gr)
+        entry = tl.load(members + at)
+        there = (entry >= 0) & (begin + entry < entries)
+        source = grad + (above + entry.to(tl.int64) * stride_gr)[:, None]
+        for start in range(0, width, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            x = tl.load(source + column[None, :] * stride_gd, there[:, None] & (column < width)[None, :], 0.0)
+            target = pieces + tl.program_id(0).to(tl.int64) * width + column
+            tl.store(target, tl.sum(x.to(pieces.dtype.element_ty), 0), column < width)
 
 
 @triton.jit(do_not_specialize=["groups"])
@@ -179,27 +335,36 @@ def backward(
         return tuple(x.zero_() for x in results)  # type: ignore[return-value]
     kept, cu_seqlens = kept.contiguous(), _dense(cu_seqlens)
     cells = tokens if need_tokens or need_positions else 0
-    head, following = kept_lists.lists(kept, cu_seqlens, samples, cells)
+    found = kept_lists.lists(kept, cu_seqlens, samples, cells)
+    per_sample = 0 if cu_seqlens is not None else kept.shape[1]
+    strides = grad.stride() if cu_seqlens is None else (0, *grad.stride())
+    pieces = None
+    if found.pairs is not None:
+        chosen = configuration("masked_gather", "pieces", _size_class(grad.dtype), architecture_of(grad))
+        count = triton.cdiv(kept.numel(), PIECE)
+        pieces = grad.new_empty(count, width, dtype=statistics_dtype(grad))
+        if count:
+            pieces_kernel[(count,)](
+                grad, found.members, found.pairs, cu_seqlens, pieces,
+                cells, samples * cells, kept.numel(), width, per_sample, prefix, *strides, PIECE=PIECE, **chosen.launch,
+            )  # fmt: skip
 
     summed = (tokens if need_positions else 0) + (prefix if need_prefix else 0)
-    groups = min(max(samples // _SAMPLES_A_GROUP, 1), _GROUPS) if summed else 0
-    chosen = configuration("masked_gather", "backward_sums" if summed else "backward", _size_class(grad.dtype),
-                           architecture_of(grad))  # fmt: skip
-    group_size = triton.cdiv(samples, groups or min(samples, _GRID_LIMIT))
+    groups = min(triton.cdiv(samples, _SAMPLES_A_GROUP), _GROUPS) if summed else 1
+    chosen = configuration("masked_gather", "backward", _size_class(grad.dtype), architecture_of(grad))
+    together, blocks = chosen.blocks["TOGETHER"], triton.cdiv(width, chosen.blocks["BLOCK_D"])
+    parts = next(parts for parts in (3, 2, 1) if blocks % parts == 0)
+    group_size = triton.cdiv(samples, groups)
     split = tokens * width if need_positions else 0
     partial = grad.new_empty(groups, summed * width, dtype=statistics_dtype(grad)) if groups > 1 else None
     sums_positions, sums_prefix = (to_positions, to_prefix) if partial is None else (partial, partial.view(-1)[split:])
-    grid = (
-        triton.cdiv(rows, chosen.blocks["BLOCK_N"]),
-        triton.cdiv(samples, group_size),
-        triton.cdiv(width, chosen.blocks["BLOCK_D"]),
-    )
-    strides = grad.stride() if cu_seqlens is None else (0, *grad.stride())
-    backward_kernel[grid](
-        grad, head, following, cu_seqlens, to_tokens if need_tokens else None,
+    programs = cells + prefix * need_prefix if summed else triton.cdiv(samples * cells, together)
+    backward_kernel[(programs, groups, blocks // parts)](
+        grad, *found[:3], pieces, cu_seqlens, to_tokens if need_tokens else None,
         sums_positions if need_positions else None, sums_prefix if need_prefix else None,
-        samples, cells, kept.numel(), width, 0 if cu_seqlens is not None else kept.shape[1], prefix, rows, group_size,
-        summed * width, *strides, **chosen.launch,
+        samples, cells, kept.numel(), width, per_sample, prefix, group_size, summed * width, *strides,
+        SORTED=found.pairs is not None, EVEN=width % chosen.blocks["BLOCK_D"] == 0, PARTS=parts,
+        PIECE=PIECE, STEP=STEP, **chosen.launch,
     )  # fmt: skip
     if partial is not None:
         adding = configuration("masked_gather", "sum_groups", "any", architecture_of(grad))
@@ -266,24 +431,42 @@ def _compilations(dtype: torch.dtype, ragged: bool) -> list[Compilation]:
         )
     ]  # fmt: skip
     wide = "*fp64" if dtype == torch.float64 else "*fp32"
-    for kernel, sums in (("backward", None), ("backward_sums", kind), ("backward_sums", wide)):
-        chosen = configuration("masked_gather", kernel, size, 80)
+    lists = dict.fromkeys(("table", "lengths", "members"), "*i32")
+    chosen = configuration("masked_gather", "backward", size, 80)
+    for sums, is_sorted in ((None, True), (kind, False), (wide, False)):
         targets = {} if sums is None else {"to_positions": sums, "to_prefix": sums}
+        pieces = {"pieces": wide} if is_sorted else {}
         made.append(
             Compilation(
-                f"masked_gather_{kernel}_{'' if sums is None else 'to_' + sums[1:] + '_'}{name}",
+                f"masked_gather_backward_{'' if sums is None else 'sums_to_' + sums[1:] + '_'}{name}",
                 backward_kernel,
                 {
-                    "grad": kind, "head": "*i32", "following": "*i32", **boundaries, "to_tokens": kind, **targets,
-                    **integers("samples cells entries width per_sample prefix_rows rows group_size group_stride"),
+                    "grad": kind, **lists, **pieces, **boundaries, "to_tokens": kind, **targets,
+                    **integers("samples cells entries width per_sample prefix_rows group_size group_stride"),
                     **integers("stride_gb stride_gr"),
                 },
                 {
                     **absent, **({} if targets else {"to_positions": None, "to_prefix": None}), "stride_gd": 1,
-                    **chosen.blocks,
+                    **({} if pieces else {"pieces": None}), "SORTED": is_sorted, "EVEN": True, "PARTS": 3,
+                    "PIECE": PIECE, "STEP": STEP, **chosen.blocks,
                 },
                 dict.fromkeys(("width", "group_stride", "stride_gb", "stride_gr"), 16),
                 chosen.options,
             )
         )  # fmt: skip
-    return made[:3] if kind == wide else made
+    if kind == wide:
+        made.pop()
+    chosen = configuration("masked_gather", "pieces", size, 80)
+    made.append(
+        Compilation(
+            f"masked_gather_pieces_{name}", pieces_kernel,
+            {
+                "grad": kind, "members": "*i32", "pairs": "*i32", **boundaries, "pieces": wide,
+                **integers("cells pair_count entries width per_sample prefix_rows stride_gb stride_gr"),
+            },
+            {**absent, "stride_gd": 1, "PIECE": PIECE, **chosen.blocks},
+            dict.fromkeys(("width", "stride_gb", "stride_gr"), 16),
+            chosen.options,
+        )
+    )  # fmt: skip
+    return made

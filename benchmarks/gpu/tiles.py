@@ -20,10 +20,10 @@ LIMITS: dict[str, dict[str, dict[str, tuple[int, int]]]] = {
     "gather_patches": {"forward": {"PIXELS": (256, 8192)}, "backward": {"PIXELS": (256, 8192)}},
     "masked_gather": {
         "forward": {"BLOCK_R": (1, 64), "BLOCK_D": (32, 1024)},
-        "backward": {"BLOCK_S": (1, 16), "BLOCK_N": (1, 64), "BLOCK_D": (32, 1024)},
-        "backward_sums": {"BLOCK_S": (1, 16), "BLOCK_N": (1, 64), "BLOCK_D": (32, 1024)},
+        "backward": {"TOGETHER": (1, 16), "BLOCK_D": (32, 1024)},
+        "pieces": {"BLOCK_D": (32, 1024)},
         "sum_groups": {"BLOCK": (64, 2048)},
-        "lists": {"BLOCK_I": (32, 1024)},
+        "lists": {"BLOCK_E": (32, 512)},
     },
     "patch_masks": {"masks": {}, "boundaries": {"BLOCK": (128, 8192)}},
     "mixup_info_nce": {

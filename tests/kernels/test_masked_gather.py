@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from oner_fast.kernels import kept as kept_lists
 from oner_fast.ops import masked_gather
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -260,6 +261,87 @@ def test_rows_beyond_two_to_the_31_numbers(executor: Any, device: str, tmp_path:
     file.unlink()
 
 
+@pytest.fixture
+def few_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of more than 4 cells are long, and have 8 bins, so that small ones show what large ones do."""
+    for name, value in (("SHORT", 4), ("BINS", 8), ("CHUNK", 128)):
+        monkeypatch.setattr(kept_lists, name, value)
+
+
+LONG = [  # samples, cells, entries, whether ragged: bins are pairs, then several pairs, then of several samples
+    (1, 8, 300, False),
+    (1, 35, 270, False),
+    (3, 13, 40, True),
+    (2, 9, 130, False),
+]
+
+
+@pytest.mark.usefixtures("few_bins")
+@pytest.mark.parametrize(("samples", "cells", "count", "is_ragged"), LONG)
+def test_rows_of_a_long_sample_are_sorted(samples: int, cells: int, count: int, is_ragged: bool, device: str) -> None:
+    """Members of a cell that is kept hundreds of times are summed in pieces; invalid values are nobody's."""
+    tokens, kept, _, _ = make(samples, cells, 16, count, 0, torch.float32, device)
+    cu_seqlens = None
+    if is_ragged:
+        kept, cu_seqlens = ragged(samples, cells, 3 * count, device)
+    kept[..., ::2], kept[..., 1::5] = 7, cells - 1
+    ours, theirs = (outcome(n, tokens, kept, None, None, cu_seqlens) for n in ("triton", "reference"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    bad = kept.clone()
+    bad[..., 2::6], bad[..., 5::6] = torch.tensor([[-1, cells], [2**40, -(2**62)]], device=device)[samples % 2]
+    grad = torch.randn_like(ours[0])
+    sizes = (cu_seqlens, samples, cells, 0, True, False, False)
+    found = torch.ops.oner_fast_triton.masked_gather_backward(grad, bad, *sizes)[0]
+    grad[..., 2::3, :] = 0
+    expected = torch.ops.oner_fast_triton.masked_gather_backward(grad, kept, *sizes)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("few_bins")
+@pytest.mark.parametrize("starts", [[0, 400, 4, 300], [-9, 5, -1, 300], [300, 200, 3, 0], [7, 9, 2**31 - 1, 300]])
+def test_bad_boundaries_of_long_samples_touch_nothing(starts: list[int], device: str) -> None:
+    kept = torch.arange(300, device=device).remainder(11)
+    cu_seqlens = torch.tensor(starts, dtype=torch.int32, device=device)
+    found = torch.ops.oner_fast_triton.masked_gather_backward(
+        torch.randn(300, 16, device=device), kept, cu_seqlens, 3, 13, 0, True, False, False
+    )
+    assert found[0].shape == (3, 13, 16)
+
+
+def instructions(executor: Any, *arguments: Any) -> int:
+    """Count the warp instructions of all kernels of one backward."""
+    before = len(executor)
+    torch.ops.oner_fast_triton.masked_gather_backward(*arguments)
+    return sum(launch.stats.warp_instructions for launch in executor[before:])
+
+
+@pytest.mark.parametrize("executor", [{} if INTERPRETED else {"race": False, "global_race": False}], indirect=True)
+def test_the_instructions_are_linear_in_the_rows(executor: Any, device: str) -> None:
+    """Selecting four times as many rows of a table four times as long takes at most 4.4 times the instructions."""
+    if executor is None:
+        pytest.skip("the counters are those of the emulated GPU")
+    counts = []
+    for rows in (4000, 16000):
+        kept = torch.randint(rows, (1, 2 * rows), generator=torch.Generator().manual_seed(rows))
+        kept[:, ::9] = 0  # [CLS]
+        grad = torch.ones(1, 2 * rows, 32).bfloat16()
+        counts.append(instructions(executor, grad, kept, None, 1, rows, 0, True, False, False))
+    assert counts[1] <= 4.4 * counts[0]
+
+
+@pytest.mark.parametrize("executor", [{} if INTERPRETED else {"race": False, "global_race": False}], indirect=True)
+@pytest.mark.parametrize(("sums", "most"), [(True, 30.0), (False, 23.0)])
+def test_instructions_of_a_vector(executor: Any, sums: bool, most: float, device: str) -> None:
+    """Count the warp instructions of all kernels for each 16 bytes of a lane that the tokens' gradient has."""
+    if executor is None:
+        pytest.skip("the counters are those of the emulated GPU")
+    samples, cells, width = 32, 196, 768
+    kept = torch.stack([torch.randperm(cells)[: cells // 2] for _ in range(samples)])
+    grad = torch.ones(samples, cells // 2, width, dtype=torch.bfloat16)
+    vectors = samples * cells * width * 2 / (16 * 32)
+    assert instructions(executor, grad, kept, None, samples, cells, 0, True, sums, False) <= most * vectors
+
+
 @pytest.mark.parametrize("is_ragged", [False, True])
 def test_compiles_as_one_graph(is_ragged: bool, device: str) -> None:
     tokens, kept, positions, prefix = make(3, 7, 16, 5, 2, torch.float32, device)
@@ -290,7 +372,7 @@ def test_bytes_are_the_ideal(executor: Any, device: str) -> None:
     kept = torch.stack([torch.randperm(cells)[:count] for _ in range(samples)])
     outcome("triton", tokens, kept, positions, prefix)
     moved = [launch.stats.unique_read_bytes + launch.stats.unique_write_bytes for launch in executor]
-    assert [launch.name for launch in executor] == ["forward_kernel", "lists_kernel", "backward_kernel"]
+    assert [launch.name for launch in executor] == ["forward_kernel", "order_kernel", "backward_kernel"]
     row = 2 * width
     forward = samples * count * (2 * row + 8) + cells * row + (samples + 1) * row
     backward = samples * (count + 1 + cells) * row + (cells + 1) * row
