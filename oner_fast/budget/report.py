@@ -22,10 +22,10 @@ class Report:
     found: Mapping[State, Estimate]
 
     def head(self) -> str:
-        """Describe what is estimated in one line."""
+        """Describe what is estimated in two lines."""
         work, setting = self.setting.work, self.setting
         return (
-            f"{self.recipe} on {setting.ranks} x {setting.machine.name}: {work.pairs} pairs a GPU, "
+            f"{self.recipe} on {setting.ranks} x {setting.machine.name}:\n{work.pairs} pairs a GPU, "
             f"{work.student.tokens:,} tokens of the student, {work.teacher.tokens:,} of the teacher"
         )
 
