@@ -50,7 +50,14 @@ class Report:
     def markdown(self) -> str:
         """Return the table of all states, the counts before and after, and the assumptions as Markdown."""
         before, after = self.found["before"], self.found["after"]
-        lines = [f"**{WARNING}.**", "", f"{self.head()}.", "", "| ms | before | now | after |", "|---|---|---|---|"]
+        lines = [
+            f"**{WARNING}.**",
+            "",
+            *f"{self.head()}.".replace(": ", ":\n").splitlines(),
+            "",
+            "| ms | before | now | after |",
+            "|---|---|---|---|",
+        ]
         lines += [f"| {name} | {' | '.join(values)} |" for name, values in self._rows()]
         lines += ["", "| Part | Count before | Count after |", "|---|---|---|"]
         for first, last in zip(before.parts, after.parts, strict=True):
