@@ -232,8 +232,8 @@ def _compilations(ragged: bool, patch: int, pixels: torch.dtype, result: torch.d
                 f"gather_patches_backward_{name}",
                 backward_kernel,
                 {
-                    "grad": rows, **dict.fromkeys(("table", "lengths", "members"), "*i32"), "std": "*fp64", **boundaries,
-                    "to_images": images,
+                    "grad": rows, **dict.fromkeys(("table", "lengths", "members"), "*i32"), "std": "*fp64",
+                    **boundaries, "to_images": images,
                     **integers("samples entries per_sample cells across lines_each stride_gb stride_gk"),
                 },
                 {**constexprs, "stride_gd": 1, "SORTED": False},

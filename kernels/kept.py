@@ -1,9 +1,9 @@
 """Work on the gathers' `kept` on the device: find the sample of a packed row, and the entries that chose each cell.
 
 A gradient has to find, for every (sample, cell), the entries of `kept` that chose it. `lists` makes a table of all
-pairs, sample after sample. A table's number is -1 where nothing chose the cell, or the one entry that did. Where several
-did, it is -2 - p, and `members[p : p + lengths[pair]]` holds them in ascending order, so that sums have one order and
-need no floating-point atomics. Entries are counted within their sample, and so is p where samples are short.
+pairs, sample after sample. A table's number is -1 where nothing chose the cell, or the one entry that did. Where
+several did, it is -2 - p, and `members[p : p + lengths[pair]]` holds them in ascending order, so that sums have one
+order and need no floating-point atomics. Entries are counted within their sample, and so is p where samples are short.
 
 The work is linear in the entries and pairs, for up to 2^20 pairs:
 
@@ -248,7 +248,8 @@ def lists(kept: Tensor, cu_seqlens: Tensor | None, samples: int, cells: int) -> 
     if (cells <= SHORT and total <= SHORT * samples) or max(count, total) >= 2**31 - CHUNK:
         order_kernel[(samples,)](
             kept, None, cu_seqlens, None, None, table, lengths, cursors, made.members, None,
-            0 if cu_seqlens is not None else kept.shape[1], total, cells, 0, BINS=min(triton.next_power_of_2(cells), BINS), **chosen.launch,
+            0 if cu_seqlens is not None else kept.shape[1], total, cells, 0,
+            BINS=min(triton.next_power_of_2(cells), BINS), **chosen.launch,
         )  # fmt: skip
         return made
     return _sorted(made, cursors, kept, cu_seqlens, samples, cells, per_sample, chosen)
@@ -322,9 +323,9 @@ def compilations() -> list[Compilation]:
         boundaries = {"cu_seqlens": "*i32"} if ragged else {}
         absent = {} if ragged else {"cu_seqlens": None}
         found = {"kept": "*i64", **boundaries}
-        sizes = dict.fromkeys("total samples steps per_sample cells shift bins".split(), "i32")
+        sizes = dict.fromkeys(["total", "samples", "steps", "per_sample", "cells", "shift", "bins"], "i32")
         blocks = {"CHUNK": CHUNK, "BINS": BINS, **absent}
-        short = dict.fromkeys("per_sample total cells shift".split(), "i32")
+        short = dict.fromkeys(["per_sample", "total", "cells", "shift"], "i32")
         made += [
             Compilation(
                 f"kept_order_{name}", order_kernel,
@@ -340,12 +341,13 @@ def compilations() -> list[Compilation]:
                 {**blocks, **chosen.blocks, "table": None, "lengths": None}, options=chosen.options,
             ),
         ]  # fmt: skip
-    bins = dict.fromkeys("kept entries starts counts table lengths cursors members pairs".split(), "*i32")
+    arrays = ("kept", "entries", "starts", "counts", "table", "lengths", "cursors", "members", "pairs")
+    bins = dict.fromkeys(arrays, "*i32")
     return [
         *made,
         Compilation(
             "kept_order_bins", order_kernel,
-            {**bins, **dict.fromkeys("per_sample total cells shift".split(), "i32")},
+            {**bins, **dict.fromkeys(["per_sample", "total", "cells", "shift"], "i32")},
             {"cu_seqlens": None, **chosen.blocks, "BINS": 64}, options=chosen.options,
         ),
         Compilation(

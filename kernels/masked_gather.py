@@ -81,8 +81,9 @@ def _sum_of_repeats(
     until = tl.minimum(place + length, places)
     place, inner, outer = place.to(until.dtype), until, until
     if pieces is not None:
-        if length >= 2 * PIECE:
-            inner, outer = tl.cdiv(place, PIECE) * PIECE, until // PIECE * PIECE
+        whole = length >= 2 * PIECE
+        inner = tl.where(whole, tl.cdiv(place, PIECE) * PIECE, until)
+        outer = tl.where(whole, until // PIECE * PIECE, until)
     sums = tl.zeros(column.shape, WIDE)
     for part in tl.static_range(2):  # before the pieces, and behind them
         first = place if part == 0 else outer
@@ -125,7 +126,7 @@ def _above(cu_seqlens, sample, real, per_sample, prefix_rows, entries, stride_gb
 def _zeros(PARTS: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     made = ()
     for _ in tl.static_range(PARTS):
-        made += (tl.zeros([BLOCK_D], WIDE),)
+        made += (tl.zeros([BLOCK_D], WIDE),)  # type: ignore[assignment]
     return made
 
 
@@ -179,7 +180,7 @@ def backward_kernel(
             least = -1
             for j in tl.static_range(TOGETHER):
                 found = tl.load(table + pair + j * advance, start + j < until, -1)
-                chosen += (found,)
+                chosen += (found,)  # type: ignore[assignment]
                 least = tl.minimum(least, found)
             own, its = sample, cell
             for j in tl.static_range(TOGETHER):
@@ -203,7 +204,7 @@ def backward_kernel(
                     if chosen[j] >= 0:
                         more = ()
                         for part in tl.static_range(PARTS):
-                            more += (sums[part] + x[j * PARTS + part].to(wide),)
+                            more += (sums[part] + x[j * PARTS + part].to(wide),)  # type: ignore[assignment]
                         sums = more
             if least < -1:  # a token that was kept more than once
                 own, its = sample, cell
@@ -225,7 +226,7 @@ def backward_kernel(
                             )  # fmt: skip
                             if to_tokens is not None:
                                 tl.store(to_tokens + (its_pair * width + column + offset), total, inside)
-                            more += (sums[part] + total,)
+                            more += (sums[part] + total,)  # type: ignore[assignment]
                         sums = more
                     own, its = _next(own, its, cells, SUMMED)
             pair += TOGETHER * advance
