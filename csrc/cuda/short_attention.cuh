@@ -1,0 +1,125 @@
+// Attention within sequences of at most 256 tokens: what forward and backward share.
+//
+// A task is a sequence and some of its heads. A block keeps all rows of its heads in shared memory, and a head takes as
+// many warps as its rows are tiles of 32. Short sequences leave room for several heads side by side. Blocks take tasks
+// from a table in turn, so that a launch needs no length on the host, and no block is started for nothing. The table
+// decides about the order alone: sequences and layouts are read from the boundaries.
+#pragma once
+
+#include "cuda/numbers.cuh"
+#include "cuda/tensor_core.cuh"
+
+namespace oner_fast::cuda {
+
+constexpr int kWarp = 32, kTileRows = 32, kMostTokens = 256, kMostThreads = kMostTokens / kTileRows * kWarp;
+constexpr int kHalfWords = 8;  // numbers of 16 bits in 16 bytes
+
+__host__ __device__ __forceinline__ int ceiling(int count, int each) { return (count + each - 1) / each; }
+__host__ __device__ __forceinline__ int max_of(int a, int b) { return a > b ? a : b; }
+__host__ __device__ __forceinline__ int in_sixteens(int count) { return (count + 15) & ~15; }
+
+// Rows of each tensor in a block's shared memory, and the block's warps; short batches have room for four tiles.
+__host__ __device__ __forceinline__ int rows_of_block(int longest) {
+  return max_of(in_sixteens(longest), 4 * kTileRows);
+}
+__host__ __device__ __forceinline__ int warps_of_block(int longest) {
+  return ceiling(rows_of_block(longest), kTileRows);
+}
+
+// Heads of a sequence that a block computes at once, dividing them evenly among as few tasks as possible.
+__device__ __forceinline__ int heads_at_once(int length, int longest, int heads) {
+  const int fitting = min(rows_of_block(longest) / max(in_sixteens(length), 1),
+                          warps_of_block(longest) / max(ceiling(length, kTileRows), 1));
+  return ceiling(heads, ceiling(heads, max(min(fitting, heads), 1)));
+}
+
+// The place of 16 bytes of a row of kWidth 16-bit numbers, rotated so that 8 rows of a matrix use every bank once.
+template <int kWidth>
+__device__ __forceinline__ int place_in_rows(int row, int part) {
+  static_assert(kWidth == 64 || kWidth == 32);
+  constexpr int kRowBytes = kWidth * 2;
+  return row * kRowBytes + ((kWidth == 64 ? part ^ (row & 7) : part ^ (row >> 1 & 3)) << 4);
+}
+
+// The first row of a sequence and its length, inside of the tensor even where the boundaries are corrupt.
+struct Extent {
+  int begin, length;
+  __device__ __forceinline__ Extent(const int32_t* starts, int sequence, int rows) {
+    begin = min(max(__ldg(starts + sequence), 0), rows);
+    length = min(max(__ldg(starts + sequence + 1), begin), rows) - begin;
+  }
+};
+
+// Starts to copy rows [0, padded) of one head; those behind the sequence become zeros.
+template <int kWidth, typename T>
+__device__ __forceinline__ void load_rows(uint32_t to, int first_row, const T* from, int64_t stride, int length,
+                                          int padded) {
+  constexpr int kParts = kWidth / kHalfWords;
+  for (int i = threadIdx.x; i < padded * kParts; i += blockDim.x) {
+    const int row = i / kParts, part = i % kParts;
+    const bool inside = row < length;
+    copy_async(to + place_in_rows<kWidth>(first_row + row, part),
+               from + (inside ? row * stride + part * kHalfWords : 0), inside ? 16 : 0);
+  }
+}
+
+// Stores the first `length` of kRows rows of a warp, which lie in shared memory, to one head of a dense result.
+template <int kWidth, int kRows, typename T>
+__device__ __forceinline__ void store_rows(const unsigned char* from, int first_row, T* to, int64_t begin, int head,
+                                           int heads, int length) {
+  constexpr int kParts = kWidth / kHalfWords;
+#pragma unroll
+  for (int i = 0; i < kRows * kParts / kWarp; ++i) {
+    const int at = i * kWarp + threadIdx.x % kWarp, row = at / kParts, part = at % kParts;
+    if (row < length)
+      *reinterpret_cast<uint4*>(to + ((begin + row) * heads + head) * kWidth + part * kHalfWords) =
+          *reinterpret_cast<const uint4*>(from + place_in_rows<kWidth>(first_row + row, part));
+  }
+}
+
+// Fills the rows of one head with NaN, with all threads of a block.
+template <int kWidth, typename T>
+__device__ __forceinline__ void spoil_rows(T* to, int64_t begin, int length, int head, int heads) {
+  for (int i = threadIdx.x; i < length * kWidth; i += blockDim.x)
+    to[((begin + i / kWidth) * heads + head) * kWidth + i % kWidth] = static_cast<T>(NAN);
+}
+
+// 2^x; results below 2^-126 become 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float found;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(found) : "f"(x));
+  return found;
+}
+
+// Two numbers of 16 bits in a word, the first in its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t packed(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t packed<__half>(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ __forceinline__ uint32_t packed<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// Launches as many blocks as the GPU holds at once, at most one for each head of each sequence.
+template <typename Call>
+cudaError_t launch_tasks(void (*kernel)(Call), const Call& call, int bytes, cudaStream_t stream) {
+  const int threads = warps_of_block(call.longest) * kWarp;
+  int device = 0, multiprocessors = 0, resident = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+  if (error != cudaSuccess) return error;
+  const int64_t held = int64_t{multiprocessors} * max_of(resident, 1), most = int64_t{call.sequences} * call.heads;
+  if (most == 0) return cudaSuccess;
+  kernel<<<static_cast<unsigned>(held < most ? held : most), threads, bytes, stream>>>(call);
+  return cudaGetLastError();
+}
+
+}  // namespace oner_fast::cuda
