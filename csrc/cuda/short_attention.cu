@@ -61,19 +61,17 @@ template <typename T, int kWidth, int kTiles, bool kEdge>
 __device__ __forceinline__ void add_keys(Sums<kWidth, kTiles>& sums, uint32_t queries, int query_row, uint32_t keys,
                                          uint32_t values, int key_row, float scale, int pieces,
                                          const int (&last)[kTiles][2]) {
-  const int lane = threadIdx.x % kWarp, quad = lane % 4;
+  const int quad = threadIdx.x % 4;
+  const uint32_t by_rows = rows_first<kWidth>(), by_columns = columns_first<kWidth>();
   float scores[kTiles][4][4] = {};
 #pragma unroll
   for (int part = 0; part < kWidth / kHalfWords; part += 2) {
     uint32_t x[kTiles][4], y[2][4];
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i)
-      load_matrices(x[i], queries + place_in_rows<kWidth>(query_row + i * 16 + lane % 16, part + lane / 16));
+    for (int i = 0; i < kTiles; ++i) load_matrices(x[i], queries + moved<kWidth>(by_rows, query_row + i * 16, part));
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      if (!kEdge || 2 * j < pieces)
-        load_matrices(y[j],
-                      keys + place_in_rows<kWidth>(key_row + j * 16 + lane % 8 + lane / 16 * 8, part + lane / 8 % 2));
+      if (!kEdge || 2 * j < pieces) load_matrices(y[j], keys + moved<kWidth>(by_columns, key_row + j * 16, part));
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (!kEdge || j < pieces)
@@ -123,7 +121,7 @@ __device__ __forceinline__ void add_keys(Sums<kWidth, kTiles>& sums, uint32_t qu
 #pragma unroll
     for (int d = 0; d < kWidth / 8; d += 2) {
       uint32_t y[4];
-      load_transposed(y, values + place_in_rows<kWidth>(key_row + j * 16 + lane % 16, d + lane / 16));
+      load_transposed(y, values + moved<kWidth>(by_rows, key_row + j * 16, d));
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         if (half) {
@@ -149,7 +147,7 @@ template <typename T, int kWidth, int kTiles>
 __device__ __forceinline__ void attend(const ShortAttention& a, const Extent& q, const Extent& k, const Queries& own) {
   const int lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
   const int offset = k.length - q.length;  // under a causal mask, query i sees the keys up to i + offset
-  const float scale = a.scale * 1.4426950408889634f;
+  const float scale = a.scale * kLog2E;
   const uint32_t rows = static_cast<uint32_t>(__cvta_generic_to_shared(own.rows));
   Sums<kWidth, kTiles> sums;
   memset(sums.out, 0, sizeof sums.out);
@@ -195,7 +193,7 @@ __device__ __forceinline__ void attend(const ShortAttention& a, const Extent& q,
       }
 #pragma unroll
       for (int d = 0; d < kWidth / 8; ++d)
-        *reinterpret_cast<uint32_t*>(own.rows + place_in_rows<kWidth>(own.row + in_tile, d) + quad * 4) =
+        *reinterpret_cast<uint32_t*>(own.rows + moved<kWidth>(of_sums<kWidth>(), own.row + i * 16 + r * 8, d)) =
             packed<T>(sums.out[i][d][r * 2] * inverse, sums.out[i][d][r * 2 + 1] * inverse);
     }
   __syncwarp();

@@ -13,6 +13,7 @@ namespace oner_fast::cuda {
 
 constexpr int kWarp = 32, kTileRows = 32, kMostTokens = 256, kMostThreads = kMostTokens / kTileRows * kWarp;
 constexpr int kHalfWords = 8;  // numbers of 16 bits in 16 bytes
+constexpr float kLog2E = 1.4426950408889634f;
 
 __host__ __device__ __forceinline__ int ceiling(int count, int each) { return (count + each - 1) / each; }
 __host__ __device__ __forceinline__ int max_of(int a, int b) { return a > b ? a : b; }
@@ -39,6 +40,30 @@ __device__ __forceinline__ int place_in_rows(int row, int part) {
   static_assert(kWidth == 64 || kWidth == 32);
   constexpr int kRowBytes = kWidth * 2;
   return row * kRowBytes + ((kWidth == 64 ? part ^ (row & 7) : part ^ (row >> 1 & 3)) << 4);
+}
+
+// What a lane adds to the address of a matrix to load it by ldmatrix: rows lane % 16 and then the next 8 columns, or both
+// columns of 8 rows and then the next rows. Places of further columns differ by an exclusive or, those of further 8 rows
+// by a sum, so that a lane needs no other offsets.
+template <int kWidth>
+__device__ __forceinline__ uint32_t rows_first() {
+  const int lane = threadIdx.x % kWarp;
+  return place_in_rows<kWidth>(lane % 16, lane / 16);
+}
+template <int kWidth>
+__device__ __forceinline__ uint32_t columns_first() {
+  const int lane = threadIdx.x % kWarp;
+  return place_in_rows<kWidth>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+// The same for what a lane holds of a row of sums: two columns of row lane / 4.
+template <int kWidth>
+__device__ __forceinline__ uint32_t of_sums() {
+  const int lane = threadIdx.x % kWarp;
+  return place_in_rows<kWidth>(lane / 4, 0) + lane % 4 * 4;
+}
+template <int kWidth>
+__device__ __forceinline__ uint32_t moved(uint32_t lane_offset, int row, int part) {
+  return row * kWidth * 2 + (lane_offset ^ part << 4);
 }
 
 // The first row of a sequence and its length, inside of the tensor even where the boundaries are corrupt.

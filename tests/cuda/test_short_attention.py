@@ -260,3 +260,82 @@ def test_counted_bytes_flops_and_conflicts(library: Any) -> None:
     assert lib.log[0].tensor_flops <= 1.05 * flops(lengths, heads, 64, 2)
     check_memory(lib.log[0], sum(lengths) * heads * (4 * 128 + 8))
     assert lib.shared[0] <= (shared_block_limit("sm_80") or 0)
+
+
+def gradients(
+    library: Any, x: Inputs, causal: bool = False, scale: float | None = None, needed: str = "qk", **settings: Any
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of a random gradient of the result, which is a view with rows apart, and that gradient."""
+    lib = library("short_attention")
+    tasks = table(lib, x)
+    out, statistics = forward(lib, x, causal, scale, tasks)
+    generator = torch.Generator().manual_seed(9)
+    heads, width = x.query.shape[1:]
+    grad = torch.randn(len(x.query), heads, 2 * width, generator=generator).to(x.query.dtype)[:, :, width:]
+    found = backward(
+        library("short_attention_backward"), grad, x, out, statistics, tasks, causal, scale, needed, **settings
+    )
+    return found, grad
+
+
+def check_gradients(found: Sequence[Tensor], expected: Exact) -> None:
+    for ours, theirs in zip(found, expected.gradients, strict=True):
+        # Weights and the gradients of scores are rounded before they are multiplied, with errors of either sign.
+        tolerance = 3 * torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward(library: Any, dtype: torch.dtype, causal: bool) -> None:
+    x = inputs(RAGGED, 3, 64, dtype)
+    first, grad = gradients(library, x, causal, seed=1, shuffle=1)
+    check_gradients(first, exact(x, grad, causal))
+    again, _ = gradients(library, x, causal, seed=2, shuffle=2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_backward_with_other_keys(library: Any, causal: bool) -> None:
+    x = inputs(CROSS[0], 2, 64, torch.bfloat16, CROSS[1])
+    found, grad = gradients(library, x, causal)
+    check_gradients(found, exact(x, grad, causal))
+
+
+def test_backward_of_narrow_heads(library: Any) -> None:
+    x = inputs([40, 70], 3, 32, torch.bfloat16)
+    found, grad = gradients(library, x, scale=0.3)
+    check_gradients(found, exact(x, grad, scale=0.3))
+
+
+def test_backward_of_the_longest(library: Any) -> None:
+    x = inputs([256], 1, 64, torch.bfloat16)
+    found, grad = gradients(library, x)
+    check_gradients(found, exact(x, grad))
+
+
+@pytest.mark.parametrize("needed", ["q", "k"])
+def test_gradients_that_nobody_needs_are_left_alone(library: Any, needed: str) -> None:
+    x = inputs([20, 40], 2, 64, torch.bfloat16)
+    every, _ = gradients(library, x)
+    some, _ = gradients(library, x, needed=needed)
+    for i, (ours, whole) in enumerate(zip(some, every, strict=True)):
+        assert torch.equal(ours, whole) if (i == 0) == (needed == "q") else ours.isnan().all()
+
+
+def test_a_wrong_bound_spoils_the_gradients_of_the_sequence_alone(library: Any) -> None:
+    x = inputs([20, 50, 7], 2, 64, torch.bfloat16, longest=40)
+    for found in gradients(library, x)[0]:
+        assert found[20:70].isnan().all() and found[:20].isfinite().all() and found[70:].isfinite().all()
+
+
+def test_counted_bytes_flops_and_conflicts_of_backward(library: Any) -> None:
+    """With forward, at most 1.07 of seven products on OneR's mix of images, captions and both."""
+    lib, lengths, heads = library("short_attention_backward"), [197, 40, 237], 1
+    x = inputs(lengths, heads, 64, torch.bfloat16)
+    gradients(library, x)
+    stats = lib.log[0]
+    assert len(lib.log) == 1 and not any(name.startswith(("atom", "red")) for name in stats.opcodes)
+    assert stats.tensor_flops <= 1.05 * flops(lengths, heads, 64, 5)
+    check_memory(stats, sum(lengths) * heads * (8 * 128 + 8))
+    assert lib.shared[0] <= (shared_block_limit("sm_80") or 0)
