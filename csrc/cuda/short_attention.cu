@@ -61,8 +61,8 @@ template <typename T, int kWidth, int kTiles, bool kEdge>
 __device__ __forceinline__ void add_keys(Sums<kWidth, kTiles>& sums, uint32_t queries, int query_row, uint32_t keys,
                                          uint32_t values, int key_row, float scale, int pieces,
                                          const int (&last)[kTiles][2]) {
-  const int quad = threadIdx.x % 4;
-  const uint32_t by_rows = rows_first<kWidth>(), by_columns = columns_first<kWidth>();
+  const int lane = threadIdx.x % kWarp, quad = lane % 4;
+  const uint32_t by_rows = rows_first<kWidth>(lane), by_columns = columns_first<kWidth>(lane);
   float scores[kTiles][4][4] = {};
 #pragma unroll
   for (int part = 0; part < kWidth / kHalfWords; part += 2) {
@@ -138,8 +138,7 @@ __device__ __forceinline__ void add_keys(Sums<kWidth, kTiles>& sums, uint32_t qu
 
 // Where a warp's queries are: their place in shared memory and in their sequence, and their head.
 struct Queries {
-  uint32_t keys, values;
-  unsigned char* rows;
+  uint32_t rows, keys, values;
   int row, key_row, first, head;
 };
 
@@ -148,7 +147,6 @@ __device__ __forceinline__ void attend(const ShortAttention& a, const Extent& q,
   const int lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
   const int offset = k.length - q.length;  // under a causal mask, query i sees the keys up to i + offset
   const float scale = a.scale * kLog2E;
-  const uint32_t rows = static_cast<uint32_t>(__cvta_generic_to_shared(own.rows));
   Sums<kWidth, kTiles> sums;
   memset(sums.out, 0, sizeof sums.out);
   int last[kTiles][2];  // the last key that a row of the lane sees, counted from the block of keys
@@ -165,16 +163,18 @@ __device__ __forceinline__ void attend(const ShortAttention& a, const Extent& q,
   const int whole = a.causal != 0 ? min(own.first + offset + 1, k.length) : k.length;  // keys that every row sees
   int start = 0;
   for (; start + kTileRows <= whole; start += kTileRows)
-    add_keys<T, kWidth, kTiles, false>(sums, rows, own.row, own.keys, own.values, own.key_row + start, scale, 4, last);
+    add_keys<T, kWidth, kTiles, false>(sums, own.rows, own.row, own.keys, own.values, own.key_row + start, scale, 4,
+                                       last);
 #pragma unroll
   for (int i = 0; i < kTiles * 2; ++i) last[i / 2][i % 2] -= start;
   for (; start < until; start += kTileRows) {
-    add_keys<T, kWidth, kTiles, true>(sums, rows, own.row, own.keys, own.values, own.key_row + start, scale,
+    add_keys<T, kWidth, kTiles, true>(sums, own.rows, own.row, own.keys, own.values, own.key_row + start, scale,
                                       min(ceiling(until - start, 8), 4), last);
 #pragma unroll
     for (int i = 0; i < kTiles * 2; ++i) last[i / 2][i % 2] -= kTileRows;
   }
 
+  const uint32_t by_sums = of_sums<kWidth>(lane);
   __syncwarp();  // the warp's queries are read, and its results take their place
 #pragma unroll
   for (int i = 0; i < kTiles; ++i)
@@ -193,8 +193,8 @@ __device__ __forceinline__ void attend(const ShortAttention& a, const Extent& q,
       }
 #pragma unroll
       for (int d = 0; d < kWidth / 8; ++d)
-        *reinterpret_cast<uint32_t*>(own.rows + moved<kWidth>(of_sums<kWidth>(), own.row + i * 16 + r * 8, d)) =
-            packed<T>(sums.out[i][d][r * 2] * inverse, sums.out[i][d][r * 2 + 1] * inverse);
+        store_word(own.rows + moved<kWidth>(by_sums, own.row + i * 16 + r * 8, d),
+                   packed<T>(sums.out[i][d][r * 2] * inverse, sums.out[i][d][r * 2 + 1] * inverse));
     }
   __syncwarp();
   store_rows<kWidth, kTiles * 16>(own.rows, own.row, static_cast<T*>(a.out), q.begin + own.first, own.head, a.heads,
@@ -207,40 +207,32 @@ __global__ void __launch_bounds__(kMostThreads, 1) short_attention(const ShortAt
   const int bytes = rows_of_block(a.longest) * kWidth * 2, warp = threadIdx.x / kWarp;
   const uint32_t queries = static_cast<uint32_t>(__cvta_generic_to_shared(memory)), keys = queries + bytes,
                  values = keys + bytes;
-  const int tasks = __ldg(a.table);
-  for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int2 entry = __ldg(reinterpret_cast<const int2*>(a.table) + 1 + task);
-    const Extent q(a.starts_q, entry.x, a.queries), k(a.starts_k, entry.x, a.keys);
-    const int length = max(q.length, k.length), first_head = entry.y >> 16, end_head = first_head + (entry.y & 65535);
-    if (length > a.longest) {  // a bound that is wrong must not look right
-      for (int head = first_head; head < end_head; ++head)
-        spoil_rows<kWidth>(static_cast<T*>(a.out), q.begin, q.length, head, a.heads);
+  for (int task = blockIdx.x; task < __ldg(a.table); task += gridDim.x) {
+    const Task now(a, task);
+    if (!now.fits) {  // a bound that is wrong must not look right
+      for (int head = now.head; head < now.head + now.heads; ++head)
+        spoil_rows<kWidth>(static_cast<T*>(a.out), now.q, head, a.heads);
       continue;
     }
-    const int padded_q = in_sixteens(q.length), padded_k = in_sixteens(k.length), stride = in_sixteens(length);
-    const int warps = ceiling(length, kTileRows), each = heads_at_once(length, a.longest, a.heads);
-    for (int head = first_head; head < end_head; head += each) {
-      const int heads = min(each, end_head - head);
-      __syncthreads();  // every warp has finished with the rows of the heads before
-      for (int i = 0; i < heads; ++i) {
-        const int64_t q0 = q.begin * a.query_row + (head + i) * a.query_head,
-                      k0 = k.begin * a.key_row + (head + i) * a.key_head,
-                      v0 = k.begin * a.value_row + (head + i) * a.value_head;
-        load_rows<kWidth>(queries, i * stride, static_cast<const T*>(a.query) + q0, a.query_row, q.length, padded_q);
-        load_rows<kWidth>(keys, i * stride, static_cast<const T*>(a.key) + k0, a.key_row, k.length, padded_k);
-        load_rows<kWidth>(values, i * stride, static_cast<const T*>(a.value) + v0, a.value_row, k.length, padded_k);
-      }
-      commit_copies();
-      wait_copies<0>();
-      __syncthreads();
-      const int place = warp / warps, first = warp % warps * kTileRows;
-      if (place >= heads || first >= q.length) continue;
-      const Queries own{keys, values, memory, place * stride + first, place * stride, first, head + place};
-      if (q.length - first > 16)
-        attend<T, kWidth, 2>(a, q, k, own);
-      else
-        attend<T, kWidth, 1>(a, q, k, own);
+    __syncthreads();  // every warp has finished with the rows of the task before
+    for (int i = 0; i < now.heads; ++i) {
+      const Head<T> query(a.query, a.query_row, a.query_head, now.q.begin, now.head + i),
+          key(a.key, a.key_row, a.key_head, now.k.begin, now.head + i),
+          value(a.value, a.value_row, a.value_head, now.k.begin, now.head + i);
+      load_rows<kWidth>(queries, i * now.stride(), query, now.q.length);
+      load_rows<kWidth>(keys, i * now.stride(), key, now.k.length);
+      load_rows<kWidth>(values, i * now.stride(), value, now.k.length);
     }
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    const int place = warp / now.warps(), first = warp % now.warps() * kTileRows, row = place * now.stride();
+    if (place >= now.heads || first >= now.q.length) continue;
+    const Queries own{queries, keys, values, row + first, row, first, now.head + place};
+    if (now.q.length - first > 16)
+      attend<T, kWidth, 2>(a, now.q, now.k, own);
+    else
+      attend<T, kWidth, 1>(a, now.q, now.k, own);
   }
 }
 

@@ -2,8 +2,7 @@
 //
 // A task is a sequence and some of its heads. A block keeps all rows of its heads in shared memory, and a head takes as
 // many warps as its rows are tiles of 32. Short sequences leave room for several heads side by side. Blocks take tasks
-// from a table in turn, so that a launch needs no length on the host, and no block is started for nothing. The table
-// decides about the order alone: sequences and layouts are read from the boundaries.
+// from a table in turn, so that a launch needs no length on the host, and no block is started for nothing.
 #pragma once
 
 #include "cuda/numbers.cuh"
@@ -42,28 +41,57 @@ __device__ __forceinline__ int place_in_rows(int row, int part) {
   return row * kRowBytes + ((kWidth == 64 ? part ^ (row & 7) : part ^ (row >> 1 & 3)) << 4);
 }
 
+// The same number, computed where it is needed: what follows from it is not kept in registers across a loop.
+template <typename Integer>
+__device__ __forceinline__ Integer anew(Integer x) {
+  if constexpr (sizeof x == 8)
+    asm volatile("" : "+l"(x));
+  else
+    asm volatile("" : "+r"(x));
+  return x;
+}
+
 // What a lane adds to the address of a matrix to load it by ldmatrix: rows lane % 16 and then the next 8 columns, or both
 // columns of 8 rows and then the next rows. Places of further columns differ by an exclusive or, those of further 8 rows
 // by a sum, so that a lane needs no other offsets.
 template <int kWidth>
-__device__ __forceinline__ uint32_t rows_first() {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ uint32_t rows_first(int lane) {
   return place_in_rows<kWidth>(lane % 16, lane / 16);
 }
 template <int kWidth>
-__device__ __forceinline__ uint32_t columns_first() {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ uint32_t columns_first(int lane) {
   return place_in_rows<kWidth>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 // The same for what a lane holds of a row of sums: two columns of row lane / 4.
 template <int kWidth>
-__device__ __forceinline__ uint32_t of_sums() {
-  const int lane = threadIdx.x % kWarp;
+__device__ __forceinline__ uint32_t of_sums(int lane) {
   return place_in_rows<kWidth>(lane / 4, 0) + lane % 4 * 4;
 }
 template <int kWidth>
 __device__ __forceinline__ uint32_t moved(uint32_t lane_offset, int row, int part) {
   return row * kWidth * 2 + (lane_offset ^ part << 4);
+}
+
+__device__ __forceinline__ void store_word(uint32_t to, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(to), "r"(word) : "memory");
+}
+__device__ __forceinline__ void store_words(uint32_t to, uint4 words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_words(uint32_t from) {
+  uint4 found;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+               : "r"(from)
+               : "memory");
+  return found;
+}
+__device__ __forceinline__ float2 load_pair(uint32_t from) {
+  float2 found;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];\n" : "=f"(found.x), "=f"(found.y) : "r"(from) : "memory");
+  return found;
 }
 
 // The first row of a sequence and its length, inside of the tensor even where the boundaries are corrupt.
@@ -75,38 +103,74 @@ struct Extent {
   }
 };
 
-// Starts to copy rows [0, padded) of one head; those behind the sequence become zeros.
+// A task of the table. It fits where no length is beyond the bound, and where the table is of these boundaries.
+struct Task {
+  Extent q, k;
+  int head, heads;
+  bool fits;
+
+  template <typename Call>
+  __device__ __forceinline__ Task(const Call& a, int task)
+      : Task(a, reinterpret_cast<const int2*>(a.table)[1 + task]) {}
+  template <typename Call>
+  __device__ __forceinline__ Task(const Call& a, int2 entry)
+      : q(a.starts_q, entry.x, a.queries),
+        k(a.starts_k, entry.x, a.keys),
+        head(entry.y >> 16),
+        heads(entry.y & 65535),
+        fits(length() <= a.longest && heads <= heads_at_once(length(), a.longest, a.heads)) {}
+
+  __device__ __forceinline__ int length() const { return max(q.length, k.length); }
+  __device__ __forceinline__ int warps() const { return ceiling(length(), kTileRows); }  // of each head
+  __device__ __forceinline__ int stride() const { return in_sixteens(length()); }        // rows from head to head
+};
+
+// One head of a packed tensor, from a sequence's first row on.
+template <typename T>
+struct Head {
+  const T* rows;
+  int64_t stride;
+  __device__ __forceinline__ Head(const void* tensor, int64_t row_stride, int64_t head_stride, int begin, int head)
+      : rows(static_cast<const T*>(tensor)), stride(anew(row_stride)) {
+    rows += begin * stride + head * anew(head_stride);
+  }
+};
+
+// Starts to copy the rows of a head, rounded up to 16; those behind the sequence become zeros.
 template <int kWidth, typename T>
-__device__ __forceinline__ void load_rows(uint32_t to, int first_row, const T* from, int64_t stride, int length,
-                                          int padded) {
+__device__ __forceinline__ void load_rows(uint32_t to, int first_row, const Head<T>& from, int length) {
   constexpr int kParts = kWidth / kHalfWords;
-  for (int i = threadIdx.x; i < padded * kParts; i += blockDim.x) {
+#pragma unroll 1
+  for (int i = static_cast<int>(anew(threadIdx.x)); i < in_sixteens(length) * kParts; i += blockDim.x) {
     const int row = i / kParts, part = i % kParts;
     const bool inside = row < length;
     copy_async(to + place_in_rows<kWidth>(first_row + row, part),
-               from + (inside ? row * stride + part * kHalfWords : 0), inside ? 16 : 0);
+               from.rows + (inside ? row * from.stride + part * kHalfWords : 0), inside ? 16 : 0);
   }
 }
 
 // Stores the first `length` of kRows rows of a warp, which lie in shared memory, to one head of a dense result.
 template <int kWidth, int kRows, typename T>
-__device__ __forceinline__ void store_rows(const unsigned char* from, int first_row, T* to, int64_t begin, int head,
-                                           int heads, int length) {
+__device__ __forceinline__ void store_rows(uint32_t from, int first_row, T* to, int64_t begin, int head, int heads,
+                                           int length) {
   constexpr int kParts = kWidth / kHalfWords;
+  const int lane = static_cast<int>(anew(threadIdx.x) % kWarp);
+  heads = anew(heads);
 #pragma unroll
   for (int i = 0; i < kRows * kParts / kWarp; ++i) {
-    const int at = i * kWarp + threadIdx.x % kWarp, row = at / kParts, part = at % kParts;
+    const int at = i * kWarp + lane, row = at / kParts, part = at % kParts;
     if (row < length)
       *reinterpret_cast<uint4*>(to + ((begin + row) * heads + head) * kWidth + part * kHalfWords) =
-          *reinterpret_cast<const uint4*>(from + place_in_rows<kWidth>(first_row + row, part));
+          load_words(from + place_in_rows<kWidth>(first_row + row, part));
   }
 }
 
 // Fills the rows of one head with NaN, with all threads of a block.
 template <int kWidth, typename T>
-__device__ __forceinline__ void spoil_rows(T* to, int64_t begin, int length, int head, int heads) {
-  for (int i = threadIdx.x; i < length * kWidth; i += blockDim.x)
-    to[((begin + i / kWidth) * heads + head) * kWidth + i % kWidth] = static_cast<T>(NAN);
+__device__ __forceinline__ void spoil_rows(T* to, const Extent& rows, int head, int heads) {
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < int64_t{rows.length} * kWidth; i += blockDim.x)
+    to[((rows.begin + i / kWidth) * heads + head) * kWidth + i % kWidth] = static_cast<T>(NAN);
 }
 
 // 2^x; results below 2^-126 become 0.

@@ -16,55 +16,69 @@ namespace {
 constexpr int kBlockQueries = 64;  // whose dS is in shared memory at a time
 constexpr int kNumbers = 3;        // of each query: largest score, 1 / sum, delta
 
-// Where the rows of a head are in shared memory.
+// Where the rows of a head are in shared memory: Q, K, V, dO of all heads, dS (keys, kBlockQueries), and the numbers of
+// each query. Only two registers hold it; addresses are computed where they are needed.
+template <int kWidth>
 struct Rows {
-  unsigned char *queries, *values, *stored;     // stored: dS, (keys, kBlockQueries)
-  uint32_t query, key, value, grad, to_scores;  // the same and more, as addresses of shared memory
-  float* numbers;                               // (kNumbers, rows)
-  int rows, query_row, key_row;                 // of a block; the first of the head
+  int longest, first;  // the bound of lengths; the first row of the head
+
+  __device__ __forceinline__ int every() const { return rows_of_block(anew(longest)); }
+  __device__ __forceinline__ uint32_t tensor(int place) const {
+    extern __shared__ __align__(128) unsigned char memory[];
+    return static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + place * every() * kWidth * 2;
+  }
+  __device__ __forceinline__ uint32_t query() const { return tensor(0); }
+  __device__ __forceinline__ uint32_t key() const { return tensor(1); }
+  __device__ __forceinline__ uint32_t value() const { return tensor(2); }
+  __device__ __forceinline__ uint32_t grad() const { return tensor(3); }
+  __device__ __forceinline__ uint32_t to_scores() const { return tensor(4); }
+  __device__ __forceinline__ uint32_t number(int which, int row) const {
+    return tensor(0) + every() * (4 * kWidth + kBlockQueries) * 2 + (which * every() + row) * 4;
+  }
 };
 
-// Adds to dK and dV of a warp's keys what 32 queries give, and stores their dS. At an edge only the first `pieces` 8 of
-// the queries are multiplied, of which those from `queries` on do not exist. Query q sees the keys up to
-// q + last_key.
-template <typename T, int kWidth, int kTiles, bool kEdge>
+// Adds to dK and dV of a warp's 16 kTiles keys what 16 kSteps queries give, and stores their dS. At an edge, where kSteps
+// is 1, keys from `keys` on and queries from `queries` on do not exist, and under a causal mask query q sees the keys up
+// to q + keys - queries.
+template <typename T, int kWidth, int kTiles, int kSteps>
 __device__ __forceinline__ void add_queries(float (&to_key)[2][kWidth / 8][4], float (&to_value)[2][kWidth / 8][4],
-                                            const Rows& at, int key, int query, float scale, int queries, int keys,
-                                            bool causal) {
-  const int lane = threadIdx.x % kWarp, group = lane / 4, quad = lane % 4;
-  const int pieces = kEdge ? min(ceiling(queries - query, 8), 4) : 4;
-  const int key_row = at.key_row + key, query_row = at.query_row + query;
-  uint32_t by_rows = rows_first<kWidth>(), by_columns = columns_first<kWidth>();
-  asm volatile("" : "+r"(by_rows), "+r"(by_columns));
-  float scores[kTiles][4][4] = {}, to_weights[kTiles][4][4] = {};
-  const auto multiply_rows = [&](float (&sums)[kTiles][4][4], uint32_t keys_of, uint32_t queries_of) {
+                                            const Rows<kWidth>& at, int key, int query, float scale, int queries,
+                                            int keys, bool causal) {
+  constexpr bool kEdge = kSteps == 1;
+  const int lane = static_cast<int>(anew(threadIdx.x) % kWarp);
+  const int first = anew(at.first), key_row = first + key, query_row = first + query;
+  const bool half = kEdge && queries - query <= 8;
+  const uint32_t by_rows = rows_first<kWidth>(lane), by_columns = columns_first<kWidth>(lane);
+  float scores[kTiles][kSteps * 2][4] = {}, to_weights[kTiles][kSteps * 2][4] = {};
+  const auto multiply_rows = [&](float (&sums)[kTiles][kSteps* 2][4], uint32_t keys_of, uint32_t queries_of) {
 #pragma unroll
     for (int part = 0; part < kWidth / kHalfWords; part += 2) {
-      uint32_t x[kTiles][4], y[2][4];
+      uint32_t x[kTiles][4];
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) load_matrices(x[i], keys_of + moved<kWidth>(by_rows, key_row + i * 16, part));
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
-        if (!kEdge || 2 * j < pieces)
-          load_matrices(y[j], queries_of + moved<kWidth>(by_columns, query_row + j * 16, part));
+      for (int j = 0; j < kSteps; ++j) {
+        uint32_t y[4];
+        load_matrices(y, queries_of + moved<kWidth>(by_columns, query_row + j * 16, part));
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (!kEdge || j < pieces)
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) multiply<T>(sums[i][j], x[i], y[j / 2][j % 2 * 2], y[j / 2][j % 2 * 2 + 1]);
+        for (int i = 0; i < kTiles; ++i) {
+          multiply<T>(sums[i][j * 2], x[i], y[0], y[1]);
+          if (!half) multiply<T>(sums[i][j * 2 + 1], x[i], y[2], y[3]);
+        }
+      }
     }
   };
-  multiply_rows(scores, at.key, at.query);
-  multiply_rows(to_weights, at.value, at.grad);
+  multiply_rows(scores, at.key(), at.query());
+  multiply_rows(to_weights, at.value(), at.grad());
 
-  uint32_t weights[kTiles][2][4], to_scores[kTiles][2][4];
+  const uint32_t stored = at.to_scores(), by_sums = of_sums<kBlockQueries>(lane), each = at.every() * 4,
+                 numbers = at.number(0, query_row + lane % 4 * 2);
+  uint32_t weights[kTiles][kSteps][4], to_scores[kTiles][kSteps][4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (kEdge && j / 2 * 2 >= pieces) break;  // pairs of pieces are stored, since matrices of dQ have 16 queries
-    const float* numbers = at.numbers + query_row + j * 8 + quad * 2;
-    const float2 max = *reinterpret_cast<const float2*>(numbers);
-    const float2 inverse = *reinterpret_cast<const float2*>(numbers + at.rows);
-    const float2 delta = *reinterpret_cast<const float2*>(numbers + 2 * at.rows);
+  for (int j = 0; j < kSteps * 2; ++j) {
+    const uint32_t of_piece = numbers + j * 8 * 4;
+    const float2 max = load_pair(of_piece), inverse = load_pair(of_piece + each),
+                 delta = load_pair(of_piece + 2 * each);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
 #pragma unroll
@@ -76,24 +90,23 @@ __device__ __forceinline__ void add_queries(float (&to_key)[2][kWidth / 8][4], f
                       (c == 0 ? inverse.x : inverse.y);
           to_score[c] = weight[c] * (to_weights[i][j][r * 2 + c] - (c == 0 ? delta.x : delta.y));
           if (kEdge) {
-            const int own_key = key + i * 16 + r * 8 + group, own_query = query + j * 8 + quad * 2 + c;
+            const int own_key = key + i * 16 + r * 8 + lane / 4, own_query = query + j * 8 + lane % 4 * 2 + c;
             if (own_key >= keys || own_query >= queries || (causal && own_key > own_query + keys - queries))
               weight[c] = to_score[c] = 0;
           }
         }
+        const uint32_t both = packed<T>(to_score[0], to_score[1]);
         weights[i][j / 2][j % 2 * 2 + r] = packed<T>(weight[0], weight[1]);
-        to_scores[i][j / 2][j % 2 * 2 + r] = packed<T>(to_score[0], to_score[1]);
-        *reinterpret_cast<uint32_t*>(
-            at.stored + moved<kBlockQueries>(of_sums<kBlockQueries>(), key_row + i * 16 + r * 8,
-                                             query % kBlockQueries / 8 + j)) = to_scores[i][j / 2][j % 2 * 2 + r];
+        to_scores[i][j / 2][j % 2 * 2 + r] = both;
+        store_word(stored + moved<kBlockQueries>(by_sums, key_row + i * 16 + r * 8, query % kBlockQueries / 8 + j),
+                   both);
       }
   }
 
-  const auto add_rows = [&](float (&sums)[2][kWidth / 8][4], const uint32_t (&x)[kTiles][2][4], uint32_t queries_of) {
+  const auto add_rows = [&](float (&sums)[2][kWidth / 8][4], const uint32_t (&x)[kTiles][kSteps][4],
+                            uint32_t queries_of) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      if (kEdge && 2 * j >= pieces) break;
-      const bool half = kEdge && 2 * j + 1 >= pieces;
+    for (int j = 0; j < kSteps; ++j)
 #pragma unroll
       for (int d = 0; d < kWidth / 8; d += 2) {
         uint32_t y[4];
@@ -109,27 +122,26 @@ __device__ __forceinline__ void add_queries(float (&to_key)[2][kWidth / 8][4], f
           }
         }
       }
-    }
   };
-  add_rows(to_value, weights, at.grad);
-  add_rows(to_key, to_scores, at.query);
+  add_rows(to_value, weights, at.grad());
+  add_rows(to_key, to_scores, at.query());
 }
 
 // Sums dQ of 16 kTiles queries, in 16 of its columns, over the first `until` keys, and stores it. The queries' own rows
 // in shared memory, which no warp reads any more, collect whole 16 bytes.
 template <typename T, int kWidth, int kTiles>
-__device__ __forceinline__ void store_queries(const ShortAttentionBackward& a, const Rows& at, int64_t begin, int head,
-                                              int query, int queries, int until, int part) {
-  const int lane = threadIdx.x % kWarp, row = at.query_row + query;
-  uint32_t by_rows = rows_first<kWidth>(), by_columns = columns_first<kBlockQueries>();
-  asm volatile("" : "+r"(by_rows), "+r"(by_columns));
+__device__ __forceinline__ void store_queries(const ShortAttentionBackward& a, const Rows<kWidth>& at, int64_t begin,
+                                              int head, int query, int queries, int until, int part) {
+  const int lane = static_cast<int>(anew(threadIdx.x) % kWarp), row = at.first + query, heads = anew(a.heads);
+  const uint32_t by_rows = rows_first<kWidth>(lane), by_columns = columns_first<kBlockQueries>(lane);
+  const uint32_t to_scores = at.to_scores(), keys = at.key(), own_rows = at.query(), by_sums = of_sums<kWidth>(lane);
   float sums[kTiles][2][4] = {};
   const auto load = [&](int key, uint32_t (&x)[kTiles][4], uint32_t (&y)[4]) {
 #pragma unroll
     for (int i = 0; i < kTiles; ++i)
-      load_transposed(
-          x[i], at.to_scores + moved<kBlockQueries>(by_columns, at.key_row + key, query % kBlockQueries / 8 + i * 2));
-    load_transposed(y, at.key + moved<kWidth>(by_rows, at.key_row + key, part));
+      load_transposed(x[i],
+                      to_scores + moved<kBlockQueries>(by_columns, at.first + key, query % kBlockQueries / 8 + i * 2));
+    load_transposed(y, keys + moved<kWidth>(by_rows, at.first + key, part));
   };
   int key = 0;
 #pragma unroll 1
@@ -157,24 +169,27 @@ __device__ __forceinline__ void store_queries(const ShortAttentionBackward& a, c
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int d = 0; d < 2; ++d)
-        *reinterpret_cast<uint32_t*>(at.queries + moved<kWidth>(of_sums<kWidth>(), row + i * 16 + r * 8, part + d)) =
-            packed<T>(sums[i][d][r * 2] * a.scale, sums[i][d][r * 2 + 1] * a.scale);
+        store_word(own_rows + moved<kWidth>(by_sums, row + i * 16 + r * 8, part + d),
+                   packed<T>(sums[i][d][r * 2] * a.scale, sums[i][d][r * 2 + 1] * a.scale));
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     // Of 8 lanes that are served at once, no two use the same banks.
     const int own = i * 16 + lane % 8 / 2 * 2 + lane / 8 % 2 + lane / 16 * 8, own_part = part + lane % 2;
     if (query + own < queries)
-      *reinterpret_cast<uint4*>(static_cast<T*>(a.to_query) + ((begin + query + own) * a.heads + head) * kWidth +
+      *reinterpret_cast<uint4*>(static_cast<T*>(a.to_query) + ((begin + query + own) * heads + head) * kWidth +
                                 own_part * kHalfWords) =
-          *reinterpret_cast<const uint4*>(at.queries + place_in_rows<kWidth>(row + own, own_part));
+          load_words(own_rows + place_in_rows<kWidth>(row + own, own_part));
   }
 }
 
 // Stores dK or dV of a warp's keys, by way of the rows of its values, which no other warp reads.
 template <typename T, int kWidth>
 __device__ __forceinline__ void store_keys(const float (&sums)[2][kWidth / 8][4], void* to, float factor,
-                                           const Rows& at, int64_t begin, int head, int heads, int key, int keys) {
+                                           const Rows<kWidth>& at, int64_t begin, int head, int heads, int key,
+                                           int keys) {
+  const int lane = static_cast<int>(anew(threadIdx.x) % kWarp);
+  const uint32_t values = at.value(), by_sums = of_sums<kWidth>(lane);
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -183,32 +198,30 @@ __device__ __forceinline__ void store_keys(const float (&sums)[2][kWidth / 8][4]
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int d = 0; d < kWidth / 8; ++d)
-        *reinterpret_cast<uint32_t*>(at.values +
-                                     moved<kWidth>(of_sums<kWidth>(), at.key_row + key + i * 16 + r * 8, d)) =
-            packed<T>(sums[i][d][r * 2] * factor, sums[i][d][r * 2 + 1] * factor);
+        store_word(values + moved<kWidth>(by_sums, at.first + key + i * 16 + r * 8, d),
+                   packed<T>(sums[i][d][r * 2] * factor, sums[i][d][r * 2 + 1] * factor));
   }
   __syncwarp();
-  store_rows<kWidth, kTileRows>(at.values, at.key_row + key, static_cast<T*>(to), begin + key, head, heads, keys - key);
+  store_rows<kWidth, kTileRows>(values, at.first + key, static_cast<T*>(to), begin + key, head, heads, keys - key);
 }
 
 // Loads dO with O, and keeps the numbers of each query. The rows of padding are zeros and their weights 0.
 template <typename T, int kWidth>
-__device__ __forceinline__ void load_gradients(const ShortAttentionBackward& a, unsigned char* grads, float* numbers,
-                                               int rows, int first_row, const Extent& q, int head) {
+__device__ __forceinline__ void load_gradients(const ShortAttentionBackward& a, const Rows<kWidth>& at, const Extent& q,
+                                               int head) {
   constexpr int kParts = kWidth / kHalfWords;
-  const int64_t begin = q.begin;
-  const T* grad = static_cast<const T*>(a.grad) + begin * a.grad_row + head * a.grad_head;
-  const T* out = static_cast<const T*>(a.out) + begin * a.out_row + head * a.out_head;
-#pragma unroll 2
-  for (int i = threadIdx.x; i < in_sixteens(q.length) * kParts; i += blockDim.x) {
+  const Head<T> grad(a.grad, a.grad_row, a.grad_head, q.begin, head), out(a.out, a.out_row, a.out_head, q.begin, head);
+  const float* statistics = a.statistics + static_cast<int64_t>(q.begin) * a.heads + head;
+#pragma unroll 4
+  for (int i = static_cast<int>(anew(threadIdx.x)); i < in_sixteens(q.length) * kParts; i += blockDim.x) {
     const int row = i / kParts, part = i % kParts;
     const bool inside = row < q.length;
     Bits<T, kHalfWords> mine = zeros<T, kHalfWords>(), other = mine;
     if (inside) {
-      mine = read<T, kHalfWords>(grad + row * a.grad_row + part * kHalfWords);
-      other = read<T, kHalfWords>(out + row * a.out_row + part * kHalfWords);
+      mine = read<T, kHalfWords>(grad.rows + row * grad.stride + part * kHalfWords);
+      other = read<T, kHalfWords>(out.rows + row * out.stride + part * kHalfWords);
     }
-    *reinterpret_cast<uint4*>(grads + place_in_rows<kWidth>(first_row + row, part)) = mine.word[0];
+    store_words(at.grad() + place_in_rows<kWidth>(at.first + row, part), mine.word[0]);
     float x[kHalfWords], y[kHalfWords], delta = 0;
     widen(mine, x);
     widen(other, y);
@@ -217,104 +230,116 @@ __device__ __forceinline__ void load_gradients(const ShortAttentionBackward& a, 
 #pragma unroll
     for (int lanes = 1; lanes < kParts; lanes *= 2) delta += __shfl_xor_sync(~0u, delta, lanes);
     if (part == 0) {
-      const int64_t at = (begin + row) * a.heads + head;
-      numbers[first_row + row] = inside ? __ldg(a.statistics + at) : 0.0f;
-      numbers[rows + first_row + row] =
-          inside ? __ldg(a.statistics + at + static_cast<int64_t>(a.queries) * a.heads) : 0.0f;
-      numbers[2 * rows + first_row + row] = delta;
+      const int heads = anew(a.heads);
+      const uint32_t numbers = at.number(0, at.first + row), each = at.every() * 4;
+      const int64_t plane = static_cast<int64_t>(a.queries) * heads;
+      store_word(numbers, __float_as_uint(inside ? __ldg(statistics + row * heads) : 0.0f));
+      store_word(numbers + each, __float_as_uint(inside ? __ldg(statistics + plane + row * heads) : 0.0f));
+      store_word(numbers + 2 * each, __float_as_uint(delta));
     }
   }
 }
 
+// The lengths of a warp's head, in one register; a warp without a head has no keys.
+struct Lengths {
+  int both;
+  __device__ __forceinline__ Lengths(int queries, int keys) : both(queries | keys << 16) {}
+  __device__ __forceinline__ int queries() const { return anew(both) & 65535; }
+  __device__ __forceinline__ int keys() const { return anew(both) >> 16; }
+};
+
+// Computes what a warp owns of a head whose rows are in shared memory: dK and dV of the keys from `key` on, and units of
+// dQ. `packed_key` is 65536 times the first row of the head plus the warp's first key. What only a few stores need is
+// read from the task again. Either leaves registers to the sums.
+template <typename T, int kWidth>
+__device__ __forceinline__ void compute(const ShortAttentionBackward& a, int task, const Lengths& lengths,
+                                        int packed_key) {
+  const auto key_of = [&] { return anew(packed_key) & 65535; };
+  constexpr int kParts = kWidth / 16, kUnits = kBlockQueries / kTileRows * kParts;
+  // Whether 32 queries exist and see all of the warp's keys, which exist.
+  const auto whole = [&](int query) {
+    const int queries = lengths.queries(), keys = lengths.keys(), key = key_of();
+    return key + kTileRows <= keys && query + kTileRows <= queries &&
+           (a.causal == 0 || key + kTileRows - 1 <= query + keys - queries);
+  };
+  const auto rows = [&] { return Rows<kWidth>{a.longest, anew(packed_key) >> 16}; };
+  float to_key[2][kWidth / 8][4] = {}, to_value[2][kWidth / 8][4] = {};
+#pragma unroll 1
+  for (int block = 0; block < lengths.queries(); block += kBlockQueries) {
+#pragma unroll 1
+    for (int query = block; query < block + kBlockQueries; query += kTileRows)
+      if (whole(query))
+        add_queries<T, kWidth, 2, 2>(to_key, to_value, rows(), key_of(), query, a.scale * kLog2E, 0, 0, false);
+#pragma unroll 1
+    for (int step = block; step < block + kBlockQueries; step += 16) {
+      const int queries = lengths.queries(), keys = lengths.keys(), query = step & ~(kTileRows - 1), key = key_of();
+      if (key >= keys || step >= queries || whole(query)) continue;
+      if (a.causal != 0 && key > query + kTileRows - 1 + keys - queries) continue;  // they see none of the keys
+      if (keys - key > 16)
+        add_queries<T, kWidth, 2, 1>(to_key, to_value, rows(), key, step, a.scale * kLog2E, queries, keys,
+                                     a.causal != 0);
+      else
+        add_queries<T, kWidth, 1, 1>(to_key, to_value, rows(), key, step, a.scale * kLog2E, queries, keys,
+                                     a.causal != 0);
+    }
+    __syncthreads();  // dS of the block is whole
+    const Task now(a, anew(task));
+    const int place = static_cast<int>(anew(threadIdx.x) / kWarp) / now.warps();
+    if (place < now.heads && a.to_query != nullptr)
+#pragma unroll 1
+      for (int unit = key_of() / kTileRows; unit < kUnits; unit += now.warps()) {
+        const int queries = now.q.length, keys = now.k.length, query = block + unit / kParts * kTileRows;
+        if (query >= queries) break;
+        const int last = min(query + kTileRows, queries) - 1;
+        const int until = a.causal != 0 ? min(last + keys - queries + 1, keys) : keys;
+        if (queries - query > 16)
+          store_queries<T, kWidth, 2>(a, rows(), now.q.begin, now.head + place, query, queries, until,
+                                      unit % kParts * 2);
+        else
+          store_queries<T, kWidth, 1>(a, rows(), now.q.begin, now.head + place, query, queries, until,
+                                      unit % kParts * 2);
+      }
+    __syncthreads();  // dS has been read
+  }
+  const int key = key_of();
+  if (key >= lengths.keys() || a.to_key == nullptr) return;
+  const Task now(a, anew(task));
+  const int head = now.head + static_cast<int>(anew(threadIdx.x) / kWarp) / now.warps();
+  store_keys<T, kWidth>(to_value, a.to_value, 1.0f, rows(), now.k.begin, head, a.heads, key, now.k.length);
+  store_keys<T, kWidth>(to_key, a.to_key, a.scale, rows(), now.k.begin, head, a.heads, key, now.k.length);
+}
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kMostThreads, 1) short_attention_backward(const ShortAttentionBackward a) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  const int rows = rows_of_block(a.longest), bytes = rows * kWidth * 2, warp = threadIdx.x / kWarp;
-  Rows at;
-  at.queries = memory;
-  at.values = memory + 2 * bytes;
-  at.stored = memory + 4 * bytes;
-  at.query = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-  at.key = at.query + bytes;
-  at.value = at.key + bytes;
-  at.grad = at.value + bytes;
-  at.to_scores = at.grad + bytes;
-  at.numbers = reinterpret_cast<float*>(at.stored + rows * kBlockQueries * 2);
-  at.rows = rows;
-  const float scale = a.scale * kLog2E;
-  const bool causal = a.causal != 0;
-  const int tasks = __ldg(a.table);
-  for (int task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int2 entry = __ldg(reinterpret_cast<const int2*>(a.table) + 1 + task);
-    const Extent q(a.starts_q, entry.x, a.queries), k(a.starts_k, entry.x, a.keys);
-    const int length = max(q.length, k.length), first_head = entry.y >> 16, end_head = first_head + (entry.y & 65535);
-    if (length > a.longest) {
-      for (int head = first_head; head < end_head; ++head) {
-        if (a.to_query != nullptr) spoil_rows<kWidth>(static_cast<T*>(a.to_query), q.begin, q.length, head, a.heads);
+  for (int task = blockIdx.x; task < __ldg(a.table); task += gridDim.x) {
+    const Task now(a, task);
+    if (!now.fits) {
+      for (int head = now.head; head < now.head + now.heads; ++head) {
+        if (a.to_query != nullptr) spoil_rows<kWidth>(static_cast<T*>(a.to_query), now.q, head, a.heads);
         if (a.to_key == nullptr) continue;
-        spoil_rows<kWidth>(static_cast<T*>(a.to_key), k.begin, k.length, head, a.heads);
-        spoil_rows<kWidth>(static_cast<T*>(a.to_value), k.begin, k.length, head, a.heads);
+        spoil_rows<kWidth>(static_cast<T*>(a.to_key), now.k, head, a.heads);
+        spoil_rows<kWidth>(static_cast<T*>(a.to_value), now.k, head, a.heads);
       }
       continue;
     }
-    const int padded_q = in_sixteens(q.length), padded_k = in_sixteens(k.length), stride = in_sixteens(length);
-    const int warps = ceiling(length, kTileRows), each = heads_at_once(length, a.longest, a.heads);
-    const int place = warp / warps, tile = warp % warps, key = tile * kTileRows, offset = k.length - q.length;
-    at.query_row = at.key_row = place * stride;
-    for (int head = first_head; head < end_head; head += each) {
-      const int heads = min(each, end_head - head);
-      __syncthreads();  // every warp has finished with the rows of the heads before
-      for (int i = 0; i < heads; ++i) {
-        const int64_t q0 = q.begin * a.query_row + (head + i) * a.query_head,
-                      k0 = k.begin * a.key_row + (head + i) * a.key_head,
-                      v0 = k.begin * a.value_row + (head + i) * a.value_head;
-        load_rows<kWidth>(at.query, i * stride, static_cast<const T*>(a.query) + q0, a.query_row, q.length, padded_q);
-        load_rows<kWidth>(at.key, i * stride, static_cast<const T*>(a.key) + k0, a.key_row, k.length, padded_k);
-        load_rows<kWidth>(at.value, i * stride, static_cast<const T*>(a.value) + v0, a.value_row, k.length, padded_k);
-      }
-      commit_copies();
-      for (int i = 0; i < heads; ++i)
-        load_gradients<T, kWidth>(a, memory + 3 * bytes, at.numbers, rows, i * stride, q, head + i);
-      wait_copies<0>();
-      __syncthreads();
-
-      const bool mine = place < heads, has_keys = mine && key < k.length;
-      float to_key[2][kWidth / 8][4] = {}, to_value[2][kWidth / 8][4] = {};
-      for (int block = 0; block < q.length; block += kBlockQueries) {
-        if (has_keys)
-#pragma unroll 1
-          for (int query = block; query < min(block + kBlockQueries, q.length); query += kTileRows) {
-            const int last = min(query + kTileRows, q.length) - 1;
-            if (causal && key > last + offset) continue;  // they see none of these keys
-            const bool edge = key + kTileRows > k.length || query + kTileRows > q.length ||
-                              (causal && key + kTileRows - 1 > query + offset);
-            if (k.length - key <= 16)
-              add_queries<T, kWidth, 1, true>(to_key, to_value, at, key, query, scale, q.length, k.length, causal);
-            else if (edge)
-              add_queries<T, kWidth, 2, true>(to_key, to_value, at, key, query, scale, q.length, k.length, causal);
-            else
-              add_queries<T, kWidth, 2, false>(to_key, to_value, at, key, query, scale, q.length, k.length, causal);
-          }
-        __syncthreads();  // dS of the block is whole
-        if (mine && a.to_query != nullptr)
-#pragma unroll 1
-          for (int unit = tile; unit < kBlockQueries / kTileRows * kWidth / 16; unit += warps) {
-            const int query = block + unit / (kWidth / 16) * kTileRows, part = unit % (kWidth / 16) * 2;
-            if (query >= q.length) break;
-            const int last = min(query + kTileRows, q.length) - 1;
-            const int until = causal ? min(last + offset + 1, k.length) : k.length;
-            if (q.length - query > 16)
-              store_queries<T, kWidth, 2>(a, at, q.begin, head + place, query, q.length, until, part);
-            else
-              store_queries<T, kWidth, 1>(a, at, q.begin, head + place, query, q.length, until, part);
-          }
-        __syncthreads();  // dS has been read
-      }
-      if (has_keys && a.to_key != nullptr) {
-        store_keys<T, kWidth>(to_value, a.to_value, 1.0f, at, k.begin, head + place, a.heads, key, k.length);
-        store_keys<T, kWidth>(to_key, a.to_key, a.scale, at, k.begin, head + place, a.heads, key, k.length);
-      }
+    __syncthreads();  // every warp has finished with the rows of the task before
+    for (int i = 0; i < now.heads; ++i) {
+      const Rows<kWidth> to{a.longest, i * now.stride()};
+      const Head<T> query(a.query, a.query_row, a.query_head, now.q.begin, now.head + i),
+          key(a.key, a.key_row, a.key_head, now.k.begin, now.head + i),
+          value(a.value, a.value_row, a.value_head, now.k.begin, now.head + i);
+      load_rows<kWidth>(to.query(), to.first, query, now.q.length);
+      load_rows<kWidth>(to.key(), to.first, key, now.k.length);
+      load_rows<kWidth>(to.value(), to.first, value, now.k.length);
     }
+    commit_copies();
+    for (int i = 0; i < now.heads; ++i)
+      load_gradients<T, kWidth>(a, {a.longest, i * now.stride()}, now.q, now.head + i);
+    wait_copies<0>();
+    __syncthreads();
+    const int warp = static_cast<int>(anew(threadIdx.x) / kWarp), place = warp / now.warps();
+    compute<T, kWidth>(a, task, {now.q.length, place < now.heads ? now.k.length : 0},
+                       warp % now.warps() * kTileRows | place * now.stride() << 16);
   }
 }
 
