@@ -51,9 +51,9 @@ __device__ __forceinline__ Integer anew(Integer x) {
   return x;
 }
 
-// What a lane adds to the address of a matrix to load it by ldmatrix: rows lane % 16 and then the next 8 columns, or both
-// columns of 8 rows and then the next rows. Places of further columns differ by an exclusive or, those of further 8 rows
-// by a sum, so that a lane needs no other offsets.
+// What a lane adds to the address of a matrix to load it by ldmatrix: rows lane % 16 and then the next 8 columns, or
+// both columns of 8 rows and then the next rows. Places of further columns differ by an exclusive or, those of further
+// 8 rows by a sum, so that a lane needs no other offsets.
 template <int kWidth>
 __device__ __forceinline__ uint32_t rows_first(int lane) {
   return place_in_rows<kWidth>(lane % 16, lane / 16);

@@ -37,9 +37,9 @@ struct Rows {
   }
 };
 
-// Adds to dK and dV of a warp's 16 kTiles keys what 16 kSteps queries give, and stores their dS. At an edge, where kSteps
-// is 1, keys from `keys` on and queries from `queries` on do not exist, and under a causal mask query q sees the keys up
-// to q + keys - queries.
+// Adds to dK and dV of a warp's 16 kTiles keys what 16 kSteps queries give, and stores their dS. At an edge, where
+// kSteps is 1, keys from `keys` on and queries from `queries` on do not exist, and under a causal mask query q sees the
+// keys up to q + keys - queries.
 template <typename T, int kWidth, int kTiles, int kSteps>
 __device__ __forceinline__ void add_queries(float (&to_key)[2][kWidth / 8][4], float (&to_value)[2][kWidth / 8][4],
                                             const Rows<kWidth>& at, int key, int query, float scale, int queries,
@@ -248,9 +248,9 @@ struct Lengths {
   __device__ __forceinline__ int keys() const { return anew(both) >> 16; }
 };
 
-// Computes what a warp owns of a head whose rows are in shared memory: dK and dV of the keys from `key` on, and units of
-// dQ. `packed_key` is 65536 times the first row of the head plus the warp's first key. What only a few stores need is
-// read from the task again. Either leaves registers to the sums.
+// Computes what a warp owns of a head whose rows are in shared memory: dK and dV of its keys, and units of dQ.
+// `packed_key` is 65536 times the first row of the head plus the warp's first key. What only a few stores need is read
+// from the task again. Either leaves registers to the sums.
 template <typename T, int kWidth>
 __device__ __forceinline__ void compute(const ShortAttentionBackward& a, int task, const Lengths& lengths,
                                         int packed_key) {
