@@ -35,8 +35,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     const OptionalTensor& partner, int64_t first_pair, bool columns_too, const OptionalTensor& query_code,
     const OptionalTensor& key_code, const OptionalTensor& row_share, const OptionalTensor& column_share);
 
-// Attention within sequences of at most 256 tokens, as varlen_attention of common/ops.h; oner_fast/ops/short_attention.py
-// says more.
+// Attention within sequences of at most 256 tokens, as varlen_attention of common/ops.h.
 Tensor short_attention_table(const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t queries,
                              int64_t keys, int64_t heads, int64_t longest);
 
