@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 import oner_fast
 from oner_fast.data.tokenizer import Tokenizer
-from oner_fast.models import state_files
 from oner_fast.models.clip import CLIPConfig, build_clip, save_clip
 from oner_fast.models.files import FORMAT, UTA_FORMAT, load_uta, save_model, save_uta
 from oner_fast.models.oner import OneR, OneRConfig
@@ -304,7 +303,7 @@ def test_an_error_of_the_system_stays_one(whole: Path, tmp_path: Path, monkeypat
 
     path = tmp_path / "w.pt"
     path.write_bytes(torch_bytes({"a": torch.zeros(2)}))
-    monkeypatch.setattr(state_files, "load_file", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     for file in (path, whole / "oner.safetensors"):
         with pytest.raises(OSError, match=file.name) as found:

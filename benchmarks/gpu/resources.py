@@ -74,12 +74,17 @@ def main(argv: Sequence[str]) -> int:
     wrong = [
         f"{one.name} on {one.target}: {problem}"
         for one in (*triton, *cuda)
-        if one.target in GATED or one.error
+        if one.error or (one.target in GATED and not _never_runs(one))
         for problem in one.problems(needed.get(one.name, False))
     ]
     for line in wrong:
         print(f"{COMMAND}: {line}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _never_runs(one: Figures) -> bool:
+    """Return whether no GPU of the target takes the kernel: those with 99 KiB have no room for its rows."""
+    return one.name.startswith("short_attention_backward ") and one.target in ("sm_86", "sm_89")
 
 
 def kept_rows(path: Path, compiled: tuple[str, ...]) -> Kept:
@@ -143,8 +148,9 @@ def markdown(triton: Sequence[Figures], cuda: Sequence[Figures], kept: Kept | No
         "# What the GPU kernels compile to",
         "",
         f"Written by `{COMMAND}`, never by hand. Nothing here was measured: these are counts of machine code, made",
-        "without a GPU. None may spill on sm_80 (A100), sm_86 (A10, RTX 30), sm_89 (L4, RTX 40) and sm_90 (H100); one",
-        "specialisation of each on sm_100 and gfx942 shows that it compiles there.",
+        "without a GPU. None may spill on sm_80 (A100), sm_86 (A10, RTX 30), sm_89 (L4, RTX 40) and sm_90 (H100), but",
+        "for short_attention_backward, which sm_86 and sm_89 never run; one specialisation of each on sm_100 and",
+        "gfx942 shows that it compiles there.",
         "",
         "Registers are of a thread, shared memory is of a block, occupancy is the share of a multiprocessor's warps",
         "that can be resident. Spills, tensor-core instructions and asynchronous copies are counted in the code, not",

@@ -102,6 +102,34 @@ struct MixupStatistics {
   int32_t row_chunks, column_chunks, row_tiles_each, column_tiles_each;  // mixup_plan
 };
 
+// The tasks of attention within short sequences, longest first: table[0] is their number, and task i is the sequence
+// table[2 + 2 i] with table[3 + 2 i] = 65536 first head + heads. No length may be more than `longest`, at most 256.
+struct ShortAttentionTable {
+  const int32_t *starts_q, *starts_k;  // (sequences + 1,)
+  int32_t* table;                      // (2 + 2 sequences heads,)
+  int32_t sequences, queries, keys, heads, longest;
+};
+
+struct ShortAttention {
+  const void *query, *key, *value;  // 16-byte aligned, strides multiples of 8
+  void* out;                        // (queries, heads, head_dim), dense
+  float* statistics;                // (2, queries, heads): largest score in base 2, 1 / sum
+  const int32_t *starts_q, *starts_k, *table;
+  int64_t query_row, query_head, key_row, key_head, value_row, value_head;
+  float scale;  // positive
+  int32_t sequences, queries, keys, heads, head_dim, longest, causal, number;
+};
+
+struct ShortAttentionBackward {
+  const void *grad, *query, *key, *value, *out;
+  const float* statistics;
+  void *to_query, *to_key, *to_value;  // dense; null where not needed
+  const int32_t *starts_q, *starts_k, *table;
+  int64_t grad_row, grad_head, query_row, query_head, key_row, key_head, value_row, value_head, out_row, out_head;
+  float scale;
+  int32_t sequences, queries, keys, heads, head_dim, longest, causal, number;
+};
+
 extern "C" {
 cudaError_t oner_fast_masked_gather(const MaskedGather* call, cudaStream_t stream);
 cudaError_t oner_fast_masked_gather_backward(const MaskedGatherBackward* call, cudaStream_t stream);
@@ -114,6 +142,9 @@ cudaError_t oner_fast_mixup_pack(const MixupPack* call, cudaStream_t stream);
 // Fills in the chunks of a call that has rows and columns.
 void oner_fast_mixup_plan(MixupStatistics* call);
 cudaError_t oner_fast_mixup_statistics(const MixupStatistics* call, cudaStream_t stream);
+cudaError_t oner_fast_short_attention_table(const ShortAttentionTable* call, cudaStream_t stream);
+cudaError_t oner_fast_short_attention(const ShortAttention* call, cudaStream_t stream);
+cudaError_t oner_fast_short_attention_backward(const ShortAttentionBackward* call, cudaStream_t stream);
 }
 
 }  // namespace oner_fast::cuda

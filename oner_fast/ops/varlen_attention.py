@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oner_fast.dtypes import statistics_dtype
 from oner_fast.ops import attention_backends as backends
-from oner_fast.ops import attention_checks, attention_dropout, batching, checks, reference
+from oner_fast.ops import attention_checks, attention_dropout, batching, checks, reference, short_attention
 from oner_fast.ops.attention_backends import why_no_dropout
 from oner_fast.ops.attention_facts import autocast_dtype, why_not_triton
 from oner_fast.ops.by_length import attend_by_length
@@ -212,6 +212,7 @@ def facts(
     }  # fmt: skip
     if query.ndim == 3:
         known["head_dim"] = query.shape[2]
+        known["grouped"] = isinstance(key, Tensor) and key.ndim == 3 and key.shape[1] != query.shape[1]
     return "varlen_attention", query.device.type, known
 
 
@@ -361,6 +362,7 @@ register("varlen_attention", "sdpa", _sdpa, preference=10, reasons=why_no_dropou
 register("varlen_attention", "cpp", partial(_compiled, "cpp"), devices=("cpu",), preference=100, compiled=True)
 # docs/implementations.md gives the reasons for this order.
 _register_on_gpus("flash_attn_3", backends.flash_attn_3, 60, backends.why_not_flash_attn_3)
+_register_on_gpus("cuda", short_attention.attend, 55, short_attention.why_not, compiled=True)
 _register_on_gpus("triton", partial(_compiled, "triton"), 50, why_not_triton, on_request=("cpu",))
 _register_on_gpus("flash_attn", backends.flash_attn, 40, backends.why_not_flash_attn)
 _register_on_gpus("torch_varlen", backends.torch_varlen, 30, backends.why_not_torch_varlen)

@@ -28,10 +28,13 @@ from oner_fast.benchmarks.gpuless.ptx import Kernel
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
-KERNELS = ["masked_gather", "gather_patches", "token_alignment", "mixup_info_nce"]
+KERNELS = [
+    "masked_gather", "gather_patches", "token_alignment", "mixup_info_nce", "short_attention",
+    "short_attention_backward",
+]  # fmt: skip
 NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 
-I32, I64, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 
 @cache
@@ -46,7 +49,7 @@ def structure(name: str) -> type[ctypes.Structure]:
             continue
         kind, names = re.match(r"(?:const )?(\w+)\s*(.*)", line).groups()  # type: ignore[union-attr]
         for each in names.split(","):
-            of = Kept if kind == "Kept" else {"int32_t": I32, "int64_t": I64}.get(kind)
+            of = Kept if kind == "Kept" else {"int32_t": I32, "int64_t": I64, "float": F32}.get(kind)
             fields.append((each.strip(" *"), POINTER if "*" in each or of is None else of))
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 

@@ -19,6 +19,7 @@ struct Configuration {
 };
 
 Launcher launcher = nullptr;
+int multiprocessors = 108;
 cudaError_t last_error = cudaSuccess;
 std::map<const void*, std::string>& names() {
   static std::map<const void*, std::string> known;
@@ -40,6 +41,8 @@ cudaError_t failed(cudaError_t error) { return last_error = error; }
 extern "C" {
 
 void oner_fast_test_launcher(Launcher function) { launcher = function; }
+
+void oner_fast_test_multiprocessors(int count) { multiprocessors = count; }
 
 // Registration, which runs when the library is loaded.
 void** __cudaRegisterFatBinary(void*) {
@@ -92,6 +95,24 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) largest_shared()[function] = value;
+  return cudaSuccess;
+}
+// An A100 that holds one block of each kernel on a multiprocessor.
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return failed(cudaErrorInvalidValue);
+  *value = multiprocessors;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void*, int, size_t, unsigned) {
+  *blocks = 1;
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {

@@ -21,12 +21,16 @@ from oner_fast import ops  # noqa: F401  (the ops exist)
 ROOT = Path(__file__).parents[2]
 BINDINGS = ROOT / "csrc" / "cuda" / "bindings"
 REFUSED = (ValueError, RuntimeError)  # what a check in C++ raises: the first up to torch 2.13, the second in 2.15
-NAMES = ["masked_gather", "gather_patches", "token_alignment", "mixup_info_nce"]
+NAMES = [
+    "masked_gather", "gather_patches", "token_alignment", "mixup_info_nce", "short_attention",
+    "short_attention_backward",
+]  # fmt: skip
 SCHEMAS = {
     "masked_gather": "masked_gather", "masked_gather_backward": "masked_gather",
     "gather_patches": "gather_patches", "gather_patches_backward": "gather_patches",
     "token_alignment": "token_alignment", "token_alignment_backward": "token_alignment",
-    "mixup_info_nce_statistics": "mixup_info_nce",
+    "mixup_info_nce_statistics": "mixup_info_nce", "short_attention_table": "short_attention",
+    "short_attention": "short_attention", "short_attention_backward": "short_attention_backward",
 }  # fmt: skip
 
 
@@ -173,6 +177,45 @@ def test_the_statistics_of_pairs_with_equal_codes(emulated: Any, positive: bool)
             emulated.mixup_info_nce_statistics(*call, *wrong)
     with pytest.raises(REFUSED, match="codes and partners exclude each other"):
         emulated.mixup_info_nce_statistics(*call[:9], torch.zeros(6, dtype=torch.int64), 0, True, *codes)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_short_attention(emulated: Any, apart: bool) -> None:
+    """Rows that do not begin at multiples of 16 bytes are copied first."""
+    plain, generator = torch.ops.oner_fast_portable, torch.Generator().manual_seed(0)
+    width = 33 if apart else 32
+    query, key, value, grad = torch.randn(4, 25, 2, width, generator=generator).bfloat16()[..., width - 32 :]
+    starts = torch.tensor([0, 5, 5, 25], dtype=torch.int32)
+    table = emulated.short_attention_table(starts, None, 25, 25, 2, 20)
+    out, statistics = emulated.short_attention(query, key, value, starts, None, table, 20, True, 0.5)
+    expected, of_plain = plain.varlen_attention(query, key, value, starts, None, True, 0.5)
+    same(out, expected, rtol=1e-2, atol=1e-2)
+    same(statistics, of_plain, rtol=1e-4, atol=1e-4)
+    for needed in ((True, True), (False, True), (True, False)):
+        found = emulated.short_attention_backward(
+            grad, query, key, value, out, statistics, starts, starts, table, 20, True, 0.5, *needed
+        )
+        same(found, plain.varlen_attention_backward(
+            grad, query, key, value, out, statistics, starts, starts, True, 0.5, *needed
+        ), rtol=2e-2, atol=2e-2)  # fmt: skip
+
+
+def test_short_attention_refuses_what_does_not_fit(emulated: Any) -> None:
+    x, starts = torch.randn(5, 2, 32).bfloat16(), torch.tensor([0, 5], dtype=torch.int32)
+    table = torch.zeros(6, dtype=torch.int32)
+    good = (x, x, x, starts, None, table, 5, False, 1.0)
+    for at, wrong, message in (
+        (0, x.float(), "query must be float16 or bfloat16"),
+        (1, x[:, :1], "must have the heads of query"),
+        (3, starts.long(), "boundaries must be int32"),
+        (4, starts[:1], "equally many sequences"),
+        (5, table[:4], "not those of these sequences and heads"),
+        (6, 257, r"longest must be in \[1, 256\], got 257"),
+        (8, -1.0, "scale must be positive"),
+    ):
+        with pytest.raises(REFUSED, match=message):
+            emulated.short_attention(*good[:at], wrong, *good[at + 1 :])
+    assert emulated.short_attention_table(starts[:1], None, 0, 0, 2, 5).tolist() == [0, 0]
 
 
 def test_without_keys_no_kernel_runs(emulated: Any) -> None:

@@ -48,7 +48,10 @@ def needs_target(compiler: str, target: str) -> None:
 
 
 def test_every_source_is_tested() -> None:
-    assert [path.stem for path in SOURCES] == ["gather_patches", "masked_gather", "mixup_info_nce", "token_alignment"]
+    assert [path.stem for path in SOURCES] == [
+        "gather_patches", "masked_gather", "mixup_info_nce", "short_attention", "short_attention_backward",
+        "token_alignment",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", GATED)
@@ -60,6 +63,8 @@ def test_compiles_without_spills(
     kernels = compiled(compiler, source, target, tmp_path)
     record_property("kernels", json.dumps(kernels))
     spilled = [each for each in kernels if each["spill_stores"] or each["spill_loads"] or each["stack"]]
+    if source.stem == "short_attention_backward" and target in ("sm_86", "sm_89"):
+        return  # Triton serves them: a block has no room there for the rows of one long sequence
     assert not spilled
     limit = shared_block_limit(target)
     assert limit is not None
@@ -67,7 +72,12 @@ def test_compiles_without_spills(
 
 
 def most_registers(kernel: str) -> int:
-    """Return 128, so that two blocks of 256 threads are resident; 255 where ids leave room for one (decision 042)."""
+    """Return 128, so that two blocks of 256 threads are resident; 255 where ids leave room for one (decision 042).
+
+    Attention's shared memory leaves room for one block of 256 threads, or for two of 128 (decision 061).
+    """
+    if re.search(r"\d+short_attention(_backward)?I", kernel):
+        return 255
     ids = re.search(r"mixup_statistics\w*Lb([01])ELNS1_4SameE([12])E", kernel)
     return 255 if ids and ids.groups() != ("1", "2") else 128
 

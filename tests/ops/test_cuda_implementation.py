@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from oner_fast import _cuda_extension, _extension, ops
-from oner_fast.ops import implementations, library, masked_gather, mixup_info_nce, token_alignment
+from oner_fast.ops import (
+    attention_backends,
+    implementations,
+    library,
+    masked_gather,
+    mixup_info_nce,
+    short_attention,
+    token_alignment,
+)
 from oner_fast.ops.implementations import choose
 
 compiled = pytest.mark.skipif(not _extension.status().loaded, reason=_extension.status().reason or "built")
@@ -143,7 +151,8 @@ def test_the_ops_of_the_bindings_are_registered_where_they_are_loaded() -> None:
     """Beside a torch with CUDA; no GPU is needed."""
     registration = (ROOT / "csrc" / "cuda" / "bindings" / "registration.cpp").read_text(encoding="utf-8")
     ours = set(re.findall(r'ONER_FAST_IMPL\(m, "(\w+)"', registration))
-    assert ours and {name for name in library._names if library.has_cuda_kernel(name)} == ours
+    names = [*library._names, "short_attention_table", "short_attention", "short_attention_backward"]
+    assert ours and {name for name in names if library.has_cuda_kernel(name)} == ours
 
 
 @with_triton
@@ -154,6 +163,60 @@ def test_ops_prefer_cuda_or_triton_as_documented(built: None) -> None:
     assert choose("mixup_info_nce", "cuda", "cuda", dtype=torch.bfloat16).name == "cuda"
     with pytest.raises(RuntimeError, match="'cuda' .*its products are of float16 and bfloat16, not of float32"):
         choose("mixup_info_nce", "cuda", "cuda", dtype=torch.float32)
+
+
+@with_triton
+def test_cuda_attends_within_short_sequences(built: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_backends, "_capability", lambda: (8, 0))
+    call: dict[str, Any] = dict(
+        dtype=torch.bfloat16, head_dim=64, max_seqlen_q=256, max_seqlen_k=40, causal=True, scale=None, dropout_p=0.0
+    )
+    assert choose("varlen_attention", "cuda", **call).name == "cuda"
+    for changed, message in (
+        ({"max_seqlen_q": 257}, "max_seqlen_q must be at most 256, got 257"),
+        ({"max_seqlen_k": None}, "needs max_seqlen_k= on the host, at most 256"),
+        ({"dtype": torch.float32}, "takes float16 and bfloat16, not torch.float32"),
+        ({"head_dim": 80}, "takes head dimensions of 32 and 64, not 80"),
+        ({"grouped": True}, "as many heads of key and value as of query"),
+        ({"scale": -1.0}, "scale must be positive, got -1.0"),
+        ({"dropout_p": 0.1}, "dropout_p must be 0"),
+    ):
+        assert choose("varlen_attention", "cuda", **call | changed).name == "triton"
+        with pytest.raises(RuntimeError, match=message):
+            choose("varlen_attention", "cuda", "cuda", **call | changed)
+    monkeypatch.setattr(attention_backends, "_capability", lambda: (8, 6))
+    with pytest.raises(RuntimeError, match="a block of sm_86 has no room for the rows of a sequence"):
+        choose("varlen_attention", "cuda", "cuda", **call)
+
+
+def test_a_table_serves_every_layer_of_a_step_and_no_other_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+
+    def make(cu_seqlens_q: Tensor, *rest: Any) -> Tensor:
+        made.append(torch.zeros(2, dtype=torch.int32))
+        return made[-1]
+
+    class OnGpu(Tensor):
+        is_cuda = True
+
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.ops, "oner_fast", SimpleNamespace(short_attention_table=make))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    starts = torch.tensor([0, 5, 9], dtype=torch.int32).as_subclass(OnGpu)
+
+    def of(x: Tensor, heads: int = 2) -> Tensor:
+        return short_attention.table_of(x, None, 9, 9, heads, 5)
+
+    first = of(starts)
+    assert of(starts) is first and len(made) == 1
+    assert of(starts, 4) is not first and of(starts.clone()) is not first
+    starts[1] = 4
+    assert of(starts) is not first
+    stream.cuda_stream = 1
+    assert of(starts) is made[-1] and len(made) == 5
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert of(starts) is not of(starts)
 
 
 def test_a_gpu_that_is_too_old_is_a_reason_against_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

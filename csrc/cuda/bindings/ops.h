@@ -35,4 +35,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixup_info_nce_statis
     const OptionalTensor& partner, int64_t first_pair, bool columns_too, const OptionalTensor& query_code,
     const OptionalTensor& key_code, const OptionalTensor& row_share, const OptionalTensor& column_share);
 
+// Attention within sequences of at most 256 tokens, as varlen_attention of common/ops.h.
+Tensor short_attention_table(const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t queries,
+                             int64_t keys, int64_t heads, int64_t longest);
+
+std::tuple<Tensor, Tensor> short_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                           const Tensor& table, int64_t longest, bool causal, double scale);
+
+std::tuple<Tensor, Tensor, Tensor> short_attention_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                                            const Tensor& value, const Tensor& out,
+                                                            const Tensor& statistics, const Tensor& cu_seqlens_q,
+                                                            const OptionalTensor& cu_seqlens_k, const Tensor& table,
+                                                            int64_t longest, bool causal, double scale, bool need_query,
+                                                            bool need_key);
+
 }  // namespace oner_fast::cuda
