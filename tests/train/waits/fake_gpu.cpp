@@ -16,20 +16,18 @@ struct OneDevice : at::CUDAHooksInterface {
   at::DeviceIndex getCurrentDevice() const override { return 0; }
 };
 
-c10::impl::DeviceGuardImplRegistrar registrar(
-    c10::DeviceType::CUDA, new c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>());
+c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA,
+                                              new c10::impl::FakeGuardImpl<c10::DeviceType::CUDA>());
 
-} // namespace
+}  // namespace
 
 namespace at::detail {
 const CUDAHooksInterface& getCUDAHooks() {
   static OneDevice device;
   return device;
 }
-} // namespace at::detail
+}  // namespace at::detail
 
 namespace at::accelerator {
-std::optional<c10::DeviceType> getAccelerator(bool) {
-  return c10::DeviceType::CUDA;
-}
-} // namespace at::accelerator
+std::optional<c10::DeviceType> getAccelerator(bool) { return c10::DeviceType::CUDA; }
+}  // namespace at::accelerator
