@@ -103,7 +103,7 @@ def test_the_facts_of_attention_tell_lengths_head_dimension_and_gradient() -> No
     known = facts(*arguments, **options)[2]
     assert known == {
         "dtype": torch.float32, "causal": False, "scale": 0.5, "max_seqlen_q": 3, "max_seqlen_k": 3,
-        "needs_grad": True, "head_dim": 8, "dropout_p": 0.0,
+        "needs_grad": True, "head_dim": 8, "grouped": False, "dropout_p": 0.0,
     }  # fmt: skip
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         known = facts(*arguments, arguments[3], causal=True)[2]

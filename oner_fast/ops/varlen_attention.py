@@ -212,7 +212,8 @@ def facts(
     }  # fmt: skip
     if query.ndim == 3:
         known["head_dim"] = query.shape[2]
-        known["grouped"] = isinstance(key, Tensor) and key.ndim == 3 and key.shape[1] != query.shape[1]
+        sized = isinstance(key, Tensor) and not key.is_nested and key.ndim == 3
+        known["grouped"] = sized and key.shape[1] != query.shape[1]
     return "varlen_attention", query.device.type, known
 
 
